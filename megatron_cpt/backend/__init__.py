@@ -1,0 +1,24 @@
+"""The only home of devices and process groups."""
+
+from megatron_cpt.backend.distributed import (
+    Ranks,
+    data_parallel_size,
+    launched_rank,
+    launched_world_size,
+    process_groups,
+)
+from megatron_cpt.backend.seeding import rng_state, seed_everything, set_rng_state
+from megatron_cpt.backend.signals import StopRequest, catch_stop_signals
+
+__all__ = [
+    "Ranks",
+    "StopRequest",
+    "catch_stop_signals",
+    "data_parallel_size",
+    "launched_rank",
+    "launched_world_size",
+    "process_groups",
+    "rng_state",
+    "seed_everything",
+    "set_rng_state",
+]

@@ -1,0 +1,1 @@
+"""Verified checkpoints: layout, manifest, save, load, preflight."""

@@ -1,0 +1,89 @@
+"""Where checkpoints lie and what their folders are called.
+
+RUN/checkpoints/step-00000500/      a published checkpoint
+RUN/checkpoints/.step-00000500.tmp/ one being written; never read
+RUN/checkpoints/latest              text: the name of the newest
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from megatron_cpt.errors import RefusedError, UserError
+
+FORMAT_VERSION = 1
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+RUN_FILE = "run.yaml"
+PLAN_FILE = "plan.json"
+LATEST_FILE = "latest"
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoints_folder(run_directory: str | Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run_directory) / "checkpoints"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [
+        (int(m.group(1)), path) for path in folder.iterdir() if path.is_dir() and (m := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this folder is a published checkpoint of ours."""
+    return (path / STATE_FILE).is_file()
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """What a user named: a checkpoint, or a run directory, which means its newest.
+
+    Raises:
+        UserError: there is nothing of that name.
+        RefusedError: it is there, but neither a checkpoint nor a run with one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint or run directory; give the path of one")
+    if is_checkpoint(path):
+        return path
+    for folder in (checkpoints_folder(path), path):
+        found = list_checkpoints(folder)
+        if found:
+            return found[-1]
+    raise RefusedError(
+        f"{path}: holds no checkpoint (no {STATE_FILE}, no checkpoints/step-*); give a checkpoint or a run"
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new content, also after a power cut."""
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""Before a run goes on: what is not as it was, and whether that may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cpt.config import RunConfig
+from megatron_cpt.errors import RefusedError, UserError
+
+# Fields that say how a model is trained or where it came from, not what it is.
+_NOT_SHAPE = ("preset", "init_std", "max_positions")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that should not change in the middle of a run.
+
+    Attributes:
+        name: what `--allow` takes.
+        of: its value in a resolved run.yaml.
+        effect: what a change does.
+        allowed: whether it can be asked for; None of these is ever applied in silence.
+    """
+
+    name: str
+    of: Callable[[Mapping[str, Any]], Any]
+    effect: str
+    allowed: bool = True
+
+
+def model_shape(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's weights depend on: a rotary percent or a norm that differs loads, and trains wrong."""
+    return {key: value for key, value in run["model"].items() if key not in _NOT_SHAPE}
+
+
+def _blends(run: Mapping[str, Any]) -> list[Any]:
+    return [{"name": phase["name"], "blend": phase["blend"]} for phase in run["phases"]]
+
+
+def _ends(run: Mapping[str, Any]) -> list[Any]:
+    return [run["schedule"], run["tokens"], [phase["until"] for phase in run["phases"]]]
+
+
+RULES = (
+    Rule("model", model_shape, "the weights are those of another model", allowed=False),
+    Rule("seq_length", lambda run: run["seq_length"], "samples are counted in sequences", allowed=False),
+    Rule("batch", lambda run: run["batch"]["global"], "steps are counted in global batches", allowed=False),
+    Rule("seed", lambda run: run["seed"], "every source changes its order: samples are read twice", allowed=False),
+    Rule("blend", _blends, "the new weights count from this step on; no sample is read twice"),
+    Rule("schedule", _ends, "the rate jumps to the new schedule's value at this step"),
+    Rule("optimizer", lambda run: run["optimizer"], "the new values count from this step on"),
+    Rule("precision", lambda run: run["precision"], "the run goes on in another number format"),
+    Rule("tokenizer", lambda run: run["tokenizer"], "ids may mean other text from this step on"),
+    Rule("documents", lambda run: run["documents"], "masks change from this step on"),
+)
+DATA = Rule(
+    "data", lambda fingerprints: fingerprints, "a source's samples are numbered anew: some are read twice, some never"
+)
+ALLOWABLE = tuple(rule.name for rule in (*RULES, DATA) if rule.allowed)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between the checkpoint and the run that wants to go on from it."""
+
+    rule: Rule
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.rule.name}: {self.what}: {self.rule.effect}"
+
+
+def check_allowed_names(allow: Collection[str]) -> None:
+    """Raise for names that mean nothing.
+
+    Raises:
+        UserError: naming them and the known ones.
+    """
+    unknown = sorted(set(allow) - set(ALLOWABLE))
+    if unknown:
+        raise UserError(f"--allow {' '.join(unknown)}: not a change that can be allowed; known: {', '.join(ALLOWABLE)}")
+
+
+def find_changes(
+    saved_run: Mapping[str, Any], run: RunConfig, saved_data: Mapping[str, str], data: Mapping[str, str]
+) -> list[Change]:
+    """Differences that matter; parallel layout, micro-batch, logging and the like are free.
+
+    Args:
+        saved_run: the checkpoint's resolved run.yaml.
+        run: the run that wants to go on.
+        saved_data: fingerprint of each source as the checkpoint knows it.
+        data: fingerprints now; only sources on both sides are compared.
+    """
+    now = run.to_dict()
+    changes = []
+    for rule in RULES:
+        before, after = rule.of(saved_run), rule.of(now)
+        if before != after:
+            changes.append(Change(rule, _difference(before, after)))
+    replaced = [name for name in data if name in saved_data and saved_data[name] != data[name]]
+    if replaced:
+        changes.append(Change(DATA, f"the files of {', '.join(replaced)} are not those that were read before"))
+    return changes
+
+
+def refuse_unless_allowed(changes: list[Change], allow: Collection[str], where: str) -> None:
+    """Stop a resume that would corrupt the run.
+
+    Raises:
+        RefusedError: listing every change that was not allowed, and how to allow it.
+    """
+    refused = [change for change in changes if change.rule.name not in allow]
+    if not refused:
+        return
+    lines = [f"{where}: this run is not the one that was saved:", *(f"  - {change}" for change in refused)]
+    possible = [change.rule.name for change in refused if change.rule.allowed]
+    if len(possible) == len(refused):
+        lines.append(f"to go on all the same: --allow {' '.join(possible)}")
+    else:
+        final = ", ".join(change.rule.name for change in refused if not change.rule.allowed)
+        lines.append(f"{final} cannot change within a run; start a new one with another output and init.from: {where}")
+    raise RefusedError("\n".join(lines))
+
+
+def _difference(before: Any, after: Any) -> str:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        return ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys)
+    return f"{before} -> {after}"

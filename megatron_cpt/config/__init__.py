@@ -1,0 +1,54 @@
+"""run.yaml -> frozen, strict models. Imports neither torch nor megatron."""
+
+from megatron_cpt.config.jsonschema import run_schema
+from megatron_cpt.config.load import Draft, draft_config, load_config
+from megatron_cpt.config.model import Activation, ModelConfig, Norm, RopeScaling
+from megatron_cpt.config.presets import preset_names
+from megatron_cpt.config.quantities import format_count, parse_count
+from megatron_cpt.config.schema import (
+    BatchConfig,
+    DocumentsConfig,
+    InitConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PhaseConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    RunConfig,
+    ScheduleConfig,
+    SourceConfig,
+    Span,
+    Until,
+    ValidationConfig,
+)
+from megatron_cpt.config.yamlfile import dump_yaml, read_mapping
+
+__all__ = [
+    "Activation",
+    "BatchConfig",
+    "DocumentsConfig",
+    "Draft",
+    "InitConfig",
+    "ModelConfig",
+    "Norm",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PhaseConfig",
+    "PrecisionConfig",
+    "RecomputeConfig",
+    "RopeScaling",
+    "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "Span",
+    "Until",
+    "ValidationConfig",
+    "draft_config",
+    "dump_yaml",
+    "format_count",
+    "load_config",
+    "parse_count",
+    "preset_names",
+    "read_mapping",
+    "run_schema",
+]

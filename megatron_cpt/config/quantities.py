@@ -1,0 +1,77 @@
+"""Amounts as people write them: `300B` tokens, a warm-up of `16B` tokens or 0.05 of the run."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([KMBTkmbt]?)")
+_NOT_A_COUNT = "not a count; write a number such as 300B, 2.5M, 1T or 1e9"
+_MOST = 10**18
+
+
+def parse_count(value: Any) -> int:
+    """Read a count such as `300B`, `2.5M`, `1T`, `1e9` or a plain number.
+
+    Args:
+        value: an int, a float without a fractional part, or text with an optional K, M, B or T (powers of 1,000).
+
+    Returns:
+        The count as an int.
+
+    Raises:
+        ValueError: when it is not a whole, non-negative count of at most 10^18.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(_NOT_A_COUNT)
+    match = _COUNT.fullmatch(str(value).strip())
+    if not match:
+        raise ValueError(_NOT_A_COUNT)
+    digits, suffix = match.groups()
+    # Decimal and not float: 2.5M is 2,500,000 exactly, and 1.1B has no fraction.
+    count = Decimal(digits.replace("_", "")) * _SUFFIXES[suffix.upper()]
+    if count > _MOST:
+        raise ValueError("larger than 10^18")
+    if count != int(count):
+        raise ValueError("not a whole count")
+    return int(count)
+
+
+def format_count(count: float) -> str:
+    """Write a count the short way, such as 300B, 1.57B, 4.72M or 512; the inverse of `parse_count` to four digits."""
+    for suffix in ("T", "B", "M", "K"):
+        if count >= _SUFFIXES[suffix] * 0.99995:
+            return f"{count / _SUFFIXES[suffix]:.4g}{suffix}"
+    return f"{count:.4g}"
+
+
+def parse_span(value: Any) -> Any:
+    """Turn the short forms of a span into the long ones.
+
+    100 is {steps: 100}, `16B` is {tokens: 16B}, 0.05 is {fraction: 0.05}.
+
+    Raises:
+        ValueError: when it is none of these.
+    """
+    if isinstance(value, bool) or value is None or (isinstance(value, str) and value.strip().isdecimal()):
+        raise ValueError("not a span; write steps (100), tokens (16B) or a fraction of the run (0.05)")
+    if isinstance(value, int):
+        return {"steps": value}
+    if isinstance(value, float) and value <= 1.0:
+        return {"fraction": value}
+    if isinstance(value, float | str):
+        return {"tokens": value}
+    return value
+
+
+COUNT_SCHEMA = {
+    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "number"}, {"type": "string", "pattern": _COUNT.pattern}],
+    "description": "a count such as 300B, 2.5M, 1T, 1e9 or a plain number",
+}
+
+TokenCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(COUNT_SCHEMA)]
+"""A positive number of tokens."""

@@ -1,0 +1,269 @@
+"""run.yaml as frozen, strict models: one class a section. Nothing here reads a disk or imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megatron_cpt.config.base import Section
+from megatron_cpt.config.model import ModelConfig
+from megatron_cpt.config.quantities import TokenCount, parse_count, parse_span
+
+
+class InitConfig(Section):
+    """Where the weights come from at the first start; a start from an `output` with checkpoints ignores it."""
+
+    from_: str | None = Field(None, alias="from")
+    """A checkpoint, or a run directory (its newest). Left out: random weights."""
+    load: Literal["weights", "weights+optimizer"] = "weights"
+    """What to take: step, data and schedule always start anew."""
+
+
+class BatchConfig(Section):
+    """Batch sizes in sequences."""
+
+    global_: int = Field(alias="global", gt=0)
+    """Sequences in one step over all ranks."""
+    micro: int = Field(1, gt=0)
+    """Sequences in one forward pass of one rank."""
+
+
+class Span(Section):
+    """A length of the run, in exactly one unit."""
+
+    steps: int | None = Field(None, ge=0)
+    tokens: Annotated[int, BeforeValidator(parse_count)] | None = Field(None, ge=0)
+    fraction: float | None = Field(None, ge=0, le=1)
+    """Of the whole run."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Span:
+        if sum(x is not None for x in (self.steps, self.tokens, self.fraction)) != 1:
+            raise ValueError("give exactly one of steps, tokens, fraction")
+        return self
+
+
+SpanField = Annotated[Span, BeforeValidator(parse_span)]
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run."""
+
+    shape: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    max_lr: float = Field(gt=0)
+    """The highest rate; for a continued run the rate that pretraining ended on."""
+    min_lr: float = Field(0.0, ge=0)
+    """The rate at the end of the run."""
+    warmup: SpanField = Field(default_factory=lambda: Span(steps=0))
+    """Linear from 0 to max_lr over this span: steps (100), tokens (16B) or a fraction of the run (0.01)."""
+    decay: SpanField = Field(default_factory=lambda: Span(fraction=0.2))
+    """wsd only: the span at the end over which the rate falls."""
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """wsd only: how it falls."""
+
+
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    """Adam with decoupled weight decay (AdamW)."""
+
+    name: Literal["adam"] = "adam"
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Not applied to biases and norms."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient norm; 0: no clipping."""
+
+
+class SourceConfig(Section):
+    """One source of tokens."""
+
+    path: str | list[str]
+    """A prefix of .bin/.idx, a list of them, or a glob."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Refuse a plan that reads this source more often."""
+    tokens: TokenCount | None = None
+    """Its size, for planning on a machine that does not have the files; where they are, their own size counts."""
+
+    @property
+    def paths(self) -> list[str]:
+        """The prefixes or globs as a list."""
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+
+class Until(Section):
+    """Where a phase ends, in exactly one unit, counted from the start of the run."""
+
+    lr: float | None = Field(None, gt=0, lt=1)
+    """The last step whose rate is above this fraction of max_lr."""
+    tokens: TokenCount | None = None
+    step: int | None = Field(None, gt=0)
+    """The last step of the phase."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Until:
+        if sum(x is not None for x in (self.lr, self.tokens, self.step)) != 1:
+            raise ValueError("give exactly one of lr, tokens, step")
+        return self
+
+
+class PhaseConfig(Section):
+    """A part of the run with one blend."""
+
+    name: str = Field(min_length=1)
+    """What metrics and plans call it."""
+    blend: dict[str, float] = Field(min_length=1)
+    """Weight of each source; they need not sum to 1."""
+    until: Until | None = None
+    """Where it ends; the last phase has none and runs to the end."""
+
+
+class DocumentsConfig(Section):
+    """What happens where one document ends and the next begins inside a sample."""
+
+    reset_attention: bool = False
+    """A token attends only to its own document."""
+    reset_positions: bool = False
+    """Positions start at 0 in each document."""
+    eod_loss: bool = True
+    """Count the loss of what follows an end-of-document token."""
+    eod_id: int | None = Field(None, ge=0)
+    """The end-of-document id; left out: the tokenizer's."""
+
+
+class ParallelConfig(Section):
+    """How the model is split; what is left of the world size is data parallel."""
+
+    tensor: int = Field(1, gt=0)
+    pipeline: int = Field(1, gt=0)
+    virtual_pipeline: int = Field(1, gt=0)
+    """Model chunks a pipeline rank; above 1: the interleaved schedule."""
+    context: int = Field(1, gt=0)
+    sequence: bool = False
+    """Sequence parallelism in the tensor-parallel group (no effect at tensor: 1)."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer over the data-parallel ranks."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica."""
+        return self.tensor * self.pipeline * self.context
+
+
+class Fp8Config(Section):
+    """FP8 through Transformer Engine."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    compute: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights and fp32 gradients."""
+    fp8: Fp8Config | None = None
+
+
+class RecomputeConfig(Section):
+    """Activation recomputation."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """selective: core attention; full: whole layers."""
+    method: Literal["uniform", "block"] = "uniform"
+    """full only."""
+    num_layers: int = Field(1, gt=0)
+    """full only: layers a unit (uniform) or layers recomputed a stage (block)."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: int | None = Field(None, gt=0)
+    """Steps between checkpoints; left out: only at the end and when stopped."""
+    keep: int | None = Field(None, gt=0)
+    """How many of the newest stay; left out: all."""
+    async_: bool = Field(False, alias="async")
+    """Write in the background while training goes on."""
+
+
+class ValidationConfig(Section):
+    """Held-out loss by source; also measured before the first step and after the last."""
+
+    every: int | None = Field(None, gt=0)
+    """Steps between validations; left out: only before the first step and after the last."""
+    batches: int = Field(20, gt=0)
+    """Global batches of each source; at most one epoch of it."""
+    sources: dict[str, str | list[str]] = Field(min_length=1)
+    """NAME: a prefix of .bin/.idx, a list of them, or a glob."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    project: str
+    """Where the run appears."""
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class LogConfig(Section):
+    """What is written down and how often."""
+
+    every: int = Field(10, gt=0)
+    """Steps between lines on the console and in metrics.jsonl."""
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
+
+
+def _model_preset(value: Any) -> Any:
+    return {"preset": value} if isinstance(value, str) else value
+
+
+class RunConfig(Section):
+    """A whole run.yaml."""
+
+    name: str = Field(min_length=1)
+    """What logs and reports call it."""
+    output: str = Field(min_length=1)
+    """The run directory."""
+    seed: int = Field(1234, ge=0)
+    model: Annotated[ModelConfig, BeforeValidator(_model_preset)]
+    tokenizer: str | None = None
+    """KIND:PATH of the tokenizer the data were made with: gives the end-of-document id and is compared on resume."""
+    init: InitConfig = Field(default_factory=InitConfig)
+    seq_length: int = Field(gt=0)
+    """Tokens in a sequence."""
+    batch: BatchConfig
+    tokens: TokenCount
+    """Length of the run."""
+    stop_at_step: int | None = Field(None, gt=0)
+    """Save there and end with status 0; a later call goes on."""
+    schedule: ScheduleConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    phases: list[PhaseConfig] = Field(min_length=1)
+    documents: DocumentsConfig = Field(default_factory=DocumentsConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    validation: ValidationConfig | None = None
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one step trains on."""
+        return self.batch.global_ * self.seq_length
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run: the tokens, rounded up to whole steps."""
+        return -(-self.tokens // self.tokens_per_step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the names of run.yaml."""
+        return self.model_dump(mode="json", by_alias=True)

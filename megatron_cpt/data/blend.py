@@ -1,0 +1,202 @@
+"""The blend: which source each sample of the run comes from. Nothing but counting.
+
+Inside a phase, sample i goes to the source that is furthest behind its share; that is the rule of megatron-core's
+`build_blending_indices` (`datasets/helpers.cpp`), computed as it goes instead of being indexed for the whole run. Its
+state is one counter a source, so a run can be extended, its blend changed from now on and its world size changed,
+and every source still goes on exactly where it stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.errors import RefusedError
+
+
+@dataclass(frozen=True)
+class PhaseBlend:
+    """A stretch of the run with one blend.
+
+    Attributes:
+        name: the phase's name, unique in the run.
+        first_sample: its first sample, counted over the whole run from 0.
+        num_samples: its length in samples.
+        weights: share of each source, summing to 1; a source that is not in the phase is left out.
+    """
+
+    name: str
+    first_sample: int
+    num_samples: int
+    weights: Mapping[str, float]
+
+    @property
+    def end_sample(self) -> int:
+        """The first sample after the phase."""
+        return self.first_sample + self.num_samples
+
+
+def assign(weights: npt.NDArray[np.float64], given: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int32]:
+    """Hands out the next `count` samples of a phase.
+
+    Sample i (the first is number given.sum()) goes to the source with the largest weight * max(i, 1) - given; of
+    several, to the first.
+
+    Args:
+        weights: float64 (num_sources,), summing to 1.
+        given: int64 (num_sources,), samples each source has had in this phase; updated in place.
+        count: how many samples to hand out.
+
+    Returns:
+        int32 (count,): the source of each sample.
+    """
+    first = int(given.sum())
+    behind = np.empty(len(weights), np.float64)
+    had = given.astype(np.float64)  # exact below 2^53, and it saves a conversion a sample
+    chosen = np.empty(count, np.int32)
+    for i in range(count):
+        # Product, then difference, each rounded to float64: what the C++ does, so ties fall the same way.
+        np.multiply(weights, float(max(first + i, 1)), out=behind)
+        np.subtract(behind, had, out=behind)
+        source = behind.argmax()
+        chosen[i] = source
+        had[source] += 1.0
+    given += np.bincount(chosen, minlength=len(given))
+    return chosen
+
+
+class BlendCursor:
+    """Walks the samples of the whole run, phase after phase, and counts what each source has given.
+
+    Args:
+        phases: in order, without gaps, the first one from sample 0.
+        source_names: every source of the run; the order decides ties.
+    """
+
+    def __init__(self, phases: Sequence[PhaseBlend], source_names: Sequence[str]) -> None:
+        self.phases = tuple(phases)
+        self.source_names = tuple(source_names)
+        _check_phases(self.phases, self.source_names)
+        self.sample = 0
+        self._counts = np.zeros(len(self.source_names), np.int64)
+        self._absent: dict[str, int] = {}  # what sources gave that are no longer part of the run
+        self._enter(self._phase_at(0))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all phases together."""
+        return self.phases[-1].end_sample
+
+    @property
+    def remaining(self) -> int:
+        """Samples not handed out yet."""
+        return self.num_samples - self.sample
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples each source has given since the start of the run."""
+        return dict(zip(self.source_names, self._counts.tolist(), strict=True)) | self._absent
+
+    def next(self, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The next samples of the run.
+
+        Args:
+            count: at most `remaining`.
+
+        Returns:
+            two int64 arrays (count,): the source of each sample (a place in `source_names`), and which sample of that
+            source it is, counted from 0 over the whole run.
+        """
+        assert 0 <= count <= self.remaining, f"{count} samples asked for, {self.remaining} left"
+        sources, ks = np.empty(count, np.int64), np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            if self.sample >= self._phase.end_sample:
+                self._enter(self._phase_at(self.sample))
+            part = slice(done, done + min(count - done, self._phase.end_sample - self.sample))
+            sources[part] = self._take(part.stop - part.start, ks[part])
+            done = part.stop
+        return sources, ks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, in plain integers, strings and lists."""
+        return {
+            "sample": self.sample,
+            "counts": self.counts,
+            "phase": self._phase.name,
+            "weights": dict(self._phase.weights),
+            "counts_at_blend_start": dict(zip(self.source_names, self._blend_start.tolist(), strict=True)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state, under the phases of this cursor.
+
+        A source the state does not know starts at 0; what a source gave that is no longer part of the run is kept. If
+        the phase's name and weights are those of the state, its blend goes on to the sample as if never interrupted;
+        if not, the new blend counts from now on and does not try to make up for what was read before.
+
+        Raises:
+            RefusedError: the state contradicts itself.
+        """
+        counts = {str(name): int(number) for name, number in state["counts"].items()}
+        sample = int(state["sample"])
+        if sum(counts.values()) != sample or min(counts.values(), default=0) < 0:
+            raise RefusedError(
+                f"data state: the sources' counts add up to {sum(counts.values())}, but {sample} samples were read; "
+                "load another checkpoint"
+            )
+        self.sample = sample
+        self._counts = np.array([counts.pop(name, 0) for name in self.source_names], np.int64)
+        self._absent = counts
+        phase = self._phase_at(sample)
+        self._enter(phase)
+        if phase.name == state["phase"] and dict(phase.weights) == dict(state["weights"]):
+            start = state["counts_at_blend_start"]
+            self._blend_start = np.array([int(start.get(name, 0)) for name in self.source_names], np.int64)
+            if (self._blend_start > self._counts).any():
+                raise RefusedError(
+                    "data state: a source gave less in all than before its phase; load another checkpoint"
+                )
+
+    def _phase_at(self, sample: int) -> PhaseBlend:
+        """The phase a sample belongs to; past the end, the last."""
+        return next((phase for phase in self.phases if sample < phase.end_sample), self.phases[-1])
+
+    def _enter(self, phase: PhaseBlend) -> None:
+        """Begins a blend at the present sample: deficits start at 0, the sources' counters go on."""
+        self._phase = phase
+        self._active = np.array([i for i, name in enumerate(self.source_names) if name in phase.weights], np.int64)
+        self._weights = np.array([phase.weights[self.source_names[i]] for i in self._active], np.float64)
+        self._blend_start = self._counts.copy()
+
+    def _take(self, count: int, ks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Hands out `count` samples of the present phase; writes their numbers in the sources to `ks`."""
+        given = (self._counts - self._blend_start)[self._active]
+        sources = self._active[assign(self._weights, given, count)]
+        # The j-th sample of a source in this call is its number counts + j: rank every sample among its source's.
+        order = np.argsort(sources, kind="stable")
+        taken = np.bincount(sources, minlength=len(self._counts))
+        ranks = np.arange(count) - np.repeat(np.cumsum(taken) - taken, taken)
+        ks[order] = self._counts[sources[order]] + ranks
+        self._counts += taken
+        self.sample += count
+        return sources
+
+
+def _check_phases(phases: tuple[PhaseBlend, ...], source_names: tuple[str, ...]) -> None:
+    """Invariants that the planner guarantees."""
+    assert phases, "no phases"
+    assert len(set(source_names)) == len(source_names), "two sources of one name"
+    assert len({phase.name for phase in phases}) == len(phases), "two phases of one name"
+    expected = 0
+    for phase in phases:
+        assert phase.first_sample == expected, f"phase {phase.name} begins at {phase.first_sample}, not at {expected}"
+        assert phase.num_samples >= 0, f"phase {phase.name} has {phase.num_samples} samples"
+        assert set(phase.weights) <= set(source_names), f"phase {phase.name} names a source that the run does not have"
+        assert all(weight > 0 for weight in phase.weights.values()), f"phase {phase.name} has a weight of zero or less"
+        assert abs(sum(phase.weights.values()) - 1) < 1e-6, f"the weights of phase {phase.name} do not add up to 1"
+        expected = phase.end_sample

@@ -1,0 +1,123 @@
+"""A source as an endless stream of samples that can be entered anywhere.
+
+Sample k is a pure function of (seed, source name, k) and of the token files, so the whole state of a source is one
+counter. Each epoch reads every chunk of seq_length tokens exactly once, in an order and on a grid of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy.typing as npt
+
+from megatron_cpt.data.indexed import IndexedDataset
+from megatron_cpt.data.permutation import Permutation, derive_key
+from megatron_cpt.errors import RefusedError, UserError
+
+
+@dataclass(frozen=True)
+class SampleLocation:
+    """Where a sample lies.
+
+    Attributes:
+        source: name of the source.
+        k: number of the sample in the source, from 0, counted over all epochs.
+        epoch: how often every chunk had been read before this epoch, from 0.
+        chunk: number of the chunk in the epoch's grid over all files.
+        file: number of the file in the source.
+        prefix: path of the file without `.bin`.
+        token_offset: the sample's first token in the `.bin`, in tokens.
+    """
+
+    source: str
+    k: int
+    epoch: int
+    chunk: int
+    file: int
+    prefix: str
+    token_offset: int
+
+
+class TokenStream:
+    """One source: the chunks of its files in a keyed order, epoch after epoch.
+
+    A file of T tokens has n = (T - 1) // seq_length chunks. What is left over (T - 1 - n * seq_length tokens) is
+    the room in which the file's grid is shifted by a keyed offset each epoch, so that it is not the same tokens
+    that are never seen, nor the same places where samples begin.
+
+    Args:
+        name: the source's name; part of the key, so that two sources over the same files differ.
+        datasets: its files, in a fixed order.
+        seq_length: tokens a sample is trained on; one more is read, as the last label.
+        seed: the run's seed.
+
+    Raises:
+        UserError: no file has seq_length + 1 tokens.
+        RefusedError: a file's token type is not an integer.
+    """
+
+    def __init__(self, name: str, datasets: Sequence[IndexedDataset], *, seq_length: int, seed: int) -> None:
+        self.name = name
+        self.datasets = tuple(datasets)
+        self.seq_length = seq_length
+        self.seed = seed
+        for dataset in self.datasets:
+            if dataset.dtype.kind not in "iu":
+                raise RefusedError(
+                    f"{dataset.prefix}.idx: source {name}: the token type is {dataset.dtype.name}, and ids of a "
+                    "vocabulary are integers; is this a token file? Build it with `megatron-cpt preprocess`"
+                )
+        chunks = [max(0, dataset.num_tokens - 1) // seq_length for dataset in self.datasets]
+        self._last_chunks = list(accumulate(chunks))  # of each file: chunks up to and with it
+        self.num_tokens = sum(dataset.num_tokens for dataset in self.datasets)
+        self.samples_per_epoch = sum(chunks)
+        if self.samples_per_epoch == 0:
+            raise UserError(
+                f"source {name}: {self.num_tokens} tokens in {len(self.datasets)} file(s) are too few for one sample "
+                f"of seq_length + 1 = {seq_length + 1} tokens in one file; give it more data or leave it out"
+            )
+        self._order: tuple[int, Permutation] | None = None  # of the epoch read last
+
+    def __repr__(self) -> str:
+        return f"TokenStream({self.name!r}: {self.samples_per_epoch} samples of {self.seq_length} tokens an epoch)"
+
+    def locate(self, k: int) -> SampleLocation:
+        """Where sample k lies. Touches no file.
+
+        Raises:
+            IndexError: k is negative.
+        """
+        if k < 0:
+            raise IndexError(f"source {self.name}: sample {k}; the first is 0")
+        epoch, place = divmod(int(k), self.samples_per_epoch)
+        chunk = self._order_of(epoch)(place)
+        file = bisect_right(self._last_chunks, chunk)
+        first_chunk = self._last_chunks[file - 1] if file else 0
+        token_offset = self._shift(file, epoch) + self.seq_length * (chunk - first_chunk)
+        return SampleLocation(self.name, int(k), epoch, chunk, file, self.datasets[file].prefix, token_offset)
+
+    def read(self, k: int) -> npt.NDArray[Any]:
+        """The seq_length + 1 tokens of sample k, in the file's type: one contiguous read.
+
+        Raises:
+            IndexError: k is negative.
+            RefusedError: the file became shorter since it was opened.
+        """
+        location = self.locate(k)
+        return self.datasets[location.file].read(location.token_offset, self.seq_length + 1)
+
+    def _order_of(self, epoch: int) -> Permutation:
+        order = self._order
+        if order is None or order[0] != epoch:
+            order = (epoch, Permutation(self.samples_per_epoch, derive_key(self.seed, self.name, epoch)))
+            self._order = order
+        return order[1]
+
+    def _shift(self, file: int, epoch: int) -> int:
+        """Where the file's grid begins in this epoch, uniform in [0, slack]."""
+        slack = (self.datasets[file].num_tokens - 1) % self.seq_length
+        return derive_key(self.seed, self.name, epoch, "shift", file) % (slack + 1)

@@ -1,0 +1,209 @@
+"""Tokenizers by `KIND:PATH`. The libraries behind them are imported when a tokenizer of their kind is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.errors import UserError
+
+KINDS = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json, byte"
+
+# How the end of a document is called where no tokenizer_config.json says it: GPT-2, Llama 3, Llama 2, Gemma.
+_USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+
+class Tokenizer(Protocol):
+    """What every kind of tokenizer can do. None of them adds an id of its own (no start, no end of document).
+
+    Attributes:
+        vocab_size: all ids are below it.
+        eod_id: the id that ends a document; None if the vocabulary has none.
+        fingerprint: sha256 of the file in hex, or "byte".
+    """
+
+    vocab_size: int
+    eod_id: int | None
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts."""
+        ...
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The ids of many texts one after another, and how many ids each has."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        ...
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Loads the tokenizer that a `KIND:PATH` names.
+
+    Raises:
+        UserError: an unknown kind, a missing file, or a file of another kind.
+    """
+    kind, _, path = spec.partition(":")
+    if kind == "byte" and not path:
+        return ByteTokenizer()
+    if kind == "sentencepiece" and path:
+        return SentencePieceTokenizer(Path(path))
+    if kind == "huggingface" and path:
+        return HuggingFaceTokenizer(Path(path))
+    raise UserError(f"tokenizer {spec!r}: not a KIND:PATH that is known; give one of {KINDS}")
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes of the UTF-8 text, 256 ends a document."""
+
+    vocab_size = 257
+    eod_id: int | None = 256
+    fingerprint = "byte"
+
+    def encode(self, text: str) -> list[int]:
+        """The UTF-8 bytes of the text."""
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The UTF-8 bytes of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The UTF-8 bytes of all texts, and how many each has."""
+        parts = [text.encode() for text in texts]
+        flat = np.frombuffer(b"".join(parts), np.uint8).astype(np.int32)
+        return flat, np.array([len(part) for part in parts], np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the bytes; ends of documents vanish, and what is not UTF-8 becomes U+FFFD."""
+        array = np.asarray(ids, np.int64)
+        return array[array < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class _BatchTokenizer:
+    """What the two library-backed kinds share: everything that follows from `encode_batch`."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The ids of many texts one after another, and how many ids each has."""
+        documents = self.encode_batch(texts)
+        lengths = np.array([len(ids) for ids in documents], np.int64)
+        return np.fromiter(chain.from_iterable(documents), np.int32, int(lengths.sum())), lengths
+
+
+class SentencePieceTokenizer(_BatchTokenizer):
+    """A SentencePiece `tokenizer.model`.
+
+    Args:
+        path: the model file.
+
+    Raises:
+        UserError: the file is missing or is no SentencePiece model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        data = _read(path)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"tokenizer {path}: not a SentencePiece model; known are {KINDS}") from error
+        self.vocab_size: int = self._model.vocab_size()
+        eos_id: int = self._model.eos_id()
+        self.eod_id = eos_id if eos_id >= 0 else None
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts, by one thread: `preprocess` runs one process a core."""
+        ids: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control ids vanish."""
+        return str(self._model.decode([int(i) for i in ids]))
+
+
+class HuggingFaceTokenizer(_BatchTokenizer):
+    """A `tokenizer.json` of Hugging Face, alone or in a model's folder.
+
+    The truncation, padding and special tokens that the file may ask for are switched off: a document is encoded whole
+    and as it is. The end of document is the folder's `eos_token` (tokenizer_config.json), else the first of the usual
+    names that the vocabulary has.
+
+    Args:
+        path: the file, or a folder with `tokenizer.json`.
+
+    Raises:
+        UserError: the file is missing or cannot be understood, or its folder names an `eos_token` it does not have.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        file = path / "tokenizer.json" if path.is_dir() else path
+        data = _read(file)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"tokenizer {file}: not a tokenizer.json ({error}); known are {KINDS}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps, so their number is not enough
+        names = _eos_token(path / "tokenizer_config.json") if path.is_dir() else None
+        self.eod_id = next((vocabulary[name] for name in names or _USUAL_EOD if name in vocabulary), None)
+        if names and self.eod_id is None:
+            raise UserError(
+                f"tokenizer {path}: tokenizer_config.json names {names[0]!r}, which {file.name} does not have"
+            )
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special ones included."""
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer {path}: {error.strerror}; give one of {KINDS}") from error
+
+
+def _eos_token(config: Path) -> tuple[str] | None:
+    """The `eos_token` of a tokenizer_config.json, which is a string or an object with its `content`."""
+    if not config.is_file():
+        return None
+    try:
+        content: Any = json.loads(config.read_bytes())
+    except ValueError as error:
+        raise UserError(f"tokenizer {config}: not JSON: {error}") from error
+    token = content.get("eos_token") if isinstance(content, dict) else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return (token,) if isinstance(token, str) else None

@@ -1,0 +1,1 @@
+"""Config -> megatron-core GPT. Install the CPU backend before importing this package where CUDA is missing."""

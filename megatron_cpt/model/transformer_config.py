@@ -1,0 +1,149 @@
+"""run.yaml's model, parallel, precision and recompute sections -> megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
+
+from megatron_cpt.config import (
+    Activation,
+    ModelConfig,
+    Norm,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+)
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2, the activation of Nemotron (Primer, arXiv 2109.08668)."""
+    return torch.square(functional.relu(x))
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation."""
+    return functional.gelu(x, approximate="tanh")
+
+
+def leave_as_is(weight: torch.Tensor) -> torch.Tensor:
+    """An init method that draws nothing."""
+    return weight
+
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.SQUARED_RELU: squared_relu,
+    Activation.SILU: functional.silu,
+    Activation.GELU: functional.gelu,
+    Activation.GELU_TANH: gelu_tanh,
+}
+
+
+def params_dtype(precision: PrecisionConfig) -> torch.dtype:
+    """Type of the weights that the forward pass sees."""
+    return torch.bfloat16 if precision.compute == "bf16" else torch.float32
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, recompute: RecomputeConfig
+) -> TransformerConfig:
+    """Build the configuration of one model for one layout and precision."""
+    return TransformerConfig(
+        **_shape(model),
+        **_parallel(parallel, params_dtype(precision)),
+        **_precision(precision),
+        **_recompute(recompute),
+        **_fusions(),
+    )
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.ffn_hidden,
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.num_kv_groups,
+        "kv_channels": model.head_size,
+        "activation_func": _ACTIVATIONS[model.activation],
+        "gated_linear_unit": model.gated,
+        "normalization": "RMSNorm" if model.norm is Norm.RMSNORM else "LayerNorm",
+        "layernorm_zero_centered_gamma": model.norm is Norm.LAYERNORM1P,
+        "layernorm_epsilon": model.norm_eps,
+        "add_bias_linear": model.linear_bias,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "init_method_std": model.init_std,
+        # Random weights are drawn by model/initialise.py, the same for any layout. `perform_initialization=False` would
+        # be the plain way to leave them alone, but it also leaves out the marks of tensor-parallel weights, without
+        # which the gradient norm counts the shards of one rank only.
+        "init_method": leave_as_is,
+        "output_layer_init_method": leave_as_is,
+        "embedding_init_method": leave_as_is,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "calculate_per_token_loss": True,
+    }
+
+
+def _parallel(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    interleaved = parallel.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence and parallel.tensor > 1,
+        "pipeline_dtype": dtype,
+        # With two stages, a batched exchange of the interleaved schedule holds two messages between the same two ranks
+        # and mixes them up without a word; Megatron-LM's rule is overlapped single messages whenever it interleaves.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+
+
+def _precision(precision: PrecisionConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {"bf16": precision.compute == "bf16", "params_dtype": params_dtype(precision)}
+    if precision.fp8 is not None:
+        fields |= {"fp8": precision.fp8.format, "fp8_recipe": precision.fp8.recipe}
+        if precision.fp8.recipe == "delayed":
+            fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return fields
+
+
+def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
+    if recompute.granularity == "none":
+        return {}
+    if recompute.granularity == "selective":
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": recompute.method,
+        "recompute_num_layers": recompute.num_layers,
+    }
+
+
+def _fusions() -> dict[str, Any]:
+    """Fused kernels exist on a GPU only, and gradient accumulation fusion needs Apex or Transformer Engine."""
+    on_gpu = torch.cuda.is_available()
+    fields = {
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": on_gpu,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": on_gpu,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+    }
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    return {name: value for name, value in fields.items() if name in known}
+
+
+def output_std(model: ModelConfig) -> float:
+    """Initial standard deviation of the layers that write to the residual stream (GPT-2's scaling)."""
+    return model.init_std / math.sqrt(2.0 * model.layers)

@@ -1,0 +1,1 @@
+"""The megatron-core optimizer and its parameter groups."""

@@ -1,0 +1,92 @@
+"""Adam with the state layout of Apex's and Transformer Engine's FusedAdam, on torch's own fused kernels.
+
+megatron-core's distributed optimizer is written for FusedAdam: moments for each parameter, one step count for each
+group. Where neither library is installed it falls back to torch's AdamW, which keeps a step for each parameter, and
+then a checkpoint that can change its layout neither saves (`assert len(steps) == 1`) nor loads (`KeyError: 'step'`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class GroupStepAdam(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (AdamW, arXiv 1711.05101); one step count a parameter group.
+
+    Args:
+        params: parameters or groups; gradients in `p.grad`, in the type of the parameter.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        adam_w_mode, bias_correction: FusedAdam's arguments; only True is supported.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        adam_w_mode: bool = True,
+    ) -> None:
+        assert bias_correction, "only with bias correction"
+        assert adam_w_mode, "only decoupled weight decay"
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None, "closures are not supported"
+        for group in self.param_groups:
+            # Groups without parameters on this rank count too: the step must agree over ranks and groups.
+            group["step"] = group.get("step", 0) + 1
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(group, parameters)
+
+    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        done = float(group["step"] - 1)  # the kernel counts up by itself
+        steps = [torch.tensor(done, device=parameter.device) for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def install_if_needed() -> bool:
+    """Put `GroupStepAdam` where megatron-core looks for FusedAdam, unless it found one.
+
+    Returns:
+        Whether it was put there.
+    """
+    import megatron.core.optimizer as mcore_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not mcore_optimizer.USING_PYTORCH_OPTIMIZER and mcore_optimizer.Adam is not GroupStepAdam:
+        return False
+    mcore_optimizer.Adam = GroupStepAdam
+    mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = GroupStepAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    return True

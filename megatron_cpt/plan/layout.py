@@ -1,0 +1,56 @@
+"""How a run fits on a number of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_cpt.config import RunConfig
+from megatron_cpt.plan.problem import Problem
+
+LAYOUT_KEYS = ("parallel", "batch")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `parallel` and `batch` come to on `num_gpus` ranks.
+
+    Attributes:
+        num_gpus: ranks in all.
+        data_parallel: replicas of the model, each holding `parallel.model_parallel_size` ranks.
+        num_micro_batches: micro-batches that each replica works off in one step.
+        bubble: share of a step that a pipeline stage waits (Narayanan et al., arXiv 2104.04473).
+    """
+
+    num_gpus: int
+    data_parallel: int
+    num_micro_batches: int
+    bubble: float
+
+    @classmethod
+    def build(cls, config: RunConfig, num_gpus: int | None = None) -> Layout:
+        """The layout on `num_gpus` ranks; left out: one replica of the model."""
+        replica = config.parallel.model_parallel_size
+        num_gpus = num_gpus or replica
+        replicas = max(1, num_gpus // replica)
+        micro_batches = max(1, config.batch.global_ // (config.batch.micro * replicas))
+        waiting = (config.parallel.pipeline - 1) / config.parallel.virtual_pipeline
+        return cls(num_gpus, replicas, micro_batches, waiting / (micro_batches + waiting))
+
+
+def layout_problems(config: RunConfig, num_gpus: int) -> Iterator[Problem]:
+    """What keeps a run from this number of ranks."""
+    parallel, batch = config.parallel, config.batch
+    replica = parallel.model_parallel_size
+    if num_gpus % replica:
+        parts = f"parallel.tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x {parallel.context}"
+        yield Problem(f"{num_gpus} GPUs are not a multiple of {parts} = {replica}; change one of them", LAYOUT_KEYS)
+        return
+    replicas = num_gpus // replica
+    if batch.global_ % (batch.micro * replicas):
+        text = f"batch.global: {batch.global_} is not a multiple of batch.micro: {batch.micro} x {replicas} replicas"
+        yield Problem(f"{text} ({num_gpus} GPUs of {replica} each); change one of them", LAYOUT_KEYS)
+    elif parallel.virtual_pipeline > 1 and (batch.global_ // batch.micro // replicas) % parallel.pipeline:
+        text = f"batch.global: {batch.global_} makes {batch.global_ // batch.micro // replicas} micro-batches a replica"
+        way_out = "the interleaved schedule needs a multiple"
+        yield Problem(f"{text}, which parallel.pipeline: {parallel.pipeline} does not divide; {way_out}", LAYOUT_KEYS)

@@ -1,0 +1,115 @@
+"""How many parameters a model has, part by part, from its shape alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cpt.config import ModelConfig, Norm
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """One transformer layer.
+
+    Attributes:
+        attention: weights of the query/key/value and output projections.
+        mlp: weights of the MLP.
+        biases: of all linear layers.
+        norms: of the two layer norms, and of queries and keys where they are normalised.
+    """
+
+    attention: int
+    mlp: int
+    biases: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.attention + self.mlp + self.biases + self.norms
+
+    @property
+    def matmul(self) -> int:
+        """Those that multiply activations in a matrix product."""
+        return self.attention + self.mlp
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The whole model.
+
+    Attributes:
+        layer: one layer.
+        num_layers: how many of them.
+        embedding: one row for each token id; the padding rows of a run are not the model's.
+        final_norm: the norm before the head.
+        head: the output layer; 0 where it shares the embedding's weights.
+        padding: rows added to embedding and head to reach `padded_vocab`; not in `total`.
+    """
+
+    layer: LayerParameters
+    num_layers: int
+    embedding: int
+    final_norm: int
+    head: int
+    padding: int
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model, each shared one counted once."""
+        return self.num_layers * self.layer.total + self.embedding + self.final_norm + self.head
+
+    def to_dict(self) -> dict[str, int]:
+        """Counts by part over all layers."""
+        layers = self.num_layers
+        return {
+            "embedding": self.embedding,
+            "attention": layers * self.layer.attention,
+            "mlp": layers * self.layer.mlp,
+            "biases": layers * self.layer.biases,
+            "norms": layers * self.layer.norms + self.final_norm,
+            "head": self.head,
+            "padding": self.padding,
+        }
+
+
+def count_parameters(model: ModelConfig) -> Parameters:
+    """Count the parameters of a model."""
+    hidden, padding = model.hidden, (model.padded_vocab - model.vocab) * model.hidden
+    return Parameters(
+        layer=_count_layer(model),
+        num_layers=model.layers,
+        embedding=model.vocab * hidden,
+        final_norm=norm_size(model),
+        head=0 if model.tied_embeddings else model.vocab * hidden,
+        padding=padding if model.tied_embeddings else 2 * padding,
+    )
+
+
+def query_size(model: ModelConfig) -> int:
+    """Width of all queries of one token."""
+    return model.heads * model.head_size
+
+
+def key_value_size(model: ModelConfig) -> int:
+    """Width of all keys and values of one token together."""
+    return 2 * model.num_kv_groups * model.head_size
+
+
+def norm_size(model: ModelConfig) -> int:
+    """Parameters of one norm over the hidden width: RMSNorm has no bias."""
+    return model.hidden if model.norm == Norm.RMSNORM else 2 * model.hidden
+
+
+def _count_layer(model: ModelConfig) -> LayerParameters:
+    hidden, ffn, queries, keys_values = model.hidden, model.ffn_hidden, query_size(model), key_value_size(model)
+    branches = 2 if model.gated else 1
+    biases = queries + keys_values if model.qkv_bias or model.linear_bias else 0
+    if model.linear_bias:
+        biases += hidden + branches * ffn + hidden
+    return LayerParameters(
+        attention=hidden * (queries + keys_values) + queries * hidden,
+        mlp=(branches + 1) * hidden * ffn,
+        biases=biases,
+        norms=2 * norm_size(model) + (2 * model.head_size if model.qk_norm else 0),
+    )

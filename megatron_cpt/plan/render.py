@@ -1,0 +1,134 @@
+"""A plan as tables that a person can read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import IO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_cpt.config import format_count
+from megatron_cpt.plan.build import RunPlan
+from megatron_cpt.plan.memory import GIB
+from megatron_cpt.plan.schedule import Schedule
+from megatron_cpt.plan.sources import REPEAT_LIMIT
+
+_WIDTH_WITHOUT_TERMINAL = 120
+
+
+def render_plan(plan: RunPlan, stream: IO[str]) -> None:
+    """Write a plan as text: colours and the terminal's width where there is one, plain text elsewhere."""
+    console = Console(file=stream, markup=False, highlight=False)
+    if console.is_terminal:
+        _print(console, plan)
+        return
+    plain = Console(file=io.StringIO(), markup=False, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    with plain.capture() as capture:
+        _print(plain, plan)
+    stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def _print(console: Console, plan: RunPlan) -> None:
+    console.print(_summary(plan))
+    console.print(_phases(plan))
+    console.print(_sources(plan))
+    for warning in plan.warnings:
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning))
+
+
+def _summary(plan: RunPlan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in _summary_lines(plan):
+        table.add_row(name, text)
+    return table
+
+
+def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
+    flops, layout, memory = plan.flops, plan.layout, plan.memory
+    yield (
+        "run",
+        f"{plan.name}: {format_count(plan.tokens)} tokens = {plan.steps:,} steps of {plan.tokens_per_step:,} tokens",
+    )
+    yield "model", f"{format_count(plan.parameters.total)} parameters"
+    yield (
+        "FLOPs",
+        f"{flops.full / 1e9:.2f} GFLOPs a token with full attention counted, {flops.causal / 1e9:.2f} causal; "
+        f"in all {flops.full * plan.tokens_trained:.3g} and {flops.causal * plan.tokens_trained:.3g}",
+    )
+    yield "schedule", describe_schedule(plan.schedule)
+    yield (
+        "layout",
+        f"{layout.num_gpus:,} GPUs = {layout.data_parallel:,} x {layout.num_gpus // layout.data_parallel} a replica; "
+        f"{layout.num_micro_batches:,} micro-batches a step, {layout.bubble:.1%} pipeline bubble",
+    )
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.to_dict().items() if name != "stage" and gib >= 0.05)
+    yield "memory", f"about {memory.total / GIB:.1f} GiB a GPU on pipeline stage {memory.stage} ({parts or 'tiny'})"
+
+
+def describe_schedule(schedule: Schedule) -> str:
+    """A schedule in one line."""
+    text = f"{schedule.shape} {schedule.max_lr:.3g}"
+    text += "" if schedule.shape == "constant" else f" -> {schedule.min_lr:.3g}"
+    if schedule.shape == "wsd":
+        text += f", {schedule.decay_shape} decay over the last {schedule.decay_steps:,} steps"
+    return text + (f", warm-up of {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ", no warm-up")
+
+
+def _phases(plan: RunPlan) -> Table:
+    table = _table("phase", "first step", "last step", "steps", "tokens", "of the run", "rate of first", "rate of last")
+    for phase in plan.phases:
+        table.add_row(
+            phase.name,
+            f"{phase.first_step:,}",
+            f"{phase.last_step:,}",
+            f"{phase.num_steps:,}",
+            format_count(phase.tokens),
+            f"{phase.num_steps / plan.steps:.2%}",
+            f"{phase.lr_first:.4g}",
+            f"{phase.lr_last:.4g}",
+        )
+    return table
+
+
+def _sources(plan: RunPlan) -> Table:
+    table = _table("phase", "source", "weight", "samples", "tokens", "epochs", "limit")
+    for phase in plan.phases:
+        for number, (name, use) in enumerate(phase.sources.items()):
+            tokens = format_count(use.tokens)
+            table.add_row(
+                phase.name if number == 0 else "",
+                name,
+                f"{use.weight:.4f}",
+                f"{use.samples:,}",
+                tokens,
+                _epochs(use.epochs),
+                "",
+            )
+        table.add_section()
+    for number, (name, total) in enumerate(plan.sources.items()):
+        label = Text("whole run" if number == 0 else "", style="bold")
+        limit = "" if total.max_epochs is None else f"{total.max_epochs:g}"
+        tokens = f"{format_count(total.tokens)} of {format_count(total.size or 0)}"
+        share = f"{total.tokens / plan.tokens_trained:.4f}"
+        table.add_row(label, name, share, f"{total.samples:,}", tokens, _epochs(total.epochs), limit)
+    return table
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for header in headers:
+        is_text = header in ("phase", "source")
+        table.add_column(header, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis")
+    return table
+
+
+def _epochs(epochs: float | None) -> Text:
+    if epochs is None:
+        return Text("?")
+    return Text(f"{epochs:.3f}", style="bold yellow" if epochs > REPEAT_LIMIT else "")

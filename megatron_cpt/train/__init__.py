@@ -1,0 +1,1 @@
+"""Setup -> step -> loop."""

@@ -1,0 +1,44 @@
+"""A session -> a checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt import __version__
+from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.save import Record, save_checkpoint
+from megatron_cpt.config import dump_yaml
+from megatron_cpt.train.setup import Session, rank_layout
+
+
+def save(session: Session) -> Path:
+    """Save the session under its step; a collective call."""
+    return save_checkpoint(
+        layout.checkpoints_folder(session.output),
+        session.state.step,
+        session.model.chunks,
+        session.optimizer,
+        record(session),
+        keep=session.config.checkpoint.keep,
+    )
+
+
+def record(session: Session) -> Record:
+    """What a checkpoint of this session says in plain text."""
+    return Record(_state(session), dump_yaml(session.config.to_dict()), session.plan.to_dict())
+
+
+def _state(session: Session) -> dict[str, Any]:
+    return {
+        "format_version": layout.FORMAT_VERSION,
+        "train": session.state.to_dict(),
+        "layout": rank_layout(session.config, session.ranks),
+        "data_fingerprints": session.data_fingerprints,
+        "layer_spec": session.model.spec,
+        "versions": {
+            "megatron_cpt": __version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")},
+        },
+    }

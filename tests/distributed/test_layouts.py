@@ -1,0 +1,77 @@
+"""One run from one checkpoint over many layouts: the same samples, the same losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.checkpoints import differing
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import newest, read_metrics, train_here, train_several
+
+LAYOUTS = {
+    2: {
+        "tp2": ["parallel.tensor=2"],
+        "tp2-sp": ["parallel.tensor=2", "parallel.sequence=true"],
+        "pp2": ["parallel.pipeline=2"],
+        "pp2-interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        "dp2": [],
+        "dp2-plain-optimizer": ["parallel.distributed_optimizer=false"],
+    },
+    4: {
+        "tp2-pp2": ["parallel.tensor=2", "parallel.pipeline=2"],
+        "tp2-sp-dp2": ["parallel.tensor=2", "parallel.sequence=true"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(run_file: Path, base: Path) -> Path:
+    """Runs every layout once; the folder holds a run directory for each."""
+    folder = run_file.parent / "layouts"
+    common = [f"init.from={base}", "init.load=weights"]
+    run_ranks(1, train_here, str(run_file), [*common, f"output={folder}/tp1"])
+    for num_ranks, layouts in LAYOUTS.items():
+        runs = [[*common, *changes, f"output={folder}/{name}"] for name, changes in layouts.items()]
+        run_ranks(num_ranks, train_several, str(run_file), runs, timeout=480)
+    return folder
+
+
+@pytest.mark.parametrize("layout", [name for layouts in LAYOUTS.values() for name in layouts])
+def test_losses_do_not_depend_on_the_layout(outputs: Path, layout: str) -> None:
+    alone, split = read_metrics(outputs / "tp1"), read_metrics(outputs / layout)
+    assert [line["step"] for line in split] == list(range(1, 21))
+    assert {line["phase"] for line in split} == {"general", "qa"}
+    for a, b in zip(alone, split, strict=True):
+        assert b["samples_by_source"] == a["samples_by_source"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["loss_by_source"] == pytest.approx(a["loss_by_source"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1, "the run must learn something for this to mean anything"
+
+
+@pytest.mark.parametrize("preset", ["tiny_nemotron", "tiny_llama"])
+def test_random_weights_do_not_depend_on_the_layout(run_file: Path, preset: str) -> None:
+    folder = run_file.parent / f"initial-{preset}"
+    # at a rate that fp32 rounds to 0 the checkpoint after one step holds the initial weights
+    still = [f"model.preset={preset}", "schedule.max_lr=1e-60", "schedule.min_lr=0", "stop_at_step=1"]
+    still += ["model.tied_embeddings=true"] if preset == "tiny_llama" else []
+    layouts = [[], ["parallel.tensor=2"], ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]]
+    runs = [[*still, *layout, f"output={folder}/{number}"] for number, layout in enumerate(layouts)]
+    run_ranks(2, train_several, str(run_file), runs)
+    for number in (1, 2):
+        assert differing(newest(folder / "0"), newest(folder / str(number)), ignore=("optimizer.", "rng.")) == []
+
+
+def test_tied_embeddings_and_full_recompute_over_a_pipeline(run_file: Path) -> None:
+    folder = run_file.parent / "tied"
+    common = ["model.preset=tiny_llama", "model.tied_embeddings=true", "stop_at_step=4", "recompute.granularity=full"]
+    run_ranks(2, train_several, str(run_file), [
+        [*common, f"output={folder}/dp2"],
+        [*common, "parallel.pipeline=2", f"output={folder}/pp2"],
+        [*common[:3], "parallel.tensor=2", "parallel.sequence=true", f"output={folder}/tp2-no-recompute"],
+    ])  # fmt: skip
+    reference = [line["loss"] for line in read_metrics(folder / "dp2")]
+    for name in ("pp2", "tp2-no-recompute"):
+        assert [line["loss"] for line in read_metrics(folder / name)] == pytest.approx(reference, rel=1e-5)

@@ -1,0 +1,36 @@
+"""Look into a checkpoint without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every whole tensor of a checkpoint by its global name, in one process."""
+    reader = dcp.FileSystemReader(path)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def differing(first: Path, second: Path, *, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Names of tensors that are not the same to the bit in two checkpoints, or are in one only."""
+    a, b = read_tensors(first), read_tensors(second)
+    return sorted(
+        name
+        for name in {**a, **b}
+        if not name.startswith(ignore)
+        and (name not in a or name not in b or not torch.equal(_bits(a[name]), _bits(b[name])))
+    )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)

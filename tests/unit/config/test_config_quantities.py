@@ -1,0 +1,117 @@
+"""Amounts as people write them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_cpt.config import format_count, parse_count
+from megatron_cpt.config.quantities import COUNT_SCHEMA, parse_span
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("300B", 300_000_000_000),
+        ("2.5M", 2_500_000),
+        ("1T", 10**12),
+        ("1e9", 10**9),
+        (1e9, 10**9),
+        (4096, 4096),
+        ("800k", 800_000),
+        ("1.1B", 1_100_000_000),
+        ("0.1T", 10**11),
+        ("1_000", 1000),
+        (" 16 B ", 16 * 10**9),
+        ("2.8B", 2_800_000_000),
+        ("1E3K", 10**6),
+        ("0", 0),
+    ],
+)
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "-1",
+        -1,
+        "1.5",
+        1.5,
+        "1e-3",
+        "3 GB",
+        "1,000",
+        True,
+        None,
+        [],
+        float("nan"),
+        float("inf"),
+        "1e400",
+        "1e19",
+    ],
+)
+def test_what_is_not_a_count(text):
+    with pytest.raises(ValueError, match=r"count|larger than"):
+        parse_count(text)
+
+
+@given(st.integers(0, 10**18))
+def test_every_int_is_itself_as_number_and_as_text(count):
+    assert parse_count(count) == parse_count(str(count)) == count
+
+
+@given(st.integers(0, 999_999), st.sampled_from("KMBT"))
+def test_decimals_are_exact(thousandths, suffix):
+    exact = thousandths * {"K": 1, "M": 10**3, "B": 10**6, "T": 10**9}[suffix]
+    assert parse_count(f"{thousandths // 1000}.{thousandths % 1000:03}{suffix}") == exact
+
+
+@given(st.integers(1, 10**15 - 1))
+def test_formatting_keeps_four_digits(count):
+    text = format_count(count)
+    assert len(text) <= 7
+    assert float(text.rstrip("KMBT")) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1], 1) == pytest.approx(
+        count, rel=5.1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(512, "512"), (4_718_592, "4.719M"), (999_999, "1M"), (15_628_775_424, "15.63B"), (10**12, "1T")],
+)
+def test_formats(count, text):
+    assert format_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "span"),
+    [
+        (100, {"steps": 100}),
+        (0, {"steps": 0}),
+        (0.05, {"fraction": 0.05}),
+        (1.0, {"fraction": 1.0}),
+        ("16B", {"tokens": "16B"}),
+        (1e9, {"tokens": 1e9}),
+        ({"steps": 3}, {"steps": 3}),
+    ],
+)
+def test_spans_have_one_reading(value, span):
+    assert parse_span(value) == span
+
+
+@pytest.mark.parametrize("value", ["100", True, None])
+def test_a_quoted_number_is_neither_steps_nor_tokens(value):
+    with pytest.raises(ValueError, match=re.escape("steps (100), tokens (16B) or a fraction")):
+        parse_span(value)
+
+
+@pytest.mark.parametrize("text", ["300B", "2.5M", "1e9", "800k"])
+def test_the_schema_takes_what_the_parser_takes(text):
+    pattern = next(option["pattern"] for option in COUNT_SCHEMA["anyOf"] if "pattern" in option)
+    assert re.search(pattern, text)
