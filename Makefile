@@ -17,6 +17,7 @@ $(STAMP): setup.py constraints.txt
 	touch $@
 
 demo: setup
+	@echo "== the demo: real corpora, a base model, two continued runs; about 7 minutes on 2 cores"
 	$(BIN)/python examples/quickstart/demo.py
 
 # Unit tests first, on all cores; the distributed ones start up to 4 processes of their own, so they go one by one.

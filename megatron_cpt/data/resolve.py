@@ -11,6 +11,7 @@ from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, fo
 from megatron_cpt.data.indexed import expand_prefixes, read_header
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.plan import RunPlan, build_plan
+from megatron_cpt.plan.sources import listed
 
 _SIZE_TOLERANCE = 0.01  # of the declared size, before a plan made with it is worth a warning
 
@@ -87,7 +88,7 @@ def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
         _find_validation(files, draft, config)
         files.missing += _missing_start(draft, config)
     if files.declared:
-        files.notes.insert(0, f"planned with declared sizes, for the files are not here: {', '.join(files.declared)}")
+        files.notes.insert(0, f"planned with declared sizes, for the files are not here: {listed(files.declared)}")
     return files
 
 

@@ -148,8 +148,9 @@ class HuggingFaceTokenizer(_BatchTokenizer):
     """A `tokenizer.json` of Hugging Face, alone or in a model's folder.
 
     The truncation, padding and special tokens that the file may ask for are switched off: a document is encoded whole
-    and as it is. The end of document is the folder's `eos_token` (tokenizer_config.json), else the first of the usual
-    names that the vocabulary has.
+    and as it is. Text that is written like a special token, such as "</s>", becomes that token, as it does in
+    transformers and Megatron-LM. The end of document is the `eos_token` of the folder's tokenizer_config.json, else the
+    first of the usual names that the vocabulary has.
 
     Args:
         path: the file, or a folder with `tokenizer.json`.

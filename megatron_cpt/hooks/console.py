@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +22,6 @@ class ConsoleHook(Hook):
     def on_start(self, session: Session) -> None:
         """Say what runs, on what, from where."""
         self._is_main = session.ranks.is_main
-        self._started, self._first_step = time.monotonic(), session.state.step
         if not self._is_main:
             return
         self._print(_headline(session))
@@ -44,8 +42,7 @@ class ConsoleHook(Hook):
         """Print one line of numbers."""
         if not self._is_main:
             return
-        done = session.state.step - self._first_step
-        left = (time.monotonic() - self._started) / done * (session.last_step - session.state.step)
+        left = (session.last_step - session.state.step) * session.config.tokens_per_step / line["tokens_per_second"]
         self._print(
             f"step {line['step']:>{len(str(session.plan.steps))}}/{session.plan.steps}  {line['phase']}"
             f"  loss {line['loss']:.4f}  lr {line['lr']:.3e}  grad {line['grad_norm']:.3f}"

@@ -58,7 +58,7 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     yield "model", f"{format_count(plan.parameters.total)} parameters"
     yield (
         "FLOPs",
-        f"{flops.full / 1e9:.2f} GFLOPs a token with full attention counted, {flops.causal / 1e9:.2f} causal; "
+        f"{_flops(flops.full)} a token with full attention counted, {_flops(flops.causal)} causal; "
         f"in all {flops.full * plan.tokens_trained:.3g} and {flops.causal * plan.tokens_trained:.3g}",
     )
     yield "schedule", describe_schedule(plan.schedule)
@@ -67,8 +67,17 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
         f"{layout.num_gpus:,} GPUs = {layout.data_parallel:,} x {layout.num_gpus // layout.data_parallel} a replica; "
         f"{layout.num_micro_batches:,} micro-batches a step, {layout.bubble:.1%} pipeline bubble",
     )
-    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.to_dict().items() if name != "stage" and gib >= 0.05)
-    yield "memory", f"about {memory.total / GIB:.1f} GiB a GPU on pipeline stage {memory.stage} ({parts or 'tiny'})"
+    parts = ((name, gib) for name, gib in memory.to_dict().items() if name != "stage" and gib > 0)
+    listed = ", ".join(f"{name} {_gib(gib)}" for name, gib in parts)
+    yield "memory", f"about {_gib(memory.total / GIB)} a GPU on pipeline stage {memory.stage}: {listed}"
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e9:.2f} GFLOPs" if value >= 1e9 else f"{value / 1e6:.2f} MFLOPs"
+
+
+def _gib(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 0.1 else f"{gib * 1024:.1f} MiB"
 
 
 def describe_schedule(schedule: Schedule) -> str:

@@ -61,8 +61,9 @@ class Schedule:
         if done < self.warmup_steps:
             return self.max_lr * (done / self.warmup_steps)
         share = self._height(done)
-        # Weighted this way round both ends are hit exactly: share 1 gives max_lr, share 0 gives min_lr.
-        return share * self.max_lr + (1.0 - share) * self.min_lr
+        # Weighted this way round both ends are hit exactly: share 1 gives max_lr, share 0 gives min_lr. Between them
+        # rounding must not leave the bounds, as it can where they are (nearly) equal.
+        return min(self.max_lr, max(self.min_lr, share * self.max_lr + (1.0 - share) * self.min_lr))
 
     def rates(self, steps: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The rates of many steps, for plots.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_cpt.config import format_count
@@ -12,6 +12,8 @@ from megatron_cpt.plan.schedule import SCHEDULE_KEYS
 
 REPEAT_LIMIT = 4.0
 """Epochs up to which repeated tokens are worth almost as much as new ones (Muennighoff et al., arXiv 2305.16264)."""
+
+_MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,16 @@ def source_warnings(totals: Mapping[str, SourceTotal]) -> Iterator[str]:
     """What a plan may do, but should not do unnoticed."""
     unread = [name for name, total in totals.items() if total.samples == 0]
     if unread:
-        yield f"in no phase's blend, so nothing of it is read: {', '.join(unread)}"
-    for name, total in totals.items():
-        if total.epochs is not None and total.epochs > REPEAT_LIMIT:
-            yield (
-                f"source {name} is read {total.epochs:.2f} times; beyond about {REPEAT_LIMIT:g} epochs repeated tokens "
-                "are worth less and less (arXiv 2305.16264)"
-            )
+        yield f"in no phase's blend, so nothing of it is read: {listed(unread)}"
+    worn = [f"{name} ({t.epochs:.2f} times)" for name, t in totals.items() if t.epochs and t.epochs > REPEAT_LIMIT]
+    if worn:
+        yield (
+            f"read more than {REPEAT_LIMIT:g} times: {listed(worn)}; beyond that repeated tokens are worth less and "
+            "less (arXiv 2305.16264)"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a line; of very many the first."""
+    shown = ", ".join(names[:_MOST_LISTED])
+    return shown if len(names) <= _MOST_LISTED else f"{shown} and {len(names) - _MOST_LISTED} more"

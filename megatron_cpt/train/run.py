@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ def run_training(path: str, overrides: Sequence[str], allow: Collection[str], ma
     prepared = prepare_run(path, overrides, need_files=True, num_gpus=launched_world_size())
     config = prepared.config
     eod_id = _end_of_document(config)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what the libraries below warn about is not for the reader of a training log
     with catch_stop_signals() as stop, process_groups(config.parallel) as ranks:
         # megatron-core reads torch.cuda when it is imported, and the process groups put the CPU in its place
         from megatron_cpt.train.loop import train
@@ -83,9 +86,6 @@ def _end_of_document(config: RunConfig) -> int | None:
 def _configure_logging(ranks: Ranks) -> None:
     logging.getLogger("megatron_cpt").setLevel(logging.INFO if ranks.is_main else logging.ERROR)
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    # What the libraries below warn about is for us to mend, not for the reader of a training log.
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.")
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 
 def _write_run_files(session: Session, prepared: PreparedRun) -> None:

@@ -20,6 +20,12 @@ def write_documents(prefix: Path, documents: Documents, dtype: str = "<u2") -> I
     return IndexedDataset(prefix)
 
 
+@pytest.fixture(scope="session")
+def write_pair() -> Callable[..., IndexedDataset]:
+    """write_pair(prefix, documents, dtype), for tests that make their own folders."""
+    return write_documents
+
+
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., IndexedDataset]:
     """make_dataset(name, documents, dtype) writes a pair and opens it."""

@@ -171,7 +171,7 @@ def test_a_damaged_archive_gives_its_whole_lines(tmp_path, name, damage):
         data[:] = b"this is no archive at all"
     (tmp_path / name).write_bytes(data)
     (tmp_path / "b.jsonl").write_bytes(jsonl(["next file"]))
-    preprocess([tmp_path / name, tmp_path / "b.jsonl"], tmp_path / "p", "byte")
+    report = preprocess([tmp_path / name, tmp_path / "b.jsonl"], tmp_path / "p", "byte")
     kept = documents(tmp_path / "p")
     assert kept[-1] == "next file"
     file, line, reason = bad_lines(tmp_path / "p")[-1]
@@ -180,6 +180,7 @@ def test_a_damaged_archive_gives_its_whole_lines(tmp_path, name, damage):
     if damage == "foreign":
         assert (len(kept), line) == (1, 1)
     elif damage == "cut":
+        assert report.bad_lines == 1  # what is left of the line that was cut is not one more
         assert kept[:-1] == texts[: line - 1]
         assert 0.3 * len(texts) < line < 0.7 * len(texts)
 
@@ -248,18 +249,19 @@ class TestAllOrNothing:
             "from megatron_cpt.data.preprocess import preprocess\n"
             "def progress(*now):\n"
             "    import multiprocessing\n"
-            "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+            "    with open(sys.argv[2] + '.pids', 'w') as file:\n"
+            "        print(*(child.pid for child in multiprocessing.active_children()), file=file)\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
             "if __name__ == '__main__':\n"
             "    preprocess([sys.argv[1]], sys.argv[2], 'byte', workers=2, progress=progress)\n"
         )
         command = [sys.executable, str(script), str(tmp_path / "a.jsonl"), str(tmp_path / "p")]
         environment = os.environ | {"PYTHONPATH": os.getcwd()}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, env=environment, check=False)
         assert done.returncode == -signal.SIGKILL
         assert not (tmp_path / "p.bin").exists()
         assert not (tmp_path / "p.idx").exists()
-        workers = [int(pid) for pid in done.stdout.split()]
+        workers = [int(pid) for pid in (tmp_path / "p.pids").read_text().split()]
         assert workers
         deadline = time.monotonic() + 10
         while any(map(alive, workers)) and time.monotonic() < deadline:

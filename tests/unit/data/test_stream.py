@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from megatron_cpt.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_cpt.data.stream import TokenStream
 from megatron_cpt.errors import RefusedError, UserError
-from tests.unit.data.conftest import write_documents
 
 S = 16
 
@@ -44,9 +43,9 @@ def test_a_sample_is_one_contiguous_stretch_of_its_file(stream):
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 3),
 )
-def test_every_chunk_exactly_once_an_epoch(tmp_path_factory, lengths, seq_length, seed, epoch):
+def test_every_chunk_exactly_once_an_epoch(tmp_path_factory, write_pair, lengths, seq_length, seed, epoch):
     folder = tmp_path_factory.mktemp("stream")
-    files = [write_documents(folder / str(i), [range(length)]) for i, length in enumerate(lengths)]
+    files = [write_pair(folder / str(i), [range(length)]) for i, length in enumerate(lengths)]
     chunks = [max(0, length - 1) // seq_length for length in lengths]
     if sum(chunks) == 0:
         with pytest.raises(UserError, match="too few for one sample"):

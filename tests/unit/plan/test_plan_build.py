@@ -112,12 +112,16 @@ def test_warnings(run_data):
     run_data["sources"]["idle"] = {"path": "x"}
     found = plan(run_data, "sources.qa.max_epochs=", "schedule.decay=0.5", sizes={**SIZES, "qa": 300})
     assert found.problems == ()
-    assert [warning.split(":")[0] for warning in found.warnings] == [
-        "schedule.decay is not read by schedule.shape",
-        "in no phase's blend, so nothing of it is read",
-        "source qa is read 5.50 times; beyond about 4 epochs repeated tokens are worth less and less "
-        "(arXiv 2305.16264)",
-    ]
+    ignored, unread, worn = found.warnings
+    assert ignored == "schedule.decay is not read by schedule.shape: cosine"
+    assert unread == "in no phase's blend, so nothing of it is read: idle"
+    assert worn.startswith("read more than 4 times: qa (5.50 times); beyond that")
+
+
+def test_warnings_about_very_many_sources_stay_short(run_data):
+    run_data["sources"] |= {f"idle{n}": {"path": "x"} for n in range(1000)}
+    (warning,) = plan(run_data).warnings
+    assert warning.endswith("idle10, idle11 and 988 more")
 
 
 @pytest.mark.parametrize(

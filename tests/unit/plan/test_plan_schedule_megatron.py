@@ -1,4 +1,4 @@
-"""The learning rates are those of megatron-core's scheduler. In a file of its own: importing megatron-core takes seconds."""
+"""Rates against megatron-core's own scheduler; in a file of its own, for importing megatron-core takes seconds."""
 
 from __future__ import annotations
 

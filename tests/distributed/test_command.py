@@ -1,0 +1,108 @@
+"""`megatron-cpt train` as a user or a scheduler starts it: real processes, real signals, exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.checkpoints import differing
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import newest, read_metrics, train_here
+
+TRAIN = [sys.executable, "-m", "megatron_cpt", "train"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_cpt"]
+
+
+def _run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **kwargs)  # type: ignore[call-overload]
+
+
+def _wait_for_lines(output: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    metrics = output / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run ended early with status {process.returncode}")
+
+
+LONGER = f"tokens={60 * 256}"
+
+
+@pytest.fixture(scope="module")
+def unbroken(run_file: Path) -> Path:
+    output = run_file.parent / "never-signalled"
+    run_ranks(1, train_here, str(run_file), [LONGER, f"output={output}"])
+    return output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_with_75_and_a_later_call_goes_on(
+    run_file: Path, unbroken: Path, number: signal.Signals
+) -> None:
+    output = run_file.parent / f"signal-{number.name}"
+    command = [*TRAIN, str(run_file), LONGER, f"output={output}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _wait_for_lines(output, 3, process)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 75
+    step = int(newest(output).name.removeprefix("step-"))
+    assert 3 <= step < 60
+    assert read_metrics(output)[-1]["step"] == step
+    assert run_ranks(1, train_here, str(run_file), [LONGER, f"output={output}"]) == [0]
+    assert differing(newest(unbroken), newest(output)) == []
+
+
+def test_torchrun_trains_on_two_ranks(run_file: Path) -> None:
+    output = run_file.parent / "torchrun"
+    done = _run([*TORCHRUN, "train", str(run_file), f"output={output}", "parallel.tensor=2", "stop_at_step=2"])
+    assert done.returncode == 0, done.stderr
+    assert newest(output).name == "step-00000002"
+    assert (output / "run.yaml").exists()
+    assert (output / "plan.json").exists()
+
+
+def test_a_wrong_layout_is_one_message_and_writes_nothing(run_file: Path) -> None:
+    output = run_file.parent / "wrong"
+    wrong = ["parallel.tensor=3", "batch.micro=3", "sources.web.path=nowhere", "phases.qa.blend.qa=-1", "colour=red"]
+    done = _run([*TRAIN, str(run_file), f"output={output}", *wrong])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for key in ("parallel.tensor: 3", "batch.micro: 3", "sources.web.path", "phases[1].blend.qa", "colour"):
+        assert key in done.stderr
+    assert not output.exists()
+
+
+def test_one_process_is_refused_where_a_replica_needs_two(run_file: Path) -> None:
+    output = run_file.parent / "alone"
+    done = _run([*TRAIN, str(run_file), f"output={output}", "parallel.pipeline=2"])
+    assert done.returncode == 2
+    assert "parallel.tensor x pipeline x context" in done.stderr
+    assert not output.exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_refused(run_file: Path) -> None:
+    output = run_file.parent / "damaged"
+    command = [*TRAIN, str(run_file), f"output={output}", "checkpoint.every=2"]
+    assert _run([*command, "stop_at_step=4"]).returncode == 0
+    shard = next(newest(output).glob("__0_*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = _run([*command, "stop_at_step=6"])
+    assert done.returncode == 0
+    assert f"{shard.name}: checksum differs" in done.stderr
+    assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4, 5, 6]
+
+    for checkpoint in (output / "checkpoints").glob("step-*"):
+        os.truncate(next(checkpoint.glob("__0_*.distcp")), 100)
+    done = _run([*command, "stop_at_step=8"])
+    assert done.returncode == 3
+    assert "no sound checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr

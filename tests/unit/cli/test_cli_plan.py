@@ -1,0 +1,190 @@
+"""`megatron-cpt plan`, in-process and as the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_cpt.cli import main
+
+# Sources of the small run have declared sizes, so none of these tests needs a file.
+
+
+def command(*arguments, **options) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "megatron_cpt", *map(str, arguments)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, repository):
+    """Commands run in an empty folder: whatever they leave there was written by mistake."""
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+
+def test_the_plan_of_a_sound_run(run_data, write_run, capsys):
+    assert main(["plan", str(write_run(run_data))]) == 0
+    captured = capsys.readouterr()
+    assert "small: 51.2K tokens = 100 steps" in captured.out
+    assert captured.err == ""
+    assert os.listdir() == []
+
+
+def test_json_is_all_there_is_on_stdout(run_data, write_run, capsys):
+    assert main(["plan", str(write_run(run_data)), "tokens=5120", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == 10
+    assert plan["phases"][0]["name"] == "general"
+    assert list(plan["phases"][1]["sources"]) == ["web", "code", "qa"]
+
+
+def test_a_picture_on_the_side(run_data, write_run, capsys):
+    assert main(["plan", str(write_run(run_data)), "--plot", "plan.png", "--json"]) == 0
+    assert os.listdir() == ["plan.png"]
+    assert json.loads(capsys.readouterr().out)["steps"] == 100
+
+
+def test_gpus(run_data, write_run, capsys):
+    path = str(write_run(run_data))
+    assert main(["plan", path, "--gpus", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"]["data_parallel"] == 4
+    assert main(["plan", path, "--gpus", "3"]) == 2
+    assert "batch.global: 8 is not a multiple of batch.micro: 2 x 3 replicas" in capsys.readouterr().err
+
+
+def test_the_schema_needs_no_run(capsys):
+    assert main(["plan", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "RunConfig"
+
+
+WRONG = {
+    "an unknown key": (["bacth.global=8"], "bacth: not a known key; did you mean batch?"),
+    "heads that tensor parallelism does not divide": (
+        ["parallel.tensor=3", "model.ffn_hidden=513"],
+        "parallel.tensor: 3 does not divide model.heads: 8",
+    ),
+    "a batch that does not divide": (["batch.micro=3"], "batch.micro: 3 does not divide batch.global: 8"),
+    "a missing file": (["sources.web={path: nowhere/web}"], "sources.web.path: no such file: nowhere/web.idx"),
+    "a weight of zero": (["phases.general.blend.web=0"], "blend.web (phase general): 0 is not a positive weight"),
+    "a negative weight": (
+        ["phases.general.blend.code=-0.4"],
+        "blend.code (phase general): -0.4 is not a positive weight",
+    ),
+    "a weight that names no source": (
+        ["phases.qa.blend.cdoe=0.01"],
+        "blend.cdoe (phase qa): names no source; did you mean code?",
+    ),
+    "a source that runs out": (
+        ["sources.qa.tokens=300"],
+        "sources.qa.max_epochs: 4: the run reads 1.408K of its 300 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_each_mistake_is_one_clear_message(run_data, write_run, capsys, case):
+    overrides, text = WRONG[case]
+    assert main(["plan", str(write_run(run_data)), *overrides]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("megatron-cpt: error: ")
+    assert "1 problem\n" in captured.err
+    assert text in captured.err
+
+
+def test_all_mistakes_at_once_through_the_real_command(run_data, write_run):
+    overrides = [override for case in WRONG for override in WRONG[case][0]]
+    started = time.monotonic()
+    result = command("plan", write_run(run_data), *overrides)
+    assert time.monotonic() - started < 20  # under 2 seconds on a machine at rest
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert f"{len(WRONG)} problems" in result.stderr.splitlines()[0]
+    for _, text in WRONG.values():
+        assert text.split(" of its ")[0] in result.stderr
+    assert os.listdir() == []
+
+
+def test_planning_loads_neither_torch_nor_megatron(run_data, write_run):
+    code = (
+        "import sys; from megatron_cpt.cli import main; status = main(sys.argv[1:]); "
+        "heavy = {'torch', 'megatron', 'matplotlib', 'tokenizers', 'sentencepiece'} & set(sys.modules); "
+        "sys.exit(f'loaded: {heavy}' if heavy else status)"
+    )
+    argv = [sys.executable, "-c", code, "plan", str(write_run(run_data)), "--json"]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == 100
+
+
+def test_brackets_are_printed_as_they_are(capsys):
+    assert main(["plan", "[bold]no/such[/bold].yaml"]) == 2
+    assert "megatron-cpt: error: [bold]no/such[/bold].yaml: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["plan"], "give the path of a run.yaml"),
+        (["plan", "run.yaml", "--nope"], "No such option"),
+        (["plan", "run.yaml", "--gpus", "many"], "Invalid value for '--gpus'"),
+        (["plan", "run.yaml", "--gpus", "0"], "Invalid value for '--gpus'"),
+        (["nope"], "No such command"),
+        (["train"], "Missing argument"),
+        (["preprocess", "--input", "x"], "Missing option"),
+        (["preprocess", "--input", "--key", "x"], "--input: give at least one value"),
+    ],
+)
+def test_mistakes_on_the_command_line_itself(capsys, arguments, text):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["train", "--help"], ["preprocess", "--help"]])
+def test_help(capsys, arguments):
+    assert main(arguments) == 0
+    assert "Usage: megatron-cpt" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    from megatron_cpt import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megatron-cpt {__version__}\n"
+
+
+def test_a_reader_that_goes_away_is_no_error(run_data, write_run):
+    """`megatron-cpt plan run.yaml | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-m", "megatron_cpt", "plan", str(write_run(run_data))]
+    result = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert result.stderr == ""
+    assert result.returncode == 1
+
+
+def test_an_interrupt_is_status_130(run_data, write_run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_cpt.data.resolve.prepare_run", interrupt)
+    assert main(["plan", str(write_run(run_data))]) == 130
+
+
+def test_a_defect_of_ours_keeps_its_traceback(run_data, write_run, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("megatron_cpt.data.resolve.prepare_run", fail)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        main(["plan", str(write_run(run_data))])
