@@ -17,6 +17,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist",
         "hypothesis>=6.100",
+        "jsonschema",
         "ruff>=0.11",
         "mypy>=1.14",
         "import-linter>=2",

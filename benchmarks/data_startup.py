@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import resource
 import statistics
 import struct
@@ -34,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import machine
 
 RESULT = Path(__file__).parent / "results" / "data_startup.json"
 GLOBAL_BATCH, SEQ_LENGTH, SEED = 1152, 4096, 1234
@@ -159,17 +157,6 @@ def check_same_job(runs: list[dict[str, Any]], theirs: dict[str, Any]) -> None:
 
 def peak_memory() -> dict[str, int]:
     return {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-
-
-def machine() -> dict[str, Any]:
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "cpu": next(line.partition(": ")[2] for line in cpu_lines if line.startswith("model name")),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in ("numpy", "torch", "megatron-core")},
-    }
 
 
 def print_table(result: dict[str, Any]) -> None:

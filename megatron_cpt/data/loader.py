@@ -52,10 +52,7 @@ class Loader:
         data_parallel_size: how many there are.
         prefetch: steps read ahead, at least 1.
         vocab_size: refuse ids that are not below it; None: do not look.
-        eod_id: see `DocumentOptions`, as the rest.
-        reset_attention: see there.
-        reset_positions: see there.
-        eod_loss: see there.
+        documents: what happens at the ends of documents.
     """
 
     def __init__(
@@ -69,10 +66,7 @@ class Loader:
         data_parallel_size: int = 1,
         prefetch: int = 2,
         vocab_size: int | None = None,
-        eod_id: int | None = None,
-        reset_attention: bool = False,
-        reset_positions: bool = False,
-        eod_loss: bool = True,
+        documents: DocumentOptions = DocumentOptions(),  # noqa: B008 - frozen
     ) -> None:
         assert tuple(stream.name for stream in streams) == cursor.source_names, "streams in the cursor's order"
         assert global_batch % (micro_batch * data_parallel_size) == 0, "the global batch divides into micro-batches"
@@ -84,7 +78,7 @@ class Loader:
         self._micro_batch = micro_batch
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._vocab_size = vocab_size
-        self._options = DocumentOptions(eod_id, reset_attention, reset_positions, eod_loss)
+        self._documents = documents
         self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
@@ -161,7 +155,7 @@ class Loader:
         shape = (-1, self._size, self._micro_batch)
         own_sources, own_ks = sources.reshape(shape)[:, self._rank], ks.reshape(shape)[:, self._rank]
         micro_batches = [
-            _read_batch(self._streams, micro_sources, micro_ks, self._vocab_size, self._options)
+            _read_batch(self._streams, micro_sources, micro_ks, self._vocab_size, self._documents)
             for micro_sources, micro_ks in zip(own_sources, own_ks, strict=True)
         ]
         return StepData(micro_batches, self._cursor.counts, self._cursor.state_dict())
@@ -175,10 +169,7 @@ def validation_batches(
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
     vocab_size: int | None = None,
-    eod_id: int | None = None,
-    reset_attention: bool = False,
-    reset_positions: bool = False,
-    eod_loss: bool = True,
+    documents: DocumentOptions = DocumentOptions(),  # noqa: B008 - frozen
 ) -> Iterator[Batch]:
     """This rank's micro-batches of a validation set: the same samples each time, however the work is divided.
 
@@ -193,20 +184,16 @@ def validation_batches(
         data_parallel_rank: this rank.
         data_parallel_size: how many there are.
         vocab_size: refuse ids that are not below it; None: do not look.
-        eod_id: see `DocumentOptions`, as the rest.
-        reset_attention: see there.
-        reset_positions: see there.
-        eod_loss: see there.
+        documents: what happens at the ends of documents.
 
     Raises:
         RefusedError: the data is damaged or holds ids beyond the vocabulary.
     """
-    options = DocumentOptions(eod_id, reset_attention, reset_positions, eod_loss)
     num_samples = min(num_samples, stream.samples_per_epoch)
     block = micro_batch * data_parallel_size
     for first in range(data_parallel_rank * micro_batch, -(-num_samples // block) * block, block):
         ks = np.arange(first, first + micro_batch)
-        batch = _read_batch([stream], np.zeros_like(ks), ks, vocab_size, options)
+        batch = _read_batch([stream], np.zeros_like(ks), ks, vocab_size, documents)
         batch.loss_mask[ks >= num_samples] = 0.0
         yield batch
 

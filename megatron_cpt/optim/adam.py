@@ -19,7 +19,7 @@ class GroupStepAdam(torch.optim.Optimizer):
     Args:
         params: parameters or groups; gradients in `p.grad`, in the type of the parameter.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        adam_w_mode, bias_correction: FusedAdam's arguments; only True is supported.
+        adam_w_mode, bias_correction, capturable: FusedAdam's arguments; only the defaults are supported.
     """
 
     def __init__(
@@ -31,9 +31,11 @@ class GroupStepAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         bias_correction: bool = True,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         assert bias_correction, "only with bias correction"
         assert adam_w_mode, "only decoupled weight decay"
+        assert not capturable, "not for CUDA graphs"
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         super().__init__(params, defaults)
 

@@ -18,8 +18,6 @@ def build_optimizer(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     chunks: Sequence[DistributedDataParallel],
-    *,
-    max_lr: float,
 ) -> MegatronOptimizer:
     """Adam over the chunks: fp32 master weights under bf16, sharded over data-parallel ranks where asked.
 
@@ -29,7 +27,9 @@ def build_optimizer(
     bf16 = precision.compute == "bf16"
     config = OptimizerConfig(
         optimizer="adam",
-        lr=max_lr,
+        # Not the run's rate, which `set_rate` gives at every step: megatron-core tells parameter groups in a checkpoint
+        # apart by these two, so an optimizer could not be loaded into a run with another schedule.
+        lr=1.0,
         min_lr=0.0,
         weight_decay=adam.weight_decay,
         adam_beta1=adam.betas[0],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -15,7 +15,15 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.load import load_training, load_weights, newest_sound, read_run, read_state
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
 from megatron_cpt.config import RunConfig
-from megatron_cpt.data import BlendCursor, IndexedDataset, Loader, PhaseBlend, TokenStream, expand_prefixes
+from megatron_cpt.data import (
+    BlendCursor,
+    IndexedDataset,
+    Loader,
+    PhaseBlend,
+    TokenStream,
+    expand_prefixes,
+    validation_batches,
+)
 from megatron_cpt.data.batch import DocumentOptions
 from megatron_cpt.data.fingerprint import fingerprint
 from megatron_cpt.errors import RefusedError
@@ -95,9 +103,7 @@ def setup(
     origin = own or _init_checkpoint(config)
 
     model = build_model(config)
-    optimizer = build_optimizer(
-        config.optimizer, config.parallel, config.precision, model.chunks, max_lr=config.schedule.max_lr
-    )
+    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
     state = _load(config, ranks, model, optimizer, own, origin)
     counts = ranks.is_last_stage and ranks.tensor_rank == 0
     documents = DocumentOptions(
@@ -203,34 +209,32 @@ def _loader(
         data_parallel_rank=ranks.data_parallel_rank,
         data_parallel_size=ranks.data_parallel_size,
         vocab_size=config.model.vocab,
-        **_options(documents),
+        documents=documents,
     )
-
-
-def _options(documents: DocumentOptions) -> dict[str, Any]:
-    return {
-        "eod_id": documents.eod_id,
-        "reset_attention": documents.reset_attention,
-        "reset_positions": documents.reset_positions,
-        "eod_loss": documents.eod_loss,
-    }
 
 
 def _validator(config: RunConfig, ranks: Ranks, documents: DocumentOptions, counts: bool) -> Validator | None:
     if config.validation is None:
         return None
-    return Validator(
-        streams=[
-            _stream(name, [paths] if isinstance(paths, str) else list(paths), config)
-            for name, paths in config.validation.sources.items()
-        ],
-        num_samples=config.validation.batches * config.batch.global_,
-        micro_batch=config.batch.micro,
-        data_parallel_rank=ranks.data_parallel_rank,
-        data_parallel_size=ranks.data_parallel_size,
-        documents=documents,
-        counts=counts,
-    )
+    streams = [
+        _stream(name, [paths] if isinstance(paths, str) else list(paths), config)
+        for name, paths in config.validation.sources.items()
+    ]
+    batches = {
+        stream.name: partial(
+            validation_batches,
+            stream,
+            num_samples=config.validation.batches * config.batch.global_,
+            micro_batch=config.batch.micro,
+            data_parallel_rank=ranks.data_parallel_rank,
+            data_parallel_size=ranks.data_parallel_size,
+            vocab_size=config.model.vocab,
+            documents=documents,
+        )
+        for stream in streams
+    }
+    group = config.batch.global_ // (config.batch.micro * ranks.data_parallel_size)
+    return Validator(batches, group, counts)
 
 
 def _log(ranks: Ranks, message: str) -> None:

@@ -1,38 +1,32 @@
-"""Held-out loss by source: always the same samples, at most one epoch of each."""
+"""Held-out loss by source."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
 
-from megatron_cpt.data import Batch, TokenStream
-from megatron_cpt.data.batch import DocumentOptions, batch_of
+from megatron_cpt.data import Batch
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import mean_losses, reduce_losses
 
 
 @dataclass(frozen=True)
 class Validator:
-    """Measures the loss of the first samples of each held-out stream.
+    """Measures the loss of the same samples of each held-out source every time.
 
     Attributes:
-        streams: one a held-out source.
-        num_samples: at most so many samples of each.
-        micro_batch: sequences a forward pass.
-        data_parallel_rank, data_parallel_size: this rank's share.
-        documents: masks at document ends, as in training.
+        batches: by source, a function that reads this rank's micro-batches; every rank gets as many.
+        group: micro-batches that go through the pipeline at once: as many as in a training step, so that memory and
+            the interleaved schedule's rules are those of training.
         counts: whether this rank's sums count.
     """
 
-    streams: Sequence[TokenStream]
-    num_samples: int
-    micro_batch: int
-    data_parallel_rank: int
-    data_parallel_size: int
-    documents: DocumentOptions
+    batches: Mapping[str, Callable[[], Iterable[Batch]]]
+    group: int
     counts: bool
 
     def run(self, forward: ForwardPass) -> dict[str, float]:
@@ -40,26 +34,25 @@ class Validator:
         chunks = forward.model.chunks
         for chunk in chunks:
             chunk.eval()
-        sums = torch.stack([self._sums(stream, forward) for stream in self.streams])
+        with torch.no_grad():
+            sums = [self._sums(read(), forward) for read in self.batches.values()]
         for chunk in chunks:
             chunk.train()
-        total = reduce_losses(sums if self.counts else torch.zeros_like(sums))
-        return mean_losses(total, [stream.name for stream in self.streams])[1]
+        total = torch.stack(sums)
+        total = reduce_losses(total if self.counts else torch.zeros_like(total))
+        return mean_losses(total, list(self.batches))[1]
 
-    def _sums(self, stream: TokenStream, forward: ForwardPass) -> torch.Tensor:
-        with torch.no_grad():
-            return forward(self._micro_batches(stream), train=False).sum(dim=0)
+    def _sums(self, batches: Iterable[Batch], forward: ForwardPass) -> torch.Tensor:
+        """Summed loss and tokens of one source, (2,) float64."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for group in batched(batches, self.group):
+            filler = replace(group[-1], loss_mask=np.zeros_like(group[-1].loss_mask))
+            total += forward([*group, *[filler] * (self.group - len(group))], train=False).sum(dim=0)
+        return total
 
-    def _micro_batches(self, stream: TokenStream) -> list[Batch]:
-        """This rank's share; every rank gets as many, filled up with samples that do not count."""
-        count = min(self.num_samples, stream.samples_per_epoch)
-        block = self.micro_batch * self.data_parallel_size
-        batches = []
-        for start in range(0, count, block):
-            first = start + self.data_parallel_rank * self.micro_batch
-            numbers = np.arange(first, first + self.micro_batch)
-            samples = np.stack([stream.read(k) for k in np.minimum(numbers, count - 1).tolist()])
-            batch = batch_of(samples, np.zeros(self.micro_batch, np.int64), self.documents)
-            batch.loss_mask[numbers >= count] = 0.0
-            batches.append(batch)
-        return batches
+
+def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` items; the last may be shorter (itertools.batched, which Python 3.11 does not have)."""
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group

@@ -16,7 +16,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, read_metrics, train_here
 
 TRAIN = [sys.executable, "-m", "megatron_cpt", "train"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_cpt"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def _run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def test_a_signal_saves_and_ends_with_75_and_a_later_call_goes_on(
 
 def test_torchrun_trains_on_two_ranks(run_file: Path) -> None:
     output = run_file.parent / "torchrun"
-    done = _run([*TORCHRUN, "train", str(run_file), f"output={output}", "parallel.tensor=2", "stop_at_step=2"])
+    done = _run([*TORCHRUN, *TRAIN[1:], str(run_file), f"output={output}", "parallel.tensor=2", "stop_at_step=2"])
     assert done.returncode == 0, done.stderr
     assert newest(output).name == "step-00000002"
     assert (output / "run.yaml").exists()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from megatron_cpt.data.batch import DocumentOptions
 from megatron_cpt.data.blend import BlendCursor, PhaseBlend
 from megatron_cpt.data.loader import Loader, StepData, validation_batches
 from megatron_cpt.data.stream import TokenStream
@@ -131,12 +132,20 @@ def test_a_file_cut_during_the_run(streams, tmp_path):
 
 def test_options_without_an_end_of_document(streams):
     with pytest.raises(UserError, match="eod_loss: false"):
-        Loader(streams, BlendCursor(PHASES, NAMES), global_batch=GLOBAL, micro_batch=1, eod_loss=False)
+        Loader(
+            streams,
+            BlendCursor(PHASES, NAMES),
+            global_batch=GLOBAL,
+            micro_batch=1,
+            documents=DocumentOptions(eod_loss=False),
+        )
 
 
 def test_options_reach_the_batches(streams):
     eod_id = int(streams[0].read(0)[3])
-    step = load(streams, num_steps=1, micro_batch=12, eod_id=eod_id, reset_attention=True, eod_loss=False)[0]
+    step = load(
+        streams, num_steps=1, micro_batch=12, documents=DocumentOptions(eod_id, reset_attention=True, eod_loss=False)
+    )[0]
     batch = step.micro_batches[0]
     ends = batch.tokens == eod_id
     assert ends.any()
