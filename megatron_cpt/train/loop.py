@@ -22,33 +22,28 @@ def train(session: Session, hooks: Sequence[Hook], stop: StopRequest) -> int:
         The exit status: 0, or 75 when a signal stopped the run after a checkpoint was saved.
     """
     config, state = session.config, session.state
-    schedule, phases = session.plan.schedule, session.plan
     for hook in hooks:
         hook.on_start(session)
     if not session.is_resumed:
         _validate(session, hooks)
-    saved_at = state.step if session.is_resumed else None
     stopped = False
     while state.step < session.last_step and not stopped:
+        rate = session.plan.schedule.rate(state.step + 1)
         data = session.loader.next_step()
-        rate = schedule.rate(state.step + 1)
-        result = train_step(
-            session.forward, session.optimizer, data, rate=rate, weight_decay=config.optimizer.weight_decay
-        )
+        result = train_step(session.forward, session.optimizer, data, rate, config.optimizer.weight_decay)
         state.advance(config.tokens_per_step, data.counts, data.state)
         session.meter.add(result.loss_by_source, config.tokens_per_step)
         for hook in hooks:
             hook.on_step(session)
-        is_last = state.step == session.last_step
         stopped = stop.agreed()
-        if state.step % config.log.every == 0 or is_last or stopped:
-            _report(session, hooks, phases.phase_of(state.step).name, rate, result)
+        is_last = state.step == session.last_step
+        saves = is_last or stopped or _is_due(state.step, config.checkpoint.every)
+        if saves or _is_due(state.step, config.log.every):
+            _report(session, hooks, rate, result)  # before saving: a loss that is not a number must not be saved
         if is_last or _is_due(state.step, config.validation.every if config.validation else None):
             _validate(session, hooks)
-        if is_last or stopped or _is_due(state.step, config.checkpoint.every):
+        if saves:
             _save(session, hooks)
-            saved_at = state.step
-    assert saved_at == state.step or state.step == 0, "a run never ends without its last step saved"
     return EXIT_STOPPED if stopped and state.step < session.last_step else EXIT_OK
 
 
@@ -56,12 +51,12 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _report(session: Session, hooks: Sequence[Hook], phase: str, rate: float, result: StepResult) -> None:
+def _report(session: Session, hooks: Sequence[Hook], rate: float, result: StepResult) -> None:
     numbers = session.meter.take()
     line: dict[str, Any] = {
         "step": session.state.step,
         "tokens": session.state.tokens,
-        "phase": phase,
+        "phase": session.plan.phase_of(session.state.step).name,
         "lr": rate,
         "loss": numbers["loss"],
         "grad_norm": result.grad_norm,

@@ -26,7 +26,7 @@ class StepResult:
 
 
 def train_step(
-    forward: ForwardPass, optimizer: MegatronOptimizer, data: StepData, *, rate: float, weight_decay: float
+    forward: ForwardPass, optimizer: MegatronOptimizer, data: StepData, rate: float, weight_decay: float
 ) -> StepResult:
     """Train on one global batch; a collective call.
 
