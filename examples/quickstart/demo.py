@@ -40,6 +40,7 @@ RUNS = Path("runs/quickstart")
 MEGATRON_CPT = [sys.executable, "-m", "megatron_cpt"]  # the console command `megatron-cpt`, whatever PATH says
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SEQ_LENGTH = 256  # as in the run.yaml files
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a rank a core; torchrun would choose the same, and say so at length
 
 GROUPS = {
     "general text": [name for name in HELD_OUT if name not in QUESTIONS],
@@ -79,7 +80,8 @@ class Story:
         """
         shown = ["megatron-cpt", *command[3:]] if list(command[:3]) == MEGATRON_CPT else ["python", *command[1:]]
         self.console.print(f"$ {shlex.join(shown)}", style="cyan", markup=False, highlight=False, soft_wrap=True)
-        status = subprocess.run(command, check=False).returncode
+        environment = {**os.environ, **ONE_THREAD} if list(command[:3]) == TORCHRUN[:3] else None
+        status = subprocess.run(command, check=False, env=environment).returncode
         if status != 0:
             # A negative status is the signal that ended it; a shell says 128 + signal.
             raise StepError(command, status if status > 0 else 128 - status)

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt.backend import set_rng_state
 from megatron_cpt.checkpoint import layout, sharded
 from megatron_cpt.checkpoint.manifest import find_faults
+from megatron_cpt.checkpoint.unpickle import plain_types_only
 from megatron_cpt.config import read_mapping
 from megatron_cpt.errors import RefusedError
 
@@ -107,7 +109,13 @@ def load_training(
 
 def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
+        with plain_types_only(path):
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
+    except CheckpointException as error:  # torch's own, over several ranks; not an Exception
+        causes = "; ".join(
+            sorted({f"{type(cause).__name__}: {cause}".splitlines()[0] for cause, _ in error.failures.values()})
+        )
+        raise RefusedError(f"{path}: cannot be read: {causes}") from error
     except (dist_checkpointing.mapping.CheckpointingException, KeyError, ValueError) as error:
         raise RefusedError(f"{path}: does not fit this model: {error}") from error
     return loaded

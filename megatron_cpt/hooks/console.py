@@ -72,6 +72,8 @@ class ConsoleHook(Hook):
 def _headline(session: Session) -> str:
     config, ranks, parallel = session.config, session.ranks, session.config.parallel
     origin = f"from {session.origin}" if session.origin else "from random weights"
+    if session.state.step >= session.last_step:
+        return f"{config.name}: step {session.state.step} is done already: nothing is left to do ({session.origin})"
     verb = f"going on after step {session.state.step}" if session.is_resumed else "starting"
     return (
         f"{config.name}: {verb} {origin}; {format_count(session.plan.parameters.total)} parameters, "

@@ -22,6 +22,8 @@ from megatron_cpt.train.hook import Hook
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
 
+logger = logging.getLogger(__name__)
+
 MakeHooks = Callable[[RunConfig], Sequence[Hook]]
 
 
@@ -53,6 +55,8 @@ def run_training(path: str, overrides: Sequence[str], allow: Collection[str], ma
         from megatron_cpt.train.setup import setup
 
         _configure_logging(ranks)
+        if config.checkpoint.async_ and ranks.is_main:
+            logger.info("checkpoint.async: this version writes checkpoints while training waits")
         session = setup(config, prepared.plan, ranks, eod_id=eod_id, allow=allow)
         _write_run_files(session, prepared)
         hooks = make_hooks(config)
@@ -84,8 +88,16 @@ def _end_of_document(config: RunConfig) -> int | None:
 
 
 def _configure_logging(ranks: Ranks) -> None:
-    logging.getLogger("megatron_cpt").setLevel(logging.INFO if ranks.is_main else logging.ERROR)
+    """Our messages on stderr, from the main rank; of the others errors only."""
+    ours = logging.getLogger("megatron_cpt")
+    ours.setLevel(logging.INFO if ranks.is_main else logging.ERROR)
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        ours.addHandler(handler)
+        ours.propagate = False
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def _write_run_files(session: Session, prepared: PreparedRun) -> None:
