@@ -51,6 +51,22 @@ def newest_sound(folder: Path) -> Path | None:
     return None
 
 
+def find_sound(named: str | Path) -> Path:
+    """The checkpoint that a user means: a folder, or a run directory's newest that verifies; a collective call.
+
+    Raises:
+        UserError: there is nothing of that name.
+        RefusedError: it is broken, or a run without a sound checkpoint.
+    """
+    path = layout.resolve_checkpoint(named)
+    if path != Path(named):
+        return newest_sound(path.parent) or path
+    faults = verify(path)
+    if faults:
+        raise RefusedError(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
+    return path
+
+
 def verify(path: Path) -> list[str]:
     """Every fault of a checkpoint's files; the ranks share the checksums and all get the same answer."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.load import load_training, load_weights, newest_sound, read_run, read_state
+from megatron_cpt.checkpoint.load import find_sound, load_training, load_weights, newest_sound, read_run, read_state
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import (
@@ -140,7 +140,7 @@ def _stream(name: str, paths: list[str], config: RunConfig) -> TokenStream:
 def _init_checkpoint(config: RunConfig) -> Path | None:
     if config.init.from_ is None:
         return None
-    path = layout.resolve_checkpoint(config.init.from_)
+    path = find_sound(config.init.from_)
     before, now = model_shape(read_run(path)), model_shape(config.to_dict())
     wrong = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
     if wrong:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.checkpoints import differing
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, read_metrics, train_here
 
 TRAIN = [sys.executable, "-m", "megatron_cpt", "train"]
@@ -100,9 +100,13 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(run_file: Path) -> None:
     assert f"{shard.name}: checksum differs" in done.stderr
     assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4, 5, 6]
 
+    from_broken = [f"init.from={newest(output).parent / 'step-00000004'}", f"output={output}-2"]
     for checkpoint in (output / "checkpoints").glob("step-*"):
         os.truncate(next(checkpoint.glob("__0_*.distcp")), 100)
     done = _run([*command, "stop_at_step=8"])
     assert done.returncode == 3
     assert "no sound checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
+
+    with pytest.raises(RankError, match=r"RefusedError: .*step-00000004: broken: __0_\d\.distcp: 100 bytes"):
+        run_ranks(1, train_here, str(run_file), from_broken)
