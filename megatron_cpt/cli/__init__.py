@@ -13,8 +13,11 @@ import typer
 
 from megatron_cpt import __version__
 from megatron_cpt.cli.arguments import repeat_options
+from megatron_cpt.cli.check import check
+from megatron_cpt.cli.inspect import inspect
 from megatron_cpt.cli.plan import plan
 from megatron_cpt.cli.preprocess import preprocess
+from megatron_cpt.cli.trace import trace
 from megatron_cpt.cli.train import train
 from megatron_cpt.errors import CptError
 
@@ -31,6 +34,9 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(train)
 app.command()(preprocess)
+app.command()(check)
+app.command()(inspect)
+app.command()(trace)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,196 @@
+"""What a run directory says about its past: its checkpoints, and the counts in metrics.jsonl. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.manifest import digest, read_manifest
+from megatron_cpt.config import read_mapping
+from megatron_cpt.data import PhaseBlend
+from megatron_cpt.errors import CptError, RefusedError, UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Blends:
+    """A resolved run.yaml with its plan: all that the order of samples depends on.
+
+    Attributes:
+        origin: where it was found.
+        run: run.yaml as plain values.
+        phases: the blends of the plan, in order.
+        last_step: the plan's last step.
+    """
+
+    origin: str
+    run: Mapping[str, Any]
+    phases: tuple[PhaseBlend, ...]
+    last_step: int
+
+    @property
+    def source_names(self) -> list[str]:
+        """In the order that decides ties."""
+        return list(self.run["sources"])
+
+    @property
+    def global_batch(self) -> int:
+        """Samples a step."""
+        return int(self.run["batch"]["global"])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A checkpoint, as far as its text files go.
+
+    Attributes:
+        path: its folder.
+        step: its step.
+        blends: what was in force in the steps up to it.
+        data: the blend's state after it.
+        fingerprints: which files the sources were.
+    """
+
+    path: Path
+    step: int
+    blends: Blends
+    data: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples each source has given."""
+        return drop_zeros(self.data["counts"])
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Counts that were written down while the run went on.
+
+    Attributes:
+        origin: where.
+        step: after which step.
+        counts: samples each source had given; those of none are left out.
+        data: the whole state of the blend, where that was written down too.
+    """
+
+    origin: str
+    step: int
+    counts: dict[str, int]
+    data: Mapping[str, Any] | None = None
+
+    def agrees_with(self, data: Mapping[str, Any]) -> bool:
+        """Whether the blend may have had this state after the step."""
+        if drop_zeros(data["counts"]) != self.counts:
+            return False
+        if self.data is None:
+            return True
+        starts = [drop_zeros(state["counts_at_blend_start"]) for state in (data, self.data)]
+        return starts[0] == starts[1] and all(data[key] == self.data[key] for key in ("phase", "weights"))
+
+
+def read_history(run_directory: Path) -> tuple[list[Recorded], list[str]]:
+    """All checkpoints whose records are sound, oldest first, and a line for each of the others.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    if not run_directory.is_dir():
+        raise UserError(f"{run_directory}: no such run directory")
+    recorded, notes = [], []
+    for path in layout.list_checkpoints(layout.checkpoints_folder(run_directory)):
+        try:
+            recorded.append(_read_checkpoint(path))
+        except CptError as error:
+            notes.append(f"passed over: {error}")
+    return recorded, notes
+
+
+def read_blends(folder: Path) -> Blends:
+    """The run.yaml and plan.json of a run directory or a checkpoint.
+
+    Raises:
+        UserError: run.yaml is missing.
+        RefusedError: the plan is missing or damaged.
+    """
+    run = read_mapping(folder / layout.RUN_FILE)
+    plan = _read_json(folder / layout.PLAN_FILE)
+    try:
+        batch = int(run["batch"]["global"])
+        phases = tuple(_phase(phase, batch) for phase in plan["phases"])
+        return Blends(str(folder / layout.RUN_FILE), run, phases, int(plan["steps"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RefusedError(f"{folder / layout.PLAN_FILE}: not the plan of a run ({error!r})") from error
+
+
+def witnesses(run_directory: Path, recorded: list[Recorded], step: int) -> tuple[Witness | None, Witness | None]:
+    """The last line of metrics.jsonl before a step, and the nearest record at or after it: a line or a checkpoint."""
+    before, line = _metrics_around(run_directory / METRICS_FILE, step)
+    found = [
+        Witness(f"{checkpoint.path.name}/{layout.STATE_FILE}", checkpoint.step, checkpoint.counts, checkpoint.data)
+        for checkpoint in recorded
+        if checkpoint.step >= step
+    ][:1]
+    found += [line] if line is not None else []
+    return before, min(found, key=lambda witness: witness.step, default=None)
+
+
+def drop_zeros(counts: Mapping[str, Any]) -> dict[str, int]:
+    """Counts of the sources that gave something, so that a source which has not begun makes no difference."""
+    return {str(name): int(count) for name, count in counts.items() if count}
+
+
+def _read_checkpoint(path: Path) -> Recorded:
+    manifest = read_manifest(path)
+    for name in (layout.STATE_FILE, layout.RUN_FILE, layout.PLAN_FILE):
+        if not (path / name).is_file() or name not in manifest or digest(path / name) != manifest[name]:
+            raise RefusedError(f"{path / name}: missing, or not what the manifest says")
+    state = _read_json(path / layout.STATE_FILE)
+    try:
+        train = state["train"]
+        return Recorded(path, int(train["step"]), read_blends(path), train["data"], state["data_fingerprints"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RefusedError(f"{path / layout.STATE_FILE}: not the state of a run ({error!r})") from error
+
+
+def _phase(phase: Mapping[str, Any], batch: int) -> PhaseBlend:
+    first, last = int(phase["first_step"]), int(phase["last_step"])
+    weights = {name: float(use["weight"]) for name, use in phase["sources"].items()}
+    return PhaseBlend(phase["name"], (first - 1) * batch, (last - first + 1) * batch, weights)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        plain = orjson.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path}: missing or damaged ({error})") from error
+    if not isinstance(plain, dict):
+        raise RefusedError(f"{path}: damaged: not an object")
+    return plain
+
+
+def _metrics_around(path: Path, step: int) -> tuple[Witness | None, Witness | None]:
+    """The last line of training before a step, and the first one at or after it."""
+    before = None
+    if not path.is_file():
+        return None, None
+    with open(path, "rb") as file:
+        for raw in file:
+            try:
+                line = orjson.loads(raw)
+            except ValueError:
+                continue  # the line that a kill cut
+            if "samples_by_source" not in line:
+                continue
+            counts = drop_zeros(line["samples_by_source"])
+            witness = Witness(f"{METRICS_FILE}, step {line['step']}", int(line["step"]), counts)
+            if witness.step >= step:
+                return before, witness
+            before = witness
+    return before, None

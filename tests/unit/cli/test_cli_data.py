@@ -1,0 +1,192 @@
+"""`check`, `inspect` and the scripts that shape data: what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_cpt.cli import main
+from megatron_cpt.data.indexed import IndexedDataset, IndexedDatasetWriter
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "to be or not to be", "to be or not to be"]
+
+
+def write(prefix: str, texts: list[str]) -> None:
+    with IndexedDatasetWriter(prefix, "<u2") as writer:
+        for text in texts:
+            writer.add_document(np.array([*text.encode(), 256]))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write("web", TEXTS)
+    write("code", ["def f(): pass", "x = 1"])
+    return tmp_path
+
+
+class TestCheck:
+    def test_sound(self, folder, capsys):
+        assert main(["check", "web", "code.idx", "--vocab-size", "257"]) == 0
+        out = capsys.readouterr().out
+        assert "web: sound\n  3 documents, 82 uint16 tokens\n" in out
+        assert "largest id 256, of a vocabulary of 257" in out
+        assert "end-of-document id: 256; empty: 0; duplicates: 1" in out
+        assert "warning: web.bin: document 2: is the same as document 1" in out
+        assert "code: sound" in out
+
+    def test_not_sound(self, folder, capsys):
+        os.truncate("code.bin", 10)
+        assert main(["check", "*", "--vocab-size", "200"]) == 3
+        out = capsys.readouterr().out
+        assert "code: NOT SOUND" in out
+        assert "fault: code.bin: has 10 bytes, but the sizes in its .idx add up to 20 uint16 tokens" in out
+        assert "web: NOT SOUND, 3 faults" in out
+        assert "fault: web.bin: token 43 of document 0: id 256 is outside of the vocabulary of 200" in out
+
+    @pytest.mark.parametrize(("num_bytes", "status"), [(40, 0), (39, 3)])
+    def test_json(self, folder, capsys, num_bytes, status):
+        os.truncate("code.bin", num_bytes)
+        assert main(["check", "web", "code", "--vocab-size", "300", "--json"]) == status
+        captured = capsys.readouterr()
+        plain = json.loads(captured.out)
+        assert plain["sound"] == (status == 0)
+        web, code = plain["data_sets"]
+        assert (web["prefix"], web["sound"], web["documents"], web["tokens"]) == ("web", True, 3, 82)
+        assert (web["ids"]["max_id"], web["ids"]["num_outside"], web["duplicate_documents"]) == (256, 0, 1)
+        assert code["sound"] == plain["sound"]
+        if status:
+            faults = {(one["level"], one["kind"], one["file"], one["value"]) for one in code["findings"]}
+            assert ("fault", "bin_length", "code.bin", 39) in faults
+            assert all(one["message"].startswith("code.") for one in code["findings"])
+
+    def test_no_such_file(self, folder, capsys):
+        assert main(["check", "none"]) == 2
+        assert "no such file: none.idx and none.bin" in capsys.readouterr().err
+        assert main(["check", "none-*", "--json"]) == 2
+        assert main(["check", "web", "--vocab-size", "0"]) == 2
+        assert main(["check"]) == 2
+
+
+class TestInspect:
+    def test_counts_and_histogram(self, folder, capsys):
+        assert main(["inspect", "web", "--plot", "lengths.png"]) == 0
+        out = capsys.readouterr().out
+        assert "web: 3 documents, 82 uint16 tokens" in out
+        assert "tokens of a document: 19 to 44, mean 27.3" in out
+        assert [line.split()[:4] for line in out.splitlines()[-2:]] == [
+            ["16", "to", "31", "2"],
+            ["32", "to", "63", "1"],
+        ]
+        assert Path("lengths.png").stat().st_size > 1000
+
+    def test_documents(self, folder, capsys):
+        assert main(["inspect", "web", "--document", "1", "--tokenizer", "byte"]) == 0
+        out = capsys.readouterr().out
+        assert "document 1: tokens 44 to 63 of the file, 19 tokens" in out
+        assert TEXTS[1] in out
+        assert main(["inspect", "code", "--tokenizer", "byte"]) == 0
+        assert "def f(): pass" in capsys.readouterr().out
+
+    def test_json(self, folder, capsys):
+        assert main(["inspect", "web", "--json", "--tokenizer", "byte"]) == 0
+        plain = json.loads(capsys.readouterr().out)
+        assert (plain["documents"], plain["tokens"], plain["percentiles"]["p50"]) == (3, 82, 19)
+        assert plain["histogram"][0] == {"low": 16, "high": 31, "documents": 2, "tokens": 38}
+        assert [one["text"] for one in plain["first_documents"]] == TEXTS
+        assert main(["inspect", "web", "--json", "--document", "2"]) == 0
+        plain = json.loads(capsys.readouterr().out)
+        assert plain == {"document": 2, "first_token": 63, "num_tokens": 19, "ids": [*TEXTS[2].encode(), 256]}
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "text"),
+        [
+            (["none"], 2, "no such file"),
+            (["web", "--document", "3"], 2, "no document 3; they are 0 to 2"),
+            (["*"], 2, "2 data sets; give one of them: code, web"),
+            (["web", "--tokenizer", "nope"], 2, "not a KIND:PATH that is known"),
+            (["wide", "--tokenizer", "byte"], 2, "id 300 is beyond the tokenizer's 257 ids"),
+            (["cut"], 3, "cut.bin: has 2 bytes"),
+        ],
+    )
+    def test_mistakes(self, folder, capsys, arguments, status, text):
+        if arguments[0] != "*":
+            write("cut", ["ab"])
+            os.truncate("cut.bin", 2)
+            with IndexedDatasetWriter("wide", "<u2") as writer:
+                writer.add_document(np.array([300]))
+        assert main(["inspect", *arguments]) == status
+        assert text in capsys.readouterr().err
+
+
+def test_none_of_them_loads_torch(folder):
+    script = (
+        "import sys; from megatron_cpt.cli import main; import megatron_cpt.train.trace\n"
+        "print(main(['check', 'web']), main(['inspect', 'web']), main(['trace', 'none', '--step', '1']))\n"
+        "print([name for name in ('torch', 'megatron.core', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["0 0 2", "[]"]
+
+
+def tool(repository: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(repository / "tools" / f"{name}.py"), *arguments],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(repository)},
+    )  # fmt: skip
+
+
+def test_merge_a_folder_as_megatron_does(folder, repository):
+    Path("all").mkdir()
+    for name in ("web", "code"):
+        for ending in (".bin", ".idx"):
+            os.rename(f"{name}{ending}", f"all/{name}{ending}")
+    done = tool(repository, "merge_datasets", "--input", "all", "--output-prefix", "joined")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "joined: 2 data sets, 5 documents, 102 uint16 tokens\n"
+    assert bytes(IndexedDataset("joined").document(0)[:-1].astype("u1")) == b"def f(): pass"
+    again = tool(repository, "merge_datasets", "--input", "all", "--output-prefix", "joined")
+    assert again.returncode == 2
+    assert "error: joined.bin and joined.idx: there already" in again.stderr
+    other = tool(repository, "merge_datasets", "--input", "all/web", "all/code", "--output-prefix", "other")
+    assert other.returncode == 0
+    assert bytes(IndexedDataset("other").document(3)[:-1].astype("u1")) == b"def f(): pass"
+
+
+def test_split(folder, repository):
+    arguments = ("--input", "web", "code", "--fraction", "0.5", "--held-out-prefix", "held", "--rest-prefix", "rest")
+    done = tool(repository, "split_dataset", *arguments)
+    assert done.returncode == 0, done.stderr
+    held, rest = IndexedDataset("held"), IndexedDataset("rest")
+    assert (held.num_documents + rest.num_documents, held.num_tokens + rest.num_tokens) == (5, 102)
+    assert f"held: {held.num_documents} documents, {held.num_tokens} tokens" in done.stdout
+    assert tool(repository, "split_dataset", *arguments).returncode == 2
+
+
+def test_contamination(folder, repository):
+    Path("exam.jsonl").write_text(
+        "".join(
+            json.dumps({"text": text}) + "\n" for text in ("he quick brown fox jumps over", TEXTS[1], "nothing of it")
+        )
+    )
+    arguments = ("--train", "web", "code", "--held-out", "exam.jsonl", "--tokenizer", "byte")
+    done = tool(repository, "contamination", *arguments, "--clean-prefix", "clean")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == (
+        "3 held-out documents: 1 exact, 1 near, 0 partial, 1 clean, 0 short (13 ids in a row)"
+    )
+    assert "3 of 5 training documents (102 tokens) share something" in done.stdout
+    assert "exact   exam.jsonl:2:text: 6 of 6 n-grams in web document 1, 6 in all" in done.stdout
+    assert IndexedDataset("clean").num_documents == 2
+    plain = json.loads(tool(repository, "contamination", *arguments, "--json").stdout)
+    assert plain["counts"] == {"exact": 1, "near": 1, "partial": 0, "clean": 1, "short": 0}
+    assert plain["held_out"][1]["copies"] == 2
+    bad = tool(repository, "contamination", "--train", "none", "--held-out", "web")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "error: no such file" in bad.stderr
