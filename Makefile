@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,hf,eval
+EXTRAS := dev,hf,eval,fast
 
 .PHONY: setup demo test test-long check bench gpu-test clean
 
@@ -39,6 +39,8 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/data_startup.py
+	$(BIN)/python benchmarks/data_resume.py
+	$(BIN)/python benchmarks/data_loader.py
 	$(BIN)/python benchmarks/loop_overhead.py
 
 clean:

@@ -12,7 +12,9 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.0"],
     "hf": ["transformers>=4.57"],
     "eval": ["lm-eval>=0.4.9"],
+    "fast": ["gigatoken>=0.10,<0.11"],
     "wandb": ["wandb"],
+    "cloud": ["fsspec>=2023.1"],  # and what it opens your store with: s3fs, gcsfs, adlfs
     "dev": [
         "pytest>=8",
         "pytest-xdist",

@@ -26,7 +26,7 @@ def _is_run_or_override(word: str) -> bool:
 
 
 MANY_VALUES = {
-    "preprocess": (ManyValues("--input"),),
+    "preprocess": (ManyValues("--input"), ManyValues("--key")),
     "train": (ManyValues("--allow", _is_run_or_override),),
 }
 """By command."""

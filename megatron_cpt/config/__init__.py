@@ -8,6 +8,7 @@ from megatron_cpt.config.quantities import format_count, parse_count
 from megatron_cpt.config.schema import (
     BatchConfig,
     DocumentsConfig,
+    FimConfig,
     InitConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "BatchConfig",
     "DocumentsConfig",
     "Draft",
+    "FimConfig",
     "InitConfig",
     "ModelConfig",
     "Norm",

@@ -101,6 +101,27 @@ def _blends(config: RunConfig) -> Iterator[str]:
                 yield f"{key}: {weight:g} is not a positive weight; leave the source out to give it none"
 
 
+def _exhausted(config: RunConfig) -> Iterator[str]:
+    for name, source in config.sources.items():
+        if source.on_exhausted == "renormalize" and source.max_epochs is None:
+            yield f"sources.{name}.on_exhausted: renormalize: needs max_epochs, which says when the source has ended"
+
+
+def _fim(config: RunConfig) -> Iterator[str]:
+    for name, source in config.sources.items():
+        fim, key = source.fim, f"sources.{name}.fim"
+        if fim is None:
+            continue
+        if config.tokenizer is None and config.documents.eod_id is None:
+            yield f"{key}: needs the end-of-document id; set tokenizer: KIND:PATH or documents.eod_id"
+        ids = {"prefix_id": fim.prefix_id, "middle_id": fim.middle_id, "suffix_id": fim.suffix_id}
+        for id_name, value in ids.items():
+            if value >= config.model.vocab:
+                yield f"{key}.{id_name}: {value} is outside model.vocab: {config.model.vocab}"
+        if len({*ids.values(), config.documents.eod_id}) < 4:
+            yield f"{key}: prefix_id, middle_id, suffix_id and the end-of-document id must be four different tokens"
+
+
 def _phase_ends(config: RunConfig) -> Iterator[str]:
     names = [phase.name for phase in config.phases]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -142,6 +163,8 @@ CHECKS = (
     Check(("seq_length", "parallel.tensor", "parallel.context", "parallel.sequence"), _sequence),
     Check(("schedule.max_lr", "schedule.min_lr"), _rates),
     Check(("phases[*].blend", "sources"), _blends),
+    Check(("sources",), _exhausted),
+    Check(("sources", "documents.eod_id", "tokenizer", "model.vocab"), _fim),
     Check(("phases[*].until", "phases[*].name"), _phase_ends),
     Check(("documents.eod_id", "tokenizer", "model.vocab"), _documents),
     Check(("precision.compute", "precision.fp8"), _precision),

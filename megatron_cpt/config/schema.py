@@ -78,13 +78,32 @@ class OptimizerConfig(Section):
     """Global gradient norm; 0: no clipping."""
 
 
+class FimConfig(Section):
+    """Fill in the middle: pieces of documents rearranged to prefix, suffix, middle or suffix, prefix, middle."""
+
+    rate: float = Field(0.5, gt=0, le=1)
+    """Share of the pieces that are rearranged."""
+    spm_rate: float = Field(0.5, ge=0, le=1)
+    """Share of those that have the suffix first."""
+    prefix_id: int = Field(ge=0)
+    """The token in front of the prefix."""
+    middle_id: int = Field(ge=0)
+    """The token in front of the middle."""
+    suffix_id: int = Field(ge=0)
+    """The token in front of the suffix."""
+
+
 class SourceConfig(Section):
     """One source of tokens."""
 
     path: str | list[str]
     """A prefix of .bin/.idx, a list of them, or a glob."""
     max_epochs: float | None = Field(None, gt=0)
-    """Refuse a plan that reads this source more often."""
+    """How often this source may be read over the run."""
+    on_exhausted: Literal["error", "renormalize"] = "error"
+    """At max_epochs. error: refuse the plan; renormalize: the others of the blend share its weight from there on."""
+    fim: FimConfig | None = None
+    """Fill in the middle, for code; left out: documents as they are."""
     tokens: TokenCount | None = None
     """Its size, for planning on a machine that does not have the files; where they are, their own size counts."""
 

@@ -99,9 +99,9 @@ def make_batch(
 
 def batch_of(samples: npt.NDArray[Any], sources: npt.ArrayLike, options: DocumentOptions) -> Batch:
     """`make_batch` of samples that are one array already, (micro, S + 1)."""
-    ids = samples.astype(np.int64, copy=False)
-    # contiguous copies: each array is handed to the device by itself
-    tokens, labels = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+    # copies that are contiguous (each array is handed to the device by itself), widened only now: samples are read, put
+    # together and checked in the narrower type of their files
+    tokens, labels = samples[:, :-1].astype(np.int64, order="C"), samples[:, 1:].astype(np.int64, order="C")
     loss_mask = np.ones(tokens.shape, np.float32)
     position_ids = np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1))
     attention_documents = None

@@ -1,9 +1,10 @@
 """The blend: which source each sample of the run comes from. Nothing but counting.
 
 Inside a phase, sample i goes to the source that is furthest behind its share; that is the rule of megatron-core's
-`build_blending_indices` (`datasets/helpers.cpp`), computed as it goes instead of being indexed for the whole run. Its
-state is one counter a source, so a run can be extended, its blend changed from now on and its world size changed,
-and every source still goes on exactly where it stood.
+`build_blending_indices` (`datasets/helpers.cpp`), computed as it goes instead of being indexed for the whole run. No
+source is ever a whole sample ahead of its share, nor more than 1 + 1/2 + ... + 1/(n - 1) behind it
+(docs/decisions.md). Its state is one counter a source, so a run can be extended, its blend changed from now on and its
+world size changed, and every source still goes on exactly where it stood.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.errors import RefusedError
+from megatron_cpt.errors import RefusedError, UserError
+
+_NO_LIMIT = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,23 @@ def assign(weights: npt.NDArray[np.float64], given: npt.NDArray[np.int64], count
 class BlendCursor:
     """Walks the samples of the whole run, phase after phase, and counts what each source has given.
 
+    A source that has given its limit has ended: from that sample on the others of the blend share its weight in
+    proportion to theirs, as a new blend that counts from there. Which sources have ended follows from the counters, so
+    they remain all of the state.
+
     Args:
         phases: in order, without gaps, the first one from sample 0.
         source_names: every source of the run; the order decides ties.
+        limits: samples after which a source ends, counted over the whole run; one that is left out never does.
     """
 
-    def __init__(self, phases: Sequence[PhaseBlend], source_names: Sequence[str]) -> None:
+    def __init__(
+        self, phases: Sequence[PhaseBlend], source_names: Sequence[str], *, limits: Mapping[str, int] | None = None
+    ) -> None:
         self.phases = tuple(phases)
         self.source_names = tuple(source_names)
         _check_phases(self.phases, self.source_names)
+        self._limits = np.array([(limits or {}).get(name, _NO_LIMIT) for name in self.source_names], np.int64)
         self.sample = 0
         self._counts = np.zeros(len(self.source_names), np.int64)
         self._absent: dict[str, int] = {}  # what sources gave that are no longer part of the run
@@ -110,16 +121,19 @@ class BlendCursor:
         Returns:
             two int64 arrays (count,): the source of each sample (a place in `source_names`), and which sample of that
             source it is, counted from 0 over the whole run.
+
+        Raises:
+            UserError: all sources of the phase have ended.
         """
         assert 0 <= count <= self.remaining, f"{count} samples asked for, {self.remaining} left"
         sources, ks = np.empty(count, np.int64), np.empty(count, np.int64)
         done = 0
         while done < count:
-            if self.sample >= self._phase.end_sample:
+            if self.sample >= self._phase.end_sample or self._has_ended(self._active).any():
                 self._enter(self._phase_at(self.sample))
-            part = slice(done, done + min(count - done, self._phase.end_sample - self.sample))
-            sources[part] = self._take(part.stop - part.start, ks[part])
-            done = part.stop
+            taken = self._take(min(count - done, self._phase.end_sample - self.sample), ks[done:])
+            sources[done : done + len(taken)] = taken
+            done += len(taken)
         return sources, ks
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,7 +142,7 @@ class BlendCursor:
             "sample": self.sample,
             "counts": self.counts,
             "phase": self._phase.name,
-            "weights": dict(self._phase.weights),
+            "weights": self._weights_in_force(),
             "counts_at_blend_start": dict(zip(self.source_names, self._blend_start.tolist(), strict=True)),
         }
 
@@ -137,7 +151,8 @@ class BlendCursor:
 
         A source the state does not know starts at 0; what a source gave that is no longer part of the run is kept. If
         the phase's name and weights are those of the state, its blend goes on to the sample as if never interrupted;
-        if not, the new blend counts from now on and does not try to make up for what was read before.
+        if not (also because a source's limit was changed), the new blend counts from now on and does not try to make up
+        for what was read before.
 
         Raises:
             RefusedError: the state contradicts itself.
@@ -154,7 +169,7 @@ class BlendCursor:
         self._absent = counts
         phase = self._phase_at(sample)
         self._enter(phase)
-        if phase.name == state["phase"] and dict(phase.weights) == dict(state["weights"]):
+        if phase.name == state["phase"] and self._weights_in_force() == dict(state["weights"]):
             start = state["counts_at_blend_start"]
             self._blend_start = np.array([int(start.get(name, 0)) for name in self.source_names], np.int64)
             if (self._blend_start > self._counts).any():
@@ -169,14 +184,36 @@ class BlendCursor:
     def _enter(self, phase: PhaseBlend) -> None:
         """Begins a blend at the present sample: deficits start at 0, the sources' counters go on."""
         self._phase = phase
-        self._active = np.array([i for i, name in enumerate(self.source_names) if name in phase.weights], np.int64)
+        named = np.array([i for i, name in enumerate(self.source_names) if name in phase.weights], np.int64)
+        self._active = named[~self._has_ended(named)]
         self._weights = np.array([phase.weights[self.source_names[i]] for i in self._active], np.float64)
+        if 0 < len(self._active) < len(named):  # the weights of a whole blend stay what they are, to the bit
+            self._weights /= self._weights.sum()
         self._blend_start = self._counts.copy()
 
+    def _has_ended(self, sources: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        ended: npt.NDArray[np.bool_] = self._counts[sources] >= self._limits[sources]
+        return ended
+
+    def _weights_in_force(self) -> dict[str, float]:
+        """The present blend, without the sources that had ended when it began."""
+        names = (self.source_names[i] for i in self._active)
+        return dict(zip(names, self._weights.tolist(), strict=True))
+
     def _take(self, count: int, ks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Hands out `count` samples of the present phase; writes their numbers in the sources to `ks`."""
+        """Hands out `count` samples of the present phase, or fewer: up to the last one of a source that ends.
+
+        Writes their numbers in the sources to the front of `ks`.
+        """
+        if not len(self._active):
+            raise UserError(
+                f"phase {self._phase.name}: all its sources have ended (they gave their max_epochs) at sample "
+                f"{self.sample} of the run; raise max_epochs or give the phase another source"
+            )
         given = (self._counts - self._blend_start)[self._active]
         sources = self._active[assign(self._weights, given, count)]
+        sources = sources[: self._first_end(sources)]
+        count = len(sources)
         # The j-th sample of a source in this call is its number counts + j: rank every sample among its source's.
         order = np.argsort(sources, kind="stable")
         taken = np.bincount(sources, minlength=len(self._counts))
@@ -185,6 +222,16 @@ class BlendCursor:
         self._counts += taken
         self.sample += count
         return sources
+
+    def _first_end(self, sources: npt.NDArray[np.int64]) -> int:
+        """How many of these samples can be handed out until one of the sources has given its last."""
+        room = self._limits[self._active] - self._counts[self._active]
+        end = len(sources)
+        for source, left in zip(self._active[room < end], room[room < end].tolist(), strict=True):
+            places = np.flatnonzero(sources[:end] == source)
+            if len(places) >= left:
+                end = int(places[left - 1]) + 1
+        return end
 
 
 def _check_phases(phases: tuple[PhaseBlend, ...], source_names: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The work of `preprocess` that takes the time: blocks of JSONL lines in, flat arrays of ids out, on many cores."""
+"""The work of `preprocess` that takes the time: blocks of the input in, flat arrays of ids out, on many cores."""
 
 from __future__ import annotations
 
@@ -9,27 +9,57 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
+from megatron_cpt.data.blocks import Block, BlockOptions
+from megatron_cpt.data.documents import BadLine, parse_block
+from megatron_cpt.data.fast_tokenizer import TokenizerPlan, build_tokenizer
 from megatron_cpt.data.index_header import best_dtype
-from megatron_cpt.data.jsonl import Block
-from megatron_cpt.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_cpt.data.tokenizers import Tokenizer
+from megatron_cpt.errors import CptError
 
 _BLOCKS_PER_WORKER = 3  # one being encoded, one waiting for it, one on its way back
 
 
-@dataclass(frozen=True)
-class BadLine:
-    """A line that gave no document, and why."""
+class WorkerLostError(CptError):
+    """A worker process died; what was done so far is kept."""
 
-    file: str
-    line: int
-    reason: str
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What is made of a text.
+
+    Attributes:
+        blocks: the keys, and how the input was cut.
+        append_eod: end each document with the tokenizer's end-of-document id.
+        keep_empty: keep a text without tokens as a document without sequences, as Megatron-LM's tool does.
+    """
+
+    blocks: BlockOptions
+    append_eod: bool = False
+    keep_empty: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """The documents that one key gave in a block.
+
+    Attributes:
+        tokens: their ids one after another, in the type of the `.bin`.
+        lengths: ids of each document; 0 only for empty ones that are kept.
+        text_bytes: UTF-8 bytes of their texts.
+        num_empty: texts that gave no token.
+    """
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32]
+    text_bytes: int
+    num_empty: int
 
 
 @dataclass(frozen=True)
@@ -37,20 +67,18 @@ class EncodedBlock:
     """What became of one block.
 
     Attributes:
-        tokens: the ids of its documents one after another, in the type of the `.bin`.
-        lengths: ids of each document, all above 0.
-        text_bytes: UTF-8 bytes of their texts.
-        empty_documents: lines whose text gives no token.
-        bad_lines: lines without a text.
-        bytes_done: as in the block.
+        block: the block, without its data.
+        texts: by key, in the order of the keys.
+        bad_lines: lines or rows without a text; their numbers count from the block's beginning, the first is 1.
+        num_ends: line ends (or rows) in the block.
+        num_lines: lines that are not blank.
     """
 
-    tokens: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int64]
-    text_bytes: int
-    empty_documents: int
+    block: Block
+    texts: list[EncodedTexts]
     bad_lines: list[BadLine]
-    bytes_done: int
+    num_ends: int
+    num_lines: int
 
 
 class Encoder:
@@ -58,47 +86,38 @@ class Encoder:
 
     Args:
         tokenizer: what encodes the texts.
-        key: the text's key in each line's object.
-        append_eod: end each document with the tokenizer's end-of-document id.
+        options: the keys, and what is made of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, key: str, append_eod: bool) -> None:
-        assert not append_eod or tokenizer.eod_id is not None
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
+        assert not options.append_eod or tokenizer.eod_id is not None
         self._tokenizer = tokenizer
-        self._key = key
-        self._eod_id = tokenizer.eod_id if append_eod else None
+        self._options = options
+        self._eod_id = tokenizer.eod_id if options.append_eod else None
         self._dtype = best_dtype(tokenizer.vocab_size)
 
     def __call__(self, block: Block) -> EncodedBlock:
-        """Parses and encodes one block."""
-        texts, bad_lines = self._texts(block)
+        """Reads, parses and encodes one block."""
+        parsed = parse_block(block, self._options.blocks)
+        texts = [self._encode(texts) for texts in parsed.texts]
+        name = Block(block.file, block.path, block.position, block.end, block.bytes_done)
+        return EncodedBlock(name, texts, parsed.bad_lines, parsed.num_ends, parsed.num_lines)
+
+    def _encode(self, texts: list[str]) -> EncodedTexts:
         tokens, lengths = self._tokenizer.encode_flat(texts)
         not_empty = lengths > 0  # with some tokenizers a text of blanks gives no token
-        text_bytes = sum(len(text.encode()) for text, keep in zip(texts, not_empty.tolist(), strict=True) if keep)
-        lengths = lengths[not_empty]
+        text_bytes = sum(
+            len(text) if text.isascii() else len(text.encode())
+            for text, keep in zip(texts, not_empty.tolist(), strict=True)
+            if keep
+        )
+        num_empty = len(texts) - int(not_empty.sum())
         if self._eod_id is not None:
-            tokens = np.insert(tokens, np.cumsum(lengths), self._eod_id)
-            lengths = lengths + 1
-        num_empty = len(texts) - len(lengths)
-        return EncodedBlock(tokens.astype(self._dtype), lengths, text_bytes, num_empty, bad_lines, block.bytes_done)
-
-    def _texts(self, block: Block) -> tuple[list[str], list[BadLine]]:
-        texts: list[str] = []
-        bad_lines: list[BadLine] = []
-        number = block.first_line - 1
-        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-            try:
-                text = orjson.loads(line)[self._key]
-                if type(text) is not str:
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                if line.strip():
-                    bad_lines.append(BadLine(block.path, number, _what_is_wrong(line, self._key)))
-            else:
-                texts.append(text)
-        if block.damage is not None:  # found behind the block's last newline
-            bad_lines.append(BadLine(block.path, number, block.damage))
-        return texts, bad_lines
+            tokens = np.insert(tokens, np.cumsum(lengths)[not_empty], self._eod_id)
+            lengths = lengths + not_empty
+        if not self._options.keep_empty:
+            lengths = lengths[not_empty]
+        return EncodedTexts(tokens.astype(self._dtype), lengths.astype(np.int32), text_bytes, num_empty)
 
 
 def encode_blocks(blocks: Iterable[Block], encoder: Encoder) -> Generator[EncodedBlock, None, None]:
@@ -108,15 +127,17 @@ def encode_blocks(blocks: Iterable[Block], encoder: Encoder) -> Generator[Encode
 
 
 def encode_blocks_in_pool(
-    blocks: Iterable[Block], workers: int, tokenizer_spec: str, key: str, append_eod: bool
+    blocks: Iterable[Block], workers: int, plan: TokenizerPlan, options: EncodeOptions
 ) -> Generator[EncodedBlock, None, None]:
     """Encodes blocks in `workers` processes and gives them back in order, with a bounded number under way.
 
     The processes are spawned, not forked: the caller may hold threads (a progress bar, a tokenizer's own).
+
+    Raises:
+        WorkerLostError: a worker was killed from outside, most likely for the memory it used.
     """
     context = multiprocessing.get_context("spawn")
-    settings = (tokenizer_spec, key, append_eod)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(plan, options))
     under_way: deque[Future[EncodedBlock]] = deque()
     try:
         for block in blocks:
@@ -125,6 +146,11 @@ def encode_blocks_in_pool(
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise WorkerLostError(
+            "a worker process ended without a word: killed from outside, or out of memory; the same command goes on "
+            "where it was, with fewer --workers where memory is short"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -132,12 +158,12 @@ def encode_blocks_in_pool(
 _worker_encoder: Encoder | None = None  # of this worker process; None in every other
 
 
-def _start_worker(tokenizer_spec: str, key: str, append_eod: bool) -> None:
+def _start_worker(plan: TokenizerPlan, options: EncodeOptions) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, and it ends the workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_encoder = Encoder(load_tokenizer(tokenizer_spec), key, append_eod)
+    _worker_encoder = Encoder(build_tokenizer(plan), options)
 
 
 def _die_with_parent() -> None:
@@ -151,20 +177,3 @@ def _die_with_parent() -> None:
 def _encode_in_worker(block: Block) -> EncodedBlock:
     assert _worker_encoder is not None
     return _worker_encoder(block)
-
-
-def _what_is_wrong(line: bytes, key: str) -> str:
-    """Why a line gives no text; only asked for lines that give none."""
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: {error.reason} at byte {error.start} of the line"
-    try:
-        content = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return f"not JSON: {error}"
-    if not isinstance(content, dict):
-        return f"not an object, but a JSON {type(content).__name__}"
-    if key not in content:
-        return f"has no key {key!r}; it has {', '.join(map(repr, list(content)[:8])) or 'none'}"
-    return f"the value of {key!r} is not a string, but {type(content[key]).__name__}"

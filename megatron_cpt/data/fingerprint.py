@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_cpt.data.indexed import IndexedDataset
+from megatron_cpt.data.storage import open_ranges
 
 _ENDS = 16 * 1024  # bytes read at either end of a file
 
@@ -19,15 +19,14 @@ def fingerprint(datasets: Sequence[IndexedDataset]) -> str:
     whole = hashlib.sha256()
     for dataset in datasets:
         for suffix in (".idx", ".bin"):
-            _add_file(whole, Path(f"{dataset.prefix}{suffix}"))
+            _add_file(whole, f"{dataset.prefix}{suffix}")
     return whole.hexdigest()
 
 
-def _add_file(whole: hashlib._Hash, path: Path) -> None:
-    size = path.stat().st_size
-    whole.update(size.to_bytes(8, "little"))
-    with open(path, "rb") as file:
-        whole.update(file.read(_ENDS))
+def _add_file(whole: hashlib._Hash, path: str) -> None:
+    with open_ranges(path) as file:
+        size = file.size
+        whole.update(size.to_bytes(8, "little"))
+        whole.update(file.read(0, _ENDS))
         if size > _ENDS:
-            file.seek(max(_ENDS, size - _ENDS))
-            whole.update(file.read(_ENDS))
+            whole.update(file.read(max(_ENDS, size - _ENDS), _ENDS))

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data.storage import RangeFile, is_file, open_ranges
 from megatron_cpt.errors import RefusedError, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -114,19 +115,17 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
     """
     prefix = os.fspath(prefix)
     idx_path, bin_path = f"{prefix}.idx", f"{prefix}.bin"
-    missing = [path for path in (idx_path, bin_path) if not os.path.isfile(path)]
+    missing = [path for path in (idx_path, bin_path) if not is_file(path)]
     if missing:
         raise UserError(f"no such file: {' and '.join(missing)}; a data set is a pair PREFIX.bin and PREFIX.idx")
     try:
-        fd = os.open(idx_path, os.O_RDONLY)
+        with open_ranges(idx_path) as idx, open_ranges(bin_path) as tokens:
+            bin_bytes = tokens.size
+            header = _parse_preamble(prefix, idx_path, idx.read(0, PREAMBLE.size), idx.size, bin_bytes)
+            _check_ends(idx, header, idx_path, bin_path, bin_bytes)
     except OSError as error:
-        raise UserError(f"{idx_path}: cannot be read: {error.strerror}") from error
-    try:
-        idx_bytes, bin_bytes = os.fstat(fd).st_size, os.path.getsize(bin_path)
-        header = _parse_preamble(prefix, idx_path, os.pread(fd, PREAMBLE.size, 0), idx_bytes, bin_bytes)
-        _check_ends(fd, header, idx_path, bin_path, bin_bytes)
-    finally:
-        os.close(fd)
+        path = error.filename or idx_path
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     return header
 
 
@@ -166,17 +165,17 @@ def _parse_preamble(prefix: str, idx_path: str, preamble: bytes, idx_bytes: int,
     return IndexHeader(prefix, dtype, num_sequences, num_boundaries - 1, plain.num_tokens, has_modes)
 
 
-def _check_ends(fd: int, header: IndexHeader, idx_path: str, bin_path: str, bin_bytes: int) -> None:
+def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: str, bin_bytes: int) -> None:
     """What the tables' first and last entries say must fit each other and lead exactly to the end of the `.bin`."""
-    (last_boundary,) = struct.unpack("<q", os.pread(fd, 8, header.modes_offset - 8))
+    (last_boundary,) = struct.unpack("<q", idx.read(header.modes_offset - 8, 8))
     if last_boundary != header.num_sequences:
         raise refuse(idx_path, f"ends its last document at sequence {last_boundary} of {header.num_sequences}")
     last, end = header.num_sequences - 1, 0
     # a wrong token type makes every pointer wrong, so looking at both ends finds nearly all of those
     for sequence in sorted({0, max(0, last - 1), last}) if header.num_sequences else []:
-        (size,) = struct.unpack("<i", os.pread(fd, 4, header.sizes_offset + 4 * sequence))
+        (size,) = struct.unpack("<i", idx.read(header.sizes_offset + 4 * sequence, 4))
         num_pointers = 2 if sequence < last else 1
-        pointers = os.pread(fd, 8 * num_pointers, header.pointers_offset + 8 * sequence)
+        pointers = idx.read(header.pointers_offset + 8 * sequence, 8 * num_pointers)
         start, *after = struct.unpack(f"<{num_pointers}q", pointers)
         end = start + size * header.dtype.itemsize
         if size < 0 or start < 0 or (sequence == 0 and start) or after not in ([], [end]):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from megatron_cpt.data.index_header import IndexHeader, best_dtype, read_header, refuse
 from megatron_cpt.data.index_writer import IndexedDatasetWriter
+from megatron_cpt.data.storage import find, is_file, is_remote, open_ranges
 from megatron_cpt.errors import UserError
 
 __all__ = [
@@ -81,16 +82,13 @@ class IndexedDataset:
         if count == 0:
             return tokens
         rest, offset = tokens.data.cast("B"), start * self.dtype.itemsize
-        fd = os.open(f"{self.prefix}.bin", os.O_RDONLY)
-        try:
+        with open_ranges(f"{self.prefix}.bin") as file:
             while rest:  # one call reads at most 2 GiB, and may be interrupted
-                num_read = os.preadv(fd, [rest], offset)
+                num_read = file.read_into(rest, offset)
                 if num_read == 0:
-                    was, now = self.num_tokens * self.dtype.itemsize, os.fstat(fd).st_size
-                    raise refuse(f"{self.prefix}.bin", f"was cut from {was} to {now} bytes since it was opened")
+                    was = self.num_tokens * self.dtype.itemsize
+                    raise refuse(f"{self.prefix}.bin", f"was cut from {was} to {file.size} bytes since it was opened")
                 rest, offset = rest[num_read:], offset + num_read
-        finally:
-            os.close(fd)
         return tokens
 
     def document(self, index: int) -> npt.NDArray[Any]:
@@ -144,6 +142,9 @@ class IndexedDataset:
     def _table(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
         if count == 0:
             return np.empty(0, dtype)
+        if is_remote(self.prefix):
+            with open_ranges(f"{self.prefix}.idx") as idx:
+                return np.frombuffer(idx.read(offset, count * np.dtype(dtype).itemsize), dtype)
         return np.memmap(f"{self.prefix}.idx", dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
@@ -163,8 +164,8 @@ def expand_prefixes(path: str | list[str]) -> list[str]:
     prefixes: list[str] = []
     for entry in [path] if isinstance(path, str) else path:
         stem = _without_ending(entry)
-        if glob.has_magic(stem) and not os.path.exists(f"{stem}.idx"):
-            found = sorted(map(_without_ending, glob.glob(f"{stem}.idx", recursive=True)))
+        if glob.has_magic(stem) and not is_file(f"{stem}.idx"):
+            found = sorted(map(_without_ending, find(f"{stem}.idx")))
             if not found:
                 raise UserError(f"{entry}: no file matches {stem}.idx")
             prefixes += found

@@ -1,136 +1,183 @@
-"""JSONL files as blocks of whole lines: plain, gzip or Zstandard, in bounded memory (the longest line apart)."""
+"""Lines of JSONL files: byte ranges of plain ones, streams of gzip and Zstandard ones, in bounded memory."""
 
 from __future__ import annotations
 
-import glob
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
-from megatron_cpt.errors import UserError
-
-BLOCK_BYTES = 1 << 20
-_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
-_COMPRESSED_READ = 1 << 18  # a smaller read, for it grows when it is unpacked
+_PACKED_READ = 1 << 18  # smaller than a block, for it grows when it is unpacked
+_UNPACKED_PIECE = 1 << 20
+_TAIL_READ = 1 << 18
 _MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some whole lines of a file.
+class Lines:
+    """Whole lines.
 
     Attributes:
-        path: the file.
-        first_line: number of the first line, from 1.
         data: the lines, the last one with or without its newline.
-        bytes_done: bytes of the file (as it lies on disk) that were read so far.
-        damage: why the file cannot be read beyond these lines; None as long as it can.
+        skipped: line ends of the range before the first of these lines; their lines began in an earlier range.
+        num_ends: line ends in the whole range.
+        overlong: whether these lines are followed by one that is too long and left out.
     """
 
-    path: str
-    first_line: int
     data: bytes
-    bytes_done: int
+    skipped: int
+    num_ends: int
+    overlong: bool = False
+
+
+def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
+    """The lines of a plain file that begin in [start, end); the last of them may reach behind `end`."""
+    with open(path, "rb", buffering=0) as file:
+        before = 1 if start > 0 else 0  # the byte that tells whether a line begins at `start`
+        data = os.pread(file.fileno(), end - start + before, start - before)
+        first = data.find(b"\n") + 1 if before else 0
+        at_start = before == 0 or first == 1
+        num_ends = data.count(b"\n", before)
+        skipped = 0 if at_start else 1
+        if (before and first == 0) or first == len(data):
+            return Lines(b"", skipped, num_ends)
+        data = data[first:]
+        if data.endswith(b"\n"):
+            return Lines(data, skipped, num_ends)
+        tail, overlong = _rest_of_line(file.fileno(), end, max_line_bytes - (len(data) - data.rfind(b"\n") - 1))
+    if overlong:
+        return Lines(data[: data.rfind(b"\n") + 1], skipped, num_ends, overlong=True)
+    return Lines(data + tail, skipped, num_ends)
+
+
+def _rest_of_line(fd: int, start: int, most: int) -> tuple[bytes, bool]:
+    """What is left of a line from a byte on, and whether that is more than `most`."""
+    pieces, size = list[bytes](), 0
+    while size <= most and (piece := os.pread(fd, _TAIL_READ, start + size)):
+        end = piece.find(b"\n") + 1
+        pieces.append(piece[:end] if end else piece)
+        size += len(pieces[-1])
+        if end:
+            break
+    rest = b"".join(pieces)
+    return rest, len(rest.removesuffix(b"\n")) > most
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A block of a packed file: the lines of its unpacked bytes [position, end), and what is wrong behind them."""
+
+    position: int
+    end: int
+    lines: Lines
     damage: str | None = None
 
 
-def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The files that paths and globs name, in the order given, a glob's in sorted order.
+class PackedFile:
+    """A gzip or Zstandard file as pieces of unpacked bytes.
 
-    Raises:
-        UserError: a file is missing, is a folder or has an ending that is not known, or a glob matches nothing.
+    The libraries' own file objects either lose what was read before a damage (gzip) or take a cut file for a whole one
+    (zstandard).
     """
-    files: list[str] = []
-    for name in inputs:
-        entry = os.fspath(name)
-        found = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
-        if not found:
-            raise UserError(f"input {entry}: no such file")
-        files += found
-    for file in files:
-        if os.path.isdir(file):
-            raise UserError(f"input {file}: is a folder; name its files, for example {file}/*.jsonl")
-        if not file.endswith(_ENDINGS):
-            raise UserError(f"input {file}: its ending is not known; known are {', '.join(_ENDINGS)}")
-    if not files:
-        raise UserError("no input is given")
-    return files
+
+    def __init__(self, file: BinaryIO, is_gzip: bool) -> None:
+        self._file = file
+        self._is_gzip = is_gzip
+        self._new_member: Callable[[], Any] = lambda: zlib.decompressobj(wbits=31)
+        if not is_gzip:
+            self._new_member = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj
+        self.tell = file.tell
+
+    def __enter__(self) -> PackedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        member: Any = None
+        while raw := self._file.read(_PACKED_READ):
+            while raw:
+                if member is None:
+                    raw = raw.lstrip(b"\0")  # gzip allows zeros to pad the end; no member and no frame begins with one
+                    if not raw:
+                        break
+                    member = self._new_member()
+                unpacked, raw = self._unpack(member, raw)
+                yield unpacked
+                if member.eof:
+                    raw, member = member.unused_data, None
+        if member is not None:
+            raise EOFError("it ends in the middle of compressed data")
+
+    def _unpack(self, member: Any, raw: bytes) -> tuple[bytes, bytes]:
+        """Some unpacked bytes, and what was not read yet: a few bytes of gzip may stand for a gigabyte."""
+        if not self._is_gzip:
+            return member.decompress(raw), b""
+        return member.decompress(raw, _UNPACKED_PIECE), member.unconsumed_tail
 
 
-def read_blocks(path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Cuts a file into blocks of whole lines of about `block_bytes`.
+def open_packed(path: str) -> PackedFile:
+    """Opens a .gz or .zst file of one or more members or frames."""
+    file = Path(path).open("rb")  # noqa: SIM115 (closed by PackedFile)
+    return PackedFile(file, path.endswith(".gz"))
 
-    A compressed file that is cut or damaged gives the whole lines that could be unpacked; its last block says what is
-    wrong, and the line after its lines is where. (A checksum is met at the end of what it is of: where only it tells
-    of the damage, the damage lies before.)
 
-    Raises:
-        UserError: the file may not be read.
+def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Iterator[Cut]:
+    """Cuts unpacked bytes into blocks of whole lines of about `block_bytes`; a line that is too long is one by itself.
+
+    A file that is cut or damaged gives the whole lines that could be unpacked; its last block says what is wrong, and
+    the line behind its lines is where. (A checksum is met at the end of what it is of: where only it tells of the
+    damage, the damage lies before.)
     """
-    line, pending, size = 1, list[bytes](), 0
-    damage = None
-    try:
-        file = Path(path).open("rb")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"input {path}: {error.strerror}") from error
-    with file:
-        pieces = _pieces(file, path, block_bytes)
-        while True:
-            try:
-                piece = next(pieces, None)
-            except (EOFError, zlib.error, zstandard.ZstdError) as error:
-                damage = f"the file is cut or damaged: {error}"
-                break
-            if piece is None:
-                break
-            # Only the new piece is searched: a line of many blocks would else be searched again for each.
-            end = piece.rfind(b"\n") + 1
-            if end == 0 or size + end < block_bytes:
-                pending.append(piece)
+    position, pending, size = 0, list[bytes](), 0
+    open_line = 0  # bytes of the line that has not ended yet
+    unpacked = iter(pieces)
+    damage: str | None = None
+    while True:
+        try:
+            piece = next(unpacked, None)
+        except (EOFError, zlib.error, zstandard.ZstdError) as error:
+            damage = f"the file is cut or damaged: {error}"
+            break
+        if piece is None:
+            break
+        if open_line > max_line_bytes:
+            ends = piece.find(b"\n") + 1
+            if ends == 0:
                 size += len(piece)
                 continue
-            data = b"".join([*pending, piece[:end]])
-            yield Block(path, line, data, file.tell())
-            line += data.count(b"\n")
-            pending, size = [piece[end:]], len(piece) - end
-        data = b"".join(pending)
-        if damage is not None:
-            data = data[: data.rfind(b"\n") + 1]
-        if data or damage is not None:
-            yield Block(path, line, data, os.path.getsize(path), damage)
+            yield Cut(position, position + size + ends, Lines(b"", 0, 1, overlong=True))
+            position, size, open_line, piece = position + size + ends, 0, 0, piece[ends:]
+        # Only the new piece is searched: a line of many blocks would else be searched again for each.
+        ends = piece.rfind(b"\n") + 1
+        open_line = len(piece) - ends if ends else open_line + len(piece)
+        pending.append(piece)
+        size += len(piece)
+        if open_line > max_line_bytes or (ends and size - open_line >= block_bytes):
+            data = b"".join(pending)
+            whole = size - open_line
+            if whole:
+                yield _whole_lines(position, data[:whole])
+            position, size = position + whole, open_line
+            pending = [] if open_line > max_line_bytes else [data[whole:]]
+    yield from _last_cut(position, size, b"".join(pending), damage, open_line > max_line_bytes)
 
 
-def _pieces(file: BinaryIO, path: str, block_bytes: int) -> Iterator[bytes]:
-    if path.endswith(".gz"):
-        return _unpack(file, lambda: zlib.decompressobj(wbits=31))
-    if path.endswith(".zst"):
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
-        return _unpack(file, decompressor.decompressobj)
-    return iter(lambda: file.read(block_bytes), b"")
+def _whole_lines(position: int, data: bytes) -> Cut:
+    return Cut(position, position + len(data), Lines(data, 0, data.count(b"\n")))
 
 
-def _unpack(file: BinaryIO, new_member: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompresses a file of one or more gzip members or zstd frames.
-
-    The libraries' own file objects either lose what was read before the damage (gzip) or take a cut file for a whole
-    one (zstandard).
-    """
-    member = None
-    while raw := file.read(_COMPRESSED_READ):
-        while raw:
-            if member is None:
-                raw = raw.lstrip(b"\0")  # gzip allows zeros to pad the end; no member and no frame begins with one
-                if not raw:
-                    break
-                member = new_member()
-            yield member.decompress(raw)
-            raw = member.unused_data if member.eof else b""
-            if member.eof:
-                member = None
-    if member is not None:
-        raise EOFError("it ends in the middle of compressed data")
+def _last_cut(position: int, size: int, data: bytes, damage: str | None, overlong: bool) -> Iterator[Cut]:
+    if damage is not None:
+        data = data[: data.rfind(b"\n") + 1]
+        # one byte more, so that going on behind this block finds nothing
+        yield Cut(position, position + len(data) + 1, Lines(data, 0, data.count(b"\n")), damage)
+    elif overlong:
+        yield Cut(position, position + size, Lines(b"", 0, 0, overlong=True))
+    elif data:
+        yield _whole_lines(position, data)

@@ -206,17 +206,15 @@ def _read_batch(
     options: DocumentOptions,
 ) -> Batch:
     """Reads samples, checks their ids, and makes the micro-batch of them."""
-    samples = np.empty((len(ks), streams[0].seq_length + 1), np.int64)
-    for row, source, k in zip(samples, sources.tolist(), ks.tolist(), strict=True):
-        row[:] = streams[source].read(k)
+    samples = np.stack([streams[source].read(k) for source, k in zip(sources.tolist(), ks.tolist(), strict=True)])
     if vocab_size is not None and (int(samples.max()) >= vocab_size or int(samples.min()) < 0):
         bad = int(np.flatnonzero(((samples >= vocab_size) | (samples < 0)).any(axis=1))[0])
-        raise _foreign_id(streams[int(sources[bad])], int(ks[bad]), samples[bad], vocab_size)
+        raise _foreign_id(streams[int(sources[bad])], int(ks[bad]), vocab_size)
     return batch_of(samples, sources, options)
 
 
-def _foreign_id(stream: TokenStream, k: int, sample: npt.NDArray[np.int64], vocab_size: int) -> RefusedError:
-    location = stream.locate(k)
+def _foreign_id(stream: TokenStream, k: int, vocab_size: int) -> RefusedError:
+    location, sample = stream.locate(k), stream.read_plain(k)
     place = int(np.flatnonzero((sample >= vocab_size) | (sample < 0))[0])
     token_offset = location.token_offset + place
     document = stream.datasets[location.file].document_at(token_offset)

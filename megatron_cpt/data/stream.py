@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 import numpy.typing as npt
 
+from megatron_cpt.data.fim import FillInMiddle
 from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.data.permutation import Permutation, derive_key
 from megatron_cpt.errors import RefusedError, UserError
@@ -42,6 +43,15 @@ class SampleLocation:
     token_offset: int
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """One pass over a source: the order of its chunks, and how far the grid of each file looked at is shifted."""
+
+    number: int
+    order: Permutation
+    shifts: dict[int, int] = field(default_factory=dict)
+
+
 class TokenStream:
     """One source: the chunks of its files in a keyed order, epoch after epoch.
 
@@ -54,14 +64,24 @@ class TokenStream:
         datasets: its files, in a fixed order.
         seq_length: tokens a sample is trained on; one more is read, as the last label.
         seed: the run's seed.
+        fim: how samples are rearranged after they were read; None: not at all.
 
     Raises:
         UserError: no file has seq_length + 1 tokens.
         RefusedError: a file's token type is not an integer.
     """
 
-    def __init__(self, name: str, datasets: Sequence[IndexedDataset], *, seq_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        datasets: Sequence[IndexedDataset],
+        *,
+        seq_length: int,
+        seed: int,
+        fim: FillInMiddle | None = None,
+    ) -> None:
         self.name = name
+        self.fim = fim
         self.datasets = tuple(datasets)
         self.seq_length = seq_length
         self.seed = seed
@@ -80,7 +100,7 @@ class TokenStream:
                 f"source {name}: {self.num_tokens} tokens in {len(self.datasets)} file(s) are too few for one sample "
                 f"of seq_length + 1 = {seq_length + 1} tokens in one file; give it more data or leave it out"
             )
-        self._order: tuple[int, Permutation] | None = None  # of the epoch read last
+        self._epoch: _Epoch | None = None  # the one read last
 
     def __repr__(self) -> str:
         return f"TokenStream({self.name!r}: {self.samples_per_epoch} samples of {self.seq_length} tokens an epoch)"
@@ -94,14 +114,25 @@ class TokenStream:
         if k < 0:
             raise IndexError(f"source {self.name}: sample {k}; the first is 0")
         epoch, place = divmod(int(k), self.samples_per_epoch)
-        chunk = self._order_of(epoch)(place)
+        current = self._enter(epoch)
+        chunk = current.order(place)
         file = bisect_right(self._last_chunks, chunk)
         first_chunk = self._last_chunks[file - 1] if file else 0
-        token_offset = self._shift(file, epoch) + self.seq_length * (chunk - first_chunk)
+        token_offset = self._shift(file, current) + self.seq_length * (chunk - first_chunk)
         return SampleLocation(self.name, int(k), epoch, chunk, file, self.datasets[file].prefix, token_offset)
 
     def read(self, k: int) -> npt.NDArray[Any]:
-        """The seq_length + 1 tokens of sample k, in the file's type: one contiguous read.
+        """The seq_length + 1 tokens of sample k that are trained on, in the file's type.
+
+        Raises:
+            IndexError: k is negative.
+            RefusedError: the file became shorter since it was opened.
+        """
+        tokens = self.read_plain(k)
+        return tokens if self.fim is None else self.fim.apply(tokens, derive_key(self.seed, self.name, "fim", int(k)))
+
+    def read_plain(self, k: int) -> npt.NDArray[Any]:
+        """Sample k as it lies in its file: one contiguous read.
 
         Raises:
             IndexError: k is negative.
@@ -110,14 +141,18 @@ class TokenStream:
         location = self.locate(k)
         return self.datasets[location.file].read(location.token_offset, self.seq_length + 1)
 
-    def _order_of(self, epoch: int) -> Permutation:
-        order = self._order
-        if order is None or order[0] != epoch:
-            order = (epoch, Permutation(self.samples_per_epoch, derive_key(self.seed, self.name, epoch)))
-            self._order = order
-        return order[1]
+    def _enter(self, epoch: int) -> _Epoch:
+        current = self._epoch
+        if current is None or current.number != epoch:
+            order = Permutation(self.samples_per_epoch, derive_key(self.seed, self.name, epoch))
+            self._epoch = current = _Epoch(epoch, order)
+        return current
 
-    def _shift(self, file: int, epoch: int) -> int:
+    def _shift(self, file: int, epoch: _Epoch) -> int:
         """Where the file's grid begins in this epoch, uniform in [0, slack]."""
-        slack = (self.datasets[file].num_tokens - 1) % self.seq_length
-        return derive_key(self.seed, self.name, epoch, "shift", file) % (slack + 1)
+        shift = epoch.shifts.get(file)
+        if shift is None:
+            slack = (self.datasets[file].num_tokens - 1) % self.seq_length
+            shift = derive_key(self.seed, self.name, epoch.number, "shift", file) % (slack + 1)
+            epoch.shifts[file] = shift
+        return shift

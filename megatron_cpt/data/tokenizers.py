@@ -121,10 +121,13 @@ class SentencePieceTokenizer(_BatchTokenizer):
         UserError: the file is missing or is no SentencePiece model.
     """
 
+    library = "sentencepiece"
+
     def __init__(self, path: Path) -> None:
         import sentencepiece
 
         data = _read(path)
+        self.file = path
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, ValueError) as error:
@@ -143,6 +146,16 @@ class SentencePieceTokenizer(_BatchTokenizer):
         """The text of ids; control ids vanish."""
         return str(self._model.decode([int(i) for i in ids]))
 
+    def pieces(self) -> list[str]:
+        """The text of each piece, with a blank where the model writes U+2581."""
+        return [self._model.id_to_piece(i).replace("\u2581", " ") for i in range(self.vocab_size)]
+
+    def special_texts(self) -> list[str]:
+        """The pieces that stand for no text of their own."""
+        model = self._model
+        special = (i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        return [model.id_to_piece(i) for i in special]
+
 
 class HuggingFaceTokenizer(_BatchTokenizer):
     """A `tokenizer.json` of Hugging Face, alone or in a model's folder.
@@ -159,10 +172,12 @@ class HuggingFaceTokenizer(_BatchTokenizer):
         UserError: the file is missing or cannot be understood, or its folder names an `eos_token` it does not have.
     """
 
+    library = "tokenizers"
+
     def __init__(self, path: Path) -> None:
         import tokenizers
 
-        file = path / "tokenizer.json" if path.is_dir() else path
+        self.file = file = path / "tokenizer.json" if path.is_dir() else path
         data = _read(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
@@ -187,6 +202,14 @@ class HuggingFaceTokenizer(_BatchTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special ones included."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def pieces(self) -> list[str]:
+        """The text of each id."""
+        return list(self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False))
+
+    def special_texts(self) -> list[str]:
+        """The texts of added tokens."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
 
 def _read(path: Path) -> bytes:

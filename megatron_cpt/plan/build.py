@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_cpt.plan.schedule import Schedule, schedule_problems
 from megatron_cpt.plan.sources import (
     SourceTotal,
     epoch_problems,
+    sample_limits,
     samples_in_epoch,
     size_problems,
     source_warnings,
@@ -61,6 +62,11 @@ class RunPlan:
     def tokens_trained(self) -> int:
         """Tokens of all steps: `tokens`, rounded up to whole steps."""
         return self.steps * self.tokens_per_step
+
+    @property
+    def sample_limits(self) -> dict[str, int]:
+        """Samples after which a source ends, for those that do."""
+        return {name: total.limit for name, total in self.sources.items() if total.limit is not None}
 
     def phase_of(self, step: int) -> PhasePlan:
         """The phase that a step (from 1) belongs to."""
@@ -133,7 +139,7 @@ def build_plan(
         flops=flops_per_token(config.model, config.seq_length),
         layout=layout,
         memory=estimate_memory(config, layout),
-        warnings=(*_schedule_warnings(config), *source_warnings(totals)),
+        warnings=(*_schedule_warnings(config), *source_warnings(totals), *_end_warnings(config, phases)),
         problems=tuple(problems),
     )
 
@@ -141,7 +147,7 @@ def build_plan(
 def _total(
     config: RunConfig, phases: Sequence[PhasePlan], source_tokens: Mapping[str, int], epochs: Mapping[str, int]
 ) -> dict[str, SourceTotal]:
-    totals = {}
+    totals, limits = {}, sample_limits(config.sources, epochs)
     for name, source in config.sources.items():
         samples = sum(phase.sources[name].samples for phase in phases if name in phase.sources)
         epoch = epochs.get(name)
@@ -151,6 +157,7 @@ def _total(
             tokens=samples * config.seq_length,
             epochs=samples / epoch if epoch else None,
             max_epochs=source.max_epochs,
+            limit=limits.get(name),
         )
     return totals
 
@@ -160,3 +167,14 @@ def _schedule_warnings(config: RunConfig) -> list[str]:
     if config.schedule.shape == "wsd" or not ignored:
         return []
     return [f"schedule.{key} is not read by schedule.shape: {config.schedule.shape}" for key in sorted(ignored)]
+
+
+def _end_warnings(config: RunConfig, phases: Sequence[PhasePlan]) -> Iterator[str]:
+    first_ends: dict[str, tuple[int, str]] = {}
+    for phase in phases:
+        first_ends = {name: (step, phase.name) for name, step in phase.ends.items()} | first_ends
+    for name, (step, phase_name) in first_ends.items():
+        yield (
+            f"source {name}: ends after {config.sources[name].max_epochs:g} epochs, about at step {step:,} (phase "
+            f"{phase_name}); from there on the others of the blend share its weight"
+        )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from megatron_cpt.config import PhaseConfig, RunConfig, Until, format_count
 from megatron_cpt.plan.problem import Problem
 from megatron_cpt.plan.schedule import LENGTH_KEYS, SCHEDULE_KEYS, Schedule
-from megatron_cpt.plan.sources import SourceUse, normalise, split_samples
+from megatron_cpt.plan.sources import SourceUse, normalise, sample_limits, share_out
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class PhasePlan:
         lr_first: rate of the first step.
         lr_last: rate of the last step.
         sources: what it reads, by source in the order of the blend.
+        ends: by source that has ended (`on_exhausted: renormalize`) the step, to a few, from which it gives nothing.
     """
 
     name: str
@@ -35,6 +36,7 @@ class PhasePlan:
     lr_first: float
     lr_last: float
     sources: Mapping[str, SourceUse]
+    ends: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -62,13 +64,17 @@ def plan_phases(
     """
     phases: list[PhasePlan] = []
     problems: list[Problem] = []
+    room = sample_limits(config.sources, samples_per_epoch)
     first = 1
     for index, phase in enumerate(config.phases):
         last, problem = _last_step(config, schedule, index, first)
         if problem is not None:
             problems.append(problem)
         if first <= last:
-            phases.append(_plan_phase(config, schedule, phase, (first, last), samples_per_epoch))
+            planned = _plan_phase(config, schedule, phase, (first, last), samples_per_epoch, room)
+            problems += _shortage(index, planned)
+            phases.append(planned)
+            room = {name: left - _samples(planned, name) for name, left in room.items()}
         first = max(first, last + 1)
     return phases, problems
 
@@ -119,9 +125,17 @@ def _plan_phase(
     phase: PhaseConfig,
     steps: tuple[int, int],
     samples_per_epoch: Mapping[str, int],
+    room: Mapping[str, int],
 ) -> PhasePlan:
+    """A phase, read as if sources with a bad weight (the configuration's checks report them) were not in it."""
     first, last = steps
     samples = (last - first + 1) * config.batch.global_
+    weights = normalise({name: weight for name, weight in phase.blend.items() if math.isfinite(weight) and weight > 0})
+    counts, ended = share_out(weights, samples, room)
+    uses = {}
+    for name, count in counts.items():
+        epoch = samples_per_epoch.get(name)
+        uses[name] = SourceUse(weights[name], count, count * config.seq_length, count / epoch if epoch else None)
     return PhasePlan(
         name=phase.name,
         first_step=first,
@@ -130,17 +144,22 @@ def _plan_phase(
         tokens=samples * config.seq_length,
         lr_first=schedule.rate(first),
         lr_last=schedule.rate(last),
-        sources=_share_out(phase.blend, samples, config.seq_length, samples_per_epoch),
+        sources=uses,
+        ends={name: first + done // config.batch.global_ for name, done in ended.items()},
     )
 
 
-def _share_out(
-    blend: Mapping[str, float], samples: int, seq_length: int, samples_per_epoch: Mapping[str, int]
-) -> dict[str, SourceUse]:
-    """What a phase reads of each source, as if those with a bad weight (the configuration's checks say so) were not."""
-    weights = normalise({name: weight for name, weight in blend.items() if math.isfinite(weight) and weight > 0})
-    uses = {}
-    for name, count in split_samples(weights, samples).items():
-        epoch = samples_per_epoch.get(name)
-        uses[name] = SourceUse(weights[name], count, count * seq_length, count / epoch if epoch else None)
-    return uses
+def _samples(phase: PhasePlan, source: str) -> int:
+    return phase.sources[source].samples if source in phase.sources else 0
+
+
+def _shortage(index: int, phase: PhasePlan) -> Iterator[Problem]:
+    """A phase that goes on after all its sources have ended."""
+    given = sum(use.samples for use in phase.sources.values())
+    if phase.ends and given < phase.num_samples:
+        text = (
+            f"phases[{index}] (phase {phase.name}): all its sources have given their max_epochs by step "
+            f"{max(phase.ends.values()):,}, but it runs to step {phase.last_step:,} "
+            f"({phase.num_samples - given:,} samples are missing); raise max_epochs, add a source or shorten the run"
+        )
+        yield Problem(text, ("sources", "phases", *SCHEDULE_KEYS))

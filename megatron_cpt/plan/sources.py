@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_cpt.config import format_count
+from megatron_cpt.config import SourceConfig, format_count
 from megatron_cpt.plan.problem import Problem
 from megatron_cpt.plan.schedule import SCHEDULE_KEYS
 
@@ -43,6 +43,7 @@ class SourceTotal:
         tokens: samples x seq_length.
         epochs: over all phases; None where the size is not known.
         max_epochs: the limit of run.yaml, if there is one.
+        limit: samples after which it ends and the others share its weight; None: it does not.
     """
 
     size: int | None
@@ -50,6 +51,7 @@ class SourceTotal:
     tokens: int
     epochs: float | None
     max_epochs: float | None
+    limit: int | None = None
 
 
 def normalise(blend: Mapping[str, float]) -> dict[str, float]:
@@ -81,6 +83,47 @@ def split_samples(weights: Mapping[str, float], samples: int) -> dict[str, int]:
     for turn in range(abs(missing)):
         counts[by_remainder[turn % len(by_remainder)]] += 1 if missing > 0 else -1
     return counts
+
+
+def share_out(
+    weights: Mapping[str, float], samples: int, room: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Share samples out where sources may end: from there on the others share the weight of one that has ended.
+
+    Args:
+        weights: shares that sum to 1.
+        samples: what there is to share out.
+        room: samples that a source can still give; one that is left out never ends.
+
+    Returns:
+        Samples of each source, together fewer than asked for where all have ended; and by source that has ended, after
+        how many samples.
+    """
+    counts, ended = dict.fromkeys(weights, 0), dict[str, int]()
+    active, done = dict(weights), 0
+    while done < samples:
+        left = {name: room[name] - counts[name] for name in active if name in room}
+        over = [name for name, rest in left.items() if rest <= 0]
+        if over:
+            ended |= dict.fromkeys(over, done)
+            active = normalise({name: weight for name, weight in active.items() if name not in over})
+        if not active:
+            break
+        until_next = min((math.ceil(left[name] / active[name]) for name in left if name in active), default=samples)
+        for name, count in split_samples(active, min(until_next, samples - done)).items():
+            given = min(count, left.get(name, count))  # what rounding gave beyond the end is shared out once more
+            counts[name] += given
+            done += given
+    return counts, ended
+
+
+def sample_limits(sources: Mapping[str, SourceConfig], samples_per_epoch: Mapping[str, int]) -> dict[str, int]:
+    """Samples after which a source ends, for those that do and whose size is known."""
+    return {
+        name: math.floor(source.max_epochs * samples_per_epoch[name] + 1e-6)  # 1.1 epochs of 10 are 11 samples
+        for name, source in sources.items()
+        if source.on_exhausted == "renormalize" and source.max_epochs is not None and name in samples_per_epoch
+    }
 
 
 def samples_in_epoch(tokens: int, seq_length: int) -> int:

@@ -25,6 +25,7 @@ from megatron_cpt.data import (
     validation_batches,
 )
 from megatron_cpt.data.batch import DocumentOptions
+from megatron_cpt.data.fim import FillInMiddle, fill_in_middle
 from megatron_cpt.data.fingerprint import fingerprint
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build import Model, build_model
@@ -92,7 +93,10 @@ def setup(
         UserError: the machine cannot do what is asked.
     """
     seed_everything(config.seed, pipeline_rank=ranks.pipeline_rank)
-    streams = {name: _stream(name, source.paths, config) for name, source in config.sources.items()}
+    streams = {
+        name: _stream(name, source.paths, config, fill_in_middle(name, source.fim, eod_id))
+        for name, source in config.sources.items()
+    }
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
     own = newest_sound(layout.checkpoints_folder(config.output))
     if own is not None:
@@ -132,9 +136,9 @@ def setup(
     )
 
 
-def _stream(name: str, paths: list[str], config: RunConfig) -> TokenStream:
+def _stream(name: str, paths: list[str], config: RunConfig, fim: FillInMiddle | None = None) -> TokenStream:
     datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(paths)]
-    return TokenStream(name, datasets, seq_length=config.seq_length, seed=config.seed)
+    return TokenStream(name, datasets, seq_length=config.seq_length, seed=config.seed, fim=fim)
 
 
 def _init_checkpoint(config: RunConfig) -> Path | None:
@@ -198,7 +202,7 @@ def _loader(
         )
         for phase in plan.phases
     ]
-    cursor = BlendCursor(phases, list(streams))
+    cursor = BlendCursor(phases, list(streams), limits=plan.sample_limits)
     if state.data is not None:
         cursor.load_state_dict(state.data)
     return Loader(

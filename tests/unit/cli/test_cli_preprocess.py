@@ -56,3 +56,42 @@ def test_mistakes(texts, capsys, arguments, text):
     assert main(["preprocess", *arguments, "--output-prefix", "x"]) == 2
     assert text in capsys.readouterr().err
     assert not list(texts.glob("x*"))
+
+
+def test_shards_are_joined_to_the_same_bytes(texts, capsys):
+    common = ["--tokenizer", "byte", "--append-eod", "--shuffle", "7"]
+    assert main(["preprocess", "--input", "a.jsonl", "b.jsonl", "--output-prefix", "one", *common]) == 0
+    for shard in ("0/2", "1/2"):
+        arguments = ["--input", "a.jsonl", "b.jsonl", "--output-prefix", "two", "--shard", shard]
+        assert main(["preprocess", *arguments, *common]) == 0
+    assert "shard 1 of 2 is ready" in capsys.readouterr().out
+    assert main(["preprocess", "--join", "2", "--output-prefix", "two"]) == 0
+    for end in ("bin", "idx"):
+        assert (texts / f"one.{end}").read_bytes() == (texts / f"two.{end}").read_bytes()
+
+
+def test_too_many_bad_lines_are_refused(texts, capsys):
+    (texts / "b.jsonl").write_text('{"text": "good"}\n{"text": null}\n')
+    arguments = ["preprocess", "--input", "b.jsonl", "--output-prefix", "x", "--tokenizer", "byte", "--max-bad"]
+    assert main([*arguments, "0.1%"]) == 3
+    assert "b.jsonl:2: the value of 'text' is not a string" in capsys.readouterr().err
+    assert not list(texts.glob("x*"))
+    assert main([*arguments, "50%"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--tokenizer", "byte"], "--input"),
+        (["--input", "a.jsonl"], "--tokenizer"),
+        (["--join", "2", "--input", "a.jsonl"], "leave --input, --tokenizer and --shard out"),
+        (["--join", "2"], "x.preprocess-0-of-2"),
+        (["--input", "a.jsonl", "--tokenizer", "byte", "--shard", "2/2"], "the last one of 2 is 1/2"),
+        (["--input", "a.jsonl", "--tokenizer", "byte", "--split-tokens", "few"], "not a count"),
+        (["--input", "a.jsonl", "--tokenizer", "byte", "--fast-tokenizer", "on"], "there is none for this kind"),
+    ],
+)
+def test_mistakes_with_parts(texts, capsys, arguments, text):
+    assert main(["preprocess", *arguments, "--output-prefix", "x"]) == 2
+    assert text in capsys.readouterr().err
+    assert not list(texts.glob("x*"))

@@ -6,6 +6,8 @@ import pytest
 
 from megatron_cpt.config import draft_config
 
+FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
+
 
 @pytest.mark.parametrize(
     ("overrides", "problem"),
@@ -29,6 +31,19 @@ from megatron_cpt.config import draft_config
             "2 x parallel.virtual_pipeline: 4 does not divide model.layers",
         ),
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline: 2 needs parallel.pipeline above 1"),
+        (
+            ["sources.web.on_exhausted=renormalize"],
+            "sources.web.on_exhausted: renormalize: needs max_epochs, which says when the source has ended",
+        ),
+        ([f"sources.web.fim={FIM}"], "sources.web.fim: needs the end-of-document id; set tokenizer"),
+        (
+            [f"sources.web.fim={FIM}", "documents.eod_id=3", "model.vocab=252"],
+            "sources.web.fim.suffix_id: 252 is outside model.vocab: 252",
+        ),
+        (
+            [f"sources.web.fim={FIM}", "documents.eod_id=251"],
+            "sources.web.fim: prefix_id, middle_id, suffix_id and the end-of-document id must be four different tokens",
+        ),
         (["batch.micro=3"], "batch.micro: 3 does not divide batch.global: 8"),
         (
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "batch.global=6"],

@@ -114,6 +114,8 @@ def test_activations_under_other_names(run_data, written, activation, gated):
         ("sources.web.path=3", "sources.web.path: 3: neither text nor a list of texts"),
         ("sources.web.path=[a, 3]", "sources.web.path[1]: 3: not text; put it in quotes"),
         ("sources.web.max_epochs=0", "sources.web.max_epochs: 0: should be greater than 0"),
+        ("sources.web.fim={prefix_id: 1, middle_id: 2}", "sources.web.fim.suffix_id: missing; give it a value"),
+        ("sources.web.on_exhausted=stop", "sources.web.on_exhausted: \"stop\": should be 'error' or 'renormalize'"),
         ("phases.general.blend.web='0.6'", 'phases[0].blend.web: "0.6": not a number; write it without quotes'),
         ("optimizer.betas=[0.9]", "optimizer.betas[1]: missing; give it a value"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas[1]: 1: should be less than 1"),

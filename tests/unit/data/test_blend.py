@@ -62,15 +62,35 @@ def test_equals_megatron_core_over_a_long_run(num_sources, count):
     assert ks.tolist() == their_ks
 
 
-@settings(max_examples=60, deadline=None)
-@given(weights=weight_lists)
-def test_stays_with_its_weights_at_every_sample(weights):
-    weights, count = normalised(weights), 300
+def furthest_ahead_and_behind(weights: np.ndarray, count: int) -> tuple[float, float]:
+    """Over every source and every sample of a blend: samples beyond the share, and short of it."""
     chosen = assign(weights, np.zeros(len(weights), np.int64), count)
     given = np.cumsum(chosen[:, None] == np.arange(len(weights)), axis=0)
     behind = weights * np.arange(1, count + 1)[:, None] - given
-    assert behind.min() > -1 - 1e-9  # never a whole sample ahead of its share
-    assert behind.max() < 2  # nor two behind
+    return -float(behind.min()), float(behind.max())
+
+
+skewed_weight_lists = st.lists(
+    st.tuples(st.floats(0, 9).map(lambda x: np.exp(-x)), st.integers(1, 12)), min_size=1, max_size=5
+).map(lambda groups: [weight for weight, repeats in groups for _ in range(repeats)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights=weight_lists | skewed_weight_lists)
+def test_stays_with_its_weights_at_every_sample(weights):
+    # docs/decisions.md has the proof
+    ahead, behind = furthest_ahead_and_behind(normalised(weights), 600)
+    assert ahead < 1 + 1e-9
+    assert behind <= sum(1 / k for k in range(1, len(weights))) + 1e-9
+
+
+def test_may_fall_more_than_two_behind_but_not_by_much():
+    # found by a search: a heavy source, and light ones in levels that become due one after another
+    weights = normalised([0.868] + [0.032] * 3 + [0.004] * 6 + [0.000875] * 14)
+    ahead, behind = furthest_ahead_and_behind(weights, 4000)
+    assert ahead < 1
+    assert 2.3 < behind < 2.5
+    assert by_megatron_core(weights, 4000)[0] == assign(weights, np.zeros(24, np.int64), 4000).tolist()
 
 
 def test_two_equal_sources_alternate_from_the_first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from itertools import permutations
 
@@ -15,10 +16,10 @@ from megatron_cpt.data.permutation import Permutation, derive_key
 keys = st.integers(0, 2**64 - 1)
 
 
-@settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 30_000), key=keys)
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 10**6) | st.integers(1, 2000), key=keys)
 def test_is_a_bijection(n, key):
-    assert np.array_equal(np.sort(Permutation(n, key).array(np.arange(n))), np.arange(n))
+    assert (np.bincount(Permutation(n, key).array(np.arange(n)), minlength=n) == 1).all()
 
 
 def test_is_a_bijection_on_a_million():
@@ -41,6 +42,18 @@ def test_large_domains(n):
     assert len(np.unique(values)) == len(places)
     assert 0 <= values.min() < n // 1000
     assert n - n // 1000 < values.max() < n
+
+
+def test_a_large_domain_takes_no_memory():
+    tracemalloc.start()
+    try:
+        permutation = Permutation(10**12, 3)
+        values = [permutation(i) for i in range(0, 10**12, 10**12 // 100)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(values)) == 100
+    assert peak < 16 * 1024
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17])

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ import pytest
 import zstandard
 
 from megatron_cpt.data.indexed import IndexedDataset
-from megatron_cpt.data.jsonl import read_blocks
 from megatron_cpt.data.preprocess import preprocess
 from megatron_cpt.data.tokenizers import load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
@@ -202,20 +200,6 @@ def test_a_line_much_longer_than_a_block(tmp_path):
     assert [len(document) for document in documents(tmp_path / "p")] == [6, len(long), 5]
 
 
-@pytest.mark.parametrize("block_bytes", [1, 7, 64, 1000, 10**6])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_blocks_are_whole_lines_and_numbered(tmp_path, block_bytes, name):
-    data = b"".join(b"%d\n" % i * (i % 5 + 1) for i in range(200)) + b"no newline at the end"
-    (tmp_path / name).write_bytes(pack(name, data))
-    blocks = list(read_blocks(str(tmp_path / name), block_bytes))
-    assert b"".join(block.data for block in blocks) == data
-    assert all(block.data.endswith(b"\n") for block in blocks[:-1])
-    for before, after in pairwise(blocks):
-        assert after.first_line == before.first_line + before.data.count(b"\n")
-        assert after.bytes_done >= before.bytes_done
-    assert blocks[-1].bytes_done == (tmp_path / name).stat().st_size
-
-
 class TestAllOrNothing:
     def test_too_many_bad_lines(self, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{\n{\n{\n')
@@ -282,7 +266,7 @@ class TestMistakes:
         [
             ("none.jsonl", "no such file"),
             ("none*.jsonl", "no such file"),
-            ("folder", "is a folder"),
+            ("folder", "a folder with no file that ends in"),
             ("a.txt", r"its ending is not known; known are \.jsonl,"),
         ],
     )

@@ -190,3 +190,51 @@ def test_tokens_are_those_asked_for_and_those_trained(run_data):
     found = plan(run_data, "tokens=51000")
     assert (found.tokens, found.steps, found.tokens_trained) == (51_000, 100, 51_200)
     assert sum(phase.tokens for phase in found.phases) == found.tokens_trained
+
+
+class TestSourcesThatEnd:
+    ENDING = ("sources.qa.max_epochs=1", "sources.qa.on_exhausted=renormalize")
+
+    def test_the_others_read_what_it_no_longer_gives(self, run_data):
+        found = plan(run_data, *self.ENDING, samples_per_epoch={"qa": 11})
+        assert not found.problems
+        phase = found.phases[1]
+        assert phase.num_samples == 28 * 8
+        # qa gives 11 samples in the first 110, in which web gives 55 and code 44; 114 are left for those two, 5 to 4
+        assert {name: use.samples for name, use in phase.sources.items()} == {"web": 118, "code": 95, "qa": 11}
+        assert phase.sources["qa"].epochs == found.sources["qa"].epochs == 1.0
+        assert phase.sources["qa"].weight == 0.1
+        assert found.sample_limits == {"qa": 11}
+        assert phase.ends == {"qa": phase.first_step + 110 // 8}
+
+    def test_a_warning_says_where(self, run_data):
+        found = plan(run_data, *self.ENDING, samples_per_epoch={"qa": 11})
+        (line,) = [line for line in found.warnings if "source qa" in line]
+        step = found.phases[1].first_step + 110 // 8
+        assert line.startswith(f"source qa: ends after 1 epochs, about at step {step} (phase qa); from there on")
+
+    def test_one_that_is_not_reached_changes_nothing(self, run_data):
+        limited = plan(run_data, *self.ENDING)
+        assert not limited.phases[1].ends
+        assert limited.phases == plan(run_data).phases
+        assert limited.warnings == plan(run_data).warnings
+
+    def test_ended_in_an_earlier_phase(self, run_data):
+        renormalize = ("sources.code.max_epochs=1", "sources.code.on_exhausted=renormalize")
+        found = plan(run_data, *renormalize, samples_per_epoch={"code": 40})
+        assert found.sources["code"].samples == 40
+        assert found.phases[1].sources["code"].samples == 0
+        assert sum(use.samples for use in found.phases[1].sources.values()) == found.phases[1].num_samples
+        assert len([line for line in found.warnings if "source code: ends" in line]) == 1
+
+    def test_a_phase_without_any_source_left(self, run_data):
+        both = [
+            f"sources.{name}.{key}" for name in ("web", "code") for key in ("max_epochs=1", "on_exhausted=renormalize")
+        ]
+        (problem,) = texts(plan(run_data, *both, samples_per_epoch={"web": 200, "code": 300}))
+        assert problem.startswith("phases[0] (phase general): all its sources have given their max_epochs by step 63")
+        assert "(76 samples are missing); raise max_epochs, add a source or shorten the run" in problem
+
+    def test_without_a_size_it_cannot_end(self, run_data):
+        found = plan(run_data, *self.ENDING, sizes={name: SIZES[name] for name in ("web", "code")})
+        assert found.sample_limits == {}

@@ -1,0 +1,67 @@
+"""The progress bar of `preprocess`, and what it says at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_cpt.data.report import PreprocessReport
+
+Show = Callable[[int, int, int, int], None]
+Notify = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def encoding_progress() -> Iterator[tuple[Show, Notify]]:
+    """A bar with MB/s, tokens/s and time left, on stderr where someone looks: stdout and log files stay clean.
+
+    Yields:
+        A function to call after each block with (bytes done, bytes in all, documents, tokens), and one for notes.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from megatron_cpt.config import format_count
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}% {task.fields[found]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("encoding", total=None, found="")
+        first: list[tuple[float, int, int]] = []  # when the first block came, and what a run before had done till then
+
+        def show(bytes_done: int, bytes_total: int, documents: int, tokens: int) -> None:
+            now = time.monotonic()
+            first[:] = first or [(now, bytes_done, tokens)]
+            seconds = max(now - first[0][0], 1e-9)
+            speed = (bytes_done - first[0][1]) / 1e6 / seconds
+            tokens_per_second = format_count((tokens - first[0][2]) / seconds)
+            found = f"{format_count(documents)} documents, {format_count(tokens)} tokens"
+            found += f", {speed:.1f} MB/s, {tokens_per_second} tokens/s"
+            bar.update(task, completed=bytes_done, total=bytes_total, found=found)
+
+        yield show, lambda text: console.print(f"note: {text}", soft_wrap=True)
+
+
+def print_report(report: PreprocessReport) -> None:
+    """Says in a few lines what was done."""
+    seconds = max(report.seconds, 1e-9)
+    print(
+        f"{report.output_prefix}: {report.documents:,} documents, {report.tokens:,} {report.dtype} tokens "
+        f"in {report.seconds:.1f} s ({report.text_bytes / 1e6 / seconds:.1f} MB of text a second, by {report.engine})"
+    )
+    if len(report.prefixes) > 1:
+        print(f"written: {len(report.prefixes)} pairs, {report.prefixes[0]} to {report.prefixes[-1]}")
+    if report.empty_documents:
+        print(f"left out: {report.empty_documents:,} empty documents")
+    if report.bad_lines:
+        where = f", listed in {report.bad_path}" if report.bad_path else ""
+        print(f"left out: {report.bad_lines:,} bad lines{where}")
+    sys.stdout.flush()
