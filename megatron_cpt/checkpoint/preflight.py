@@ -36,7 +36,16 @@ def model_shape(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _blends(run: Mapping[str, Any]) -> list[Any]:
-    return [{"name": phase["name"], "blend": phase["blend"]} for phase in run["phases"]]
+    limits = {
+        name: source["max_epochs"]
+        for name, source in run["sources"].items()
+        if source.get("on_exhausted") == "renormalize"
+    }
+    return [limits, *({"name": phase["name"], "blend": phase["blend"]} for phase in run["phases"])]
+
+
+def _documents(run: Mapping[str, Any]) -> list[Any]:
+    return [run["documents"], {name: source.get("fim") for name, source in run["sources"].items() if source.get("fim")}]
 
 
 def _ends(run: Mapping[str, Any]) -> list[Any]:
@@ -53,7 +62,7 @@ RULES = (
     Rule("optimizer", lambda run: run["optimizer"], "the new values count from this step on"),
     Rule("precision", lambda run: run["precision"], "the run goes on in another number format"),
     Rule("tokenizer", lambda run: run["tokenizer"], "ids may mean other text from this step on"),
-    Rule("documents", lambda run: run["documents"], "masks change from this step on"),
+    Rule("documents", _documents, "masks change from this step on"),
 )
 DATA = Rule(
     "data", lambda fingerprints: fingerprints, "a source's samples are numbered anew: some are read twice, some never"

@@ -148,7 +148,7 @@ def find_replay(starts: Iterator[Start], step: int, witness: Witness | None, pro
 def _replay(start: Start, step: int, until: int, progress: Progress | None) -> Replay:
     """Walk the blend from a start through a step up to a later one."""
     batch = start.blends.global_batch
-    cursor = BlendCursor(start.blends.phases, start.blends.source_names)
+    cursor = BlendCursor(start.blends.phases, start.blends.source_names, limits=start.blends.limits)
     if start.state is not None:
         cursor.load_state_dict(start.state)
     first, total = cursor.sample, min(until * batch, cursor.num_samples) - cursor.sample

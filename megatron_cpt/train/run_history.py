@@ -27,12 +27,14 @@ class Blends:
         run: run.yaml as plain values.
         phases: the blends of the plan, in order.
         last_step: the plan's last step.
+        limits: samples after which a source ends, for those that do.
     """
 
     origin: str
     run: Mapping[str, Any]
     phases: tuple[PhaseBlend, ...]
     last_step: int
+    limits: Mapping[str, int]
 
     @property
     def source_names(self) -> list[str]:
@@ -124,7 +126,8 @@ def read_blends(folder: Path) -> Blends:
     try:
         batch = int(run["batch"]["global"])
         phases = tuple(_phase(phase, batch) for phase in plan["phases"])
-        return Blends(str(folder / layout.RUN_FILE), run, phases, int(plan["steps"]))
+        limits = {name: int(source["limit"]) for name, source in plan["sources"].items() if source.get("limit")}
+        return Blends(str(folder / layout.RUN_FILE), run, phases, int(plan["steps"]), limits)
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{folder / layout.PLAN_FILE}: not the plan of a run ({error!r})") from error
 
