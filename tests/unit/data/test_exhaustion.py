@@ -148,5 +148,5 @@ def test_the_plan_says_what_the_cursor_does(epochs, weights):
         for name, use in phase.sources.items():
             assert use.samples == pytest.approx(read[name], abs=3)  # each piece of a phase is rounded by itself
         for name, step in phase.ends.items():
-            rarity = sum(blend.values()) / blend[name] / 8  # steps a sample of it
+            rarity = 1 / phase.weights[name] / 8  # steps a sample of it
             assert at_end.get(name, phase.last_step) == pytest.approx(step, abs=2 + 2 * rarity)
