@@ -55,6 +55,11 @@ def build_model(run: RunConfig) -> Model:
 
 def _check_machine(run: RunConfig, spec: LayerSpec) -> None:
     if spec.name == "transformer_engine":
+        if run.documents.reset_attention:
+            raise UserError(
+                "documents.reset_attention: Transformer Engine's causal attention takes no mask and would ignore it; "
+                "leave it out on this machine"
+            )
         return
     wanted = []
     if run.precision.fp8 is not None:
