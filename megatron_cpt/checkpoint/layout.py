@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from megatron_cpt.data.durable import sync_folder
 from megatron_cpt.errors import RefusedError, UserError
 
 FORMAT_VERSION = 1
@@ -77,13 +78,4 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)

@@ -19,6 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.checkpoint import layout, sharded
 from megatron_cpt.checkpoint.manifest import FileDigest, digest, manifest_text
+from megatron_cpt.data.durable import sync_folder
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _publish(aside: Path, final: Path, files: dict[str, FileDigest]) -> None:
     if final.exists():  # the same step once more, after a resume from an older checkpoint
         shutil.rmtree(final)
     os.rename(aside, final)
-    layout.fsync_folder(final.parent)
+    sync_folder(final.parent)
     layout.write_atomically(final.parent / layout.LATEST_FILE, f"{final.name}\n")
 
 

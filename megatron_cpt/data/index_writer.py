@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_cpt.data.durable import close_durably, sync_folder
 from megatron_cpt.data.index_header import MAGIC, PREAMBLE, VERSION, dtype_code
 from megatron_cpt.errors import UserError
 
@@ -63,7 +64,7 @@ class IndexedDatasetWriter:
         assert self._bin is not None
         try:
             if kind is None:
-                _close_durably(self._bin)
+                close_durably(self._bin)
                 self._write_index()
                 self._publish()
         finally:  # after a success there is nothing left to remove
@@ -120,7 +121,7 @@ class IndexedDatasetWriter:
                 pointer = int(ends[-1])
             for block in _blocks(self.num_documents + 1):
                 idx.write(np.arange(block.start, block.stop, dtype="<i8").tobytes())
-            _close_durably(idx)
+            close_durably(idx)
 
     def _publish(self) -> None:
         # An older .idx goes first: at no moment may it stand beside the new .bin.
@@ -128,25 +129,10 @@ class IndexedDatasetWriter:
             os.unlink(f"{self.prefix}.idx")
         os.replace(self._temporary["bin"], f"{self.prefix}.bin")
         os.replace(self._temporary["idx"], f"{self.prefix}.idx")
-        _sync_folder(Path(self.prefix).parent)
+        sync_folder(Path(self.prefix).parent)
 
 
 def _blocks(count: int) -> Iterator[slice]:
     """range(count) in pieces of a few megabytes, so that a table is never held twice."""
     for start in range(0, count, _TABLE_BLOCK):
         yield slice(start, min(start + _TABLE_BLOCK, count))
-
-
-def _close_durably(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
