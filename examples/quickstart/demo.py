@@ -12,14 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import corpora
@@ -27,8 +21,8 @@ import orjson
 import results
 import tokenizer
 from rich.console import Console
-from rich.table import Table
 from sources import HELD_OUT, PRETRAINING, QUESTIONS
+from story import MEGATRON_CPT, TORCHRUN, Story, preprocess_sources
 
 from megatron_cpt.errors import CptError
 
@@ -37,10 +31,7 @@ HERE = Path("examples/quickstart")
 DATA = Path("data/quickstart")
 RUNS = Path("runs/quickstart")
 
-MEGATRON_CPT = [sys.executable, "-m", "megatron_cpt"]  # the console command `megatron-cpt`, whatever PATH says
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SEQ_LENGTH = 256  # as in the run.yaml files
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a rank a core; torchrun would choose the same, and say so at length
 
 GROUPS = {
     "general text": [name for name in HELD_OUT if name not in QUESTIONS],
@@ -48,70 +39,11 @@ GROUPS = {
 }
 
 
-class StepError(CptError):
-    """A command of the demo failed; it has printed why."""
-
-    def __init__(self, command: Sequence[str], status: int) -> None:
-        self.exit_status = status
-        super().__init__(f"this command ended with status {status}: {shlex.join(command)}")
-
-
-@dataclass
-class Story:
-    """Tells each step and how long it took."""
-
-    console: Console
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def step(self, title: str) -> Iterator[None]:
-        """Prints a step's title before it and its time after it."""
-        self.console.rule(f"[bold]{len(self.seconds) + 1}. {title}", align="left")
-        start = time.perf_counter()
-        yield
-        self.seconds[title] = time.perf_counter() - start
-        self.console.print(f"[dim]{self.seconds[title]:.1f} s[/dim]\n")
-
-    def run(self, command: Sequence[str]) -> None:
-        """Prints and runs a command.
-
-        Raises:
-            StepError: it failed.
-        """
-        shown = ["megatron-cpt", *command[3:]] if list(command[:3]) == MEGATRON_CPT else ["python", *command[1:]]
-        self.console.print(f"$ {shlex.join(shown)}", style="cyan", markup=False, highlight=False, soft_wrap=True)
-        environment = {**os.environ, **ONE_THREAD} if list(command[:3]) == TORCHRUN[:3] else None
-        status = subprocess.run(command, check=False, env=environment).returncode
-        if status != 0:
-            # A negative status is the signal that ended it; a shell says 128 + signal.
-            raise StepError(command, status if status > 0 else 128 - status)
-
-    def times(self) -> Table:
-        """Returns the time of each step and of all."""
-        table = Table(title="Time", title_justify="left")
-        table.add_column("step")
-        table.add_column("seconds", justify="right")
-        for title, seconds in self.seconds.items():
-            table.add_row(title, f"{seconds:.1f}")
-        table.add_section()
-        table.add_row("all", f"{sum(self.seconds.values()):.1f}", style="bold")
-        return table
-
-
 def preprocess(story: Story) -> None:
     """Turns every source into a .bin/.idx pair, unless it is newer than its text and the tokenizer."""
     model = DATA / "tokenizer.model"
-    for split, names in (("train", [*PRETRAINING, *QUESTIONS]), ("heldout", HELD_OUT)):
-        (DATA / split).mkdir(exist_ok=True)
-        for name in names:
-            text, prefix = DATA / "text" / split / f"{name}.jsonl", DATA / split / name
-            index = prefix.with_suffix(".idx")
-            if index.exists() and index.stat().st_mtime > max(path.stat().st_mtime for path in (text, model)):
-                continue
-            for stale in (index, prefix.with_suffix(".bin")):
-                stale.unlink(missing_ok=True)  # `preprocess` refuses to overwrite a data set
-            options = ["--input", str(text), "--output-prefix", str(prefix), "--tokenizer", f"sentencepiece:{model}"]
-            story.run([*MEGATRON_CPT, "preprocess", *options, "--append-eod", "--workers", "2"])
+    sources = {"train": [*PRETRAINING, *QUESTIONS], "heldout": list(HELD_OUT)}
+    preprocess_sources(story, sources, DATA / "text", DATA, f"sentencepiece:{model}", model)
 
 
 def train(story: Story, name: str) -> None:

@@ -9,6 +9,7 @@ import orjson
 import pytest
 from rich.console import Console
 from sources import HELD_OUT, PRETRAINING, QUESTIONS
+from story import StepError
 
 
 class Recorder(demo.Story):
@@ -72,14 +73,14 @@ def test_training_is_launched_on_two_ranks():
 @pytest.mark.parametrize(("code", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])
 def test_a_failing_command_ends_the_demo_with_its_status(code, status):
     story = demo.Story(Console(file=io.StringIO()))
-    with pytest.raises(demo.StepError, match=f"status {status}") as caught:
+    with pytest.raises(StepError, match=f"status {status}") as caught:
         story.run([sys.executable, "-c", code])
     assert caught.value.exit_status == status
 
 
 def test_commands_are_shown_as_one_types_them():
     story = demo.Story(Console(file=io.StringIO(), width=200))
-    with pytest.raises(demo.StepError):
+    with pytest.raises(StepError):
         story.run([*demo.MEGATRON_CPT, "no-such-command", "a b"])
     assert story.console.file.getvalue() == "$ megatron-cpt no-such-command 'a b'\n"
 
