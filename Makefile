@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := dev,hf,eval,fast
 
-.PHONY: setup demo test test-long check bench gpu-test clean
+.PHONY: setup demo test test-long soak check bench gpu-test gpu-bench clean
 
 setup: $(STAMP)
 
@@ -28,8 +28,17 @@ test: setup
 test-long: setup
 	$(BIN)/python -m pytest tests -m long -v
 
+# A small job under random faults, against a quiet one; benchmarks/results/soak.json adds up over all of them.
+FAULTS ?= 50
+MINUTES ?= 10
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --faults $(FAULTS) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 gpu-test: setup
-	$(BIN)/python -m pytest tests/gpu -m gpu -v
+	$(BIN)/python -m pytest tests/gpu -m gpu -v -rs
+
+gpu-bench: setup
+	$(BIN)/python benchmarks/gpu/blocks.py
 
 check: setup
 	$(BIN)/ruff check .
@@ -41,7 +50,13 @@ bench: setup
 	$(BIN)/python benchmarks/data_startup.py
 	$(BIN)/python benchmarks/data_resume.py
 	$(BIN)/python benchmarks/data_loader.py
+	$(BIN)/python benchmarks/data_cold_reads.py
+	$(BIN)/python benchmarks/data_check.py
+	$(BIN)/python benchmarks/data_preprocess.py
 	$(BIN)/python benchmarks/loop_overhead.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/memory_model.py
+	$(BIN)/python benchmarks/adviser_accuracy.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

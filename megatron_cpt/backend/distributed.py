@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from megatron_cpt.backend import cpu
 from megatron_cpt.config import ParallelConfig
 from megatron_cpt.errors import UserError
+
+DEFAULT_TIMEOUT = 1800.0
+"""Seconds that a collective may take."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,15 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 @contextlib.contextmanager
-def process_groups(parallel: ParallelConfig, *, timeout_minutes: float = 30.0) -> Iterator[Ranks]:
+def process_groups(parallel: ParallelConfig, *, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
     """Initialise torch.distributed and megatron-core's parallel state; take both down at the end.
 
     Without a launcher's variables the job is one process and needs no port. A process group that already exists (as in
     tests) is used and left alone.
+
+    Args:
+        parallel: how the model is split.
+        timeout: seconds that a collective may take.
 
     Raises:
         UserError: when the world size does not fit `parallel`.
@@ -90,14 +98,15 @@ def process_groups(parallel: ParallelConfig, *, timeout_minutes: float = 30.0) -
     size = data_parallel_size(parallel, launched_world_size())
     own_group = not dist.is_initialized()
     if own_group:
-        _initialise(on_cpu, timedelta(minutes=timeout_minutes))
+        _initialise(on_cpu, timedelta(seconds=timeout))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
-        distributed_timeout_minutes=int(timeout_minutes),
+        distributed_timeout_minutes=math.ceil(timeout / 60),
     )
+    is_whole = False
     try:
         yield Ranks(
             rank=dist.get_rank(),
@@ -109,9 +118,10 @@ def process_groups(parallel: ParallelConfig, *, timeout_minutes: float = 30.0) -
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
             is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         )
+        is_whole = True
     finally:
         parallel_state.destroy_model_parallel()
-        if own_group:
+        if own_group and is_whole:  # after an error the others may be in the middle of a collective: NCCL would wait
             dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 RUN/checkpoints/step-00000500/      a published checkpoint
 RUN/checkpoints/.step-00000500.tmp/ one being written; never read
+RUN/checkpoints/.step-00000500.deleted/ one being deleted; never read
 RUN/checkpoints/latest              text: the name of the newest
 """
 
@@ -22,6 +23,7 @@ PLAN_FILE = "plan.json"
 LATEST_FILE = "latest"
 
 _NAME = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(r"\.step-\d{8,}\.(tmp|deleted)")
 
 
 def checkpoints_folder(run_directory: str | Path) -> Path:
@@ -34,14 +36,30 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    match = _NAME.fullmatch(path.name)
+    assert match, f"{path}: not the name of a checkpoint"
+    return int(match.group(1))
+
+
+def doomed(path: Path) -> Path:
+    """What a checkpoint is called while it is deleted."""
+    return path.with_name(f".{path.name}.deleted")
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = [
-        (int(m.group(1)), path) for path in folder.iterdir() if path.is_dir() and (m := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    return sorted(
+        (path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=checkpoint_step
+    )
+
+
+def list_leftovers(folder: Path) -> list[Path]:
+    """Folders of saves that did not end and of checkpoints half deleted."""
+    return sorted(path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name))
 
 
 def is_checkpoint(path: Path) -> bool:

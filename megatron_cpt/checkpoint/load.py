@@ -7,38 +7,51 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_cpt.backend import set_rng_state
 from megatron_cpt.checkpoint import layout, sharded
-from megatron_cpt.checkpoint.manifest import find_faults
+from megatron_cpt.checkpoint.manifest import Verify, find_faults
+from megatron_cpt.checkpoint.reader import in_threads
 from megatron_cpt.checkpoint.unpickle import plain_types_only
-from megatron_cpt.config import read_mapping
 from megatron_cpt.errors import RefusedError
 
 logger = logging.getLogger(__name__)
 
 
-def newest_sound(folder: Path) -> Path | None:
+def newest_sound(folder: Path, how: Verify = "full") -> Path | None:
     """The newest checkpoint of a run that verifies; a collective call where process groups exist.
 
     Broken ones are passed over with a loud warning.
+
+    Args:
+        folder: of the run's checkpoints.
+        how: `checkpoint.verify`.
 
     Returns:
         Its folder; None where the run has no checkpoint at all.
 
     Raises:
-        RefusedError: there are checkpoints, and none is sound: never start over in silence.
+        RefusedError: there are checkpoints, or have been, and none is sound: never start over in silence.
     """
-    found = layout.list_checkpoints(folder)
+    # as the main rank sees the folder: every rank must verify the same ones, however late a file system shows them
+    told = [_look(folder)]
+    dist.broadcast_object_list(told, src=0)
+    found, named = told[0]
+    if not found and named is not None:
+        raise RefusedError(
+            f"{folder}: latest names {named}, but there is no checkpoint; put one back, choose another output, or "
+            f"remove {folder / layout.LATEST_FILE} to start over"
+        )
     reasons = []
     for path in reversed(found):
-        faults = verify(path)
+        faults = verify(path, how)
         if not faults:
             return path
         reasons.append(f"{path.name}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
@@ -51,7 +64,13 @@ def newest_sound(folder: Path) -> Path | None:
     return None
 
 
-def find_sound(named: str | Path) -> Path:
+def _look(folder: Path) -> tuple[list[Path], str | None]:
+    """The checkpoints in a folder, and what `latest` says, if it is there."""
+    latest = folder / layout.LATEST_FILE
+    return layout.list_checkpoints(folder), latest.read_text(errors="replace").strip() if latest.exists() else None
+
+
+def find_sound(named: str | Path, how: Verify = "full") -> Path:
     """The checkpoint that a user means: a folder, or a run directory's newest that verifies; a collective call.
 
     Raises:
@@ -60,78 +79,70 @@ def find_sound(named: str | Path) -> Path:
     """
     path = layout.resolve_checkpoint(named)
     if path != Path(named):
-        return newest_sound(path.parent) or path
-    faults = verify(path)
+        return newest_sound(path.parent, how) or path
+    faults = verify(path, how)
     if faults:
         raise RefusedError(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
     return path
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, how: Verify = "full") -> list[str]:
     """Every fault of a checkpoint's files; the ranks share the checksums and all get the same answer."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
-        own = find_faults(path, part=rank, parts=world_size)
-    except RefusedError as error:
+        own = find_faults(path, part=rank, parts=world_size, how=how)
+    except (RefusedError, OSError) as error:  # OSError: a bad block of the disk, and only one rank that meets it
         own = [str(error)]
     every: list[Any] = [None] * world_size
     dist.all_gather_object(every, own)
     return sorted({fault for part in every for fault in part})
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json.
-
-    Raises:
-        RefusedError: it cannot be read, or it is of a newer format.
-    """
-    try:
-        state: dict[str, Any] = orjson.loads((path / layout.STATE_FILE).read_bytes())
-        version = int(state["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{path / layout.STATE_FILE}: missing or damaged ({error})") from error
-    if version > layout.FORMAT_VERSION:
-        raise RefusedError(
-            f"{path}: format version {version}, this software reads up to {layout.FORMAT_VERSION}; update it"
-        )
-    return state
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """The resolved run.yaml that a checkpoint was made with, as plain values."""
-    return read_mapping(path / layout.RUN_FILE)
-
-
 def load_weights(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:
     """Load the weights only; master weights are the caller's to refresh."""
-    state = _load(sharded.model_state(chunks), path)
-    sharded.load_model_state(chunks, state)
+    wanted = sharded.model_state(chunks, is_loading=True)
+    _leave_out_new_histories(wanted, path)
+    sharded.load_model_state(chunks, _load(wanted, path))
 
 
 def load_training(
     path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, with_rng: bool
 ) -> None:
     """Load weights, optimizer and, where the layout is the one that saved it, random states."""
-    model = sharded.model_state(chunks)
-    wanted = {**model, "optimizer": sharded.optimizer_state(optimizer, model, is_loading=True)}
-    if with_rng:
-        wanted["rng"] = sharded.random_state()
+    wanted = sharded.training_state(chunks, optimizer, is_loading=True, with_rng=with_rng)
+    _leave_out_new_histories(wanted, path)
     state = _load(wanted, path)
     sharded.load_model_state(chunks, state)
-    optimizer.load_state_dict(state["optimizer"])
+    sharded.load_optimizer_state(optimizer, state["optimizer"])
     if with_rng:
         set_rng_state(state["rng"])
 
 
+def _leave_out_new_histories(wanted: dict[str, Any], path: Path) -> None:
+    """Do not ask for amax histories that the checkpoint lacks: a run that takes up FP8 starts new ones."""
+    histories = sharded.amax_histories(wanted)
+    if not histories:
+        return
+    # megatron-core's own load_tensors_metadata (0.19.2) fails on what newer versions of torch write.
+    with plain_types_only(path):
+        present = FileSystemReader(path).read_metadata().state_dict_metadata
+    shapes = {key: tuple(entry.size) for key, entry in present.items() if isinstance(entry, TensorStorageMetadata)}
+    new = [(model, name) for model, name, tensor in histories if shapes.get(tensor.key) != tuple(tensor.global_shape)]
+    for model, name in new:
+        del model[name]
+    if new and dist.get_rank() == 0:
+        logger.info("%s has no amax history of this recipe: FP8 scaling starts anew", path)
+
+
 def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
-        with plain_types_only(path):
+        with plain_types_only(path), in_threads():
             loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
     except CheckpointException as error:  # torch's own, over several ranks; not an Exception
         causes = "; ".join(
             sorted({f"{type(cause).__name__}: {cause}".splitlines()[0] for cause, _ in error.failures.values()})
         )
         raise RefusedError(f"{path}: cannot be read: {causes}") from error
-    except (dist_checkpointing.mapping.CheckpointingException, KeyError, ValueError) as error:
+    except (dist_checkpointing.mapping.CheckpointingException, KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{path}: does not fit this model: {error}") from error
     return loaded

@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cpt.config import RunConfig
+from pydantic import BaseModel, ValidationError
+
+from megatron_cpt.config import ModelConfig, RunConfig
 from megatron_cpt.errors import RefusedError, UserError
 
 # Fields that say how a model is trained or where it came from, not what it is.
@@ -32,7 +34,19 @@ class Rule:
 
 def model_shape(run: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint's weights depend on: a rotary percent or a norm that differs loads, and trains wrong."""
-    return {key: value for key, value in run["model"].items() if key not in _NOT_SHAPE}
+    model = _with_defaults(ModelConfig, run["model"])
+    if model.get("heads") and model.get("hidden"):  # left out or said outright, it is the same model
+        model["kv_groups"] = model.get("kv_groups") or model["heads"]
+        model["head_dim"] = model.get("head_dim") or model["hidden"] // model["heads"]
+    return {key: value for key, value in model.items() if key not in _NOT_SHAPE}
+
+
+def _with_defaults(section: type[BaseModel], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved values, and for fields that are newer than the checkpoint their defaults: what held before they existed."""
+    try:
+        return section.model_validate(dict(saved)).model_dump(mode="json", by_alias=True)
+    except ValidationError:  # of software that wrote other fields: compared as it is, every difference is told
+        return dict(saved)
 
 
 def _blends(run: Mapping[str, Any]) -> list[Any]:
@@ -48,15 +62,40 @@ def _documents(run: Mapping[str, Any]) -> list[Any]:
     return [run["documents"], {name: source.get("fim") for name, source in run["sources"].items() if source.get("fim")}]
 
 
-def _ends(run: Mapping[str, Any]) -> list[Any]:
-    return [run["schedule"], run["tokens"], [phase["until"] for phase in run["phases"]]]
+def _ends(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **run["schedule"],
+        "tokens": run["tokens"],
+        "phases": [{"name": phase["name"], "until": phase["until"]} for phase in run["phases"]],
+    }
+
+
+def _phase_lengths(run: Mapping[str, Any]) -> dict[str, int]:
+    lengths = {phase["name"]: phase.get("seq_length") or run["seq_length"] for phase in run["phases"]}
+    return lengths if len(set(lengths.values())) > 1 else {}  # of one length for all tells the rule `seq_length`
+
+
+def _phase_batches(run: Mapping[str, Any]) -> dict[str, int]:
+    own = {phase["name"]: (phase.get("batch") or {}).get("global") for phase in run["phases"]}
+    return {name: size for name, size in own.items() if size}
+
+
+def chunk_lengths(run: Mapping[str, Any]) -> dict[str, int]:
+    """The longest samples that each source is read in."""
+    lengths: dict[str, int] = {}
+    for phase in run["phases"]:
+        for name in phase["blend"]:
+            lengths[name] = max(lengths.get(name, 0), phase.get("seq_length") or run["seq_length"])
+    return lengths
 
 
 RULES = (
     Rule("model", model_shape, "the weights are those of another model", allowed=False),
-    Rule("seq_length", lambda run: run["seq_length"], "samples are counted in sequences", allowed=False),
     Rule("batch", lambda run: run["batch"]["global"], "steps are counted in global batches", allowed=False),
     Rule("seed", lambda run: run["seed"], "every source changes its order: samples are read twice", allowed=False),
+    Rule("ramp_up", lambda run: run["batch"].get("ramp_up"), "the batch grows in another way from this step on"),
+    Rule("phase_length", _phase_lengths, "a source goes on in the new length with the next window it has not read"),
+    Rule("phase_batch", _phase_batches, "the phase's steps have another batch; none that is done may be one of them"),
     Rule("blend", _blends, "the new weights count from this step on; no sample is read twice"),
     Rule("schedule", _ends, "the rate jumps to the new schedule's value at this step"),
     Rule("optimizer", lambda run: run["optimizer"], "the new values count from this step on"),
@@ -67,6 +106,7 @@ RULES = (
 DATA = Rule(
     "data", lambda fingerprints: fingerprints, "a source's samples are numbered anew: some are read twice, some never"
 )
+CHUNKS = Rule("seq_length", chunk_lengths, "a source is cut into chunks of its longest samples", allowed=False)
 ALLOWABLE = tuple(rule.name for rule in (*RULES, DATA) if rule.allowed)
 
 
@@ -93,7 +133,11 @@ def check_allowed_names(allow: Collection[str]) -> None:
 
 
 def find_changes(
-    saved_run: Mapping[str, Any], run: RunConfig, saved_data: Mapping[str, str], data: Mapping[str, str]
+    saved_run: Mapping[str, Any],
+    run: RunConfig,
+    saved_data: Mapping[str, str],
+    data: Mapping[str, str],
+    tokenizers: tuple[str | None, str | None] = (None, None),
 ) -> list[Change]:
     """Differences that matter; parallel layout, micro-batch, logging and the like are free.
 
@@ -102,13 +146,21 @@ def find_changes(
         run: the run that wants to go on.
         saved_data: fingerprint of each source as the checkpoint knows it.
         data: fingerprints now; only sources on both sides are compared.
+        tokenizers: fingerprints of the tokenizer's content, saved and now; where both are known, its path is free.
     """
     now = run.to_dict()
+    saved_run = _with_defaults(RunConfig, saved_run)
     changes = []
     for rule in RULES:
         before, after = rule.of(saved_run), rule.of(now)
+        if rule.name == "tokenizer" and None not in tokenizers:
+            before, after = (f"content {fingerprint}" for fingerprint in tokenizers)
         if before != after:
             changes.append(Change(rule, _difference(before, after)))
+    was, will = chunk_lengths(saved_run), chunk_lengths(now)
+    recut = [f"source {name} {was[name]} -> {will[name]}" for name in will if was.get(name, will[name]) != will[name]]
+    if recut:
+        changes.append(Change(CHUNKS, f"{', '.join(recut)} tokens"))
     replaced = [name for name in data if name in saved_data and saved_data[name] != data[name]]
     if replaced:
         changes.append(Change(DATA, f"the files of {', '.join(replaced)} are not those that were read before"))
@@ -121,7 +173,7 @@ def refuse_unless_allowed(changes: list[Change], allow: Collection[str], where: 
     Raises:
         RefusedError: listing every change that was not allowed, and how to allow it.
     """
-    refused = [change for change in changes if change.rule.name not in allow]
+    refused = [change for change in changes if change.rule.name not in allow or not change.rule.allowed]
     if not refused:
         return
     lines = [f"{where}: this run is not the one that was saved:", *(f"  - {change}" for change in refused)]
@@ -134,8 +186,17 @@ def refuse_unless_allowed(changes: list[Change], allow: Collection[str], where: 
     raise RefusedError("\n".join(lines))
 
 
-def _difference(before: Any, after: Any) -> str:
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-        return ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys)
-    return f"{before} -> {after}"
+def _difference(before: Any, after: Any, where: str = "") -> str:
+    """What differs, each with its path; entries of a list go by their `name`."""
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = [(_name_of(a), a, b) for a, b in zip(before, after, strict=True) if _name_of(a) == _name_of(b)]
+    elif isinstance(before, dict) and isinstance(after, dict):
+        pairs = [(str(key), before.get(key), after.get(key)) for key in {**before, **after}]
+    else:
+        pairs = []
+    found = [_difference(a, b, ".".join(filter(None, (where, key)))) for key, a, b in pairs if a != b]
+    return ", ".join(found) if found else f"{where} {before} -> {after}".lstrip()
+
+
+def _name_of(entry: Any) -> str:
+    return str(entry.get("name", "")) if isinstance(entry, dict) else ""

@@ -1,40 +1,195 @@
-"""Writing a checkpoint: aside, checksummed by the ranks that wrote it, published by one rename."""
+"""Writing a checkpoint: aside, in the background where asked, published once every rank's part is durable.
+
+A thread writes, not a forked process: a fork copies the locks of gloo's and CUDA's threads in whatever state they are,
+and pages that training then changes are copied by the kernel one fault at a time. The thread holds no collective and
+spends its time in system calls, in SHA-256 and in copies of memory, all of which leave Python's lock to training.
+"""
 
 from __future__ import annotations
 
-import os
-import queue
+import io
 import shutil
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.checkpoint import layout, sharded
-from megatron_cpt.checkpoint.manifest import FileDigest, digest, manifest_text
+from megatron_cpt.checkpoint.publish import Retention, delete, publish
+from megatron_cpt.checkpoint.record import Record
+from megatron_cpt.checkpoint.shards import Entry, ShardPlan, plan_shards
+from megatron_cpt.checkpoint.staging import StagingBuffer
+from megatron_cpt.checkpoint.writer import AbandonedError, write_files
 from megatron_cpt.data.durable import sync_folder
+from megatron_cpt.errors import CptError
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a checkpoint says in plain text beside its tensors.
+class _Save:
+    """A save under way.
 
     Attributes:
-        state: counters, layout and versions, JSON-able (state.json).
-        run: the resolved run.yaml as text.
-        plan: the plan, JSON-able (plan.json).
+        step: of which step.
+        aside, final: the folder that is written, and its name once it is a checkpoint.
+        plan: what this rank writes.
+        job: the writing, and after that, on rank 0, the publication.
+        is_written: whether every rank's part is durable, and `job` the publication.
     """
 
-    state: dict[str, Any]
-    run: str
-    plan: dict[str, Any]
+    step: int
+    aside: Path
+    final: Path
+    plan: ShardPlan
+    job: Future[Any]
+    is_written: bool = False
+
+
+class Saver:
+    """Saves weights, optimizer and random states of all ranks; at most one save is under way.
+
+    Every method but `close` is a collective call. A save goes through two jobs, each in a thread of this process: every
+    rank writes its shards; then rank 0 publishes. `poll` moves it on; it costs one all-reduce of two integers, and only
+    while a save is under way.
+
+    Args:
+        folder: where checkpoints lie.
+        chunks: the model on this rank.
+        optimizer: its optimizer.
+        retention: which older checkpoints stay.
+        in_background: copy the state and let training go on; otherwise `save` waits until all is published.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        retention: Retention = Retention(),  # noqa: B008 - frozen
+        *,
+        in_background: bool = False,
+    ) -> None:
+        self._folder = folder
+        self._chunks = chunks
+        self._optimizer = optimizer
+        self._retention = retention
+        self._staging = StagingBuffer() if in_background else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._abandon = threading.Event()
+        self._save: _Save | None = None
+        self._is_validated = False
+
+    def save(self, step: int, record: Record) -> Path | None:
+        """Save the state as it is now under `step`; `finish` the save before this one first.
+
+        Returns:
+            The published checkpoint, or None where it is still written in the background.
+
+        Raises:
+            CptError: the checkpoint's folder cannot be made; without a background also all that `poll` raises.
+        """
+        assert self._save is None, "finish the save before this one first"
+        name = layout.checkpoint_name(step)
+        aside, final = self._folder / f".{name}.tmp", self._folder / name
+        self._prepare(step, aside, record)
+        state = sharded.training_state(self._chunks, self._optimizer, is_loading=False, with_rng=True)
+        plan = plan_shards(state, aside, validate=not self._is_validated)
+        self._is_validated = True  # the shards of a run do not change
+        if self._staging is not None:
+            plan = _staged(plan, self._staging)
+        job = self._thread.submit(write_files, aside, plan.files, self._abandon)
+        self._save = _Save(step, aside, final, plan, job)
+        return None if self._staging is not None else self.finish()
+
+    def poll(self) -> Path | None:
+        """Move a save on as far as it goes without waiting.
+
+        Returns:
+            The checkpoint, in the one call that finds it published.
+
+        Raises:
+            CptError: some rank could not write; raised on all ranks, and the checkpoints before are as they were.
+        """
+        save = self._save
+        if save is None:
+            return None
+        is_running = not save.job.done()
+        has_failed = not is_running and save.job.exception() is not None
+        any_running, any_failed = _any(is_running, has_failed)
+        if any_failed:
+            self._fail(save)
+        if any_running:
+            return None
+        if save.is_written:
+            self._save = None
+            self._thread.submit(delete, save.job.result())  # nobody waits for that; the next save runs after it
+            return save.final
+        self._publish(save)
+        return None
+
+    def finish(self) -> Path | None:
+        """Wait for the save under way.
+
+        Returns:
+            Its checkpoint; None where none was under way.
+
+        Raises:
+            CptError: as in `poll`.
+        """
+        path = None
+        while self._save is not None:
+            wait([self._save.job])
+            path = self.poll()
+        return path
+
+    def close(self) -> None:
+        """Give up what is under way and end the thread; no collective call, so that it can follow any failure."""
+        self._abandon.set()
+        self._thread.shutdown()
+
+    def _prepare(self, step: int, aside: Path, record: Record) -> None:
+        problem = None
+        if dist.get_rank() == 0:
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                sync_folder(self._folder.parent)
+                record.write(aside)
+            except OSError as error:
+                problem = str(error)
+        told = [problem]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise CptError(_message(step, [f"rank 0: {told[0]}"]))
+
+    def _publish(self, save: _Save) -> None:
+        """Let rank 0 publish what every rank has written."""
+        rank = dist.get_rank()
+        written: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(save.job.result(), written, dst=0)
+        if written is not None:
+            assert save.plan.metadata is not None
+            job = self._thread.submit(publish, save.aside, save.final, save.plan.metadata, written, self._retention)
+        else:
+            job = Future()
+            job.set_result([])  # nothing to delete
+        self._save = replace(save, job=job, is_written=True)
+
+    def _fail(self, save: _Save) -> None:
+        self._abandon.set()
+        wait([save.job])
+        error = save.job.exception()
+        own = None if error is None or isinstance(error, AbandonedError) else f"rank {dist.get_rank()}: {error}"
+        reasons: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, own)
+        self._save = None
+        raise CptError(_message(save.step, [reason for reason in reasons if reason])) from error
 
 
 def save_checkpoint(
@@ -43,83 +198,48 @@ def save_checkpoint(
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     record: Record,
-    *,
-    keep: int | None = None,
+    retention: Retention = Retention(),  # noqa: B008 - frozen
 ) -> Path:
-    """Save weights, optimizer and random states of all ranks with the record; a collective call.
+    """Save once, and wait for it; a collective call.
 
-    A checkpoint appears under its name complete or not at all. Older ones beyond `keep` are removed after that.
+    A checkpoint appears under its name complete or not at all. Older ones are removed after that.
 
     Returns:
         The published folder.
+
+    Raises:
+        CptError: some rank could not write.
     """
-    aside, final = folder / f".{layout.checkpoint_name(step)}.tmp", folder / layout.checkpoint_name(step)
-    is_main = dist.get_rank() == 0
-    if is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write_record(aside, record)
-    dist.barrier()
-    _write_tensors(aside, chunks, optimizer)
-    files = _gather(_digest_own_files(aside))
-    if is_main:
-        _publish(aside, final, files)
-        _prune(folder, keep)
-    dist.barrier()
-    return final
+    saver = Saver(folder, chunks, optimizer, retention)
+    try:
+        path = saver.save(step, record)
+    finally:
+        saver.close()
+    assert path is not None
+    return path
 
 
-def _write_record(aside: Path, record: Record) -> None:
-    (aside / layout.STATE_FILE).write_bytes(orjson.dumps(record.state, option=orjson.OPT_INDENT_2))
-    (aside / layout.PLAN_FILE).write_bytes(orjson.dumps(record.plan, option=orjson.OPT_INDENT_2))
-    (aside / layout.RUN_FILE).write_text(record.run, encoding="utf-8")
+def _staged(plan: ShardPlan, staging: StagingBuffer) -> ShardPlan:
+    """The same plan over copies of its tensors."""
+    entries = [(name, entry) for name, content in plan.files.items() for entry in content]
+    tensors = [entry.data for _, entry in entries if isinstance(entry.data, torch.Tensor)]
+    copies = iter(staging.copy(tensors))
+    files: dict[str, list[Entry]] = {name: [] for name in plan.files}
+    for name, entry in entries:
+        files[name].append(entry if isinstance(entry.data, io.BytesIO) else Entry(entry.item, next(copies)))
+    return ShardPlan(files, plan.metadata)
 
 
-def _write_tensors(aside: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    # megatron-core hands results over through a queue in a process of its own, which costs seconds to start and is of
-    # use to asynchronous callers only; here the results never leave this process.
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-    model = sharded.model_state(chunks)
-    state = {
-        **model,
-        "optimizer": sharded.optimizer_state(optimizer, model, is_loading=False),
-        "rng": sharded.random_state(),
-    }
-    dist_checkpointing.save(state, str(aside))
+def _any(*flags: bool) -> list[bool]:
+    """For each flag, whether some rank has it; a collective call."""
+    tensor = torch.tensor(flags, dtype=torch.int32)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in tensor.tolist()]
 
 
-def _digest_own_files(aside: Path) -> dict[str, FileDigest]:
-    """Measure and make durable what this rank wrote: its shards `__RANK_*`, and on rank 0 everything else."""
-    rank = dist.get_rank()
-    own = {}
-    for path in sorted(aside.iterdir()):
-        writer = path.name.split("_")[2] if path.name.startswith("__") else "0"
-        if writer == str(rank):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            own[path.name] = digest(path)
-    return own
-
-
-def _gather(own: dict[str, FileDigest]) -> dict[str, FileDigest]:
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own, parts, dst=0)
-    return {name: value for part in parts or [] for name, value in part.items()}
-
-
-def _publish(aside: Path, final: Path, files: dict[str, FileDigest]) -> None:
-    layout.write_atomically(aside / layout.MANIFEST_FILE, manifest_text(files))
-    if final.exists():  # the same step once more, after a resume from an older checkpoint
-        shutil.rmtree(final)
-    os.rename(aside, final)
-    sync_folder(final.parent)
-    layout.write_atomically(final.parent / layout.LATEST_FILE, f"{final.name}\n")
-
-
-def _prune(folder: Path, keep: int | None) -> None:
-    for old in layout.list_checkpoints(folder)[: -keep if keep else 0]:
-        # Renamed first: a checkpoint that is half deleted must not be found under a checkpoint's name.
-        doomed = old.with_name(f".{old.name}.deleted")
-        os.rename(old, doomed)
-        shutil.rmtree(doomed)
+def _message(step: int, reasons: Sequence[str]) -> str:
+    return (
+        f"the checkpoint of step {step} was not written: {'; '.join(reasons)}; the checkpoints before it are as they "
+        "were; make room or mend the disk, and start the run again"
+    )

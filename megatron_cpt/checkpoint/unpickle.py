@@ -12,6 +12,7 @@ import functools
 import pickle
 import types
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -74,6 +75,20 @@ def load_plain(file: IO[bytes]) -> Any:
     return PlainUnpickler(file).load()
 
 
+def _load_metadata(file: IO[bytes]) -> Any:
+    """torch's description of a checkpoint, none of whose tensors may lie elsewhere.
+
+    Raises:
+        UnpicklingError: it holds more than plain types, or names a file outside of the folder.
+    """
+    metadata = load_plain(file)
+    for entry in (getattr(metadata, "storage_data", None) or {}).values():
+        name = str(entry.relative_path)
+        if name != PurePosixPath(name).name:
+            raise pickle.UnpicklingError(f"it wants to read {name}, which lies outside of its folder")
+    return metadata
+
+
 @contextlib.contextmanager
 def plain_types_only(where: object) -> Iterator[None]:
     """Inside the block, torch's readers unpickle plain types only.
@@ -83,7 +98,7 @@ def plain_types_only(where: object) -> Iterator[None]:
     """
     module: Any = filesystem
     real_pickle, real_load = module.pickle, torch.load
-    module.pickle = types.SimpleNamespace(**{**vars(pickle), "load": load_plain})
+    module.pickle = types.SimpleNamespace(**{**vars(pickle), "load": _load_metadata})
     torch.load = _weights_only(real_load)
     try:
         yield

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from megatron_cpt.data.resolve import PreparedRun
 
 RUN_HELP = "The run.yaml."
 OVERRIDES_HELP = "Values that replace those of the file, by dotted path: parallel.tensor=2 phases.general.until.lr=0.1"
@@ -19,11 +22,17 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.")] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", metavar="N", min=1, help="GPUs to plan for; one replica.")
+        int | None, typer.Option("--gpus", metavar="N", min=1, help="Ranks to plan for; left out: one replica.")
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="What they are: a100, h100, h200, b200.")
+    ] = None,
+    wants_advice: Annotated[
+        bool, typer.Option("--advise", help="Rank the layouts that fit --gpus of --gpu by their expected speed.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of run.yaml, for editors.")] = False,
 ) -> None:
-    """Show a run before it starts: steps, phases, learning rates, epochs, memory, FLOPs.
+    """Show a run before it starts: steps, phases, learning rates, epochs, memory, FLOPs; with --gpu also its time.
 
     Needs neither a GPU nor, where sources declare their `tokens`, the data.
     """
@@ -36,14 +45,45 @@ def plan(
         raise typer.BadParameter("give the path of a run.yaml (or --schema)", param_hint="RUN.yaml")
     from megatron_cpt.data.resolve import prepare_run
 
-    prepared = prepare_run(run, overrides or (), need_files=False, num_gpus=gpus)
+    if wants_advice and (gpus is None or gpu is None):
+        raise typer.BadParameter("needs --gpus N and --gpu NAME", param_hint="--advise")
+    # An adviser is asked before the layout fits.
+    prepared = prepare_run(run, overrides or (), need_files=False, num_gpus=None if wants_advice else gpus)
     if plot is not None:
         from megatron_cpt.plan.plot import plot_plan
 
         plot_plan(prepared.plan, plot)
+    if wants_advice:
+        assert gpus is not None
+        assert gpu is not None
+        _advise(prepared, gpus, gpu, as_json)
+        return
+    from megatron_cpt.plan.cluster import find_gpu, place_on_cluster
+
+    cluster = None
+    if gpu is not None:
+        cluster = place_on_cluster(prepared.config, prepared.plan, find_gpu(gpu, prepared.config), gpus)
     if as_json:
-        print(json.dumps(prepared.plan.to_dict(), indent=2, allow_nan=False))
+        values = prepared.plan.to_dict() | ({"cluster": cluster.to_dict()} if cluster else {})
+        print(json.dumps(values, indent=2, allow_nan=False))
         return
     from megatron_cpt.plan.render import render_plan
 
     render_plan(prepared.plan, sys.stdout)
+    if cluster is not None:
+        from megatron_cpt.plan.render_advice import render_cluster
+
+        render_cluster(cluster, sys.stdout)
+
+
+def _advise(prepared: PreparedRun, num_gpus: int, name: str, as_json: bool) -> None:
+    from megatron_cpt.plan.advise import advise
+    from megatron_cpt.plan.cluster import find_gpu
+    from megatron_cpt.plan.render_advice import render_advice
+
+    config, plan = prepared.config, prepared.plan
+    advice = advise(config, plan, num_gpus, find_gpu(name, config))
+    if as_json:
+        print(json.dumps({**plan.to_dict(), "advice": advice.to_dict()}, indent=2, allow_nan=False))
+    else:
+        render_advice(advice, sys.stdout)

@@ -9,7 +9,11 @@ import typer
 
 from megatron_cpt.cli.plan import OVERRIDES_HELP, RUN_HELP
 
-ALLOW_HELP = "Changes since the checkpoint that are meant: one or more of the names that a refusal prints."
+# the names of checkpoint/preflight.py, which a command that only prints help need not import; a test compares them
+ALLOW_HELP = (
+    "Changes since the checkpoint that are meant: ramp_up, phase_length, phase_batch, blend, schedule, optimizer, "
+    "precision, tokenizer, documents, data."
+)
 
 
 def train(

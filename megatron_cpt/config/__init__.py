@@ -4,16 +4,20 @@ from megatron_cpt.config.jsonschema import run_schema
 from megatron_cpt.config.load import Draft, draft_config, load_config
 from megatron_cpt.config.model import Activation, ModelConfig, Norm, RopeScaling
 from megatron_cpt.config.presets import preset_names
-from megatron_cpt.config.quantities import format_count, parse_count
+from megatron_cpt.config.quantities import format_count, format_duration, parse_count
 from megatron_cpt.config.schema import (
     BatchConfig,
     DocumentsConfig,
     FimConfig,
+    Fp4Config,
+    Fp8Config,
     InitConfig,
     OptimizerConfig,
     ParallelConfig,
+    PhaseBatchConfig,
     PhaseConfig,
     PrecisionConfig,
+    RampUpConfig,
     RecomputeConfig,
     RunConfig,
     ScheduleConfig,
@@ -30,13 +34,17 @@ __all__ = [
     "DocumentsConfig",
     "Draft",
     "FimConfig",
+    "Fp4Config",
+    "Fp8Config",
     "InitConfig",
     "ModelConfig",
     "Norm",
     "OptimizerConfig",
     "ParallelConfig",
+    "PhaseBatchConfig",
     "PhaseConfig",
     "PrecisionConfig",
+    "RampUpConfig",
     "RecomputeConfig",
     "RopeScaling",
     "RunConfig",
@@ -48,6 +56,7 @@ __all__ = [
     "draft_config",
     "dump_yaml",
     "format_count",
+    "format_duration",
     "load_config",
     "parse_count",
     "preset_names",

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_cpt.config.schema import RunConfig
 
@@ -75,12 +76,77 @@ def _micro_batches(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _ramp_up(config: RunConfig) -> Iterator[str]:
+    ramp, full, micro = config.batch.ramp_up, config.batch.global_, config.batch.micro
+    if ramp is None:
+        return
+    if ramp.start >= full:
+        yield f"batch.ramp_up.start: {ramp.start} is not below batch.global: {full}; there is nothing to grow"
+        return
+    if (full - ramp.start) % ramp.increment:
+        text = f"batch.ramp_up.increment: {ramp.increment} does not lead from start: {ramp.start} to batch.global"
+        yield f"{text}: {full}; choose a divisor of {full - ramp.start}"
+        return
+    odd = [size for size in config.batch.ramp_sizes if size % micro]
+    if odd and full % micro == 0:
+        text = f"batch.ramp_up: batches of {_listed(odd)} are not multiples of batch.micro: {micro}"
+        yield f"{text}; choose start and increment that are"
+    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
+    uneven = [size for size in config.batch.ramp_sizes if size % micro == 0 and (size // micro) % pipeline]
+    if virtual > 1 and uneven:
+        text = f"batch.ramp_up: batches of {_listed(uneven)} make numbers of micro-batches that parallel.pipeline: "
+        yield f"{text}{pipeline} does not divide; the interleaved schedule needs multiples"
+
+
+def _listed(sizes: list[int]) -> str:
+    shown = ", ".join(map(str, sizes[:4]))
+    return shown if len(sizes) <= 4 else f"{shown} and {len(sizes) - 4} more"
+
+
+def _phase_batches(config: RunConfig) -> Iterator[str]:
+    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
+    for index, phase in enumerate(config.phases):
+        if phase.batch is None:
+            continue
+        key = f"phases[{index}].batch (phase {phase.name})"
+        global_, micro = phase.batch.global_ or config.batch.global_, config.micro_batch_of(phase)
+        if global_ % micro:
+            yield f"{key}: micro: {micro} does not divide global: {global_}; choose a divisor of it"
+        elif virtual > 1 and (global_ // micro) % pipeline:
+            text = f"{key}: global: {global_} makes {global_ // micro} micro-batches, which parallel.pipeline: "
+            yield f"{text}{pipeline} does not divide; the interleaved schedule needs a multiple"
+
+
+def _lengths_by_key(config: RunConfig) -> dict[str, int]:
+    """Every sequence length of the run, by the key that gives it."""
+    own = {
+        f"phases[{index}].seq_length (phase {phase.name})": phase.seq_length
+        for index, phase in enumerate(config.phases)
+        if phase.seq_length is not None
+    }
+    return {"seq_length": config.seq_length, **own}
+
+
 def _sequence(config: RunConfig) -> Iterator[str]:
-    parallel, length = config.parallel, config.seq_length
-    if parallel.sequence and length % parallel.tensor:
-        yield f"seq_length: {length} is not divisible by parallel.tensor: {parallel.tensor}, as parallel.sequence needs"
-    if parallel.context > 1 and length % (2 * parallel.context):
-        yield f"seq_length: {length} is not divisible by 2 x parallel.context: {parallel.context}"
+    parallel = config.parallel
+    for key, length in _lengths_by_key(config).items():
+        # tensor-parallel ranks share out what a context-parallel rank has of the sequence
+        shards, names = parallel.tensor * parallel.context, "parallel.tensor"
+        names += " x parallel.context" if parallel.context > 1 else ""
+        if parallel.sequence and parallel.tensor > 1 and length % shards:
+            yield f"{key}: {length} is not divisible by {names}: {shards}, as parallel.sequence needs"
+        if parallel.context > 1 and length % (2 * parallel.context):
+            yield f"{key}: {length} is not divisible by 2 x parallel.context: {parallel.context}"
+
+
+def _phase_lengths(config: RunConfig) -> Iterator[str]:
+    """Every length divides the next one, so that a chunk of the longest is cut into samples of any of the others."""
+    lengths = sorted({config.length_of(phase) for phase in config.phases})
+    for shorter, longer in pairwise(lengths):
+        if longer % shorter:
+            names = [phase.name for phase in config.phases if config.length_of(phase) == longer]
+            text = f"phases[*].seq_length: {longer} (phase {', '.join(names)}) is not a multiple of {shorter}"
+            yield f"{text}; lengths that change within a run must divide each other"
 
 
 def _rates(config: RunConfig) -> Iterator[str]:
@@ -142,13 +208,79 @@ def _documents(config: RunConfig) -> Iterator[str]:
     wanted += [] if documents.eod_loss else ["eod_loss: false"]
     if wanted and documents.eod_id is None and config.tokenizer is None:
         yield f"documents.{wanted[0]}: needs the end-of-document id; set tokenizer: KIND:PATH or documents.eod_id"
+    if documents.reset_attention and config.parallel.context > 1:
+        text = f"documents.reset_attention: not with parallel.context: {config.parallel.context}"
+        yield f"{text}, which cuts documents apart at places of the sample; leave one of them out"
     if documents.eod_id is not None and documents.eod_id >= config.model.vocab:
         yield f"documents.eod_id: {documents.eod_id} is outside model.vocab: {config.model.vocab}"
 
 
+def _fp4(config: RunConfig) -> Iterator[str]:
+    precision, fp4 = config.precision, config.precision.fp4
+    if fp4 is None:
+        return
+    if precision.fp8 is not None:
+        yield "precision.fp4: not beside precision.fp8; leave one of them out"
+    if precision.compute != "bf16":
+        yield "precision.fp4: needs precision.compute: bf16"
+    if 2 * fp4.first_last_bf16 >= config.model.layers:
+        text = f"precision.fp4.first_last_bf16: {fp4.first_last_bf16} at each end leave none of model.layers"
+        yield f"{text}: {config.model.layers} in FP4; choose fewer"
+
+
+def _fp8_params(config: RunConfig) -> Iterator[str]:
+    fp8, key = config.precision.fp8, "precision.fp8.params"
+    if fp8 is None or not fp8.params:
+        return
+    if fp8.backend == "emulated":
+        yield f"{key}: the emulated backend keeps its weights in precision.compute; leave it out"
+    if not config.parallel.distributed_optimizer:
+        yield f"{key}: needs parallel.distributed_optimizer: true, which holds the fp32 master weights"
+    if config.model.gated:
+        yield f"{key}: a gated MLP's first weight is saved as two halves, which an FP8 tensor cannot be cut into"
+
+
+def _quantised_shapes(config: RunConfig) -> Iterator[str]:
+    """What Transformer Engine asserts of operands in the first step: rows by 8 and columns by 16, or blocks of 32."""
+    precision, model, parallel = config.precision, config.model, config.parallel
+    if not precision.uses_transformer_engine:
+        return
+    in_blocks = precision.fp4 is not None or (precision.fp8 is not None and precision.fp8.recipe == "mxfp8")
+    rows, columns = (32, 32) if in_blocks else (8, 16)
+    key = "precision.fp4" if precision.fp4 is not None else "precision.fp8"
+    widths = {"model.hidden": model.hidden, "model.ffn_hidden / parallel.tensor": model.ffn_hidden // parallel.tensor}
+    if model.head_dim is not None or model.hidden % model.heads == 0:
+        widths["heads x head_dim / parallel.tensor"] = model.heads * model.head_size // parallel.tensor
+    for name, width in widths.items():
+        if width % columns:
+            yield f"{key}: {name} is {width}, and must be a multiple of {columns}"
+    for index, phase in enumerate(config.phases):
+        tokens = config.micro_batch_of(phase) * config.length_of(phase) // parallel.context
+        if tokens % rows:
+            text = f"{key}: phases[{index}] (phase {phase.name}): a micro-batch has {tokens} tokens a rank"
+            yield f"{text}, and must have a multiple of {rows}"
+
+
 def _precision(config: RunConfig) -> Iterator[str]:
-    if config.precision.fp8 is not None and config.precision.compute != "bf16":
+    fp8 = config.precision.fp8
+    if fp8 is None:
+        return
+    if config.precision.compute != "bf16" and fp8.backend != "emulated":
         yield "precision.fp8: needs precision.compute: bf16"
+    if fp8.backend == "emulated" and fp8.recipe not in ("delayed", "tensorwise"):
+        yield f"precision.fp8.recipe: {fp8.recipe} is not emulated; choose delayed or tensorwise"
+    if fp8.first_last_bf16 and fp8.recipe == "delayed":
+        yield "precision.fp8.first_last_bf16: megatron-core refuses it with recipe delayed; choose another recipe or 0"
+    if 2 * fp8.first_last_bf16 >= config.model.layers:
+        text = f"precision.fp8.first_last_bf16: {fp8.first_last_bf16} at each end leave none of model.layers"
+        yield f"{text}: {config.model.layers} in FP8; choose fewer"
+
+
+def _spike(config: RunConfig) -> Iterator[str]:
+    spike = config.resilience.spike
+    if spike.num_needed > spike.window:
+        text = f"resilience.spike.warmup: {spike.num_needed} losses never fit into the window: {spike.window}"
+        yield f"{text}; choose at most that many"
 
 
 _HEADS = ("model.heads", "model.kv_groups", "model.hidden", "model.head_dim", "model.rotary_percent", "parallel.tensor")
@@ -160,12 +292,21 @@ CHECKS = (
     Check(("model.ffn_hidden", "model.vocab", "model.vocab_multiple", "parallel.tensor"), _widths),
     Check(("model.layers", *_PIPELINE), _pipeline),
     Check(("batch.global", "batch.micro", *_PIPELINE), _micro_batches),
-    Check(("seq_length", "parallel.tensor", "parallel.context", "parallel.sequence"), _sequence),
+    Check(("batch.global", "batch.micro", "batch.ramp_up", *_PIPELINE), _ramp_up),
+    Check(("batch.global", "batch.micro", "phases[*].batch", *_PIPELINE), _phase_batches),
+    Check(
+        ("seq_length", "phases[*].seq_length", "parallel.tensor", "parallel.context", "parallel.sequence"), _sequence
+    ),
+    Check(("seq_length", "phases[*].seq_length"), _phase_lengths),
     Check(("schedule.max_lr", "schedule.min_lr"), _rates),
     Check(("phases[*].blend", "sources"), _blends),
     Check(("sources",), _exhausted),
     Check(("sources", "documents.eod_id", "tokenizer", "model.vocab"), _fim),
     Check(("phases[*].until", "phases[*].name"), _phase_ends),
-    Check(("documents.eod_id", "tokenizer", "model.vocab"), _documents),
-    Check(("precision.compute", "precision.fp8"), _precision),
+    Check(("documents.eod_id", "tokenizer", "model.vocab", "parallel.context"), _documents),
+    Check(("precision.compute", "precision.fp8", "model.layers"), _precision),
+    Check(("precision.compute", "precision.fp8", "precision.fp4", "model.layers"), _fp4),
+    Check(("precision.fp8", "parallel.distributed_optimizer", "model.gated"), _fp8_params),
+    Check((*_HEADS, "precision", "model.ffn_hidden", "parallel", "batch", "seq_length", "phases"), _quantised_shapes),
+    Check(("resilience.spike.warmup", "resilience.spike.window"), _spike),
 )

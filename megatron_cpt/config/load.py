@@ -39,8 +39,12 @@ class Draft:
         return not any(_holds(b, key) for key in keys for b in bad)
 
     def is_untouched(self, *keys: str) -> bool:
-        """Whether these dotted keys, what holds them and all that is below them are as the user wrote them."""
-        return not any(_holds(key, bad) or _holds(bad, key) for key in keys for bad in self.tainted)
+        """Whether these dotted keys, what holds them and all that is below them are as the user wrote them.
+
+        `[*]` means any entry of a list.
+        """
+        tainted = self.tainted | {re.sub(r"\[\d+\]", "[*]", key) for key in self.tainted}
+        return not any(_holds(key, bad) or _holds(bad, key) for key in keys for bad in tainted)
 
     def finish(self, where: str) -> RunConfig:
         """The configuration, or all the problems.

@@ -1,4 +1,4 @@
-"""Amounts as people write them: `300B` tokens, a warm-up of `16B` tokens or 0.05 of the run."""
+"""Amounts as people write them: `300B` tokens, a warm-up of `16B` tokens or 0.05 of the run, `3h50m`."""
 
 from __future__ import annotations
 
@@ -75,3 +75,53 @@ COUNT_SCHEMA = {
 
 TokenCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(COUNT_SCHEMA)]
 """A positive number of tokens."""
+
+
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
+_NOT_A_DURATION = "not a time; write days, hours, minutes and seconds in this order (3h50m, 1d12h, 90s) or seconds"
+
+
+def parse_duration(value: Any) -> float:
+    """Read a length of time.
+
+    Args:
+        value: seconds as a number, or text such as `3h50m`, `1d12h`, `90s`.
+
+    Returns:
+        Seconds, above 0.
+
+    Raises:
+        ValueError: when it is neither, or not above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(_NOT_A_DURATION)
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.strip())
+        if not match or not match.group(0):
+            raise ValueError(_NOT_A_DURATION)
+        seconds = sum(float(amount or 0) * unit for amount, unit in zip(match.groups(), _SECONDS.values(), strict=True))
+    else:
+        seconds = float(value)
+    if not seconds > 0:
+        raise ValueError("a time above 0")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Write a length of time as `parse_duration` reads it: 3h50m, 1d12h, 90.5s is 1m30.5s."""
+    text, rest = "", seconds
+    for unit, size in _SECONDS.items():
+        amount = rest if unit == "s" else rest // size
+        rest -= amount * size
+        text += f"{amount:g}{unit}" if amount else ""
+    return text or "0s"
+
+
+DURATION_SCHEMA = {
+    "anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": rf"^{_DURATION.pattern}$"}],
+    "description": "a length of time such as 3h50m, 1d12h, 90s, or seconds",
+}
+
+Duration = Annotated[float, BeforeValidator(parse_duration), WithJsonSchema(DURATION_SCHEMA)]
+"""Seconds."""

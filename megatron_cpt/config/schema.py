@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from megatron_cpt.config.base import Section
 from megatron_cpt.config.model import ModelConfig
-from megatron_cpt.config.quantities import TokenCount, parse_count, parse_span
+from megatron_cpt.config.quantities import COUNT_SCHEMA, TokenCount, parse_count, parse_span
+from megatron_cpt.config.resilience import ResilienceConfig
+from megatron_cpt.config.speed import SpeedConfig
+
+MOST_RAMP_SIZES = 1024
 
 
 class InitConfig(Section):
@@ -20,6 +24,17 @@ class InitConfig(Section):
     """What to take: step, data and schedule always start anew."""
 
 
+class RampUpConfig(Section):
+    """A global batch that grows; the meaning is that of Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`."""
+
+    start: int = Field(gt=0)
+    """The first global batch."""
+    increment: int = Field(gt=0)
+    """What it grows by, again and again, up to batch.global."""
+    samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(COUNT_SCHEMA)]
+    """The samples over which it grows: each size has an equal share of them."""
+
+
 class BatchConfig(Section):
     """Batch sizes in sequences."""
 
@@ -27,6 +42,20 @@ class BatchConfig(Section):
     """Sequences in one step over all ranks."""
     micro: int = Field(1, gt=0)
     """Sequences in one forward pass of one rank."""
+    ramp_up: RampUpConfig | None = None
+    """Begin with a smaller global batch; left out: batch.global from the first step on."""
+
+    @property
+    def ramp_sizes(self) -> range:
+        """The global batches of the ramp, the full one left out; empty where nothing grows."""
+        ramp = self.ramp_up
+        return range(0) if ramp is None else range(ramp.start, self.global_, ramp.increment)
+
+    @model_validator(mode="after")
+    def _few_sizes(self) -> BatchConfig:
+        if len(self.ramp_sizes) > MOST_RAMP_SIZES:  # each is checked, and planned as a stretch of its own
+            raise ValueError(f"ramp_up grows through more than {MOST_RAMP_SIZES:,} sizes; choose a larger increment")
+        return self
 
 
 class Span(Section):
@@ -104,6 +133,8 @@ class SourceConfig(Section):
     """At max_epochs. error: refuse the plan; renormalize: the others of the blend share its weight from there on."""
     fim: FimConfig | None = None
     """Fill in the middle, for code; left out: documents as they are."""
+    cache: str | None = None
+    """A folder on each node's own disk that keeps what was read, where path is an object store or a shared disk."""
     tokens: TokenCount | None = None
     """Its size, for planning on a machine that does not have the files; where they are, their own size counts."""
 
@@ -129,6 +160,15 @@ class Until(Section):
         return self
 
 
+class PhaseBatchConfig(Section):
+    """Batch sizes of a phase, where they are not the run's own."""
+
+    global_: int | None = Field(None, alias="global", gt=0)
+    """Sequences in one step over all ranks; the ramp-up has no say in this phase."""
+    micro: int | None = Field(None, gt=0)
+    """Sequences in one forward pass of one rank."""
+
+
 class PhaseConfig(Section):
     """A part of the run with one blend."""
 
@@ -138,6 +178,10 @@ class PhaseConfig(Section):
     """Weight of each source; they need not sum to 1."""
     until: Until | None = None
     """Where it ends; the last phase has none and runs to the end."""
+    seq_length: int | None = Field(None, gt=0)
+    """Tokens in a sequence of this phase; left out: the run's own."""
+    batch: PhaseBatchConfig | None = None
+    """Batch sizes of this phase; left out: the run's own."""
 
 
 class DocumentsConfig(Section):
@@ -173,10 +217,33 @@ class ParallelConfig(Section):
 
 
 class Fp8Config(Section):
-    """FP8 through Transformer Engine."""
+    """FP8 in the linear layers of the transformer; embedding, output layer and attention stay in `compute`."""
 
+    backend: Literal["transformer_engine", "emulated"] = "transformer_engine"
+    """emulated: the numbers of FP8 on any device, at no gain in speed; for recipes delayed and tensorwise."""
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How scaling factors come about: tensorwise is current scaling."""
     format: Literal["hybrid", "e4m3"] = "hybrid"
+    """hybrid: E4M3, gradients E5M2."""
+    first_last_bf16: int = Field(0, ge=0)
+    """Layers at each end of the model that stay in `compute`; not with recipe delayed, as in megatron-core."""
+    amax_history: int = Field(1024, gt=0)
+    """delayed only: entries of the history of largest magnitudes."""
+    amax_compute: Literal["max", "most_recent"] = "max"
+    """delayed only: which of them sets the scale."""
+    margin: int = Field(0, ge=0)
+    """delayed only: powers of two to stay below the top of the format."""
+    params: bool = False
+    """Keep the weights of these layers in FP8 and gather them so; not for gated MLPs, nor emulated."""
+
+
+class Fp4Config(Section):
+    """FP4 in the linear layers of the transformer, by Transformer Engine on Blackwell GPUs; not beside FP8."""
+
+    recipe: Literal["nvfp4"] = "nvfp4"
+    """nvfp4: blocks of 16 values with an FP8 scale each, and one fp32 scale a tensor."""
+    first_last_bf16: int = Field(0, ge=0)
+    """Layers at each end of the model that stay in bf16."""
 
 
 class PrecisionConfig(Section):
@@ -185,6 +252,12 @@ class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and fp32 gradients."""
     fp8: Fp8Config | None = None
+    fp4: Fp4Config | None = None
+
+    @property
+    def uses_transformer_engine(self) -> bool:
+        """Whether matrix products run in FP8 or FP4, which takes Transformer Engine."""
+        return self.fp4 is not None or (self.fp8 is not None and self.fp8.backend == "transformer_engine")
 
 
 class RecomputeConfig(Section):
@@ -205,8 +278,12 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; left out: only at the end and when stopped."""
     keep: int | None = Field(None, gt=0)
     """How many of the newest stay; left out: all."""
+    keep_every: int | None = Field(None, gt=0)
+    """Those whose step it divides stay for ever, beside the newest."""
     async_: bool = Field(False, alias="async")
-    """Write in the background while training goes on."""
+    """Copy the state and write it in the background while training goes on."""
+    verify: Literal["full", "sampled", "none"] = "full"
+    """On loading: full: every checksum; sampled: one shard in 16; none: that every file is there and has its size."""
 
 
 class ValidationConfig(Section):
@@ -269,19 +346,34 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
+    speed: SpeedConfig = Field(default_factory=SpeedConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     validation: ValidationConfig | None = None
     log: LogConfig = Field(default_factory=LogConfig)
+    resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one step trains on."""
+        """Tokens in a step of the run's own batch and length; of ramp-up and phases the plan's stretches tell."""
         return self.batch.global_ * self.seq_length
 
+    def length_of(self, phase: PhaseConfig) -> int:
+        """Tokens in a sequence of a phase."""
+        return phase.seq_length or self.seq_length
+
+    def micro_batch_of(self, phase: PhaseConfig) -> int:
+        """Sequences in one forward pass of one rank in a phase."""
+        return (phase.batch and phase.batch.micro) or self.batch.micro
+
     @property
-    def steps(self) -> int:
-        """Steps of the whole run: the tokens, rounded up to whole steps."""
-        return -(-self.tokens // self.tokens_per_step)
+    def longest_sequence(self) -> int:
+        """Tokens in the longest sequence of any phase."""
+        return max(self.length_of(phase) for phase in self.phases)
+
+    def chunk_length(self, source: str) -> int:
+        """Tokens in the chunks that a source is cut into: the longest sequences it is read in."""
+        lengths = (self.length_of(phase) for phase in self.phases if source in phase.blend)
+        return max(lengths, default=self.seq_length)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the names of run.yaml."""

@@ -48,7 +48,7 @@ _STAND_INS: dict[str, Any] = {
     "log.wandb.project": "project",
 }
 # Sections that are wrong as a whole where one entry is: without it they would mean something else.
-_WHOLE = ("schedule.warmup", "schedule.decay", "phases[*].until", "validation", "sources.*.fim")
+_WHOLE = ("batch.ramp_up", "schedule.warmup", "schedule.decay", "phases[*].until", "validation", "sources.*.fim")
 
 _WAYS_OUT = {
     "string_type": "not text; put it in quotes",

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.plan.chunks import ChunkGrid
 
 _NO_LIMIT = np.iinfo(np.int64).max
 
@@ -30,12 +31,14 @@ class PhaseBlend:
         first_sample: its first sample, counted over the whole run from 0.
         num_samples: its length in samples.
         weights: share of each source, summing to 1; a source that is not in the phase is left out.
+        seq_length: tokens in its samples; None: each source's own.
     """
 
     name: str
     first_sample: int
     num_samples: int
     weights: Mapping[str, float]
+    seq_length: int | None = None
 
     @property
     def end_sample(self) -> int:
@@ -79,21 +82,34 @@ class BlendCursor:
     proportion to theirs, as a new blend that counts from there. Which sources have ended follows from the counters, so
     they remain all of the state.
 
+    Where phases differ in sequence length, the number of a sample in its source counts samples of that length, and a
+    source whose length changes goes on with its next unread window (`ChunkGrid.turn`). What it needs for that is two
+    numbers more a source: the length it was read in last, and what to add to its counter for the next number.
+
     Args:
         phases: in order, without gaps, the first one from sample 0.
         source_names: every source of the run; the order decides ties.
-        limits: samples after which a source ends, counted over the whole run; one that is left out never does.
+        limits: chunks (samples of the source's own length) after which a source ends, counted over the whole run; one
+            that is left out never does.
+        grids: the chunks of each source; needed where phases say how long their samples are.
     """
 
     def __init__(
-        self, phases: Sequence[PhaseBlend], source_names: Sequence[str], *, limits: Mapping[str, int] | None = None
+        self,
+        phases: Sequence[PhaseBlend],
+        source_names: Sequence[str],
+        *,
+        limits: Mapping[str, int] | None = None,
+        grids: Mapping[str, ChunkGrid] | None = None,
     ) -> None:
         self.phases = tuple(phases)
         self.source_names = tuple(source_names)
         _check_phases(self.phases, self.source_names)
-        self._limits = np.array([(limits or {}).get(name, _NO_LIMIT) for name in self.source_names], np.int64)
+        self._chunk_limits = dict(limits or {})
+        self._grids = dict(grids or {})
         self.sample = 0
         self._counts = np.zeros(len(self.source_names), np.int64)
+        self._start_with({})
         self._absent: dict[str, int] = {}  # what sources gave that are no longer part of the run
         self._enter(self._phase_at(0))
 
@@ -108,6 +124,11 @@ class BlendCursor:
         return self.num_samples - self.sample
 
     @property
+    def seq_length(self) -> int | None:
+        """Tokens in the samples that were handed out last; None: each source's own."""
+        return self._phase.seq_length
+
+    @property
     def counts(self) -> dict[str, int]:
         """Samples each source has given since the start of the run."""
         return dict(zip(self.source_names, self._counts.tolist(), strict=True)) | self._absent
@@ -120,7 +141,7 @@ class BlendCursor:
 
         Returns:
             two int64 arrays (count,): the source of each sample (a place in `source_names`), and which sample of that
-            source it is, counted from 0 over the whole run.
+            source it is, counted from 0 over the whole run in samples of the phase's length.
 
         Raises:
             UserError: all sources of the phase have ended.
@@ -138,13 +159,15 @@ class BlendCursor:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, in plain integers, strings and lists."""
-        return {
+        state = {
             "sample": self.sample,
             "counts": self.counts,
             "phase": self._phase.name,
             "weights": self._weights_in_force(),
             "counts_at_blend_start": dict(zip(self.source_names, self._blend_start.tolist(), strict=True)),
         }
+        lengths = self._lengths_in_force()
+        return {**state, "lengths": lengths} if lengths else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state, under the phases of this cursor.
@@ -167,6 +190,7 @@ class BlendCursor:
         self.sample = sample
         self._counts = np.array([counts.pop(name, 0) for name in self.source_names], np.int64)
         self._absent = counts
+        self._start_with(state.get("lengths", {}))
         phase = self._phase_at(sample)
         self._enter(phase)
         if phase.name == state["phase"] and self._weights_in_force() == dict(state["weights"]):
@@ -185,11 +209,51 @@ class BlendCursor:
         """Begins a blend at the present sample: deficits start at 0, the sources' counters go on."""
         self._phase = phase
         named = np.array([i for i, name in enumerate(self.source_names) if name in phase.weights], np.int64)
+        if phase.seq_length is not None:
+            self._turn(named.tolist(), phase.seq_length)
         self._active = named[~self._has_ended(named)]
         self._weights = np.array([phase.weights[self.source_names[i]] for i in self._active], np.float64)
         if 0 < len(self._active) < len(named):  # the weights of a whole blend stay what they are, to the bit
             self._weights /= self._weights.sum()
         self._blend_start = self._counts.copy()
+
+    def _start_with(self, lengths: Mapping[str, Sequence[int]]) -> None:
+        """Sets what every source is read in: as a state says, and whatever it leaves out in whole chunks from 0."""
+        pairs = [lengths.get(name, (self._own_length(name), 0)) for name in self.source_names]
+        self._absent_lengths = {name: list(pair) for name, pair in lengths.items() if name not in self.source_names}
+        self._lengths = [int(length) for length, _ in pairs]
+        self._offsets = np.array([offset for _, offset in pairs], np.int64)
+        self._limits = np.array([self._limit(i) for i in range(len(pairs))], np.int64)
+
+    def _own_length(self, name: str) -> int:
+        return self._grids[name].seq_length if name in self._grids else 0
+
+    def _turn(self, sources: Sequence[int], seq_length: int) -> None:
+        """Goes on with samples of this length: each source where nothing was read of a window."""
+        for i in sources:
+            grid = self._grids.get(self.source_names[i])
+            if grid is None or self._lengths[i] == seq_length:
+                continue
+            k = grid.turn(int(self._counts[i] + self._offsets[i]), self._lengths[i], seq_length)
+            self._lengths[i] = seq_length
+            self._offsets[i] = k - self._counts[i]
+            self._limits[i] = self._limit(i)
+
+    def _limit(self, i: int) -> int:
+        """The count at which a source ends, if it is read in its present length until then."""
+        name = self.source_names[i]
+        limit = self._chunk_limits.get(name)
+        if limit is None:
+            return _NO_LIMIT
+        parts = self._grids[name].parts(self._lengths[i]) if name in self._grids else 1
+        return limit * parts - int(self._offsets[i])
+
+    def _lengths_in_force(self) -> dict[str, list[int]]:
+        """By source what its length is and what its counter lacks; not those that were always read in whole chunks."""
+        pairs = map(list, zip(self._lengths, self._offsets.tolist(), strict=True))
+        places = dict(zip(self.source_names, pairs, strict=True))
+        cut = {name: place for name, place in places.items() if place != [self._own_length(name), 0]}
+        return cut | self._absent_lengths
 
     def _has_ended(self, sources: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         ended: npt.NDArray[np.bool_] = self._counts[sources] >= self._limits[sources]
@@ -214,11 +278,11 @@ class BlendCursor:
         sources = self._active[assign(self._weights, given, count)]
         sources = sources[: self._first_end(sources)]
         count = len(sources)
-        # The j-th sample of a source in this call is its number counts + j: rank every sample among its source's.
+        # The j-th sample of a source in this call is its number counts + offset + j: rank each among its source's.
         order = np.argsort(sources, kind="stable")
         taken = np.bincount(sources, minlength=len(self._counts))
         ranks = np.arange(count) - np.repeat(np.cumsum(taken) - taken, taken)
-        ks[order] = self._counts[sources[order]] + ranks
+        ks[order] = (self._counts + self._offsets)[sources[order]] + ranks
         self._counts += taken
         self.sample += count
         return sources

@@ -49,9 +49,9 @@ def parse_block(block: Block, options: BlockOptions) -> ParsedBlock:
 def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
     lines = block.lines or read_range(block.path, block.position, block.end, options.max_line_bytes)
     parsed = ParsedBlock([[] for _ in options.keys], [], lines.num_ends, 0)
-    split, num_blank, number = lines.data.split(b"\n"), 0, lines.skipped
+    num_blank, number = 0, lines.skipped
     wanted = list(zip(options.keys, parsed.texts, strict=True))
-    for number, line in enumerate(split, lines.skipped + 1):
+    for number, line in enumerate(lines, lines.skipped + 1):
         if len(line) > options.max_line_bytes:
             parsed.bad_lines.append(BadLine(block.path, number, _too_long(options)))
             continue
@@ -63,13 +63,13 @@ def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
                     raise TypeError
                 texts.append(text)
         except (ValueError, KeyError, TypeError):
-            if line.strip():
-                _take_what_is_good(line, block.path, number, wanted, parsed)
+            if bytes(line).strip():
+                _take_what_is_good(bytes(line), block.path, number, wanted, parsed)
             else:
                 num_blank += 1
-    num_lines = len(split) - num_blank
+    num_lines = number - lines.skipped - num_blank
     if lines.overlong:
-        parsed.bad_lines.append(BadLine(block.path, number, _too_long(options)))
+        parsed.bad_lines.append(BadLine(block.path, number + 1, _too_long(options)))
         num_lines += 1
     return ParsedBlock(parsed.texts, parsed.bad_lines, lines.num_ends, num_lines)
 

@@ -2,7 +2,7 @@
 
 Three guards stand between its speed and a wrong id. A certificate (see `certificate.py`) is needed to begin at all. A
 document that holds a character or special token in which the two are known to differ goes to the library. And in each
-block one text, at most 2,048 characters of it, is encoded by both: the first difference ends the run, revokes the
+block one text, at most 512 characters of it, is encoded by both: the first difference ends the run, revokes the
 certificate, and everything is encoded again by the library.
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ Check = Literal["sample", "all"]
 PAYS_FROM_BYTES = 64_000_000
 """Of input: below, a certificate takes longer than it saves, and only one that is there already is used."""
 
-_SAMPLE_CHARACTERS = 2048
+_SAMPLE_CHARACTERS = 512
 _ASCII = bytes(range(128))
 
 
@@ -187,24 +187,20 @@ class CheckedTokenizer:
         texts = certificate.unsafe_texts
         self._unsafe_text = re.compile("|".join(map(re.escape, texts))).search if texts else None
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """The ids of many texts one after another, and how many ids each has.
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """The ids of many texts, an array of unsigned integers each.
 
         Raises:
             FastTokenizerMismatchError: the two did not agree.
         """
-        if not texts:
-            return np.empty(0, np.int32), np.empty(0, np.int64)
-        fast = self._fast
-        risky = [i for i, text in enumerate(texts) if self._is_risky(text)]
-        left_out = set(risky)
-        nothing = np.empty(0, np.uint32)
-        ids = [nothing if i in left_out else fast(text) for i, text in enumerate(texts)]
-        for i, slow_ids in zip(risky, self._slow.encode_batch([texts[i] for i in risky]), strict=True):
-            ids[i] = np.array(slow_ids, np.uint32)
-        self._compare([text for i, text in enumerate(texts) if i not in left_out])
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.concatenate(ids).view(np.int32), lengths
+        risky = {i for i, text in enumerate(texts) if self._is_risky(text)}
+        safe = [text for i, text in enumerate(texts) if i not in risky] if risky else texts
+        self._compare(safe)
+        fast_ids: Iterator[npt.NDArray[Any]] = map(self._fast, safe)
+        if not risky:
+            return list(fast_ids)
+        slow_ids = iter(self._slow.encode_arrays([texts[i] for i in sorted(risky)]))
+        return [next(slow_ids) if i in risky else next(fast_ids) for i in range(len(texts))]
 
     def _is_risky(self, text: str) -> bool:
         if self._unsafe_text is not None and self._unsafe_text(text):

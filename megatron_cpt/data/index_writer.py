@@ -9,20 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
-from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.durable import close_durably, sync_folder
+from megatron_cpt.data.durable import close_durably, publish
 from megatron_cpt.data.index_header import MAGIC, PREAMBLE, VERSION, dtype_code
 from megatron_cpt.errors import UserError
 
 _MAX_SEQUENCE = int(np.iinfo(np.int32).max)
-_TABLE_BLOCK = 1 << 20  # entries of an index table made and written at a time
+_TABLE_BLOCK = 1 << 20  # documents whose entries are made and written at a time
 _BIN_BUFFER = 1 << 22  # bytes
 
 
@@ -66,7 +64,7 @@ class IndexedDatasetWriter:
             if kind is None:
                 close_durably(self._bin)
                 self._write_index()
-                self._publish()
+                publish([(self._temporary[end], f"{self.prefix}.{end}") for end in ("bin", "idx")])
         finally:  # after a success there is nothing left to remove
             self._bin.close()
             for path in self._temporary.values():
@@ -110,29 +108,40 @@ class IndexedDatasetWriter:
 
     def _write_index(self) -> None:
         sizes = np.frombuffer(self._sizes, dtype=np.int32)
-        with open(self._temporary["idx"], "wb") as idx:
-            idx.write(PREAMBLE.pack(MAGIC, VERSION, self._code, self.num_documents, self.num_documents + 1))
-            for block in _blocks(self.num_documents):
-                idx.write(sizes[block].astype("<i4").tobytes())
-            pointer = 0
-            for block in _blocks(self.num_documents):
-                ends = pointer + np.cumsum(sizes[block], dtype=np.int64) * self.dtype.itemsize
-                idx.write(np.concatenate([[pointer], ends[:-1]]).astype("<i8").tobytes())
-                pointer = int(ends[-1])
-            for block in _blocks(self.num_documents + 1):
-                idx.write(np.arange(block.start, block.stop, dtype="<i8").tobytes())
-            close_durably(idx)
-
-    def _publish(self) -> None:
-        # An older .idx goes first: at no moment may it stand beside the new .bin.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.prefix}.idx")
-        os.replace(self._temporary["bin"], f"{self.prefix}.bin")
-        os.replace(self._temporary["idx"], f"{self.prefix}.idx")
-        sync_folder(Path(self.prefix).parent)
+        write_index(self._temporary["idx"], sizes, self.dtype, empty_sequences=True)
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    """range(count) in pieces of a few megabytes, so that a table is never held twice."""
-    for start in range(0, count, _TABLE_BLOCK):
-        yield slice(start, min(start + _TABLE_BLOCK, count))
+def write_index(path: str, sizes: npt.NDArray[np.int32], dtype: np.dtype[Any], *, empty_sequences: bool) -> None:
+    """Writes the `.idx` of documents of one sequence each, and forces it to disk.
+
+    Args:
+        path: of the `.idx`.
+        sizes: tokens of each document, (num_documents,); may be a memory map, and is read in pieces.
+        dtype: token type.
+        empty_sequences: whether a document without tokens has a sequence of none, as the builder's `add_document`
+            makes it, or no sequence at all, as Megatron-LM's `preprocess_data.py` makes it.
+    """
+    blocks = [slice(at, at + _TABLE_BLOCK) for at in range(0, len(sizes), _TABLE_BLOCK)]
+
+    def sequences(block: slice) -> npt.NDArray[np.int32]:
+        piece = sizes[block].astype("<i4")
+        return piece if empty_sequences else piece[piece > 0]
+
+    num_sequences = sum(sequences(block).size for block in blocks)
+    with open(path, "wb") as idx:
+        idx.write(PREAMBLE.pack(MAGIC, VERSION, dtype_code(dtype), num_sequences, len(sizes) + 1))
+        for block in blocks:
+            idx.write(sequences(block).tobytes())
+        pointer = 0
+        for block in blocks:
+            num_bytes = sequences(block).astype("<i8") * dtype.itemsize
+            ends = pointer + np.cumsum(num_bytes)
+            idx.write((ends - num_bytes).astype("<i8").tobytes())
+            pointer = int(ends[-1]) if ends.size else pointer
+        idx.write(np.zeros(1, "<i8").tobytes())
+        sequence = 0
+        for block in blocks:
+            ends = sequence + np.cumsum((sizes[block] > 0) | empty_sequences, dtype=np.int64)
+            idx.write(ends.astype("<i8").tobytes())
+            sequence = int(ends[-1])
+        close_durably(idx)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from megatron_cpt.data.index_header import IndexHeader, best_dtype, read_header, refuse
 from megatron_cpt.data.index_writer import IndexedDatasetWriter
-from megatron_cpt.data.storage import find, is_file, is_remote, open_ranges
+from megatron_cpt.data.storage import RangeFile, find, is_file, is_remote, open_ranges
 from megatron_cpt.errors import UserError
 
 __all__ = [
@@ -38,6 +38,9 @@ class IndexedDataset:
     Args:
         prefix: path without `.bin` or `.idx`.
 
+    Attributes:
+        tokens_file: what the tokens are read through (see `cache.py`); None: the `.bin` itself, opened for each read.
+
     Raises:
         UserError: a file is missing.
         RefusedError: the files are damaged or no pair (see `read_header`).
@@ -50,6 +53,7 @@ class IndexedDataset:
         self.num_tokens = self.header.num_tokens
         self.num_documents = self.header.num_documents
         self.num_sequences = self.header.num_sequences
+        self.tokens_file: RangeFile | None = None
 
     def __repr__(self) -> str:
         return f"IndexedDataset({self.prefix!r}: {self.num_documents} documents, {self.num_tokens} {self.dtype} tokens)"
@@ -82,7 +86,7 @@ class IndexedDataset:
         if count == 0:
             return tokens
         rest, offset = tokens.data.cast("B"), start * self.dtype.itemsize
-        with open_ranges(f"{self.prefix}.bin") as file:
+        with self._open_tokens() as file:
             while rest:  # one call reads at most 2 GiB, and may be interrupted
                 num_read = file.read_into(rest, offset)
                 if num_read == 0:
@@ -90,6 +94,11 @@ class IndexedDataset:
                     raise refuse(f"{self.prefix}.bin", f"was cut from {was} to {file.size} bytes since it was opened")
                 rest, offset = rest[num_read:], offset + num_read
         return tokens
+
+    def will_read(self, start: int, count: int) -> None:
+        """Says that `read` is soon asked for these tokens, so that the disk can fetch many samples at a time."""
+        with self._open_tokens() as file:
+            file.will_read(start * self.dtype.itemsize, count * self.dtype.itemsize)
 
     def document(self, index: int) -> npt.NDArray[Any]:
         """All tokens of one document.
@@ -138,6 +147,9 @@ class IndexedDataset:
         """Lets go of the memory maps; they come back when asked for."""
         for name in ("sizes", "sequence_pointers", "document_indices"):
             self.__dict__.pop(name, None)
+
+    def _open_tokens(self) -> RangeFile:
+        return self.tokens_file or open_ranges(f"{self.prefix}.bin")
 
     def _table(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
         if count == 0:

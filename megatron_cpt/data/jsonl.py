@@ -12,8 +12,10 @@ from typing import Any, BinaryIO
 import zstandard
 
 _PACKED_READ = 1 << 18  # smaller than a block, for it grows when it is unpacked
+_ZSTD_READ = 1 << 10  # a block of a frame has at least 4 bytes and gives at most 128 KiB, so 32 MiB at a time
 _UNPACKED_PIECE = 1 << 20
 _TAIL_READ = 1 << 18
+_READ_ALONG = 1 << 16  # bytes behind a range
 _MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs
 
 
@@ -22,36 +24,56 @@ class Lines:
     """Whole lines.
 
     Attributes:
-        data: the lines, the last one with or without its newline.
+        data: bytes that hold the lines; what stands before `begin` and from `end` on belongs to other lines.
         skipped: line ends of the range before the first of these lines; their lines began in an earlier range.
         num_ends: line ends in the whole range.
         overlong: whether these lines are followed by one that is too long and left out.
+        begin: where the first line begins.
+        end: where the last one ends, with or without its newline; None: with the data.
     """
 
     data: bytes
     skipped: int
     num_ends: int
     overlong: bool = False
+    begin: int = 0
+    end: int | None = None
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """Each line without its newline, not copied."""
+        view, find = memoryview(self.data), self.data.find
+        at, end = self.begin, len(self.data) if self.end is None else self.end
+        while at < end:
+            stop = find(b"\n", at, end)
+            if stop < 0:
+                stop = end
+            yield view[at:stop]
+            at = stop + 1
 
 
 def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
     """The lines of a plain file that begin in [start, end); the last of them may reach behind `end`."""
+    before = 1 if start > 0 else 0  # the byte that tells whether a line begins at `start`
     with open(path, "rb", buffering=0) as file:
-        before = 1 if start > 0 else 0  # the byte that tells whether a line begins at `start`
-        data = os.pread(file.fileno(), end - start + before, start - before)
-        first = data.find(b"\n") + 1 if before else 0
-        at_start = before == 0 or first == 1
-        num_ends = data.count(b"\n", before)
-        skipped = 0 if at_start else 1
-        if (before and first == 0) or first == len(data):
+        # What the last line is likely to need is read along: put behind it later, it would cost a copy of the block.
+        data = os.pread(file.fileno(), before + end - start + _READ_ALONG, start - before)
+        limit = min(before + end - start, len(data))  # of the range, in `data`
+        begin = data.find(b"\n", 0, limit) + 1 if before else 0
+        num_ends = data.count(b"\n", before, limit)
+        skipped = 1 if before and begin != 1 else 0
+        if (before and begin == 0) or begin == limit:
             return Lines(b"", skipped, num_ends)
-        data = data[first:]
-        if data.endswith(b"\n"):
-            return Lines(data, skipped, num_ends)
-        tail, overlong = _rest_of_line(file.fileno(), end, max_line_bytes - (len(data) - data.rfind(b"\n") - 1))
-    if overlong:
-        return Lines(data[: data.rfind(b"\n") + 1], skipped, num_ends, overlong=True)
-    return Lines(data + tail, skipped, num_ends)
+        last = max(begin, data.rfind(b"\n", begin, limit) + 1)  # where a line begins that does not end in the range
+        if last == limit:
+            return Lines(data, skipped, num_ends, begin=begin, end=limit)
+        stop = data.find(b"\n", limit)
+        overlong = stop - last > max_line_bytes
+        if stop < 0:
+            most = last + max_line_bytes - len(data)
+            rest, overlong = _rest_of_line(file.fileno(), start - before + len(data), most)
+            data += rest
+            stop = len(data)
+    return Lines(data, skipped, num_ends, overlong, begin, last if overlong else stop)
 
 
 def _rest_of_line(fd: int, start: int, most: int) -> tuple[bytes, bool]:
@@ -87,6 +109,7 @@ class PackedFile:
     def __init__(self, file: BinaryIO, is_gzip: bool) -> None:
         self._file = file
         self._is_gzip = is_gzip
+        self._read_bytes = _PACKED_READ if is_gzip else _ZSTD_READ
         self._new_member: Callable[[], Any] = lambda: zlib.decompressobj(wbits=31)
         if not is_gzip:
             self._new_member = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj
@@ -100,7 +123,7 @@ class PackedFile:
 
     def __iter__(self) -> Iterator[bytes]:
         member: Any = None
-        while raw := self._file.read(_PACKED_READ):
+        while raw := self._file.read(self._read_bytes):
             while raw:
                 if member is None:
                     raw = raw.lstrip(b"\0")  # gzip allows zeros to pad the end; no member and no frame begins with one
@@ -115,7 +138,7 @@ class PackedFile:
             raise EOFError("it ends in the middle of compressed data")
 
     def _unpack(self, member: Any, raw: bytes) -> tuple[bytes, bytes]:
-        """Some unpacked bytes, and what was not read yet: a few bytes of gzip may stand for a gigabyte."""
+        """Some unpacked bytes, and what was not read yet: a few packed bytes may stand for a gigabyte."""
         if not self._is_gzip:
             return member.decompress(raw), b""
         return member.decompress(raw, _UNPACKED_PIECE), member.unconsumed_tail
@@ -123,7 +146,7 @@ class PackedFile:
 
 def open_packed(path: str) -> PackedFile:
     """Opens a .gz or .zst file of one or more members or frames."""
-    file = Path(path).open("rb")  # noqa: SIM115 (closed by PackedFile)
+    file = Path(path).open("rb", buffering=_PACKED_READ)  # noqa: SIM115 (closed by PackedFile)
     return PackedFile(file, path.endswith(".gz"))
 
 

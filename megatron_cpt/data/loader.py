@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -27,11 +27,13 @@ class StepData:
 
     Attributes:
         micro_batches: global_batch / (micro_batch * data_parallel_size) of them.
+        num_tokens: tokens that all ranks together train on.
         counts: samples each source has given since the start of the run, this step's (of all ranks) included.
         state: the blend's state after this step, to be saved with it; what was read ahead is not in it.
     """
 
     micro_batches: list[Batch]
+    num_tokens: int
     counts: dict[str, int]
     state: dict[str, Any]
 
@@ -46,8 +48,9 @@ class Loader:
     Args:
         streams: one a source, in the order of the cursor's `source_names`.
         cursor: where the run stands (its state already loaded); the loader owns it from the first step on.
-        global_batch: samples a step, of all ranks.
-        micro_batch: samples a forward pass on one rank.
+        global_batch: samples a step, of all ranks; a function where it changes: from the samples that the run has read
+            before a step to that step's.
+        micro_batch: samples a forward pass on one rank; a function likewise.
         data_parallel_rank: this rank.
         data_parallel_size: how many there are.
         prefetch: steps read ahead, at least 1.
@@ -60,8 +63,8 @@ class Loader:
         streams: Sequence[TokenStream],
         cursor: BlendCursor,
         *,
-        global_batch: int,
-        micro_batch: int,
+        global_batch: int | Callable[[int], int],
+        micro_batch: int | Callable[[int], int],
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         prefetch: int = 2,
@@ -69,13 +72,12 @@ class Loader:
         documents: DocumentOptions = DocumentOptions(),  # noqa: B008 - frozen
     ) -> None:
         assert tuple(stream.name for stream in streams) == cursor.source_names, "streams in the cursor's order"
-        assert global_batch % (micro_batch * data_parallel_size) == 0, "the global batch divides into micro-batches"
         assert 0 <= data_parallel_rank < data_parallel_size
         assert prefetch >= 1
         self._streams = tuple(streams)
         self._cursor = cursor
-        self._global_batch = global_batch
-        self._micro_batch = micro_batch
+        self._global_batch = global_batch if callable(global_batch) else lambda _: global_batch
+        self._micro_batch = micro_batch if callable(micro_batch) else lambda _: micro_batch
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._vocab_size = vocab_size
         self._documents = documents
@@ -136,7 +138,7 @@ class Loader:
         """The worker thread: one step after the other, then what it ended with."""
         last: BaseException | None = None
         try:
-            while self._cursor.remaining >= self._global_batch and not self._stop.is_set():
+            while self._has_step() and not self._stop.is_set():
                 self._put(self._read_step())
         except BaseException as error:  # noqa: BLE001 (raised again by the thread that asks for the next step)
             last = error
@@ -149,16 +151,25 @@ class Loader:
             except queue.Full:
                 continue
 
+    def _has_step(self) -> bool:
+        remaining = self._cursor.remaining
+        return remaining > 0 and remaining >= self._global_batch(self._cursor.sample)
+
     def _read_step(self) -> StepData:
-        sources, ks = self._cursor.next(self._global_batch)
+        global_batch, micro_batch = (size(self._cursor.sample) for size in (self._global_batch, self._micro_batch))
+        assert global_batch % (micro_batch * self._size) == 0, "the global batch divides into micro-batches"
+        sources, ks = self._cursor.next(global_batch)
+        length = self._cursor.seq_length
         # (micro-batches, ranks, micro): the order of samples above, cut into each rank's share
-        shape = (-1, self._size, self._micro_batch)
+        shape = (-1, self._size, micro_batch)
         own_sources, own_ks = sources.reshape(shape)[:, self._rank], ks.reshape(shape)[:, self._rank]
+        _announce(self._streams, own_sources, own_ks, length)
         micro_batches = [
-            _read_batch(self._streams, micro_sources, micro_ks, self._vocab_size, self._documents)
+            _read_batch(self._streams, micro_sources, micro_ks, self._vocab_size, self._documents, length)
             for micro_sources, micro_ks in zip(own_sources, own_ks, strict=True)
         ]
-        return StepData(micro_batches, self._cursor.counts, self._cursor.state_dict())
+        num_tokens = global_batch * micro_batches[0].tokens.shape[1]
+        return StepData(micro_batches, num_tokens, self._cursor.counts, self._cursor.state_dict())
 
 
 def validation_batches(
@@ -198,23 +209,37 @@ def validation_batches(
         yield batch
 
 
+def _announce(
+    streams: Sequence[TokenStream],
+    sources: npt.NDArray[np.int64],
+    ks: npt.NDArray[np.int64],
+    length: int | None,
+) -> None:
+    """Lets the disk fetch all samples of a step at once: one after the other, each would wait for the one before."""
+    for source, k in zip(sources.ravel().tolist(), ks.ravel().tolist(), strict=True):
+        location = streams[source].locate(k, length)
+        streams[source].datasets[location.file].will_read(location.token_offset, location.seq_length + 1)
+
+
 def _read_batch(
     streams: Sequence[TokenStream],
     sources: npt.NDArray[np.int64],
     ks: npt.NDArray[np.int64],
     vocab_size: int | None,
     options: DocumentOptions,
+    length: int | None = None,
 ) -> Batch:
     """Reads samples, checks their ids, and makes the micro-batch of them."""
-    samples = np.stack([streams[source].read(k) for source, k in zip(sources.tolist(), ks.tolist(), strict=True)])
+    places = zip(sources.tolist(), ks.tolist(), strict=True)
+    samples = np.stack([streams[source].read(k, length) for source, k in places])
     if vocab_size is not None and (int(samples.max()) >= vocab_size or int(samples.min()) < 0):
         bad = int(np.flatnonzero(((samples >= vocab_size) | (samples < 0)).any(axis=1))[0])
-        raise _foreign_id(streams[int(sources[bad])], int(ks[bad]), vocab_size)
+        raise _foreign_id(streams[int(sources[bad])], int(ks[bad]), vocab_size, length)
     return batch_of(samples, sources, options)
 
 
-def _foreign_id(stream: TokenStream, k: int, vocab_size: int) -> RefusedError:
-    location, sample = stream.locate(k), stream.read_plain(k)
+def _foreign_id(stream: TokenStream, k: int, vocab_size: int, length: int | None) -> RefusedError:
+    location, sample = stream.locate(k, length), stream.read_plain(k, length)
     place = int(np.flatnonzero((sample >= vocab_size) | (sample < 0))[0])
     token_offset = location.token_offset + place
     document = stream.datasets[location.file].document_at(token_offset)

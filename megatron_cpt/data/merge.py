@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_cpt.data.durable import close_durably
 from megatron_cpt.data.index_header import MAGIC, PREAMBLE, VERSION, dtype_code
 from megatron_cpt.data.index_writer import IndexedDatasetWriter
 from megatron_cpt.data.indexed import IndexedDataset
@@ -141,8 +142,7 @@ class _MergeWriter(IndexedDatasetWriter):
             for dataset in self._datasets:
                 if dataset.header.has_modes:
                     _copy_modes(idx, dataset)
-            idx.flush()
-            os.fsync(idx.fileno())
+            close_durably(idx)
 
 
 def _copy_table(idx: IO[bytes], table: npt.NDArray[np.int32] | npt.NDArray[np.int64], moved: int) -> None:

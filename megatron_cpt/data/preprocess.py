@@ -1,97 +1,35 @@
 """Text files to `.bin`/`.idx`, as fast as the tokenizer allows, on one machine or many, however often it is stopped.
 
-The input is cut into blocks (`blocks.py`). Workers (`encode.py`) read, parse and encode a block each and send back flat
-arrays; this process appends them, in order, to files in a work folder (`work_folder.py`) and publishes these at the end
-(`publish.py`). Only a few blocks are under way at a time, so memory stays the same for a gigabyte and for a terabyte.
+The input is cut into blocks (`blocks.py`). Workers (`encode.py`) read, parse and encode a block each and leave flat
+arrays in shared memory; this process (`preprocess_run.py`) appends them, in order, to files in a work folder
+(`work_folder.py`) and publishes these at the end (`publish.py`). Only a few blocks are under way at a time, so memory
+stays the same for a gigabyte and for a terabyte.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 
-from megatron_cpt.data import bad_lines as bad
-from megatron_cpt.data.blocks import BlockOptions, Cursor, read_blocks
-from megatron_cpt.data.encode import EncodedBlock, EncodeOptions, Encoder, encode_blocks, encode_blocks_in_pool
-from megatron_cpt.data.fast_tokenizer import (
-    Check,
-    FastTokenizerMismatchError,
-    TokenizerPlan,
-    WhenFast,
-    build_tokenizer,
-    plan_tokenizer,
-    revoke_certificate,
-)
+from megatron_cpt.data.bad_lines import parse_max_bad
+from megatron_cpt.data.blocks import BlockOptions
+from megatron_cpt.data.encode import EncodeOptions
+from megatron_cpt.data.fast_tokenizer import Check, WhenFast, plan_tokenizer
 from megatron_cpt.data.index_header import best_dtype
 from megatron_cpt.data.inputs import InputFiles, Shard, expand_inputs
+from megatron_cpt.data.preprocess_run import Job, Progress, encode_all
 from megatron_cpt.data.publish import Layout
 from megatron_cpt.data.report import PreprocessReport, publish_run, sum_up
-from megatron_cpt.data.sinks import OrderedSink, ShuffledSink, Sink, count_buckets
+from megatron_cpt.data.sinks import count_buckets
 from megatron_cpt.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_cpt.data.work_folder import WorkFolder
-from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.errors import UserError
 
 __all__ = ["PreprocessReport", "preprocess", "work_folder_path"]
 
-Progress = Callable[[int, int, int, int], None]
-
-SAVE_SECONDS = 10.0  # of work that a kill may lose
 _PACKED_GROWTH = 4  # bytes of text in a byte of a packed file, about
-
-
-@dataclass
-class Counts:
-    """What was written so far; saved with the state.
-
-    Attributes:
-        documents: of each key.
-        tokens: of each key, ends of documents included.
-        text_bytes: UTF-8 bytes of the documents' texts.
-        empty_documents: texts that gave no token.
-        bytes_done: of the input files, on disk.
-    """
-
-    documents: list[int]
-    tokens: list[int]
-    text_bytes: int = 0
-    empty_documents: int = 0
-    bytes_done: int = 0
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything that the call asked for, looked up."""
-
-    files: InputFiles
-    prefix: str
-    layout: Layout
-    tokenizer: Tokenizer
-    encode: EncodeOptions
-    shard: Shard | None
-    seed: int | None
-    max_bad: bad.MaxBad
-    workers: int
-    progress: Progress | None
-    notify: Callable[[str], None]
-    started: float
-
-    def settings(self) -> dict[str, object]:
-        """All that decides which bytes are written; the library in use does not."""
-        return {
-            "inputs": self.files.identity(),
-            "tokenizer": self.tokenizer.fingerprint,
-            "eod": self.tokenizer.eod_id,
-            "encode": asdict(self.encode),
-            "shard": [self.shard.index, self.shard.count] if self.shard else None,
-            "shuffle": self.seed,
-            "prefixes": self.layout.prefixes,
-            "dtype": self.layout.dtype.name,
-            "num_buckets": self.layout.num_buckets,
-            "split_tokens": self.layout.split_tokens,
-        }
 
 
 def preprocess(
@@ -149,41 +87,37 @@ def preprocess(
         RefusedError: more bad lines than `max_bad`.
     """
     started = time.monotonic()
-    files = InputFiles.of(expand_inputs(inputs))
-    keys = (key,) if isinstance(key, str) else tuple(key)
-    prefix = os.fspath(output_prefix)
-    if prefixes is None:
-        prefixes = [prefix] if len(keys) == 1 else [f"{prefix}_{name}" for name in keys]
-    if len(set(keys)) < len(keys) or not keys:
-        raise UserError(f"key: {', '.join(keys) or 'none'}; give each key once, at least one")
-    tokenizer = load_tokenizer(tokenizer_spec)
-    if append_eod and tokenizer.eod_id is None:
-        raise UserError(f"tokenizer {tokenizer_spec}: has no end-of-document id to append; leave append_eod out")
-    text_bytes = _text_bytes(files)
-    cut = BlockOptions(keys, blocks.block_bytes, blocks.max_line_bytes) if blocks else BlockOptions(keys)
-    num_buckets = None if shuffle is None else count_buckets(text_bytes)
-    job = _Job(
+    files, prefix = InputFiles.of(expand_inputs(inputs)), os.fspath(output_prefix)
+    text_bytes, keys = _text_bytes(files), _distinct_keys(key)
+    tokenizer = _load_tokenizer(tokenizer_spec, append_eod)
+    cut = replace(blocks or BlockOptions(()), keys=keys)
+    layout = Layout(
+        prefixes=list(prefixes or ([prefix] if len(keys) == 1 else [f"{prefix}_{name}" for name in keys])),
+        dtype=best_dtype(tokenizer.vocab_size),
+        num_buckets=None if shuffle is None else count_buckets(text_bytes),
+        split_tokens=split_tokens,
+    )
+    job = Job(
         files=files,
         prefix=prefix,
-        layout=Layout(list(prefixes), best_dtype(tokenizer.vocab_size), num_buckets, split_tokens),
+        layout=layout,
         tokenizer=tokenizer,
         encode=EncodeOptions(cut, append_eod, keep_empty),
         shard=shard,
         seed=shuffle,
-        max_bad=bad.parse_max_bad(max_bad),
+        max_bad=parse_max_bad(max_bad),
         workers=_count_workers(text_bytes, cut) if workers is None else workers,
         progress=progress,
         notify=notify,
-        started=started,
     )
     folder = _work_folder(job, overwrite, restart)
     plan = plan_tokenizer(tokenizer_spec, tokenizer, when=fast, check=check, input_bytes=text_bytes, notify=notify)
     with folder:
         if not folder.state.get("done"):
-            _encode_with_fallback(job, plan, folder)
+            encode_all(job, plan, folder)
         if shard is not None:
-            return sum_up(folder.state, job.layout, prefix, files.total_bytes, job.started)
-        return publish_run(folder, [folder.path], job.layout, prefix, files.total_bytes, job.started)
+            return sum_up(folder.state, layout, prefix, files.total_bytes, started)
+        return publish_run(folder, [folder.path], layout, prefix, files.total_bytes, started)
 
 
 def work_folder_path(prefix: str, shard: Shard | None = None) -> str:
@@ -198,7 +132,7 @@ def refuse_to_overwrite(prefixes: Sequence[str], overwrite: bool) -> None:
         raise UserError(f"{' and '.join(there)}: already there; choose another output prefix, or allow overwriting")
 
 
-def _work_folder(job: _Job, overwrite: bool, restart: bool) -> WorkFolder:
+def _work_folder(job: Job, overwrite: bool, restart: bool) -> WorkFolder:
     path = work_folder_path(job.prefix, job.shard)
     # A run that was killed between its renames has a part of its output in place already.
     if restart or not os.path.exists(os.path.join(path, "state.json")):
@@ -207,82 +141,18 @@ def _work_folder(job: _Job, overwrite: bool, restart: bool) -> WorkFolder:
     return WorkFolder(path, job.settings(), restart=restart)
 
 
-def _encode_with_fallback(job: _Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
-    if folder.state.get("fast") and plan.certificate is None:
-        job.notify("begins anew: what was done before used gigatoken, which is no longer trusted with this tokenizer")
-        folder.clear()
-        folder.begin()
-    try:
-        try:
-            _encode(job, plan, folder, mismatch=folder.state.get("mismatch"))
-        except FastTokenizerMismatchError as error:
-            assert plan.certificate is not None
-            job.notify(f"{error}; everything is encoded again by the library, and gigatoken not used any more")
-            revoke_certificate(plan.spec, plan.certificate, str(error))
-            folder.clear()
-            folder.begin()
-            _encode(job, plan.without_fast(), folder, mismatch=str(error))
-    except (RefusedError, UserError) as error:
-        if isinstance(error, RefusedError) or not folder.state:  # a mistake met after hours costs no hours
-            folder.remove()
-        raise
+def _distinct_keys(key: str | Sequence[str]) -> tuple[str, ...]:
+    keys = (key,) if isinstance(key, str) else tuple(key)
+    if len(set(keys)) < len(keys) or not keys:
+        raise UserError(f"key: {', '.join(keys) or 'none'}; give each key once, at least one")
+    return keys
 
 
-def _encode(job: _Job, plan: TokenizerPlan, folder: WorkFolder, mismatch: str | None) -> None:
-    state = folder.state
-    num_keys = len(job.layout.prefixes)
-    counts = Counts(**state["counts"]) if state else Counts([0] * num_keys, [0] * num_keys)
-    log = bad.BadLineLog(**state["bad"]) if state else bad.BadLineLog()
-    cursor = Cursor(**state["cursor"]) if state else Cursor()
-    sinks = [_sink(job, folder, number) for number in range(num_keys)]
-
-    def save(done: bool) -> None:
-        for sink in sinks:
-            sink.flush()
-        now = {"cursor": asdict(cursor), "counts": asdict(counts), "bad": log.to_dict(), "done": done}
-        folder.save(now | {"fast": plan.certificate is not None, "mismatch": mismatch, "engine": plan.engine})
-
-    blocks = read_blocks(job.files, job.encode.blocks, job.shard, cursor)
-    if job.workers > 1:
-        results = encode_blocks_in_pool(blocks, job.workers, plan, job.encode)
-    else:
-        results = encode_blocks(blocks, Encoder(build_tokenizer(plan), job.encode))
-    saved = time.monotonic()
-    with contextlib.closing(results):
-        for result in results:
-            _take(result, sinks, counts)
-            log.add(result, folder, job.encode.blocks)
-            job.max_bad.check(log.count, None, log.summary())
-            cursor = result.block.next_cursor
-            if job.progress is not None:
-                first, last = (job.shard or Shard()).interval(job.files.total_bytes)
-                done = min(result.block.bytes_done, last) - first
-                job.progress(done, last - first, sum(counts.documents), sum(counts.tokens))
-            if time.monotonic() - saved > SAVE_SECONDS:
-                save(done=False)
-                saved = time.monotonic()
-    if job.shard is None and sum(counts.documents) == 0:
-        raise UserError(f"no document in {_some(job.files.paths)}: {counts.empty_documents} empty, {log.summary()}")
-    if job.shard is None:
-        job.max_bad.check(log.count, log.num_lines, log.summary())
-    save(done=True)
-
-
-def _take(result: EncodedBlock, sinks: Sequence[Sink], counts: Counts) -> None:
-    for number, (sink, texts) in enumerate(zip(sinks, result.texts, strict=True)):
-        sink.add(result.block, texts)
-        counts.documents[number] += int(texts.lengths.size)
-        counts.tokens[number] += int(texts.tokens.size)
-        counts.text_bytes += texts.text_bytes
-        counts.empty_documents += texts.num_empty
-    counts.bytes_done = result.block.bytes_done
-
-
-def _sink(job: _Job, folder: WorkFolder, number: int) -> Sink:
-    if job.layout.num_buckets is None:
-        return OrderedSink(folder, number)
-    assert job.seed is not None
-    return ShuffledSink(folder, number, job.seed, job.layout.num_buckets)
+def _load_tokenizer(spec: str, append_eod: bool) -> Tokenizer:
+    tokenizer = load_tokenizer(spec)
+    if append_eod and tokenizer.eod_id is None:
+        raise UserError(f"tokenizer {spec}: has no end-of-document id to append; leave append_eod out")
+    return tokenizer
 
 
 def _text_bytes(files: InputFiles) -> int:
@@ -295,7 +165,3 @@ def _text_bytes(files: InputFiles) -> int:
 def _count_workers(text_bytes: int, options: BlockOptions) -> int:
     """One a core that this process may use, but none that would only start and end."""
     return max(1, min(len(os.sched_getaffinity(0)), text_bytes // (4 * options.block_bytes)))
-
-
-def _some(paths: Sequence[str], most: int = 5) -> str:
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.durable import close_durably, sync_folder
-from megatron_cpt.data.index_header import MAGIC, PREAMBLE, VERSION, dtype_code
+from megatron_cpt.data.durable import Rename, close_durably
+from megatron_cpt.data.index_writer import write_index
 from megatron_cpt.data.sinks import ordered_names, shuffled_buckets
 
-_TABLE_BLOCK = 1 << 20  # entries of a table made and written at a time
+_TABLE_BLOCK = 1 << 20  # documents that are copied at a time
 _COPY_BYTES = 1 << 30
 
 
@@ -42,9 +42,6 @@ class Layout:
     split_tokens: int | None = None
 
 
-Rename = tuple[str, str]
-
-
 def make_pairs(layout: Layout, sources: Sequence[str], folder: str) -> tuple[list[Rename], list[str]]:
     """Writes all pairs of a data set under names inside a work folder.
 
@@ -63,7 +60,7 @@ def make_pairs(layout: Layout, sources: Sequence[str], folder: str) -> tuple[lis
             tokens_name, sizes_name = ordered_names(number)
             for name in (tokens_name, sizes_name):
                 Path(folder, name).touch()
-            write_index(os.path.join(folder, sizes_name), os.path.join(folder, f"{number}.idx"), layout.dtype)
+            _write_index(folder, sizes_name, f"{number}.idx", layout)
             pairs = [(tokens_name, f"{number}.idx", prefix)]
         else:
             pairs = _copy_pairs(layout, number, sources, folder)
@@ -74,41 +71,10 @@ def make_pairs(layout: Layout, sources: Sequence[str], folder: str) -> tuple[lis
     return renames, prefixes
 
 
-def publish(renames: Sequence[Rename]) -> None:
-    """Renames files, `.bin` before `.idx`; a file that is no longer there was renamed before a restart."""
-    for source, target in renames:
-        if not os.path.exists(source):
-            continue
-        if target.endswith(".bin"):  # an older .idx goes first: at no moment may it stand beside the new .bin
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{target[:-4]}.idx")
-        os.replace(source, target)
-        sync_folder(Path(target).parent)
-
-
-def write_index(sizes_path: str, idx_path: str, dtype: np.dtype[Any]) -> None:
-    """Writes the `.idx` for documents of these sizes (int32 each); a size of 0 is a document without a sequence."""
-    num_documents = os.path.getsize(sizes_path) // 4
-    sizes = np.memmap(sizes_path, "<i4", "r") if num_documents else np.empty(0, "<i4")
-    blocks = [slice(at, at + _TABLE_BLOCK) for at in range(0, num_documents, _TABLE_BLOCK)]
-    num_sequences = sum(int(np.count_nonzero(sizes[block])) for block in blocks)
-    with open(idx_path, "wb") as idx:
-        idx.write(PREAMBLE.pack(MAGIC, VERSION, dtype_code(dtype), num_sequences, num_documents + 1))
-        for block in blocks:
-            idx.write(sizes[block][sizes[block] > 0].tobytes())
-        pointer = 0
-        for block in blocks:
-            kept = sizes[block][sizes[block] > 0]
-            ends = pointer + np.cumsum(kept, dtype=np.int64) * dtype.itemsize
-            idx.write((ends - kept.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
-            pointer = int(ends[-1]) if ends.size else pointer
-        idx.write(np.zeros(1, "<i8").tobytes())
-        sequence = 0
-        for block in blocks:
-            ends = sequence + np.cumsum(sizes[block] > 0, dtype=np.int64)
-            idx.write(ends.astype("<i8").tobytes())
-            sequence = int(ends[-1])
-        close_durably(idx)
+def _write_index(folder: str, sizes_name: str, idx_name: str, layout: Layout) -> None:
+    path = os.path.join(folder, sizes_name)
+    sizes = np.memmap(path, "<i4", "r") if os.path.getsize(path) else np.empty(0, "<i4")
+    write_index(os.path.join(folder, idx_name), sizes, layout.dtype, empty_sequences=False)
 
 
 def _copy_pairs(layout: Layout, number: int, sources: Sequence[str], folder: str) -> list[tuple[str, str, str]]:
@@ -201,8 +167,7 @@ class _SplitOutput:
         pairs = []
         for pair in range(self._num_pairs):
             bin_name, sizes_name, idx_name = self._names(pair)
-            sizes_path, idx_path = (os.path.join(self._folder, name) for name in (sizes_name, idx_name))
-            write_index(sizes_path, idx_path, self._layout.dtype)
+            _write_index(self._folder, sizes_name, idx_name, self._layout)
             prefix = self._layout.prefixes[self._number]
             pairs.append((bin_name, idx_name, prefix if self._layout.split_tokens is None else f"{prefix}-{pair:05}"))
         return pairs

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.data import bad_lines as bad
-from megatron_cpt.data.publish import Layout, make_pairs, publish
+from megatron_cpt.data.durable import publish
+from megatron_cpt.data.publish import Layout, make_pairs
 from megatron_cpt.data.work_folder import WorkFolder
 
 

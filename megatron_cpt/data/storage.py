@@ -30,6 +30,9 @@ class RangeFile(Protocol):
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill the front of a buffer from `offset`; how many bytes were there, at least 1 unless the file ends."""
 
+    def will_read(self, offset: int, count: int) -> None:
+        """Says that these bytes are read soon: a local disk begins to fetch them, and nobody waits."""
+
     def __enter__(self) -> RangeFile: ...
 
     def __exit__(
@@ -81,6 +84,10 @@ class _LocalFile:
     def read_into(self, buffer: memoryview, offset: int) -> int:
         return os.preadv(self._fd, [buffer], offset)
 
+    def will_read(self, offset: int, count: int) -> None:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
+
     def __enter__(self) -> _LocalFile:
         return self
 
@@ -109,6 +116,9 @@ class _RemoteFile:
         data = self._range(offset, offset + len(buffer))  # samples: whoever reads them knows where the file ends
         buffer[: len(data)] = data
         return len(data)
+
+    def will_read(self, offset: int, count: int) -> None:
+        """Nothing can be asked for ahead without keeping it."""
 
     def _range(self, start: int, end: int) -> bytes:
         return bytes(self._files.cat_file(self._path, start=start, end=end))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +40,8 @@ class Tokenizer(Protocol):
         """The ids of many texts."""
         ...
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """The ids of many texts one after another, and how many ids each has."""
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """The ids of many texts, an array of unsigned integers each."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -81,11 +80,9 @@ class ByteTokenizer:
         """The UTF-8 bytes of each text."""
         return [self.encode(text) for text in texts]
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """The UTF-8 bytes of all texts, and how many each has."""
-        parts = [text.encode() for text in texts]
-        flat = np.frombuffer(b"".join(parts), np.uint8).astype(np.int32)
-        return flat, np.array([len(part) for part in parts], np.int64)
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """The UTF-8 bytes of each text."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the bytes; ends of documents vanish, and what is not UTF-8 becomes U+FFFD."""
@@ -104,11 +101,9 @@ class _BatchTokenizer:
         """The ids of one text."""
         return self.encode_batch([text])[0]
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """The ids of many texts one after another, and how many ids each has."""
-        documents = self.encode_batch(texts)
-        lengths = np.array([len(ids) for ids in documents], np.int64)
-        return np.fromiter(chain.from_iterable(documents), np.int32, int(lengths.sum())), lengths
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """The ids of many texts, an array of unsigned integers each."""
+        return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
 
 
 class SentencePieceTokenizer(_BatchTokenizer):

@@ -11,7 +11,8 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +46,8 @@ class WorkFolder:
         self._touched: set[str] = set()
         self._changed: set[str] = set()
         self._lock: IO[bytes] | None = None
+        self._saver = ThreadPoolExecutor(1, "work-folder")
+        self._saving: Future[None] | None = None
 
     def __enter__(self) -> WorkFolder:
         try:
@@ -65,8 +68,15 @@ class WorkFolder:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._unlock()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._finish_saving()
+        except OSError:
+            if kind is None:  # else what went wrong first is told
+                raise
+        finally:
+            self._saver.shutdown()
+            self._unlock()
 
     def file(self, name: str) -> str:
         """The path of one of its files."""
@@ -90,15 +100,31 @@ class WorkFolder:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Makes all that was appended count, together with a state."""
-        for name in self._changed:
+        self.save_behind(state)
+        self._finish_saving()
+
+    def save_behind(self, state: Mapping[str, Any]) -> None:
+        """The same, but goes on while the disk works; a save that is still under way is waited for first."""
+        self._finish_saving()
+        self.state = dict(state)
+        content = orjson.dumps({"lengths": self._lengths, "state": self.state})
+        changed, self._changed = self._changed, set()
+        self._saving = self._saver.submit(self._write_state, changed, content)
+
+    def _write_state(self, changed: Iterable[str], content: bytes) -> None:
+        for name in changed:
             with open(self.file(name), "rb") as file:
                 os.fsync(file.fileno())
-        self._changed.clear()
-        self.state = dict(state)
-        self._write_json("state.json", {"lengths": self._lengths, "state": self.state})
+        self._write("state.json", content)
+
+    def _finish_saving(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def clear(self) -> None:
         """Removes everything but the lock."""
+        self._finish_saving()
         for name in os.listdir(self.path):
             if name != "lock":
                 os.unlink(self.file(name))
@@ -108,10 +134,11 @@ class WorkFolder:
 
     def begin(self) -> None:
         """Names the settings of what follows."""
-        self._write_json("settings.json", self._settings)
+        self._write("settings.json", orjson.dumps(self._settings))
 
     def remove(self) -> None:
         """Removes the folder."""
+        self._finish_saving()
         shutil.rmtree(self.path)
 
     def _load(self) -> None:
@@ -130,10 +157,10 @@ class WorkFolder:
             )
         self.state, self._lengths = saved["state"], saved["lengths"]
 
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+    def _write(self, name: str, content: bytes) -> None:
         temporary = self.file(f"{name}.tmp")
         with open(temporary, "wb") as file:
-            file.write(orjson.dumps(content))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.file(name))

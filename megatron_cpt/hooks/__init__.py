@@ -8,10 +8,15 @@ from megatron_cpt.train.hook import Hook
 
 def build_hooks(config: RunConfig) -> list[Hook]:
     """The hooks that a run asks for, in the order in which they are called."""
+    from megatron_cpt.hooks.anomalies_file import AnomaliesFile
     from megatron_cpt.hooks.console import ConsoleHook
     from megatron_cpt.hooks.metrics_file import MetricsFile
 
-    hooks: list[Hook] = [MetricsFile(), ConsoleHook()]
+    hooks: list[Hook] = [MetricsFile(), AnomaliesFile(), ConsoleHook()]
+    if config.resilience.straggler:
+        from megatron_cpt.hooks.resiliency import StragglerHook
+
+        hooks.append(StragglerHook())
     if config.log.tensorboard:
         from megatron_cpt.hooks.tensorboard import TensorBoardHook
 

@@ -42,7 +42,7 @@ class ConsoleHook(Hook):
         """Print one line of numbers."""
         if not self._is_main:
             return
-        left = (session.last_step - session.state.step) * session.config.tokens_per_step / line["tokens_per_second"]
+        left = (session.plan.after(session.last_step).tokens - session.state.tokens) / line["tokens_per_second"]
         self._print(
             f"step {line['step']:>{len(str(session.plan.steps))}}/{session.plan.steps}  {line['phase']}"
             f"  loss {line['loss']:.4f}  lr {line['lr']:.3e}  grad {line['grad_norm']:.3f}"
@@ -59,6 +59,18 @@ class ConsoleHook(Hook):
         """Say where it is."""
         if self._is_main:
             self._print(f"saved {path}")
+
+    def on_anomaly(self, session: Session, line: dict[str, Any]) -> None:
+        """Say what was wrong with a step, and what was done about it."""
+        if self._is_main:
+            limit = f", above {line['limit']:.4f}" if line["limit"] is not None else ""
+            done = "the update was applied all the same" if line["action"] == "warn" else "the update was left out"
+            self._print(f"WARNING: step {line['step']}: {line['kind']} {line['value']:.4f}{limit}: {done}")
+
+    def on_stop(self, session: Session, reason: str) -> None:
+        """Say why the run ends before its end."""
+        if self._is_main and reason:
+            self._print(f"{reason}: step {session.state.step} is saved, the same command goes on from there")
 
     def on_end(self, session: Session) -> None:
         """Take the bar away."""
@@ -77,7 +89,7 @@ def _headline(session: Session) -> str:
     verb = f"going on after step {session.state.step}" if session.is_resumed else "starting"
     return (
         f"{config.name}: {verb} {origin}; {format_count(session.plan.parameters.total)} parameters, "
-        f"{session.plan.steps} steps of {format_count(config.tokens_per_step)} tokens; "
+        f"{session.plan.steps} steps of {session.plan.step_sizes} tokens; "
         f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {ranks.data_parallel_size} on {ranks.device.type}, "
         f"{config.precision.compute}, {session.model.spec} layers"
     )

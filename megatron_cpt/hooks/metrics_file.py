@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ FILE_NAME = "metrics.jsonl"
 class MetricsFile(Hook):
     """Appends lines on the main rank; each is flushed, so that a killed run keeps all but the line being written."""
 
+    def __init__(self) -> None:
+        self._file: io.FileIO | None = None
+
     def on_start(self, session: Session) -> None:
         """Open the file; lines of steps that a resume will do again are dropped."""
-        self._file = None
         if not session.ranks.is_main:
             return
         path = session.output / FILE_NAME

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardHook(Hook):
     """Scalars under RUN/tensorboard, over steps."""
 
+    def __init__(self) -> None:
+        self._writer: SummaryWriter | None = None
+
     def on_start(self, session: Session) -> None:
         """Open the writer; on a resume, points after the checkpoint are hidden."""
-        self._writer = None
         if session.ranks.is_main:
             from torch.utils.tensorboard import SummaryWriter
 

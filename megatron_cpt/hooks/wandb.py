@@ -23,10 +23,10 @@ class WandbHook(Hook):
         except ImportError as error:
             raise UserError("log.wandb: the package is not installed; pip install 'megatron-cpt[wandb]'") from error
         self._wandb, self._config = wandb, config
+        self._run: Any = None
 
     def on_start(self, session: Session) -> None:
         """Open the run; its id is its name, so that a resume finds it."""
-        self._run = None
         if session.ranks.is_main:
             self._run = self._wandb.init(
                 project=self._config.project,

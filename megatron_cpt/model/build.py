@@ -16,10 +16,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_cpt.config import ModelConfig, ParallelConfig, RunConfig
-from megatron_cpt.errors import UserError
+from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megatron_cpt.model.initialise import initialise_weights
+from megatron_cpt.model.machine import read_machine
 from megatron_cpt.model.spec import LayerSpec, choose_spec
+from megatron_cpt.model.speed import Knobs, choose_knobs, connect_schedule, ddp_fields, initialise_user_buffers
 from megatron_cpt.model.transformer_config import transformer_config
 
 
@@ -31,46 +32,37 @@ class Model:
         chunks: DDP-wrapped model chunks, one, or one for each virtual pipeline stage.
         config: megatron-core's configuration, shared by the chunks.
         spec: name of the layer spec, `transformer_engine` or `local`.
+        layers: the same with versions, for the log.
+        packs_documents: attention takes documents as sequences packed into one row (Transformer Engine), not as a mask.
+        knobs: what of `speed` is on.
     """
 
     chunks: Sequence[DistributedDataParallel]
     config: TransformerConfig
     spec: str
+    layers: str
+    packs_documents: bool
+    knobs: frozenset[str]
 
 
 def build_model(run: RunConfig) -> Model:
     """Build the model with random weights from `run.seed`, the same for any layout.
 
     Raises:
-        UserError: when the machine cannot compute what `precision` or `parallel` asks for.
+        UserError: the machine cannot do what `speed` asks for; what else it cannot do, `check_machine` says.
     """
-    spec = choose_spec(qk_norm=run.model.qk_norm)
-    _check_machine(run, spec)
-    config = transformer_config(run.model, run.parallel, run.precision, run.recompute)
+    machine = read_machine()
+    spec = choose_spec(qk_norm=run.model.qk_norm, precision=run.precision, machine=machine)
+    is_te = spec.is_transformer_engine
+    knobs = choose_knobs(run, machine, transformer_engine=is_te)
+    initialise_user_buffers(run, knobs, machine)
+    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs, transformer_engine=is_te)
     stages = range(run.parallel.virtual_pipeline) if run.parallel.virtual_pipeline > 1 else [None]
-    bare = [_build_chunk(run.model, run.seq_length, config, spec, stage) for stage in stages]
+    bare = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
     initialise_weights(bare, run.model, run.seed)
-    return Model([_wrap(chunk, config, run.parallel) for chunk in bare], config, spec.name)
-
-
-def _check_machine(run: RunConfig, spec: LayerSpec) -> None:
-    if spec.name == "transformer_engine":
-        if run.documents.reset_attention:
-            raise UserError(
-                "documents.reset_attention: Transformer Engine's causal attention takes no mask and would ignore it; "
-                "leave it out on this machine"
-            )
-        return
-    wanted = []
-    if run.precision.fp8 is not None:
-        wanted.append("precision.fp8")
-    if run.parallel.context > 1:
-        wanted.append(f"parallel.context: {run.parallel.context}")
-    if wanted:
-        raise UserError(
-            f"{' and '.join(wanted)}: needs a GPU with Transformer Engine, which this machine does not have; "
-            "leave it out here (for a rehearsal: precision.fp8=null parallel.context=1)"
-        )
+    chunks = [_wrap(chunk, config, run.parallel, run.precision, knobs, number) for number, chunk in enumerate(bare)]
+    connect_schedule(chunks, config, knobs)
+    return Model(chunks, config, spec.name, spec.title, packs_documents=is_te, knobs=knobs)
 
 
 def _build_chunk(
@@ -108,13 +100,27 @@ def _scale_rope(chunk: GPTModel, model: ModelConfig) -> None:
     )
 
 
-def _wrap(chunk: GPTModel, config: TransformerConfig, parallel: ParallelConfig) -> DistributedDataParallel:
+def _wrap(
+    chunk: GPTModel,
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    knobs: Knobs,
+    number: int,
+) -> DistributedDataParallel:
     module = Float16Module(config, chunk) if config.bf16 else chunk
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=False,
+        grad_reduce_in_fp32=True, **ddp_fields(knobs, parallel), **_weights_in_fp8(precision)
     )
-    wrapped = DistributedDataParallel(config=config, ddp_config=ddp_config, module=module)
+    # The chunks after the first have whole forward and backward passes to hide behind: they need no small buckets.
+    wrapped = DistributedDataParallel(config=config, ddp_config=ddp_config, module=module, disable_bucketing=number > 0)
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
+
+
+def _weights_in_fp8(precision: PrecisionConfig) -> dict[str, bool]:
+    fp8 = precision.fp8
+    if fp8 is None or not fp8.params:
+        return {}
+    # MXFP8 weights have two layouts of scales and cannot lie in one buffer; they are gathered through the gradients'.
+    return {"fp8_param_gather": True, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}

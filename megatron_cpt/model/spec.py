@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_cpt.config import Fp8Config, PrecisionConfig
 from megatron_cpt.model.attention import LocalAttention
+from megatron_cpt.model.fp8_emulated import Fp8Emulation, emulated_linears
+from megatron_cpt.model.machine import Machine
 from megatron_cpt.model.norm import LocalNorm
 
 
@@ -22,45 +25,86 @@ class LayerSpec:
     """The modules a model is built from.
 
     Attributes:
-        name: `transformer_engine` or `local`, for the log.
+        name: `transformer_engine` or `local`.
+        title: the same with versions, for the log.
         layer: one transformer layer.
         norm: the class of the last norm.
+        end_layer: what the first and last `num_end_layers` layers of the model are instead.
+        num_end_layers: see `end_layer`.
     """
 
     name: str
+    title: str
     layer: ModuleSpec
     norm: Any
+    end_layer: ModuleSpec | None = None
+    num_end_layers: int = 0
+
+    @property
+    def is_transformer_engine(self) -> bool:
+        """Whether the layers are Transformer Engine's."""
+        return self.name == "transformer_engine"
 
     def block(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
         """The layers of this rank's pipeline stage (and virtual stage)."""
-        count = get_num_layers_to_build(config, vp_stage=vp_stage)
-        return TransformerBlockSubmodules(layer_specs=[self.layer] * count, layer_norm=self.norm)
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+        layers = [self._layer(number, config.num_layers) for number in numbers]
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=self.norm)
+
+    def _layer(self, number: int, num_layers: int) -> ModuleSpec:
+        is_end = min(number, num_layers - 1 - number) < self.num_end_layers
+        return self.end_layer if is_end and self.end_layer is not None else self.layer
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used here: installed, and a GPU to run on."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def choose_spec(*, qk_norm: bool) -> LayerSpec:
-    """The best spec that this machine can run."""
-    return transformer_engine_spec(qk_norm=qk_norm) if has_transformer_engine() else local_spec(qk_norm=qk_norm)
+def choose_spec(*, qk_norm: bool, precision: PrecisionConfig, machine: Machine) -> LayerSpec:
+    """The best spec that a machine can run; emulated FP8 is always the local one's."""
+    is_emulated = precision.fp8 is not None and precision.fp8.backend == "emulated"
+    if machine.transformer_engine is None or is_emulated:
+        return local_spec(qk_norm=qk_norm, fp8=precision.fp8)
+    return transformer_engine_spec(qk_norm=qk_norm)
 
 
 def transformer_engine_spec(*, qk_norm: bool) -> LayerSpec:
     """Layers of Transformer Engine: norms fused into the linear layers, flash attention, FP8."""
+    import transformer_engine
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return LayerSpec("transformer_engine", get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm), TENorm)
+    return LayerSpec(
+        name="transformer_engine",
+        title=f"Transformer Engine {transformer_engine.__version__}",
+        layer=get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm),
+        norm=TENorm,
+    )
 
 
-def local_spec(*, qk_norm: bool) -> LayerSpec:
+def local_spec(*, qk_norm: bool, fp8: Fp8Config | None = None) -> LayerSpec:
     """Layers of megatron-core and torch alone, on any device; checkpoints are interchangeable with the other spec's.
 
     megatron-core's local spec already maps its weight names to those of Transformer Engine (the norm belongs to the
     linear layer after it) when a checkpoint is written or read.
+
+    Args:
+        qk_norm: norms on queries and keys.
+        fp8: with backend `emulated`: linear layers on FP8 values.
     """
+    plain = _local_layer(qk_norm=qk_norm)
+    if fp8 is None or fp8.backend != "emulated":
+        return LayerSpec("local", "local, of megatron-core and torch", plain, LocalNorm)
+    layer = _local_layer(qk_norm=qk_norm)
+    _emulate_fp8(layer, fp8)
+    return LayerSpec(
+        name="local",
+        title=f"local, of megatron-core and torch, with emulated FP8 ({fp8.recipe}, {fp8.format})",
+        layer=layer,
+        norm=LocalNorm,
+        end_layer=plain,
+        num_end_layers=fp8.first_last_bf16,
+    )
+
+
+def _local_layer(*, qk_norm: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm)
     modules = layer.submodules
     modules.input_layernorm = LocalNorm
@@ -68,4 +112,15 @@ def local_spec(*, qk_norm: bool) -> LayerSpec:
     attention = modules.self_attention.submodules
     attention.core_attention = LocalAttention
     attention.q_layernorm = attention.k_layernorm = LocalNorm if qk_norm else IdentityOp
-    return LayerSpec("local", layer, LocalNorm)
+    return layer
+
+
+def _emulate_fp8(layer: ModuleSpec, fp8: Fp8Config) -> None:
+    assert fp8.recipe in ("delayed", "tensorwise")  # the config's own check
+    recipe = Fp8Emulation(fp8.recipe, fp8.format, fp8.amax_history, fp8.amax_compute, fp8.margin)
+    column, row = emulated_linears(recipe)
+    attention = layer.submodules.self_attention.submodules
+    attention.linear_qkv, attention.linear_proj = column, row
+    mlp = layer.submodules.mlp  # a ModuleSpec in megatron-core 0.16, a partial in 0.19
+    linears = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    linears.linear_fc1, linears.linear_fc2 = column, row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_cpt.config import (
     PrecisionConfig,
     RecomputeConfig,
 )
+from megatron_cpt.model.speed import Knobs, transformer_fields
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -50,15 +50,28 @@ def params_dtype(precision: PrecisionConfig) -> torch.dtype:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, recompute: RecomputeConfig
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    recompute: RecomputeConfig,
+    knobs: Knobs = (),
+    *,
+    transformer_engine: bool = False,
 ) -> TransformerConfig:
-    """Build the configuration of one model for one layout and precision."""
+    """Build the configuration of one model for one layout and precision.
+
+    Args:
+        model, parallel, precision, recompute: sections of run.yaml.
+        knobs: those of `speed` that are on.
+        transformer_engine: whether the layers are Transformer Engine's.
+    """
+    activation = _ACTIVATIONS[model.activation]
     return TransformerConfig(
         **_shape(model),
         **_parallel(parallel, params_dtype(precision)),
         **_precision(precision),
         **_recompute(recompute),
-        **_fusions(),
+        **transformer_fields(knobs, model, activation, transformer_engine=transformer_engine),
     )
 
 
@@ -70,7 +83,6 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": model.heads,
         "num_query_groups": model.num_kv_groups,
         "kv_channels": model.head_size,
-        "activation_func": _ACTIVATIONS[model.activation],
         "gated_linear_unit": model.gated,
         "normalization": "RMSNorm" if model.norm is Norm.RMSNORM else "LayerNorm",
         "layernorm_zero_centered_gamma": model.norm is Norm.LAYERNORM1P,
@@ -110,11 +122,30 @@ def _parallel(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 def _precision(precision: PrecisionConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"bf16": precision.compute == "bf16", "params_dtype": params_dtype(precision)}
-    if precision.fp8 is not None:
-        fields |= {"fp8": precision.fp8.format, "fp8_recipe": precision.fp8.recipe}
-        if precision.fp8.recipe == "delayed":
-            fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    fp8 = precision.fp8
+    if fp8 is not None and fp8.backend == "transformer_engine":
+        fields |= {"fp8": fp8.format, "fp8_recipe": fp8.recipe, "fp8_param": fp8.params}
+        if fp8.recipe == "delayed":
+            fields |= {
+                "fp8_amax_history_len": fp8.amax_history,
+                "fp8_amax_compute_algo": fp8.amax_compute,
+                "fp8_margin": fp8.margin,
+            }
+        fields |= _ends_in_bf16(fp8.first_last_bf16)
+    if precision.fp4 is not None:
+        # E2M1 is the only 4-bit type there is; `recipe` says how it is scaled.
+        fields |= {"fp4": "e2m1", "fp4_recipe": precision.fp4.recipe, **_ends_in_bf16(precision.fp4.first_last_bf16)}
     return fields
+
+
+def _ends_in_bf16(num_layers: int) -> dict[str, Any]:
+    if num_layers == 0:
+        return {}
+    return {
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": num_layers,
+        "num_layers_at_end_in_bf16": num_layers,
+    }
 
 
 def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
@@ -127,21 +158,6 @@ def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
         "recompute_method": recompute.method,
         "recompute_num_layers": recompute.num_layers,
     }
-
-
-def _fusions() -> dict[str, Any]:
-    """Fused kernels exist on a GPU only, and gradient accumulation fusion needs Apex or Transformer Engine."""
-    on_gpu = torch.cuda.is_available()
-    fields = {
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": on_gpu,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": on_gpu,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
-    }
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    return {name: value for name, value in fields.items() if name in known}
 
 
 def output_std(model: ModelConfig) -> float:

@@ -25,6 +25,7 @@ def build_optimizer(
     """
     install_if_needed()
     bf16 = precision.compute == "bf16"
+    fp8 = precision.fp8 if precision.uses_transformer_engine else None
     config = OptimizerConfig(
         optimizer="adam",
         # Not the run's rate, which `set_rate` gives at every step: megatron-core tells parameter groups in a checkpoint
@@ -39,11 +40,20 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        # How weights in FP8 are made from their fp32 masters.
+        fp8_recipe=fp8.recipe if fp8 is not None else None,
+        reuse_grad_buf_for_mxfp8_param_ag=fp8 is not None and fp8.params and fp8.recipe == "mxfp8",
     )
     optimizer = get_megatron_optimizer(config, list(chunks))
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def set_adam(optimizer: MegatronOptimizer, adam: AdamConfig) -> None:
+    """Set Adam's betas and epsilon, which loading an optimizer's state replaces by those that were saved with it."""
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = tuple(adam.betas), adam.eps
 
 
 def set_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:

@@ -6,22 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_cpt.config import RunConfig
+from megatron_cpt.config import RunConfig, format_count
+from megatron_cpt.plan.chunks import ChunkGrid
 from megatron_cpt.plan.flops import FlopsPerToken, flops_per_token
 from megatron_cpt.plan.layout import Layout, layout_problems
-from megatron_cpt.plan.memory import GIB, Memory, estimate_memory
+from megatron_cpt.plan.memory import GIB, Memory, stage_memories
 from megatron_cpt.plan.parameters import Parameters, count_parameters
-from megatron_cpt.plan.phases import PhasePlan, plan_phases
+from megatron_cpt.plan.phases import PhasePlan, PlannedPhases, batch_problems, plan_phases
 from megatron_cpt.plan.problem import Problem
 from megatron_cpt.plan.schedule import Schedule, schedule_problems
+from megatron_cpt.plan.solve import solve_schedule
 from megatron_cpt.plan.sources import (
     SourceTotal,
+    chunk_limits,
     epoch_problems,
-    sample_limits,
     samples_in_epoch,
     size_problems,
     source_warnings,
 )
+from megatron_cpt.plan.stretches import Mark, Stretch
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ class RunPlan:
         name: the run's name.
         steps: its steps.
         tokens: the tokens that were asked for.
-        tokens_per_step: global batch x seq_length.
+        tokens_per_step: of the run's own full batch and sequence length; `stretches` has those of every step.
         schedule: the learning rate of every step.
         phases: in order; where there are no problems they tile steps 1 to `steps`.
         sources: what is read of each source over all phases.
         parameters: of the model, by part.
-        flops: of training on one token.
+        flops: of training on one token; where the sequence length changes, the mean over the run's tokens.
         layout: the ranks it was planned for.
-        memory: of the pipeline stage that needs most.
+        memory_stages: of every pipeline stage, in the phase that needs most.
         warnings: what may be done but should not go unnoticed.
         problems: what keeps it from running; callers raise them.
     """
@@ -54,24 +57,64 @@ class RunPlan:
     parameters: Parameters
     flops: FlopsPerToken
     layout: Layout
-    memory: Memory
+    memory_stages: Sequence[Memory]
     warnings: Sequence[str]
     problems: Sequence[Problem]
 
     @property
     def tokens_trained(self) -> int:
         """Tokens of all steps: `tokens`, rounded up to whole steps."""
-        return self.steps * self.tokens_per_step
+        return self.stretches[-1].end.tokens
 
     @property
-    def sample_limits(self) -> dict[str, int]:
-        """Samples after which a source ends, for those that do."""
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The steps of the run by the shape they have: batch and sequence length."""
+        return tuple(stretch for phase in self.phases for stretch in phase.stretches)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all steps have one global batch and one sequence length."""
+        return len({(stretch.global_batch, stretch.seq_length) for stretch in self.stretches}) == 1
+
+    @property
+    def ramp(self) -> tuple[Stretch, ...]:
+        """The stretches before the batch has grown to its full size; none where it does not grow."""
+        return tuple(stretch for stretch in self.stretches if stretch.is_ramp)
+
+    @property
+    def step_sizes(self) -> str:
+        """Tokens a step, in words."""
+        sizes = [stretch.tokens_per_step for stretch in self.stretches]
+        least, most = format_count(min(sizes)), format_count(max(sizes))
+        return most if least == most else f"{least} to {most}"
+
+    def stretch_of(self, step: int) -> Stretch:
+        """The stretch that a step (from 1) belongs to."""
+        assert 1 <= step <= self.steps, f"step {step} is not of this run"
+        return next(stretch for stretch in self.stretches if step <= stretch.last_step)
+
+    def stretch_from(self, samples: int) -> Stretch:
+        """The stretch of the step before which the run has read `samples` samples."""
+        return next(stretch for stretch in self.stretches if samples < stretch.end.samples)
+
+    def after(self, step: int) -> Mark:
+        """What is done after a step; after step 0: nothing."""
+        return self.stretch_of(step).after(step) if step else Mark()
+
+    @property
+    def chunk_limits(self) -> dict[str, int]:
+        """Chunks after which a source ends, for those that do."""
         return {name: total.limit for name, total in self.sources.items() if total.limit is not None}
 
     def phase_of(self, step: int) -> PhasePlan:
         """The phase that a step (from 1) belongs to."""
         assert 1 <= step <= self.steps, f"step {step} is not of this run"
         return next(phase for phase in self.phases if step <= phase.last_step)
+
+    @property
+    def memory(self) -> Memory:
+        """Of the pipeline stage that needs most."""
+        return max(self.memory_stages, key=lambda memory: memory.total)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what `plan --json` prints and plan.json holds."""
@@ -87,6 +130,7 @@ class RunPlan:
             "flops": {kind: value * self.tokens_trained for kind, value in self.flops.to_dict().items()},
             "memory_per_gpu_gib": self.memory.total / GIB,
             "memory_by_part_gib": self.memory.to_dict(),
+            "memory_by_stage_gib": [{**stage.to_dict(), "total": stage.total / GIB} for stage in self.memory_stages],
             "layout": asdict(self.layout),
             "schedule": asdict(self.schedule),
             "phases": [asdict(phase) for phase in self.phases],
@@ -107,59 +151,115 @@ def build_plan(
     Args:
         config: the run.
         source_tokens: tokens of each source; one that is left out has no epochs and no limit.
-        samples_per_epoch: sequences in one pass over a source, where known better than from its size alone (a source
-            of many files loses the end of each).
+        samples_per_epoch: sequences (the longest ones it is read in) in one pass over a source, where known better
+            than from its size alone (a source of many files loses the end of each).
         num_gpus: ranks to estimate memory for; left out: one replica of the model.
 
     Returns:
         The plan with its problems; nothing is raised.
     """
-    epochs = {name: samples_in_epoch(tokens, config.seq_length) for name, tokens in source_tokens.items()}
-    epochs |= samples_per_epoch or {}
-    schedule = Schedule.build(config)
+    grids = _grids(config, source_tokens, samples_per_epoch or {})
+    schedule = solve_schedule(config)
     problems = list(schedule_problems(config.schedule, schedule))
-    phases, phase_problems = plan_phases(config, schedule, epochs)
-    totals = _total(config, phases, source_tokens, epochs)
-    phase_problems += epoch_problems(totals, {phase.name: phase.sources for phase in phases})
+    planned = plan_phases(config, schedule, grids)
+    phases = planned.phases
+    stretches = [stretch for phase in phases for stretch in phase.stretches]
+    totals = _total(config, planned, source_tokens, grids)
+    phase_problems = [*planned.problems, *epoch_problems(totals, {phase.name: phase.sources for phase in phases})]
     # Of a schedule that is wrong itself no rate counts, nor where it is reached.
     problems += [found for found in phase_problems if not (problems and "schedule" in found.keys)]
-    problems += size_problems(source_tokens, epochs, config.seq_length)
+    problems += size_problems(source_tokens, grids)
+    problems += batch_problems(config, phases, num_gpus or config.parallel.model_parallel_size)
     if num_gpus is not None:
         problems += layout_problems(config, num_gpus)
-    layout = Layout.build(config, num_gpus)
     return RunPlan(
         name=config.name,
-        steps=config.steps,
+        steps=schedule.steps,
         tokens=config.tokens,
         tokens_per_step=config.tokens_per_step,
         schedule=schedule,
         phases=tuple(phases),
         sources=totals,
         parameters=count_parameters(config.model),
-        flops=flops_per_token(config.model, config.seq_length),
-        layout=layout,
-        memory=estimate_memory(config, layout),
-        warnings=(*_schedule_warnings(config), *source_warnings(totals), *_end_warnings(config, phases)),
+        flops=_mean_flops(config, phases),
+        layout=Layout.build(config, num_gpus),
+        memory_stages=_most_memory(config, phases, num_gpus),
+        warnings=(
+            *_schedule_warnings(config),
+            *_shape_warnings(config, stretches),
+            *source_warnings(totals),
+            *_end_warnings(config, phases),
+        ),
         problems=tuple(problems),
     )
 
 
+def _grids(
+    config: RunConfig, source_tokens: Mapping[str, int], samples_per_epoch: Mapping[str, int]
+) -> dict[str, ChunkGrid]:
+    """The chunks of each source whose size is known; a source too small for one has none."""
+    lengths = {name: config.chunk_length(name) for name in {**source_tokens, **samples_per_epoch}}
+    known = {name: samples_in_epoch(tokens, lengths[name]) for name, tokens in source_tokens.items()}
+    known |= samples_per_epoch
+    return {name: ChunkGrid(lengths[name], chunks) for name, chunks in known.items()}
+
+
+def _mean_flops(config: RunConfig, phases: Sequence[PhasePlan]) -> FlopsPerToken:
+    by_length = {phase.seq_length: flops_per_token(config.model, phase.seq_length) for phase in phases}
+    if len(by_length) == 1:
+        return next(iter(by_length.values()))
+    tokens = sum(phase.tokens for phase in phases)
+    full = sum(by_length[phase.seq_length].full * phase.tokens for phase in phases)
+    causal = sum(by_length[phase.seq_length].causal * phase.tokens for phase in phases)
+    return FlopsPerToken(full / tokens, causal / tokens)
+
+
+def _most_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:
+    """The memory of every stage in the phase that needs most."""
+    shapes = dict.fromkeys((s.global_batch, s.micro_batch, s.seq_length) for phase in phases for s in phase.stretches)
+    estimates = []
+    for global_, micro, length in shapes:
+        batch = config.batch.model_copy(update={"global_": global_, "micro": micro})
+        shaped = config.model_copy(update={"batch": batch, "seq_length": length})
+        estimates.append(stage_memories(shaped, Layout.build(shaped, num_gpus)))
+    return max(estimates, key=lambda stages: max(stage.total for stage in stages))
+
+
 def _total(
-    config: RunConfig, phases: Sequence[PhasePlan], source_tokens: Mapping[str, int], epochs: Mapping[str, int]
+    config: RunConfig, planned: PlannedPhases, source_tokens: Mapping[str, int], grids: Mapping[str, ChunkGrid]
 ) -> dict[str, SourceTotal]:
-    totals, limits = {}, sample_limits(config.sources, epochs)
+    totals, limits = {}, chunk_limits(config.sources, grids)
     for name, source in config.sources.items():
-        samples = sum(phase.sources[name].samples for phase in phases if name in phase.sources)
-        epoch = epochs.get(name)
+        uses = [phase.sources[name] for phase in planned.phases if name in phase.sources]
+        grid, place, epochs = grids.get(name), planned.places.get(name), None
+        if grid is not None and grid.num_chunks:
+            epochs = place.k / (grid.num_chunks * grid.parts(place.seq_length)) if place is not None else 0.0
         totals[name] = SourceTotal(
             size=source_tokens.get(name),
-            samples=samples,
-            tokens=samples * config.seq_length,
-            epochs=samples / epoch if epoch else None,
+            samples=sum(use.samples for use in uses),
+            tokens=sum(use.tokens for use in uses),
+            epochs=epochs,
             max_epochs=source.max_epochs,
             limit=limits.get(name),
+            chunk_length=config.chunk_length(name),
+            chunks_per_epoch=grid.num_chunks if grid is not None else None,
         )
     return totals
+
+
+def _shape_warnings(config: RunConfig, stretches: Sequence[Stretch]) -> Iterator[str]:
+    if stretches[-1].is_ramp:
+        yield (
+            f"batch.ramp_up: the run ends with a batch of {stretches[-1].global_batch:,}: it has too few samples to "
+            f"reach batch.global: {config.batch.global_:,}"
+        )
+    known, longest = config.model.max_positions or config.seq_length, config.longest_sequence
+    if longest > config.seq_length and longest > known:
+        which = "model.max_positions" if config.model.max_positions else "seq_length"
+        yield (
+            f"sequences of {longest:,} tokens have positions beyond {which}: {known:,}; RoPE turns them as "
+            "model.rotary_base and model.rope_scaling say, whatever the model was trained on"
+        )
 
 
 def _schedule_warnings(config: RunConfig) -> list[str]:

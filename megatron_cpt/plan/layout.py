@@ -1,4 +1,4 @@
-"""How a run fits on a number of GPUs."""
+"""How a run fits on a number of ranks: GPUs, or processes on a CPU."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def layout_problems(config: RunConfig, num_gpus: int) -> Iterator[Problem]:
     replica = parallel.model_parallel_size
     if num_gpus % replica:
         parts = f"parallel.tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x {parallel.context}"
-        yield Problem(f"{num_gpus} GPUs are not a multiple of {parts} = {replica}; change one of them", LAYOUT_KEYS)
+        yield Problem(f"{num_gpus} ranks are not a multiple of {parts} = {replica}; change one of them", LAYOUT_KEYS)
         return
     replicas = num_gpus // replica
     if batch.global_ % batch.micro:
         return  # the configuration's own checks say so
     if batch.global_ % (batch.micro * replicas):
         text = f"batch.global: {batch.global_} is not a multiple of batch.micro: {batch.micro} x {replicas} replicas"
-        yield Problem(f"{text} ({num_gpus} GPUs of {replica} each); change one of them", LAYOUT_KEYS)
+        yield Problem(f"{text} ({num_gpus} ranks of {replica} each); change one of them", LAYOUT_KEYS)
     elif parallel.virtual_pipeline > 1 and (batch.global_ // batch.micro // replicas) % parallel.pipeline:
         text = f"batch.global: {batch.global_} makes {batch.global_ // batch.micro // replicas} micro-batches a replica"
         way_out = "the interleaved schedule needs a multiple"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_cpt.config import format_count
-from megatron_cpt.errors import UserError
 from megatron_cpt.plan.build import RunPlan
+from megatron_cpt.plan.figure import FAINT, GRID, INK, written_figure
 from megatron_cpt.plan.phases import PhasePlan
 from megatron_cpt.plan.render import describe_schedule
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.ticker import FuncFormatter
 
 _POINTS = 800
-_INK, _FAINT, _GRID = "#1f2430", "#6b7280", "#e5e7eb"
 _RATE = "#1d4ed8"
 _PHASES = ("#eef2ff", "#fff7ed", "#ecfdf5", "#fdf2f8", "#f5f3ff", "#fefce8")
 _SOURCES = (
@@ -38,19 +37,7 @@ def plot_plan(plan: RunPlan, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be written, or not in this format.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style: dict[Any, Any] = {"font.size": 10, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _FAINT}
-    style |= {"xtick.color": _FAINT, "ytick.color": _FAINT, "axes.spines.top": False, "axes.spines.right": False}
-    # Names come from run.yaml: a dollar sign in one is no formula.
-    style |= {"text.parse_math": False}
-    with matplotlib.rc_context(style):
-        figure, (rates, blends) = pyplot.subplots(
-            2, 1, figsize=(11, 7.2), sharex=True, height_ratios=(3, 2), layout="constrained"
-        )
+    with written_figure(path, (11, 7.2), height_ratios=(3, 2)) as (rates, blends):
         _draw_rates(rates, plan)
         _draw_blends(blends, plan)
         blends.set_xlim(0, plan.tokens_trained)
@@ -59,24 +46,17 @@ def plot_plan(plan: RunPlan, path: str | Path) -> None:
         title = f"{plan.name}: {format_count(plan.tokens)} tokens, {plan.steps:,} steps"
         rates.set_title(f"{title}\n", loc="left", fontsize=14, fontweight="bold")
         subtitle = f"{describe_schedule(plan.schedule)}; {format_count(plan.parameters.total)} parameters"
-        rates.text(0, 1.035, subtitle, transform=rates.transAxes, color=_FAINT)
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise UserError(f"--plot {path}: cannot be written: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"--plot {path}: {error}") from error
-        finally:
-            pyplot.close(figure)
+        rates.text(0, 1.035, subtitle, transform=rates.transAxes, color=FAINT)
 
 
 def _draw_rates(axes: Axes, plan: RunPlan) -> None:
     steps = np.unique(np.linspace(1, plan.steps, min(_POINTS, plan.steps)).round().astype(np.int64))
-    axes.plot((steps - 1) * plan.tokens_per_step, plan.schedule.rates(steps), color=_RATE, linewidth=2.2, zorder=3)
+    done = [plan.after(step - 1).tokens for step in steps.tolist()]
+    axes.plot(done, plan.schedule.rates(steps), color=_RATE, linewidth=2.2, zorder=3)
     axes.set_ylim(0, plan.schedule.max_lr * 1.12)
     axes.set_ylabel("learning rate")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(axis="y", color=_GRID)
+    axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
     for number, phase in enumerate(plan.phases):
         start, end = _extent(plan, phase)
@@ -97,7 +77,7 @@ def _draw_rates(axes: Axes, plan: RunPlan) -> None:
 def _mark_switch(axes: Axes, plan: RunPlan, phase: PhasePlan) -> None:
     """Where a phase begins: its first step, with rate and tokens."""
     start, rate = _extent(plan, phase)[0], phase.lr_first
-    axes.axvline(start, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+    axes.axvline(start, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
     axes.plot([start], [rate], "o", color=_RATE, markeredgecolor="white", markersize=8, zorder=4)
     on_right = start < 0.68 * plan.tokens_trained
     axes.annotate(
@@ -109,7 +89,7 @@ def _mark_switch(axes: Axes, plan: RunPlan, phase: PhasePlan) -> None:
         textcoords="offset points",
         ha="left" if on_right else "right",
         va="center",
-        bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": _GRID},
+        bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": GRID},
         zorder=5,
     )
 
@@ -161,7 +141,7 @@ def _draw_blends(axes: Axes, plan: RunPlan) -> None:
 
 
 def _extent(plan: RunPlan, phase: PhasePlan) -> tuple[int, int]:
-    return (phase.first_step - 1) * plan.tokens_per_step, phase.last_step * plan.tokens_per_step
+    return phase.stretches[0].first_token, phase.stretches[-1].end.tokens
 
 
 def _stacking_order(plan: RunPlan) -> list[str]:

@@ -17,7 +17,7 @@ from megatron_cpt.plan.memory import GIB
 from megatron_cpt.plan.schedule import Schedule
 from megatron_cpt.plan.sources import REPEAT_LIMIT
 
-_WIDTH_WITHOUT_TERMINAL = 120
+WIDTH_WITHOUT_TERMINAL = 120
 
 
 def render_plan(plan: RunPlan, stream: IO[str]) -> None:
@@ -26,7 +26,7 @@ def render_plan(plan: RunPlan, stream: IO[str]) -> None:
     if console.is_terminal:
         _print(console, plan)
         return
-    plain = Console(file=io.StringIO(), markup=False, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    plain = Console(file=io.StringIO(), markup=False, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
     with plain.capture() as capture:
         _print(plain, plan)
     stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
@@ -53,8 +53,11 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     flops, layout, memory = plan.flops, plan.layout, plan.memory
     yield (
         "run",
-        f"{plan.name}: {format_count(plan.tokens)} tokens = {plan.steps:,} steps of {plan.tokens_per_step:,} tokens",
+        f"{plan.name}: {format_count(plan.tokens)} tokens = {plan.steps:,} steps of "
+        f"{f'{plan.tokens_per_step:,}' if plan.is_uniform else plan.step_sizes} tokens",
     )
+    if plan.ramp:
+        yield "batch ramp", _ramp(plan)
     yield "model", f"{format_count(plan.parameters.total)} parameters"
     yield (
         "FLOPs",
@@ -64,12 +67,23 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     yield "schedule", describe_schedule(plan.schedule)
     yield (
         "layout",
-        f"{layout.num_gpus:,} GPUs = {layout.data_parallel:,} x {layout.num_gpus // layout.data_parallel} a replica; "
+        f"{layout.num_gpus:,} ranks = {layout.data_parallel:,} x {layout.num_gpus // layout.data_parallel} a replica; "
         f"{layout.num_micro_batches:,} micro-batches a step, {layout.bubble:.1%} pipeline bubble",
     )
     parts = ((name, gib) for name, gib in memory.to_dict().items() if name != "stage" and gib > 0)
     listed = ", ".join(f"{name} {_gib(gib)}" for name, gib in parts)
-    yield "memory", f"about {_gib(memory.total / GIB)} a GPU on pipeline stage {memory.stage}: {listed}"
+    yield "memory", f"about {_gib(memory.total / GIB)} a rank on pipeline stage {memory.stage}: {listed}"
+
+
+def _ramp(plan: RunPlan) -> str:
+    last = plan.ramp[-1]
+    shown = list(dict.fromkeys(f"{stretch.global_batch:,}" for stretch in plan.ramp))  # a phase may end within one
+    if len(shown) > 3:
+        shown = [*shown[:2], f"... {shown[-1]}"]
+    return (
+        f"batches of {', '.join(shown)} until step {last.last_step:,}, the end of {last.end.samples:,} samples and "
+        f"{format_count(last.end.tokens)} tokens"
+    )
 
 
 def _flops(value: float) -> str:
@@ -90,8 +104,11 @@ def describe_schedule(schedule: Schedule) -> str:
 
 
 def _phases(plan: RunPlan) -> Table:
-    table = _table("phase", "first step", "last step", "steps", "tokens", "of the run", "rate of first", "rate of last")
+    headers = ["phase", "first step", "last step", "steps", "tokens", "of the run", "rate of first", "rate of last"]
+    table = _table(*headers, *([] if plan.is_uniform else ["batch", "length"]))
     for phase in plan.phases:
+        sizes = list(dict.fromkeys(f"{stretch.global_batch:,}" for stretch in phase.stretches))
+        batch = sizes[0] if len(sizes) == 1 else f"{sizes[0]} - {sizes[-1]}"
         table.add_row(
             phase.name,
             f"{phase.first_step:,}",
@@ -101,6 +118,7 @@ def _phases(plan: RunPlan) -> Table:
             f"{phase.num_steps / plan.steps:.2%}",
             f"{phase.lr_first:.4g}",
             f"{phase.lr_last:.4g}",
+            *([] if plan.is_uniform else [batch, f"{phase.seq_length:,}"]),
         )
     return table
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.config import RunConfig, ScheduleConfig, Span, format_count
+from megatron_cpt.config import ScheduleConfig, Span, format_count
 from megatron_cpt.plan.problem import Problem
 
-LENGTH_KEYS = ("tokens", "seq_length", "batch.global")
+LENGTH_KEYS = ("tokens", "seq_length", "batch.global", "batch.ramp_up", "phases[*].seq_length", "phases[*].batch")
 SCHEDULE_KEYS = ("schedule", *LENGTH_KEYS)
 
 
@@ -44,13 +44,8 @@ class Schedule:
     decay_shape: str = "linear"
 
     @classmethod
-    def build(cls, config: RunConfig) -> Schedule:
-        """The schedule of a run."""
-        return cls.resolve(config.schedule, config.steps, config.tokens_per_step)
-
-    @classmethod
     def resolve(cls, section: ScheduleConfig, steps: int, tokens_per_step: int) -> Schedule:
-        """The schedule of a section of run.yaml over a run of `steps` steps."""
+        """The schedule of a section of run.yaml over a run of `steps` steps that have as many tokens each."""
         decay = span_steps(section.decay, steps, tokens_per_step) if section.shape == "wsd" else 0
         warmup = span_steps(section.warmup, steps, tokens_per_step)
         return cls(section.shape, section.max_lr, section.min_lr, steps, warmup, decay, section.decay_shape)

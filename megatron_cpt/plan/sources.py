@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_cpt.config import SourceConfig, format_count
+from megatron_cpt.plan.chunks import ChunkGrid
 from megatron_cpt.plan.problem import Problem
 from megatron_cpt.plan.schedule import SCHEDULE_KEYS
 
@@ -22,9 +23,9 @@ class SourceUse:
 
     Attributes:
         weight: its share of the phase's samples; the shares of a phase sum to 1.
-        samples: sequences of seq_length tokens.
+        samples: sequences of the phase's seq_length tokens.
         tokens: samples x seq_length.
-        epochs: samples / samples of one epoch; None where the size of the source is not known.
+        epochs: samples / samples of that length in one epoch; None where the size of the source is not known.
     """
 
     weight: float
@@ -39,11 +40,13 @@ class SourceTotal:
 
     Attributes:
         size: its tokens; None where that is not known.
-        samples: sequences read over all phases.
-        tokens: samples x seq_length.
-        epochs: over all phases; None where the size is not known.
+        samples: sequences read over all phases, of whatever length.
+        tokens: in all of them.
+        epochs: over all phases, with what a change of length passes over; None where the size is not known.
         max_epochs: the limit of run.yaml, if there is one.
-        limit: samples after which it ends and the others share its weight; None: it does not.
+        limit: chunks after which it ends and the others share its weight; None: it does not.
+        chunk_length: tokens in its chunks, the longest samples it is read in.
+        chunks_per_epoch: chunks in one pass over it; None where the size is not known.
     """
 
     size: int | None
@@ -51,7 +54,9 @@ class SourceTotal:
     tokens: int
     epochs: float | None
     max_epochs: float | None
-    limit: int | None = None
+    limit: int | None
+    chunk_length: int
+    chunks_per_epoch: int | None
 
 
 def normalise(blend: Mapping[str, float]) -> dict[str, float]:
@@ -117,12 +122,12 @@ def share_out(
     return counts, ended
 
 
-def sample_limits(sources: Mapping[str, SourceConfig], samples_per_epoch: Mapping[str, int]) -> dict[str, int]:
-    """Samples after which a source ends, for those that do and whose size is known."""
+def chunk_limits(sources: Mapping[str, SourceConfig], grids: Mapping[str, ChunkGrid]) -> dict[str, int]:
+    """Chunks after which a source ends, for those that do and whose size is known."""
     return {
-        name: math.floor(source.max_epochs * samples_per_epoch[name] + 1e-6)  # 1.1 epochs of 10 are 11 samples
+        name: math.floor(source.max_epochs * grids[name].num_chunks + 1e-6)  # 1.1 epochs of 10 are 11 chunks
         for name, source in sources.items()
-        if source.on_exhausted == "renormalize" and source.max_epochs is not None and name in samples_per_epoch
+        if source.on_exhausted == "renormalize" and source.max_epochs is not None and name in grids
     }
 
 
@@ -131,14 +136,14 @@ def samples_in_epoch(tokens: int, seq_length: int) -> int:
     return max(0, tokens - 1) // seq_length
 
 
-def size_problems(
-    source_tokens: Mapping[str, int], samples_per_epoch: Mapping[str, int], seq_length: int
-) -> Iterator[Problem]:
-    """Sources too small for a single sample."""
+def size_problems(source_tokens: Mapping[str, int], grids: Mapping[str, ChunkGrid]) -> Iterator[Problem]:
+    """Sources too small for a single chunk."""
     for name, tokens in source_tokens.items():
-        if samples_per_epoch[name] < 1:
-            text = f"sources.{name}: {tokens:,} tokens are too few for one sample of seq_length + 1 = {seq_length + 1}"
-            yield Problem(f"{text}; add data, shorten seq_length or leave it out", (f"sources.{name}", "seq_length"))
+        if grids[name].num_chunks < 1:
+            length = grids[name].seq_length
+            text = f"sources.{name}: {tokens:,} tokens are too few for one sample of seq_length + 1 = {length + 1}"
+            keys = (f"sources.{name}", "seq_length", "phases[*].seq_length")
+            yield Problem(f"{text}; add data, shorten seq_length or leave it out", keys)
 
 
 def epoch_problems(totals: Mapping[str, SourceTotal], uses: Mapping[str, Mapping[str, SourceUse]]) -> Iterator[Problem]:

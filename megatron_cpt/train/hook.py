@@ -20,6 +20,9 @@ class Hook:
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
         """After a step whose numbers are written down; `line` is the contract's line of metrics.jsonl."""
 
+    def on_anomaly(self, session: Session, line: dict[str, Any]) -> None:
+        """After a step whose numbers are wrong; `line` says what, and is complete on the main rank."""
+
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:
         """After a validation: `{"step": ..., "validation": {NAME: loss}}`."""
 
@@ -28,6 +31,9 @@ class Hook:
 
     def on_checkpoint(self, session: Session, path: str) -> None:
         """After a checkpoint was published."""
+
+    def on_stop(self, session: Session, reason: str) -> None:
+        """After the last step of a process that ends as it should; `reason`: why before the end of the run, if so."""
 
     def on_end(self, session: Session) -> None:
         """After the last step of this process, also when it was stopped or failed."""

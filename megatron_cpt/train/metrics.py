@@ -11,6 +11,22 @@ import torch
 import torch.distributed as dist
 
 
+def agree(flags: Sequence[bool], local: torch.Tensor) -> tuple[list[bool], torch.Tensor]:
+    """What any rank says, and the sum of all losses, in one small exchange; a collective call.
+
+    Args:
+        flags: what this rank says.
+        local: (num_sources, 2) float64, this rank's sums of loss and tokens.
+
+    Returns:
+        For each flag whether some rank has raised it, and the sums of all ranks.
+    """
+    together = torch.cat([torch.tensor([float(flag) for flag in flags], dtype=torch.float64), local.flatten()])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(together)
+    return [flag > 0 for flag in together[: len(flags)].tolist()], together[len(flags) :].view_as(local)
+
+
 def reduce_losses(local: torch.Tensor) -> torch.Tensor:
     """Add up (num_sources, 2) sums of loss and tokens over all ranks; a collective call."""
     total = local.clone()
@@ -44,14 +60,14 @@ class LossMeter:
         self._started = time.perf_counter()
 
     def add(self, loss_by_source: torch.Tensor, tokens: int) -> None:
-        """Note one step: this rank's sums, and the tokens of the whole step."""
+        """Note one step: the sums of all ranks, and its tokens; losses that are no numbers are left out."""
         self._tokens += tokens
-        if self.counts:
+        if loss_by_source.isfinite().all():
             self._sums += loss_by_source
 
     def take(self) -> dict[str, Any]:
-        """Means over the steps since the last call, and start anew; a collective call."""
-        loss, by_source = mean_losses(reduce_losses(self._sums), self.names)
+        """Means over the steps since the last call, and start anew."""
+        loss, by_source = mean_losses(self._sums, self.names)
         now = time.perf_counter()
         rate = self._tokens / max(now - self._started, 1e-9)
         self._sums.zero_()

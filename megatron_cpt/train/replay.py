@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data import BlendCursor
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.train.run_history import Blends, Recorded, Witness
 
@@ -50,6 +49,7 @@ class Replay:
         phase: the phase of the step.
         sources: int64 (global_batch,), the source of each sample: a place in the plan's sources.
         ks: int64 (global_batch,), its number in the source.
+        seq_length: tokens in each of them.
         data: the state of the blend at the end of the replay.
     """
 
@@ -57,6 +57,7 @@ class Replay:
     phase: str
     sources: npt.NDArray[np.int64]
     ks: npt.NDArray[np.int64]
+    seq_length: int
     data: Mapping[str, Any]
 
 
@@ -78,7 +79,7 @@ def possible_starts(
     if after is not None and (begun := _blend_start(after)) is not None:
         # A blend that began where no phase of its plan does: the run was taken up there, and went by another plan.
         is_other_plan = begun.step > first_step and all(
-            begun.step * governing.global_batch != phase.first_sample for phase in governing.phases
+            governing.samples_after(begun.step) != phase.first_sample for phase in governing.phases
         )
         if begun.step < step:
             if line is not None and line.step > max(first_step, begun.step):
@@ -99,22 +100,24 @@ def _blend_start(after: Recorded) -> Start | None:
 
     None where that is not the end of a step.
     """
-    data, batch = after.data, after.blends.global_batch
+    data = after.data
     at_start = {name: int(count) for name, count in data["counts_at_blend_start"].items()}
     given = sum(int(data["counts"].get(name, 0)) - count for name, count in at_start.items())
-    step, rest = divmod(int(data["sample"]) - given, batch)
-    if rest:
+    sample = int(data["sample"]) - given
+    step = after.blends.step_at(sample)
+    if step is None:
         return None
     counts = {**data["counts"], **at_start}  # a source that has left the run gave nothing since
     # no phase has an empty name, so the cursor begins its blend anew here, as it did
-    state = {"sample": step * batch, "counts": counts, "phase": "", "weights": {}, "counts_at_blend_start": at_start}
-    return Start(step, state, after.blends)
+    state = {"sample": sample, "counts": counts, "phase": "", "weights": {}, "counts_at_blend_start": at_start}
+    # lengths only change where a blend begins, so they were then what they are now
+    return Start(step, state | {"lengths": data.get("lengths", {})}, after.blends)
 
 
 def _continued(begun: Start, after: Recorded, line: Witness) -> Iterator[Start]:
     """A blend that began somewhere, at a later step whose counts were written down; they are taken at their word."""
     assert begun.state is not None
-    at_start, sample = begun.state["counts_at_blend_start"], line.step * after.blends.global_batch
+    at_start, sample = begun.state["counts_at_blend_start"], after.blends.samples_after(line.step)
     is_whole = sum(line.counts.values()) == sample
     if is_whole and all(count <= line.counts.get(name, 0) for name, count in at_start.items()):
         yield Start(line.step, {**after.data, "sample": sample, "counts": line.counts}, after.blends)
@@ -147,13 +150,13 @@ def find_replay(starts: Iterator[Start], step: int, witness: Witness | None, pro
 
 def _replay(start: Start, step: int, until: int, progress: Progress | None) -> Replay:
     """Walk the blend from a start through a step up to a later one."""
-    batch = start.blends.global_batch
-    cursor = BlendCursor(start.blends.phases, start.blends.source_names, limits=start.blends.limits)
+    blends, cursor = start.blends, start.blends.cursor()
     if start.state is not None:
         cursor.load_state_dict(start.state)
-    first, total = cursor.sample, min(until * batch, cursor.num_samples) - cursor.sample
-    if first != start.step * batch:
-        raise RefusedError(f"step {start.step}: its state is that of {first} samples, not of {start.step * batch}")
+    first, expected = cursor.sample, blends.samples_after(start.step)
+    total = min(blends.samples_after(until), cursor.num_samples) - first
+    if first != expected:
+        raise RefusedError(f"step {start.step}: its state is that of {first} samples, not of {expected}")
 
     def walk(end: int) -> None:
         while cursor.sample < end:
@@ -161,8 +164,10 @@ def _replay(start: Start, step: int, until: int, progress: Progress | None) -> R
             if progress is not None:
                 progress(cursor.sample - first, total)
 
-    walk((step - 1) * batch)
-    sources, ks = cursor.next(batch)
-    phase = str(cursor.state_dict()["phase"])
+    before = blends.samples_after(step - 1)
+    walk(before)
+    sources, ks = cursor.next(blends.samples_after(step) - before)
+    phase, length = str(cursor.state_dict()["phase"]), cursor.seq_length
+    assert length is not None
     walk(first + total)
-    return Replay(start, phase, sources, ks, cursor.state_dict())
+    return Replay(start, phase, sources, ks, length, cursor.state_dict())

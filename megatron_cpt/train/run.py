@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -12,17 +13,22 @@ from typing import TYPE_CHECKING
 import orjson
 
 from megatron_cpt.backend import Ranks, catch_stop_signals, launched_world_size, process_groups
+from megatron_cpt.backend.distributed import DEFAULT_TIMEOUT
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.preflight import check_allowed_names
 from megatron_cpt.config import RunConfig, dump_yaml
 from megatron_cpt.data.resolve import PreparedRun, prepare_run
 from megatron_cpt.errors import UserError
+from megatron_cpt.train.guard import guard
 from megatron_cpt.train.hook import Hook
+from megatron_cpt.train.watchdog import Progress
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
 
 logger = logging.getLogger(__name__)
+
+_AFTER_WATCHDOG = 60.0  # seconds: a collective that times out must not come before the watchdog's stacks
 
 MakeHooks = Callable[[RunConfig], Sequence[Hook]]
 
@@ -42,49 +48,65 @@ def run_training(path: str, overrides: Sequence[str], allow: Collection[str], ma
     Raises:
         UserError: the user's mistake; nothing was written.
         RefusedError: a checkpoint or data set that must not be used.
+        LostPeerError: another rank is gone.
     """
     check_allowed_names(allow)
     prepared = prepare_run(path, overrides, need_files=True, num_gpus=launched_world_size())
     config = prepared.config
-    eod_id = _end_of_document(config)
+    eod_id, tokenizer_fingerprint = _read_tokenizer(config)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what the libraries below warn about is not for the reader of a training log
-    with catch_stop_signals() as stop, process_groups(config.parallel) as ranks:
+    limits, progress = config.resilience, Progress()
+    timeout = DEFAULT_TIMEOUT if limits.hang_timeout is None else limits.hang_timeout + _AFTER_WATCHDOG
+    with (
+        catch_stop_signals() as stop,
+        process_groups(config.parallel, timeout=timeout) as ranks,
+        guard(limits, ranks, Path(config.output) / "stacks", progress),
+    ):
         # megatron-core reads torch.cuda when it is imported, and the process groups put the CPU in its place
         from megatron_cpt.train.loop import train
         from megatron_cpt.train.setup import setup
 
         _configure_logging(ranks)
-        if config.checkpoint.async_ and ranks.is_main:
-            logger.info("checkpoint.async: this version writes checkpoints while training waits")
-        session = setup(config, prepared.plan, ranks, eod_id=eod_id, allow=allow)
+        hooks = make_hooks(config)  # before anything is written: one may refuse what it is asked for
+        progress.note("setup")
+        session = setup(
+            config, prepared.plan, ranks, eod_id=eod_id, tokenizer_fingerprint=tokenizer_fingerprint, allow=allow
+        )
         _write_run_files(session, prepared)
-        hooks = make_hooks(config)
-        try:
-            return train(session, hooks, stop)
-        finally:
-            session.loader.close()
-            for hook in hooks:
-                hook.on_end(session)
+        with contextlib.ExitStack() as at_end:  # all of it, in this order from below, whatever fails
+            for hook in reversed(hooks):
+                at_end.callback(hook.on_end, session)
+            at_end.callback(session.saver.close)
+            at_end.callback(session.loader.close)
+            return train(session, hooks, stop, progress=progress)
 
 
-def _end_of_document(config: RunConfig) -> int | None:
-    """The end-of-document id: the config's own, else the tokenizer's.
+def _read_tokenizer(config: RunConfig) -> tuple[int | None, str | None]:
+    """The end-of-document id, the config's own or else the tokenizer's, and the hash of the tokenizer's content.
+
+    Where the config gives the id, the tokenizer's files need not be on this machine.
 
     Raises:
-        UserError: the tokenizer does not fit the model or has no such id although it is needed.
+        UserError: the tokenizer does not fit the model, or is missing although it is needed.
     """
-    if config.documents.eod_id is not None or config.tokenizer is None:
-        return config.documents.eod_id
+    if config.tokenizer is None:
+        return config.documents.eod_id, None
     from megatron_cpt.data.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(config.tokenizer)
+    try:
+        tokenizer = load_tokenizer(config.tokenizer)
+    except UserError:
+        if config.documents.eod_id is None:
+            raise
+        return config.documents.eod_id, None
     if tokenizer.vocab_size > config.model.vocab:
         raise UserError(
             f"tokenizer: {config.tokenizer} has {tokenizer.vocab_size} ids, model.vocab is {config.model.vocab}; "
             "make the vocabulary at least as large"
         )
-    return tokenizer.eod_id
+    eod_id = config.documents.eod_id
+    return tokenizer.eod_id if eod_id is None else eod_id, tokenizer.fingerprint
 
 
 def _configure_logging(ranks: Ranks) -> None:

@@ -11,9 +11,10 @@ import orjson
 
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.manifest import digest, read_manifest
-from megatron_cpt.config import read_mapping
-from megatron_cpt.data import PhaseBlend
+from megatron_cpt.checkpoint.record import read_plan, read_run, read_state
+from megatron_cpt.data import BlendCursor, PhaseBlend
 from megatron_cpt.errors import CptError, RefusedError, UserError
+from megatron_cpt.plan import ChunkGrid, Stretch
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -27,7 +28,9 @@ class Blends:
         run: run.yaml as plain values.
         phases: the blends of the plan, in order.
         last_step: the plan's last step.
-        limits: samples after which a source ends, for those that do.
+        limits: chunks after which a source ends, for those that do.
+        stretches: the steps by their shape.
+        grids: the chunks of each source.
     """
 
     origin: str
@@ -35,16 +38,28 @@ class Blends:
     phases: tuple[PhaseBlend, ...]
     last_step: int
     limits: Mapping[str, int]
+    stretches: tuple[Stretch, ...]
+    grids: Mapping[str, ChunkGrid]
 
     @property
     def source_names(self) -> list[str]:
         """In the order that decides ties."""
         return list(self.run["sources"])
 
-    @property
-    def global_batch(self) -> int:
-        """Samples a step."""
-        return int(self.run["batch"]["global"])
+    def samples_after(self, step: int) -> int:
+        """Samples that the run has read after a step; beyond its end it goes on in the same way."""
+        after = next((stretch for stretch in self.stretches if step <= stretch.last_step), self.stretches[-1])
+        return after.after(step).samples
+
+    def step_at(self, samples: int) -> int | None:
+        """The step after which the run has read so many samples; None where that is not the end of one."""
+        at = next((stretch for stretch in self.stretches if samples <= stretch.end.samples), self.stretches[-1])
+        steps, rest = divmod(samples - at.first_sample, at.global_batch)
+        return None if rest else at.first_step - 1 + steps
+
+    def cursor(self) -> BlendCursor:
+        """A cursor at the start of the run."""
+        return BlendCursor(self.phases, self.source_names, limits=self.limits, grids=self.grids)
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ class Witness:
         if self.data is None:
             return True
         starts = [drop_zeros(state["counts_at_blend_start"]) for state in (data, self.data)]
-        return starts[0] == starts[1] and all(data[key] == self.data[key] for key in ("phase", "weights"))
+        return starts[0] == starts[1] and all(data.get(k) == self.data.get(k) for k in ("phase", "weights", "lengths"))
 
 
 def read_history(run_directory: Path) -> tuple[list[Recorded], list[str]]:
@@ -121,13 +136,20 @@ def read_blends(folder: Path) -> Blends:
         UserError: run.yaml is missing.
         RefusedError: the plan is missing or damaged.
     """
-    run = read_mapping(folder / layout.RUN_FILE)
-    plan = _read_json(folder / layout.PLAN_FILE)
+    run, plan = read_run(folder), read_plan(folder)
     try:
-        batch = int(run["batch"]["global"])
-        phases = tuple(_phase(phase, batch) for phase in plan["phases"])
-        limits = {name: int(source["limit"]) for name, source in plan["sources"].items() if source.get("limit")}
-        return Blends(str(folder / layout.RUN_FILE), run, phases, int(plan["steps"]), limits)
+        stretches = [_stretches(phase, run) for phase in plan["phases"]]
+        phases = tuple(_phase(phase, own) for phase, own in zip(plan["phases"], stretches, strict=True))
+        # a limit of 0 is one: that source has ended before its first sample
+        given = {name: source.get("limit") for name, source in plan["sources"].items()}
+        limits = {name: int(limit) for name, limit in given.items() if limit is not None}
+        grids = {
+            name: ChunkGrid(int(source["chunk_length"]), int(source["chunks_per_epoch"]))
+            for name, source in plan["sources"].items()
+            if source.get("chunks_per_epoch")
+        }
+        flat = tuple(stretch for own in stretches for stretch in own)
+        return Blends(str(folder / layout.RUN_FILE), run, phases, int(plan["steps"]), limits, flat, grids)
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{folder / layout.PLAN_FILE}: not the plan of a run ({error!r})") from error
 
@@ -154,7 +176,7 @@ def _read_checkpoint(path: Path) -> Recorded:
     for name in (layout.STATE_FILE, layout.RUN_FILE, layout.PLAN_FILE):
         if not (path / name).is_file() or name not in manifest or digest(path / name) != manifest[name]:
             raise RefusedError(f"{path / name}: missing, or not what the manifest says")
-    state = _read_json(path / layout.STATE_FILE)
+    state = read_state(path)
     try:
         train = state["train"]
         return Recorded(path, int(train["step"]), read_blends(path), train["data"], state["data_fingerprints"])
@@ -162,20 +184,19 @@ def _read_checkpoint(path: Path) -> Recorded:
         raise RefusedError(f"{path / layout.STATE_FILE}: not the state of a run ({error!r})") from error
 
 
-def _phase(phase: Mapping[str, Any], batch: int) -> PhaseBlend:
-    first, last = int(phase["first_step"]), int(phase["last_step"])
+def _stretches(phase: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[Stretch, ...]:
+    if "stretches" in phase:
+        return tuple(Stretch(**stretch) for stretch in phase["stretches"])
+    # a plan from before there were any: one batch and one length
+    first, last, length = int(phase["first_step"]), int(phase["last_step"]), int(run["seq_length"])
+    batch, micro = int(run["batch"]["global"]), int(run["batch"]["micro"])
+    return (Stretch(first, last, (first - 1) * batch, (first - 1) * batch * length, batch, micro, length),)
+
+
+def _phase(phase: Mapping[str, Any], stretches: tuple[Stretch, ...]) -> PhaseBlend:
+    first = stretches[0].first_sample
     weights = {name: float(use["weight"]) for name, use in phase["sources"].items()}
-    return PhaseBlend(phase["name"], (first - 1) * batch, (last - first + 1) * batch, weights)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        plain = orjson.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{path}: missing or damaged ({error})") from error
-    if not isinstance(plain, dict):
-        raise RefusedError(f"{path}: damaged: not an object")
-    return plain
+    return PhaseBlend(phase["name"], first, stretches[-1].end.samples - first, weights, stretches[0].seq_length)
 
 
 def _metrics_around(path: Path, step: int) -> tuple[Witness | None, Witness | None]:

@@ -12,8 +12,12 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.load import find_sound, load_training, load_weights, newest_sound, read_run, read_state
+from megatron_cpt.checkpoint.load import find_sound, load_training, load_weights, newest_sound
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
+from megatron_cpt.checkpoint.preflight_table import GoingOn, describe
+from megatron_cpt.checkpoint.publish import Retention
+from megatron_cpt.checkpoint.record import read_run, read_state
+from megatron_cpt.checkpoint.save import Saver
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import (
     BlendCursor,
@@ -25,15 +29,17 @@ from megatron_cpt.data import (
     validation_batches,
 )
 from megatron_cpt.data.batch import DocumentOptions
+from megatron_cpt.data.cache import keep_on_disk
 from megatron_cpt.data.fim import FillInMiddle, fill_in_middle
 from megatron_cpt.data.fingerprint import fingerprint
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build import Model, build_model
-from megatron_cpt.optim.build import build_optimizer
+from megatron_cpt.model.machine import check_machine, read_machine
+from megatron_cpt.optim.build import build_optimizer, set_adam
 from megatron_cpt.plan import RunPlan
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
-from megatron_cpt.train.state import TrainState
+from megatron_cpt.train.state import TrainState, check_progress
 from megatron_cpt.train.validate import Validator
 
 logger = logging.getLogger(__name__)
@@ -51,7 +57,9 @@ class Session:
         validator: held-out losses; None where none are asked for.
         meter: losses since the last line.
         state: where the run stands; the one thing here that changes.
+        saver: writes checkpoints.
         data_fingerprints: which files the sources are.
+        tokenizer_fingerprint: hash of the tokenizer's content; None: it is not known here.
         origin: the checkpoint that was loaded; None: random weights.
         is_resumed: whether the run went on from a checkpoint of its own.
     """
@@ -66,7 +74,9 @@ class Session:
     validator: Validator | None
     meter: LossMeter
     state: TrainState
+    saver: Saver
     data_fingerprints: dict[str, str]
+    tokenizer_fingerprint: str | None
     origin: Path | None
     is_resumed: bool
 
@@ -82,33 +92,54 @@ class Session:
 
 
 def setup(
-    config: RunConfig, plan: RunPlan, ranks: Ranks, *, eod_id: int | None, allow: Collection[str] = ()
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    *,
+    eod_id: int | None,
+    tokenizer_fingerprint: str | None = None,
+    allow: Collection[str] = (),
 ) -> Session:
     """Build the model, load what there is to load, and open the data; a collective call.
 
     A run directory with checkpoints goes on from its newest sound one; `init` counts for the first start only.
 
+    Args:
+        config, plan: what was asked for and what follows from it.
+        ranks: where this process stands.
+        eod_id: the end-of-document id; None: there is none.
+        tokenizer_fingerprint: hash of the tokenizer's content; None: it is not known here.
+        allow: names of changes that a resume may make.
+
     Raises:
         RefusedError: a checkpoint is broken or does not fit.
         UserError: the machine cannot do what is asked.
     """
+    check_machine(config, read_machine())
     seed_everything(config.seed, pipeline_rank=ranks.pipeline_rank)
     streams = {
-        name: _stream(name, source.paths, config, fill_in_middle(name, source.fim, eod_id))
+        name: _stream(
+            name,
+            source.paths,
+            config,
+            config.chunk_length(name),
+            fill_in_middle(name, source.fim, eod_id),
+            source.cache,
+        )
         for name, source in config.sources.items()
     }
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
-    own = newest_sound(layout.checkpoints_folder(config.output))
+    own = newest_sound(layout.checkpoints_folder(config.output), config.checkpoint.verify)
     if own is not None:
-        changes = find_changes(read_run(own), config, read_state(own)["data_fingerprints"], fingerprints)
-        refuse_unless_allowed(changes, allow, str(own))
-        for change in changes:
-            _log(ranks, f"allowed: {change}")
+        _preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
     origin = own or _init_checkpoint(config)
 
     model = build_model(config)
+    _log(ranks, f"layers: {model.layers}; speed: {', '.join(sorted(model.knobs)) or 'nothing fused or overlapped'}")
     optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
     state = _load(config, ranks, model, optimizer, own, origin)
+    set_adam(optimizer, config.optimizer)
+    check_progress(state, plan, str(own))
     counts = ranks.is_last_stage and ranks.tensor_rank == 0
     documents = DocumentOptions(
         eod_id,
@@ -123,33 +154,72 @@ def setup(
         ranks=ranks,
         model=model,
         optimizer=optimizer,
-        forward=ForwardPass(
-            model, len(names), config.seq_length, config.batch.micro, config.parallel.context, ranks.device
-        ),
+        forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
         loader=_loader(config, plan, ranks, streams, documents, state),
         validator=_validator(config, ranks, documents, counts),
         meter=LossMeter(names, counts),
         state=state,
+        saver=Saver(
+            layout.checkpoints_folder(config.output),
+            model.chunks,
+            optimizer,
+            Retention(config.checkpoint.keep, config.checkpoint.keep_every),
+            in_background=config.checkpoint.async_,
+        ),
         data_fingerprints=fingerprints,
+        tokenizer_fingerprint=tokenizer_fingerprint,
         origin=origin,
         is_resumed=own is not None,
     )
 
 
-def _stream(name: str, paths: list[str], config: RunConfig, fim: FillInMiddle | None = None) -> TokenStream:
+def _stream(
+    name: str,
+    paths: list[str],
+    config: RunConfig,
+    seq_length: int,
+    fim: FillInMiddle | None = None,
+    cache: str | None = None,
+) -> TokenStream:
     datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(paths)]
-    return TokenStream(name, datasets, seq_length=config.seq_length, seed=config.seed, fim=fim)
+    if cache is not None:
+        keep_on_disk(datasets, cache)
+    return TokenStream(name, datasets, seq_length=seq_length, seed=config.seed, fim=fim)
+
+
+def _preflight(
+    own: Path,
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    fingerprints: dict[str, str],
+    tokenizer: str | None,
+    allow: Collection[str],
+) -> None:
+    """Compare the run with the checkpoint it goes on from, say what was found, and refuse what was not allowed."""
+    saved = read_state(own)
+    tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
+    changes = find_changes(read_run(own), config, saved["data_fingerprints"], fingerprints, tokenizers)
+    step = saved["train"]["step"] + 1
+    going_on = GoingOn(step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate"))
+    _log(ranks, describe(changes, allow, going_on))
+    refuse_unless_allowed(changes, allow, str(own))
 
 
 def _init_checkpoint(config: RunConfig) -> Path | None:
     if config.init.from_ is None:
         return None
-    path = find_sound(config.init.from_)
+    path = find_sound(config.init.from_, config.checkpoint.verify)
     before, now = model_shape(read_run(path)), model_shape(config.to_dict())
     wrong = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
     if wrong:
         raise RefusedError(
             f"init.from: {path}: a checkpoint of another model: {'; '.join(wrong)}; make the model section agree"
+        )
+    if config.init.load == "weights+optimizer" and read_state(path).get("content") == "weights":
+        raise RefusedError(
+            f"init.load: weights+optimizer: {path} was imported from weights alone and has no optimizer; "
+            "take init.load=weights"
         )
     return path
 
@@ -159,8 +229,14 @@ def _load(
 ) -> TrainState:
     if own is not None:
         saved = read_state(own)
-        load_training(own, model.chunks, optimizer, with_rng=saved["layout"] == rank_layout(config, ranks))
-        _log(ranks, f"going on from {own}: step {saved['train']['step']}")
+        is_same_layout = saved["layout"] == rank_layout(config, ranks)
+        load_training(own, model.chunks, optimizer, with_rng=is_same_layout)
+        random_states = "random states go on" if is_same_layout else "random states start anew, in another layout"
+        _log(
+            ranks,
+            f"going on from {own}, step {saved['train']['step']}: weights, optimizer, data and schedule go on; "
+            f"{random_states}",
+        )
         return TrainState.from_dict(saved["train"])
     if origin is not None:
         if config.init.load == "weights":
@@ -168,7 +244,15 @@ def _load(
             optimizer.reload_model_params()  # the fp32 master weights were copied from the random ones
         else:
             load_training(origin, model.chunks, optimizer, with_rng=False)
-        _log(ranks, f"starting from {origin}: {config.init.load}; step, data and schedule are new")
+        taken = "weights" if config.init.load == "weights" else "weights and the optimizer's moments and step"
+        left = "optimizer, " if config.init.load == "weights" else ""
+        _log(
+            ranks,
+            f"starting from {origin} (init.load: {config.init.load}): takes {taken}; "
+            f"{left}step, data, schedule and random states start anew",
+        )
+    else:
+        _log(ranks, f"starting from random weights of seed {config.seed}: nothing is loaded")
     return TrainState()
 
 
@@ -192,24 +276,19 @@ def _loader(
     documents: DocumentOptions,
     state: TrainState,
 ) -> Loader:
-    batch = config.batch.global_
     phases = [
-        PhaseBlend(
-            phase.name,
-            (phase.first_step - 1) * batch,
-            (phase.last_step - phase.first_step + 1) * batch,
-            phase.weights,
-        )
+        PhaseBlend(phase.name, phase.first_sample, phase.num_samples, phase.weights, phase.seq_length)
         for phase in plan.phases
     ]
-    cursor = BlendCursor(phases, list(streams), limits=plan.sample_limits)
+    grids = {name: stream.grid for name, stream in streams.items()}
+    cursor = BlendCursor(phases, list(streams), limits=plan.chunk_limits, grids=grids)
     if state.data is not None:
         cursor.load_state_dict(state.data)
     return Loader(
         list(streams.values()),
         cursor,
-        global_batch=batch,
-        micro_batch=config.batch.micro,
+        global_batch=lambda samples: plan.stretch_from(samples).global_batch,
+        micro_batch=lambda samples: plan.stretch_from(samples).micro_batch,
         data_parallel_rank=ranks.data_parallel_rank,
         data_parallel_size=ranks.data_parallel_size,
         vocab_size=config.model.vocab,
@@ -221,7 +300,8 @@ def _validator(config: RunConfig, ranks: Ranks, documents: DocumentOptions, coun
     if config.validation is None:
         return None
     streams = [
-        _stream(name, [paths] if isinstance(paths, str) else list(paths), config)
+        # in the run's own length, whatever that of the phases: only so can the losses be compared over the run
+        _stream(name, [paths] if isinstance(paths, str) else list(paths), config, config.seq_length)
         for name, paths in config.validation.sources.items()
     ]
     batches = {

@@ -146,7 +146,7 @@ def _locate(
             )
         notes.append(f"source {name}: its files are not those that the last checkpoint knows")
     places = enumerate(zip(names, replay.ks.tolist(), strict=True))
-    return [_sample(place, streams[name], k) for place, (name, k) in places], notes
+    return [_sample(place, streams[name], k, replay.seq_length) for place, (name, k) in places], notes
 
 
 def _open_source(name: str, blends: Blends) -> TokenStream:
@@ -157,11 +157,13 @@ def _open_source(name: str, blends: Blends) -> TokenStream:
         raise UserError(
             f"source {name}: {error}; trace where `train` ran, for relative paths of run.yaml count from there"
         ) from error
-    return TokenStream(name, datasets, seq_length=int(blends.run["seq_length"]), seed=int(blends.run["seed"]))
+    grid = blends.grids.get(name)
+    seq_length = grid.seq_length if grid is not None else int(blends.run["seq_length"])
+    return TokenStream(name, datasets, seq_length=seq_length, seed=int(blends.run["seed"]))
 
 
-def _sample(place: int, stream: TokenStream, k: int) -> TracedSample:
-    found, num_tokens = stream.locate(k), stream.seq_length + 1
+def _sample(place: int, stream: TokenStream, k: int, seq_length: int) -> TracedSample:
+    found, num_tokens = stream.locate(k, seq_length), seq_length + 1
     dataset = stream.datasets[found.file]
     parts = tuple(_parts(dataset, found.token_offset, num_tokens))
     return TracedSample(place, found.source, found.k, found.epoch, found.prefix, found.token_offset, num_tokens, parts)

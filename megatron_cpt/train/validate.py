@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -29,23 +30,29 @@ class Validator:
     group: int
     counts: bool
 
-    def run(self, forward: ForwardPass) -> dict[str, float]:
-        """Mean loss a token of each held-out source; a collective call."""
+    def run(self, forward: ForwardPass, note: Callable[[str], None] = lambda source: None) -> dict[str, float]:
+        """Mean loss a token of each held-out source; a collective call.
+
+        Args:
+            forward: the model.
+            note: called with the source before each group of micro-batches.
+        """
         chunks = forward.model.chunks
         for chunk in chunks:
             chunk.eval()
         with torch.no_grad():
-            sums = [self._sums(read(), forward) for read in self.batches.values()]
+            sums = [self._sums(read(), forward, partial(note, name)) for name, read in self.batches.items()]
         for chunk in chunks:
             chunk.train()
         total = torch.stack(sums)
         total = reduce_losses(total if self.counts else torch.zeros_like(total))
         return mean_losses(total, list(self.batches))[1]
 
-    def _sums(self, batches: Iterable[Batch], forward: ForwardPass) -> torch.Tensor:
+    def _sums(self, batches: Iterable[Batch], forward: ForwardPass, note: Callable[[], None]) -> torch.Tensor:
         """Summed loss and tokens of one source, (2,) float64."""
         total = torch.zeros(2, dtype=torch.float64)
         for group in batched(batches, self.group):
+            note()
             filler = replace(group[-1], loss_mask=np.zeros_like(group[-1].loss_mask))
             total += forward([*group, *[filler] * (self.group - len(group))], train=False).sum(dim=0)
         return total

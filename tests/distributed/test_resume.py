@@ -124,3 +124,34 @@ def test_weights_and_optimizer_are_two_ways_to_start(run_file: Path, base: Path)
     # one step of momentum at beta1 = 0.9: 0.9 m + 0.1 g, against 0.1 g from a fresh start
     assert (carried[key] - 0.9 * origin[key]).allclose(fresh[key], atol=1e-6)
     assert not carried[key].allclose(fresh[key], atol=1e-4)
+
+
+def test_adam_goes_on_with_the_numbers_of_the_run_and_not_with_those_of_the_checkpoint(
+    run_file: Path, tmp_path: Path
+) -> None:
+    """megatron-core takes betas and epsilon from the checkpoint with the moments."""
+    resumed = [f"output={tmp_path}/out", "schedule.max_lr=1e-60", "schedule.min_lr=0"]
+    changed = ["optimizer.betas=[0.5, 0.7]"]
+    run_ranks(1, train_here, str(run_file), [*resumed, "stop_at_step=4"])
+    run_ranks(1, train_here, str(run_file), [*resumed, *changed, "stop_at_step=5"], ["optimizer"])
+    start = [f"init.from={tmp_path}/out/checkpoints/step-00000004", "init.load=weights+optimizer", *resumed[1:]]
+    run_ranks(1, train_here, str(run_file), [*start, *changed, f"output={tmp_path}/start", "stop_at_step=1"])
+    before, after, started = (
+        read_tensors(path)
+        for path in (
+            tmp_path / "out" / "checkpoints" / "step-00000004",
+            newest(tmp_path / "out"),
+            newest(tmp_path / "start"),
+        )
+    )
+    first, second = (f"optimizer.state.exp_avg{kind}.output_layer.weight" for kind in ("", "_sq"))
+    for tensors in (after, started):
+        gradient = 2 * (tensors[first] - 0.5 * before[first])  # m' = 0.5 m + 0.5 g; v' = 0.7 v + 0.3 g^2
+        assert tensors[second].allclose(0.7 * before[second] + 0.3 * gradient**2, rtol=1e-3, atol=1e-12)
+        assert gradient.abs().max() > 0
+
+
+def test_hooks_that_refuse_do_so_before_anything_is_written(run_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"UserError: resilience\.straggler: "):
+        run_ranks(1, train_here, str(run_file), [f"output={tmp_path}/out", "resilience.straggler=true"])
+    assert not (tmp_path / "out").exists()

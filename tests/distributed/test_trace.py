@@ -24,9 +24,9 @@ def train_and_listen(path: str, overrides: Sequence[str], allow: Sequence[str]) 
     heard: list[tuple[str, int]] = []
     read = TokenStream.read
 
-    def listen(stream: TokenStream, k: int):
+    def listen(stream: TokenStream, k: int, seq_length: int | None):
         heard.append((stream.name, int(k)))
-        return read(stream, k)
+        return read(stream, k, seq_length)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenStream, "read", listen)

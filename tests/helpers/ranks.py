@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.helpers.preload"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["tests.helpers.preload"])
 
 
 class RankError(AssertionError):
@@ -35,11 +35,11 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
     Raises:
         RankError: a rank raised, died or hung; the others are killed.
     """
-    results: Any = _context.Queue()
+    results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         ranks = [
-            _context.Process(target=_rank, args=(rank, num_ranks, str(store), results, function, args))
+            context.Process(target=_rank, args=(rank, num_ranks, str(store), results, function, args))
             for rank in range(num_ranks)
         ]
         for process in ranks:

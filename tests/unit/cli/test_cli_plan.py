@@ -58,6 +58,33 @@ def test_gpus(run_data, write_run, capsys):
     assert "batch.global: 8 is not a multiple of batch.micro: 2 x 3 replicas" in capsys.readouterr().err
 
 
+def test_a_named_gpu(run_data, write_run, capsys):
+    path = str(write_run(run_data))
+    assert main(["plan", path, "--gpus", "4", "--gpu", "h100", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == 100
+    assert (plan["cluster"]["gpu"]["name"], plan["cluster"]["num_gpus"]) == ("h100", 4)
+    assert plan["cluster"]["memory_per_gpu_gib"] > plan["memory_per_gpu_gib"]  # with what CUDA and NCCL take
+    assert len(plan["memory_by_stage_gib"]) == len(plan["cluster"]["memory_by_stage_gib"]) == 1
+    assert main(["plan", path, "--gpu", "h100"]) == 0
+    assert "1 x NVIDIA H100 80GB SXM" in capsys.readouterr().out
+    assert main(["plan", path, "--gpu", "abacus"]) == 2
+    assert "choose one of a100, h100, h200, b200" in capsys.readouterr().err
+
+
+def test_advice(run_data, write_run, capsys):
+    path = str(write_run(run_data))
+    assert main(["plan", path, "--gpus", "2", "--gpu", "h100", "--advise"]) == 0
+    assert "best of each split that fits 79.6 GiB" in capsys.readouterr().out
+    assert main(["plan", path, "--gpus", "3", "--gpu", "h100", "--advise", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == 100
+    advice = plan["advice"]
+    assert advice["current"] is None  # 3 replicas do not divide the batch
+    assert advice["ranking"] == []
+    assert advice["other_batch"]["global_batch"] == 6
+
+
 def test_the_schema_needs_no_run(capsys):
     assert main(["plan", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "RunConfig"
@@ -136,6 +163,7 @@ def test_brackets_are_printed_as_they_are(capsys):
         (["plan", "run.yaml", "--nope"], "No such option"),
         (["plan", "run.yaml", "--gpus", "many"], "Invalid value for '--gpus'"),
         (["plan", "run.yaml", "--gpus", "0"], "Invalid value for '--gpus'"),
+        (["plan", "run.yaml", "--advise", "--gpus", "8"], "needs --gpus N and --gpu NAME"),
         (["nope"], "No such command"),
         (["train"], "Missing argument"),
         (["preprocess", "--input", "x"], "Missing option"),

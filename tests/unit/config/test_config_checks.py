@@ -46,12 +46,50 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         ),
         (["batch.micro=3"], "batch.micro: 3 does not divide batch.global: 8"),
         (
+            ["batch.ramp_up={start: 8, increment: 2, samples: 1K}"],
+            "batch.ramp_up.start: 8 is not below batch.global: 8; there is nothing to grow",
+        ),
+        (
+            ["batch.ramp_up={start: 2, increment: 4, samples: 1K}"],
+            "batch.ramp_up.increment: 4 does not lead from start: 2 to batch.global: 8; choose a divisor of 6",
+        ),
+        (
+            ["batch.ramp_up={start: 1, increment: 1, samples: 1K}"],
+            "batch.ramp_up: batches of 1, 3, 5, 7 are not multiples of batch.micro: 2",
+        ),
+        (
+            ["batch.ramp_up={start: 2, increment: 2, samples: 1K}", "parallel={pipeline: 2, virtual_pipeline: 2}"],
+            "batch.ramp_up: batches of 2, 6 make numbers of micro-batches that parallel.pipeline: 2 does not divide",
+        ),
+        (["batch.ramp_up={start: 2, increment: 2}"], "batch.ramp_up.samples: missing"),
+        (
+            ["batch={global: 100_000_000_000_000_000, ramp_up: {start: 2, increment: 2, samples: 1K}}"],
+            "ramp_up grows through more than 1,024 sizes; choose a larger increment",
+        ),
+        (["batch.ramp_up={start: 0, increment: 2, samples: 9}"], "batch.ramp_up.start: 0: "),
+        (["phases.qa.batch={micro: 3}"], "phases[1].batch (phase qa): micro: 3 does not divide global: 8"),
+        (["phases.qa.batch={global: 5}"], "phases[1].batch (phase qa): micro: 2 does not divide global: 5"),
+        (
+            ["phases.qa.batch={global: 6}", "parallel={pipeline: 2, virtual_pipeline: 2}"],
+            "phases[1].batch (phase qa): global: 6 makes 3 micro-batches, which parallel.pipeline: 2 does not divide",
+        ),
+        (["phases.qa.batch.size=6"], "phases[1].batch.size: not a known key"),
+        (["phases.qa.seq_length=160"], "phases[*].seq_length: 160 (phase qa) is not a multiple of 64"),
+        (
+            ["phases.qa.seq_length=32", "parallel={tensor: 4, context: 3}", "seq_length=96"],
+            "phases[1].seq_length (phase qa): 32 is not divisible by 2 x parallel.context: 3",
+        ),
+        (
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "batch.global=6"],
             "batch.global: 6 makes 3 micro-batches, which parallel.pipeline: 2 does not divide",
         ),
         (
             ["parallel.tensor=4", "parallel.sequence=true", "seq_length=66"],
             "seq_length: 66 is not divisible by parallel.tensor",
+        ),
+        (
+            ["parallel={tensor: 4, context: 2, sequence: true}", "seq_length=68"],  # 34 on each context-parallel rank
+            "seq_length: 68 is not divisible by parallel.tensor x parallel.context: 8, as parallel.sequence needs",
         ),
         (["parallel.context=2", "seq_length=66"], "seq_length: 66 is not divisible by 2 x parallel.context: 2"),
         (["schedule.min_lr=0.1"], "schedule.min_lr: 0.1 is above schedule.max_lr: 0.001"),

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_cpt.data import fast_tokenizer as module
 from megatron_cpt.data import preprocess as preprocess_module
+from megatron_cpt.data import preprocess_run
 from megatron_cpt.data.certificate import Certificate, CertificateStore, certify
 from megatron_cpt.data.fast_tokenizer import (
     CheckedTokenizer,
@@ -127,22 +128,20 @@ class TestCheckedTokenizer:
         wrong = fast_but(lambda text: "é" in text or "\U0001f605" in text or "<s>" in text)
         tokenizer = CheckedTokenizer(ByteTokenizer(), wrong, certificate, "all")
         texts = ["plain", "caf\u00e9", "", "a<s>b", "\U0001f605", "\U0001f9ff fine", "ä"]
-        flat, lengths = tokenizer.encode_flat(texts)
-        assert flat.tolist() == list("".join(texts).encode())
-        assert lengths.tolist() == [len(text.encode()) for text in texts]
-        assert tokenizer.encode_flat([])[0].size == 0
+        assert [ids.tolist() for ids in tokenizer.encode_arrays(texts)] == [list(text.encode()) for text in texts]
+        assert tokenizer.encode_arrays([]) == []
 
     def test_all_are_compared_if_that_is_wanted(self):
         tokenizer = CheckedTokenizer(ByteTokenizer(), fast_but(lambda text: text == "x57"), GOOD, "all")
         with pytest.raises(FastTokenizerMismatchError, match="'x57'"):
-            tokenizer.encode_flat([f"x{i}" for i in range(100)])
+            tokenizer.encode_arrays([f"x{i}" for i in range(100)])
 
     def test_a_sample_of_each_batch_is_compared(self):
         tokenizer = CheckedTokenizer(ByteTokenizer(), fast_but(lambda text: "bad" in text), GOOD)
         found = 0
         for batch in range(200):
             try:
-                tokenizer.encode_flat([f"{batch} {i} {'bad' if i < 3 else ''}" for i in range(10)])
+                tokenizer.encode_arrays([f"{batch} {i} {'bad' if i < 3 else ''}" for i in range(10)])
             except FastTokenizerMismatchError:
                 found += 1
         assert 30 <= found <= 90  # 60 expected, of 200 batches in which 3 of 10 texts are wrong
@@ -155,8 +154,8 @@ class TestCheckedTokenizer:
                 seen.extend(map(len, texts))
                 return super().encode_batch(texts)
 
-        CheckedTokenizer(Spy(), fast_but(lambda text: False), GOOD).encode_flat(["x" * 1_000_000])
-        assert seen == [2048]
+        CheckedTokenizer(Spy(), fast_but(lambda text: False), GOOD).encode_arrays(["x" * 1_000_000])
+        assert seen == [512]
 
 
 class TestPlan:
@@ -238,11 +237,11 @@ def test_a_run_begun_with_trust_that_was_lost_begins_anew(bpe_spec, corpus, tmp_
     from megatron_cpt.data.blocks import BlockOptions
 
     small = BlockOptions((), 10_000)
-    monkeypatch.setattr(preprocess_module, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(preprocess_run, "SAVE_SECONDS", -1)
     plan = TokenizerPlan(bpe_spec, GOOD)
     monkeypatch.setattr(preprocess_module, "plan_tokenizer", lambda *_, **__: plan)
     wrong_beyond_the_sample = load_tokenizer(bpe_spec)
-    monkeypatch.setattr(preprocess_module, "build_tokenizer", lambda plan: wrong_beyond_the_sample)
+    monkeypatch.setattr(preprocess_run, "build_tokenizer", lambda plan: wrong_beyond_the_sample)
 
     def stop(done, *_):
         if done > 50_000:

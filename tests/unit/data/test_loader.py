@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from megatron_cpt.data.batch import DocumentOptions
 from megatron_cpt.data.blend import BlendCursor, PhaseBlend
+from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.data.loader import Loader, StepData, validation_batches
 from megatron_cpt.data.stream import TokenStream
 from megatron_cpt.errors import RefusedError, UserError
@@ -68,6 +69,24 @@ def test_any_division_gives_the_same_samples_in_the_same_order(streams, dp, micr
                 assert [token >= 2000 for token in batch.tokens[:, 0]] == batch.sources.astype(bool).tolist()
         assert seen == rows
         assert len({str(rank[step].state) for rank in ranks}) == 1
+
+
+def test_the_disk_is_told_all_samples_of_a_step_before_the_first_is_read(streams, monkeypatch):
+    calls: list[tuple[str, str, int, int]] = []
+
+    def spied(name: str, original: Callable[..., object]):
+        def spy(self, start, count):
+            calls.append((name, self.prefix, start, count))
+            return original(self, start, count)
+
+        return spy
+
+    for name in ("will_read", "read"):
+        monkeypatch.setattr(IndexedDataset, name, spied(name, getattr(IndexedDataset, name)))
+    load(streams, num_steps=1, data_parallel_rank=1, data_parallel_size=3, prefetch=1)
+    told, read = ([call[1:] for call in calls[: 2 * 4] if call[0] == name] for name in ("will_read", "read"))
+    assert [name for name, *_ in calls[: 2 * 4]] == ["will_read"] * 4 + ["read"] * 4
+    assert told == read
 
 
 def test_counts_and_state_are_those_of_the_step_not_of_the_prefetch(streams):
@@ -173,7 +192,7 @@ class TestClose:
     def test_wakes_up_who_waits(self, streams, monkeypatch):
         reading, release = threading.Event(), threading.Event()
 
-        def slow_read(stream, k):
+        def slow_read(stream, k, seq_length):
             reading.set()
             release.wait()
             return np.zeros(S + 1, np.int64)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 
-from megatron_cpt.data.indexed import IndexedDataset
+from megatron_cpt.data.indexed import IndexedDataset, IndexedDatasetWriter, expand_prefixes
+from megatron_cpt.data.merge import folder_prefixes
 from megatron_cpt.data.preprocess import preprocess
 from megatron_cpt.data.tokenizers import load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
@@ -289,3 +292,64 @@ class TestMistakes:
         with pytest.raises(UserError, match="no end-of-document id"):
             preprocess([tmp_path / "a.jsonl"], tmp_path / "p", spec, append_eod=True)
         assert preprocess([tmp_path / "a.jsonl"], tmp_path / "p", spec).tokens == 1
+
+
+@pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.jsonl.zst"])
+def test_a_few_packed_bytes_do_not_fill_the_memory(tmp_path, name):
+    """256 MiB of zeros in one line, packed into 260 KB (gzip) or 8 KB (Zstandard), between two documents."""
+    line, zeros = b'{"text": "good"}\n', bytes(1 << 24)
+    packer = zlib.compressobj(9, wbits=31) if name.endswith(".gz") else zstandard.ZstdCompressor(19).compressobj()
+    pieces = [line, *[zeros] * 16, b"\n", line]
+    packed = b"".join(map(packer.compress, pieces)) + packer.flush()
+    assert len(packed) < 300_000
+    (tmp_path / name).write_bytes(packed)
+    code = (
+        "import sys, resource\n"
+        "from megatron_cpt.data.blocks import BlockOptions\n"
+        "from megatron_cpt.data.preprocess import preprocess\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "blocks = BlockOptions((), max_line_bytes=1 << 22)\n"
+        "report = preprocess([sys.argv[1]], sys.argv[2], 'byte', blocks=blocks)\n"
+        "print(report.documents, report.bad_lines, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / "p")]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    output = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+    documents, bad, grown = map(int, output.split())
+    assert (documents, bad) == (2, 1)
+    assert grown < 120_000  # KiB
+
+
+def test_killed_between_the_two_renames(tmp_path, monkeypatch):
+    """No reader takes the `.bin` alone for a data set, the old `.idx` is gone, and a restart does the rest."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["new", "text"]))
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "whole", "byte")
+    prefix = tmp_path / "p"
+    with IndexedDatasetWriter(prefix, "<u2") as writer:
+        writer.add_document([1, 2, 3])
+
+    def killed(source, target):
+        if str(target).endswith(".idx"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess([tmp_path / "a.jsonl"], prefix, "byte", overwrite=True)
+    monkeypatch.undo()
+    assert Path(f"{prefix}.bin").read_bytes() == Path(tmp_path / "whole.bin").read_bytes()
+    assert not Path(f"{prefix}.idx").exists()
+    with pytest.raises(UserError, match=r"p\.idx"):
+        IndexedDataset(prefix)
+    with pytest.raises(UserError, match="no file matches"):
+        expand_prefixes(f"{prefix}*")
+    (tmp_path / "folder").mkdir()
+    shutil.copy(f"{prefix}.bin", tmp_path / "folder")
+    with pytest.raises(UserError, match=r"no such file: .*p\.idx"):
+        folder_prefixes(tmp_path / "folder")
+    report = preprocess([tmp_path / "a.jsonl"], prefix, "byte")
+    assert report.documents == 2
+    for end in ("bin", "idx"):
+        assert Path(f"{prefix}.{end}").read_bytes() == Path(tmp_path / f"whole.{end}").read_bytes()
+    assert not Path(f"{prefix}.preprocess").exists()

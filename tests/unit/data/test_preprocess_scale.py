@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_cpt.data import preprocess as module
+from megatron_cpt.data import preprocess_run as module
 from megatron_cpt.data.blocks import BlockOptions
 from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.data.inputs import Shard
@@ -273,11 +273,12 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
-        "from megatron_cpt.data import preprocess as module\n"
+        "from megatron_cpt.data import preprocess_run\n"
+        "from megatron_cpt.data.preprocess import preprocess\n"
         "from megatron_cpt.data.blocks import BlockOptions\n"
-        "module.SAVE_SECONDS = 0.02\n"
+        "preprocess_run.SAVE_SECONDS = 0.02\n"
         "if __name__ == '__main__':\n"
-        "    module.preprocess([sys.argv[1]], sys.argv[2], 'byte', workers=2, blocks=BlockOptions((), 1 << 16))\n"
+        "    preprocess([sys.argv[1]], sys.argv[2], 'byte', workers=2, blocks=BlockOptions((), 1 << 16))\n"
     )
     command = [sys.executable, str(script), str(tmp_path / "a.jsonl"), str(tmp_path / "cut" / "p")]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
@@ -330,3 +331,13 @@ def test_the_same_bytes_as_ever():
     """The order that a seed gives must not change with numpy."""
     digest = hashlib.sha256(np.random.PCG64([1, 2, 3]).random_raw(4).tobytes()).hexdigest()
     assert digest == hashlib.sha256(np.random.Generator(np.random.PCG64([1, 2, 3])).bytes(32)).hexdigest()
+
+
+def test_what_does_not_fit_the_shared_memory_comes_by_the_pipe(tmp_path, inputs):
+    """Blocks of 200 bytes, some of which hold a line with ids for 20 times as many bytes."""
+    long = "\n".join(json.dumps({"text": "x" * n}) for n in (3, 4000, 5, 4000, 4000, 1))
+    (inputs / "e.jsonl").write_text(long)
+    tiny = BlockOptions((), block_bytes=200)
+    preprocess([inputs], tmp_path / "one", "byte", append_eod=True, blocks=tiny)
+    preprocess([inputs], tmp_path / "two", "byte", append_eod=True, blocks=tiny, workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")

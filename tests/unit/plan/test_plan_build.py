@@ -149,7 +149,7 @@ def test_layouts(run_data, overrides, num_gpus, layout):
         (
             ["parallel={tensor: 2, pipeline: 2}"],
             6,
-            "6 GPUs are not a multiple of parallel.tensor x pipeline x context = 2 x 2 x 1 = 4",
+            "6 ranks are not a multiple of parallel.tensor x pipeline x context = 2 x 2 x 1 = 4",
         ),
         ([], 3, "batch.global: 8 is not a multiple of batch.micro: 2 x 3 replicas"),
         ([], 8, "batch.global: 8 is not a multiple of batch.micro: 2 x 8 replicas"),
@@ -204,7 +204,7 @@ class TestSourcesThatEnd:
         assert {name: use.samples for name, use in phase.sources.items()} == {"web": 118, "code": 95, "qa": 11}
         assert phase.sources["qa"].epochs == found.sources["qa"].epochs == 1.0
         assert phase.sources["qa"].weight == 0.1
-        assert found.sample_limits == {"qa": 11}
+        assert found.chunk_limits == {"qa": 11}
         assert phase.ends == {"qa": phase.first_step + 110 // 8}
 
     def test_a_warning_says_where(self, run_data):
@@ -237,4 +237,4 @@ class TestSourcesThatEnd:
 
     def test_without_a_size_it_cannot_end(self, run_data):
         found = plan(run_data, *self.ENDING, sizes={name: SIZES[name] for name in ("web", "code")})
-        assert found.sample_limits == {}
+        assert found.chunk_limits == {}

@@ -18,6 +18,7 @@ from megatron_cpt.data import BlendCursor, IndexedDataset, IndexedDatasetWriter,
 from megatron_cpt.data.fingerprint import fingerprint
 from megatron_cpt.data.resolve import PreparedRun, prepare_run
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.train.run_history import read_blends
 from megatron_cpt.train.trace import Trace, read_parts, trace_step
 
 SOURCES = {"web": 2000, "code": 900, "qa": 400}
@@ -330,6 +331,14 @@ def test_progress(training):
     assert seen[-1][0] <= 12 * BATCH
     assert {total for _, total in seen} == {12 * BATCH}
     assert seen == sorted(seen)
+
+
+def test_a_source_that_ends_before_its_first_sample_has_ended(training: Training) -> None:
+    training.prepare(None, [*SOURCES])
+    ends = ["sources.qa.max_epochs=0.01", "sources.qa.on_exhausted=renormalize"]
+    prepared = prepare_run(training.folder / "run.yaml", ends, need_files=True)
+    training._write_run(training.output, prepared)
+    assert read_blends(training.output).limits == prepared.plan.chunk_limits == {"qa": 0}
 
 
 def test_a_plan_survives_being_written(training: Training) -> None:

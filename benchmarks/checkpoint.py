@@ -1,0 +1,257 @@
+"""What saving and loading cost: against the disk itself, against megatron-core's own save, and for the step that waits.
+
+    python benchmarks/checkpoint.py [--gb 0.5] [--rounds 3] [--folder /scratch]
+
+One process, one model in bf16 with the distributed optimizer: 14 bytes a parameter. Every round runs all variants, one
+after the other, so drift of the machine meets all of them; figures are medians of the rounds, ratios are medians of the
+ratios within a round. Reads are cold: the pages of a file are dropped before. Memory is the peak of the resident set
+over what was resident before.
+
+- raw: as many bytes from memory into as many files and threads as ours has, and fsync;
+- megatron_core: `dist_checkpointing.save` with its layout-independent optimizer format;
+- unhashed: ours with a checksum function that does nothing;
+- saved: ours;
+- background: ours with `checkpoint.async`: `wait` is what a step waits, `rest` until it is published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import queue
+import shutil
+import statistics
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from record import machine, write_result
+
+from megatron_cpt.backend import cpu, process_groups
+from megatron_cpt.config import ParallelConfig, RunConfig
+
+GIB = 1 << 30
+CHUNK = 16 << 20
+BYTES_A_PARAMETER = 14
+
+
+def main() -> None:
+    """Run the benchmark and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=0.5, help="size of the state")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="a folder on the disk to measure; default: the temporary one")
+    options = parser.parse_args()
+    cpu.install()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, process_groups(ParallelConfig()):
+        rounds = measure(Path(folder), options.gb, options.rounds)
+    ratios = {
+        "save_over_raw": ratio(rounds, "saved", "raw"),
+        "save_over_megatron_core": ratio(rounds, "saved", "megatron_core"),
+        "checksums_over_none": ratio(rounds, "saved", "unhashed"),
+        "step_wait_over_save": ratio(rounds, "background_wait", "saved"),
+        "load_over_raw_read": ratio(rounds, "load", "raw_read"),
+        "load_unverified_over_raw_read": ratio(rounds, "load_unverified", "raw_read"),
+    }
+    for name, value in ratios.items():
+        print(f"{name}: {value:.3f}")
+    write_result(
+        "checkpoint",
+        {
+            "machine": machine(),
+            "what": f"a state of {rounds[0]['bytes'] / GIB:.2f} GiB, one process, bf16, distributed optimizer",
+            "ratios": ratios,
+            "targets": {
+                "save_over_raw": 1.3,
+                "checksums_over_none": 1.05,
+                "step_wait_over_save": 0.05,
+                "load_over_raw_read": 1.3,
+            },
+            "rounds": rounds,
+        },
+    )
+
+
+def ratio(rounds: list[dict[str, Any]], a: str, b: str) -> float:
+    """Median over the rounds of the ratio of two times."""
+    return statistics.median(r[a]["seconds"] / r[b]["seconds"] for r in rounds)
+
+
+def measure(folder: Path, gigabytes: float, num_rounds: int) -> list[dict[str, Any]]:
+    """Seconds, bytes a second and peak memory of every variant, by round; the first round warms up and is left out."""
+    from megatron_cpt.checkpoint.save import Saver
+
+    chunks, optimizer = build(gigabytes)
+    savers = {name: Saver(folder / name, chunks, optimizer, in_background=name == "background") for name in OURS}
+    rounds = [measure_round(folder, savers, chunks, optimizer) for _ in range(num_rounds + 1)][1:]
+    for saver in savers.values():
+        saver.close()
+    return rounds
+
+
+def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: Any) -> dict[str, Any]:
+    """Every variant once."""
+    from megatron_cpt.checkpoint.load import load_training, verify
+    from megatron_cpt.checkpoint.record import Record
+
+    record = Record({"format_version": 1}, "", {})
+    done: dict[str, Any] = {}
+    path = timed(done, "saved", lambda: savers["saved"].save(1, record))
+    size = sum(file.stat().st_size for file in path.iterdir())
+    timed(done, "raw", lambda: write_raw(folder / "raw", size))
+    timed(done, "megatron_core", lambda: save_with_megatron_core(folder / "megatron_core", chunks, optimizer))
+    with without_checksums():
+        timed(done, "unhashed", lambda: savers["unhashed"].save(1, record))
+    timed(done, "background_wait", lambda: savers["background"].save(1, record))
+    timed(done, "background_rest", savers["background"].finish)
+    drop_pages(folder / "raw")
+    timed(done, "raw_read", lambda: read_raw(folder / "raw"))
+    drop_pages(path)
+    timed(done, "verify", lambda: verify(path))
+    timed(done, "load_after_verify", lambda: load_training(path, chunks, optimizer, with_rng=True))
+    drop_pages(path)
+    timed(done, "load_unverified", lambda: load_training(path, chunks, optimizer, with_rng=True))
+    done["load"] = {"seconds": done["verify"]["seconds"] + done["load_after_verify"]["seconds"]}
+    for name, values in done.items():
+        values["gb_per_second"] = size / 1e9 / values["seconds"]
+        print(f"{name:18} {values['seconds']:7.2f} s {values['gb_per_second']:6.2f} GB/s", end="")
+        print(f" {values['peak_gib']:+6.2f} GiB" if "peak_gib" in values else "")
+    return {"bytes": size, **done}
+
+
+OURS = ("saved", "unhashed", "background")
+
+
+def build(gigabytes: float) -> tuple[Any, Any]:
+    """A model and its optimizer after a step, of about this much state."""
+    from megatron_cpt.backend import seed_everything
+    from megatron_cpt.model.build import build_model
+    from megatron_cpt.optim.build import build_optimizer
+
+    hidden, vocab = 1024, 8192
+    layers = max(1, round((gigabytes * GIB / BYTES_A_PARAMETER - 2 * vocab * hidden) / (12 * hidden**2)))
+    config = RunConfig.model_validate(
+        {
+            "name": "checkpoint-benchmark",
+            "output": "unused",
+            "model": {"layers": layers, "hidden": hidden, "ffn_hidden": 4 * hidden, "heads": 16, "vocab": vocab},
+            "seq_length": 128,
+            "batch": {"global": 1},
+            "tokens": 128,
+            "schedule": {"max_lr": 1e-4},
+            "sources": {"none": {"path": "unused"}},
+            "phases": [{"name": "only", "blend": {"none": 1.0}}],
+        }
+    )
+    seed_everything(config.seed, pipeline_rank=0)
+    model = build_model(config)
+    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
+    for chunk in model.chunks:  # no data are needed: random gradients give moments that do not compress
+        for parameter in chunk.parameters():
+            parameter.main_grad.normal_()
+    optimizer.step()
+    return model.chunks, optimizer
+
+
+def timed(done: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
+    """Run something; note its seconds and its peak of memory."""
+    before = reset_peak()
+    started = time.perf_counter()
+    result = work()
+    done[name] = {"seconds": time.perf_counter() - started, "peak_gib": (peak() - before) / GIB}
+    return result
+
+
+def reset_peak() -> int:
+    """Forget the peak of the resident set; returns what is resident."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """Peak of the resident set in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def write_raw(folder: Path, size: int) -> None:
+    """As many bytes, files and threads as ours, without anything else."""
+    folder.mkdir(exist_ok=True)
+    content = os.urandom(CHUNK)
+
+    def write(name: str) -> None:
+        with open(folder / name, "wb", buffering=0) as file:
+            for start in range(0, size // 2, CHUNK):
+                file.write(memoryview(content)[: min(CHUNK, size // 2 - start)])
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, ("0", "1")))
+
+
+def read_raw(folder: Path) -> None:
+    """Read the files of `write_raw`, each in a thread."""
+
+    def read(path: Path) -> None:
+        buffer = bytearray(CHUNK)
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(read, folder.iterdir()))
+
+
+def drop_pages(folder: Path) -> None:
+    """Make the next read come from the disk."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def save_with_megatron_core(folder: Path, chunks: Any, optimizer: Any) -> None:
+    """What Megatron-LM does with `--dist-ckpt-optim-fully-reshardable`; its files are fsynced too."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megatron_cpt.checkpoint import sharded
+
+    if filesystem_async._results_queue is None:  # starting a process for it is not what is to be timed
+        filesystem_async._results_queue = queue.Queue()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    model = sharded.model_state(chunks)
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    state = {**model, "optimizer": optimizer.sharded_state_dict(model, metadata=metadata)}
+    dist_checkpointing.save(state, str(folder))
+
+
+class without_checksums:  # noqa: N801 - used as a context manager
+    """The writer's SHA-256 replaced by nothing."""
+
+    class _Nothing:
+        def update(self, data: Any) -> None:
+            pass
+
+        def hexdigest(self) -> str:
+            return ""
+
+    def __enter__(self) -> None:
+        from megatron_cpt.checkpoint import writer
+
+        writer.hashlib = types.SimpleNamespace(sha256=self._Nothing)  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        from megatron_cpt.checkpoint import writer
+
+        writer.hashlib = hashlib
+
+
+if __name__ == "__main__":
+    main()

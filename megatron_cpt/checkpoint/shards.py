@@ -1,0 +1,106 @@
+"""Which bytes each rank writes, and where they will lie: planned by torch's and megatron-core's own planner."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem
+
+NUM_FILES = 2  # a rank: they are written at the same time, one thread each
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One piece of a file.
+
+    Attributes:
+        item: its description in torch's plan.
+        data: a box of a tensor, or an object that is already bytes.
+    """
+
+    item: WriteItem
+    data: torch.Tensor | io.BytesIO
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its content."""
+        return self.data.nbytes if isinstance(self.data, torch.Tensor) else self.data.getbuffer().nbytes
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What one rank writes.
+
+    Attributes:
+        files: name -> content, in the order of writing.
+        metadata: the description of all ranks' tensors, without their places; on rank 0 only.
+    """
+
+    files: dict[str, list[Entry]]
+    metadata: Metadata | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this rank's tensors and objects."""
+        return sum(entry.num_bytes for entries in self.files.values() for entry in entries)
+
+
+def plan_shards(state: dict[str, Any], folder: Path, *, validate: bool) -> ShardPlan:
+    """Plan the writing of a sharded state; a collective call.
+
+    megatron-core writes what is not sharded (the optimizer's parameter groups) into `folder` on the way.
+
+    Args:
+        state: megatron-core's sharded state.
+        folder: where the checkpoint is being written.
+        validate: whether to check that the ranks' shards cover every tensor exactly once.
+    """
+    planner = _PlanOnly("torch_dist", 1)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=planner, validate_access_integrity=validate)
+    assert planner.plan is not None
+    return planner.plan
+
+
+class _PlanOnly(torch_strategy.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """megatron-core's strategy for torch's format, up to the point where it would write."""
+
+    plan: ShardPlan | None = None
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        entries, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        state = torch_strategy.mcore_to_pyt_state_dict(entries)
+        planner = torch_strategy.MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        rank = dist.get_rank()
+        planner.set_up_planner(state, is_coordinator=rank == 0)
+        own = planner.create_local_plan()
+        plans: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        dist.gather_object(own, plans, dst=0)
+        metadata = planner.create_global_plan(plans)[1] if plans is not None else None
+        content = [Entry(item, _resolved(planner, item)) for item in own.items]
+        self.plan = ShardPlan(_divided(content, rank), metadata)
+
+
+def _resolved(planner: Any, item: WriteItem) -> torch.Tensor | io.BytesIO:
+    data = planner.resolve_data(item)
+    return data.detach() if isinstance(data, torch.Tensor) else data
+
+
+def _divided(entries: list[Entry], rank: int) -> dict[str, list[Entry]]:
+    """Spread over files of about the same size, the largest first."""
+    files: list[list[Entry]] = [[] for _ in range(NUM_FILES)]
+    sizes = [0] * NUM_FILES
+    for entry in sorted(entries, key=lambda entry: entry.num_bytes, reverse=True):
+        smallest = sizes.index(min(sizes))
+        files[smallest].append(entry)
+        sizes[smallest] += entry.num_bytes
+    return {f"__{rank}_{number}.distcp": content for number, content in enumerate(files) if content}

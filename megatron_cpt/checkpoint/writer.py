@@ -1,0 +1,186 @@
+"""Files of a checkpoint: written, hashed and made durable in one pass.
+
+A chunk is hashed while the system takes it over, and its way to the disk begins at once instead of at the final fsync:
+the processor and the disk work at the same time, so a checksum costs next to nothing where the disk is slower than
+SHA-256 (about 1.2 GB/s a core with the processor's SHA instructions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_cpt.checkpoint.manifest import FileDigest
+from megatron_cpt.checkpoint.shards import Entry
+
+_CHUNK = 16 << 20
+_SMALL = 1 << 16
+
+
+class AbandonedError(Exception):
+    """The run ends before its checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank wrote.
+
+    Attributes:
+        places: where each piece of a tensor lies, for torch's metadata.
+        files: size and checksum of each file.
+    """
+
+    places: list[WriteResult]
+    files: dict[str, FileDigest]
+
+
+def write_files(folder: Path, files: Mapping[str, Sequence[Entry]], abandon: threading.Event) -> Written:
+    """Write a rank's files, a thread each; on return they are durable.
+
+    Args:
+        folder: an existing folder.
+        files: name -> content.
+        abandon: when set, the writing ends soon.
+
+    Raises:
+        OSError: the disk is full, a limit is reached, and the like.
+        AbandonedError: `abandon` was set.
+    """
+    if not files:
+        return Written([], {})
+    # The zip format around each tensor has a CRC-32 of its own; the manifest's SHA-256 says more.
+    has_crc = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        with ThreadPoolExecutor(2 * len(files), thread_name_prefix="checkpoint") as threads:
+            jobs = [
+                threads.submit(_write_file, folder / name, entries, threads, abandon) for name, entries in files.items()
+            ]
+            written = [job.result() for job in jobs]
+    finally:
+        torch.serialization.set_crc32_options(has_crc)
+    return Written(
+        [place for part in written for place in part.places],
+        {name: digest for part in written for name, digest in part.files.items()},
+    )
+
+
+def _write_file(path: Path, entries: Sequence[Entry], threads: ThreadPoolExecutor, abandon: threading.Event) -> Written:
+    places = []
+    with open(path, "wb", buffering=0) as raw:
+        stream = HashedStream(raw, threads, abandon)
+        for entry in entries:
+            start = stream.tell()
+            _write_entry(entry, stream)
+            length = stream.tell() - start
+            places.append(WriteResult(entry.item.index, length, _StorageInfo(path.name, start, length)))
+        stream.flush()
+        os.fsync(raw.fileno())
+    return Written(places, {path.name: FileDigest(stream.tell(), stream.sha256())})
+
+
+def _write_entry(entry: Entry, stream: HashedStream) -> None:
+    if isinstance(entry.data, io.BytesIO):
+        stream.write(entry.data.getbuffer())
+        return
+    try:
+        torch.save(_alone(entry.data), stream)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if stream.failure is None:
+            raise
+        raise stream.failure from error  # torch's complaint that its zip file is cut says less
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU with a storage of its own size: torch.save writes whole storages, also of small views."""
+    tensor = tensor.cpu().contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    as_bytes = torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy())  # the same memory
+    return as_bytes.view(tensor.dtype).view(tensor.shape)
+
+
+class HashedStream:
+    """The writable half of a file, as `torch.save` needs it, with a running SHA-256.
+
+    Args:
+        raw: an unbuffered file.
+        threads: where to hash; needs a thread beyond the one that writes.
+        abandon: when set, the next write raises.
+
+    Attributes:
+        failure: what a write raised, for callers between here and there that hide it.
+    """
+
+    def __init__(self, raw: io.FileIO, threads: ThreadPoolExecutor, abandon: threading.Event) -> None:
+        self._raw = raw
+        self._threads = threads
+        self._abandon = abandon
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._small = bytearray()
+        self.failure: Exception | None = None
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._position
+
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of what was written; after `flush`."""
+        assert not self._small
+        return self._hash.hexdigest()
+
+    def write(self, data: Any) -> int:
+        """Take all of `data`, any object with a buffer; small pieces are collected."""
+        view = memoryview(data).cast("B")
+        self._position += len(view)
+        if len(view) < _SMALL:
+            self._small += view
+            if len(self._small) >= _SMALL:
+                self.flush()
+        else:
+            self.flush()
+            self._pass_on(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Hand what was collected to the system."""
+        if self._small:
+            collected, self._small = self._small, bytearray()
+            self._pass_on(memoryview(collected))
+
+    def _pass_on(self, view: memoryview) -> None:
+        try:
+            for start in range(0, len(view), _CHUNK):
+                if self._abandon.is_set():
+                    raise AbandonedError
+                self._hash_and_write(view[start : start + _CHUNK])
+        except (AbandonedError, OSError) as error:
+            self.failure = error
+            raise
+
+    def _hash_and_write(self, chunk: memoryview) -> None:
+        hashing = self._threads.submit(self._hash.update, chunk)
+        try:
+            self._write_through(chunk)
+        finally:
+            hashing.result()
+
+    def _write_through(self, chunk: memoryview) -> None:
+        begin = os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
+        done = 0
+        while done < len(chunk):
+            done += self._raw.write(chunk[done:]) or 0
+        if hasattr(os, "posix_fadvise"):  # Linux: begins to write these pages to the disk, and does not wait
+            os.posix_fadvise(self._raw.fileno(), begin, len(chunk), os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,100 @@
+"""NVIDIA's resiliency extension: which GPUs are slow, and heartbeats for its launcher.
+
+Written against nvidia-resiliency-ext 0.4.1 (`straggler.Detector`, `fault_tolerance.RankMonitorClient`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from megatron_cpt.errors import UserError
+from megatron_cpt.train.hook import Hook
+from megatron_cpt.train.setup import Session
+
+logger = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 300.0
+_MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # set by `ft_launcher`
+_SLOW = 0.75  # of the fastest rank, or of this rank's own best
+
+
+class StragglerHook(Hook):
+    """Reports ranks whose kernels take longer than those of the others or than they used to.
+
+    Under NVIDIA's `ft_launcher` each step also sends it a heartbeat; its own limits then find hangs, beside ours.
+
+    Raises:
+        UserError: the package is not installed, or the machine has no GPU that it could measure.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("resilience.straggler: measures CUDA kernels, and this machine has no GPU; leave it out")
+        try:
+            from nvidia_resiliency_ext import straggler
+        except ImportError as error:
+            raise UserError(
+                "resilience.straggler: the package is not installed; pip install 'megatron-cpt[resiliency]'"
+            ) from error
+        self._detector = straggler.Detector
+        self._section: Any = None
+        self._monitor: Any = None
+
+    def on_start(self, session: Session) -> None:
+        """Begin to measure: from the end of one step to the end of the next."""
+        self._detector.initialize(
+            gather_on_rank0=True, profiling_interval=session.config.log.every, report_time_interval=_REPORT_SECONDS
+        )
+        if _MONITOR_SOCKET in os.environ:
+            from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+
+            self._monitor = RankMonitorClient()
+            self._monitor.init_workload_monitoring()
+        self._enter()
+
+    def on_step(self, session: Session) -> None:
+        """End one measured step and begin the next; now and then report."""
+        self._leave()
+        if self._monitor is not None:
+            self._monitor.send_heartbeat()
+        report = self._detector.generate_report_if_interval_elapsed()
+        if report is not None and session.ranks.is_main:
+            for line in slow_ranks(report.identify_stragglers(gpu_rel_threshold=_SLOW, gpu_indiv_threshold=_SLOW)):
+                logger.warning("step %d: %s", session.state.step, line)
+        self._enter()
+
+    def on_end(self, session: Session) -> None:
+        """Stop measuring."""
+        if self._detector.initialized:
+            self._leave()
+            self._detector.shutdown()
+        if self._monitor is not None:
+            self._monitor.shutdown_workload_monitoring()
+
+    def _enter(self) -> None:
+        self._section = self._detector.detection_section("step", profile_cuda=True)
+        self._section.__enter__()
+
+    def _leave(self) -> None:
+        if self._section is not None:
+            self._section.__exit__(None, None, None)
+            self._section = None
+
+
+def slow_ranks(found: dict[str, Any]) -> list[str]:
+    """A line for each kind of slow GPU in what `Report.identify_stragglers` returns."""
+    kinds = {
+        "straggler_gpus_relative": "slower than the fastest rank's",
+        "straggler_gpus_individual": "slower than they were",
+    }
+    lines = []
+    for kind, what in kinds.items():
+        slow = sorted((rank.rank, rank.node) for rank in found[kind])
+        if slow:
+            who = ", ".join(f"rank {rank} ({node})" for rank, node in slow)
+            lines.append(f"the kernels of {who} are {what} by a quarter or more")
+    return lines

@@ -1,0 +1,163 @@
+"""What this machine can compute, and what a run asks of it: one table, looked at before anything loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_cpt.config import RunConfig
+from megatron_cpt.errors import UserError
+
+Version = tuple[int, int]
+"""Major and minor."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What counts of a machine.
+
+    Attributes:
+        device: name of the GPU; None: there is none.
+        capability: its compute capability: 8.9 is Ada, 9.0 Hopper, 10.0 Blackwell.
+        cuda: the CUDA release that torch was built with.
+        transformer_engine: its version; None: it cannot be used here.
+        fault: why an installed Transformer Engine does not load.
+        apex: whether Apex's extension for weight gradients is installed.
+    """
+
+    device: str | None = None
+    capability: Version = (0, 0)
+    cuda: Version = (0, 0)
+    transformer_engine: Version | None = None
+    fault: str | None = None
+    apex: bool = False
+
+    def __str__(self) -> str:
+        if self.device is None:
+            return "no CUDA device"
+        te = "no Transformer Engine"
+        if self.transformer_engine is not None:
+            te = f"Transformer Engine {_dotted(self.transformer_engine)}"
+        elif self.fault is not None:
+            te = f"a Transformer Engine that does not load ({self.fault})"
+        return f"{self.device} (compute capability {_dotted(self.capability)}), CUDA {_dotted(self.cuda)}, {te}"
+
+
+def read_machine() -> Machine:
+    """Look at the machine that this process runs on."""
+    if not torch.cuda.is_available():
+        return Machine()
+    version, fault = _transformer_engine()
+    return Machine(
+        device=torch.cuda.get_device_name(),
+        capability=torch.cuda.get_device_capability(),
+        cuda=parse_version(torch.version.cuda or "0.0"),
+        transformer_engine=version,
+        fault=fault,
+        apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    )
+
+
+def _transformer_engine() -> tuple[Version | None, str | None]:
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None, None
+    try:
+        import transformer_engine
+        import transformer_engine.pytorch  # its compiled part is what may not fit this torch
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return parse_version(transformer_engine.__version__), None
+
+
+def parse_version(text: str) -> Version:
+    """`2.8.0.dev1+abc` -> (2, 8)."""
+    major, minor = [*re.findall(r"\d+", text), "0", "0"][:2]
+    return int(major), int(minor)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A line of the table.
+
+    Attributes:
+        asked: what of run.yaml asks for it, as a message names it; None: this run does not.
+        met: whether the machine has it.
+        needs: how a message says it.
+    """
+
+    asked: Callable[[RunConfig], str | None]
+    met: Callable[[Machine], bool]
+    needs: str
+
+
+def _fp8(*recipes: str) -> Callable[[RunConfig], str | None]:
+    def asked(run: RunConfig) -> str | None:
+        fp8 = run.precision.fp8
+        if fp8 is None or fp8.backend != "transformer_engine" or fp8.recipe not in recipes:
+            return None
+        return f"precision.fp8.recipe: {fp8.recipe}"
+
+    return asked
+
+
+def _fp4(run: RunConfig) -> str | None:
+    return None if run.precision.fp4 is None else f"precision.fp4.recipe: {run.precision.fp4.recipe}"
+
+
+def _context(run: RunConfig) -> str | None:
+    return f"parallel.context: {run.parallel.context}" if run.parallel.context > 1 else None
+
+
+def _te_from(*version: int) -> Callable[[Machine], bool]:
+    return lambda machine: machine.transformer_engine is not None and machine.transformer_engine >= version
+
+
+_ANY = ("delayed", "tensorwise", "blockwise", "mxfp8")
+_WITH_TE = "Transformer Engine on a GPU"
+# Capabilities and CUDA releases: `_compute_*_support` in Transformer Engine's pytorch/quantization.py (2.20); its
+# versions: `get_fp8_recipe` and `get_fp4_recipe` in megatron-core's fp8_utils.py and fp4_utils.py (0.16.1 and 0.19.2).
+REQUIREMENTS = (
+    Requirement(_context, _te_from(0, 0), _WITH_TE),
+    Requirement(_fp8(*_ANY), _te_from(0, 0), _WITH_TE),
+    Requirement(_fp4, _te_from(0, 0), _WITH_TE),
+    Requirement(_fp8("delayed", "tensorwise"), lambda m: m.capability >= (8, 9), "an Ada, Hopper or newer GPU (8.9)"),
+    Requirement(_fp8("tensorwise"), _te_from(2, 2), "Transformer Engine 2.2"),
+    Requirement(_fp8("blockwise"), lambda m: m.capability >= (9, 0), "a Hopper or newer GPU (9.0)"),
+    Requirement(_fp8("blockwise"), lambda m: m.cuda >= (12, 9), "CUDA 12.9"),
+    Requirement(_fp8("blockwise"), _te_from(2, 3), "Transformer Engine 2.3"),
+    Requirement(_fp8("mxfp8"), lambda m: (10, 0) <= m.capability < (12, 0), "a Blackwell data-centre GPU (10.x)"),
+    Requirement(_fp8("mxfp8"), _te_from(2, 1), "Transformer Engine 2.1"),
+    Requirement(_fp4, lambda m: m.capability >= (10, 0), "a Blackwell GPU (10.0)"),
+    Requirement(_fp4, _te_from(2, 7), "Transformer Engine 2.7"),
+)
+"""What a run needs that not every machine has."""
+
+
+def check_machine(run: RunConfig, machine: Machine) -> None:
+    """Refuse a run that this machine cannot compute.
+
+    Raises:
+        UserError: naming what asks for too much, all that is missing for it, and what is here.
+    """
+    missing: dict[str, list[str]] = {}
+    for requirement in REQUIREMENTS:
+        asked = requirement.asked(run)
+        if asked is not None and not requirement.met(machine):
+            missing.setdefault(asked, []).append(requirement.needs)
+    if not missing:
+        return
+    # Without Transformer Engine, which release of it would be needed is of no help.
+    shown = {asked: needs[:1] if needs[0] == _WITH_TE else needs for asked, needs in missing.items()}
+    problems = [f"{asked}: needs {' and '.join(needs)}" for asked, needs in shown.items()]
+    raise UserError(
+        f"{'; '.join(problems)}; this machine has {machine}; leave it out here (a rehearsal: parallel.context=1, "
+        "precision.fp4=null, precision.fp8=null or precision.fp8.backend=emulated)"
+    )
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))

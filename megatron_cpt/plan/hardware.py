@@ -1,0 +1,95 @@
+"""What GPUs can do, as their makers publish it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU in its usual node of eight.
+
+    Attributes:
+        name: what `plan --gpu` calls it.
+        title: its full name.
+        memory_gib: what the driver shows of its memory.
+        bf16: dense bf16 matrix products, FLOP/s.
+        fp8: the same in FP8; None where it has none.
+        hbm: bytes/s of its memory.
+        nvlink: bytes/s to the GPUs of its node, one direction.
+        network: bytes/s to other nodes, one direction; one adapter a GPU, as in NVIDIA's DGX.
+        gpus_per_node: GPUs that NVLink connects.
+        is_calibrated: whether published training runs on this GPU were used to set the constants of `plan/speed.py`;
+            for the others the same shares of the peak are assumed.
+        source: where the figures are from.
+    """
+
+    name: str
+    title: str
+    memory_gib: float
+    bf16: float
+    fp8: float | None
+    hbm: float
+    nvlink: float
+    network: float
+    gpus_per_node: int
+    is_calibrated: bool
+    source: str
+
+
+A100 = Gpu(
+    name="a100",
+    title="NVIDIA A100 80GB SXM",
+    memory_gib=80.0,
+    bf16=312 * TERA,
+    fp8=None,
+    hbm=2.039 * TERA,
+    nvlink=300 * GIGA,
+    network=25 * GIGA,
+    gpus_per_node=8,
+    is_calibrated=False,
+    source="NVIDIA A100 datasheet; DGX A100 datasheet (8 x 200 Gb/s)",
+)
+H100 = Gpu(
+    name="h100",
+    title="NVIDIA H100 80GB SXM",
+    memory_gib=79.6,
+    bf16=989 * TERA,
+    fp8=1979 * TERA,
+    hbm=3.35 * TERA,
+    nvlink=450 * GIGA,
+    network=50 * GIGA,
+    gpus_per_node=8,
+    is_calibrated=True,
+    source="NVIDIA H100 datasheet (without sparsity); DGX H100 datasheet (8 x 400 Gb/s)",
+)
+H200 = Gpu(
+    name="h200",
+    title="NVIDIA H200 141GB SXM",
+    memory_gib=140.4,
+    bf16=989 * TERA,
+    fp8=1979 * TERA,
+    hbm=4.8 * TERA,
+    nvlink=450 * GIGA,
+    network=50 * GIGA,
+    gpus_per_node=8,
+    is_calibrated=False,
+    source="NVIDIA H200 datasheet (without sparsity); DGX H200 datasheet (8 x 400 Gb/s)",
+)
+B200 = Gpu(
+    name="b200",
+    title="NVIDIA B200 180GB SXM",
+    memory_gib=179.0,
+    bf16=2250 * TERA,
+    fp8=4500 * TERA,
+    hbm=8.0 * TERA,
+    nvlink=900 * GIGA,
+    network=50 * GIGA,
+    gpus_per_node=8,
+    is_calibrated=False,
+    source="NVIDIA HGX B200 datasheet (without sparsity); DGX B200 datasheet (8 x 400 Gb/s)",
+)
+
+GPUS = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}

@@ -1,0 +1,125 @@
+"""A thread that ends this process when it makes no progress, and leaves the stacks of all its threads behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from megatron_cpt.errors import EXIT_FAILURE
+
+_STDERR = 2  # the descriptor: nothing of Python may be needed to write to it
+_BACKSTOP_SECONDS = 60.0  # after the limit: for a thread of ours that cannot run, because C code holds the interpreter
+
+
+class Progress:
+    """What this rank is doing, and since when.
+
+    Args:
+        clock: seconds, from anywhere on.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.note("start")
+
+    def note(self, phase: str) -> None:
+        """Something new begins."""
+        self._now = (phase, self._clock())  # one assignment: the thread that reads sees both or neither
+
+    @property
+    def phase(self) -> str:
+        """What began last."""
+        return self._now[0]
+
+    def stalled_for(self) -> float:
+        """Seconds since it began."""
+        return self._clock() - self._now[1]
+
+
+class Watchdog:
+    """Watches a `Progress` inside a with block.
+
+    Args:
+        progress: what to watch.
+        limit: seconds without progress that are too long; None: does nothing.
+        rank: for messages and the name of the file.
+        folder: where to write `rank-00002-step-17.txt`.
+        explain: makes of what was noticed the line that this rank ends with; must return in seconds.
+        end: ends the process.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        limit: float | None,
+        *,
+        rank: int,
+        folder: Path,
+        explain: Callable[[str], str] = str,
+        end: Callable[[str], object] | None = None,
+    ) -> None:
+        self._progress, self._limit, self._rank, self._folder = progress, limit, rank, folder
+        self._explain, self._end = explain, end or end_process
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._limit is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._limit is not None:
+            self._thread.join()
+
+    def dump(self) -> Path:
+        """Write the stacks of all threads of this process to the folder and to stderr."""
+        phase = re.sub(r"[^A-Za-z0-9]+", "-", self._progress.phase)
+        path = self._folder / f"rank-{self._rank:05d}-{phase}.txt"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:  # a full disk must not keep a hanging rank alive
+            print(f"rank {self._rank}: {path}: {error}", file=sys.stderr)
+        faulthandler.dump_traceback(_STDERR, all_threads=True)
+        return path
+
+    def _watch(self) -> None:
+        limit = self._limit
+        assert limit is not None
+        poll = min(5.0, limit / 4)
+        try:
+            while not self._stop.wait(poll):
+                stalled = self._progress.stalled_for()
+                if stalled > limit:
+                    self._bark()
+                    return
+                # Written by a thread of C that needs no interpreter; armed anew as long as this thread can run.
+                faulthandler.dump_traceback_later(limit - stalled + _BACKSTOP_SECONDS, exit=True, file=_STDERR)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _bark(self) -> None:
+        path = self.dump()  # first of all: what this rank is stuck in is what a person needs
+        message = self._explain(f"no progress for over {self._limit:g} s (resilience.hang_timeout)")
+        self._end(f"{message}; stacks in {path}")
+
+
+def end_process(message: str) -> NoReturn:
+    """Print the last line of this rank and end at once, whatever other threads are stuck in."""
+    print(f"megatron-cpt: error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAILURE)

@@ -1,0 +1,172 @@
+"""Saves in the background: the same bits, one at a time, failures on all ranks, nothing lost at a stop."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from pathlib import Path
+
+import orjson
+import pytest
+
+from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.manifest import find_faults, read_manifest
+from tests.helpers.checkpoints import differing
+from tests.helpers.ranks import RankError, run_ranks
+from tests.helpers.runs import newest, small_run, train_here, train_several
+
+
+def _names(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 steps, a checkpoint after each second one."""
+    return small_run(
+        tmp_path_factory.mktemp("async"),
+        tokens=8 * 8 * 32,
+        checkpoint={"every": 2},
+        precision={"compute": "bf16"},
+    )
+
+
+@pytest.fixture(scope="module")
+def both(short_run: Path) -> tuple[Path, Path]:
+    """The run with saves that training waits for, and with saves in the background, resumed in the middle."""
+    folder = short_run.parent
+    background = [f"output={folder}/background", "checkpoint={every: 2, async: true, keep: 2, keep_every: 4}"]
+    run_ranks(
+        2,
+        train_several,
+        str(short_run),
+        [[f"output={folder}/waiting"], [*background, "stop_at_step=5"], background],
+    )
+    return folder / "waiting", folder / "background"
+
+
+def test_a_save_in_the_background_has_the_bits_of_one_that_training_waits_for(both: tuple[Path, Path]) -> None:
+    waiting, background = both
+    assert newest(waiting).name == newest(background).name == "step-00000008"
+    for step in (4, 6, 8):
+        name = layout.checkpoint_name(step)
+        assert differing(waiting / "checkpoints" / name, background / "checkpoints" / name) == []
+        assert find_faults(background / "checkpoints" / name) == []
+
+
+def test_the_newest_and_every_so_manyth_stay(both: tuple[Path, Path]) -> None:
+    waiting, background = both
+    assert _names(waiting) == ["latest", *(layout.checkpoint_name(step) for step in (2, 4, 6, 8))]
+    # keep: 2 newest, keep_every: 4; the one of step 5, where the run was stopped, went as the others of its age
+    assert _names(background) == ["latest", *(layout.checkpoint_name(step) for step in (4, 6, 8))]
+
+
+def _full_disk_on_one_rank(path: str, overrides: list[str], reports: str) -> None:
+    import torch.distributed as dist
+
+    from megatron_cpt.errors import CptError
+
+    rank = dist.get_rank()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        train_here(path, overrides)
+    except CptError as error:
+        told = str(error)
+    else:
+        told = "nothing was raised"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    Path(reports, f"{rank}.txt").write_text(told)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_writer_that_fails_on_one_rank_is_one_clear_error_on_all(
+    short_run: Path, tmp_path: Path, background: str
+) -> None:
+    output = tmp_path / "out"
+    common = [f"output={output}", "checkpoint.every=3", f"checkpoint.async={background}"]
+    run_ranks(2, train_here, str(short_run), [*common, "stop_at_step=3"])
+    before = {path: path.read_bytes() for path in newest(output).iterdir()}
+    run_ranks(2, _full_disk_on_one_rank, str(short_run), common, str(tmp_path))
+    told = {rank: (tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
+    assert told[0] == told[1]
+    assert told[0].startswith("the checkpoint of step 6 was not written: rank 1: [Errno 27] File too large")
+    assert newest(output).name == "step-00000003"
+    assert {path: path.read_bytes() for path in newest(output).iterdir()} == before
+    run_ranks(2, train_here, str(short_run), [*common, "stop_at_step=6"])  # the disk has room again
+    assert _names(output) == ["latest", "step-00000003", "step-00000006"]
+
+
+def _stop_during_a_save(path: str, overrides: list[str]) -> tuple[int, bool]:
+    """SIGTERM to one rank while the writers of the first save stand still."""
+    import threading
+
+    import torch.distributed as dist
+
+    from megatron_cpt.checkpoint import save
+    from megatron_cpt.hooks import build_hooks
+    from megatron_cpt.train.hook import Hook
+    from megatron_cpt.train.run import run_training
+
+    may_write, was_in_flight = threading.Event(), []
+    write_files = save.write_files
+
+    def write_when_allowed(*args: object) -> object:
+        may_write.wait(60)
+        return write_files(*args)
+
+    class Stop(Hook):
+        def on_step(self, session) -> None:
+            if session.state.step == 3:
+                was_in_flight.append(not newest_is(session.output, 2))
+                if dist.get_rank() == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            if session.state.step == 4:
+                may_write.set()
+
+    save.write_files = write_when_allowed
+    try:
+        # the stop is seen at step 3 or 4; the save of step 2 is published before the one it asks for begins
+        threading.Timer(20, may_write.set).start()
+        status = run_training(path, overrides, (), lambda config: [*build_hooks(config), Stop()])
+    finally:
+        save.write_files = write_files
+    return status, was_in_flight == [True]
+
+
+def newest_is(output: Path, step: int) -> bool:
+    return (output / "checkpoints" / layout.checkpoint_name(step)).exists()
+
+
+def test_a_stop_waits_for_the_save_under_way_and_publishes_it(short_run: Path, tmp_path: Path) -> None:
+    overrides = [f"output={tmp_path}/out", "checkpoint.every=2", "checkpoint.async=true"]
+    results = run_ranks(2, _stop_during_a_save, str(short_run), overrides)
+    assert results == [(75, True)] * 2
+    first, last = _names(tmp_path / "out")[1], newest(tmp_path / "out")
+    assert first == "step-00000002"
+    assert last.name in ("step-00000003", "step-00000004")
+    for name in (first, last.name):
+        assert find_faults(tmp_path / "out" / "checkpoints" / name) == []
+
+
+def test_each_data_parallel_rank_writes_its_own_part_of_the_optimizer(both: tuple[Path, Path]) -> None:
+    """Nothing is gathered: the moments are spread over the files of both ranks, each byte once."""
+    waiting, _ = both
+    files = read_manifest(newest(waiting))
+    sizes = [sum(digest.size for name, digest in files.items() if name.startswith(f"__{rank}_")) for rank in (0, 1)]
+    plain = orjson.loads((newest(waiting) / "plan.json").read_bytes())
+    parameters = plain["parameters"]
+    # bf16 weights on rank 0; fp32 master weights and two moments, 12 bytes a parameter, half on each
+    assert sizes[1] == pytest.approx(6 * parameters, rel=0.15)
+    assert sizes[0] == pytest.approx(8 * parameters, rel=0.15)
+
+
+def test_a_run_whose_save_failed_is_said_to_have_failed(short_run: Path, tmp_path: Path) -> None:
+    """Without a handler the error ends the process."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(RankError, match="the checkpoint of step 2 was not written: rank 0"):
+        run_ranks(1, train_here, str(short_run), [f"output={tmp_path}/out"])

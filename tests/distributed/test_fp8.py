@@ -1,0 +1,112 @@
+"""Emulated FP8 in whole runs: the same for every layout, resumed to the bit, and what a lost history does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.checkpoints import differing
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import newest, read_metrics, small_run, train_here, train_several
+
+DELAYED = ["precision.fp8={backend: emulated, recipe: delayed, amax_history: 4}"]
+TENSORWISE = ["precision.fp8={backend: emulated, recipe: tensorwise, first_last_bf16: 1}"]
+LAYOUTS = {
+    "dp2": [],
+    "tp2": ["parallel.tensor=2", "parallel.sequence=true"],
+    "pp2": ["parallel.pipeline=2"],
+}
+
+
+def _losses(output: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(output)]
+
+
+def _without_histories(path: str, overrides: list[str]) -> int:
+    """Train on, but with the amax histories that the checkpoint brought set to nothing known."""
+    import torch
+
+    from megatron_cpt.checkpoint import sharded
+    from megatron_cpt.model.fp8_emulated import EmulatedFp8
+
+    load = sharded.load_model_state
+
+    def load_and_forget(chunks, state):
+        load(chunks, state)
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, EmulatedFp8):
+                    torch.nn.init.zeros_(module.amax_history)
+
+    sharded.load_model_state = load_and_forget
+    try:
+        return train_here(path, overrides)
+    finally:
+        sharded.load_model_state = load
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory.mktemp("fp8"))
+
+
+@pytest.mark.parametrize("recipe", [DELAYED, TENSORWISE], ids=["delayed", "tensorwise"])
+def test_a_layout_changes_nothing(run_file: Path, recipe: list[str]) -> None:
+    folder = run_file.parent / f"layouts-{len(recipe[0])}"
+    runs = [[*recipe, *layout, f"output={folder}/{name}", "stop_at_step=8"] for name, layout in LAYOUTS.items()]
+    runs.append([f"output={folder}/fp32", "stop_at_step=8"])
+    assert run_ranks(2, train_several, str(run_file), runs) == [[0] * len(runs)] * 2
+    one, plain = _losses(folder / "dp2"), _losses(folder / "fp32")
+    for name in ("tp2", "pp2"):
+        assert _losses(folder / name)[0] == pytest.approx(one[0], rel=1e-5)
+        # fp32 sums differ in their last digits from layout to layout; where such a digit decides how a value is
+        # rounded to FP8, the difference becomes one of FP8, and training carries it on
+        assert _losses(folder / name) == pytest.approx(one, rel=1e-3)
+    assert one == pytest.approx(plain, rel=0.02)
+    assert all(a != b for a, b in zip(one, plain, strict=True))
+
+
+def test_histories_survive_a_restart_and_another_layout(run_file: Path) -> None:
+    folder, bf16 = run_file.parent / "resume", [*DELAYED, "precision.compute=bf16"]
+    whole, halves, moved, forgot = (folder / name for name in ("whole", "halves", "moved", "forgot"))
+    first = [[*bf16, f"output={output}", "stop_at_step=10"] for output in (halves, moved, forgot)]
+    runs = [[*bf16, f"output={whole}"], *first, [*bf16, f"output={halves}"]]
+    runs.append([*bf16, f"output={moved}", "parallel.tensor=2", "stop_at_step=12"])
+    assert run_ranks(2, train_several, str(run_file), runs) == [[0] * len(runs)] * 2
+    assert differing(newest(whole), newest(halves)) == []
+    assert _losses(halves) == _losses(whole)
+    assert _losses(moved)[10] == pytest.approx(_losses(whole)[10], rel=1e-3)
+
+    # Without the history every scale is 1 again for a step, and E4M3 has steps of a tenth of a weight of 0.02.
+    assert run_ranks(2, _without_histories, str(run_file), [*bf16, f"output={forgot}"]) == [0, 0]
+    norms = {output: [line["grad_norm"] for line in read_metrics(output)] for output in (whole, forgot)}
+    assert norms[forgot][:10] == norms[whole][:10]
+    assert abs(norms[forgot][10] - norms[whole][10]) > 0.01 * norms[whole][10]
+    assert _losses(forgot)[10] != _losses(whole)[10]
+    assert differing(newest(whole), newest(forgot)) != []
+
+
+def test_a_checkpoint_without_histories_starts_new_ones(run_file: Path) -> None:
+    folder = run_file.parent / "init"
+    base = [f"output={folder}/base", "precision.compute=bf16", "stop_at_step=4"]
+    runs = [base]
+    for load in ("weights", "weights+optimizer"):
+        changes = [f"init.from={folder}/base", f"init.load={load}", "precision.compute=bf16", "stop_at_step=4"]
+        runs.append([*DELAYED, *changes, f"output={folder}/{load}"])
+    back = [f"init.from={folder}/weights", "precision.compute=bf16", f"output={folder}/back", "stop_at_step=2"]
+    assert run_ranks(2, train_several, str(run_file), [*runs, back]) == [[0] * 4] * 2
+    assert _losses(folder / "weights")[0] < 0.9 * _losses(folder / "base")[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", [DELAYED, TENSORWISE], ids=["delayed", "tensorwise"])
+def test_two_hundred_steps_stay_within_two_percent_of_bf16(tmp_path: Path, recipe: list[str]) -> None:
+    path = small_run(tmp_path, tokens=200 * 8 * 32, precision={"compute": "bf16"})
+    runs = [[f"output={tmp_path}/bf16"], [*recipe, f"output={tmp_path}/fp8"]]
+    assert run_ranks(2, train_several, str(path), runs, timeout=900) == [[0, 0]] * 2
+    bf16, fp8 = _losses(tmp_path / "bf16"), _losses(tmp_path / "fp8")
+    assert len(fp8) == 200
+    assert bf16[-1] < 0.8 * bf16[0]
+    last = slice(-20, None)
+    assert sum(fp8[last]) == pytest.approx(sum(bf16[last]), rel=0.02)

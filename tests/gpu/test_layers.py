@@ -1,0 +1,126 @@
+"""One model built twice on a GPU, from Transformer Engine's layers and from the local ones: the same function."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_cpt.backend import process_groups, seed_everything
+from megatron_cpt.config import draft_config
+from megatron_cpt.data.batch import Batch, make_batch
+from tests.unit.test_machine import RUN
+
+EOD, LENGTH, MICRO = 256, 128, 2
+NOTHING = ["speed={fused_cross_entropy: false, fused_rope: false, fused_activation: false, fused_bias_dropout: false}"]
+PRESETS = ["tiny_nemotron", "tiny_llama"]
+Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def _batch(*, reset_attention: bool = False) -> Batch:
+    rng = np.random.default_rng(1)
+    samples = [rng.integers(0, EOD, LENGTH + 1) for _ in range(MICRO)]
+    for sample, ends in zip(samples, ([9, 10, 70], [LENGTH - 1]), strict=True):
+        sample[ends] = EOD
+    return make_batch(samples, range(MICRO), eod_id=EOD, reset_attention=reset_attention)
+
+
+def _compute(*overrides: str, local: bool = False, batch: Batch | None = None) -> Result:
+    """Losses by source, and the gradient of every weight under megatron-core's checkpoint names."""
+    from megatron_cpt.model import build
+    from megatron_cpt.train.forward import ForwardPass
+
+    run = draft_config({**RUN, "seq_length": LENGTH}, [f"batch.micro={MICRO}", *overrides]).finish("run.yaml")
+    machine = build.read_machine()
+    patch = pytest.MonkeyPatch()
+    if local:
+        patch.setattr(build, "read_machine", lambda: dataclasses.replace(machine, transformer_engine=None))
+    try:
+        with process_groups(run.parallel) as ranks:
+            seed_everything(run.seed, pipeline_rank=0)
+            model = build.build_model(run)
+            assert model.spec == ("local" if local or machine.transformer_engine is None else "transformer_engine")
+            losses = ForwardPass(model, MICRO, 1, ranks.device)([batch or _batch()], train=True)
+            return losses, _gradients(model)
+    finally:
+        patch.undo()
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    """By the names of a checkpoint, which are the same for both kinds of layers."""
+    from megatron_cpt.checkpoint.sharded import unwrap
+
+    chunk = unwrap(model.chunks[0])
+    by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in chunk.parameters()}
+    gradients = {}
+    for name, entry in chunk.sharded_state_dict().items():
+        if isinstance(entry.data, torch.Tensor) and entry.data.data_ptr() in by_storage:
+            layer = re.search(r"layers\.(\d+)", name)
+            gradients[f"{entry.key} {layer[1] if layer else ''}"] = by_storage[entry.data.data_ptr()].clone()
+    return gradients
+
+
+def _assert_close(one: Result, other: Result, *, rtol: float) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=rtol, atol=0)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        error = (other[1][name].float() - gradient.float()).norm() / gradient.float().norm()
+        assert error < 20 * rtol, f"{name}: {error}"
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("preset", PRESETS)
+def test_both_specs_are_one_function(preset: str) -> None:
+    options = [f"model={preset}", "precision.compute=bf16", *NOTHING]
+    _assert_close(_compute(*options, local=True), _compute(*options), rtol=5e-3)
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("preset", PRESETS)
+def test_packed_documents_are_masked_documents(preset: str) -> None:
+    options, batch = [f"model={preset}", "precision.compute=bf16"], _batch(reset_attention=True)
+    masked, packed = _compute(*options, local=True, batch=batch), _compute(*options, batch=batch)
+    _assert_close(masked, packed, rtol=5e-3)
+    whole = _compute(*options)
+    assert not torch.allclose(whole[0], packed[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.te)], ids=["local", "te"])
+def test_fused_kernels_are_the_plain_ones(preset: str, local: bool) -> None:
+    options = [f"model={preset}", "precision.compute=bf16"]
+    _assert_close(_compute(*options, *NOTHING, local=local), _compute(*options, local=local), rtol=5e-3)
+
+
+@pytest.mark.te
+def test_fused_cross_entropy_is_torchs() -> None:
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(2, 8, 4096, device="cuda", generator=generator, dtype=torch.bfloat16) * 4
+    target = torch.randint(4096, (2, 8), device="cuda", generator=generator)
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    expected = torch.nn.functional.cross_entropy(ours.float().flatten(0, 1), target.flatten(), reduction="none")
+    # a copy, for the kernel writes the gradient over the logits
+    fused = parallel_cross_entropy(theirs * 1.0, target, 0.0, False, None)
+    torch.testing.assert_close(fused.flatten().float(), expected, rtol=1e-3, atol=1e-3)
+    expected.sum().backward()
+    fused.sum().backward()
+    torch.testing.assert_close(theirs.grad, ours.grad, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_gradients_of_fp8_point_where_those_of_bf16_do(recipe: str, can_compute) -> None:
+    section = f"precision.fp8={{recipe: {recipe}}}"
+    can_compute(section)
+    bf16, fp8 = _compute("precision.compute=bf16"), _compute("precision.compute=bf16", section)
+    torch.testing.assert_close(fp8[0], bf16[0], rtol=2e-2, atol=0)
+    for name, gradient in bf16[1].items():
+        if name.startswith("decoder.layers") and "linear" in name and gradient.dim() == 2:
+            cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), fp8[1][name].flatten(), dim=0)
+            assert cosine > 0.9, f"{name}: {cosine}"

@@ -1,0 +1,139 @@
+"""Faults that a run meets: flipped bits, cut files, full disks, and a death at one exact operation on a file."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_cpt.checkpoint.manifest import digest, manifest_text
+
+# What Python tells its audit hooks about changes of files: event -> where its arguments have (path, dir_fd).
+_CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "open": ((0, None),),
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),  # os.replace as well
+    "os.remove": ((0, 1),),  # os.unlink
+    "os.rmdir": ((0, 1),),
+    "os.link": ((1, 3),),
+    "os.truncate": ((0, None),),
+}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    """Turn over one bit of a file; `bit` counts from its start and wraps round at its end."""
+    byte, inside = divmod(bit % (8 * path.stat().st_size), 8)
+    with open(path, "r+b") as file:
+        file.seek(byte)
+        value = file.read(1)[0]
+        file.seek(byte)
+        file.write(bytes([value ^ (1 << inside)]))
+
+
+def cut(path: Path, size: int) -> None:
+    """Shorten a file to so many bytes."""
+    assert size < path.stat().st_size
+    os.truncate(path, size)
+
+
+def seal_again(checkpoint: Path) -> None:
+    """Write a manifest that fits what is in the folder now, as somebody would who means harm."""
+    names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
+    (checkpoint / "manifest.json").write_text(manifest_text({name: digest(checkpoint / name) for name in names}))
+
+
+def limit_file_size(size: int) -> None:
+    """From now on this process writes no file beyond so many bytes: the nearest to a full disk without a disk.
+
+    A write fails with EFBIG, for Python ignores the signal SIGXFSZ; a full disk says ENOSPC at the same place.
+    """
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+class Death:
+    """Kills this process and what it forked just before its n-th change of the files below a folder.
+
+    Changes are what Python's audit hooks report (create, open to write, rename, delete, make and remove folders), and
+    calls of `os.fsync`. They are counted over forked writers too, for the count lies in shared memory.
+
+    """
+
+    def __init__(self, folder: Path, number: int | None, journal: Path, *, power_cut: bool = False) -> None:
+        """Start to count.
+
+        Args:
+            folder: only changes below it count.
+            number: die before the change of this number, from 1; None: only count.
+            journal: a file outside of the folder that gets a line a change; its last line is what did not come.
+            power_cut: also cut every file in half that was written since and not synced: the disk keeps what `fsync`
+                returned for, and no more.
+        """
+        self._root = str(folder.resolve())
+        self._number = number
+        self._power_cut = power_cut
+        self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        self._count: Any = multiprocessing.get_context("fork").Value("i", 0)
+        self._synced: Any = os.memfd_create("synced")  # shared with forked writers
+        self._is_dying = False
+        for path in _files(self._root):
+            self._remember(os.stat(path))
+        os.setpgid(0, 0)
+        fsync = os.fsync
+
+        def counted_fsync(fd: Any) -> None:
+            fd = fd if isinstance(fd, int) else fd.fileno()
+            self._see("fsync", os.readlink(f"/proc/self/fd/{fd}"))
+            fsync(fd)
+            self._remember(os.fstat(fd))
+
+        os.fsync = counted_fsync
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+        places = _CHANGES.get(event)
+        if places is None or self._is_dying or (event == "open" and not (args[2] or 0) & _WRITES):
+            return
+        for path_at, fd_at in places:
+            if isinstance(args[path_at], str | bytes | os.PathLike):
+                self._see(event, _absolute(args[path_at], args[fd_at] if fd_at is not None else -1))
+                return
+
+    def _see(self, what: str, path: str) -> None:
+        if not path.startswith(self._root):
+            return
+        with self._count.get_lock():
+            self._count.value += 1
+            os.write(self._journal, f"{what} {os.path.relpath(path, self._root)}\n".encode())
+            if self._count.value == self._number:
+                self._die()
+
+    def _remember(self, stat: os.stat_result) -> None:
+        with self._count.get_lock():  # the kernel does not lock the position of a memfd
+            os.write(self._synced, f"{stat.st_ino} {stat.st_mtime_ns}\n".encode())
+
+    def _die(self) -> NoReturn:
+        self._is_dying = True
+        if self._power_cut:
+            synced = set(os.pread(self._synced, 1 << 24, 0).decode().splitlines())
+            for path in _files(self._root):
+                stat = os.stat(path)
+                if f"{stat.st_ino} {stat.st_mtime_ns}" not in synced:
+                    os.truncate(path, stat.st_size // 2)
+        os.killpg(0, signal.SIGKILL)
+        raise AssertionError("a process does not survive SIGKILL")
+
+
+def _files(root: str) -> list[str]:
+    return [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+
+
+def _absolute(path: Any, folder_fd: int) -> str:
+    path = os.fsdecode(path)
+    if not os.path.isabs(path) and folder_fd >= 0:
+        return os.path.join(os.readlink(f"/proc/self/fd/{folder_fd}"), path)
+    return os.path.abspath(path)

@@ -1,0 +1,130 @@
+"""Manifest, retention and records of a checkpoint, on folders made by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.manifest import digest, find_faults, manifest_text, sample
+from megatron_cpt.checkpoint.record import Record, read_json, read_plan, read_run, read_state
+from megatron_cpt.errors import RefusedError
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """40 shards and a text, with their manifest."""
+    folder = tmp_path / "step-00000007"
+    folder.mkdir()
+    for rank in range(20):
+        for number in range(2):
+            (folder / f"__{rank}_{number}.distcp").write_bytes(bytes([rank, number]) * 500)
+    (folder / "state.json").write_text("{}")
+    (folder / "manifest.json").write_text(manifest_text({path.name: digest(path) for path in folder.iterdir()}))
+    return folder
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def _shards(checkpoint: Path) -> list[str]:
+    return sorted(path.name for path in checkpoint.glob("__*"))
+
+
+def test_full_finds_a_flipped_bit_in_every_file(checkpoint: Path) -> None:
+    for name in (*_shards(checkpoint), "state.json"):
+        _flip(checkpoint / name)
+        assert find_faults(checkpoint, how="full") == [f"{name}: checksum differs: the content is damaged"]
+        _flip(checkpoint / name)
+    assert find_faults(checkpoint) == []
+
+
+def test_sampled_finds_it_in_its_sample_and_passes_over_the_rest_by_design(checkpoint: Path) -> None:
+    found = []
+    for name in (*_shards(checkpoint), "state.json"):
+        _flip(checkpoint / name)
+        if find_faults(checkpoint, how="sampled"):
+            found.append(name)
+        _flip(checkpoint / name)
+    assert found[-1] == "state.json"
+    assert len(found) == 3 + 1, "one shard in 16 of 40, and every text"
+    assert set(found) == sample(checkpoint, [*_shards(checkpoint), "state.json"])
+
+
+def test_another_checkpoint_is_judged_by_other_shards(checkpoint: Path) -> None:
+    names = _shards(checkpoint)
+    samples = [sample(checkpoint.with_name(layout.checkpoint_name(step)), names) for step in range(200)]
+    assert len(set().union(*samples)) == 40
+    assert samples == [sample(checkpoint.with_name(layout.checkpoint_name(step)), names) for step in range(200)]
+
+
+def test_none_looks_at_names_and_sizes_only(checkpoint: Path) -> None:
+    _flip(checkpoint / "__3_1.distcp")
+    _flip(checkpoint / "state.json")
+    assert find_faults(checkpoint, how="none") == []
+    (checkpoint / "__5_0.distcp").write_bytes(b"cut")
+    (checkpoint / "__6_0.distcp").unlink()
+    expected = ["__5_0.distcp: 3 bytes, should be 1000", "__6_0.distcp: missing"]
+    assert find_faults(checkpoint, how="none") == expected
+    assert [fault for fault in find_faults(checkpoint, how="sampled") if "checksum" not in fault] == expected
+
+
+@pytest.mark.parametrize("how", ["full", "sampled"])
+def test_ranks_that_share_the_work_find_what_one_finds(checkpoint: Path, how: str) -> None:
+    for name in _shards(checkpoint):
+        _flip(checkpoint / name)
+    shared = [find_faults(checkpoint, part=part, parts=3, how=how) for part in range(3)]
+    assert sorted(fault for part in shared for fault in part) == find_faults(checkpoint, how=how)
+    assert all(shared) or how == "sampled"
+
+
+def test_a_record_is_read_back(tmp_path: Path) -> None:
+    record = Record({"format_version": 1, "train": {"step": 7}}, "name: small\nseed: 7\n", {"steps": 20})
+    record.write(tmp_path)
+    assert read_state(tmp_path) == record.state
+    assert read_run(tmp_path) == {"name": "small", "seed": 7}
+    assert read_plan(tmp_path) == record.plan
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format_version": 99}', "format version 99, this software reads up to 1; update it"),
+        ('{"format_version": "new"}', "damaged: no format_version"),
+        ("{}", "damaged: no format_version"),
+        ("[1]", "damaged: not an object"),
+        ('{"format_version": 1', "missing or damaged"),
+    ],
+)
+def test_a_state_that_is_none_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(RefusedError, match=message):
+        read_state(tmp_path)
+
+
+def test_a_missing_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"plan\.json: missing or damaged"):
+        read_plan(tmp_path)
+    with pytest.raises(RefusedError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+
+
+def test_records_and_manifests_are_read_without_torch() -> None:
+    modules = "megatron_cpt.checkpoint.record, megatron_cpt.checkpoint.manifest"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_leftovers_are_told_from_checkpoints(tmp_path: Path) -> None:
+    for name in ("step-00000002", "step-100000000", ".step-00000003.tmp", ".step-00000001.deleted", ".other.tmp", "x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000009").write_text("a file")
+    assert [path.name for path in layout.list_checkpoints(tmp_path)] == ["step-00000002", "step-100000000"]
+    assert [path.name for path in layout.list_leftovers(tmp_path)] == [".step-00000001.deleted", ".step-00000003.tmp"]
+    assert layout.doomed(tmp_path / "step-00000001") == tmp_path / ".step-00000001.deleted"

@@ -1,0 +1,97 @@
+"""What a resume says about a run that is, or is not, the one that was saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_cpt.checkpoint.preflight import ALLOWABLE, find_changes, model_shape, refuse_unless_allowed
+from megatron_cpt.checkpoint.preflight_table import GoingOn, describe
+from megatron_cpt.cli.train import ALLOW_HELP
+from megatron_cpt.config import RunConfig, draft_config
+from megatron_cpt.errors import RefusedError
+
+HERE = GoingOn(step=41, samples={"web": 200, "code": 120}, rate=4.0e-4, saved_rate=4.0e-4)
+DATA = {"web": "a", "code": "b", "qa": "c"}
+
+
+def _config(data: dict[str, Any], *changes: str) -> RunConfig:
+    return draft_config(data, changes).finish("run.yaml")
+
+
+def _changes(data: dict[str, Any], *changes: str, tokenizers: tuple[str | None, str | None] = (None, None)):
+    return find_changes(_config(data).to_dict(), _config(data, *changes), DATA, DATA, tokenizers)
+
+
+def test_nothing_changed_is_one_line_that_says_what_was_compared(run_data: dict[str, Any]) -> None:
+    text = describe(_changes(run_data, "checkpoint.keep=3", "batch.micro=1", "log.every=1"), (), HERE)
+    assert "\n" not in text
+    assert text.startswith("preflight: nothing changed (")
+    for name in ("model", "batch", "seed", "blend", "schedule", "tokenizer", "data"):
+        assert name in text
+    assert "samples: 320 are read; the next follow in the same order" in text
+    assert "rate: 0.0004 at step 41; optimizer: moments and step go on" in text
+
+
+def test_the_table_has_what_changed_what_is_the_same_and_what_follows(run_data: dict[str, Any]) -> None:
+    changes = _changes(run_data, "schedule.max_lr=2e-3", "optimizer.betas=[0.9, 0.99]")
+    text = describe(changes, ["schedule"], GoingOn(41, HERE.samples, 8.0e-4, 4.0e-4))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    by_name = {row[0]: row for row in rows}
+    assert by_name["schedule"][1] == "allowed"
+    assert by_name["optimizer"][1] == "refused"
+    assert by_name["the rest"][1] == "same"
+    assert text.splitlines()[-3:] == [
+        "samples: 320 are read; the next follow in the same order",
+        "rate: 0.0008 at step 41, would have been 0.0004",
+        "optimizer: moments and step go on; what follows is changed by optimizer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("model.vocab=300", "vocab 257 -> 300"),
+        ("model.norm=rmsnorm", "norm "),
+        ("model.activation=gelu", "activation "),
+        ("model.rotary_percent=1.0", "rotary_percent 0.5 -> 1.0"),
+        ("model.rotary_base=500000", "rotary_base "),
+    ],
+)
+def test_what_would_load_and_train_wrong_is_refused_for_good(run_data: dict[str, Any], change: str, name: str) -> None:
+    changes = _changes(run_data, change)
+    with pytest.raises(RefusedError, match=rf"model: .*{name}.*[\s\S]*model cannot change within a run"):
+        refuse_unless_allowed(changes, [rule.rule.name for rule in changes], "step-00000040")
+
+
+def test_a_tokenizer_is_compared_by_its_content(run_data: dict[str, Any]) -> None:
+    moved = "tokenizer=sentencepiece:elsewhere/tokenizer.model"
+    assert _changes(run_data, moved, tokenizers=("abc", "abc")) == []
+    by_path = _changes(run_data, moved)
+    assert [change.rule.name for change in by_path] == ["tokenizer"], "where a content is not known, its path counts"
+    (changed,) = _changes(run_data, tokenizers=("abc", "abd"))
+    assert str(changed) == "tokenizer: content abc -> content abd: ids may mean other text from this step on"
+    with pytest.raises(RefusedError, match="to go on all the same: --allow tokenizer"):
+        refuse_unless_allowed([changed], (), "step-00000040")
+    refuse_unless_allowed([changed], ["tokenizer"], "step-00000040")
+
+
+def test_a_field_that_is_newer_than_the_checkpoint_has_not_changed(run_data: dict[str, Any]) -> None:
+    now = _config(run_data)
+    saved = now.to_dict()
+    for section, field in (("model", "qk_norm"), ("precision", "fp8"), ("documents", "eod_loss"), ("batch", "ramp_up")):
+        del saved[section][field]
+    assert find_changes(saved, now, DATA, DATA) == []
+    assert model_shape(saved) == model_shape(now.to_dict())
+
+
+def test_a_field_that_is_not_known_any_more_is_told(run_data: dict[str, Any]) -> None:
+    saved = _config(run_data).to_dict()
+    saved["model"]["sliding_window"] = 4096
+    (change,) = find_changes(saved, _config(run_data), DATA, DATA)
+    assert "sliding_window 4096 -> None" in str(change)
+
+
+def test_help_names_every_change_that_can_be_allowed() -> None:
+    assert ALLOW_HELP.endswith(f"{', '.join(ALLOWABLE)}.")
