@@ -14,6 +14,7 @@ import typer
 from megatron_cpt import __version__
 from megatron_cpt.cli.arguments import repeat_options
 from megatron_cpt.cli.check import check
+from megatron_cpt.cli.convert import app as convert_app
 from megatron_cpt.cli.inspect import inspect
 from megatron_cpt.cli.plan import plan
 from megatron_cpt.cli.preprocess import preprocess
@@ -37,6 +38,7 @@ app.command()(preprocess)
 app.command()(check)
 app.command()(inspect)
 app.command()(trace)
+app.add_typer(convert_app)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,229 @@
+"""A checkpoint -> a Hugging Face folder: streamed, resumable, published by one rename."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+from megatron_cpt.checkpoint.layout import MANIFEST_FILE, is_checkpoint, resolve_checkpoint
+from megatron_cpt.checkpoint.manifest import find_faults
+from megatron_cpt.config import ModelConfig
+from megatron_cpt.convert.families import Family, by_name, matching, read_model
+from megatron_cpt.convert.hf_writer import DEFAULT_SHARD_BYTES, HfWriter
+from megatron_cpt.convert.incoming import Incoming, find_side_files, open_incoming
+from megatron_cpt.convert.mapping import Rule, resolve
+from megatron_cpt.convert.safetensors_folder import CONFIG_FILE, read_json_object
+from megatron_cpt.convert.workplace import DTYPES, Advance, check_space, check_target, run_parallel, silent
+from megatron_cpt.errors import RefusedError, UserError
+
+BLOCK_BYTES = 256 << 20
+"""Rows that are in memory at a time, a thread."""
+
+_HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        dtype: `fp32`, `bf16` or `fp16`; None: as it is.
+        shard_bytes: of a safetensors file.
+        workers: threads; 0: all cores.
+        family: where neither the checkpoint nor the model says it.
+        files: a folder with config, tokenizer and generation files; None: those that an import kept.
+        model: a preset or file that says what a checkpoint of Megatron is.
+        verify: how much of the checkpoint's checksums to compare first: full, sampled or none.
+    """
+
+    dtype: str | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    workers: int = 0
+    family: str | None = None
+    files: Path | None = None
+    model: str | None = None
+    verify: str = "full"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported.
+
+    Attributes:
+        family: that it was exported as.
+        num_tensors, num_bytes: written.
+        num_kept: tensors of an earlier call that were kept.
+        side_files: names of the files that came along.
+        seconds: it took.
+    """
+
+    family: str
+    num_tensors: int
+    num_bytes: int
+    num_kept: int
+    side_files: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a Hugging Face tensor, the unit of work."""
+
+    rule: Rule
+    name: str
+    first: int
+    last: int
+
+
+def export_checkpoint(
+    source: Path, target: Path, options: ExportOptions | None = None, *, advance: Advance = silent
+) -> ExportReport:
+    """Export a checkpoint of ours, a run's newest one, or a checkpoint of Megatron.
+
+    Raises:
+        UserError: the source is not there, the target is, or the disk is too small.
+        RefusedError: the source is damaged, or no model of the family.
+    """
+    options = options or ExportOptions()
+    started = time.perf_counter()
+    check_target(target)
+    incoming = open_source(source, model=options.model, verify=options.verify)
+    side = find_side_files(options.files) if options.files is not None else dict(incoming.side_files)
+    family = find_family(incoming, side, options.family)
+    rules = resolve(family, incoming.model)
+    dtypes = {rule.megatron: _final_dtype(incoming, rule, options.dtype) for rule in rules}
+    shapes = {
+        name: (shape, dtypes[rule.megatron])
+        for rule in rules
+        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+    }
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+    check_space(target.parent, total, target.with_name(f"{target.name}.partial"))
+    writer = HfWriter(target, shapes, options.shard_bytes, source=repr(incoming.identity()))
+    try:
+        _write_tensors(incoming, rules, dtypes, writer, options.workers or os.cpu_count() or 1, advance)
+        names = _write_side_files(writer.folder, family, incoming.model, side, dtypes)
+        num_kept = len(writer.done)
+        writer.finish()
+    finally:
+        writer.close()
+    return ExportReport(family.name, len(shapes), total, num_kept, names, time.perf_counter() - started)
+
+
+def open_source(path: Path, *, model: str | None = None, verify: str = "full") -> Incoming:
+    """Open a checkpoint; one of ours is verified first.
+
+    Raises:
+        UserError: there is nothing like that.
+        RefusedError: it is damaged.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint or run directory")
+    if is_checkpoint(path) or (path / "checkpoints").is_dir():
+        path = resolve_checkpoint(path)
+    if (path / MANIFEST_FILE).is_file() and verify != "none":
+        faults = find_faults(path, how="sampled" if verify == "sampled" else "full")
+        if faults:
+            raise RefusedError(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
+    incoming = open_incoming(path, named_model=model)
+    if incoming.kind == "huggingface":
+        raise UserError(f"{path}: a Hugging Face folder already; give a checkpoint")
+    return incoming
+
+
+def find_family(incoming: Incoming, side: Mapping[str, Path], named: str | None) -> Family:
+    """The family to export as: the named one, the one it was imported from, or the first that can express it.
+
+    Raises:
+        UserError: the name is not known.
+        RefusedError: no family can express the model.
+    """
+    if named is not None:
+        return by_name(named)
+    if CONFIG_FILE in side:
+        return read_model(read_json_object(side[CONFIG_FILE]), side[CONFIG_FILE])[0]
+    if incoming.family is not None:
+        return by_name(incoming.family)
+    found = matching(incoming.model)
+    if not found:
+        raise RefusedError("no Hugging Face family has this model's norm, activation and biases; name one: --family")
+    return found[0]
+
+
+def blocks(rules: list[Rule], itemsize: int = 4) -> Iterator[Block]:
+    """All rows of all Hugging Face tensors, in parts that fit into memory."""
+    for rule in rules:
+        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True):
+            step = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
+            for first in range(0, shape[0], step):
+                yield Block(rule, name, first, min(shape[0], first + step))
+
+
+def read_block(incoming: Incoming, block: Block) -> torch.Tensor:
+    """The rows of a Hugging Face tensor, put together from a checkpoint."""
+    return block.rule.hf_rows(
+        block.name, block.first, block.last, lambda name, rows: incoming.read(name, rows.start, rows.stop)
+    )
+
+
+def _final_dtype(incoming: Incoming, rule: Rule, dtype: str | None) -> torch.dtype:
+    return DTYPES[dtype] if dtype is not None else incoming.forms[rule.megatron].dtype
+
+
+def _write_tensors(
+    incoming: Incoming,
+    rules: list[Rule],
+    dtypes: Mapping[str, torch.dtype],
+    writer: HfWriter,
+    workers: int,
+    advance: Advance,
+) -> None:
+    advance(0, writer.total_bytes)
+
+    def work(block: Block) -> None:
+        rows = read_block(incoming, block).to(dtypes[block.rule.megatron])
+        writer.write_rows(block.name, block.first, rows)
+        advance(rows.nbytes, writer.total_bytes)
+
+    run_parallel(work, [block for block in blocks(rules) if block.name not in writer.done], workers)
+
+
+def _write_side_files(
+    folder: Path, family: Family, model: ModelConfig, side: Mapping[str, Path], dtypes: Mapping[str, torch.dtype]
+) -> list[str]:
+    """Tokenizer and generation files as they came, and a config.json that says what the weights are now."""
+    dtype = _HF_DTYPES[next(iter(dtypes.values()))]
+    made = family.to_hf_config(model, dtype)
+    if CONFIG_FILE not in side:
+        (folder / CONFIG_FILE).write_bytes(orjson.dumps(made, option=orjson.OPT_INDENT_2))
+    elif _still_true(side[CONFIG_FILE], model, dtype):
+        shutil.copyfile(side[CONFIG_FILE], folder / CONFIG_FILE)
+    else:
+        config: dict[str, Any] = {**read_json_object(side[CONFIG_FILE]), **made}
+        config.pop("dtype", None)  # the newer name of torch_dtype
+        (folder / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+    for name, file in side.items():
+        if name != CONFIG_FILE:
+            shutil.copyfile(file, folder / name)
+    return sorted({*side, CONFIG_FILE})
+
+
+def _still_true(file: Path, model: ModelConfig, dtype: str) -> bool:
+    config = read_json_object(file)
+    _, there = read_model(config, file)
+    notes = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout"}
+    same = there.model_dump(exclude=notes) == model.model_dump(exclude=notes)
+    return same and config.get("dtype", config.get("torch_dtype", dtype)) == dtype

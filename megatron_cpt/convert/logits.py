@@ -1,0 +1,193 @@
+"""Our model's logits against those of `transformers`, on prompts, at any TP x PP: a collective job.
+
+The checkpoint is loaded into megatron-core's GPT as training loads it, and runs through its pipeline schedule; rank 0
+holds the result against the Hugging Face model. Both compute in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from megatron_cpt.backend import launched_rank, launched_world_size, process_groups
+from megatron_cpt.checkpoint.layout import RUN_FILE, is_checkpoint, resolve_checkpoint
+from megatron_cpt.checkpoint.record import read_run
+from megatron_cpt.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_cpt.errors import UserError
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Water boils at one hundred degrees Celsius because",
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+)
+_RANDOM_LENGTHS = (5, 17, 32)
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """How far the two are apart.
+
+    Attributes:
+        layout: TP x PP.
+        num_prompts, num_tokens: compared.
+        tokens: where the prompts' ids come from: `tokenizer` or `random ids`.
+        max_difference: of any logit.
+        mean_kl: Kullback-Leibler divergence of ours from transformers' in nats, mean over positions.
+        top1_agreement: share of positions where both put the same token first.
+    """
+
+    layout: str
+    num_prompts: int
+    num_tokens: int
+    tokens: str
+    max_difference: float
+    mean_kl: float
+    top1_agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def compare_logits(
+    hf: Path, checkpoint: Path, prompts: Sequence[str] | None = None, *, tensor: int = 1, pipeline: int = 1
+) -> LogitsReport | None:
+    """Compare the logits; every rank of the job calls it.
+
+    Args:
+        hf: a Hugging Face folder.
+        checkpoint: of ours.
+        prompts: texts; None: a few of our own. Without a tokenizer in the folder, random ids stand in for our own.
+        tensor, pipeline: the layout; as many processes as their product.
+
+    Returns:
+        The report on rank 0, None on the others.
+
+    Raises:
+        UserError: the number of processes does not fit, or there is no tokenizer for the prompts that were named.
+    """
+    if launched_world_size() != tensor * pipeline:
+        raise UserError(
+            f"--logits: TP {tensor} x PP {pipeline} takes {tensor * pipeline} processes, but {launched_world_size()} "
+            f"started; torchrun --nproc-per-node {tensor * pipeline} -m megatron_cpt convert verify ..."
+        )
+    path = resolve_checkpoint(checkpoint)
+    if not is_checkpoint(path) or not (path / RUN_FILE).is_file():
+        raise UserError(f"{checkpoint}: --logits needs a checkpoint of this software; import it first")
+    model = ModelConfig.model_validate(read_run(path)["model"])
+    ids, origin = _prompt_ids(hf, model, prompts)
+    ours = _our_logits(path, model, ids, tensor, pipeline)
+    if launched_rank() != 0:
+        return None
+    return _compare(ours, _hf_logits(hf, ids), f"TP {tensor} x PP {pipeline}", origin)
+
+
+def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> tuple[list[torch.Tensor], str]:
+    has_tokenizer = any((hf / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    if has_tokenizer:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
+        texts = prompts or PROMPTS
+        return [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts], "tokenizer"
+    if prompts:
+        raise UserError(f"--prompts: {hf} has no tokenizer to encode them; leave them out for random ids")
+    generator = torch.Generator().manual_seed(1234)
+    return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS], "random ids"
+
+
+def _our_logits(
+    path: Path, model: ModelConfig, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int
+) -> list[torch.Tensor]:
+    """(length, vocab) float32 for each prompt, the same on every rank."""
+    longest = max(len(ids) for ids in prompts)
+    run = inference_run(model, longest, ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=False))
+    with process_groups(run.parallel) as ranks:
+        # megatron-core reads torch.cuda when it is imported, and the process groups put the CPU in its place
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+        from megatron_cpt.checkpoint.load import load_weights
+        from megatron_cpt.model.build import build_model
+
+        chunks = build_model(run).chunks
+        load_weights(path, chunks)
+        for chunk in chunks:
+            chunk.eval()
+
+        def forward(ids: torch.Tensor, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            tokens = ids[None].to(ranks.device)
+            positions = torch.arange(len(ids), device=ranks.device)[None]
+            return chunk(tokens, positions, None), collect
+
+        def collect(logits: torch.Tensor, **_: Any) -> torch.Tensor:
+            whole: torch.Tensor = gather_from_tensor_model_parallel_region(logits)
+            return whole[0, :, : model.vocab].float().cpu()
+
+        results = []
+        for ids in prompts:
+            with torch.no_grad():
+                found = get_forward_backward_func()(
+                    forward_step_func=lambda iterator, chunk: forward(next(iterator), chunk),
+                    data_iterator=iter([ids]),
+                    model=list(chunks),
+                    num_microbatches=1,
+                    seq_length=len(ids),
+                    micro_batch_size=1,
+                    forward_only=True,
+                    collect_non_loss_data=True,
+                )
+            answer: list[Any] = [found[0] if found else None]
+            dist.broadcast_object_list(answer, src=dist.get_world_size() - 1)  # the last rank is on the last stage
+            results.append(answer[0])
+        return results
+
+
+def inference_run(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> RunConfig:
+    """A run of this model; what it would train on does not matter, nothing is opened."""
+    return RunConfig.model_validate(
+        {
+            "name": "logits",
+            "output": "unused",
+            "model": model.model_dump(mode="json"),
+            "seq_length": seq_length,
+            "batch": {"global": 1, "micro": 1},
+            "tokens": seq_length,
+            "schedule": {"max_lr": 1.0},
+            "sources": {"none": {"path": "unused"}},
+            "phases": [{"name": "none", "blend": {"none": 1.0}}],
+            "parallel": parallel.model_dump(mode="json"),
+            "precision": {"compute": "fp32"},
+            "recompute": {"granularity": "none"},
+        }
+    )
+
+
+def _hf_logits(hf: Path, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    with torch.no_grad():
+        return [model(ids[None]).logits[0].float() for ids in prompts]
+
+
+def _compare(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], layout: str, origin: str) -> LogitsReport:
+    difference, divergence, agreeing, num_tokens = 0.0, 0.0, 0, 0
+    for our, their in zip(ours, theirs, strict=True):
+        difference = max(difference, float((our - their).abs().max()))
+        log_ours, log_theirs = functional.log_softmax(our.double(), -1), functional.log_softmax(their.double(), -1)
+        divergence += float(functional.kl_div(log_ours, log_theirs, reduction="sum", log_target=True))
+        agreeing += int((our.argmax(-1) == their.argmax(-1)).sum())
+        num_tokens += len(our)
+    return LogitsReport(
+        layout, len(ours), num_tokens, origin, difference, max(0.0, divergence / num_tokens), agreeing / num_tokens
+    )

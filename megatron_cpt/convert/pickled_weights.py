@@ -1,0 +1,65 @@
+"""pytorch_model.bin: pickled shards, tensors only, one shard mapped at a time."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from pathlib import Path
+
+import torch
+
+from megatron_cpt.errors import RefusedError
+
+
+class PickledShards:
+    """Tensors of pickled shards.
+
+    torch's `weights_only` loading builds tensors and plain containers and calls nothing else. The storages are mapped,
+    and only the shard that was asked for last stays open, so that mapped pages never add up to the whole model.
+    """
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def open(self, file: Path) -> dict[str, torch.Tensor]:
+        """The tensors of one shard.
+
+        Raises:
+            RefusedError: it is damaged, asks for code, or holds something else.
+        """
+        if file != self._file:
+            self._file, self._tensors = None, {}
+            self._tensors = _load(file)
+            self._file = file
+        return self._tensors
+
+    def read(self, file: Path, name: str, rows: slice | None) -> torch.Tensor:
+        """A tensor of a shard, or rows of it, in memory of its own."""
+        with self._lock:
+            tensor = self.open(file)[name]
+        part = tensor if rows is None else tensor[rows]
+        return part.clone(memory_format=torch.contiguous_format)
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6: no zip
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RefusedError(f"{file}: holds more than tensors, or is damaged ({reason}): refused") from error
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise RefusedError(f"{file}: cannot be read: {reason}") from error
+    if not isinstance(state, dict):
+        raise RefusedError(f"{file}: holds a {type(state).__name__}, not tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise RefusedError(f"{file}: {name!r} is not a plain tensor under a name")
+    return state

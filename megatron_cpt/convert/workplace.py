@@ -1,0 +1,84 @@
+"""What import and export share: the name that must be free, the disk that must be large enough, threads, one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpt.data.durable import sync_folder
+from megatron_cpt.errors import RefusedError, UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Advance = Callable[[int, int], None]
+"""Called with the bytes done since the last call, and all of them."""
+
+
+def silent(_: int, __: int) -> None:
+    """No progress bar."""
+
+
+def check_target(target: Path) -> None:
+    """Is the name free?
+
+    Raises:
+        UserError: something is there.
+    """
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise UserError(f"{target}: exists already; remove it or choose another name")
+
+
+def check_space(folder: Path, needed: int, aside: Path) -> None:
+    """Is the disk large enough? What an earlier call has written counts.
+
+    Raises:
+        UserError: it is not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    there = sum(file.stat().st_blocks * 512 for file in aside.rglob("*") if file.is_file()) if aside.is_dir() else 0
+    if free + there < needed:
+        raise UserError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room or take another disk"
+        )
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Give a finished folder its name."""
+    if target.is_dir():
+        target.rmdir()  # empty: see `check_target`
+    sync_folder(aside)
+    os.rename(aside, target)
+    sync_folder(target.parent)
+
+
+def run_parallel(work: Callable[[Any], None], items: list[Any], workers: int) -> None:
+    """Call `work` on every item in threads; the first error ends the rest. Files and hashes release the lock."""
+    pool = ThreadPoolExecutor(max_workers=max(1, workers))
+    try:
+        for future in [pool.submit(work, item) for item in items]:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Are all weights numbers?
+
+    Raises:
+        RefusedError: one is not.
+    """
+    if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
+        return
+    low, high = torch.aminmax(tensor)  # one pass, no temporaries; NaN wins over everything
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise RefusedError(
+            f"{name}: holds weights that are not finite ({low.item()} to {high.item()}, as {tensor.dtype}); the source "
+            "is damaged or too large for this type; --allow-nan takes them as they are"
+        )

@@ -1,0 +1,127 @@
+"""Imported checkpoints in real jobs: logits of transformers at TP2 x PP2, any layout, and Megatron-LM's own files."""
+
+from __future__ import annotations
+
+import argparse
+import queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_cpt.config import ModelConfig
+from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
+from megatron_cpt.convert.incoming import open_incoming
+from megatron_cpt.convert.legacy import LegacyWeights
+from megatron_cpt.convert.logits import LogitsReport, compare_logits
+from megatron_cpt.convert.torch_dist_plan import Target
+from megatron_cpt.convert.torch_dist_reader import TorchDistWeights
+from tests.helpers.hf_models import FAMILY_CONFIGS, save_hf_model
+from tests.helpers.ranks import RankError, run_ranks
+from tests.helpers.runs import read_metrics, small_run, train_here, train_several
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FAMILY/hf and FAMILY/checkpoint of every family, cut for TP 2 x PP 2."""
+    base = tmp_path_factory.mktemp("convert")
+    for family in FAMILY_CONFIGS:
+        hf = save_hf_model(base / family / "hf", family, num_hidden_layers=4, vocab_size=259)
+        import_checkpoint(hf, base / family / "checkpoint", ImportOptions(target=Target(2, 2, 100_000)))
+    return base
+
+
+def _job_of_four(base: str) -> dict[str, Any]:
+    """Logits of every family; then a model of our own, saved by megatron-core and as Megatron-LM does."""
+    folder = Path(base)
+    reports = {
+        family: compare_logits(folder / family / "hf", folder / family / "checkpoint", tensor=2, pipeline=2)
+        for family in FAMILY_CONFIGS
+    }
+    _save_both_ways(folder)
+    return reports
+
+
+def _save_both_ways(folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megatron_cpt.backend import process_groups
+    from megatron_cpt.checkpoint.sharded import model_state, unwrap
+    from megatron_cpt.config import ParallelConfig
+    from megatron_cpt.convert.logits import inference_run
+    from megatron_cpt.model.build import build_model
+
+    model = open_incoming(folder / "llama" / "checkpoint").model
+    parallel = ParallelConfig(tensor=2, pipeline=2, sequence=False)
+    with process_groups(parallel) as ranks:
+        chunks = build_model(inference_run(model, 16, parallel)).chunks
+        # megatron-core's own loader, not ours: what was imported is a checkpoint of its format
+        state = dist_checkpointing.load(model_state(chunks), str(folder / "llama" / "checkpoint"))
+        unwrap(chunks[0]).load_state_dict(state["model0"], strict=False)
+        rank_folder = folder / "legacy" / f"mp_rank_{ranks.tensor_rank:02d}_{ranks.pipeline_rank:03d}"
+        rank_folder.mkdir(parents=True)
+        arguments = argparse.Namespace(swiglu=True, num_layers=4)
+        torch.save({"args": arguments, "model": unwrap(chunks[0]).state_dict()}, rank_folder / "model_optim_rng.pt")
+        if dist.get_rank() == 0:
+            (folder / "torch_dist").mkdir()
+        dist.barrier()
+        if getattr(filesystem_async, "_results_queue", False) is None:
+            # else megatron-core starts a process for the queue of results, seconds of imports that outlive the test
+            filesystem_async._results_queue = queue.Queue()
+        dist_checkpointing.save(model_state(chunks), str(folder / "torch_dist"))
+
+
+@pytest.fixture(scope="module")
+def reports(imported: Path) -> dict[str, LogitsReport]:
+    results: list[dict[str, LogitsReport]] = run_ranks(4, _job_of_four, str(imported), timeout=300)
+    return results[0]
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_logits_at_tp2_pp2(reports: dict[str, LogitsReport], family: str) -> None:
+    report = reports[family]
+    assert report.max_difference < 1e-4
+    assert report.mean_kl < 1e-8
+    assert report.top1_agreement == 1.0
+    assert (report.layout, report.num_tokens) == ("TP 2 x PP 2", 54)
+
+
+@pytest.mark.usefixtures("reports")
+@pytest.mark.parametrize("kind", ["torch_dist", "legacy"])
+def test_what_megatron_core_wrote_is_what_was_imported(imported: Path, kind: str) -> None:
+    """The weights went through megatron-core's loader at TP2 x PP2, and out through both of its formats."""
+    written = (TorchDistWeights if kind == "torch_dist" else LegacyWeights)(imported / kind)
+    source = open_incoming(imported / "llama" / "hf")
+    assert set(written.tensors) == set(source.forms)
+    for name, form in source.forms.items():
+        assert torch.equal(written.read(name), source.read(name, 0, form.shape[0])), name
+
+
+def test_training_starts_from_it_in_any_layout(imported: Path, tmp_path: Path) -> None:
+    checkpoint = imported / "nemotron" / "checkpoint"
+    run = small_run(tmp_path, model=_model(checkpoint), init={"from": str(checkpoint)})
+    layouts = {
+        "tp2": ["parallel.tensor=2"],
+        "pp2": ["parallel.pipeline=2"],
+        "vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    }
+    runs = [["stop_at_step=1", f"output={tmp_path}/{name}", *changes] for name, changes in layouts.items()]
+    run_ranks(2, train_several, str(run), runs)
+    losses = [read_metrics(tmp_path / name)[0]["loss"] for name in layouts]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_there_is_no_optimizer_in_it(imported: Path, tmp_path: Path) -> None:
+    checkpoint = imported / "nemotron" / "checkpoint"
+    init = {"from": str(checkpoint), "load": "weights+optimizer"}
+    run = small_run(tmp_path, model=_model(checkpoint), init=init)
+    with pytest.raises(RankError, match=r"imported from weights alone.*take init\.load=weights"):
+        run_ranks(1, train_here, str(run))
+
+
+def _model(checkpoint: Path) -> dict[str, Any]:
+    model: ModelConfig = open_incoming(checkpoint).model
+    return model.model_dump(mode="json")

@@ -1,0 +1,89 @@
+"""Tiny Hugging Face models of every family, with random weights, in memory or as folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # unlike hidden / heads
+    "max_position_embeddings": 64,
+}
+
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "nemotron": {"model_type": "nemotron", "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "llama": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "smollm": {"model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "tie_word_embeddings": True},
+}
+"""What each family's config.json has beside the sizes; families whose real models tie their embeddings do so here."""
+
+
+def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
+    """Keys of a small config.json; `changes` win."""
+    return {**_SIZES, **FAMILY_CONFIGS[family], **changes}
+
+
+def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
+    """A transformers model in fp32 whose weights (norms and biases too) are all random."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(config)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config.pop("model_type"), **config), dtype=torch.float32, attn_implementation="eager"
+        )
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model.eval()
+
+
+def hf_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors that `save_pretrained` would write: shared weights once."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def save_hf_model(
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **changes: Any,
+) -> Path:
+    """Write a tiny model as transformers does; returns the folder.
+
+    Args:
+        folder: where to; made if need be.
+        family: a key of `FAMILY_CONFIGS`.
+        seed: of the weights.
+        dtype: of the weights.
+        max_shard_size: such as "20KB", for several shards with an index.
+        changes: keys of config.json.
+    """
+    model = build_hf_model(tiny_config(family, **changes), seed).to(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
