@@ -15,7 +15,9 @@ from megatron_cpt import __version__
 from megatron_cpt.cli.arguments import repeat_options
 from megatron_cpt.cli.check import check
 from megatron_cpt.cli.convert import app as convert_app
+from megatron_cpt.cli.doctor import doctor
 from megatron_cpt.cli.inspect import inspect
+from megatron_cpt.cli.launch import WordsCommand, launch
 from megatron_cpt.cli.plan import plan
 from megatron_cpt.cli.preprocess import preprocess
 from megatron_cpt.cli.trace import trace
@@ -34,6 +36,8 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(train)
+app.command(cls=WordsCommand)(launch)
+app.command()(doctor)
 app.command()(preprocess)
 app.command()(check)
 app.command()(inspect)

@@ -1,0 +1,61 @@
+"""The launcher's decisions."""
+
+from __future__ import annotations
+
+import pytest
+
+import megatron_cpt.launch
+from megatron_cpt.backend.signals import STOP_SIGNALS
+from megatron_cpt.cli import main
+from megatron_cpt.errors import UserError
+from megatron_cpt.launch import check_options, report, with_defaults
+from megatron_cpt.launch.supervise import combine
+
+
+def test_one_status_for_a_node() -> None:
+    assert combine([0, 0], is_sound=True) == 0
+    assert combine([0, 75], is_sound=True) == 75
+    assert combine([75, None], is_sound=False) == 1
+    assert combine([None, 3], is_sound=False) == 3
+    assert combine([3, 2], is_sound=True) == 2
+    assert combine([1, 0], is_sound=True) == 1
+
+
+def test_one_node_needs_no_port_of_its_own() -> None:
+    assert with_defaults(["--nproc-per-node=8"], {}) == ["--standalone", "--nproc-per-node=8"]
+    assert with_defaults(["--nnodes", "2"], {}) == ["--nnodes", "2"]
+    assert with_defaults(["--rdzv_endpoint=a:1"], {}) == ["--rdzv_endpoint=a:1"]
+    assert with_defaults([], {"PET_NNODES": "2"}) == []
+    assert with_defaults(["--nnodes=2", "--log-dir=x"], {}) == ["--tee", "3", "--nnodes=2", "--log-dir=x"]
+    assert with_defaults(["--nnodes=2", "--log-dir=x", "-r", "3"], {}) == ["--nnodes=2", "--log-dir=x", "-r", "3"]
+
+
+@pytest.mark.parametrize("option", ["-m", "--module", "--no-python", "--signals_to_handle=SIGINT"])
+def test_what_the_launcher_needs_is_refused(option: str) -> None:
+    with pytest.raises(UserError, match="is not an option here"):
+        check_options(["--nnodes", "2", option])
+
+
+def test_the_rank_knows_the_signals_that_training_handles() -> None:
+    assert set(report.STOP_SIGNALS) == set(STOP_SIGNALS)
+
+
+def test_options_and_command_are_parted_at_the_first_double_dash(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        megatron_cpt.launch, "supervise", lambda options, command: seen.extend([options, command]) or 75
+    )
+    words = ["--nnodes", "2", "--tee=3", "--", "train", "run.yaml", "seed=2", "--allow", "blend", "--", "x"]
+    assert main(["launch", *words]) == 75
+    assert seen == [["--nnodes", "2", "--tee=3"], ["train", "run.yaml", "seed=2", "--allow", "blend", "--", "x"]]
+
+
+@pytest.mark.parametrize("words", [["--nnodes=2"], ["--nnodes=2", "--"], ["--nnodes=2", "--", "plan", "run.yaml"]])
+def test_a_command_that_ranks_run_is_needed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", *words]) == 2
+    assert "give the command after --" in capsys.readouterr().err
+
+
+def test_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "--help"]) == 0
+    assert "torchrun options" in capsys.readouterr().out
