@@ -1,0 +1,294 @@
+"""One small run under faults: it is started again and again, as a scheduler would, until it is done.
+
+Every fault must be seen to have hit, by what it did, or it does not count; and every start must go on from the newest
+checkpoint that is sound, or the drill fails.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import orjson
+
+from megatron_cpt.checkpoint.layout import LATEST_FILE, checkpoints_folder, list_checkpoints
+from megatron_cpt.checkpoint.manifest import find_faults
+from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, RefusedError
+from tests.helpers.faults import Death, cut, flip_bit
+from tests.helpers.job import Job
+
+NUM_RANKS = 4
+PATIENCE_SECONDS = 150.0  # for a rank to begin, to make a step, to end; a loaded machine is slow
+GRACE_SECONDS = 30.0  # for the other ranks to follow one that ended badly, as torchrun gives them
+
+
+class DrillError(AssertionError):
+    """The run did what it must never do; the message has its output."""
+
+
+@dataclass
+class Tally:
+    """What happened.
+
+    Attributes:
+        faults: that hit, by kind.
+        missed: that were tried and had no effect.
+        lives: starts of the job.
+        recoveries: starts after a fault that went on where they should.
+        steps_done, steps_lost, most_steps_lost: steps that count; done again after a fault; at most by one fault.
+        passed_over: broken checkpoints that a start found and named.
+        launcher_kills: ranks that did not follow a dead one by themselves (a stopped one cannot, and does not count).
+        seconds_down: from the end of a life to the next one's first step.
+    """
+
+    faults: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
+    lives: int = 0
+    recoveries: int = 0
+    steps_done: int = 0
+    steps_lost: int = 0
+    most_steps_lost: int = 0
+    passed_over: int = 0
+    launcher_kills: int = 0
+    seconds_down: list[float] = field(default_factory=list)
+
+
+class Drill:
+    """A run directory, and what is done to it."""
+
+    def __init__(self, run_file: Path, output: Path, overrides: list[str], rng: random.Random, tally: Tally) -> None:
+        self.output, self.folder = output, checkpoints_folder(output)
+        self.arguments = [str(run_file), f"output={output}", *overrides]
+        self.rng, self.tally = rng, tally
+        self._ended: float | None = None
+        self._last_step = 0  # that the life before had done
+
+    def live(self, kind: str | None) -> int:
+        """One life of the job, with a fault of this kind in it; None: without.
+
+        Returns:
+            Its exit status.
+
+        Raises:
+            DrillError: it started over, went on from something wrong, hung, or ended as it should not.
+        """
+        harm = IN_LIFE[kind] if kind else None
+        sound = self.newest_sound()
+        found = self.published()
+        before = self.metrics_inode()
+        prepare = self.death() if kind == "death at a change of a file" else None
+        with Job(NUM_RANKS, self.arguments, self.output.parent / "logs", prepare=prepare) as job:
+            self.tally.lives += 1
+            began = self.wait_for_step(job, sound + 1, before)
+            self._note_start(job, sound, found, began)
+            if harm is not None and began:
+                self.wait_for_step(job, sound + self.rng.randint(1, 5), before)
+                time.sleep(self.rng.uniform(0, 0.2))
+                harm(self, job)
+            try:
+                status = job.wait(timeout=PATIENCE_SECONDS if kind else 10 * PATIENCE_SECONDS, grace=GRACE_SECONDS)
+            except TimeoutError:
+                self._fail(job, f"hung under {kind}" if kind != "full disk" else "went on, or hung, on a full disk")
+            self._ended = time.monotonic()
+            if began:
+                self._last_step = self.last_step()
+            self._judge(job, kind, status)
+        return status
+
+    def harm_files(self, kind: str) -> bool:
+        """Harm the files of the run while nothing runs; whether there was anything to harm."""
+        newest = self.folder / f"step-{self.newest_sound():08d}"
+        if len(self._sound_steps()) < 2:  # one sound checkpoint must stay, or the run has to be refused
+            return False
+        AT_REST[kind](self, newest)
+        self.tally.faults[kind] += 1
+        return True
+
+    def published(self) -> list[str]:
+        """Names of the checkpoints."""
+        return [path.name for path in list_checkpoints(self.folder)]
+
+    def newest_sound(self) -> int:
+        """Step of the newest checkpoint that is whole; 0: none."""
+        return max(self._sound_steps(), default=0)
+
+    def last_step(self) -> int:
+        """The last step that metrics.jsonl knows."""
+        path = self.output / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last \n is half a line
+        return max((int(orjson.loads(line)["step"]) for line in lines[-1:]), default=0)
+
+    def metrics_inode(self) -> int:
+        """Changes as soon as a life has taken the file over."""
+        path = self.output / "metrics.jsonl"
+        return path.stat().st_ino if path.exists() else 0
+
+    def wait_for_step(self, job: Job, step: int, inode_before: int) -> bool:
+        """Wait until this life has done a step; False: it ended before that."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.metrics_inode() == inode_before or self.last_step() < step:
+            if not job.is_running():
+                return False
+            if time.monotonic() > deadline:
+                self._fail(job, f"did not come to step {step}")
+            time.sleep(0.005)
+        return True
+
+    def death(self) -> Callable[[int], None]:
+        """What a rank is told that dies before some change of a file."""
+        rank = self.rng.randrange(NUM_RANKS)
+        number = self.rng.randint(1, 60 if rank == 0 else 12)  # the main rank writes most of the files
+        return partial(_die_later, rank, number, str(self.output))
+
+    def _sound_steps(self) -> list[int]:
+        return [int(path.name.removeprefix("step-")) for path in list_checkpoints(self.folder) if _is_sound(path)]
+
+    def _note_start(self, job: Job, sound: int, found: list[str], began: bool) -> None:
+        output = job.output()
+        origin = re.search(r"going on from \S+/step-(\d+)", output)
+        if not began and origin is None:
+            return  # it died before it said so
+        if (int(origin[1]) if origin else 0) != sound:
+            self._fail(job, f"went on from step {origin[1] if origin else 0}, the newest sound one is {sound}")
+        newer = {name for name in found if int(name.removeprefix("step-")) > sound}
+        named = set(re.findall(r"checkpoint \S+/(step-\d+) is broken and passed over", output))
+        if named != newer:
+            self._fail(job, f"passed over {sorted(named)}, broken are {sorted(newer)}")
+        self.tally.passed_over += len(newer)
+        lost, self._last_step = max(self._last_step - sound, 0), sound
+        self.tally.steps_lost += lost
+        self.tally.most_steps_lost = max(self.tally.most_steps_lost, lost)
+        if self._ended is not None:
+            self.tally.recoveries += 1
+            self.tally.seconds_down.append(time.monotonic() - self._ended)
+
+    def _judge(self, job: Job, kind: str | None, status: int) -> None:
+        if status == EXIT_OK:
+            self.tally.missed.update([kind] if kind else [])
+            return
+        if kind is None:
+            self._fail(job, f"ended with status {status} without a fault")
+        statuses = job.statuses()
+        if kind in ("SIGTERM to all", "SIGTERM to one rank", "SIGUSR1 to all", "SIGTERM twice"):
+            if status != EXIT_STOPPED or self.newest_sound() != self._last_step:
+                self._fail(job, f"{kind}: statuses {statuses}, saved step {self.newest_sound()} of {self._last_step}")
+        elif kind == "full disk":
+            if status != EXIT_FAILURE or "File too large" not in job.output():
+                self._fail(job, f"full disk: statuses {statuses}")
+        elif status != EXIT_FAILURE or -signal.SIGKILL not in statuses:
+            self._fail(job, f"{kind}: statuses {statuses}")
+        elif kind == "kill in a save" and not list(self.folder.glob(".step-*")):
+            kind = "kill"  # the save was over before the signal came
+        if kind == "SIGSTOP":
+            if len(job.left_behind) != 1:
+                self._fail(job, f"SIGSTOP: ranks {job.left_behind} had to be killed, not the stopped one alone")
+        else:
+            self.tally.launcher_kills += len(job.left_behind)
+        self.tally.faults[str(kind)] += 1
+
+    def _fail(self, job: Job, what: str) -> None:
+        job.kill()
+        raise DrillError(f"{what}\n{self.output}: {self.published()}\n{job.output()}")
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    try:
+        return not find_faults(checkpoint)
+    except RefusedError:
+        return False
+
+
+def _die_later(dying_rank: int, number: int, output: str, rank: int) -> None:
+    if rank == dying_rank:
+        Death(Path(output), number, Path(f"{output}.journal"))
+
+
+def _signal(number: signal.Signals, drill: Drill, job: Job) -> None:
+    job.send(number)
+
+
+def _signal_one(number: signal.Signals, drill: Drill, job: Job) -> None:
+    job.send(number, drill.rng.randrange(NUM_RANKS))
+
+
+def _signal_twice(drill: Drill, job: Job) -> None:
+    job.send(signal.SIGTERM)
+    time.sleep(drill.rng.uniform(0, 0.2))
+    job.send(signal.SIGTERM)
+
+
+def _kill_in_a_save(drill: Drill, job: Job) -> None:
+    old = set(drill.folder.glob(".step-*"))
+    while job.is_running() and not set(drill.folder.glob(".step-*")) - old:
+        time.sleep(0.001)
+    time.sleep(drill.rng.uniform(0, 0.1))
+    job.send(signal.SIGKILL, drill.rng.randrange(NUM_RANKS))
+
+
+def _fill_disk(drill: Drill, job: Job) -> None:
+    """A size that logs and metrics stay below, and shards do not."""
+    limit = (drill.rng.randint(40_000, 90_000), resource.RLIM_INFINITY)
+    resource.prlimit(job.pids[drill.rng.randrange(NUM_RANKS)], resource.RLIMIT_FSIZE, limit)
+
+
+def _nothing(drill: Drill, job: Job) -> None:
+    """The rank carries its fault in itself."""
+
+
+def _any_file(drill: Drill, checkpoint: Path) -> Path:
+    return drill.rng.choice(sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size))
+
+
+def _flip(drill: Drill, checkpoint: Path) -> None:
+    path = _any_file(drill, checkpoint)
+    flip_bit(path, drill.rng.randrange(8 * path.stat().st_size))
+
+
+def _cut(drill: Drill, checkpoint: Path) -> None:
+    path = _any_file(drill, checkpoint)
+    cut(path, drill.rng.randrange(path.stat().st_size))
+
+
+def _remove(drill: Drill, checkpoint: Path) -> None:
+    _any_file(drill, checkpoint).unlink()
+
+
+def _spoil_latest(drill: Drill, checkpoint: Path) -> None:
+    content = drill.rng.choice([b"", os.urandom(40), b"step-99999999\n", b"../../somewhere\n"])
+    (drill.folder / LATEST_FILE).write_bytes(content)
+
+
+def _half_a_save(drill: Drill, checkpoint: Path) -> None:
+    """What a save leaves whose step never comes again."""
+    shutil.copytree(checkpoint, drill.folder / ".step-99999998.tmp", dirs_exist_ok=True)
+
+
+IN_LIFE: dict[str, Callable[[Drill, Job], None]] = {
+    "kill": partial(_signal_one, signal.SIGKILL),
+    "kill of all": partial(_signal, signal.SIGKILL),
+    "kill in a save": _kill_in_a_save,
+    "death at a change of a file": _nothing,
+    "SIGTERM to all": partial(_signal, signal.SIGTERM),
+    "SIGTERM to one rank": partial(_signal_one, signal.SIGTERM),
+    "SIGUSR1 to all": partial(_signal, signal.SIGUSR1),
+    "SIGTERM twice": _signal_twice,
+    "SIGSTOP": partial(_signal_one, signal.SIGSTOP),
+    "full disk": _fill_disk,
+}
+AT_REST: dict[str, Callable[[Drill, Path], None]] = {
+    "bit flipped": _flip,
+    "file cut": _cut,
+    "file missing": _remove,
+    "latest spoilt": _spoil_latest,
+    "half a save left over": _half_a_save,
+}
