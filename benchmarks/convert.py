@@ -273,8 +273,8 @@ def measure_15b(folder: Path, layers: int) -> dict[str, Any]:
         **result,
         "times_cp": {name: round(result[name]["seconds"] / mean, 2) for name in names},
         "peak_disk_gigabytes": round(disk[0], 2),
-        "note": "cp with fsync, once before and once after; each step from a cold page cache; export verifies the "
-        "checkpoint's checksums first, which reads it twice",
+        "note": "cp with fsync, once before and once after; each step from a cold page cache; imports of "
+        "libraries not counted; export verifies the checkpoint's checksums first, and so reads it twice",
     }
 
 
@@ -296,7 +296,7 @@ def copy_folder(source: Path, target: Path) -> dict[str, float]:
 
 
 def is_equal(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a folder holds the weights of `make_folder` and no others, to the bit, as safetensors reads them."""
+    """Whether a folder holds the weights of `make_folder` and no others to the bit; read by the safetensors package."""
     import torch
     from safetensors import safe_open
 

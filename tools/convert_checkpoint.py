@@ -67,6 +67,8 @@ def convert(options: argparse.Namespace) -> None:
         raise UserError("--checkpoint-type meta: not supported; take the Hugging Face version of the model")
     if options.no_checking:
         raise UserError("--no-checking: not supported; every tensor is accounted for")
+    if min(options.target_tensor_parallel_size, options.target_pipeline_parallel_size) < 1:
+        raise UserError("--target-tensor-parallel-size and --target-pipeline-parallel-size: at least 1")
     if options.bf16 and options.fp16:
         raise UserError("--bf16 and --fp16: one of them")
     dtype = "bf16" if options.bf16 else "fp16" if options.fp16 else None

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,23 @@ from typing import Any
 import orjson
 import torch
 
-from megatron_cpt.checkpoint.layout import MANIFEST_FILE, is_checkpoint, resolve_checkpoint
-from megatron_cpt.checkpoint.manifest import find_faults
+from megatron_cpt.checkpoint.manifest import Verify
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.families import Family, by_name, matching, read_model
-from megatron_cpt.convert.hf_writer import DEFAULT_SHARD_BYTES, HfWriter
+from megatron_cpt.convert.families import Family, by_name, detect, matching, read_model
+from megatron_cpt.convert.hf_writer import DEFAULT_SHARD_BYTES, HfWriter, work_folder
 from megatron_cpt.convert.incoming import Incoming, find_side_files, open_incoming
 from megatron_cpt.convert.mapping import Rule, resolve
 from megatron_cpt.convert.safetensors_folder import CONFIG_FILE, read_json_object
-from megatron_cpt.convert.workplace import DTYPES, Advance, check_space, check_target, run_parallel, silent
+from megatron_cpt.convert.workplace import (
+    DTYPES,
+    Advance,
+    cast,
+    check_space,
+    check_target,
+    reserved,
+    run_parallel,
+    silent,
+)
 from megatron_cpt.errors import RefusedError, UserError
 
 BLOCK_BYTES = 256 << 20
@@ -51,7 +60,7 @@ class ExportOptions:
     family: str | None = None
     files: Path | None = None
     model: str | None = None
-    verify: str = "full"
+    verify: Verify = "full"
 
 
 @dataclass(frozen=True)
@@ -111,19 +120,17 @@ def export_checkpoint(
         for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
     }
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
-    check_space(target.parent, total, target.with_name(f"{target.name}.partial"))
-    writer = HfWriter(target, shapes, options.shard_bytes, source=repr(incoming.identity()))
-    try:
-        _write_tensors(incoming, rules, dtypes, writer, options.workers or os.cpu_count() or 1, advance)
-        names = _write_side_files(writer.folder, family, incoming.model, side, dtypes)
-        num_kept = len(writer.done)
-        writer.finish()
-    finally:
-        writer.close()
-    return ExportReport(family.name, len(shapes), total, num_kept, names, time.perf_counter() - started)
+    aside = work_folder(target)
+    with reserved(target, aside):
+        check_space(target.parent, total, aside)
+        with closing(HfWriter(target, shapes, options.shard_bytes, source=repr(incoming.identity()))) as writer:
+            _write_tensors(incoming, rules, dtypes, writer, options.workers or os.cpu_count() or 1, advance)
+            names = _write_side_files(writer.folder, family, incoming.model, side, dtypes)
+            writer.finish()
+    return ExportReport(family.name, len(shapes), total, len(writer.done), names, time.perf_counter() - started)
 
 
-def open_source(path: Path, *, model: str | None = None, verify: str = "full") -> Incoming:
+def open_source(path: Path, *, model: str | None = None, verify: Verify = "full") -> Incoming:
     """Open a checkpoint; one of ours is verified first.
 
     Raises:
@@ -132,13 +139,7 @@ def open_source(path: Path, *, model: str | None = None, verify: str = "full") -
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint or run directory")
-    if is_checkpoint(path) or (path / "checkpoints").is_dir():
-        path = resolve_checkpoint(path)
-    if (path / MANIFEST_FILE).is_file() and verify != "none":
-        faults = find_faults(path, how="sampled" if verify == "sampled" else "full")
-        if faults:
-            raise RefusedError(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
-    incoming = open_incoming(path, named_model=model)
+    incoming = open_incoming(path, named_model=model, verify=verify)
     if incoming.kind == "huggingface":
         raise UserError(f"{path}: a Hugging Face folder already; give a checkpoint")
     return incoming
@@ -191,10 +192,16 @@ def _write_tensors(
     workers: int,
     advance: Advance,
 ) -> None:
-    advance(0, writer.total_bytes)
+    kept = [
+        math.prod(shape) * dtypes[rule.megatron].itemsize
+        for rule in rules
+        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+        if name in writer.done
+    ]
+    advance(sum(kept), writer.total_bytes)
 
     def work(block: Block) -> None:
-        rows = read_block(incoming, block).to(dtypes[block.rule.megatron])
+        rows = cast(block.name, read_block(incoming, block), dtypes[block.rule.megatron])
         writer.write_rows(block.name, block.first, rows)
         advance(rows.nbytes, writer.total_bytes)
 
@@ -206,13 +213,11 @@ def _write_side_files(
 ) -> list[str]:
     """Tokenizer and generation files as they came, and a config.json that says what the weights are now."""
     dtype = _HF_DTYPES[next(iter(dtypes.values()))]
-    made = family.to_hf_config(model, dtype)
-    if CONFIG_FILE not in side:
-        (folder / CONFIG_FILE).write_bytes(orjson.dumps(made, option=orjson.OPT_INDENT_2))
-    elif _still_true(side[CONFIG_FILE], model, dtype):
+    config = _kept_config(family, side)
+    if config and _still_true(config, side[CONFIG_FILE], model, dtype):
         shutil.copyfile(side[CONFIG_FILE], folder / CONFIG_FILE)
     else:
-        config: dict[str, Any] = {**read_json_object(side[CONFIG_FILE]), **made}
+        config |= family.to_hf_config(model, dtype)
         config.pop("dtype", None)  # the newer name of torch_dtype
         (folder / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     for name, file in side.items():
@@ -221,9 +226,16 @@ def _write_side_files(
     return sorted({*side, CONFIG_FILE})
 
 
-def _still_true(file: Path, model: ModelConfig, dtype: str) -> bool:
-    config = read_json_object(file)
+def _kept_config(family: Family, side: Mapping[str, Path]) -> dict[str, Any]:
+    """The config.json that came along, unless the model is exported as another family."""
+    config = read_json_object(side[CONFIG_FILE]) if CONFIG_FILE in side else {}
+    return config if config and detect(config, side[CONFIG_FILE]) is family else {}
+
+
+def _still_true(config: dict[str, Any], file: Path, model: ModelConfig, dtype: str) -> bool:
     _, there = read_model(config, file)
-    notes = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout"}
+    notes = {"preset", "init_std", "attention_dropout", "hidden_dropout"}
+    if model.max_positions is None:  # the run does not say it
+        notes.add("max_positions")
     same = there.model_dump(exclude=notes) == model.model_dump(exclude=notes)
     return same and config.get("dtype", config.get("torch_dtype", dtype)) == dtype

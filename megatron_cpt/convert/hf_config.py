@@ -180,7 +180,8 @@ def _refuse_others(config: HfConfig, fields: Mapping[str, Any]) -> None:
             f"sliding_window: {window!r}; attention here reaches back to the start. Up to that length there is no "
             "difference: set it to null in config.json to train with full attention"
         )
-    if config.get("layer_types") and set(config.get("layer_types")) != {"full_attention"} and window is not None:
+    kinds = config.get("layer_types") or []
+    if window is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
         config.problems.append("layer_types: layers of one kind are understood, with full attention")
     if config.get("quantization_config") is not None:
         config.problems.append("quantization_config: quantised weights; dequantise and save them as bf16 first")

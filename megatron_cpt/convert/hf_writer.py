@@ -49,6 +49,11 @@ class _Place:
         return self.shape[0] if self.shape else 1
 
 
+def work_folder(path: Path) -> Path:
+    """Where a folder lies until it is finished."""
+    return path.with_name(f"{path.name}.partial")
+
+
 class HfWriter:
     """Writes the weights of one Hugging Face folder.
 
@@ -81,7 +86,7 @@ class HfWriter:
         self.path = Path(path)
         if os.path.lexists(self.path) and not (self.path.is_dir() and not any(self.path.iterdir())):
             raise UserError(f"{path}: exists; name a folder that does not, or remove it first")
-        self.folder = self.path.with_name(f"{self.path.name}.partial")
+        self.folder = work_folder(self.path)
         shards = _share_out(tensors, shard_bytes)
         self._headers = {file: _header(tensors, names) for file, names in shards.items()}
         self._places = {
@@ -153,10 +158,13 @@ class HfWriter:
         """Open the files of an interrupted writer with the same plan, or fresh ones."""
         journal = self.folder / _JOURNAL
         entries, sound_bytes = _read_journal(journal)
-        known = bool(entries) and entries[0] == plan and all((self.folder / file).is_file() for file in self._headers)
+        # the plan's digest comes before the files are laid out, the first list after it
+        is_laid_out = len(entries) > 1 and all((self.folder / file).is_file() for file in self._headers)
+        known = is_laid_out and entries[0] == plan
         if not known:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
+            _write_durably(journal, f"{json.dumps(plan)}\n")
         flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if known else os.O_CREAT | os.O_EXCL)
         self._files = {file: os.open(self.folder / file, flags, 0o644) for file in self._headers}
         if not known:
@@ -165,9 +173,12 @@ class HfWriter:
                 os.ftruncate(self._files[file], len(header) + _data_bytes(self._places, file))
                 os.fsync(self._files[file])
             sync_folder(self.folder)
-            _write_durably(journal, json.dumps(plan) + "\n")
+            _write_durably(journal, f"{json.dumps(plan)}\n[]\n")
             return frozenset()
         os.truncate(journal, sound_bytes)
+        for other in self.folder.iterdir():  # beside the weights, of an earlier call that came as far as `finish`
+            if other.name not in (*self._headers, _JOURNAL):
+                other.unlink()
         return frozenset(name for line in entries[1:] for name in line if name in self._places)
 
     def _note(self, name: str, place: _Place, start: int, stop: int) -> None:

@@ -33,10 +33,12 @@ from megatron_cpt.convert.vocabulary import VocabularyReport, extend_vocabulary
 from megatron_cpt.convert.workplace import (
     DTYPES,
     Advance,
+    cast,
     check_finite,
     check_space,
     check_target,
     publish,
+    reserved,
     run_parallel,
     silent,
 )
@@ -138,13 +140,14 @@ def _import(
     forms = _final_forms(incoming, options.dtype)
     files = plan_files(forms, incoming.model.layers, options.target)
     aside = target.parent / f".{target.name}.tmp"
-    check_space(target.parent, total_bytes(forms) + _SPARE_BYTES, aside)
-    journal = Journal(aside, _job(incoming, options))
-    written = {name: written_from_journal(line) for name, line in journal.done.items()}
-    num_kept = len(written)
-    _write_tensors(incoming, forms, files, options, journal, written, advance)
-    _finish(aside, _state(source, incoming, vocabulary), incoming, forms, written, journal)
-    publish(aside, target)
+    with reserved(target, aside):
+        check_space(target.parent, total_bytes(forms) + _SPARE_BYTES, aside)
+        journal = Journal(aside, _job(incoming, options))
+        written = {name: written_from_journal(line) for name, line in journal.done.items()}
+        num_kept = len(written)
+        _write_tensors(incoming, forms, files, options, journal, written, advance)
+        _finish(aside, _state(source, incoming, vocabulary), incoming, forms, written, journal)
+        publish(aside, target)
     return ImportReport(
         incoming.kind,
         incoming.family,
@@ -191,10 +194,10 @@ def _write_tensors(
     advance(sum(file_bytes(plan, forms) for plan in files if plan.name in written), total)
 
     def read(name: str, first: int, last: int) -> torch.Tensor:
-        rows = incoming.read(name, first, last).to(forms[name].dtype)
+        origin, rows = incoming.origin(name), incoming.read(name, first, last)
         if not options.allow_nan:
-            check_finite(name, rows)
-        return rows
+            check_finite(origin, rows)
+        return cast(origin, rows, forms[name].dtype)
 
     def work(plan: FilePlan) -> None:
         result = write_file(
@@ -232,6 +235,7 @@ def _finish(
     run = {"name": aside.name.removeprefix(".").removesuffix(".tmp"), "model": incoming.model.model_dump(mode="json")}
     (aside / layout.RUN_FILE).write_text(dump_yaml(run), encoding="utf-8")
     names += [layout.STATE_FILE, layout.RUN_FILE]
+    shutil.rmtree(aside / HF_FOLDER, ignore_errors=True)  # of an earlier call that came as far as here
     for name, file in incoming.side_files.items():
         (aside / HF_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(file, aside / HF_FOLDER / name)

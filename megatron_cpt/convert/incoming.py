@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,17 +12,20 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.layout import RUN_FILE, resolve_checkpoint
+from megatron_cpt.checkpoint.layout import RUN_FILE, checkpoints_folder, is_checkpoint, resolve_checkpoint
+from megatron_cpt.checkpoint.manifest import Verify, find_faults
 from megatron_cpt.config import ModelConfig, read_mapping
 from megatron_cpt.convert.expected import expected_tensors
 from megatron_cpt.convert.families import detect, read_model
-from megatron_cpt.convert.mapping import Rule, check_tensors, resolve, tied_copies
+from megatron_cpt.convert.mapping import WEIGHT_DTYPES, Rule, check_tensors, resolve, tied_copies
 from megatron_cpt.convert.megatron_config import read_megatron_model
 from megatron_cpt.convert.safetensors_folder import CONFIG_FILE, HfFolder, read_json_object
 from megatron_cpt.convert.torch_dist_plan import Form
 from megatron_cpt.convert.torch_dist_reader import TorchDistWeights, find_torch_dist
 from megatron_cpt.convert.weights import EMBEDDING, OUTPUT_LAYER, Weights
 from megatron_cpt.errors import RefusedError, UserError
+
+logger = logging.getLogger(__name__)
 
 HF_FOLDER = "hf"
 """Where the config, tokenizer and generation files of a Hugging Face model lie in a checkpoint."""
@@ -41,6 +45,7 @@ class Incoming:
         read: rows of one.
         side_files: files that go along, by name.
         sources: the files that were read, for the journal.
+        origins: where a tensor comes from, for messages.
     """
 
     kind: str
@@ -50,6 +55,11 @@ class Incoming:
     read: Callable[[str, int, int], torch.Tensor]
     side_files: Mapping[str, Path] = field(default_factory=dict)
     sources: tuple[Path, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def origin(self, name: str) -> str:
+        """What to call a tensor in a message."""
+        return self.origins.get(name, name)
 
     def identity(self) -> list[Any]:
         """What tells that the source is the same one as before: names, sizes, times of change."""
@@ -57,13 +67,16 @@ class Incoming:
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def open_incoming(path: Path, *, named_model: str | None = None, allow_pickle: bool = False) -> Incoming:
+def open_incoming(
+    path: Path, *, named_model: str | None = None, allow_pickle: bool = False, verify: Verify = "full"
+) -> Incoming:
     """Open a Hugging Face folder or a checkpoint of Megatron; the format is found out.
 
     Args:
-        path: the folder.
+        path: the folder; of a run directory its newest checkpoint is meant.
         named_model: a preset or a file with the model section, for checkpoints that do not say what they are.
         allow_pickle: of a Hugging Face folder: also read `.bin` files.
+        verify: of a checkpoint of ours: how much of its checksums to compare first.
 
     Raises:
         UserError: there is nothing like that.
@@ -73,6 +86,10 @@ def open_incoming(path: Path, *, named_model: str | None = None, allow_pickle: b
 
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a Hugging Face folder or a checkpoint of Megatron")
+    if is_checkpoint(path) or checkpoints_folder(path).is_dir():
+        path = resolve_checkpoint(path)
+        if verify != "none" and (faults := find_faults(path, how=verify)):
+            raise RefusedError(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
     if find_torch_dist(path) is not None:
         weights = TorchDistWeights(path)
         files = sorted(weights.folder.iterdir())
@@ -99,8 +116,11 @@ def _from_hugging_face(path: Path, allow_pickle: bool) -> Incoming:
     def read(name: str, first: int, last: int) -> torch.Tensor:
         return by_name[name].megatron_rows(first, last, folder.read)
 
+    origins = {
+        rule.megatron: " and ".join(f"{name} in {folder.tensors[name].file}" for name in rule.hf) for rule in rules
+    }
     sources = tuple(sorted({info.file for info in folder.tensors.values()}))
-    return Incoming("huggingface", family.name, model, forms, read, find_side_files(path), sources)
+    return Incoming("huggingface", family.name, model, forms, read, find_side_files(path), sources, origins)
 
 
 def _common_dtype(rule: Rule, folder: HfFolder) -> torch.dtype:
@@ -173,7 +193,10 @@ def _kept_side_files(path: Path) -> dict[str, Path]:
             return find_side_files(path / HF_FOLDER)
         origin = read_mapping(path / RUN_FILE).get("init") if (path / RUN_FILE).is_file() else None
         named = origin.get("from") if isinstance(origin, Mapping) else None
-        if not isinstance(named, str) or not Path(named).is_dir():
+        if not isinstance(named, str):
+            return {}
+        if not Path(named).is_dir():
+            logger.warning("%s: began with %s, which is not there: no tokenizer files come along", path, named)
             return {}
         path = resolve_checkpoint(named)
     return {}
@@ -195,6 +218,11 @@ def check_accounted(path: object, weights: Weights, expected: Mapping[str, tuple
             continue
         elif tuple(tensor.shape) != shape:
             problems.append(f"{name}: shape {tuple(tensor.shape)}, but the model makes it {shape}")
+    problems += [
+        f"{name}: {tensor.dtype}; weights are read as fp32, bf16 or fp16"
+        for name, tensor in there.items()
+        if name in expected and tensor.dtype not in WEIGHT_DTYPES
+    ]
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise RefusedError("\n".join([f"{path}: {len(problems)} tensors do not fit:", *(f"  - {p}" for p in shown)]))

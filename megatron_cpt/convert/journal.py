@@ -25,7 +25,6 @@ class Journal:
     Attributes:
         folder: the work folder.
         done: what was recorded for each finished file.
-        is_resumed: whether an earlier call left something.
     """
 
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
@@ -46,7 +45,6 @@ class Journal:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        self.is_resumed = bool(self.done)
         self._rewrite(header)
 
     def record(self, file: str, size: int, **values: Any) -> None:

@@ -6,6 +6,7 @@ holds the result against the Hugging Face model. Both compute in fp32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,11 +83,13 @@ def compare_logits(
     if not is_checkpoint(path) or not (path / RUN_FILE).is_file():
         raise UserError(f"{checkpoint}: --logits needs a checkpoint of this software; import it first")
     model = ModelConfig.model_validate(read_run(path)["model"])
-    ids, origin = _prompt_ids(hf, model, prompts)
-    ours = _our_logits(path, model, ids, tensor, pipeline)
-    if launched_rank() != 0:
-        return None
-    return _compare(ours, _hf_logits(hf, ids), f"TP {tensor} x PP {pipeline}", origin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the libraries below warn about is not for the reader of a report
+        ids, origin = _prompt_ids(hf, model, prompts)
+        ours = _our_logits(path, model, ids, tensor, pipeline)
+        if launched_rank() != 0:
+            return None
+        return _compare(ours, _hf_logits(hf, ids), f"TP {tensor} x PP {pipeline}", origin)
 
 
 def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> tuple[list[torch.Tensor], str]:
@@ -172,7 +175,9 @@ def inference_run(model: ModelConfig, seq_length: int, parallel: ParallelConfig)
 
 def _hf_logits(hf: Path, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         hf, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()

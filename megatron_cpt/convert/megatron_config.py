@@ -7,7 +7,7 @@ TransformerConfig. Fields are read as plain values, nothing is built from them; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from megatron_cpt.checkpoint.layout import RUN_FILE, STATE_FILE
 from megatron_cpt.config import ModelConfig, preset_names, read_mapping
 from megatron_cpt.config.presets import preset
+from megatron_cpt.convert.torch_dist_reader import newest_iteration
 from megatron_cpt.convert.weights import EMBEDDING, OUTPUT_LAYER, Weights
 from megatron_cpt.errors import RefusedError, UserError
 
@@ -39,6 +40,16 @@ _OPTIONAL = {
     "add_qkv_bias": "qkv_bias",
     "add_bias_linear": "linear_bias",
 }
+# Arguments that change what the model computes and leave no trace in its tensors.
+_OTHER_FUNCTIONS = (
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "seq_len_interpolation_factor",
+    "apply_residual_connection_post_layernorm",
+    "no_rope_freq",
+    "softmax_scale",
+    "qk_l2_norm",
+)
 
 
 def read_megatron_model(
@@ -87,10 +98,13 @@ def _build(fields: Any, where: object) -> ModelConfig:
 
 
 def _find_config(path: Path) -> tuple[Path, Mapping[str, Any]]:
-    for name in _PLACES:
-        file = path / name
+    folders = [folder for folder in (newest_iteration(path), path) if folder is not None]
+    for file in (folder / name for folder in folders for name in _PLACES):
         if file.is_file():
-            data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+            try:
+                data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+            except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+                raise RefusedError(f"{file}: not YAML that can be read: {error}") from error
             for key in ("model", "config"):
                 if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
                     data = {**data, **data[key]}
@@ -130,6 +144,8 @@ def model_fields(fields: Mapping[str, Any], weights: Weights, where: object) -> 
         raise RefusedError(f"{where}: does not say {', '.join(missing)}; name the model: --model FILE.yaml")
     found = {ours: fields[theirs] for theirs, ours in _SIZES.items() if fields.get(theirs) is not None}
     found |= {ours: fields[theirs] for theirs, ours in _OPTIONAL.items() if fields.get(theirs) is not None}
+    if "max_positions" not in found and fields.get("seq_length") is not None:
+        found["max_positions"] = fields["seq_length"]
     rows = weights.tensors[EMBEDDING].shape[0]
     vocab = fields.get("vocab_size")
     is_grouped = fields.get("group_query_attention", True)  # Megatron-LM's num_query_groups counts only with this flag
@@ -168,6 +184,10 @@ def _norm(fields: Mapping[str, Any]) -> str:
 
 
 def _rope_scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields.get("old_context_len"):  # NeMo 2 scales the frequencies of Llama 3.1 itself
+        factors = {"factor": "scale_factor", "original_max_positions": "old_context_len"}
+        factors |= {name: name for name in ("low_freq_factor", "high_freq_factor")}
+        return {"rope_scaling": {ours: fields[theirs] for ours, theirs in factors.items() if theirs in fields}}
     if not (fields.get("use_rope_scaling") or fields.get("rope_scaling")):
         return {}
     factor = fields.get("rope_scaling_factor")
@@ -186,5 +206,9 @@ def _refuse_unknown(fields: Mapping[str, Any], where: object) -> None:
         fields.get("apply_layernorm_1p") or fields.get("layernorm_zero_centered_gamma")
     ):
         problems.append("RMSNorm with zero-centred weights")
+    window = fields.get("window_size")
+    if window and not (isinstance(window, Sequence) and set(window) == {-1}):
+        problems.append(f"attention over a window ({window})")
+    problems += [f"{name}: {fields[name]}" for name in _OTHER_FUNCTIONS if fields.get(name)]
     if problems:
         raise RefusedError(f"{where}: {', '.join(problems)}: not a model that this software trains")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ class StoredTensor:
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    def __setstate__(self, _: object) -> None:
+        """A pickle could lead it to another file."""
+        raise pickle.UnpicklingError("it wants to change where a tensor lies")
 
     @property
     def num_bytes(self) -> int:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
-_SKIPPED = ("optimizer.", "optim.", "rng", "rerun_state", "opt_param_scheduler")
+_SKIPPED = re.compile(r"(chained_\d+\.)?(optimizer|optim)\.|rng|rerun_state|opt_param_scheduler")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 
 
@@ -48,8 +48,18 @@ class TorchDistWeights(MosaicWeights):
 
     def __init__(self, path: Path) -> None:
         self.folder = find_torch_dist(path) or path
-        metadata = _read_metadata(self.folder / METADATA_FILE)
-        super().__init__(_collect(self.folder, metadata))
+        path = self.folder / METADATA_FILE
+        try:
+            with open(path, "rb") as file:
+                metadata = load_plain(file)
+            super().__init__(_collect(self.folder, metadata))
+        except FileNotFoundError as error:
+            raise RefusedError(f"{path}: missing; this is no torch_dist checkpoint") from error
+        except pickle.UnpicklingError as error:
+            raise RefusedError(f"{path}: refused: {error}; do not use this checkpoint") from error
+        except (AttributeError, EOFError, ValueError, TypeError, LookupError, OverflowError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RefusedError(f"{path}: damaged ({reason}); copy the checkpoint again") from error
 
     def common(self) -> Mapping[str, Any]:
         """What lies beside the tensors (`args` of Megatron-LM); empty where there is nothing."""
@@ -79,27 +89,13 @@ def newest_iteration(path: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _read_metadata(path: Path) -> Any:
-    try:
-        with open(path, "rb") as file:
-            metadata = load_plain(file)
-        _ = metadata.state_dict_metadata, metadata.storage_data
-    except FileNotFoundError as error:
-        raise RefusedError(f"{path}: missing; this is no torch_dist checkpoint") from error
-    except pickle.UnpicklingError as error:
-        raise RefusedError(f"{path}: refused: {error}; do not use this checkpoint") from error
-    except (AttributeError, EOFError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise RefusedError(f"{path}: damaged ({type(error).__name__}: {error}); copy the checkpoint again") from error
-    return metadata
-
-
 def _collect(folder: Path, metadata: Any) -> dict[str, Mosaic]:
     """Every tensor of the model, stacked layers taken apart."""
     places = _places(folder, metadata)
     stored = {
         key: entry
         for key, entry in metadata.state_dict_metadata.items()
-        if hasattr(entry, "chunks") and not key.startswith(_SKIPPED) and "_extra_state" not in key
+        if hasattr(entry, "chunks") and not _SKIPPED.match(key) and "_extra_state" not in key
     }
     prefix = _prefix(folder, stored)
     tensors: dict[str, Mosaic] = {}

@@ -187,6 +187,9 @@ class _Storage:
     offset: int
     num_bytes: int
 
+    def __setstate__(self, _: object) -> None:
+        raise pickle.UnpicklingError("it wants to change where a storage lies")
+
 
 class _TensorUnpickler(pickle.Unpickler):
     """Builds places in the file, plain values and inert records."""

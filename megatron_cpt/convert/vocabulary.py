@@ -7,6 +7,7 @@ mean of all rows (Hewitt, *Initializing New Word Embeddings for Pretrained Langu
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_cpt.convert.expected import expected_tensors
 from megatron_cpt.convert.incoming import Incoming
 from megatron_cpt.convert.torch_dist_plan import Form
 from megatron_cpt.convert.weights import EMBEDDING, OUTPUT_LAYER
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import RefusedError, UserError
 
 _BLOCK_ROWS = 8192
 _NEAR_ZERO = 0.05  # of the median norm of a row
@@ -74,7 +75,7 @@ def read_new_tokens(file: Path) -> tuple[str, ...]:
 
 
 def extend_vocabulary(
-    incoming: Incoming, tokens: Sequence[str], init_rows: str, save_tokenizer: Path
+    incoming: Incoming, tokens: Sequence[str], init_rows: str, scratch: Path
 ) -> tuple[Incoming, VocabularyReport]:
     """A model with rows for new tokens, and a tokenizer that knows them.
 
@@ -82,26 +83,28 @@ def extend_vocabulary(
         incoming: the model; its side files must have a tokenizer.
         tokens: the new ones.
         init_rows: `pieces` or `mean`.
-        save_tokenizer: a folder for the new tokenizer's files.
+        scratch: a folder for the old and the new tokenizer's files.
 
     Returns:
         The larger model, whose side files are the new tokenizer's.
 
     Raises:
         UserError: there is no tokenizer, or all tokens are known.
+        RefusedError: the tokenizer cannot be loaded, or does not number new tokens one after the other.
     """
-    tokenizer = _load_tokenizer(incoming)
-    vocab = incoming.model.vocab
-    known = [token for token in tokens if token in tokenizer.get_vocab()]
-    new = [token for token in tokens if token not in set(known)]
+    tokenizer = _load_tokenizer(incoming, scratch / "old")
+    vocab, vocabulary = incoming.model.vocab, tokenizer.get_vocab()
+    known = [token for token in tokens if token in vocabulary]
+    new = [token for token in tokens if token not in vocabulary]
     if not new:
         raise UserError("--add-tokens: the tokenizer knows all of them already")
     pieces = [tokenizer(token, add_special_tokens=False).input_ids if init_rows == "pieces" else [] for token in new]
-    first_id = max(len(tokenizer), 1)
     tokenizer.add_tokens(list(new))
     ids = [tokenizer.convert_tokens_to_ids(token) for token in new]
-    assert ids == list(range(first_id, first_id + len(new))), "a tokenizer that gives ids of its own"
-    tokenizer.save_pretrained(save_tokenizer)
+    first_id = ids[0]
+    if ids != list(range(first_id, first_id + len(new))):
+        raise RefusedError(f"--add-tokens: the tokenizer gives them the ids {ids[:8]}..., not one after the other")
+    tokenizer.save_pretrained(scratch / "new")
 
     model = ModelConfig.model_validate({**incoming.model.model_dump(mode="json"), "vocab": max(vocab, ids[-1] + 1)})
     rows = {
@@ -119,19 +122,25 @@ def extend_vocabulary(
         read=_extended(incoming, rows, first_id),
         side_files={
             **incoming.side_files,
-            **{file.name: file for file in sorted(save_tokenizer.iterdir()) if file.is_file()},
+            **{file.name: file for file in sorted((scratch / "new").iterdir()) if file.is_file()},
         },
     )
     return larger, report
 
 
-def _load_tokenizer(incoming: Incoming) -> Any:
-    folders = {file.parent for name, file in incoming.side_files.items() if name.startswith("tokenizer")}
-    if len(folders) != 1:
+def _load_tokenizer(incoming: Incoming, folder: Path) -> Any:
+    """The tokenizer, from a copy of its files: in the Hugging Face cache they lie under other names."""
+    if not any(name.startswith("tokenizer") for name in incoming.side_files):
         raise UserError("--add-tokens: the source has no tokenizer files (tokenizer.json, tokenizer_config.json)")
+    folder.mkdir()
+    for name, file in incoming.side_files.items():
+        shutil.copyfile(file, folder / name)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folders.pop(), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise RefusedError(f"--add-tokens: the source's tokenizer cannot be loaded: {error}") from error
 
 
 def _new_rows(read: Read, name: str, width: int, vocab: int, pieces: Sequence[Sequence[int]]) -> torch.Tensor:

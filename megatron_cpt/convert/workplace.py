@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,34 @@ def check_target(target: Path) -> None:
     """
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise UserError(f"{target}: exists already; remove it or choose another name")
+
+
+@contextlib.contextmanager
+def reserved(target: Path, aside: Path) -> Iterator[None]:
+    """Inside the block nobody else makes `target`, and `aside` is a work folder or nothing.
+
+    A lock lies beside the target: under a launcher that starts the same command many times, the first one works.
+
+    Raises:
+        UserError: somebody does, or `aside` holds something else, which would be emptied.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f".{target.name}.lock")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{target}: another process is making it; wait for it or end it") from error
+        try:
+            check_target(target)
+            if aside.is_dir() and any(aside.iterdir()) and not any(aside.glob("journal.*")):
+                raise UserError(f"{aside}: not the work of a conversion, and in its place; move it or delete it")
+            yield
+        finally:
+            path.unlink()
+    finally:
+        os.close(lock)
 
 
 def check_space(folder: Path, needed: int, aside: Path) -> None:
@@ -68,17 +98,30 @@ def run_parallel(work: Callable[[Any], None], items: list[Any], workers: int) ->
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in another type.
+
+    Raises:
+        RefusedError: its weights are too large for that type.
+    """
+    result = tensor.to(dtype)
+    if dtype is not tensor.dtype and not _is_finite(result) and _is_finite(tensor):
+        raise RefusedError(f"{name}: holds weights up to {tensor.abs().max().item():.4g}, too large for {dtype}")
+    return result
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # one pass, no temporaries; NaN wins over everything
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Are all weights numbers?
 
     Raises:
         RefusedError: one is not.
     """
-    if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
-        return
-    low, high = torch.aminmax(tensor)  # one pass, no temporaries; NaN wins over everything
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise RefusedError(
-            f"{name}: holds weights that are not finite ({low.item()} to {high.item()}, as {tensor.dtype}); the source "
-            "is damaged or too large for this type; --allow-nan takes them as they are"
-        )
+    if not _is_finite(tensor):
+        raise RefusedError(f"{name}: holds weights that are not finite; --allow-nan takes them as they are")
