@@ -20,10 +20,11 @@ demo: setup
 	@echo "== the demo: real corpora, a base model, two continued runs; about 7 minutes on 2 cores"
 	$(BIN)/python examples/quickstart/demo.py
 
-# Unit tests first, on all cores; the distributed ones start up to 4 processes of their own, so they go one by one.
+# Unit tests first. The distributed ones start up to 4 processes of their own, and wait for them much of the time: two files at
+# once, each in its order, since the tests of a file share runs.
 test: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal
-	$(BIN)/python -m pytest tests/distributed -v --durations 5
+	$(BIN)/python -m pytest tests/distributed -n 2 --dist loadfile -v --durations 5
 
 test-long: setup
 	$(BIN)/python -m pytest tests -m long -v

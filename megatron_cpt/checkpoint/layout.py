@@ -89,8 +89,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new content, also after a power cut."""
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    """Write a small file so that a reader sees the old or the new content, also after a power cut.
+
+    Only one process may write it at a time: what a dead one left aside is overwritten by the next.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -6,10 +6,10 @@ So a recipe's effect on a loss, and what a resume does to its scaling factors, c
 is not faster. The recipes are those of Transformer Engine: `delayed` scales by the largest magnitudes of earlier steps,
 `tensorwise` by the tensor's own (current scaling).
 
-Two differences to Transformer Engine, both so that the numbers do not depend on how a run is laid out:
+Two differences to Transformer Engine, both so that the numbers do not depend on the parallel layout:
 
 - delayed: a history gets one entry a step, the maximum over its micro-batches; Transformer Engine enters each of them;
-- tensorwise: the maximum is taken over the tensor-parallel ranks for every operand.
+- tensorwise: the maximum over a micro-batch is taken over the tensor-parallel ranks for every operand.
 
 Formats: Micikevicius et al. 2022, arXiv 2209.05433. Scaling: NVIDIA, "Using FP8 with Transformer Engine".
 """

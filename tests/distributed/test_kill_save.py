@@ -78,10 +78,17 @@ def sound_steps(output: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in found]
 
 
-@pytest.mark.parametrize("power_cut", [True, pytest.param(False, marks=pytest.mark.long)], ids=["power-cut", "kill"])
-@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.long)], ids=["save", "async"])
+@pytest.mark.parametrize(
+    ("power_cut", "background", "resume_every"),
+    [
+        pytest.param(True, False, 3, id="power-cut"),
+        pytest.param(True, False, 1, id="power-cut-each", marks=pytest.mark.long),
+        pytest.param(False, False, 1, id="kill", marks=pytest.mark.long),
+        pytest.param(True, True, 1, id="power-cut-async", marks=pytest.mark.long),
+    ],
+)
 def test_a_death_before_any_change_of_a_file_costs_one_step_at_most(
-    small_file: Path, start: Path, quiet: Path, tmp_path: Path, power_cut: bool, background: bool
+    small_file: Path, start: Path, quiet: Path, tmp_path: Path, power_cut: bool, background: bool, resume_every: int
 ) -> None:
     """Every change of the run directory in a start, a step, a save and a deletion is once the one that did not come."""
     dead: list[Path] = []
@@ -99,9 +106,10 @@ def test_a_death_before_any_change_of_a_file_costs_one_step_at_most(
     assert published[died_at.index("os.rename checkpoints/.step-N.tmp") :].count(False) == 1
     assert died_at.index("os.rename checkpoints/.step-N.tmp") < died_at.index("os.rename checkpoints/step-N")
 
-    runs = [[f"output={output}", f"stop_at_step={END}"] for output in dead]
-    run_ranks(1, train_several, str(small_file), runs)
-    for output in dead:
+    resumed = dead[::resume_every]
+    runs = [[f"output={output}", f"stop_at_step={END}"] for output in resumed]
+    run_ranks(1, train_several, str(small_file), runs, timeout=900)
+    for output in resumed:
+        assert differing(newest(quiet), newest(output)) == []
         names = sorted(path.name for path in checkpoints_folder(output).iterdir())
         assert names == [LATEST_FILE, "step-00000004", "step-00000005"], "what the dead left behind is cleared away"
-        assert differing(newest(quiet), newest(output)) == []
