@@ -10,9 +10,6 @@ before it runs; an interrupted demo goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,13 +17,9 @@ import corpora
 import orjson
 import results
 import tokenizer
-from rich.console import Console
 from sources import HELD_OUT, PRETRAINING, QUESTIONS
-from story import MEGATRON_CPT, TORCHRUN, Story, preprocess_sources
+from story import MEGATRON_CPT, TORCHRUN, Story, preprocess_sources, run_story
 
-from megatron_cpt.errors import CptError
-
-ROOT = Path(__file__).resolve().parents[2]  # paths in the run.yaml files are relative to it
 HERE = Path("examples/quickstart")
 DATA = Path("data/quickstart")
 RUNS = Path("runs/quickstart")
@@ -85,21 +78,5 @@ def tell(story: Story) -> None:
     story.console.print(story.times())
 
 
-def main() -> int:
-    """Runs the demo and returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="forget earlier runs and train all three again")
-    arguments = parser.parse_args()
-    os.chdir(ROOT)
-    if arguments.fresh:
-        shutil.rmtree(RUNS, ignore_errors=True)
-    try:
-        tell(Story(Console()))
-    except CptError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_story(__doc__, RUNS, tell))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from rich.table import Table
 
 from megatron_cpt.errors import CptError
 
+ROOT = Path(__file__).resolve().parents[2]  # paths in the run.yaml files are relative to it
 MEGATRON_CPT = [sys.executable, "-m", "megatron_cpt"]  # the console command `megatron-cpt`, whatever PATH says
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a rank a core; torchrun would choose the same, and say so at length
@@ -95,3 +98,28 @@ def preprocess_sources(
                 stale.unlink(missing_ok=True)  # `preprocess` refuses to overwrite a data set
             options = ["--input", str(text), "--output-prefix", str(prefix), "--tokenizer", tokenizer]
             story.run([*MEGATRON_CPT, "preprocess", *options, "--append-eod", "--workers", "2"])
+
+
+def run_story(description: str | None, runs: Path, tell: Callable[[Story], None]) -> int:
+    """Tells a story as a script: `--fresh` forgets its runs first.
+
+    Args:
+        description: for `--help`.
+        runs: the folder of its runs, relative to the project's root.
+        tell: the whole story, told from the project's root.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="forget earlier runs (not the data) and do them again")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    if arguments.fresh:
+        shutil.rmtree(runs, ignore_errors=True)
+    try:
+        tell(Story(Console()))
+    except CptError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    return 0

@@ -9,25 +9,20 @@ printed before it runs; an interrupted demo goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import orjson
 import pretrained
-from rich.console import Console
 from rich.table import Table
-
-from megatron_cpt.errors import CptError
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "quickstart"))  # its corpora and its way to tell a story are used here too
 
 import corpora  # noqa: E402
 import results  # noqa: E402
-from story import MEGATRON_CPT, TORCHRUN, Story, preprocess_sources  # noqa: E402
+from story import MEGATRON_CPT, TORCHRUN, Story, preprocess_sources, run_story  # noqa: E402
 
 TEXTS = Path("data/quickstart")
 DATA = Path("data/smollm2")
@@ -102,21 +97,5 @@ def tell(story: Story) -> None:
     story.console.print(story.times())
 
 
-def main() -> int:
-    """Runs the demo and returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="forget the runs (not the data) and do them again")
-    arguments = parser.parse_args()
-    os.chdir(ROOT)
-    if arguments.fresh:
-        shutil.rmtree(RUNS, ignore_errors=True)
-    try:
-        tell(Story(Console()))
-    except CptError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_story(__doc__, RUNS, tell))
