@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.limits import WallTime
 from megatron_cpt.train.metrics import mean_losses
 from megatron_cpt.train.replicas import check_replicas
-from megatron_cpt.train.save import record
+from megatron_cpt.train.save import save
 from megatron_cpt.train.setup import Session
 from megatron_cpt.train.step import StepResult, train_step
 from megatron_cpt.train.update import Update
@@ -64,7 +64,7 @@ def train(
         requests = partial(_requests, stop, wall_time, is_save_owed)
         result = _step(session, hooks, update, requests)
         if result.anomaly is not None:
-            _announce(session, hooks, wall_time, session.saver.finish())  # the run may end here: do not lose a save
+            _announce(session, hooks, wall_time, [session.saver.finish()])  # the run may end here: do not lose a save
             _report_anomaly(session, hooks, result, result.anomaly)
         is_last = state.step == session.last_step
         reason = "" if is_last else _reason(result, stop, config.resilience.wall_time)
@@ -84,7 +84,7 @@ def train(
             _save(session, hooks, wall_time, wait=is_end)
             is_save_owed = False
         else:
-            _announce(session, hooks, wall_time, session.saver.poll())  # one that is written in the background
+            _announce(session, hooks, wall_time, [session.saver.poll()])  # one that is written in the background
         wall_time.end_step()
     for hook in hooks:
         hook.on_stop(session, reason)
@@ -186,19 +186,17 @@ def _validate(session: Session, hooks: Sequence[Hook], progress: Progress) -> No
 
 def _save(session: Session, hooks: Sequence[Hook], wall_time: WallTime, *, wait: bool) -> None:
     started = time.perf_counter()
-    _announce(session, hooks, wall_time, session.saver.finish())  # the save before this one
+    _announce(session, hooks, wall_time, [session.saver.finish()])  # the save before this one
     wall_time.begin_save()
-    path = session.saver.save(session.state.step, record(session))
-    if wait and path is None:
-        path = session.saver.finish()
+    paths = save(session, wait=wait)
     wall_time.end_stall()
     session.meter.skip_time(time.perf_counter() - started)
-    _announce(session, hooks, wall_time, path)
+    _announce(session, hooks, wall_time, paths)
 
 
-def _announce(session: Session, hooks: Sequence[Hook], wall_time: WallTime, checkpoint: Path | None) -> None:
-    if checkpoint is None:
-        return
-    wall_time.end_save()
-    for hook in hooks:
-        hook.on_checkpoint(session, str(checkpoint))
+def _announce(session: Session, hooks: Sequence[Hook], wall_time: WallTime, checkpoints: Iterable[Path | None]) -> None:
+    for path in checkpoints:
+        if path is not None:
+            wall_time.end_save()
+            for hook in hooks:
+                hook.on_checkpoint(session, str(path))

@@ -1,8 +1,9 @@
-"""A session -> what its checkpoint says in plain text."""
+"""A session -> a checkpoint."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 from megatron_cpt import __version__
@@ -10,6 +11,25 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import Record
 from megatron_cpt.config import dump_yaml
 from megatron_cpt.train.setup import Session, rank_layout
+
+
+def save(session: Session, *, wait: bool) -> list[Path]:
+    """Save the session under its step, after the save before it; a collective call.
+
+    Args:
+        session: what to save.
+        wait: whether it must be published on return, also where saves run in the background.
+
+    Returns:
+        The checkpoints published meanwhile, oldest first.
+
+    Raises:
+        CptError: this one or the one before could not be written.
+    """
+    found = [session.saver.finish(), session.saver.save(session.state.step, record(session))]
+    if wait:
+        found.append(session.saver.finish())
+    return [path for path in found if path is not None]
 
 
 def record(session: Session) -> Record:
