@@ -89,7 +89,16 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
     print(f"layers: {model.layers}; speed: {', '.join(sorted(model.knobs))}", file=sys.stderr)
 
     def step() -> None:
-        train_step(forward, update, data, 1e-5, counts=True, requests=lambda: [], judge=lambda *_: None)
+        train_step(
+            forward,
+            update,
+            data,
+            1e-5,
+            counts=True,
+            requests=lambda: [],
+            judge=lambda *_: None,
+            before_update=lambda: None,
+        )
 
     return step
 

@@ -20,7 +20,7 @@ def seed_everything(seed: int, *, pipeline_rank: int) -> None:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """All generators of this rank by name, each a byte tensor."""
+    """Copies of the states of all generators of this rank by name, each a byte tensor."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     states = {"torch": torch.get_rng_state()}
@@ -28,7 +28,7 @@ def rng_state() -> dict[str, torch.Tensor]:
         states["cuda"] = torch.cuda.get_rng_state()
     for name, state in get_cuda_rng_tracker().get_states().items():
         states[f"tracker.{name}"] = state
-    return {name: state.to("cpu", torch.uint8) for name, state in states.items()}
+    return {name: state.to("cpu", torch.uint8, copy=True) for name, state in states.items()}
 
 
 def set_rng_state(states: dict[str, torch.Tensor]) -> None:

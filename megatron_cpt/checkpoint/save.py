@@ -1,16 +1,19 @@
 """Writing a checkpoint: aside, in the background where asked, published once every rank's part is durable.
 
-A thread writes, not a forked process: a fork copies the locks of gloo's and CUDA's threads in whatever state they are,
-and pages that training then changes are copied by the kernel one fault at a time. The thread holds no collective and
-spends its time in system calls, in SHA-256 and in copies of memory, all of which leave Python's lock to training.
+In the background the state is first copied, and that too beside training: a forward and a backward pass change neither
+weights nor moments, so it is the next update that waits until the copy is whole (`wait_for_copy`).
+
+Threads copy and write, not a forked process: a fork copies the locks of gloo's and CUDA's threads in whatever state
+they are, and pages that training then changes are copied by the kernel one fault at a time. The threads hold no
+collective and spend their time in system calls, in SHA-256 and in copies of memory, all of which leave Python's lock to
+training.
 """
 
 from __future__ import annotations
 
-import io
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +23,19 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_cpt.checkpoint import layout, sharded
 from megatron_cpt.checkpoint.publish import Retention, delete, publish
 from megatron_cpt.checkpoint.record import Record
-from megatron_cpt.checkpoint.shards import Entry, ShardPlan, plan_shards
+from megatron_cpt.checkpoint.shards import Entry, plan_shards
 from megatron_cpt.checkpoint.staging import StagingBuffer
 from megatron_cpt.checkpoint.writer import AbandonedError, write_files
 from megatron_cpt.data.durable import sync_folder
 from megatron_cpt.errors import CptError
+
+Files = Mapping[str, Sequence[Entry]]
+"""Name -> content."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class _Save:
     Attributes:
         step: of which step.
         aside, final: the folder that is written, and its name once it is a checkpoint.
-        plan: what this rank writes.
+        metadata: of all ranks' tensors, without their places; on rank 0 only.
+        files: what this rank writes; when that is there, training may change the state.
         job: the writing, and after that, on rank 0, the publication.
         is_written: whether every rank's part is durable, and `job` the publication.
     """
@@ -46,7 +54,8 @@ class _Save:
     step: int
     aside: Path
     final: Path
-    plan: ShardPlan
+    metadata: Metadata | None
+    files: Future[Files]
     job: Future[Any]
     is_written: bool = False
 
@@ -54,16 +63,17 @@ class _Save:
 class Saver:
     """Saves weights, optimizer and random states of all ranks; at most one save is under way.
 
-    Every method but `close` is a collective call. A save goes through two jobs, each in a thread of this process: every
-    rank writes its shards; then rank 0 publishes. `poll` moves it on; it costs one all-reduce of two integers, and only
-    while a save is under way.
+    Every method but `wait_for_copy` and `close` is a collective call. A save goes through two jobs, each in a thread of
+    this process: every rank writes its shards; then rank 0 publishes. `poll` moves it on; it costs one all-reduce of
+    two integers, and only while a save is under way.
 
     Args:
         folder: where checkpoints lie.
         chunks: the model on this rank.
         optimizer: its optimizer.
         retention: which older checkpoints stay.
-        in_background: copy the state and let training go on; otherwise `save` waits until all is published.
+        in_background: let training go on, up to its next update, which must `wait_for_copy`; otherwise `save` waits
+            until all is published.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class Saver:
         self._optimizer = optimizer
         self._retention = retention
         self._staging = StagingBuffer() if in_background else None
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")  # apart: a copy never waits for the disk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._abandon = threading.Event()
         self._save: _Save | None = None
@@ -102,10 +113,16 @@ class Saver:
         plan = plan_shards(state, aside, validate=not self._is_validated)
         self._is_validated = True  # the shards of a run do not change
         if self._staging is not None:
-            plan = _staged(plan, self._staging)
-        job = self._thread.submit(write_files, aside, plan.files, self._abandon)
-        self._save = _Save(step, aside, final, plan, job)
+            self._staging.follow()
+        files = self._copier.submit(_copied, plan.files, self._staging)
+        job = self._thread.submit(lambda: write_files(aside, files.result(), self._abandon))
+        self._save = _Save(step, aside, final, plan.metadata, files, job)
         return None if self._staging is not None else self.finish()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the state of the save under way may change; no collective call, and free where none is."""
+        if self._save is not None:
+            wait([self._save.files])
 
     def poll(self) -> Path | None:
         """Move a save on as far as it goes without waiting.
@@ -149,8 +166,9 @@ class Saver:
         return path
 
     def close(self) -> None:
-        """Give up what is under way and end the thread; no collective call, so that it can follow any failure."""
+        """Give up what is under way and end the threads; no collective call, so that it can follow any failure."""
         self._abandon.set()
+        self._copier.shutdown()
         self._thread.shutdown()
 
     def _prepare(self, step: int, aside: Path, record: Record) -> None:
@@ -174,8 +192,8 @@ class Saver:
         written: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(save.job.result(), written, dst=0)
         if written is not None:
-            assert save.plan.metadata is not None
-            job = self._thread.submit(publish, save.aside, save.final, save.plan.metadata, written, self._retention)
+            assert save.metadata is not None
+            job = self._thread.submit(publish, save.aside, save.final, save.metadata, written, self._retention)
         else:
             job = Future()
             job.set_result([])  # nothing to delete
@@ -219,15 +237,17 @@ def save_checkpoint(
     return path
 
 
-def _staged(plan: ShardPlan, staging: StagingBuffer) -> ShardPlan:
-    """The same plan over copies of its tensors."""
-    entries = [(name, entry) for name, content in plan.files.items() for entry in content]
-    tensors = [entry.data for _, entry in entries if isinstance(entry.data, torch.Tensor)]
+def _copied(files: Files, staging: StagingBuffer | None) -> Files:
+    """The same content over copies of its tensors; itself where there is nothing to copy to."""
+    if staging is None:
+        return files
+    tensors = [entry.data for content in files.values() for entry in content if isinstance(entry.data, torch.Tensor)]
     copies = iter(staging.copy(tensors))
-    files: dict[str, list[Entry]] = {name: [] for name in plan.files}
-    for name, entry in entries:
-        files[name].append(entry if isinstance(entry.data, io.BytesIO) else Entry(entry.item, next(copies)))
-    return ShardPlan(files, plan.metadata)
+
+    def copied(entry: Entry) -> Entry:
+        return replace(entry, data=next(copies)) if isinstance(entry.data, torch.Tensor) else entry
+
+    return {name: [copied(entry) for entry in content] for name, content in files.items()}
 
 
 def _any(*flags: bool) -> list[bool]:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_cpt.config.resilience import ResilienceConfig, SpikeConfig
-from megatron_cpt.errors import CptError
 from megatron_cpt.model.build import Model
 from megatron_cpt.train.metrics import mean_losses
 from megatron_cpt.train.state import TrainState
@@ -132,19 +131,16 @@ def _not_finite_by_rank(model: Model) -> dict[str, list[str]]:
     return {str(rank): names for rank, names in enumerate(parts or []) if names}
 
 
-def stop_if_hopeless(anomaly: Anomaly, state: TrainState, config: ResilienceConfig) -> None:
-    """End the run where the rules say so; nothing is saved.
-
-    Raises:
-        CptError: on every rank, with the same words.
-    """
+def reason_to_stop(anomaly: Anomaly, state: TrainState, config: ResilienceConfig) -> str | None:
+    """Why the run must end here, the same words on every rank; None: it goes on."""
     where = (
         "the last checkpoint is untouched; anomalies.jsonl names the samples; "
         "lower schedule.max_lr or look at the data of these steps"
     )
     if anomaly.action == "stop":
-        raise CptError(f"step {state.step}: the loss is {anomaly.value:.4f}, above {anomaly.limit:.4f}; {where}")
+        return f"step {state.step}: the loss is {anomaly.value:.4f}, above {anomaly.limit:.4f}; {where}"
     if state.skipped_in_a_row >= config.stop_after:
         what = f"{state.skipped_in_a_row} update{'s' if state.skipped_in_a_row > 1 else ''} in a row left out"
         kind = "a spike" if anomaly.kind == "spike" else f"a {anomaly.kind} that is not finite"
-        raise CptError(f"step {state.step}: {what}, this one for {kind} ({anomaly.value}); {where}")
+        return f"step {state.step}: {what}, this one for {kind} ({anomaly.value}); {where}"
+    return None

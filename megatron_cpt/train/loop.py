@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 
 from megatron_cpt.backend import StopRequest
 from megatron_cpt.config import format_duration
-from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED
+from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
 from megatron_cpt.model.speed import gather_weights
-from megatron_cpt.train.anomalies import Anomaly, describe, find_anomaly, note_loss, stop_if_hopeless
+from megatron_cpt.train.anomalies import Anomaly, describe, find_anomaly, note_loss, reason_to_stop
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.limits import WallTime
 from megatron_cpt.train.metrics import mean_losses
@@ -64,8 +64,7 @@ def train(
         requests = partial(_requests, stop, wall_time, is_save_owed)
         result = _step(session, hooks, update, requests)
         if result.anomaly is not None:
-            _announce(session, hooks, wall_time, [session.saver.finish()])  # the run may end here: do not lose a save
-            _report_anomaly(session, hooks, result, result.anomaly)
+            _report_anomaly(session, hooks, result, result.anomaly, wall_time)
         is_last = state.step == session.last_step
         reason = "" if is_last else _reason(result, stop, config.resilience.wall_time)
         is_end = is_last or reason != ""
@@ -84,7 +83,7 @@ def train(
             _save(session, hooks, wall_time, wait=is_end)
             is_save_owed = False
         else:
-            _announce(session, hooks, wall_time, [session.saver.poll()])  # one that is written in the background
+            _announce(session, hooks, wall_time, session.saver.poll())  # one that is written in the background
         wall_time.end_step()
     for hook in hooks:
         hook.on_stop(session, reason)
@@ -106,6 +105,7 @@ def _step(
         counts=session.meter.counts,
         requests=requests,
         judge=lambda *numbers: _judge(session, *numbers),
+        before_update=session.saver.wait_for_copy,
     )
     state.advance(data.num_tokens, data.counts, data.state)
     session.meter.add(result.loss_by_source, data.num_tokens)
@@ -145,11 +145,16 @@ def _judge(session: Session, losses: torch.Tensor, grad_norm: float, is_finite: 
     return anomaly
 
 
-def _report_anomaly(session: Session, hooks: Sequence[Hook], result: StepResult, anomaly: Anomaly) -> None:
+def _report_anomaly(
+    session: Session, hooks: Sequence[Hook], result: StepResult, anomaly: Anomaly, wall_time: WallTime
+) -> None:
     line = describe(anomaly, session.state, result.loss_by_source, session.meter.names, result.grad_norm, session.model)
     for hook in hooks:
         hook.on_anomaly(session, line)
-    stop_if_hopeless(anomaly, session.state, session.config.resilience)
+    reason = reason_to_stop(anomaly, session.state, session.config.resilience)
+    if reason is not None:
+        _announce(session, hooks, wall_time, session.saver.finish())  # what is being written is sound
+        raise CptError(reason)
 
 
 def _report(session: Session, hooks: Sequence[Hook], result: StepResult) -> None:
@@ -186,17 +191,18 @@ def _validate(session: Session, hooks: Sequence[Hook], progress: Progress) -> No
 
 def _save(session: Session, hooks: Sequence[Hook], wall_time: WallTime, *, wait: bool) -> None:
     started = time.perf_counter()
-    _announce(session, hooks, wall_time, [session.saver.finish()])  # the save before this one
+    _announce(session, hooks, wall_time, session.saver.finish())  # the save before this one
     wall_time.begin_save()
-    paths = save(session, wait=wait)
+    path = save(session)
+    if wait and path is None:
+        path = session.saver.finish()
     wall_time.end_stall()
     session.meter.skip_time(time.perf_counter() - started)
-    _announce(session, hooks, wall_time, paths)
+    _announce(session, hooks, wall_time, path)
 
 
-def _announce(session: Session, hooks: Sequence[Hook], wall_time: WallTime, checkpoints: Iterable[Path | None]) -> None:
-    for path in checkpoints:
-        if path is not None:
-            wall_time.end_save()
-            for hook in hooks:
-                hook.on_checkpoint(session, str(path))
+def _announce(session: Session, hooks: Sequence[Hook], wall_time: WallTime, checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        wall_time.end_save()
+        for hook in hooks:
+            hook.on_checkpoint(session, str(checkpoint))

@@ -13,23 +13,16 @@ from megatron_cpt.config import dump_yaml
 from megatron_cpt.train.setup import Session, rank_layout
 
 
-def save(session: Session, *, wait: bool) -> list[Path]:
-    """Save the session under its step, after the save before it; a collective call.
-
-    Args:
-        session: what to save.
-        wait: whether it must be published on return, also where saves run in the background.
+def save(session: Session) -> Path | None:
+    """Save the session under its step; the save before it must be finished. A collective call.
 
     Returns:
-        The checkpoints published meanwhile, oldest first.
+        The published checkpoint, or None where it is still written in the background.
 
     Raises:
-        CptError: this one or the one before could not be written.
+        CptError: it could not be written.
     """
-    found = [session.saver.finish(), session.saver.save(session.state.step, record(session))]
-    if wait:
-        found.append(session.saver.finish())
-    return [path for path in found if path is not None]
+    return session.saver.save(session.state.step, record(session))
 
 
 def record(session: Session) -> Record:

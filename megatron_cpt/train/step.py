@@ -46,6 +46,7 @@ def train_step(
     counts: bool,
     requests: Callable[[], Sequence[bool]],
     judge: Judge,
+    before_update: Callable[[], None],
 ) -> StepResult:
     """Train on one global batch; a collective call.
 
@@ -60,6 +61,7 @@ def train_step(
         counts: whether this rank's losses count (one tensor-parallel rank of the last stage does for all).
         requests: what this rank asks of all ranks; called after the backward pass.
         judge: says what is wrong.
+        before_update: called before weights, moments and amax histories change.
     """
     for chunk in forward.model.chunks:
         chunk.zero_grad_buffer()
@@ -70,6 +72,7 @@ def train_step(
     (has_bad_rank, *asked), losses = agree([not is_finite, *requests()], own if counts else torch.zeros_like(own))
     anomaly = judge(losses, grad_norm, not has_bad_rank)
     is_applied = anomaly is None or anomaly.is_applied
+    before_update()
     if is_applied:
         update.apply(rate, grad_norm)
     fp8_emulated.end_step(forward.model.chunks, keep=is_applied)

@@ -62,6 +62,49 @@ def test_the_newest_and_every_so_manyth_stay(both: tuple[Path, Path]) -> None:
     assert _names(background) == ["latest", *(layout.checkpoint_name(step) for step in (4, 6, 8))]
 
 
+def _train_with_late_copies(path: str, overrides: list[str]) -> tuple[int, list[bool]]:
+    """Each copy begins only when the forward pass of the next step is over; the third is that of the run's end."""
+    import threading
+
+    from megatron_cpt.checkpoint.staging import StagingBuffer
+    from megatron_cpt.train.forward import ForwardPass
+
+    copy, forward = StagingBuffer.copy, ForwardPass.__call__
+    passes, is_over = [], threading.Condition()
+
+    def copy_late(staging: StagingBuffer, tensors: object) -> object:
+        with is_over:
+            began = len(passes)
+            was_over = is_over.wait_for(lambda: len(passes) > began, timeout=30 if len(found) < 2 else 0)
+        found.append(was_over)
+        return copy(staging, tensors)
+
+    def forward_and_tell(*args: object, **kwargs: object) -> object:
+        result = forward(*args, **kwargs)
+        with is_over:
+            passes.append(None)
+            is_over.notify_all()
+        return result
+
+    found: list[bool] = []
+    StagingBuffer.copy, ForwardPass.__call__ = copy_late, forward_and_tell
+    try:
+        return train_here(path, overrides), found
+    finally:
+        StagingBuffer.copy, ForwardPass.__call__ = copy, forward
+
+
+def test_the_state_is_copied_beside_the_next_step_and_before_its_update(
+    both: tuple[Path, Path], short_run: Path, tmp_path: Path
+) -> None:
+    overrides = [f"output={tmp_path}/late", "checkpoint={every: 3, async: true}", "stop_at_step=7"]
+    for status, were_beside in run_ranks(2, _train_with_late_copies, str(short_run), overrides):
+        assert status == 0
+        assert were_beside == [True, True, False], "steps 3 and 6 waited for their copies"
+    name = layout.checkpoint_name(6)
+    assert differing(both[0] / "checkpoints" / name, tmp_path / "late" / "checkpoints" / name) == []
+
+
 def _full_disk_on_one_rank(path: str, overrides: list[str], reports: str) -> None:
     import torch.distributed as dist
 
