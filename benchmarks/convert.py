@@ -274,7 +274,7 @@ def measure_15b(folder: Path, layers: int) -> dict[str, Any]:
         "times_cp": {name: round(result[name]["seconds"] / mean, 2) for name in names},
         "peak_disk_gigabytes": round(disk[0], 2),
         "note": "cp with fsync, once before and once after; each step from a cold page cache; imports of "
-        "libraries not counted; export verifies the checkpoint's checksums first, and so reads it twice",
+        "libraries not counted; export compares the checkpoint's checksums on the way",
     }
 
 

@@ -94,9 +94,9 @@ def main() -> int:
     return 0
 
 
-def train_quietly(run_file: Path, output: Path) -> Path:
+def train_quietly(run_file: Path, output: Path, *overrides: str) -> Path:
     """The run that nothing happens to."""
-    with Job(NUM_RANKS, [str(run_file), f"output={output}"], output.parent / "logs") as job:
+    with Job(NUM_RANKS, [str(run_file), f"output={output}", *overrides], output.parent / "logs") as job:
         if (status := job.wait(timeout=600)) != 0:
             raise SystemExit(f"the quiet run ended with status {status}\n{job.output()}")
     return output

@@ -96,7 +96,6 @@ def _model(run: RunConfig) -> tuple[Any, Any]:
         apply_rope_fusion=has_te,
         gradient_accumulation_fusion=here.apex,
         cross_entropy_loss_fusion=True,
-        cross_entropy_fusion_impl="te" if has_te else "native",
         **low,
     )
     spec = get_gpt_layer_with_transformer_engine_spec() if has_te else get_gpt_layer_local_spec()

@@ -5,7 +5,8 @@
 
 As many layers as fit (the first number that does not run out of memory, counting down), a vocabulary of 16,384 instead
 of 256,000 (embedding and head with their optimizer state would fill the GPU), 4,096 tokens a sequence, Adam with fp32
-master weights. Timed in turn, in processes of their own, several rounds in one call:
+master weights, weights drawn on the device. Timed in turn, in processes of their own, several rounds in one call; what
+there is after a round is printed and written down, should the time for the next one not be given:
 
 - ours: `train_step` as a run does it, with the default `speed` of the machine, data ready in memory;
 - bare: megatron-core's layers, DDP, schedule and optimizer, nothing of ours around them, the fewest lines that train
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.gpu.bare_loop import bare_steps
 from benchmarks.record import machine, write_result
-from megatron_cpt.config import RunConfig, draft_config
+from megatron_cpt.config import ModelConfig, RunConfig, draft_config
 from megatron_cpt.plan.flops import flops_per_token
 from megatron_cpt.plan.hardware import GPUS
 
@@ -74,14 +75,15 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
 
     from megatron_cpt.backend import seed_everything
     from megatron_cpt.data import StepData
-    from megatron_cpt.model.build import build_model
+    from megatron_cpt.model import build
     from megatron_cpt.optim.build import build_optimizer
     from megatron_cpt.train.forward import ForwardPass
     from megatron_cpt.train.step import train_step
     from megatron_cpt.train.update import Update
 
     seed_everything(run.seed, pipeline_rank=0)
-    model = build_model(run)
+    build.initialise_weights = draw_on_device  # billions of weights by the CPU, one by one, take longer than the steps
+    model = build.build_model(run)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model.chunks)
     update = Update(optimizer, run.optimizer.weight_decay)
     forward = ForwardPass(model, 1, 1, torch.device(torch.cuda.current_device()))
@@ -101,6 +103,16 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
         )
 
     return step
+
+
+def draw_on_device(chunks: Any, model: ModelConfig, seed: int) -> None:
+    """Random matrices of the usual size, in the place of those that do not depend on the layout."""
+    import torch
+
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=model.init_std)
 
 
 def random_batches(run: RunConfig) -> list[Any]:
@@ -195,11 +207,12 @@ def call(arguments: argparse.Namespace, which: str, precision: str = "bf16") -> 
     return result
 
 
-def fit_layers(arguments: argparse.Namespace, precisions: list[str]) -> None:
-    """Count down from `--layers` to a number that fits for everything that is timed."""
+def fit_layers(arguments: argparse.Namespace, precision: str) -> None:
+    """Count down from `--layers` to a number that fits both loops in the precision that needs most memory."""
     while arguments.layers > 0:
-        if all(call(arguments, which, name) is not None for name in precisions for which in ("ours", "bare")):
+        if all(call(arguments, which, precision) is not None for which in ("ours", "bare")):
             return
+        print(f"{arguments.layers} layers do not fit", file=sys.stderr)
         arguments.layers -= 1
     sys.exit("not one layer fits this GPU: choose a smaller --micro")
 
@@ -226,7 +239,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--micro", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--child", choices=["ours", "bare", "ceiling"])
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
@@ -242,26 +255,27 @@ def main() -> int:
     has_fp8 = here.transformer_engine is not None and here.capability >= (8, 9)
     precisions = list(PRECISIONS) if has_fp8 else ["bf16"]
     probe = argparse.Namespace(**{**vars(arguments), "steps": 1})
-    fit_layers(probe, precisions)
+    fit_layers(probe, precisions[-1])  # FP8 keeps copies of the weights beside them
     arguments.layers = probe.layers
     timed: dict[str, list[dict[str, Any]]] = {
         f"{which} {name}": [] for name in precisions for which in ("ours", "bare")
     }
     reached: list[dict[str, float]] = []
-    for _ in range(arguments.rounds):
+    for number in range(1, arguments.rounds + 1):
         reached.append(call(arguments, "ceiling") or {})
         for key, rounds in timed.items():
             which, _, precision = key.partition(" ")
             one = call(arguments, which, precision)
             assert one is not None, "it fitted a moment ago"
             rounds.append(one)
-    best = {name: max(one[name] for one in reached) for name in reached[0]}
-    report(arguments, str(here), timed, best)
+        print(f"after round {number} of {arguments.rounds}, {arguments.layers} layers:")
+        best = {name: max(one[name] for one in reached) for name in reached[0]}
+        report(arguments, str(here), timed, best)
     return 0
 
 
 def report(arguments: argparse.Namespace, here: str, timed: dict[str, Any], best: dict[str, float]) -> None:
-    """Print all, and write it down unless it was a rehearsal."""
+    """Print what there is, and write it down unless it is a rehearsal."""
     gpu = next((gpu for gpu in GPUS.values() if gpu.name.upper() in here.split(" (")[0].upper()), None)
     results = {}
     for key, rounds in timed.items():
@@ -273,7 +287,8 @@ def report(arguments: argparse.Namespace, here: str, timed: dict[str, Any], best
     best = {name: round(value, 2) for name, value in best.items()}
     print(f"ceiling, TFLOP/s: {best}")
     if not arguments.rehearse:
-        shape = {"layers": arguments.layers, "micro_batch": arguments.micro, "rounds": arguments.rounds, **WIDTH}
+        num_rounds = len(next(iter(timed.values())))
+        shape = {"layers": arguments.layers, "micro_batch": arguments.micro, "rounds": num_rounds, **WIDTH}
         content = {"device": here, "shape": shape, "ceiling_tflops": best, "results": results, "machine": machine()}
         write_result("gpu_blocks", {"convention": __doc__.partition("Convention: ")[2].strip(), **content})
 

@@ -8,7 +8,6 @@ was kept and what was dropped. A second call finds that account and does nothing
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -22,11 +21,11 @@ from pathlib import Path
 
 import orjson
 from overlap import HeldOutNgrams
-from rich.console import Console
 from rich.table import Table
 from sources import HELD_OUT, PACKAGES, PRETRAINING, QUESTIONS, Document
+from story import run_step
 
-from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.errors import UserError
 
 DEFAULT_DATA = Path("data/quickstart")
 
@@ -176,17 +175,5 @@ def accounts_table(accounts: Iterable[Account]) -> Table:
     return table
 
 
-def main() -> int:
-    """Runs this step alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="where to write (default: %(default)s)")
-    try:
-        Console().print(accounts_table(prepare(parser.parse_args().data)))
-    except CptError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_step(__doc__, DEFAULT_DATA, lambda data: accounts_table(prepare(data))))

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
+from megatron_cpt.cli.tool import run_tool
 from megatron_cpt.errors import CptError
 
 ROOT = Path(__file__).resolve().parents[2]  # paths in the run.yaml files are relative to it
@@ -117,9 +118,21 @@ def run_story(description: str | None, runs: Path, tell: Callable[[Story], None]
     os.chdir(ROOT)
     if arguments.fresh:
         shutil.rmtree(runs, ignore_errors=True)
-    try:
-        tell(Story(Console()))
-    except CptError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
-    return 0
+    return run_tool(lambda: tell(Story(Console())))
+
+
+def run_step(description: str | None, data: Path, prepare: Callable[[Path], RenderableType]) -> int:
+    """Runs one step of a story as a script.
+
+    Args:
+        description: for `--help`.
+        data: the folder that it works in, unless `--data` names another.
+        prepare: the step; what it returns is printed.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=data, help="the folder of the data (default: %(default)s)")
+    arguments = parser.parse_args()
+    return run_tool(lambda: Console().print(prepare(arguments.data)))

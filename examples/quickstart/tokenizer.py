@@ -8,7 +8,6 @@ the data one would like to add.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import orjson
 import sentencepiece
 from corpora import DEFAULT_DATA
 from sources import PRETRAINING
+from story import run_step
 
 VOCABULARY_SIZE = 4096
 # Equal parts: with all of it, two thirds of the pieces would be Python.
@@ -63,13 +63,5 @@ def training_lines(folder: Path) -> Iterator[str]:
                     break
 
 
-def main() -> int:
-    """Runs this step alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="where the text is (default: %(default)s)")
-    print(train(parser.parse_args().data))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_step(__doc__, DEFAULT_DATA, lambda data: str(train(data))))

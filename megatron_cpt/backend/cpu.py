@@ -20,6 +20,7 @@ What is replaced:
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 import warnings
 from typing import Any
@@ -77,7 +78,9 @@ class CpuForCuda(TorchFunctionMode):
 
 
 def _device_properties(*_: Any) -> types.SimpleNamespace:
-    return types.SimpleNamespace(major=0, minor=0, multi_processor_count=1, total_memory=0, name="cpu")
+    # torch.compile asks a torch without CUDA for the second name
+    names = {"name": "cpu", "gcnArchName": "cpu"}
+    return types.SimpleNamespace(major=0, minor=0, multi_processor_count=1, total_memory=0, **names)
 
 
 _ANSWERS: dict[str, Any] = {
@@ -106,6 +109,9 @@ _ANSWERS: dict[str, Any] = {
 
 _TENSOR_TYPES = ("Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool")
 
+# CUDA kernels that megatron-core takes for its optimizer and layers wherever they can be imported.
+_CUDA_LIBRARIES = ("transformer_engine", "apex", "amp_C")
+
 _mode: CpuForCuda | None = None
 
 
@@ -125,6 +131,8 @@ def install() -> bool:
             setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
         torch.cuda.nvtx.range_push = lambda *_: None
         torch.cuda.nvtx.range_pop = lambda *_: None
+        for name in _CUDA_LIBRARIES:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it is an ImportError from here on
         _mode = CpuForCuda()
         _mode.__enter__()  # type: ignore[no-untyped-call]  # for the life of the process
         _import_megatron_core()

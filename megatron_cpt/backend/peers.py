@@ -1,9 +1,12 @@
 """Signs of life between the ranks of a job, beside the collectives: no rank waits for ever for one that is gone.
 
-A collective over a dead rank may raise at once (gloo), after the process group's timeout (NCCL), or never. So a thread
-of each rank counts up a number in the job's store every second. The main rank looks at all numbers, the others at the
-main rank's. Whoever misses one, or loses a connection, or ends with an error, raises the alarm: one key in the store,
-which every rank looks for once a second. Then all take a roll call, and end with the same reason.
+A collective over a dead rank may raise at once (gloo), late, or never. So a thread of each rank counts up a number in
+the job's store every second. The main rank looks at all numbers, the others at the main rank's. Whoever misses one, or
+loses a connection, or ends with an error, raises the alarm: one key in the store, which every rank looks for once a
+second. Then all take a roll call, and end with the same reason.
+
+Time is counted in looks of that thread, not by the clock: ranks that a scheduler has suspended (SIGSTOP, a frozen
+cgroup) have missed nothing when they wake up. A rank that alone is stopped is missed by those that go on looking.
 """
 
 from __future__ import annotations
@@ -43,9 +46,13 @@ def lost_connection(error: BaseException) -> str | None:
         is_lost = isinstance(seen, dist.DistBackendError | dist.DistNetworkError)
         if is_lost or (isinstance(seen, RuntimeError) and any(word in text for word in _LOST_WORDS)):
             found = [word for word in _LOST_WORDS if word in text and word != "gloo/transport"]
-            return found[0] if found else text.strip().splitlines()[0]
+            return found[0] if found else _first_line(seen)
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def job_store() -> Any:
@@ -112,8 +119,7 @@ class Peers:
 
     def announce(self, error: BaseException) -> None:
         """Tell the others that this rank ends with an error of its own."""
-        lines = str(error).strip().splitlines() or [""]
-        text = f"{type(error).__name__}: {lines[0]}"
+        text = f"{type(error).__name__}: {_first_line(error)}"
         self._raise_alarm(f"rank {self._rank} ended in {self._doing()}: {text}", is_ending=True)
 
     def explain(self, trouble: str) -> str:
@@ -142,8 +148,8 @@ class Peers:
         self._wake.set()
 
     def _watch(self) -> None:
-        seen = {other: (b"", time.monotonic()) for other in self._watched()}
-        unreachable_since: float | None = None
+        seen = dict.fromkeys(self._watched(), (b"", 0))
+        num_failures = 0  # of the store, in a row
         while not self._stop.is_set():
             self._wake.wait(_BEAT_SECONDS)
             if self._stop.is_set():
@@ -151,14 +157,11 @@ class Peers:
             try:
                 self._beat()
                 alarm = self._current_alarm() or self._silence(seen)
-                unreachable_since = None
+                num_failures = 0
             except RuntimeError as error:
-                now = time.monotonic()
-                unreachable_since = unreachable_since or now
-                if not self._alarm and now - unreachable_since < self._timeout:
-                    self._stop.wait(_BEAT_SECONDS)
-                    continue
-                alarm = self._alarm or f"the store of the job is gone ({str(error).splitlines()[0]})"
+                num_failures += 1
+                is_lost = self._is_too_long(num_failures)
+                alarm = self._alarm or (f"the store of the job is gone ({_first_line(error)})" if is_lost else "")
             if alarm:
                 return self._answer(alarm)
 
@@ -166,15 +169,21 @@ class Peers:
         """Whom this rank looks after in peace: the main rank all others, the others the main rank."""
         return self._others if self._rank == 0 else [0]
 
-    def _silence(self, seen: dict[int, tuple[bytes, float]]) -> str:
-        """The alarm over a rank that has not shown itself for too long; empty: all have."""
-        now = time.monotonic()
+    def _silence(self, seen: dict[int, tuple[bytes, int]]) -> str:
+        """The alarm over a rank that has not shown itself for too long; empty: all have.
+
+        Args:
+            seen: the number that each rank showed last, and how many looks ago; brought up to date.
+        """
         for other, beat in zip(seen, self._read(list(seen)), strict=True):
-            if beat != seen[other][0]:
-                seen[other] = (beat, now)
-            elif now - seen[other][1] > self._timeout and self._farewell(other) != _DONE:
+            num_looks = seen[other][1] + 1 if beat == seen[other][0] else 0
+            seen[other] = (beat, num_looks)
+            if self._is_too_long(num_looks) and self._farewell(other) != _DONE:
                 return f"rank {other} gave no sign of life for {self._timeout:.0f} s (resilience.peer_timeout)"
         return ""
+
+    def _is_too_long(self, num_looks: int) -> bool:
+        return num_looks * _BEAT_SECONDS > self._timeout
 
     def _current_alarm(self) -> str:
         if self._alarm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_cpt.backend import set_rng_state
 from megatron_cpt.checkpoint import layout, sharded
 from megatron_cpt.checkpoint.manifest import Verify, find_faults
+from megatron_cpt.checkpoint.masters import nest_groups, other_names, reading_as
 from megatron_cpt.checkpoint.reader import in_threads
+from megatron_cpt.checkpoint.together import on_all, on_main
 from megatron_cpt.checkpoint.unpickle import plain_types_only
 from megatron_cpt.errors import RefusedError
 
@@ -41,9 +43,7 @@ def newest_sound(folder: Path, how: Verify = "full") -> Path | None:
         RefusedError: there are checkpoints, or have been, and none is sound: never start over in silence.
     """
     # as the main rank sees the folder: every rank must verify the same ones, however late a file system shows them
-    told = [_look(folder)]
-    dist.broadcast_object_list(told, src=0)
-    found, named = told[0]
+    found, named = on_main(lambda: _look(folder))
     if not found and named is not None:
         raise RefusedError(
             f"{folder}: latest names {named}, but there is no checkpoint; put one back, choose another output, or "
@@ -77,7 +77,7 @@ def find_sound(named: str | Path, how: Verify = "full") -> Path:
         UserError: there is nothing of that name.
         RefusedError: it is broken, or a run without a sound checkpoint.
     """
-    path = layout.resolve_checkpoint(named)
+    path = on_main(lambda: layout.resolve_checkpoint(named))
     if path != Path(named):
         return newest_sound(path.parent, how) or path
     faults = verify(path, how)
@@ -98,11 +98,17 @@ def verify(path: Path, how: Verify = "full") -> list[str]:
     return sorted({fault for part in every for fault in part})
 
 
-def load_weights(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Load the weights only; master weights are the caller's to refresh."""
+def load_weights(path: Path, chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
+    """Load the weights only.
+
+    Returns:
+        The weights as they were read, from which the caller refreshes the master weights; those of the model may be
+        less exact, in FP8.
+    """
     wanted = sharded.model_state(chunks, is_loading=True)
-    _leave_out_new_histories(wanted, path)
-    sharded.load_model_state(chunks, _load(wanted, path))
+    loaded = _load(wanted, path)
+    sharded.load_model_state(chunks, loaded)
+    return loaded
 
 
 def load_training(
@@ -110,23 +116,46 @@ def load_training(
 ) -> None:
     """Load weights, optimizer and, where the layout is the one that saved it, random states."""
     wanted = sharded.training_state(chunks, optimizer, is_loading=True, with_rng=with_rng)
-    _leave_out_new_histories(wanted, path)
     state = _load(wanted, path)
     sharded.load_model_state(chunks, state)
+    nest_groups(optimizer, state["optimizer"])
     sharded.load_optimizer_state(optimizer, state["optimizer"])
     if with_rng:
         set_rng_state(state["rng"])
 
 
-def _leave_out_new_histories(wanted: dict[str, Any], path: Path) -> None:
+def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    shapes = on_all(lambda: _read_shapes(path))
+    _leave_out_new_histories(wanted, shapes, path)
+    names = other_names(wanted, shapes) if "optimizer" in wanted else {}
+    return on_all(lambda: _read_all(wanted, names, path))
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The whole shape of every tensor of a checkpoint.
+
+    Reads all that megatron-core reads on each rank before the ranks first meet: what fails there fails here.
+
+    Raises:
+        RefusedError: a description is damaged, or the disk fails.
+    """
+    try:
+        with plain_types_only(path):
+            # megatron-core's own load_tensors_metadata (0.19.2) fails on what newer versions of torch write.
+            present = FileSystemReader(path).read_metadata().state_dict_metadata
+            dist_checkpointing.load_common_state_dict(str(path))
+            return {
+                key: tuple(entry.size) for key, entry in present.items() if isinstance(entry, TensorStorageMetadata)
+            }
+    except RefusedError:
+        raise
+    except (Exception, CheckpointException) as error:  # damaged bytes lead an unpickler anywhere
+        raise RefusedError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+def _leave_out_new_histories(wanted: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Do not ask for amax histories that the checkpoint lacks: a run that takes up FP8 starts new ones."""
     histories = sharded.amax_histories(wanted)
-    if not histories:
-        return
-    # megatron-core's own load_tensors_metadata (0.19.2) fails on what newer versions of torch write.
-    with plain_types_only(path):
-        present = FileSystemReader(path).read_metadata().state_dict_metadata
-    shapes = {key: tuple(entry.size) for key, entry in present.items() if isinstance(entry, TensorStorageMetadata)}
     new = [(model, name) for model, name, tensor in histories if shapes.get(tensor.key) != tuple(tensor.global_shape)]
     for model, name in new:
         del model[name]
@@ -134,15 +163,19 @@ def _leave_out_new_histories(wanted: dict[str, Any], path: Path) -> None:
         logger.info("%s has no amax history of this recipe: FP8 scaling starts anew", path)
 
 
-def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+def _read_all(wanted: dict[str, Any], names: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
-        with plain_types_only(path), in_threads():
+        with plain_types_only(path), reading_as(names), in_threads():
             loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
     except CheckpointException as error:  # torch's own, over several ranks; not an Exception
-        causes = "; ".join(
-            sorted({f"{type(cause).__name__}: {cause}".splitlines()[0] for cause, _ in error.failures.values()})
-        )
-        raise RefusedError(f"{path}: cannot be read: {causes}") from error
+        raise RefusedError(f"{path}: cannot be read: {_reason(error)}") from error
     except (dist_checkpointing.mapping.CheckpointingException, KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{path}: does not fit this model: {error}") from error
     return loaded
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        return "; ".join(sorted({_reason(cause) for cause, _ in error.failures.values()}))
+    first_line = (str(error).splitlines() or [""])[0]
+    return first_line if isinstance(error, RefusedError) else f"{type(error).__name__}: {first_line}"

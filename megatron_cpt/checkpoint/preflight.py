@@ -99,7 +99,7 @@ RULES = (
     Rule("blend", _blends, "the new weights count from this step on; no sample is read twice"),
     Rule("schedule", _ends, "the rate jumps to the new schedule's value at this step"),
     Rule("optimizer", lambda run: run["optimizer"], "the new values count from this step on"),
-    Rule("precision", lambda run: run["precision"], "the run goes on in another number format"),
+    Rule("precision", lambda run: run["precision"], "the run goes on in another number format, from its fp32 weights"),
     Rule("tokenizer", lambda run: run["tokenizer"], "ids may mean other text from this step on"),
     Rule("documents", _documents, "masks change from this step on"),
 )

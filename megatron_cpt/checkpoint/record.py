@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,22 @@ class Record:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def damage_refused(checkpoint: object) -> Iterator[None]:
+    """Around what takes a record apart: with `checkpoint.verify: none` it may be JSON or YAML and yet no record.
+
+    Raises:
+        RefusedError: naming the checkpoint, where something is missing or of another kind.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RefusedError(
+            f"{checkpoint}: {layout.STATE_FILE} or {layout.RUN_FILE} is damaged ({type(error).__name__}: {error}); "
+            "use another checkpoint"
+        ) from error
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

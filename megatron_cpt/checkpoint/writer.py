@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.manifest import FileDigest
 from megatron_cpt.checkpoint.shards import Entry
+from megatron_cpt.checkpoint.torch_save import save_tensor
 
 _CHUNK = 16 << 20
 _SMALL = 1 << 16
@@ -59,17 +60,11 @@ def write_files(folder: Path, files: Mapping[str, Sequence[Entry]], abandon: thr
     """
     if not files:
         return Written([], {})
-    # The zip format around each tensor has a CRC-32 of its own; the manifest's SHA-256 says more.
-    has_crc = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        with ThreadPoolExecutor(2 * len(files), thread_name_prefix="checkpoint") as threads:
-            jobs = [
-                threads.submit(_write_file, folder / name, entries, threads, abandon) for name, entries in files.items()
-            ]
-            written = [job.result() for job in jobs]
-    finally:
-        torch.serialization.set_crc32_options(has_crc)
+    with ThreadPoolExecutor(2 * len(files), thread_name_prefix="checkpoint") as threads:
+        jobs = [
+            threads.submit(_write_file, folder / name, entries, threads, abandon) for name, entries in files.items()
+        ]
+        written = [job.result() for job in jobs]
     return Written(
         [place for part in written for place in part.places],
         {name: digest for part in written for name, digest in part.files.items()},
@@ -94,12 +89,7 @@ def _write_entry(entry: Entry, stream: HashedStream) -> None:
     if isinstance(entry.data, io.BytesIO):
         stream.write(entry.data.getbuffer())
         return
-    try:
-        torch.save(_alone(entry.data), stream)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        if stream.failure is None:
-            raise
-        raise stream.failure from error  # torch's complaint that its zip file is cut says less
+    save_tensor(_alone(entry.data), stream)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

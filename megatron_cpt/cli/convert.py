@@ -6,16 +6,18 @@ import enum
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megatron_cpt.errors import EXIT_REFUSED, UserError
 
 if TYPE_CHECKING:
+    from megatron_cpt.convert.exporter import ExportReport
+    from megatron_cpt.convert.importer import ImportReport
     from megatron_cpt.convert.logits import LogitsReport
     from megatron_cpt.convert.verify import TensorReport
 
@@ -31,8 +33,6 @@ SOURCE_HELP = (
 )
 CKPT_HELP = "A checkpoint, a run directory (its newest), or a checkpoint of Megatron."
 MODEL_HELP = "What a checkpoint of Megatron is, where it does not say: a preset, or a YAML file with the model section."
-DTYPE_HELP = "Type of the weights. [default: as they are]"
-PICKLE_HELP = "Also read pickled .bin weights, tensors only."
 LOGITS_LIMIT = 1e-4
 
 
@@ -52,9 +52,12 @@ class Verify(enum.StrEnum):
     NONE = "none"
 
 
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT_DIR", help=CKPT_HELP, show_default=False)]
 Workers = Annotated[int, typer.Option("--workers", metavar="N", min=0, help="Threads; 0: all cores.")]
-DTypeOption = Annotated[DType | None, typer.Option("--dtype", help=DTYPE_HELP)]
+DTypeOption = Annotated[DType | None, typer.Option("--dtype", help="Type of the weights. [default: as they are]")]
+ShardSize = Annotated[str, typer.Option("--shard-size", metavar="BYTES", help="Of a file: 5GB, 500MB.")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="NAME|FILE", help=MODEL_HELP)]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled .bin weights, tensors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
@@ -65,7 +68,7 @@ def import_(
     dtype: DTypeOption = None,
     tensor: Annotated[int, typer.Option("--tensor", min=1, help="Cut the pieces for this tensor-parallel size.")] = 1,
     pipeline: Annotated[int, typer.Option("--pipeline", min=1, help="End files where these stages end.")] = 1,
-    shard_size: Annotated[str, typer.Option("--shard-size", metavar="BYTES", help="Of a file: 1GB, 500MB.")] = "256MB",
+    shard_size: ShardSize = "256MB",
     workers: Workers = 0,
     model: ModelOption = None,
     add_tokens: Annotated[
@@ -74,7 +77,7 @@ def import_(
     init_rows: Annotated[
         str, typer.Option("--init-rows", metavar="pieces|mean", help="Rows of new tokens from these.")
     ] = "pieces",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
+    allow_pickle: AllowPickle = False,
     allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Take weights that are not finite.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -101,13 +104,11 @@ def import_(
     with transfer_bar("importing") as advance:
         report = import_checkpoint(source, target, options, advance=advance)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        _print_json(report.to_dict())
         return
-    kept = f" ({report.num_kept} files kept from a call before)" if report.num_kept else ""
     print(
         f"{target}: {report.num_tensors} tensors, {report.num_parameters / 1e6:,.1f}M parameters with padding, "
-        f"{report.num_bytes / 1e9:.2f} GB in {report.num_files} files, "
-        f"{report.num_bytes / 1e9 / report.seconds:.2f} GB/s{kept}"
+        f"{_amount(report)} in {report.num_files} files{_kept(report, 'files')}"
     )
     if report.vocabulary is not None:
         print(f"vocabulary: {report.vocabulary}")
@@ -115,10 +116,10 @@ def import_(
 
 @app.command("export")
 def export(
-    source: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help=CKPT_HELP, show_default=False)],
+    source: Checkpoint,
     target: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Is made.", show_default=False)],
     dtype: DTypeOption = None,
-    shard_size: Annotated[str, typer.Option("--shard-size", metavar="BYTES", help="Of a safetensors file.")] = "5GB",
+    shard_size: ShardSize = "5GB",
     workers: Workers = 0,
     model: ModelOption = None,
     family: Annotated[
@@ -129,7 +130,7 @@ def export(
         typer.Option("--files", metavar="DIR", help="Config and tokenizer files. [default: those of the import]"),
     ] = None,
     verify: Annotated[
-        Verify, typer.Option("--verify", help="How much of the checkpoint's checksums to compare first.")
+        Verify, typer.Option("--verify", help="How much of the checkpoint's checksums to compare.")
     ] = Verify.FULL,
     as_json: Json = False,
 ) -> None:
@@ -151,19 +152,18 @@ def export(
     with transfer_bar("exporting") as advance:
         report = export_checkpoint(source, target, options, advance=advance)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        _print_json(report.to_dict())
         return
-    kept = f" ({report.num_kept} tensors kept from a call before)" if report.num_kept else ""
     print(
-        f"{target}: {report.family}, {report.num_tensors} tensors, {report.num_bytes / 1e9:.2f} GB, "
-        f"{report.num_bytes / 1e9 / report.seconds:.2f} GB/s{kept}; with {', '.join(report.side_files)}"
+        f"{target}: {report.family}, {report.num_tensors} tensors, {_amount(report)}{_kept(report, 'tensors')}; "
+        f"with {', '.join(report.side_files)}"
     )
 
 
 @app.command("verify")
 def verify(
     hf: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder.", show_default=False)],
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help=CKPT_HELP, show_default=False)],
+    checkpoint: Checkpoint,
     logits: Annotated[
         bool, typer.Option("--logits", help="Also compare logits with transformers, in fp32; also under torchrun.")
     ] = False,
@@ -174,7 +174,7 @@ def verify(
     pipeline: Annotated[int, typer.Option("--pipeline", min=1, help="Pipeline stages of --logits.")] = 1,
     workers: Workers = 0,
     model: ModelOption = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)] = False,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """Prove that a checkpoint is the model of a Hugging Face folder: every tensor accounted for, every byte equal.
@@ -199,12 +199,24 @@ def verify(
         return
     agree = compared is None or compared.max_difference <= LOGITS_LIMIT
     if as_json:
-        report = {"tensors": tensors.to_dict(), "logits": compared.to_dict() if compared else None}
-        print(json.dumps(report, indent=2))
+        _print_json({"tensors": tensors.to_dict(), "logits": compared.to_dict() if compared else None})
     else:
         _print(checkpoint, tensors, compared)
     if not (tensors.is_equal and agree):
         raise typer.Exit(EXIT_REFUSED)
+
+
+def _print_json(report: Mapping[str, Any]) -> None:
+    print(json.dumps(report, indent=2))
+
+
+def _amount(report: ImportReport | ExportReport) -> str:
+    gigabytes = report.num_bytes / 1e9
+    return f"{gigabytes:.2f} GB ({gigabytes / report.seconds:.2f} GB/s)"
+
+
+def _kept(report: ImportReport | ExportReport, what: str) -> str:
+    return f", {report.num_kept} {what} kept from a call before" if report.num_kept else ""
 
 
 def _print(checkpoint: Path, tensors: TensorReport, compared: LogitsReport | None) -> None:

@@ -76,13 +76,13 @@ def decode(codec: Tokenizer, ids: Sequence[int], where: str) -> str:
     """The text of ids.
 
     Raises:
-        UserError: an id is beyond the tokenizer's vocabulary.
+        UserError: an id is not one of the tokenizer's.
     """
-    largest = max(ids, default=0)
-    if largest >= codec.vocab_size or min(ids, default=0) < 0:
+    foreign = next((i for i in ids if not 0 <= i < codec.vocab_size), None)
+    if foreign is not None:
         raise UserError(
-            f"{where}: id {largest} is beyond the tokenizer's {codec.vocab_size} ids; give the tokenizer that the data "
-            "were made with"
+            f"{where}: id {foreign} is not one of the tokenizer's {codec.vocab_size} ids; give the tokenizer that the "
+            "data were made with"
         )
     return codec.decode(ids)
 

@@ -64,6 +64,8 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
 
 
 def _micro_batches(config: RunConfig) -> Iterator[str]:
+    if not config.uses_own_batch:
+        return
     global_, micro = config.batch.global_, config.batch.micro
     if global_ % micro:
         yield f"batch.micro: {micro} does not divide batch.global: {global_}; choose a divisor of it"
@@ -254,10 +256,15 @@ def _quantised_shapes(config: RunConfig) -> Iterator[str]:
     for name, width in widths.items():
         if width % columns:
             yield f"{key}: {name} is {width}, and must be a multiple of {columns}"
-    for index, phase in enumerate(config.phases):
-        tokens = config.micro_batch_of(phase) * config.length_of(phase) // parallel.context
-        if tokens % rows:
-            text = f"{key}: phases[{index}] (phase {phase.name}): a micro-batch has {tokens} tokens a rank"
+    micro_batches = {
+        f"phases[{index}] (phase {phase.name})": config.micro_batch_of(phase) * config.length_of(phase)
+        for index, phase in enumerate(config.phases)
+    }
+    if config.validation is not None:
+        micro_batches["validation (batch.micro x seq_length)"] = config.batch.micro * config.seq_length
+    for name, tokens in micro_batches.items():
+        if tokens // parallel.context % rows:
+            text = f"{key}: {name}: a micro-batch has {tokens // parallel.context} tokens a rank"
             yield f"{text}, and must have a multiple of {rows}"
 
 
@@ -291,7 +298,7 @@ CHECKS = (
     Check(_HEADS, _rotary),
     Check(("model.ffn_hidden", "model.vocab", "model.vocab_multiple", "parallel.tensor"), _widths),
     Check(("model.layers", *_PIPELINE), _pipeline),
-    Check(("batch.global", "batch.micro", *_PIPELINE), _micro_batches),
+    Check(("batch.global", "batch.micro", "phases[*].batch", "validation", *_PIPELINE), _micro_batches),
     Check(("batch.global", "batch.micro", "batch.ramp_up", *_PIPELINE), _ramp_up),
     Check(("batch.global", "batch.micro", "phases[*].batch", *_PIPELINE), _phase_batches),
     Check(
@@ -307,6 +314,9 @@ CHECKS = (
     Check(("precision.compute", "precision.fp8", "model.layers"), _precision),
     Check(("precision.compute", "precision.fp8", "precision.fp4", "model.layers"), _fp4),
     Check(("precision.fp8", "parallel.distributed_optimizer", "model.gated"), _fp8_params),
-    Check((*_HEADS, "precision", "model.ffn_hidden", "parallel", "batch", "seq_length", "phases"), _quantised_shapes),
+    Check(
+        (*_HEADS, "precision", "model.ffn_hidden", "parallel", "batch", "seq_length", "phases", "validation"),
+        _quantised_shapes,
+    ),
     Check(("resilience.spike.warmup", "resilience.spike.window"), _spike),
 )

@@ -259,6 +259,11 @@ class PrecisionConfig(Section):
         """Whether matrix products run in FP8 or FP4, which takes Transformer Engine."""
         return self.fp4 is not None or (self.fp8 is not None and self.fp8.backend == "transformer_engine")
 
+    @property
+    def has_fp8_weights(self) -> bool:
+        """Whether the weights themselves are in FP8."""
+        return self.fp8 is not None and self.fp8.params
+
 
 class RecomputeConfig(Section):
     """Activation recomputation."""
@@ -364,6 +369,16 @@ class RunConfig(Section):
     def micro_batch_of(self, phase: PhaseConfig) -> int:
         """Sequences in one forward pass of one rank in a phase."""
         return (phase.batch and phase.batch.micro) or self.batch.micro
+
+    @property
+    def uses_own_batch(self) -> bool:
+        """Whether some steps are of `batch.global` in micro-batches of `batch.micro`, as those of a validation are."""
+        own = (self.batch.global_, self.batch.micro)
+        batches = [
+            ((phase.batch and phase.batch.global_) or self.batch.global_, self.micro_batch_of(phase))
+            for phase in self.phases
+        ]
+        return self.validation is not None or own in batches
 
     @property
     def longest_sequence(self) -> int:

@@ -52,6 +52,10 @@ class Place:
     apex: bool = False
 
 
+GPU_CLUSTER = Place(on_gpu=True, transformer_engine=True, apex=True)
+"""What a plan takes for granted: GPUs with all that NVIDIA's containers hold."""
+
+
 @dataclass(frozen=True)
 class Need:
     """A condition of a knob: how a message says it, and whether it holds."""
@@ -85,6 +89,10 @@ class Knob:
 def _has_one_shape(run: RunConfig, place: Place) -> bool:
     shapes = {(run.length_of(phase), run.micro_batch_of(phase)) for phase in run.phases}
     return shapes <= {(run.seq_length, run.batch.micro)}
+
+
+def _fits_user_buffers(run: RunConfig, place: Place) -> bool:
+    return run.precision.fp4 is None and (run.precision.fp8 is None or run.precision.fp8.recipe != "blockwise")
 
 
 def _overlaps_grad_reduce(run: RunConfig, place: Place) -> bool:
@@ -128,6 +136,8 @@ KNOBS = (
             Need("parallel.tensor above 1", lambda run, place: run.parallel.tensor > 1),
             Need("parallel.sequence", lambda run, place: run.parallel.sequence),
             Need("the same seq_length and batch.micro in every phase", _has_one_shape),
+            # `fill_userbuffers_buffer_for_all_gather` takes bf16, FP8 with one scale a tensor, and MXFP8.
+            Need("neither blockwise FP8 nor FP4", _fits_user_buffers),
         ),
         sets="`tp_comm_overlap`, Transformer Engine's `initialize_ub`",
         buys="most of what tensor parallelism adds to a step; off until asked for: it needs NVLink with multicast (or "
@@ -140,10 +150,11 @@ KNOBS = (
         h100=True,
         # megatron-core's native one makes its gradient bf16 whatever the logits are.
         needs=(Need("precision.compute: bf16", lambda run, place: run.precision.compute == "bf16"),),
-        sets="`cross_entropy_loss_fusion`, `cross_entropy_fusion_impl` (`te` with Transformer Engine, else `native`)",
-        buys="memory and time of fp32 logits, with 256,000 tokens in the vocabulary the largest tensors of all; "
-        "`native` also saves one of the three tensor-parallel exchanges of the loss",
-        source="Transformer Engine cross_entropy.py; megatron-core fusions/fused_cross_entropy.py",
+        sets="`cross_entropy_loss_fusion`, `cross_entropy_fusion_impl: native` (`te` has been wrong in several "
+        "releases, NVIDIA/Megatron-LM issue 1750, PR 5115)",
+        buys="memory and time of fp32 logits, with 256,000 tokens in the vocabulary the largest tensors of all, and "
+        "one of the three tensor-parallel exchanges of the loss",
+        source="megatron-core fusions/fused_cross_entropy.py",
     ),
     Knob(
         "fused_rope",
@@ -238,6 +249,12 @@ def resolve_speed(run: RunConfig, place: Place) -> tuple[frozenset[str], list[st
         if asked or (asked is None and not missing and (knob.h100 if place.on_gpu else knob.cpu)):
             on.add(knob.name)
     return frozenset(on), problems
+
+
+def is_possible(name: str, run: RunConfig, place: Place) -> bool:
+    """Whether a knob can be on, asked for or not."""
+    knob = next(knob for knob in KNOBS if knob.name == name)
+    return all(need.holds(run, place) for need in knob.needs)
 
 
 def fuses_swiglu(run: RunConfig, place: Place) -> bool:

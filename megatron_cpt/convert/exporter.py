@@ -31,11 +31,12 @@ from megatron_cpt.convert.workplace import (
     reserved,
     run_parallel,
     silent,
+    told_plainly,
 )
 from megatron_cpt.errors import RefusedError, UserError
 
-BLOCK_BYTES = 256 << 20
-"""Rows that are in memory at a time, a thread."""
+BLOCK_BYTES = 16 << 20
+"""Rows that are in memory at a time, a thread; see `torch_dist_plan.MAX_PIECE_BYTES`."""
 
 _HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -51,7 +52,7 @@ class ExportOptions:
         family: where neither the checkpoint nor the model says it.
         files: a folder with config, tokenizer and generation files; None: those that an import kept.
         model: a preset or file that says what a checkpoint of Megatron is.
-        verify: how much of the checkpoint's checksums to compare first: full, sampled or none.
+        verify: how much of the checkpoint's checksums to compare, each before its file is read: full, sampled or none.
     """
 
     dtype: str | None = None
@@ -105,10 +106,16 @@ def export_checkpoint(
     Raises:
         UserError: the source is not there, the target is, or the disk is too small.
         RefusedError: the source is damaged, or no model of the family.
+        CptError: the system fails in the middle: a full disk, a limit, a file that is gone.
     """
     options = options or ExportOptions()
-    started = time.perf_counter()
     check_target(target)
+    with told_plainly(work_folder(target)):
+        return _export(source, target, options, advance)
+
+
+def _export(source: Path, target: Path, options: ExportOptions, advance: Advance) -> ExportReport:
+    started = time.perf_counter()
     incoming = open_source(source, model=options.model, verify=options.verify)
     side = find_side_files(options.files) if options.files is not None else dict(incoming.side_files)
     family = find_family(incoming, side, options.family)

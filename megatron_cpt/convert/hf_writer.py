@@ -7,11 +7,9 @@ journal: a writer that is started again with the same plan tells what is done an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import shutil
 import struct
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,12 +19,12 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.convert.journal import JOURNAL_FILE, Journal
 from megatron_cpt.convert.safetensors_folder import DTYPES, INDEX_FILE, SINGLE_FILE
+from megatron_cpt.convert.workplace import check_target, named, publish, sync_file
 from megatron_cpt.data.durable import sync_folder
-from megatron_cpt.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_JOURNAL = "journal.jsonl"
 _SYNC_BYTES = 256 << 20  # how much may be written before it is forced to disk and noted in the journal
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -84,8 +82,7 @@ class HfWriter:
             UserError: there is something under that name.
         """
         self.path = Path(path)
-        if os.path.lexists(self.path) and not (self.path.is_dir() and not any(self.path.iterdir())):
-            raise UserError(f"{path}: exists; name a folder that does not, or remove it first")
+        check_target(self.path)
         self.folder = work_folder(self.path)
         shards = _share_out(tensors, shard_bytes)
         self._headers = {file: _header(tensors, names) for file, names in shards.items()}
@@ -94,13 +91,14 @@ class HfWriter:
         }
         self.total_bytes = sum(place.row_bytes * place.num_rows for place in self._places.values())
         self._lock = threading.Lock()  # of the lists below
-        self._sync_lock = threading.Lock()  # of the journal
+        self._sync_lock = threading.Lock()
         self._rows: dict[str, list[tuple[int, int]]] = {}  # of tensors that are partly written
         self._files: dict[str, int] = {}
         self._unsynced: list[str] = []
         self._unsynced_bytes = 0
-        plan = json.dumps([source, {file: header.hex() for file, header in self._headers.items()}])
-        self.done = self._open(hashlib.sha256(plan.encode()).hexdigest())
+        job = [source, {file: header.hex() for file, header in self._headers.items()}]
+        self._journal = Journal(self.folder, job)
+        self.done = self._open()
         self._finished = set(self.done)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -119,8 +117,11 @@ class HfWriter:
         flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         view = memoryview(flat)
         offset, done = place.start + start * place.row_bytes, 0
-        while done < view.nbytes:
-            done += os.pwrite(self._files[place.file], view[done:], offset + done)
+        fd = self._files[place.file]
+        with named(self.folder / place.file):
+            while done < view.nbytes:
+                done += os.pwrite(fd, view[done:], offset + done)
+        os.posix_fadvise(fd, offset, view.nbytes, os.POSIX_FADV_DONTNEED)  # begins to write it to the disk
         self._note(name, place, start, stop)
 
     def finish(self) -> Path:
@@ -131,55 +132,48 @@ class HfWriter:
         """
         missing = [name for name in self._places if name not in self._finished]
         assert not missing, f"not written: {missing[:5]}"
-        self._sync(self._unsynced)
         self.close()
         if SINGLE_FILE not in self._headers:
-            _write_durably(self.folder / INDEX_FILE, self._index())
-        (self.folder / _JOURNAL).unlink()
-        for file in self.folder.iterdir():  # what the caller has put beside the weights
-            if file.is_file():
-                _sync_file(file)
-        sync_folder(self.folder)
-        if self.path.is_dir():
-            self.path.rmdir()
-        os.rename(self.folder, self.path)
-        sync_folder(self.path.parent)
+            (self.folder / INDEX_FILE).write_text(self._index(), encoding="utf-8")
+        self._journal.remove()
+        for file in self.folder.iterdir():  # the index, and what the caller has put beside the weights
+            sync_file(file)
+        publish(self.folder, self.path)
         return self.path
 
     def close(self) -> None:
-        """Close the files and leave the work as it is, to be continued."""
-        for fd in self._files.values():
-            os.close(fd)
-        self._files = {}
+        """Note what is finished and close the files; the work can be continued."""
+        try:
+            self._sync(self._unsynced)
+        finally:
+            for fd in self._files.values():
+                os.close(fd)
+            self._files, self._unsynced = {}, []
 
     # ---------------------------------------------------------------------------------- the journal
 
-    def _open(self, plan: str) -> frozenset[str]:
+    def _open(self) -> frozenset[str]:
         """Open the files of an interrupted writer with the same plan, or fresh ones."""
-        journal = self.folder / _JOURNAL
-        entries, sound_bytes = _read_journal(journal)
-        # the plan's digest comes before the files are laid out, the first list after it
-        is_laid_out = len(entries) > 1 and all((self.folder / file).is_file() for file in self._headers)
-        known = is_laid_out and entries[0] == plan
-        if not known:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            _write_durably(journal, f"{json.dumps(plan)}\n")
-        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if known else os.O_CREAT | os.O_EXCL)
+        names = [*self._headers, JOURNAL_FILE]
+        # the first line is written when all files are laid out
+        is_known = bool(self._journal.lines) and all((self.folder / name).is_file() for name in names)
+        if is_known:
+            for other in self.folder.iterdir():  # beside the weights, of an earlier call that came as far as `finish`
+                if other.name not in names:
+                    other.unlink()
+        else:
+            self._journal.restart()
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if is_known else os.O_CREAT | os.O_EXCL)
         self._files = {file: os.open(self.folder / file, flags, 0o644) for file in self._headers}
-        if not known:
+        if not is_known:
             for file, header in self._headers.items():
-                os.pwrite(self._files[file], header, 0)
-                os.ftruncate(self._files[file], len(header) + _data_bytes(self._places, file))
-                os.fsync(self._files[file])
+                with named(self.folder / file):
+                    os.pwrite(self._files[file], header, 0)
+                    os.ftruncate(self._files[file], len(header) + _data_bytes(self._places, file))
+                    os.fsync(self._files[file])
             sync_folder(self.folder)
-            _write_durably(journal, f"{json.dumps(plan)}\n[]\n")
-            return frozenset()
-        os.truncate(journal, sound_bytes)
-        for other in self.folder.iterdir():  # beside the weights, of an earlier call that came as far as `finish`
-            if other.name not in (*self._headers, _JOURNAL):
-                other.unlink()
-        return frozenset(name for line in entries[1:] for name in line if name in self._places)
+            self._journal.record([])
+        return frozenset(name for line in self._journal.lines for name in line if name in self._places)
 
     def _note(self, name: str, place: _Place, start: int, stop: int) -> None:
         """Remember which rows are written; note finished tensors in the journal once they are on the disk."""
@@ -200,35 +194,16 @@ class HfWriter:
     def _sync(self, names: list[str]) -> None:
         """Data first, then the line that says it is there."""
         with self._sync_lock:
-            for fd in self._files.values():
-                os.fdatasync(fd)
+            for file, fd in self._files.items():
+                with named(self.folder / file):
+                    os.fdatasync(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             if names:
-                with open(self.folder / _JOURNAL, "a", encoding="utf-8") as journal:
-                    journal.write(json.dumps(names) + "\n")
-                    journal.flush()
-                    os.fsync(journal.fileno())
+                self._journal.record(names)
 
     def _index(self) -> str:
         weight_map = {name: self._places[name].file for name in sorted(self._places)}
         return json.dumps({"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
-
-
-def _read_journal(journal: Path) -> tuple[list[str | list[str]], int]:
-    """The plan's digest and then lists of finished tensors, and how long they are; a line cut by a crash ends it."""
-    entries: list[str | list[str]] = []
-    sound_bytes = 0
-    if journal.is_file() and not journal.is_symlink():
-        for line in journal.read_bytes().splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            entries.append(entry)
-            sound_bytes += len(line)
-    return entries, sound_bytes
 
 
 def _share_out(tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], shard_bytes: int) -> dict[str, list[str]]:
@@ -278,18 +253,3 @@ def _places(tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], names: lis
 
 def _data_bytes(places: Mapping[str, _Place], file: str) -> int:
     return sum(place.row_bytes * place.num_rows for place in places.values() if place.file == file)
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _sync_file(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

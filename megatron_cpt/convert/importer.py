@@ -41,6 +41,8 @@ from megatron_cpt.convert.workplace import (
     reserved,
     run_parallel,
     silent,
+    sync_file,
+    told_plainly,
 )
 from megatron_cpt.data.durable import sync_folder
 
@@ -117,10 +119,11 @@ def import_checkpoint(
     Raises:
         UserError: the source is not there, the target is, or the disk is too small.
         RefusedError: the source is damaged, hostile, or a model that cannot be trained here.
+        CptError: the system fails in the middle: a full disk, a limit, a file that is gone.
     """
     options = options or ImportOptions()
     check_target(target)
-    with tempfile.TemporaryDirectory() as scratch:
+    with told_plainly(_aside(target)), tempfile.TemporaryDirectory() as scratch:
         incoming = open_incoming(source, named_model=options.model, allow_pickle=options.allow_pickle)
         vocabulary = None
         if options.new_tokens:
@@ -139,11 +142,11 @@ def _import(
     started = time.perf_counter()
     forms = _final_forms(incoming, options.dtype)
     files = plan_files(forms, incoming.model.layers, options.target)
-    aside = target.parent / f".{target.name}.tmp"
+    aside = _aside(target)
     with reserved(target, aside):
         check_space(target.parent, total_bytes(forms) + _SPARE_BYTES, aside)
         journal = Journal(aside, _job(incoming, options))
-        written = {name: written_from_journal(line) for name, line in journal.done.items()}
+        written = _written_before(journal)
         num_kept = len(written)
         _write_tensors(incoming, forms, files, options, journal, written, advance)
         _finish(aside, _state(source, incoming, vocabulary), incoming, forms, written, journal)
@@ -180,6 +183,20 @@ def _job(incoming: Incoming, options: ImportOptions) -> dict[str, Any]:
     }
 
 
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.tmp"
+
+
+def _written_before(journal: Journal) -> dict[str, WrittenFile]:
+    """The files that an earlier call has finished, and that are still there."""
+    written = {line["file"]: written_from_journal(line) for line in journal.lines}
+    return {
+        name: file
+        for name, file in written.items()
+        if (path := journal.folder / name).is_file() and path.stat().st_size == file.size
+    }
+
+
 def _write_tensors(
     incoming: Incoming,
     forms: Mapping[str, Form],
@@ -209,7 +226,7 @@ def _write_tensors(
             read=read,
             advance=lambda count: advance(count, total),
         )
-        journal.record(plan.name, **asdict(result))
+        journal.record({"file": plan.name, **asdict(result)})
         written[plan.name] = result
 
     left = [plan for plan in files if plan.name not in written]
@@ -217,7 +234,7 @@ def _write_tensors(
     run_parallel(work, left, options.num_workers)
     if _EXTRA_STATE_FILE not in written:
         result = write_extra_states(journal.folder / _EXTRA_STATE_FILE, incoming.model.layers)
-        journal.record(_EXTRA_STATE_FILE, **asdict(result))
+        journal.record({"file": _EXTRA_STATE_FILE, **asdict(result)})
         written[_EXTRA_STATE_FILE] = result
 
 
@@ -241,8 +258,7 @@ def _finish(
         shutil.copyfile(file, aside / HF_FOLDER / name)
         names.append(f"{HF_FOLDER}/{name}")
     for name in names:
-        with open(aside / name, "rb") as written_file:
-            os.fsync(written_file.fileno())
+        sync_file(aside / name)
     if incoming.side_files:
         sync_folder(aside / HF_FOLDER)
     digests = {name: FileDigest(result.size, result.sha256) for name, result in written.items()}

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.layout import RUN_FILE, checkpoints_folder, is_checkpoint, resolve_checkpoint
-from megatron_cpt.checkpoint.manifest import Verify, find_faults
+from megatron_cpt.checkpoint.manifest import Verify
 from megatron_cpt.config import ModelConfig, read_mapping
 from megatron_cpt.convert.expected import expected_tensors
 from megatron_cpt.convert.families import detect, read_model
+from megatron_cpt.convert.first_read import FirstRead
 from megatron_cpt.convert.mapping import WEIGHT_DTYPES, Rule, check_tensors, resolve, tied_copies
 from megatron_cpt.convert.megatron_config import read_megatron_model
 from megatron_cpt.convert.safetensors_folder import CONFIG_FILE, HfFolder, read_json_object
 from megatron_cpt.convert.torch_dist_plan import Form
-from megatron_cpt.convert.torch_dist_reader import TorchDistWeights, find_torch_dist
+from megatron_cpt.convert.torch_dist_reader import TorchDistWeights, find_torch_dist, newest_iteration, take_as_it_is
 from megatron_cpt.convert.weights import EMBEDDING, OUTPUT_LAYER, Weights
 from megatron_cpt.errors import RefusedError, UserError
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 HF_FOLDER = "hf"
 """Where the config, tokenizer and generation files of a Hugging Face model lie in a checkpoint."""
+_TOKENIZER_FOLDERS = ("tokenizer", "context/nemo_tokenizer", "../context/nemo_tokenizer")
 _HF_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _MAX_SIDE_FILE = 256 << 20
 
@@ -76,7 +78,7 @@ def open_incoming(
         path: the folder; of a run directory its newest checkpoint is meant.
         named_model: a preset or a file with the model section, for checkpoints that do not say what they are.
         allow_pickle: of a Hugging Face folder: also read `.bin` files.
-        verify: of a checkpoint of ours: how much of its checksums to compare first.
+        verify: of a checkpoint of ours: how much of its checksums to compare, each before its file is read.
 
     Raises:
         UserError: there is nothing like that.
@@ -86,12 +88,13 @@ def open_incoming(
 
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a Hugging Face folder or a checkpoint of Megatron")
+    before_read: Callable[[Path], None] = take_as_it_is
     if is_checkpoint(path) or checkpoints_folder(path).is_dir():
         path = resolve_checkpoint(path)
-        if verify != "none" and (faults := find_faults(path, how=verify)):
-            raise RefusedError(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
+        if verify != "none":
+            before_read = FirstRead(path, verify)
     if find_torch_dist(path) is not None:
-        weights = TorchDistWeights(path)
+        weights = TorchDistWeights(path, before_read)
         files = sorted(weights.folder.iterdir())
         return _from_megatron("torch_dist", weights, path, weights.common(), named_model, files)
     if is_legacy(path):
@@ -180,7 +183,7 @@ def _from_megatron(
     expected = expected_tensors(model)
     check_accounted(path, weights, expected)
     forms = {name: Form(shape, weights.tensors[name].dtype) for name, shape in expected.items()}
-    side = _kept_side_files(path)
+    side = _kept_side_files(path) or _tokenizer_of_others(path)
     family = detect(read_json_object(side[CONFIG_FILE]), side[CONFIG_FILE]).name if CONFIG_FILE in side else None
     sources = tuple(file for file in files if file.is_file())
     return Incoming(kind, family, model, forms, partial(_read_padded, weights, forms), side, sources)
@@ -199,6 +202,15 @@ def _kept_side_files(path: Path) -> dict[str, Path]:
             logger.warning("%s: began with %s, which is not there: no tokenizer files come along", path, named)
             return {}
         path = resolve_checkpoint(named)
+    return {}
+
+
+def _tokenizer_of_others(path: Path) -> dict[str, Path]:
+    """The tokenizer's files that Megatron-Bridge and NeMo 2 save with a checkpoint."""
+    folders = [folder for folder in (newest_iteration(path), path) if folder is not None]
+    for folder in (folder / name for folder in folders for name in _TOKENIZER_FOLDERS):
+        if folder.is_dir():
+            return find_side_files(folder)
     return {}
 
 

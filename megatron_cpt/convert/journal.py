@@ -1,4 +1,4 @@
-"""What of a conversion is done: one line a finished file, on the disk before the next one begins.
+"""What of a conversion is done: a line each time, on the disk before the work goes on.
 
 A conversion that was killed goes on where it was. What it had not finished is written anew; what it had finished is
 kept only if the job is the same: the same source files, unchanged, and the same options.
@@ -6,6 +6,7 @@ kept only if the job is the same: the same source files, unchanged, and the same
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
@@ -24,10 +25,10 @@ class Journal:
 
     Attributes:
         folder: the work folder.
-        done: what was recorded for each finished file.
+        lines: what was recorded, by earlier calls and this one.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, job: Any) -> None:
         """Open a work folder: go on in it if it belongs to this job, else empty it.
 
         Args:
@@ -37,48 +38,47 @@ class Journal:
         self.folder = folder
         self._lock = threading.Lock()
         self._path = folder / JOURNAL_FILE
-        header = orjson.loads(orjson.dumps({"job": job}))
-        lines = _read_lines(self._path)
-        self.done: dict[str, Any] = {}
-        if lines[:1] == [header]:
-            self.done = {line["file"]: line for line in lines[1:] if _is_there(folder, line)}
+        self._job = hashlib.sha256(orjson.dumps(job)).hexdigest()
+        found = _read_lines(self._path)
+        self.lines = found[1:]
+        if found[:1] == [self._job]:
+            self._rewrite()
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        self._rewrite(header)
+            self.restart()
 
-    def record(self, file: str, size: int, **values: Any) -> None:
-        """A file is complete and on the disk."""
-        line = {"file": file, "size": size, **values}
+    def restart(self) -> None:
+        """Empty the work folder and begin anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.lines = []
+        self._rewrite()
+
+    def record(self, line: Any) -> None:
+        """Something is complete and on the disk."""
+        text = orjson.dumps(line)
         with self._lock, open(self._path, "ab") as journal:
-            journal.write(orjson.dumps(line) + b"\n")
+            journal.write(text + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
-            self.done[file] = orjson.loads(orjson.dumps(line))
+            self.lines.append(orjson.loads(text))
 
     def remove(self) -> None:
         """The work is done: the journal goes before the result is published."""
         self._path.unlink()
 
-    def _rewrite(self, header: dict[str, Any]) -> None:
+    def _rewrite(self) -> None:
         """Without a line that a power cut left half written."""
         aside = self._path.with_suffix(".tmp")
-        aside.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in (header, *self.done.values())))
+        aside.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in (self._job, *self.lines)))
         os.replace(aside, self._path)
         sync_folder(self.folder)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
+def _read_lines(path: Path) -> list[Any]:
+    lines: list[Any] = []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             lines.append(orjson.loads(text))
         except ValueError:
             break  # cut off in the middle of a line; nothing after it counts
     return lines
-
-
-def _is_there(folder: Path, line: dict[str, Any]) -> bool:
-    path = folder / line["file"]
-    is_whole: bool = path.is_file() and path.stat().st_size == int(line["size"])
-    return is_whole

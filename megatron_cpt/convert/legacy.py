@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.stored_tensor import StoredTensor
+from megatron_cpt.checkpoint.torch_file import open_torch_file
 from megatron_cpt.convert.mapping import local_name
-from megatron_cpt.convert.stored_tensor import StoredTensor
 from megatron_cpt.convert.torch_dist_reader import newest_iteration
-from megatron_cpt.convert.torch_file import open_torch_file
 from megatron_cpt.convert.weights import EMBEDDING, OUTPUT_LAYER, Mosaic, MosaicWeights, Piece
 from megatron_cpt.errors import RefusedError
 

@@ -1,18 +1,18 @@
-"""The tensors of a whole model: their Megatron names and shapes, and the rules that tie them to Hugging Face tensors.
+"""Names of both layer specs, and the rules that tie the Megatron tensors of a model to Hugging Face tensors.
 
 A family's table is a tuple of patterns (patterns.py). `resolve` turns it into the rules for one model, and
-`check_tensors` holds a folder against them. Megatron tensors are global (what `dist_checkpointing` calls the global
-tensor, before tensor parallelism cuts it), and have the names of the local layer spec.
+`check_tensors` holds a folder against them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from megatron_cpt.config import ModelConfig, Norm
+from megatron_cpt.config import ModelConfig
+from megatron_cpt.convert.expected import has_tensor
 from megatron_cpt.convert.rule import Rule as Rule
 from megatron_cpt.errors import RefusedError
 
@@ -26,8 +26,6 @@ TE_NAMES = {
     "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
 }
 """Ends of names: the local layer spec's -> Transformer Engine's, which fuses a norm into the linear layer after it."""
-
-When = Callable[[ModelConfig], bool]
 
 
 def te_name(name: str) -> str:
@@ -47,68 +45,6 @@ def _swap_end(name: str, ends: Mapping[str, str]) -> str:
     return name
 
 
-_SHAPES: dict[str, Callable[[ModelConfig], tuple[int, ...]]] = {
-    "embedding.word_embeddings.weight": lambda m: (m.padded_vocab, m.hidden),
-    "output_layer.weight": lambda m: (m.padded_vocab, m.hidden),
-    "self_attention.linear_qkv.weight": lambda m: (_qkv_rows(m), m.hidden),
-    "self_attention.linear_qkv.bias": lambda m: (_qkv_rows(m),),
-    "self_attention.linear_proj.weight": lambda m: (m.hidden, m.heads * m.head_size),
-    "self_attention.linear_proj.bias": lambda m: (m.hidden,),
-    "self_attention.q_layernorm.weight": lambda m: (m.head_size,),
-    "self_attention.k_layernorm.weight": lambda m: (m.head_size,),
-    "mlp.linear_fc1.weight": lambda m: (_fc1_rows(m), m.hidden),
-    "mlp.linear_fc1.bias": lambda m: (_fc1_rows(m),),
-    "mlp.linear_fc2.weight": lambda m: (m.hidden, m.ffn_hidden),
-    "mlp.linear_fc2.bias": lambda m: (m.hidden,),
-    "input_layernorm.weight": lambda m: (m.hidden,),
-    "input_layernorm.bias": lambda m: (m.hidden,),
-    "pre_mlp_layernorm.weight": lambda m: (m.hidden,),
-    "pre_mlp_layernorm.bias": lambda m: (m.hidden,),
-    "decoder.final_layernorm.weight": lambda m: (m.hidden,),
-    "decoder.final_layernorm.bias": lambda m: (m.hidden,),
-}
-
-
-def _qkv_rows(model: ModelConfig) -> int:
-    return (model.heads + 2 * model.num_kv_groups) * model.head_size
-
-
-def _fc1_rows(model: ModelConfig) -> int:
-    return model.ffn_hidden * (2 if model.gated else 1)
-
-
-def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
-    """Shape of a global Megatron tensor, by its local name (with a layer's number or `*`)."""
-    if name.startswith("decoder.layers."):
-        name = name.split(".", 3)[3]
-    return _SHAPES[name](model)
-
-
-def always(_: ModelConfig) -> bool:
-    """Every model of the family has it."""
-    return True
-
-
-def if_untied(model: ModelConfig) -> bool:
-    """The output layer has weights of its own."""
-    return not model.tied_embeddings
-
-
-def if_linear_bias(model: ModelConfig) -> bool:
-    """The linear layers have biases."""
-    return model.linear_bias
-
-
-def if_qkv_bias(model: ModelConfig) -> bool:
-    """The projections of queries, keys and values have biases."""
-    return model.qkv_bias or model.linear_bias
-
-
-def if_norm_bias(model: ModelConfig) -> bool:
-    """The norms have biases."""
-    return model.norm is not Norm.RMSNORM
-
-
 class HasTable(Protocol):
     """What `resolve` needs of a family."""
 
@@ -119,7 +55,7 @@ class HasTable(Protocol):
 
 def resolve(family: HasTable, model: ModelConfig) -> list[Rule]:
     """All rules of one model, embedding first, then layer by layer, then the last norm and the output layer."""
-    present = [pattern for pattern in family.weights if pattern.when(model)]
+    present = [pattern for pattern in family.weights if has_tensor(pattern.megatron, model)]
     outside = [pattern for pattern in present if "*" not in pattern.megatron]
     rules = [pattern.rule(model, None) for pattern in outside if pattern.megatron.startswith("embedding.")]
     for layer in range(model.layers):

@@ -1,8 +1,9 @@
 """What model a checkpoint of Megatron is: from its own record, or from what the user says.
 
 Our checkpoints say it in run.yaml. Megatron-LM keeps its arguments (`args` in common.pt or in model_optim_rng.pt),
-Megatron-Bridge a run_config.yaml, NeMo 2 a context/model.yaml, both with the fields of megatron-core's
-TransformerConfig. Fields are read as plain values, nothing is built from them; sizes are held against the tensors.
+Megatron-Bridge a run_config.yaml (with its model builders: a `transformer` section in it), NeMo 2 a context/model.yaml,
+all with the fields of megatron-core's TransformerConfig. Fields are read as plain values, nothing is built from them;
+sizes are held against the tensors.
 """
 
 from __future__ import annotations
@@ -49,7 +50,20 @@ _OTHER_FUNCTIONS = (
     "no_rope_freq",
     "softmax_scale",
     "qk_l2_norm",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
+    "use_mup",
 )
+# By the names of functions in megatron-core, torch, NeMo 2, and the short ones that Megatron-Bridge writes.
+_ACTIVATIONS = {
+    "squared_relu": "squared_relu",
+    "relu2": "squared_relu",
+    "silu": "silu",
+    "gelu": "gelu",
+    "fast_gelu": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "openai_gelu": "gelu_tanh",
+}
 
 
 def read_megatron_model(
@@ -105,7 +119,7 @@ def _find_config(path: Path) -> tuple[Path, Mapping[str, Any]]:
                 data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
             except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
                 raise RefusedError(f"{file}: not YAML that can be read: {error}") from error
-            for key in ("model", "config"):
+            for key in ("model", "config", "transformer"):
                 if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
                     data = {**data, **data[key]}
             if isinstance(data, Mapping):
@@ -168,12 +182,11 @@ def _activation(fields: Mapping[str, Any], where: object) -> str:
         return "silu"
     function = fields.get("activation_func")
     name = str(function.get("_target_") if isinstance(function, Mapping) else function).rpartition(".")[2]
-    known = {"squared_relu": "squared_relu", "silu": "silu", "gelu": "gelu", "fast_gelu": "gelu_tanh"}
     if function is None and "add_bias_linear" in fields:
         return "gelu"  # Megatron-LM without a flag
-    if name not in known:
+    if name not in _ACTIVATIONS:
         raise RefusedError(f"{where}: activation_func {function!r} is not known; name the model: --model FILE.yaml")
-    return known[name]
+    return _ACTIVATIONS[name]
 
 
 def _norm(fields: Mapping[str, Any]) -> str:
@@ -206,6 +219,8 @@ def _refuse_unknown(fields: Mapping[str, Any], where: object) -> None:
         fields.get("apply_layernorm_1p") or fields.get("layernorm_zero_centered_gamma")
     ):
         problems.append("RMSNorm with zero-centred weights")
+    if fields.get("softmax_type", "vanilla") != "vanilla":
+        problems.append(f"softmax_type: {fields['softmax_type']}")
     window = fields.get("window_size")
     if window and not (isinstance(window, Sequence) and set(window) == {-1}):
         problems.append(f"attention over a window ({window})")

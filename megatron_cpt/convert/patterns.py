@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.mapping import When, always, megatron_shape
+from megatron_cpt.convert.expected import megatron_shape
 from megatron_cpt.convert.rule import Block, Rule
 
 
@@ -16,10 +16,6 @@ class Pattern(Protocol):
     @property
     def megatron(self) -> str:
         """The Megatron name, `*` for the layer."""
-
-    @property
-    def when(self) -> When:
-        """Which models have it."""
 
     def rule(self, model: ModelConfig, layer: int | None) -> Rule:
         """The rule for one layer (None: outside the layers)."""
@@ -32,7 +28,6 @@ class Copy:
     megatron: str
     hf: str
     padded_vocab: bool = False
-    when: When = always
 
     def rule(self, model: ModelConfig, layer: int | None) -> Rule:
         """See `Pattern`."""
@@ -56,7 +51,6 @@ class Qkv:
     q: str
     k: str
     v: str
-    when: When = always
 
     def rule(self, model: ModelConfig, layer: int | None) -> Rule:
         """See `Pattern`."""
@@ -88,7 +82,6 @@ class Gated:
     megatron: str
     gate: str
     up: str
-    when: When = always
 
     def rule(self, model: ModelConfig, layer: int | None) -> Rule:
         """See `Pattern`."""

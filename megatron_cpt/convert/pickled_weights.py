@@ -54,7 +54,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise RefusedError(f"{file}: holds more than tensors, or is damaged ({reason}): refused") from error
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+    except (RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise RefusedError(f"{file}: cannot be read: {reason}") from error
     if not isinstance(state, dict):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.convert.workplace import named
 from megatron_cpt.errors import RefusedError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -132,7 +133,8 @@ def pread_into(file: Path, offset: int, view: memoryview, what: str) -> None:
     try:
         done = 0
         while done < view.nbytes:
-            count = os.preadv(fd, [view[done:]], offset + done)
+            with named(file):
+                count = os.preadv(fd, [view[done:]], offset + done)
             if count == 0:
                 raise RefusedError(f"{file}: ends inside {what}: it was cut off after it was opened")
             done += count

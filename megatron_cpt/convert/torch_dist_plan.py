@@ -10,8 +10,12 @@ import torch
 
 from megatron_cpt.convert.weights import EMBEDDING, OUTPUT_LAYER, layer_of
 
-MAX_PIECE_BYTES = 256 << 20
-"""A piece is read and loaded whole: this bounds the memory of a thread, here and in whoever loads it."""
+MAX_PIECE_BYTES = 16 << 20
+"""A piece is read and loaded whole: this bounds the memory of a thread, here and in whoever loads it.
+
+Up to 32 MiB the C library keeps freed memory for the next piece. Larger ones come from the system page by page each
+time, which takes ten times as long as the read itself.
+"""
 
 _COLUMN_PARALLEL = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
 _ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")

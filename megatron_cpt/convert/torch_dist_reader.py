@@ -13,18 +13,19 @@ import logging
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.stored_tensor import StoredTensor
+from megatron_cpt.checkpoint.torch_file import open_torch_file
 from megatron_cpt.checkpoint.unpickle import load_plain
 from megatron_cpt.convert.mapping import local_name
-from megatron_cpt.convert.stored_tensor import StoredTensor
-from megatron_cpt.convert.torch_file import open_torch_file
 from megatron_cpt.convert.weights import EMBEDDING, Mosaic, MosaicWeights, Piece
+from megatron_cpt.convert.workplace import named
 from megatron_cpt.errors import RefusedError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,15 @@ logger = logging.getLogger(__name__)
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 _SKIPPED = re.compile(r"(chained_\d+\.)?(optimizer|optim)\.|rng|rerun_state|opt_param_scheduler")
+_FP8_STATE = ("_extra_state", ".amax_history")  # Transformer Engine's pickle, and the tensors that we keep in its place
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
+
+
+BeforeRead = Callable[[Path], None]
+
+
+def take_as_it_is(_: Path) -> None:
+    """For checkpoints without checksums."""
 
 
 class TorchDistWeights(MosaicWeights):
@@ -46,13 +55,19 @@ class TorchDistWeights(MosaicWeights):
         RefusedError: it is damaged, incomplete or no GPT model.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, before_read: BeforeRead = take_as_it_is) -> None:
+        """Read the description of all tensors; no weights.
+
+        Args:
+            path: the folder, or one above it.
+            before_read: called with a file before anything of it is read, any number of times and from any thread.
+        """
         self.folder = find_torch_dist(path) or path
         path = self.folder / METADATA_FILE
         try:
             with open(path, "rb") as file:
                 metadata = load_plain(file)
-            super().__init__(_collect(self.folder, metadata))
+            super().__init__(_collect(self.folder, metadata, before_read))
         except FileNotFoundError as error:
             raise RefusedError(f"{path}: missing; this is no torch_dist checkpoint") from error
         except pickle.UnpicklingError as error:
@@ -89,13 +104,13 @@ def newest_iteration(path: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _collect(folder: Path, metadata: Any) -> dict[str, Mosaic]:
+def _collect(folder: Path, metadata: Any, before_read: BeforeRead) -> dict[str, Mosaic]:
     """Every tensor of the model, stacked layers taken apart."""
     places = _places(folder, metadata)
     stored = {
         key: entry
         for key, entry in metadata.state_dict_metadata.items()
-        if hasattr(entry, "chunks") and not _SKIPPED.match(key) and "_extra_state" not in key
+        if hasattr(entry, "chunks") and not _SKIPPED.match(key) and not any(part in key for part in _FP8_STATE)
     }
     prefix = _prefix(folder, stored)
     tensors: dict[str, Mosaic] = {}
@@ -104,7 +119,7 @@ def _collect(folder: Path, metadata: Any) -> dict[str, Mosaic]:
             logger.warning("%s: %s is not part of the model and left out", folder, key)
             continue
         shape, dtype = tuple(entry.size), entry.properties.dtype
-        pieces = [_piece(folder, key, chunk, places) for chunk in entry.chunks]
+        pieces = [_piece(folder, key, chunk, places, before_read) for chunk in entry.chunks]
         name = local_name(key[len(prefix) :])
         for single, mosaic in _unstack(name, shape, dtype, pieces):
             if single in tensors:
@@ -133,7 +148,9 @@ def _places(folder: Path, metadata: Any) -> dict[tuple[str, tuple[int, ...]], An
     return places
 
 
-def _piece(folder: Path, key: str, chunk: Any, places: Mapping[tuple[str, tuple[int, ...]], Any]) -> Piece:
+def _piece(
+    folder: Path, key: str, chunk: Any, places: Mapping[tuple[str, tuple[int, ...]], Any], before_read: BeforeRead
+) -> Piece:
     info = places.get((key, tuple(chunk.offsets)))
     if info is None:
         raise RefusedError(f"{folder}: {key}: no file holds its piece at {tuple(chunk.offsets)}")
@@ -142,11 +159,14 @@ def _piece(folder: Path, key: str, chunk: Any, places: Mapping[tuple[str, tuple[
     path = folder / info.relative_path
     if path.is_symlink() or not path.is_file():
         raise RefusedError(f"{path}: missing, or a link; copy all files of the checkpoint")
-    return Piece(tuple(chunk.offsets), tuple(chunk.sizes), cache(partial(_open, path, info.offset, info.length)))
+    opened = cache(partial(_open, path, info.offset, info.length, before_read))
+    return Piece(tuple(chunk.offsets), tuple(chunk.sizes), opened)
 
 
-def _open(path: Path, offset: int, length: int) -> StoredTensor:
-    found = open_torch_file(path, offset, length)
+def _open(path: Path, offset: int, length: int, before_read: BeforeRead) -> StoredTensor:
+    with named(path):
+        before_read(path)
+        found = open_torch_file(path, offset, length)
     if not isinstance(found, StoredTensor):
         raise RefusedError(f"{path}: no tensor at byte {offset}; the file and {METADATA_FILE} do not belong together")
     return found

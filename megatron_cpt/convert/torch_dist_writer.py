@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_cpt.checkpoint.torch_save import save_tensor
 from megatron_cpt.convert.torch_dist_plan import FilePlan, Form, column_cuts, row_cuts
 from megatron_cpt.convert.weights import stored_name
+from megatron_cpt.convert.workplace import named
 from megatron_cpt.data.durable import close_durably
 
 # Transformer Engine's FP8 state; a converted model has none, but megatron-core asks for the entries.
@@ -43,6 +46,8 @@ _EXTRA_STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+
+_LARGE = 1 << 20
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
 """read(name, first, last): rows of a global tensor, in its final type."""
@@ -94,9 +99,12 @@ def write_file(
         tensor_parallel: of the target.
         read: gives the rows.
         advance: told of every piece's bytes.
+
+    Raises:
+        OSError: the disk is full, a limit is reached, and the like.
     """
     entries = []
-    with open(path, "wb") as file:
+    with named(path), open(path, "wb") as file:
         out = _HashingFile(file)
         for name in plan.tensors:
             key, layer = stored_name(name)
@@ -105,7 +113,7 @@ def write_file(
                 if layer is not None:
                     offsets, sizes, piece = [layer, *offsets], [1, *sizes], piece[None]
                 position = out.size
-                torch.save(piece, out)  # type: ignore[arg-type]  # it only writes and flushes
+                save_tensor(piece, out)
                 entries.append(Entry(key, offsets, sizes, position, out.size - position))
                 advance(piece.nbytes)
         close_durably(file)
@@ -195,18 +203,30 @@ def _pieces(name: str, form: Form, tensor_parallel: int, read: ReadRows) -> Iter
 
 
 class _HashingFile:
-    """What `torch.save` needs of a file; counts and hashes what goes through."""
+    """What `torch.save` needs of a file; counts and hashes what goes through.
+
+    Attributes:
+        size: bytes so far.
+        failure: what a write raised, for callers behind torch, which hides it.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._hash = hashlib.sha256()
         self.size = 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of it."""
         view = memoryview(data).cast("B")
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
         self._hash.update(view)
-        self._file.write(view)
+        if len(view) >= _LARGE:  # begins to write it to the disk, and does not wait
+            os.posix_fadvise(self._file.fileno(), self.size, len(view), os.POSIX_FADV_DONTNEED)
         self.size += len(view)
         return len(view)
 

@@ -18,7 +18,7 @@ from megatron_cpt.convert.families import read_model
 from megatron_cpt.convert.incoming import Incoming
 from megatron_cpt.convert.mapping import check_tensors, resolve
 from megatron_cpt.convert.safetensors_folder import CONFIG_FILE, HfFolder
-from megatron_cpt.convert.workplace import Advance, run_parallel
+from megatron_cpt.convert.workplace import Advance, run_parallel, told_plainly
 from megatron_cpt.errors import RefusedError
 
 _NOTES = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout", "vocab_multiple"}
@@ -76,7 +76,15 @@ def verify_tensors(
     Raises:
         UserError: one of them is not there.
         RefusedError: one is damaged, or they are different models: tensors missing, surplus or of another shape.
+        CptError: the system fails in the middle.
     """
+    with told_plainly():
+        return _verify(hf, checkpoint, workers or os.cpu_count() or 1, allow_pickle, model, advance)
+
+
+def _verify(
+    hf: Path, checkpoint: Path, workers: int, allow_pickle: bool, model: str | None, advance: Advance
+) -> TensorReport:
     folder = HfFolder(hf, allow_pickle=allow_pickle)
     family, wanted = read_model(folder.config, hf / CONFIG_FILE)
     rules = resolve(family, wanted)
@@ -98,7 +106,7 @@ def verify_tensors(
                 differing[block.name] += count
         advance(there.nbytes, total)
 
-    run_parallel(work, list(blocks(rules)), workers or os.cpu_count() or 1)
+    run_parallel(work, list(blocks(rules)), workers)
     cast = [
         name for rule in rules for name in rule.hf if folder.tensors[name].dtype != incoming.forms[rule.megatron].dtype
     ]

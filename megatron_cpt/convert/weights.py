@@ -15,8 +15,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megatron_cpt.checkpoint.stored_tensor import StoredTensor
 from megatron_cpt.convert.mapping import te_name
-from megatron_cpt.convert.stored_tensor import StoredTensor
+from megatron_cpt.convert.workplace import named
 from megatron_cpt.errors import RefusedError
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -118,10 +119,11 @@ class Mosaic:
             part = self._stored(piece).rows(first - piece.offsets[0], last - piece.offsets[0])
             others = [slice(at, at + size) for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True)]
             target = out[(slice(first - start, last - start), *others)]
-            if target.is_contiguous():
-                part.read_into(target)
-            else:
-                target.copy_(part.read())
+            with named(part.path):
+                if target.is_contiguous():
+                    part.read_into(target)
+                else:
+                    target.copy_(part.read())
         return out
 
     def _stored(self, piece: Piece) -> StoredTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.convert.journal import JOURNAL_FILE
 from megatron_cpt.data.durable import sync_folder
-from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.errors import CptError, RefusedError, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +46,7 @@ def reserved(target: Path, aside: Path) -> Iterator[None]:
 
     Raises:
         UserError: somebody does, or `aside` holds something else, which would be emptied.
+        RefusedError: of the block; `aside` is gone then.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.lock")
@@ -58,10 +61,55 @@ def reserved(target: Path, aside: Path) -> Iterator[None]:
             if aside.is_dir() and any(aside.iterdir()) and not any(aside.glob("journal.*")):
                 raise UserError(f"{aside}: not the work of a conversion, and in its place; move it or delete it")
             yield
+        except RefusedError:
+            shutil.rmtree(aside, ignore_errors=True)  # a source that is refused leaves nothing
+            raise
         finally:
             path.unlink()
     finally:
         os.close(lock)
+
+
+_WAYS_OUT = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room, or have the quota raised",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write smaller files (--shard-size)",
+    errno.EIO: "the disk does not read or write this file: look into the kernel's log, take a copy from elsewhere",
+    errno.ENOENT: "it was there before: leave the folders alone while they are read and written",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Inside the block the system's errors say which file they are about; calls on a descriptor leave it out."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def told_plainly(aside: Path | None = None) -> Iterator[None]:
+    """Inside the block an error of the system ends in one message: which file, why, the way out, and what is kept.
+
+    Args:
+        aside: the work folder, if there is one.
+
+    Raises:
+        CptError: status 1; neither the user's mistake nor a fault of the source.
+    """
+    try:
+        yield
+    except OSError as error:
+        way_out = f"; {_WAYS_OUT[error.errno]}" if error.errno in _WAYS_OUT else ""
+        kept = ""
+        if aside is not None and (aside / JOURNAL_FILE).is_file():
+            kept = f". What is finished stays in {aside}; the same command goes on there"
+        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        raise CptError(f"{files or 'the system'}: {error.strerror or error}{way_out}{kept}") from error
 
 
 def check_space(folder: Path, needed: int, aside: Path) -> None:
@@ -77,6 +125,12 @@ def check_space(folder: Path, needed: int, aside: Path) -> None:
         raise UserError(
             f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room or take another disk"
         )
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with named(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def publish(aside: Path, target: Path) -> None:

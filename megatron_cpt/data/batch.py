@@ -68,13 +68,9 @@ class Batch:
 
 
 def make_batch(
-    samples: Sequence[npt.NDArray[Any]],
+    samples: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
     sources: npt.ArrayLike,
-    *,
-    eod_id: int | None = None,
-    reset_attention: bool = False,
-    reset_positions: bool = False,
-    eod_loss: bool = True,
+    options: DocumentOptions = DocumentOptions(),
 ) -> Batch:
     """Builds a micro-batch.
 
@@ -83,22 +79,11 @@ def make_batch(
     end of a document does not count, for what it predicts is the start of an unrelated text.
 
     Args:
-        samples: arrays of S + 1 ids of any integer type.
+        samples: (micro, S + 1) ids of any integer type, as one array or a row each.
         sources: the source of each.
-        eod_id: see `DocumentOptions`, as the rest.
-        reset_attention: see there.
-        reset_positions: see there.
-        eod_loss: see there.
-
-    Raises:
-        UserError: an option needs an `eod_id` and there is none.
+        options: what happens at the ends of documents.
     """
-    options = DocumentOptions(eod_id, reset_attention, reset_positions, eod_loss)
-    return batch_of(np.stack(samples), sources, options)
-
-
-def batch_of(samples: npt.NDArray[Any], sources: npt.ArrayLike, options: DocumentOptions) -> Batch:
-    """`make_batch` of samples that are one array already, (micro, S + 1)."""
+    samples = np.asarray(samples)
     # copies that are contiguous (each array is handed to the device by itself), widened only now: samples are read, put
     # together and checked in the narrower type of their files
     tokens, labels = samples[:, :-1].astype(np.int64, order="C"), samples[:, 1:].astype(np.int64, order="C")

@@ -84,7 +84,8 @@ class BlendCursor:
 
     Where phases differ in sequence length, the number of a sample in its source counts samples of that length, and a
     source whose length changes goes on with its next unread window (`ChunkGrid.turn`). What it needs for that is two
-    numbers more a source: the length it was read in last, and what to add to its counter for the next number.
+    numbers more a source: the length it was read in last, and what to add to its counter for the next number. All of it
+    holds for chunks of one length only, so that is part of the state as well, also of a source that has left the run.
 
     Args:
         phases: in order, without gaps, the first one from sample 0.
@@ -107,6 +108,9 @@ class BlendCursor:
         _check_phases(self.phases, self.source_names)
         self._chunk_limits = dict(limits or {})
         self._grids = dict(grids or {})
+        read = {name for phase in self.phases for name in phase.weights}
+        self._chunk_lengths = {name: grid.seq_length for name, grid in self._grids.items() if name in read}
+        self._absent_chunk_lengths: dict[str, int] = {}
         self.sample = 0
         self._counts = np.zeros(len(self.source_names), np.int64)
         self._start_with({})
@@ -166,8 +170,9 @@ class BlendCursor:
             "weights": self._weights_in_force(),
             "counts_at_blend_start": dict(zip(self.source_names, self._blend_start.tolist(), strict=True)),
         }
-        lengths = self._lengths_in_force()
-        return {**state, "lengths": lengths} if lengths else state
+        chunk_lengths = {name: length for name, length in self._chunk_lengths.items() if self.counts[name]}
+        more = {"lengths": self._lengths_in_force(), "chunk_lengths": chunk_lengths | self._absent_chunk_lengths}
+        return state | {name: value for name, value in more.items() if value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state, under the phases of this cursor.
@@ -178,7 +183,7 @@ class BlendCursor:
         for what was read before.
 
         Raises:
-            RefusedError: the state contradicts itself.
+            RefusedError: the state contradicts itself, or counts chunks of another length than the phases want.
         """
         counts = {str(name): int(number) for name, number in state["counts"].items()}
         sample = int(state["sample"])
@@ -187,6 +192,7 @@ class BlendCursor:
                 f"data state: the sources' counts add up to {sum(counts.values())}, but {sample} samples were read; "
                 "load another checkpoint"
             )
+        self._check_chunk_lengths({name: int(length) for name, length in state.get("chunk_lengths", {}).items()})
         self.sample = sample
         self._counts = np.array([counts.pop(name, 0) for name in self.source_names], np.int64)
         self._absent = counts
@@ -217,10 +223,22 @@ class BlendCursor:
             self._weights /= self._weights.sum()
         self._blend_start = self._counts.copy()
 
+    def _check_chunk_lengths(self, before: Mapping[str, int]) -> None:
+        """Refuses chunks that are not those which were counted, and keeps the lengths of sources that are not read."""
+        now = self._chunk_lengths
+        recut = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+        if recut:
+            raise RefusedError(
+                "data state: the longest sequences of a source cannot change once it was read: "
+                f"{', '.join(recut)} tokens; keep the length, or give the source another name in `sources`, under "
+                "which it begins anew"
+            )
+        self._absent_chunk_lengths = {name: length for name, length in before.items() if name not in now}
+
     def _start_with(self, lengths: Mapping[str, Sequence[int]]) -> None:
         """Sets what every source is read in: as a state says, and whatever it leaves out in whole chunks from 0."""
         pairs = [lengths.get(name, (self._own_length(name), 0)) for name in self.source_names]
-        self._absent_lengths = {name: list(pair) for name, pair in lengths.items() if name not in self.source_names}
+        self._absent_lengths = {name: list(pair) for name, pair in lengths.items() if name not in self._chunk_lengths}
         self._lengths = [int(length) for length, _ in pairs]
         self._offsets = np.array([offset for _, offset in pairs], np.int64)
         self._limits = np.array([self._limit(i) for i in range(len(pairs))], np.int64)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import os
 from bisect import bisect_right
+from collections import Counter
 from functools import cached_property
 from typing import Any
 
@@ -185,7 +186,7 @@ def expand_prefixes(path: str | list[str]) -> list[str]:
             prefixes.append(stem)
     if not prefixes:
         raise UserError("path: an empty list names no data; give a prefix of .bin/.idx, a list of them, or a glob")
-    twice = sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1})
+    twice = sorted(prefix for prefix, count in Counter(prefixes).items() if count > 1)
     if twice:
         raise UserError(f"path: {', '.join(twice)} is named more than once; to see data more often raise its weight")
     return prefixes

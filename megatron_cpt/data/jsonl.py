@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import zstandard
 
 _PACKED_READ = 1 << 18  # smaller than a block, for it grows when it is unpacked
@@ -59,7 +60,7 @@ def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
         data = os.pread(file.fileno(), before + end - start + _READ_ALONG, start - before)
         limit = min(before + end - start, len(data))  # of the range, in `data`
         begin = data.find(b"\n", 0, limit) + 1 if before else 0
-        num_ends = data.count(b"\n", before, limit)
+        num_ends = _count_ends(data, before, limit)
         skipped = 1 if before and begin != 1 else 0
         if (before and begin == 0) or begin == limit:
             return Lines(b"", skipped, num_ends)
@@ -74,6 +75,11 @@ def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
             data += rest
             stop = len(data)
     return Lines(data, skipped, num_ends, overlong, begin, last if overlong else stop)
+
+
+def _count_ends(data: bytes, begin: int, end: int) -> int:
+    """Line ends in a part of the data; `bytes.count` looks at each byte alone and takes nearly twice as long."""
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8)[begin:end] == ord("\n")))
 
 
 def _rest_of_line(fd: int, start: int, most: int) -> tuple[bytes, bool]:
@@ -192,14 +198,14 @@ def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Ite
 
 
 def _whole_lines(position: int, data: bytes) -> Cut:
-    return Cut(position, position + len(data), Lines(data, 0, data.count(b"\n")))
+    return Cut(position, position + len(data), Lines(data, 0, _count_ends(data, 0, len(data))))
 
 
 def _last_cut(position: int, size: int, data: bytes, damage: str | None, overlong: bool) -> Iterator[Cut]:
     if damage is not None:
         data = data[: data.rfind(b"\n") + 1]
         # one byte more, so that going on behind this block finds nothing
-        yield Cut(position, position + len(data) + 1, Lines(data, 0, data.count(b"\n")), damage)
+        yield Cut(position, position + len(data) + 1, Lines(data, 0, _count_ends(data, 0, len(data))), damage)
     elif overlong:
         yield Cut(position, position + size, Lines(b"", 0, 0, overlong=True))
     elif data:

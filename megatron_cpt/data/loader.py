@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.batch import Batch, DocumentOptions, batch_of
+from megatron_cpt.data.batch import Batch, DocumentOptions, make_batch
 from megatron_cpt.data.blend import BlendCursor
 from megatron_cpt.data.stream import TokenStream
 from megatron_cpt.errors import RefusedError
@@ -235,7 +235,7 @@ def _read_batch(
     if vocab_size is not None and (int(samples.max()) >= vocab_size or int(samples.min()) < 0):
         bad = int(np.flatnonzero(((samples >= vocab_size) | (samples < 0)).any(axis=1))[0])
         raise _foreign_id(streams[int(sources[bad])], int(ks[bad]), vocab_size, length)
-    return batch_of(samples, sources, options)
+    return make_batch(samples, sources, options)
 
 
 def _foreign_id(stream: TokenStream, k: int, vocab_size: int, length: int | None) -> RefusedError:

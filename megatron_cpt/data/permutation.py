@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
-import numpy.typing as npt
-
 # Four rounds make a strong pseudo-random permutation if the round function is ideal (Luby and Rackoff, 1988); the
 # halves of a small domain have few bits, so a few more rounds are taken: they cost under a microsecond each.
 NUM_ROUNDS = 6
@@ -50,38 +47,11 @@ class Permutation:
             value = self._encrypt(value)
         return value
 
-    def array(self, i: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The same for many places at once; equal to calling it with each.
-
-        Args:
-            i: places, any shape.
-
-        Returns:
-            int64, the shape of `i`.
-
-        Raises:
-            IndexError: a place is not in range(n).
-        """
-        places = np.asarray(i, dtype=np.int64)
-        if places.size and (int(places.min()) < 0 or int(places.max()) >= self.n):
-            raise IndexError(f"places {places.min()} to {places.max()} of a permutation of {self.n} items")
-        values = self._encrypt_array(places.astype(np.uint64))
-        while (outside := values >= np.uint64(self.n)).any():
-            values[outside] = self._encrypt_array(values[outside])
-        return values.astype(np.int64)
-
     def _encrypt(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
         for round_key in self._round_keys:
             left, right = right, left ^ (_mix(right ^ round_key) & self._half_mask)
         return left << self._half_bits | right
-
-    def _encrypt_array(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        bits, mask = np.uint64(self._half_bits), np.uint64(self._half_mask)
-        left, right = values >> bits, values & mask
-        for round_key in self._round_keys:
-            left, right = right, left ^ (_mix_array(right ^ np.uint64(round_key)) & mask)
-        return left << bits | right
 
 
 def derive_key(*parts: int | str) -> int:
@@ -104,9 +74,3 @@ def _mix(value: int) -> int:
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK64
     return value ^ value >> 31
-
-
-def _mix_array(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)  # wraps around at 2^64, as meant
-    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return value ^ value >> np.uint64(31)

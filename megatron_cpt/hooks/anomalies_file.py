@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from megatron_cpt.errors import CptError
-from megatron_cpt.hooks.metrics_file import drop_lines_after
+from megatron_cpt.hooks.line_file import LineFile, drop_lines_after
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
 from megatron_cpt.train.trace import trace_step
@@ -29,10 +27,8 @@ class AnomaliesFile(Hook):
         """Append a line with the samples and documents of the step."""
         if not session.ranks.is_main:
             return
-        with open(session.output / FILE_NAME, "ab") as file:
-            file.write(orjson.dumps({**line, **samples_of(session.output, line["step"])}) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with contextlib.closing(LineFile(session.output / FILE_NAME)) as file:
+            file.append({**line, **samples_of(session.output, line["step"])})
 
 
 def samples_of(run_directory: Path, step: int) -> dict[str, Any]:

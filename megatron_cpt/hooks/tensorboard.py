@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megatron_cpt.hooks.line_file import naming
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
 
@@ -23,25 +24,29 @@ class TensorBoardHook(Hook):
             from torch.utils.tensorboard import SummaryWriter
 
             first = session.state.step + 1 if session.is_resumed else None
-            self._writer = SummaryWriter(str(session.output / "tensorboard"), purge_step=first)
+            self._folder = session.output / "tensorboard"
+            with naming(self._folder):
+                self._writer = SummaryWriter(str(self._folder), purge_step=first)
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
         """Write rate, loss, gradient norm, speed and the losses and samples by source."""
-        if self._writer is None:
-            return
-        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "tokens"):
-            self._writer.add_scalar(f"train/{name}", line[name], line["step"])
+        names = ("loss", "lr", "grad_norm", "tokens_per_second", "tokens")
+        self._write({f"train/{name}": line[name] for name in names}, line["step"])
         for key in ("loss_by_source", "samples_by_source"):
-            for source, value in line[key].items():
-                self._writer.add_scalar(f"{key}/{source}", value, line["step"])
+            self._write({f"{key}/{source}": value for source, value in line[key].items()}, line["step"])
 
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:
         """Write the held-out losses."""
-        if self._writer is not None:
-            for name, loss in line["validation"].items():
-                self._writer.add_scalar(f"validation/{name}", loss, line["step"])
+        self._write({f"validation/{name}": loss for name, loss in line["validation"].items()}, line["step"])
 
     def on_end(self, session: Session) -> None:
         """Close the writer."""
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._folder):
+                self._writer.close()
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            with naming(self._folder):  # an error of its thread comes out at a later point
+                for name, value in scalars.items():
+                    self._writer.add_scalar(name, value, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_cpt.config.schema import WandbConfig
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
 
@@ -26,8 +26,14 @@ class WandbHook(Hook):
         self._run: Any = None
 
     def on_start(self, session: Session) -> None:
-        """Open the run; its id is its name, so that a resume finds it."""
-        if session.ranks.is_main:
+        """Open the run; its id is its name, so that a resume finds it.
+
+        Raises:
+            CptError: the server cannot be reached, or does not know the user.
+        """
+        if not session.ranks.is_main:
+            return
+        try:
             self._run = self._wandb.init(
                 project=self._config.project,
                 entity=self._config.entity,
@@ -38,6 +44,8 @@ class WandbHook(Hook):
                 dir=str(session.output),
                 config=session.config.to_dict(),
             )
+        except self._wandb.Error as error:
+            raise CptError(f"log.wandb: {error}; run `wandb login`, or set log.wandb.mode: offline") from error
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
         """Log a line of training."""

@@ -55,8 +55,8 @@ def build_model(run: RunConfig) -> Model:
     spec = choose_spec(qk_norm=run.model.qk_norm, precision=run.precision, machine=machine)
     is_te = spec.is_transformer_engine
     knobs = choose_knobs(run, machine, transformer_engine=is_te)
-    initialise_user_buffers(run, knobs, machine)
-    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs, transformer_engine=is_te)
+    initialise_user_buffers(run, knobs)
+    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs)
     stages = range(run.parallel.virtual_pipeline) if run.parallel.virtual_pipeline > 1 else [None]
     bare = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
     initialise_weights(bare, run.model, run.seed)

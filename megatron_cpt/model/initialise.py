@@ -34,7 +34,11 @@ def initialise_weights(chunks: Sequence[GPTModel], model: ModelConfig, seed: int
                 shard.data.zero_()
             elif shard.key.endswith("weight") and "norm" not in shard.key:
                 std = output_std(model) if shard.key.endswith(_WRITES_TO_RESIDUAL) else model.init_std
-                shard.data.copy_(_part_of_normal(shard, seed, std))
+                values = _part_of_normal(shard, seed, std)
+                shard.data.copy_(values)
+                # Of a weight in FP8 Transformer Engine keeps what it was built with, for the fp32 master weight.
+                if hasattr(shard.data, "get_high_precision_init_val"):
+                    shard.data.get_high_precision_init_val().copy_(values)
 
 
 def _shards(value: Any) -> Iterator[ShardedTensor]:

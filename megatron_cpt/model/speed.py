@@ -36,16 +36,13 @@ def choose_knobs(run: RunConfig, machine: Machine, *, transformer_engine: bool) 
     return on
 
 
-def transformer_fields(
-    knobs: Knobs, model: ModelConfig, activation: Any, *, transformer_engine: bool
-) -> dict[str, Any]:
+def transformer_fields(knobs: Knobs, model: ModelConfig, activation: Any) -> dict[str, Any]:
     """Fields of TransformerConfig.
 
     Args:
         knobs: those that are on.
         model: the model.
         activation: its activation function.
-        transformer_engine: whether its layers are Transformer Engine's.
     """
     # megatron-core's fused GELU is the tanh approximation whatever was asked for, so SwiGLU alone goes through it.
     has_kernel = model.gated and model.activation is Activation.SILU
@@ -57,7 +54,8 @@ def transformer_fields(
         "apply_rope_fusion": "fused_rope" in knobs,
         "gradient_accumulation_fusion": "fused_grad_accumulation" in knobs,
         "cross_entropy_loss_fusion": "fused_cross_entropy" in knobs,
-        "cross_entropy_fusion_impl": "te" if transformer_engine else "native",
+        # `te` has been wrong in several releases, up to gradients of zero (NVIDIA/Megatron-LM issue 1750, PR 5115).
+        "cross_entropy_fusion_impl": "native",
         "tp_comm_overlap": "tp_comm_overlap" in knobs,
     }
 
@@ -89,7 +87,7 @@ def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def initialise_user_buffers(run: RunConfig, knobs: Knobs, machine: Machine) -> None:
+def initialise_user_buffers(run: RunConfig, knobs: Knobs) -> None:
     """Make the buffers that Transformer Engine overlaps tensor-parallel communication with; a collective call.
 
     Raises:
@@ -102,7 +100,7 @@ def initialise_user_buffers(run: RunConfig, knobs: Knobs, machine: Machine) -> N
     tokens = run.seq_length * run.batch.micro // run.parallel.context
     is_fp8 = run.precision.fp8 is not None
     options: dict[str, Any] = {"use_fp8": is_fp8}
-    if machine.transformer_engine is not None and machine.transformer_engine >= (2, 7):
+    if hasattr(base, "UserBufferQuantizationMode"):  # from 2.8 on
         modes = base.UserBufferQuantizationMode
         has_bf16_layers = run.precision.fp8 is not None and run.precision.fp8.first_last_bf16 > 0
         kinds = [modes.FP8] if is_fp8 else [modes.NONE]

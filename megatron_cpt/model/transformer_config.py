@@ -55,15 +55,12 @@ def transformer_config(
     precision: PrecisionConfig,
     recompute: RecomputeConfig,
     knobs: Knobs = (),
-    *,
-    transformer_engine: bool = False,
 ) -> TransformerConfig:
     """Build the configuration of one model for one layout and precision.
 
     Args:
         model, parallel, precision, recompute: sections of run.yaml.
         knobs: those of `speed` that are on.
-        transformer_engine: whether the layers are Transformer Engine's.
     """
     activation = _ACTIVATIONS[model.activation]
     return TransformerConfig(
@@ -71,7 +68,7 @@ def transformer_config(
         **_parallel(parallel, params_dtype(precision)),
         **_precision(precision),
         **_recompute(recompute),
-        **transformer_fields(knobs, model, activation, transformer_engine=transformer_engine),
+        **transformer_fields(knobs, model, activation),
     )
 
 

@@ -18,7 +18,8 @@ from typing import Literal
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.config.model import Norm
-from megatron_cpt.config.speed import Place, fuses_swiglu
+from megatron_cpt.config.speed import GPU_CLUSTER, fuses_swiglu
+from megatron_cpt.plan.formats import format_of
 from megatron_cpt.plan.layout import Layout
 from megatron_cpt.plan.parameters import key_value_size, query_size
 
@@ -50,7 +51,8 @@ def layer_activation_bytes(config: RunConfig, *, spec: Spec | None = None, fused
     spec = spec or default_spec(config)
     model, split, outside = config.model, config.parallel.tensor, _split_outside(config)
     size = _size(config)
-    linear_input = 1 if uses_fp8(config) and spec == "te" else size
+    kind = format_of(config)
+    linear_input = kind.kept if kind is not None and spec == "te" else size
     # Both norms keep their input, the matrix products after them the norm's output.
     per_token = 2 * model.hidden * (_norm_input_bytes(config, spec) + linear_input) / outside
     per_token += 2 * model.hidden / outside if model.hidden_dropout else 0.0  # dropout keeps one byte an element
@@ -76,8 +78,9 @@ def _attention_bytes(config: RunConfig, spec: Spec, fused: bool) -> float:
     row_sums = 0.0 if selective else 4.0 * heads  # the logarithm of each row's sum, in fp32
     if spec == "te":
         kept: float = size * (queries + keys_values + queries)
-        # With FP8 the output product keeps its input again, in FP8.
-        kept += queries if uses_fp8(config) else 0
+        # With FP8 the output product keeps its input again, in FP8; with FP4 in FP4.
+        kind = format_of(config)
+        kept += queries * kind.kept if kind is not None else 0
         kept += size * (queries + keys_values / 2) if model.qk_norm else 0
         if fused:
             return kept + row_sums
@@ -101,7 +104,7 @@ def _activation_inputs(config: RunConfig, spec: Spec) -> int:
     """
     if not config.model.gated:
         return 1
-    return 2 if spec == "te" and fuses_swiglu(config, Place(on_gpu=True, transformer_engine=True)) else 4
+    return 2 if spec == "te" and fuses_swiglu(config, GPU_CLUSTER) else 4
 
 
 def _tables_of_layer(config: RunConfig, spec: Spec) -> float:
@@ -119,12 +122,6 @@ def tokens_of_micro_batch(config: RunConfig) -> float:
 
 def _size(config: RunConfig) -> int:
     return 2 if config.precision.compute == "bf16" else 4
-
-
-def uses_fp8(config: RunConfig) -> bool:
-    """Whether matrix products really run in FP8; the emulated backend computes in bf16."""
-    fp8 = config.precision.fp8
-    return fp8 is not None and fp8.backend == "transformer_engine"
 
 
 def _split_outside(config: RunConfig) -> int:

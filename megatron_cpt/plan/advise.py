@@ -1,24 +1,25 @@
 """Which layout of a run is fastest on a number of GPUs: all that divide and fit, by their estimated speed.
 
 A layout has to divide and fit every step of the run, the small batches of a ramp-up and the long sequences of a phase
-too. The speeds are those of the steps that most tokens are trained in.
+too. The speeds are those of the steps that most tokens are trained in, with the knobs of the run's own `speed`;
+`tp_comm_overlap`, which is off by default, belongs to every layout that it is possible in, unless the run says no.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.config.checks import CHECKS
+from megatron_cpt.plan.advice import Advice, Candidate, Misfit, split_name
 from megatron_cpt.plan.build import RunPlan
-from megatron_cpt.plan.cluster import MEMORY_MARGIN, fits, largest_stretch, shaped, step_lines
+from megatron_cpt.plan.cluster import MEMORY_MARGIN, fits, largest_stretch, overlapped_speed, shaped, step_lines
 from megatron_cpt.plan.hardware import Gpu
 from megatron_cpt.plan.layout import Layout, layout_problems
 from megatron_cpt.plan.memory import GIB, Memory, estimate_memory
 from megatron_cpt.plan.phases import batch_problems
-from megatron_cpt.plan.speed import Speed, estimate_speed
+from megatron_cpt.plan.speed import Overlap, Speed, estimate_speed, with_tensor_overlap
 from megatron_cpt.plan.stretches import Stretch
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -30,122 +31,6 @@ RECOMPUTE = ("none", "full")
 WORTH_MORE = 1.01
 # Layouts this near to the best one are as good as the model can tell (docs/adviser.md: its mean error).
 AS_GOOD = 0.95
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One layout with what it would give.
-
-    Attributes:
-        config: the run in this layout.
-        layout: the same on the GPUs.
-        memory: of the pipeline stage that needs most, in the steps that need most.
-        speed: of the steps that most tokens are trained in.
-        why: one line.
-    """
-
-    config: RunConfig
-    layout: Layout
-    memory: Memory
-    speed: Speed
-    why: str
-
-    @property
-    def split(self) -> str:
-        """TP, PP and CP, as people write them."""
-        return split_name(self.config)
-
-    @property
-    def overrides(self) -> list[str]:
-        """What to write behind `megatron-cpt train RUN.yaml` to get it."""
-        parallel = self.config.parallel
-        keys = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "distributed_optimizer")
-        values = {f"parallel.{key}": getattr(parallel, key) for key in keys}
-        recompute = self.config.recompute
-        values |= {"batch.micro": self.config.batch.micro, "recompute.granularity": recompute.granularity}
-        if recompute.granularity == "full":
-            values |= {"recompute.method": recompute.method, "recompute.num_layers": recompute.num_layers}
-        return [f"{key}={str(value).lower()}" for key, value in values.items()]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `plan --advise --json`."""
-        parallel = self.config.parallel
-        return {
-            "tensor": parallel.tensor,
-            "pipeline": parallel.pipeline,
-            "virtual_pipeline": parallel.virtual_pipeline,
-            "context": parallel.context,
-            "micro_batch": self.config.batch.micro,
-            "recompute": self.config.recompute.granularity,
-            "data_parallel": self.layout.data_parallel,
-            "num_micro_batches": self.layout.num_micro_batches,
-            "global_batch": self.config.batch.global_,
-            "tokens_per_second_per_gpu": self.speed.tokens_per_gpu,
-            "step_seconds": self.speed.step,
-            "memory_per_gpu_gib": self.memory.total / GIB,
-            "why": self.why,
-            "overrides": self.overrides,
-        }
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """A split that cannot run, and what keeps it."""
-
-    split: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What to run on.
-
-    Attributes:
-        gpu: the GPU.
-        num_gpus: how many.
-        steps: what the speeds are of, by their shape.
-        is_uniform: whether all steps of the run have that shape.
-        ranking: the best layout of each split that fits, the fastest first.
-        current: the run's own layout; None where it does not divide.
-        current_problem: what keeps the run's own layout from these GPUs; empty where nothing does.
-        misfits: splits that do not divide or fit.
-        other_batch: the best layout among splits that another global batch would allow; None where none is faster.
-        num_tried: layouts that were looked at.
-    """
-
-    gpu: Gpu
-    num_gpus: int
-    steps: Stretch
-    is_uniform: bool
-    ranking: Sequence[Candidate]
-    current: Candidate | None
-    current_problem: str
-    misfits: Sequence[Misfit]
-    other_batch: Candidate | None
-    num_tried: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `plan --advise --json`."""
-        return {
-            "gpu": self.gpu.name,
-            "num_gpus": self.num_gpus,
-            "memory_gib": self.gpu.memory_gib,
-            "memory_margin": MEMORY_MARGIN,
-            "is_calibrated": self.gpu.is_calibrated,
-            "speed_of": {"global_batch": self.steps.global_batch, "seq_length": self.steps.seq_length},
-            "ranking": [candidate.to_dict() for candidate in self.ranking],
-            "current": self.current.to_dict() if self.current else None,
-            "current_problem": self.current_problem,
-            "misfits": [{"split": misfit.split, "reason": misfit.reason} for misfit in self.misfits],
-            "other_batch": self.other_batch.to_dict() if self.other_batch else None,
-            "num_tried": self.num_tried,
-        }
-
-
-def split_name(config: RunConfig) -> str:
-    """TP, PP and CP, as people write them."""
-    parallel = config.parallel
-    return f"TP{parallel.tensor} PP{parallel.pipeline}" + (f" CP{parallel.context}" if parallel.context > 1 else "")
 
 
 def advise(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Advice:
@@ -180,6 +65,7 @@ def advise(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Advice:
         is_uniform=plan.is_uniform,
         ranking=best,
         current=current,
+        current_overlapped=overlapped_speed(config, plan, gpu, num_gpus) if current is not None else None,
         current_problem=own,
         misfits=misfits,
         other_batch=_worth_it(other_batches, best),
@@ -207,11 +93,13 @@ def _rank(candidate: Candidate) -> tuple[float, float]:
 def _is_worth_its_context(candidate: Candidate, others: Sequence[Candidate]) -> bool:
     """Context parallelism has to buy something over the same split with less of it, which is simpler to run."""
     mine = candidate.config.parallel
-    for other in others:
-        theirs = other.config.parallel
-        if (mine.tensor, mine.pipeline) == (theirs.tensor, theirs.pipeline) and theirs.context < mine.context:
-            return candidate.speed.tokens_per_gpu > WORTH_MORE * other.speed.tokens_per_gpu
-    return True
+    simpler = (
+        other.speed.tokens_per_gpu
+        for other in others
+        if (other.config.parallel.tensor, other.config.parallel.pipeline) == (mine.tensor, mine.pipeline)
+        and other.config.parallel.context < mine.context
+    )
+    return all(candidate.speed.tokens_per_gpu > WORTH_MORE * speed for speed in simpler)
 
 
 def _splits(config: RunConfig, num_gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
@@ -244,7 +132,8 @@ def _layouts(split: RunConfig) -> Iterator[RunConfig]:
                 recompute = split.recompute.model_copy(
                     update={"granularity": granularity, "method": "uniform", "num_layers": 1}
                 )
-                yield split.model_copy(update={"parallel": chunked, "batch": batch, "recompute": recompute})
+                changes = {"parallel": chunked, "batch": batch, "recompute": recompute}
+                yield with_tensor_overlap(split.model_copy(update=changes))
 
 
 def _divisors(number: int) -> list[int]:
@@ -263,9 +152,12 @@ def _candidate(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Can
     shapes = {(stretch.micro_batch, stretch.seq_length): stretch for stretch in sorted(plan.stretches, key=_batch)}
     runs = [shaped(config, stretch) for stretch in (largest_stretch(plan), *shapes.values())]
     layouts = [Layout.build(run, num_gpus) for run in runs]
-    speed = estimate_speed(runs[0], layouts[0], gpu)
+    speed, plain = estimate_speed(runs[0], layouts[0], gpu), None
+    overlap = Overlap.of(config)
+    if overlap.tensor:
+        plain = estimate_speed(runs[0], layouts[0], gpu, replace(overlap, tensor=False))
     memories = [estimate_memory(run, layout, gpu=gpu) for run, layout in zip(runs[1:], layouts[1:], strict=True)]
-    return Candidate(config, layouts[0], max(memories, key=lambda memory: memory.total), speed, _why(speed))
+    return Candidate(config, layouts[0], max(memories, key=lambda memory: memory.total), speed, plain, _why(speed))
 
 
 def _batch(stretch: Stretch) -> int:

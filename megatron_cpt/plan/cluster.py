@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_cpt.config import RunConfig
+from megatron_cpt.config.speed import GPU_CLUSTER, resolve_speed
 from megatron_cpt.errors import UserError
-from megatron_cpt.plan.activations import uses_fp8
 from megatron_cpt.plan.build import RunPlan
 from megatron_cpt.plan.flops import FlopsPerToken, flops_per_token
+from megatron_cpt.plan.formats import format_of
 from megatron_cpt.plan.hardware import GPUS, Gpu
 from megatron_cpt.plan.layout import Layout
 from megatron_cpt.plan.memory import GIB, Memory, stage_memories
-from megatron_cpt.plan.speed import Speed, estimate_speed
+from megatron_cpt.plan.speed import Speed, estimate_speed, with_tensor_overlap
 from megatron_cpt.plan.stretches import Stretch
 
 # What the allocator loses to fragmentation, and what the estimate forgets: a layout should leave this share free.
@@ -30,6 +31,8 @@ class Cluster:
         layout: on how many of them.
         stages: the memory of every pipeline stage, in the part of the run that needs most.
         speed: of a step of the shape that most tokens are trained in.
+        overlapped: the same with `speed.tp_comm_overlap`, where the run leaves that open and it is possible.
+        knobs: what of `speed` is on.
         flops: of training on one token in that shape.
         seconds: of the whole run, steps only.
         peak: FLOP/s of the GPU in the format of the matrix products, bf16 or FP8: what MFU is a share of.
@@ -39,6 +42,8 @@ class Cluster:
     layout: Layout
     stages: Sequence[Memory]
     speed: Speed
+    overlapped: Speed | None
+    knobs: frozenset[str]
     flops: FlopsPerToken
     seconds: float
     peak: float
@@ -66,6 +71,10 @@ class Cluster:
             "memory_per_gpu_gib": self.memory.total / GIB,
             "fits": fits(self.memory, self.gpu),
             "tokens_per_second_per_gpu": self.speed.tokens_per_gpu,
+            "tokens_per_second_per_gpu_with_tp_comm_overlap": (
+                self.overlapped.tokens_per_gpu if self.overlapped is not None else None
+            ),
+            "speed": sorted(self.knobs),
             "step_seconds": self.speed.step,
             "step_seconds_by_part": {
                 name: value for name, value in asdict(self.speed).items() if name not in ("step", "tokens_per_gpu")
@@ -91,7 +100,7 @@ def find_gpu(name: str, config: RunConfig) -> Gpu:
             "precision.fp4: this planner has no figures for FP4; plan with "
             "precision.fp4=null and precision.fp8={recipe: mxfp8}, which is slower"
         )
-    if uses_fp8(config) and gpu.fp8 is None:
+    if format_of(config) is not None and gpu.fp8 is None:
         raise UserError(f"precision.fp8: {gpu.title} has no FP8; leave it out (precision.fp8=null) or choose another")
     return gpu
 
@@ -102,11 +111,16 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
 
 
 def shaped(config: RunConfig, stretch: Stretch) -> RunConfig:
-    """The run with the batch and sequence length of one stretch, as if it had no other."""
+    """The run with the batch and sequence length of one stretch, as if it had no other.
+
+    Its knobs are those of the whole run: whether all phases have one shape cannot be seen any more.
+    """
     batch = config.batch.model_copy(
         update={"global_": stretch.global_batch, "micro": stretch.micro_batch, "ramp_up": None}
     )
-    return config.model_copy(update={"batch": batch, "seq_length": stretch.seq_length})
+    overlaps = "tp_comm_overlap" in resolve_speed(config, GPU_CLUSTER)[0]
+    speed = config.speed.model_copy(update={"tp_comm_overlap": overlaps})
+    return config.model_copy(update={"batch": batch, "seq_length": stretch.seq_length, "speed": speed})
 
 
 def largest_stretch(plan: RunPlan) -> Stretch:
@@ -131,10 +145,21 @@ def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int |
         layout=Layout.build(shapes[_shape(most)], num_gpus),
         stages=max((stages for stages, _ in by_shape.values()), key=lambda stages: max(one.total for one in stages)),
         speed=by_shape[_shape(most)][1],
+        overlapped=overlapped_speed(config, plan, gpu, num_gpus),
+        knobs=resolve_speed(config, GPU_CLUSTER)[0],
         flops=flops_per_token(config.model, most.seq_length),
         seconds=seconds,
-        peak=gpu.fp8 if uses_fp8(config) and gpu.fp8 is not None else gpu.bf16,
+        peak=gpu.fp8 if format_of(config) is not None and gpu.fp8 is not None else gpu.bf16,
     )
+
+
+def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Speed | None:
+    """The speed with `speed.tp_comm_overlap`, where the run leaves that open and it is possible."""
+    asked = with_tensor_overlap(config)
+    if config.speed.tp_comm_overlap is not None or asked is config:
+        return None
+    run = shaped(asked, largest_stretch(plan))
+    return estimate_speed(run, Layout.build(run, num_gpus), gpu)
 
 
 def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:

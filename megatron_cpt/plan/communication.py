@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.plan.activations import tokens_of_micro_batch
+from megatron_cpt.plan.formats import format_of
 from megatron_cpt.plan.hardware import Gpu
 from megatron_cpt.plan.layout import Layout
-from megatron_cpt.plan.memory import stage_parameters
+from megatron_cpt.plan.memory import quantised_parameters, stage_parameters
 from megatron_cpt.plan.parameters import key_value_size
 
 # Of a 400 Gb/s adapter (50 GB/s) NCCL's maintainers expect 46 to 48 GB/s (NVIDIA/nccl-tests issue 290). Rings over
 # NVLink are assumed to reach 0.8 of its peak: without NVLink SHARP, which serves all-reduces.
 NVLINK_EFFICIENCY = 0.8
 NETWORK_EFFICIENCY = 0.92
-# megatron-core reduces gradients in fp32 here (`grad_reduce_in_fp32`), and gathers weights in bf16.
+# megatron-core reduces gradients in fp32 here (`grad_reduce_in_fp32`), and gathers weights in bf16 (see `Format`).
 GRADIENT_BYTES = 4
 WEIGHT_BYTES = 2
 
@@ -119,9 +120,12 @@ class GradientExchange:
         cls, config: RunConfig, layout: Layout, links: Links, stage: int, *, gradient_bytes: int = GRADIENT_BYTES
     ) -> GradientExchange:
         """The exchange of a stage; `gradient_bytes`: of one gradient as it is sent."""
-        parameters = stage_parameters(config, stage)
+        parameters, kind = stage_parameters(config, stage), format_of(config)
         share = _share(layout.data_parallel * config.parallel.context)
         reduce = gradient_bytes * parameters * share / links.data
         if not config.parallel.distributed_optimizer:
             return cls(2 * reduce, 0.0)
-        return cls(reduce, WEIGHT_BYTES * parameters * share / links.data)
+        gathered = WEIGHT_BYTES * parameters
+        if kind is not None and config.precision.has_fp8_weights:
+            gathered += (kind.gathered - WEIGHT_BYTES) * quantised_parameters(config, stage)
+        return cls(reduce, gathered * share / links.data)

@@ -23,6 +23,7 @@ class Gpu:
         gpus_per_node: GPUs that NVLink connects.
         is_calibrated: whether published training runs on this GPU were used to set the constants of `plan/speed.py`;
             for the others the same shares of the peak are assumed.
+        needs_fp8_transposes: whether FP8 products need their operands transposed (before Blackwell).
         source: where the figures are from.
     """
 
@@ -36,6 +37,7 @@ class Gpu:
     network: float
     gpus_per_node: int
     is_calibrated: bool
+    needs_fp8_transposes: bool
     source: str
 
 
@@ -50,6 +52,7 @@ A100 = Gpu(
     network=25 * GIGA,
     gpus_per_node=8,
     is_calibrated=False,
+    needs_fp8_transposes=True,
     source="NVIDIA A100 datasheet; DGX A100 datasheet (8 x 200 Gb/s)",
 )
 H100 = Gpu(
@@ -63,6 +66,7 @@ H100 = Gpu(
     network=50 * GIGA,
     gpus_per_node=8,
     is_calibrated=True,
+    needs_fp8_transposes=True,
     source="NVIDIA H100 datasheet (without sparsity); DGX H100 datasheet (8 x 400 Gb/s)",
 )
 H200 = Gpu(
@@ -76,6 +80,7 @@ H200 = Gpu(
     network=50 * GIGA,
     gpus_per_node=8,
     is_calibrated=False,
+    needs_fp8_transposes=True,
     source="NVIDIA H200 datasheet (without sparsity); DGX H200 datasheet (8 x 400 Gb/s)",
 )
 B200 = Gpu(
@@ -89,6 +94,7 @@ B200 = Gpu(
     network=50 * GIGA,
     gpus_per_node=8,
     is_calibrated=False,
+    needs_fp8_transposes=False,
     source="NVIDIA HGX B200 datasheet (without sparsity); DGX B200 datasheet (8 x 400 Gb/s)",
 )
 

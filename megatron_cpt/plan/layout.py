@@ -47,8 +47,8 @@ def layout_problems(config: RunConfig, num_gpus: int) -> Iterator[Problem]:
         yield Problem(f"{num_gpus} ranks are not a multiple of {parts} = {replica}; change one of them", LAYOUT_KEYS)
         return
     replicas = num_gpus // replica
-    if batch.global_ % batch.micro:
-        return  # the configuration's own checks say so
+    if not config.uses_own_batch or batch.global_ % batch.micro:
+        return  # phases have their own (`batch_problems`); or the configuration's checks say so
     if batch.global_ % (batch.micro * replicas):
         text = f"batch.global: {batch.global_} is not a multiple of batch.micro: {batch.micro} x {replicas} replicas"
         yield Problem(f"{text} ({num_gpus} ranks of {replica} each); change one of them", LAYOUT_KEYS)

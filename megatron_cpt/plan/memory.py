@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_cpt.config import RunConfig
+from megatron_cpt.config.speed import GPU_CLUSTER, resolve_speed
 from megatron_cpt.plan.activations import (
     Spec,
     default_spec,
     kept_bytes,
     layers_of_stage,
     logits_bytes,
-    uses_fp8,
+    tokens_of_micro_batch,
     working_bytes,
 )
+from megatron_cpt.plan.formats import format_of, quantised_layers, weight_bytes
 from megatron_cpt.plan.hardware import Gpu
 from megatron_cpt.plan.layout import Layout
 from megatron_cpt.plan.parameters import count_parameters, norm_size
@@ -42,7 +44,7 @@ class Memory:
 
     Attributes:
         stage: the pipeline stage, from 0.
-        weights: in the compute format, and their FP8 copies.
+        weights: in the compute format, and their FP8 or FP4 copies.
         gradients: accumulated over the micro-batches of a step, in fp32.
         optimizer: fp32 master weights (bf16 runs) and both moments of Adam.
         activations: kept for the backward passes of all micro-batches in flight.
@@ -106,11 +108,11 @@ def stage_memory(
     if config.parallel.distributed_optimizer:
         optimizer /= layout.data_parallel * config.parallel.context
     weights = (2 if is_bf16 else 4) * parameters
-    fp8 = config.precision.fp8
-    if uses_fp8(config) and not (fp8 is not None and fp8.params):
-        # Transformer Engine keeps two FP8 copies of each linear weight over a step: as it is, and transposed. With
-        # `params` these are in the place of the bf16 weight, and take as much.
-        weights += 2 * layers_of_stage(config) * count_parameters(config.model).layer.matmul / config.parallel.tensor
+    kind = format_of(config)
+    if kind is not None:
+        # Transformer Engine keeps them over a step, beside the bf16 weights; with `params` in their place.
+        in_place_of = 2 if config.precision.has_fp8_weights else 0
+        weights += (weight_bytes(kind, gpu) - in_place_of) * quantised_parameters(config, stage)
     logits = logits_bytes(config) if stage == config.parallel.pipeline - 1 else 0.0
     return Memory(
         stage=stage,
@@ -135,8 +137,30 @@ def stage_parameters(config: RunConfig, stage: int) -> float:
     return sharded / config.parallel.tensor + whole
 
 
+def quantised_parameters(config: RunConfig, stage: int) -> float:
+    """Those of them that a rank multiplies in FP8 or FP4."""
+    return quantised_layers(config, stage) * count_parameters(config.model).layer.matmul / config.parallel.tensor
+
+
 def _reserved(config: RunConfig, layout: Layout) -> float:
     parallel = config.parallel
     groups = (parallel.tensor, parallel.pipeline, parallel.context, layout.data_parallel, layout.num_gpus)
     communicators = sum(size > 1 for size in groups)  # the last: the norm of the gradients, over all ranks
-    return CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES + communicators * NCCL_COMMUNICATOR_BYTES
+    fixed = CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES + communicators * NCCL_COMMUNICATOR_BYTES
+    return fixed + _user_buffers(config)
+
+
+def _user_buffers(config: RunConfig) -> float:
+    """Bytes of Transformer Engine's buffers for `speed.tp_comm_overlap`, each as large as a micro-batch's residuals.
+
+    There are 8 for gathers, in a byte an element with FP8, and 4 for scatters; as many again in bf16 where some layers
+    stay in it (`initialize_ub` in pytorch/module/base.py, Transformer Engine 2.20).
+    """
+    if "tp_comm_overlap" not in resolve_speed(config, GPU_CLUSTER)[0]:
+        return 0.0
+    fp8 = config.precision.fp8
+    bf16_buffers = 2 * (8 + 4)
+    elements = tokens_of_micro_batch(config) * config.model.hidden
+    if fp8 is None:
+        return bf16_buffers * elements
+    return (8 + 2 * 4 + (bf16_buffers if fp8.first_last_bf16 else 0)) * elements

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 from rich import box
@@ -11,7 +11,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_cpt.plan.advise import AS_GOOD, Advice, Candidate
+from megatron_cpt.plan.advice import Advice, Candidate
+from megatron_cpt.plan.advise import AS_GOOD
 from megatron_cpt.plan.cluster import MEMORY_MARGIN, Cluster, fits, step_lines
 from megatron_cpt.plan.memory import GIB
 from megatron_cpt.plan.render import WIDTH_WITHOUT_TERMINAL
@@ -64,7 +65,15 @@ def _cluster_lines(cluster: Cluster) -> Iterator[tuple[str, str]]:
     )
     parts = (f"{name} {share:.1%}" for name, share in step_lines(speed) if share >= 0.001)
     yield "step", ", ".join(parts)
+    overlapped = cluster.overlapped
+    could = f"; with speed.tp_comm_overlap=true {overlapped.tokens_per_gpu:,.0f} tokens/s/GPU" if overlapped else ""
+    yield "knobs", f"{_knobs(cluster.knobs)}{could}"
     yield "time", f"about {cluster.seconds / 86400:.1f} days = {cluster.gpu_hours:,.0f} GPU hours (steps only)"
+
+
+def _knobs(on: frozenset[str]) -> str:
+    """What a speed takes for granted."""
+    return f"as on GPUs with Transformer Engine and Apex: {', '.join(sorted(on)) or 'nothing fused or overlapped'}"
 
 
 def _caution(is_calibrated: bool) -> str:
@@ -84,6 +93,7 @@ def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
         )
     if advice.ranking:
         yield _ranking(advice)
+        yield _assumptions(advice.ranking)
         yield Text(f"to take the first: {' '.join(advice.ranking[0].overrides)}")
     else:
         yield Text("none fits; more GPUs, or GPUs with more memory, are needed")
@@ -101,6 +111,15 @@ def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
         yield Text("--json also has the other splits that do not fit")
 
 
+def _assumptions(ranking: Sequence[Candidate]) -> Text:
+    """The knobs behind the speeds, first the one that has to be set."""
+    others = _knobs(ranking[0].knobs - {"tp_comm_overlap"})
+    if not any(candidate.plain for candidate in ranking):
+        return Text(f"knobs: {others}")
+    asked = "speed.tp_comm_overlap=true wherever TP is above 1, which is off until asked for (in brackets: without)"
+    return Text(f"knobs: {asked}; the rest {others}")
+
+
 def _ranking(advice: Advice) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for header in ("", "layout", "DP", "tokens/s/GPU", "s/step", "GiB", "why"):
@@ -112,7 +131,7 @@ def _ranking(advice: Advice) -> Table:
             f"{rank}{as_good}",
             _name(candidate),
             f"{candidate.layout.data_parallel:,}",
-            f"{candidate.speed.tokens_per_gpu:,.0f}",
+            _tokens_per_gpu(candidate),
             f"{candidate.speed.step:.2f}",
             f"{candidate.memory.total / GIB:.1f}",
             candidate.why,
@@ -120,6 +139,11 @@ def _ranking(advice: Advice) -> Table:
     table.caption = f"~: as good as the first, within {1 - AS_GOOD:.0%}, which is about the error of the estimate"
     table.caption_justify = "left"
     return table
+
+
+def _tokens_per_gpu(candidate: Candidate) -> str:
+    plain = f" ({candidate.plain.tokens_per_gpu:,.0f})" if candidate.plain else ""
+    return f"{candidate.speed.tokens_per_gpu:,.0f}{plain}"
 
 
 def _name(candidate: Candidate) -> str:
@@ -137,6 +161,8 @@ def _current(advice: Advice) -> str:
         f"this run's own layout, {_name(current)}: about {current.speed.tokens_per_gpu:,.0f} tokens/s/GPU, "
         f"{current.memory.total / GIB:.1f} GiB"
     )
+    if advice.current_overlapped is not None:
+        text += f" (with speed.tp_comm_overlap=true {advice.current_overlapped.tokens_per_gpu:,.0f})"
     if advice.current_problem:
         return f"{text}; {advice.current_problem}"
     if advice.ranking:

@@ -1,13 +1,13 @@
 """The length of a run, and its schedule, where not every step has as many tokens.
 
 A phase may end where the rate says so, the rate depends on how many steps the run has, and where phases differ in
-tokens a step, that depends on where they end. All of it only grows with the number of steps, so bisection finds the
-least one that reaches the tokens of the run.
+tokens a step, that depends on where they end. Tokens grow with the number of steps and nearly in proportion, so a few
+trials find the least number that reaches the tokens of the run; each of them lays the whole run out.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_cpt.config import RunConfig
@@ -26,10 +26,41 @@ def solve_schedule(config: RunConfig) -> Schedule:
     smallest = min([config.batch.global_, *config.batch.ramp_sizes[:1], *(size for size in own if size)])
     most = -(-config.tokens // (smallest * min(lengths)))
     warmup = _warmup_steps(config)
-    steps = 1 + bisect_left(
-        range(1, most + 1), config.tokens, key=lambda n: _last(config, _schedule(config, n, warmup)).end.tokens
-    )
+    steps = first_reaching(config.tokens, most, lambda n: _last(config, _schedule(config, n, warmup)).end.tokens)
     return _schedule(config, steps, warmup)
+
+
+def first_reaching(target: int, most: int, value: Callable[[int], int]) -> int:
+    """The least n of 1 to `most` with value(n) >= target, or `most` where there is none.
+
+    Where the values lie on a line, the first look finds it and the second one proves it. Halving in between bounds the
+    looks by three times those of bisection, whatever the values.
+
+    Args:
+        target: above 0.
+        most: at least 1.
+        value: does not fall with n; of 0 it would be 0.
+    """
+    low, high, at_low, at_high = 0, most, 0, value(most)
+    if at_high < target:
+        return most
+
+    def look(n: int) -> None:
+        nonlocal low, high, at_low, at_high
+        if not low < n < high:
+            return
+        found = value(n)
+        if found < target:
+            low, at_low = n, found
+        else:
+            high, at_high = n, found
+
+    while high - low > 1:
+        guess = low - (at_low - target) * (high - low) // (at_high - at_low)
+        look(guess)
+        look(guess - 1 if high <= guess else guess + 1)
+        look((low + high) // 2)
+    return high
 
 
 def _last(config: RunConfig, schedule: Schedule) -> Stretch:
@@ -84,4 +115,4 @@ def _decay_steps(config: RunConfig, schedule: Schedule, warmup: int) -> int:
         before = next(s for s in stretches if first <= s.last_step).after(first - 1)
         return stretches[-1].end.tokens - before.tokens
 
-    return min(schedule.steps, 1 + bisect_left(range(1, schedule.steps + 1), tokens, key=trained))
+    return first_reaching(tokens, schedule.steps, trained)

@@ -11,7 +11,7 @@ A micro-batch on a stage is:
 - the rest: bytes through the memory (norms, residuals, activation, RoPE, loss);
 - tensor and context parallelism: what their products do not hide.
 
-It takes the speed settings of NVIDIA's recipes for granted: fused kernels, overlapped communication (see `Overlap`).
+What communication overlaps follows the run's `speed` (see `Overlap`); kernels are taken to be fused, whatever it says.
 Where each constant is from is said beside it; `benchmarks/adviser_accuracy.py` holds the model
 against all published figures that we know, and docs/adviser.md shows the table.
 """
@@ -22,7 +22,8 @@ import math
 from dataclasses import dataclass
 
 from megatron_cpt.config import RunConfig
-from megatron_cpt.plan.activations import layers_of_stage, tokens_of_micro_batch, uses_fp8
+from megatron_cpt.config.speed import GPU_CLUSTER, is_possible, resolve_speed
+from megatron_cpt.plan.activations import layers_of_stage, tokens_of_micro_batch
 from megatron_cpt.plan.communication import (
     GRADIENT_BYTES,
     GradientExchange,
@@ -31,6 +32,7 @@ from megatron_cpt.plan.communication import (
     pipeline_seconds,
     tensor_seconds_a_layer,
 )
+from megatron_cpt.plan.formats import format_of, quantised_layers
 from megatron_cpt.plan.hardware import Gpu
 from megatron_cpt.plan.layout import Layout
 from megatron_cpt.plan.memory import stage_parameters
@@ -65,6 +67,23 @@ class Overlap:
     gradients: bool = True
     weights: bool = True
     gradient_bytes: int = GRADIENT_BYTES
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Overlap:
+        """What the run's own knobs come to on GPUs."""
+        on = resolve_speed(config, GPU_CLUSTER)[0]
+        return cls("tp_comm_overlap" in on, "overlap_grad_reduce" in on, "overlap_param_gather" in on)
+
+
+def with_tensor_overlap(config: RunConfig) -> RunConfig:
+    """A run with `tp_comm_overlap` if that is possible, unless it says no."""
+    said = config.speed.tp_comm_overlap
+    if said is False:
+        return config
+    wanted = True if is_possible("tp_comm_overlap", config, GPU_CLUSTER) else (False if said else None)
+    if wanted is said:
+        return config
+    return config.model_copy(update={"speed": config.speed.model_copy(update={"tp_comm_overlap": wanted})})
 
 
 @dataclass(frozen=True)
@@ -119,12 +138,12 @@ def estimate_speed(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap
     """The time of a step and where it goes.
 
     Args:
-        config: the run; `batch`, `seq_length`, `parallel`, `precision` and `recompute` count.
+        config: the run; `batch`, `seq_length`, `parallel`, `precision`, `recompute` and `speed` count.
         layout: the same on a number of GPUs.
         gpu: the GPU.
-        overlap: what is hidden; left out: all that `Overlap` knows.
+        overlap: what is hidden; left out: what the run's own knobs hide.
     """
-    overlap = overlap or Overlap()
+    overlap = overlap or Overlap.of(config)
     links = Links.build(config, layout, gpu)
     parallel, num_micro_batches = config.parallel, layout.num_micro_batches
     passes = [_stage_pass(config, layout, gpu, links, overlap, stage) for stage in range(parallel.pipeline)]
@@ -158,7 +177,7 @@ def estimate_speed(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap
 
 def _stage_pass(config: RunConfig, layout: Layout, gpu: Gpu, links: Links, overlap: Overlap, stage: int) -> _Pass:
     layers = layers_of_stage(config)
-    matmul, casts = _layer_matmul(config, layout, gpu)
+    matmul, casts = _layer_matmul(config, layout, gpu, stage)
     attention = _layer_attention(config, gpu)
     between = casts + _layer_bytes(config) / (HBM_EFFICIENCY * gpu.hbm)
     communication = _layer_communication(config, links, overlap, attention)
@@ -184,15 +203,17 @@ def _linears(config: RunConfig) -> list[tuple[float, float]]:
     ]
 
 
-def _layer_matmul(config: RunConfig, layout: Layout, gpu: Gpu) -> tuple[float, float]:
-    """Seconds of a layer's matrix products, forward and backward, and of its casts to FP8."""
-    tokens = tokens_of_micro_batch(config)
-    if not uses_fp8(config) or gpu.fp8 is None:
-        return sum(_matmul(tokens, k, n, gpu.bf16 * BF16_EFFICIENCY, 2, gpu) for k, n in _linears(config)), 0.0
-    matmul = sum(_matmul(tokens, k, n, gpu.fp8 * FP8_EFFICIENCY, 1, gpu) for k, n in _linears(config))
+def _layer_matmul(config: RunConfig, layout: Layout, gpu: Gpu, stage: int) -> tuple[float, float]:
+    """Seconds of a layer's matrix products, forward and backward, and of its casts to FP8: the mean of a stage's."""
+    tokens, linears = tokens_of_micro_batch(config), _linears(config)
+    bf16 = sum(_matmul(tokens, k, n, gpu.bf16 * BF16_EFFICIENCY, 2, gpu) for k, n in linears)
+    if format_of(config) is None or gpu.fp8 is None:
+        return bf16, 0.0
+    fp8 = sum(_matmul(tokens, k, n, gpu.fp8 * FP8_EFFICIENCY, 1, gpu) for k, n in linears)
     # Inputs and output gradients are read in bf16 and written in FP8, as they are and transposed; weights once a step.
-    cast = sum(tokens * (k + n) + k * n / layout.num_micro_batches for k, n in _linears(config)) * (2 + 1 + 1)
-    return matmul, cast / (HBM_EFFICIENCY * gpu.hbm)
+    cast = sum(tokens * (k + n) + k * n / layout.num_micro_batches for k, n in linears) * (2 + 1 + 1)
+    share = quantised_layers(config, stage) / layers_of_stage(config)
+    return share * fp8 + (1 - share) * bf16, share * cast / (HBM_EFFICIENCY * gpu.hbm)
 
 
 def _matmul(tokens: float, inputs: float, outputs: float, rate: float, operand_bytes: int, gpu: Gpu) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from megatron_cpt.backend import Ranks
 from megatron_cpt.backend.peers import Peers, job_store, lost_connection
@@ -18,13 +17,13 @@ class LostPeerError(CptError):
 
 
 @contextlib.contextmanager
-def guard(config: ResilienceConfig, ranks: Ranks, stacks: Path, progress: Progress) -> Iterator[None]:
+def guard(config: ResilienceConfig, ranks: Ranks, watchdog: Watchdog, progress: Progress) -> Iterator[None]:
     """Bound the time that this rank waits for another one, and say why it ends.
 
     Args:
         config: the limits.
         ranks: where this process stands.
-        stacks: the folder for the stacks of a rank that hangs.
+        watchdog: of this process; from now on it says which rank is gone.
         progress: what this rank is doing.
 
     Raises:
@@ -43,8 +42,8 @@ def guard(config: ResilienceConfig, ranks: Ranks, stacks: Path, progress: Progre
         doing=lambda: progress.phase,
         end=end,
     )
-    watchdog = Watchdog(progress, config.hang_timeout, rank=ranks.rank, folder=stacks, explain=peers.explain)
-    with watchdog, peers:
+    with peers:
+        watchdog.explain = peers.explain
         try:
             yield
         except Exception as error:

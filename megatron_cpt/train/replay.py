@@ -1,15 +1,13 @@
 """What step N read, as (source, number in the source): the blend replayed, and held against what was recorded.
 
-The samples of a step are a pure function of the plan and of the blend's state at some step before it. Which plan was in
-force is known from the checkpoints: each holds the run.yaml and the plan of the process that wrote it, and a process
-can only begin at a checkpoint. So the steps between two checkpoints were read under the plan of the later one, unless
-the run was taken up with another blend at a checkpoint in between that is gone now; then the records do not agree, and
-the other possibilities are tried. Nothing is told that the records contradict.
+The samples of a step are a pure function of the plan in force and of the blend's state at some step before it, as long
+as both belong to the same segment of the run's past (`plans_file.py`). Checkpoints and lines of metrics.jsonl only make
+the way shorter, and confirm what is found. Nothing is told that the records contradict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.train.plans_file import Segment
 from megatron_cpt.train.run_history import Blends, Recorded, Witness
 
 _REPLAY_SAMPLES = 1 << 16  # handed out between two looks at the progress
@@ -27,17 +26,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Start:
-    """One way that a step may have come about.
+    """A place from where a step can be reached.
 
     Attributes:
         step: a step before it.
         state: of the blend after that step; None: the start of the run.
-        blends: the plan under which the run went on from there.
     """
 
     step: int
     state: Mapping[str, Any] | None
-    blends: Blends
 
 
 @dataclass(frozen=True)
@@ -61,41 +58,28 @@ class Replay:
     data: Mapping[str, Any]
 
 
-def possible_starts(
-    before: Recorded | None, after: Recorded | None, now: Blends, line: Witness | None, step: int
-) -> Iterator[Start]:
-    """How the step may have come about, the likeliest first and the shortest way first.
+def possible_starts(segment: Segment, recorded: Sequence[Recorded], line: Witness | None, step: int) -> list[Start]:
+    """From where the step can be reached, the shortest way first.
 
     Args:
-        before: the newest checkpoint before the step.
-        after: the oldest one that is not.
-        now: the run directory's own run.yaml: in force after the last checkpoint.
-        line: the last counts of metrics.jsonl before the step.
+        segment: the one that the step belongs to.
+        recorded: its checkpoints, oldest first.
+        line: the last counts of metrics.jsonl in the segment before the step.
         step: the step.
     """
-    first_step, state = (before.step, before.data) if before is not None else (0, None)
-    governing = after.blends if after is not None else now
-    is_other_plan = False
-    if after is not None and (begun := _blend_start(after)) is not None:
-        # A blend that began where no phase of its plan does: the run was taken up there, and went by another plan.
-        is_other_plan = begun.step > first_step and all(
-            governing.samples_after(begun.step) != phase.first_sample for phase in governing.phases
-        )
-        if begun.step < step:
-            if line is not None and line.step > max(first_step, begun.step):
-                yield from _continued(begun, after, line)
-            if begun.step > first_step:
-                yield begun
-            if is_other_plan:
-                return
-    if not is_other_plan:
-        yield Start(first_step, state, governing)
-    for other in (before.blends if before is not None else None, now):
-        if other is not None and other is not governing and step <= other.last_step:
-            yield Start(first_step, state, other)
+    starts = [Start(segment.after_step, segment.state)]
+    starts += [Start(one.step, one.data) for one in recorded if one.step < step][-1:]
+    after = next((one for one in recorded if one.step >= step), None)
+    if after is not None:
+        begun = _blend_start(after, segment.blends)
+        if begun is not None and segment.after_step < begun.step < step:
+            starts.append(begun)
+        if begun is not None and line is not None and begun.step < line.step:
+            starts += _continued(after, line, segment.blends)
+    return sorted(starts, key=lambda start: -start.step)
 
 
-def _blend_start(after: Recorded) -> Start | None:
+def _blend_start(after: Recorded, blends: Blends) -> Start | None:
     """Where the blend began that was in force when a checkpoint was written: its counts are part of the state.
 
     None where that is not the end of a step.
@@ -104,53 +88,53 @@ def _blend_start(after: Recorded) -> Start | None:
     at_start = {name: int(count) for name, count in data["counts_at_blend_start"].items()}
     given = sum(int(data["counts"].get(name, 0)) - count for name, count in at_start.items())
     sample = int(data["sample"]) - given
-    step = after.blends.step_at(sample)
+    step = blends.step_at(sample)
     if step is None:
         return None
     counts = {**data["counts"], **at_start}  # a source that has left the run gave nothing since
-    # no phase has an empty name, so the cursor begins its blend anew here, as it did
-    state = {"sample": sample, "counts": counts, "phase": "", "weights": {}, "counts_at_blend_start": at_start}
-    # lengths only change where a blend begins, so they were then what they are now
-    return Start(step, state | {"lengths": data.get("lengths", {})}, after.blends)
+    # no phase has an empty name, so the cursor begins its blend anew here, as it did; lengths only change where a blend
+    # begins, so they were then what they are now
+    return Start(step, {**data, "sample": sample, "counts": counts, "phase": "", "weights": {}})
 
 
-def _continued(begun: Start, after: Recorded, line: Witness) -> Iterator[Start]:
-    """A blend that began somewhere, at a later step whose counts were written down; they are taken at their word."""
-    assert begun.state is not None
-    at_start, sample = begun.state["counts_at_blend_start"], after.blends.samples_after(line.step)
+def _continued(after: Recorded, line: Witness, blends: Blends) -> Iterator[Start]:
+    """The blend of a checkpoint at an earlier step whose counts were written down; they are taken at their word."""
+    at_start, sample = after.data["counts_at_blend_start"], blends.samples_after(line.step)
     is_whole = sum(line.counts.values()) == sample
     if is_whole and all(count <= line.counts.get(name, 0) for name, count in at_start.items()):
-        yield Start(line.step, {**after.data, "sample": sample, "counts": line.counts}, after.blends)
+        yield Start(line.step, {**after.data, "sample": sample, "counts": line.counts})
 
 
-def find_replay(starts: Iterator[Start], step: int, witness: Witness | None, progress: Progress | None) -> Replay:
-    """The first possibility that agrees with what was recorded.
+def find_replay(
+    starts: Sequence[Start], blends: Blends, step: int, witness: Witness | None, progress: Progress | None
+) -> Replay:
+    """The first replay that agrees with what was recorded.
 
     Args:
-        starts: the possibilities.
+        starts: from where to try.
+        blends: the plan in force.
         step: the step.
-        witness: a record at or after it; None: the first possibility is taken.
+        witness: a record at or after it; None: the first one is taken.
         progress: called with the samples replayed so far and how many there are.
 
     Raises:
         RefusedError: none agrees.
     """
-    tried = []
     for start in starts:
-        replay = _replay(start, step, witness.step if witness is not None else step, progress)
+        replay = _replay(start, blends, step, witness.step if witness is not None else step, progress)
         if witness is None or witness.agrees_with(replay.data):
             return replay
-        tried.append(f"from step {start.step} under {start.blends.origin}")
     assert witness is not None
+    tried = ", or one ".join(f"from step {start.step}" for start in starts)
     raise RefusedError(
-        f"step {step}: what it read cannot be known: {witness.origin} is at odds with a replay "
-        f"{', or one '.join(tried)}; the run went on from a checkpoint that is gone, under a blend that is not known"
+        f"step {step}: what it read cannot be known: {witness.origin} is at odds with a replay {tried} "
+        f"under {blends.origin}"
     )
 
 
-def _replay(start: Start, step: int, until: int, progress: Progress | None) -> Replay:
+def _replay(start: Start, blends: Blends, step: int, until: int, progress: Progress | None) -> Replay:
     """Walk the blend from a start through a step up to a later one."""
-    blends, cursor = start.blends, start.blends.cursor()
+    cursor = blends.cursor()
     if start.state is not None:
         cursor.load_state_dict(start.state)
     first, expected = cursor.sample, blends.samples_after(start.step)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from megatron_cpt.backend import Ranks, catch_stop_signals, launched_world_size, process_groups
-from megatron_cpt.backend.distributed import DEFAULT_TIMEOUT
+from megatron_cpt.backend import Ranks, catch_stop_signals, launched_rank, launched_world_size, process_groups
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.preflight import check_allowed_names
 from megatron_cpt.config import RunConfig, dump_yaml
@@ -21,14 +20,17 @@ from megatron_cpt.data.resolve import PreparedRun, prepare_run
 from megatron_cpt.errors import UserError
 from megatron_cpt.train.guard import guard
 from megatron_cpt.train.hook import Hook
-from megatron_cpt.train.watchdog import Progress
+from megatron_cpt.train.plans_file import note_plan
+from megatron_cpt.train.watchdog import Progress, Watchdog
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
 
 logger = logging.getLogger(__name__)
 
-_AFTER_WATCHDOG = 60.0  # seconds: a collective that times out must not come before the watchdog's stacks
+# Seconds that a collective may take: for ever, for the watchdog ends what hangs. torch measures them by the clock, and
+# would end a job that was suspended for longer; there are places where it counts milliseconds in 32 bits.
+_NO_TIMEOUT = 20 * 86400.0
 
 MakeHooks = Callable[[RunConfig], Sequence[Hook]]
 
@@ -57,11 +59,12 @@ def run_training(path: str, overrides: Sequence[str], allow: Collection[str], ma
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what the libraries below warn about is not for the reader of a training log
     limits, progress = config.resilience, Progress()
-    timeout = DEFAULT_TIMEOUT if limits.hang_timeout is None else limits.hang_timeout + _AFTER_WATCHDOG
+    stacks = Path(config.output) / "stacks"
     with (
         catch_stop_signals() as stop,
-        process_groups(config.parallel, timeout=timeout) as ranks,
-        guard(limits, ranks, Path(config.output) / "stacks", progress),
+        Watchdog(progress, limits.hang_timeout, rank=launched_rank(), folder=stacks) as watchdog,
+        process_groups(config.parallel, timeout=_NO_TIMEOUT) as ranks,
+        guard(limits, ranks, watchdog, progress),
     ):
         # megatron-core reads torch.cuda when it is imported, and the process groups put the CPU in its place
         from megatron_cpt.train.loop import train
@@ -127,5 +130,14 @@ def _write_run_files(session: Session, prepared: PreparedRun) -> None:
         return
     session.output.mkdir(parents=True, exist_ok=True)
     layout.write_atomically(Path(session.output) / layout.RUN_FILE, dump_yaml(session.config.to_dict()))
-    plan = orjson.dumps(prepared.plan.to_dict(), option=orjson.OPT_INDENT_2).decode()
-    layout.write_atomically(Path(session.output) / layout.PLAN_FILE, plan)
+    plan = prepared.plan.to_dict()
+    note_plan(
+        session.output,
+        session.state.step,
+        run=session.config.to_dict(),
+        plan=plan,
+        state=session.state.data,
+        fingerprints=session.data_fingerprints,
+    )
+    plan_text = orjson.dumps(plan, option=orjson.OPT_INDENT_2).decode()
+    layout.write_atomically(Path(session.output) / layout.PLAN_FILE, plan_text)

@@ -11,7 +11,7 @@ import orjson
 
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.manifest import digest, read_manifest
-from megatron_cpt.checkpoint.record import read_plan, read_run, read_state
+from megatron_cpt.checkpoint.record import read_run, read_state
 from megatron_cpt.data import BlendCursor, PhaseBlend
 from megatron_cpt.errors import CptError, RefusedError, UserError
 from megatron_cpt.plan import ChunkGrid, Stretch
@@ -69,21 +69,22 @@ class Recorded:
     Attributes:
         path: its folder.
         step: its step.
-        blends: what was in force in the steps up to it.
+        run: its run.yaml as plain values.
         data: the blend's state after it.
         fingerprints: which files the sources were.
     """
 
     path: Path
     step: int
-    blends: Blends
+    run: Mapping[str, Any]
     data: Mapping[str, Any]
     fingerprints: Mapping[str, str]
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Samples each source has given."""
-        return drop_zeros(self.data["counts"])
+    def witness(self) -> Witness:
+        """What it says about its step."""
+        origin = f"{self.path.name}/{layout.STATE_FILE}"
+        return Witness(origin, self.step, drop_zeros(self.data["counts"]), self.data)
 
 
 @dataclass(frozen=True)
@@ -129,41 +130,41 @@ def read_history(run_directory: Path) -> tuple[list[Recorded], list[str]]:
     return recorded, notes
 
 
-def read_blends(folder: Path) -> Blends:
-    """The run.yaml and plan.json of a run directory or a checkpoint.
-
-    Raises:
-        UserError: run.yaml is missing.
-        RefusedError: the plan is missing or damaged.
-    """
-    run, plan = read_run(folder), read_plan(folder)
-    try:
-        stretches = [_stretches(phase, run) for phase in plan["phases"]]
-        phases = tuple(_phase(phase, own) for phase, own in zip(plan["phases"], stretches, strict=True))
-        # a limit of 0 is one: that source has ended before its first sample
-        given = {name: source.get("limit") for name, source in plan["sources"].items()}
-        limits = {name: int(limit) for name, limit in given.items() if limit is not None}
-        grids = {
-            name: ChunkGrid(int(source["chunk_length"]), int(source["chunks_per_epoch"]))
-            for name, source in plan["sources"].items()
-            if source.get("chunks_per_epoch")
-        }
-        flat = tuple(stretch for own in stretches for stretch in own)
-        return Blends(str(folder / layout.RUN_FILE), run, phases, int(plan["steps"]), limits, flat, grids)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f"{folder / layout.PLAN_FILE}: not the plan of a run ({error!r})") from error
+def parse_blends(run: Mapping[str, Any], plan: Mapping[str, Any], origin: str) -> Blends:
+    """A run.yaml and its plan, both as plain values; whatever they lack is a KeyError, TypeError or ValueError."""
+    stretches = [tuple(Stretch(**stretch) for stretch in phase["stretches"]) for phase in plan["phases"]]
+    phases = tuple(_phase(phase, own) for phase, own in zip(plan["phases"], stretches, strict=True))
+    # a limit of 0 is one: that source has ended before its first sample
+    given = {name: source.get("limit") for name, source in plan["sources"].items()}
+    limits = {name: int(limit) for name, limit in given.items() if limit is not None}
+    grids = {
+        name: ChunkGrid(int(source["chunk_length"]), int(source["chunks_per_epoch"]))
+        for name, source in plan["sources"].items()
+        if source.get("chunks_per_epoch")
+    }
+    flat = tuple(stretch for own in stretches for stretch in own)
+    return Blends(origin, run, phases, int(plan["steps"]), limits, flat, grids)
 
 
-def witnesses(run_directory: Path, recorded: list[Recorded], step: int) -> tuple[Witness | None, Witness | None]:
-    """The last line of metrics.jsonl before a step, and the nearest record at or after it: a line or a checkpoint."""
-    before, line = _metrics_around(run_directory / METRICS_FILE, step)
-    found = [
-        Witness(f"{checkpoint.path.name}/{layout.STATE_FILE}", checkpoint.step, checkpoint.counts, checkpoint.data)
-        for checkpoint in recorded
-        if checkpoint.step >= step
-    ][:1]
-    found += [line] if line is not None else []
-    return before, min(found, key=lambda witness: witness.step, default=None)
+def read_counts(run_directory: Path, after_step: int, step: int) -> tuple[Witness | None, Witness | None]:
+    """From metrics.jsonl the last line before a step that is later than `after_step`, and the first one from it on."""
+    before, path = None, run_directory / METRICS_FILE
+    if not path.is_file():
+        return None, None
+    with open(path, "rb") as file:
+        for raw in file:
+            try:
+                line = orjson.loads(raw)
+            except ValueError:
+                continue  # the line that a kill cut
+            if "samples_by_source" not in line or line["step"] <= after_step:
+                continue
+            counts = drop_zeros(line["samples_by_source"])
+            witness = Witness(f"{METRICS_FILE}, step {line['step']}", int(line["step"]), counts)
+            if witness.step >= step:
+                return before, witness
+            before = witness
+    return before, None
 
 
 def drop_zeros(counts: Mapping[str, Any]) -> dict[str, int]:
@@ -173,48 +174,18 @@ def drop_zeros(counts: Mapping[str, Any]) -> dict[str, int]:
 
 def _read_checkpoint(path: Path) -> Recorded:
     manifest = read_manifest(path)
-    for name in (layout.STATE_FILE, layout.RUN_FILE, layout.PLAN_FILE):
+    for name in (layout.STATE_FILE, layout.RUN_FILE):
         if not (path / name).is_file() or name not in manifest or digest(path / name) != manifest[name]:
             raise RefusedError(f"{path / name}: missing, or not what the manifest says")
     state = read_state(path)
     try:
         train = state["train"]
-        return Recorded(path, int(train["step"]), read_blends(path), train["data"], state["data_fingerprints"])
+        return Recorded(path, int(train["step"]), read_run(path), train["data"], state["data_fingerprints"])
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{path / layout.STATE_FILE}: not the state of a run ({error!r})") from error
-
-
-def _stretches(phase: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[Stretch, ...]:
-    if "stretches" in phase:
-        return tuple(Stretch(**stretch) for stretch in phase["stretches"])
-    # a plan from before there were any: one batch and one length
-    first, last, length = int(phase["first_step"]), int(phase["last_step"]), int(run["seq_length"])
-    batch, micro = int(run["batch"]["global"]), int(run["batch"]["micro"])
-    return (Stretch(first, last, (first - 1) * batch, (first - 1) * batch * length, batch, micro, length),)
 
 
 def _phase(phase: Mapping[str, Any], stretches: tuple[Stretch, ...]) -> PhaseBlend:
     first = stretches[0].first_sample
     weights = {name: float(use["weight"]) for name, use in phase["sources"].items()}
     return PhaseBlend(phase["name"], first, stretches[-1].end.samples - first, weights, stretches[0].seq_length)
-
-
-def _metrics_around(path: Path, step: int) -> tuple[Witness | None, Witness | None]:
-    """The last line of training before a step, and the first one at or after it."""
-    before = None
-    if not path.is_file():
-        return None, None
-    with open(path, "rb") as file:
-        for raw in file:
-            try:
-                line = orjson.loads(raw)
-            except ValueError:
-                continue  # the line that a kill cut
-            if "samples_by_source" not in line:
-                continue
-            counts = drop_zeros(line["samples_by_source"])
-            witness = Witness(f"{METRICS_FILE}, step {line['step']}", int(line["step"]), counts)
-            if witness.step >= step:
-                return before, witness
-            before = witness
-    return before, None

@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.load import find_sound, load_training, load_weights
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
 from megatron_cpt.checkpoint.preflight_table import GoingOn, describe
 from megatron_cpt.checkpoint.publish import Retention
-from megatron_cpt.checkpoint.record import read_run, read_state
+from megatron_cpt.checkpoint.record import damage_refused, read_run, read_state
 from megatron_cpt.checkpoint.save import Saver
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import (
@@ -58,7 +58,7 @@ class Session:
         meter: losses since the last line.
         state: where the run stands; the one thing here that changes.
         saver: writes checkpoints.
-        data_fingerprints: which files the sources are.
+        data_fingerprints: which files the sources are, those that have left the run included.
         tokenizer_fingerprint: hash of the tokenizer's content; None: it is not known here.
         origin: the checkpoint that was loaded; None: random weights.
         is_resumed: whether the run went on from a checkpoint of its own.
@@ -132,6 +132,8 @@ def setup(
     own = newest_sound(layout.checkpoints_folder(config.output), config.checkpoint.verify)
     if own is not None:
         _preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
+        # those of sources that have left the run, too: they may come back
+        fingerprints = read_state(own)["data_fingerprints"] | fingerprints
     origin = own or _init_checkpoint(config)
 
     model = build_model(config)
@@ -139,7 +141,8 @@ def setup(
     optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
     state = _load(config, ranks, model, optimizer, own, origin)
     set_adam(optimizer, config.optimizer)
-    check_progress(state, plan, str(own))
+    with damage_refused(own):
+        check_progress(state, plan, str(own))
     counts = ranks.is_last_stage and ranks.tensor_rank == 0
     documents = DocumentOptions(
         eod_id,
@@ -155,7 +158,7 @@ def setup(
         model=model,
         optimizer=optimizer,
         forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
-        loader=_loader(config, plan, ranks, streams, documents, state),
+        loader=_loader(config, plan, ranks, streams, documents, state, own),
         validator=_validator(config, ranks, documents, counts),
         meter=LossMeter(names, counts),
         state=state,
@@ -197,12 +200,13 @@ def _preflight(
     allow: Collection[str],
 ) -> None:
     """Compare the run with the checkpoint it goes on from, say what was found, and refuse what was not allowed."""
-    saved = read_state(own)
-    tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
-    changes = find_changes(read_run(own), config, saved["data_fingerprints"], fingerprints, tokenizers)
-    step = saved["train"]["step"] + 1
-    going_on = GoingOn(step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate"))
-    _log(ranks, describe(changes, allow, going_on))
+    with damage_refused(own):
+        saved = read_state(own)
+        tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
+        changes = find_changes(read_run(own), config, saved["data_fingerprints"], fingerprints, tokenizers)
+        step = saved["train"]["step"] + 1
+        going_on = GoingOn(step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate"))
+        _log(ranks, describe(changes, allow, going_on))
     refuse_unless_allowed(changes, allow, str(own))
 
 
@@ -210,7 +214,8 @@ def _init_checkpoint(config: RunConfig) -> Path | None:
     if config.init.from_ is None:
         return None
     path = find_sound(config.init.from_, config.checkpoint.verify)
-    before, now = model_shape(read_run(path)), model_shape(config.to_dict())
+    with damage_refused(path):
+        before, now = model_shape(read_run(path)), model_shape(config.to_dict())
     wrong = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
     if wrong:
         raise RefusedError(
@@ -228,20 +233,22 @@ def _load(
     config: RunConfig, ranks: Ranks, model: Model, optimizer: MegatronOptimizer, own: Path | None, origin: Path | None
 ) -> TrainState:
     if own is not None:
-        saved = read_state(own)
-        is_same_layout = saved["layout"] == rank_layout(config, ranks)
+        with damage_refused(own):
+            saved = read_state(own)
+            is_same_layout = saved["layout"] == rank_layout(config, ranks)
+            state = TrainState.from_dict(saved["train"])
         load_training(own, model.chunks, optimizer, with_rng=is_same_layout)
         random_states = "random states go on" if is_same_layout else "random states start anew, in another layout"
         _log(
             ranks,
-            f"going on from {own}, step {saved['train']['step']}: weights, optimizer, data and schedule go on; "
-            f"{random_states}",
+            f"going on from {own}, step {state.step}: weights, optimizer, data and schedule go on; {random_states}",
         )
-        return TrainState.from_dict(saved["train"])
+        return state
     if origin is not None:
         if config.init.load == "weights":
-            load_weights(origin, model.chunks)
-            optimizer.reload_model_params()  # the fp32 master weights were copied from the random ones
+            loaded = load_weights(origin, model.chunks)
+            # The fp32 master weights are of the random ones; made of weights in FP8, they would be rounded for good.
+            optimizer.reload_model_params(loaded if config.precision.has_fp8_weights else None)
         else:
             load_training(origin, model.chunks, optimizer, with_rng=False)
         taken = "weights" if config.init.load == "weights" else "weights and the optimizer's moments and step"
@@ -275,6 +282,7 @@ def _loader(
     streams: dict[str, TokenStream],
     documents: DocumentOptions,
     state: TrainState,
+    where: Path | None,
 ) -> Loader:
     phases = [
         PhaseBlend(phase.name, phase.first_sample, phase.num_samples, phase.weights, phase.seq_length)
@@ -283,7 +291,8 @@ def _loader(
     grids = {name: stream.grid for name, stream in streams.items()}
     cursor = BlendCursor(phases, list(streams), limits=plan.chunk_limits, grids=grids)
     if state.data is not None:
-        cursor.load_state_dict(state.data)
+        with damage_refused(where):
+            cursor.load_state_dict(state.data)
     return Loader(
         list(streams.values()),
         cursor,

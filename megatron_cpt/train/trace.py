@@ -14,8 +14,10 @@ from megatron_cpt.data import IndexedDataset, TokenStream, expand_prefixes
 from megatron_cpt.data.document_blocks import document_bounds
 from megatron_cpt.data.fingerprint import fingerprint
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.train.plans_file import FILE_NAME as PLANS_FILE
+from megatron_cpt.train.plans_file import Segment, read_segments
 from megatron_cpt.train.replay import Progress, Replay, find_replay, possible_starts
-from megatron_cpt.train.run_history import Blends, read_blends, read_history, witnesses
+from megatron_cpt.train.run_history import Blends, Recorded, Witness, read_counts, read_history
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Trace:
         step: the step.
         phase: the phase it belongs to.
         replayed_from: the step after which the replay began; 0: the start of the run.
-        plan: the run.yaml that was in force.
+        plan: where the plan that was in force is written down.
         confirmed_by: the record at or after the step that agrees with the replay; None: nothing was recorded that far,
             so this is what the step would read.
         notes: what else should be known.
@@ -92,59 +94,71 @@ def trace_step(run_directory: str | Path, step: int, *, progress: Progress | Non
     """Find out what a step of a run read.
 
     Args:
-        run_directory: with run.yaml, plan.json and, as far as there are any, checkpoints.
+        run_directory: with plans.jsonl and, as far as there are any, metrics.jsonl and checkpoints.
         step: from 1.
         progress: for long replays.
 
     Raises:
         UserError: no such run, no such step in it, or its data are not where run.yaml says.
-        RefusedError: it cannot be known: the records contradict every plan that is known, or the data were replaced.
+        RefusedError: it cannot be known: plans.jsonl is missing, the records contradict it, or the data were replaced.
     """
     folder = Path(run_directory)
     recorded, notes = read_history(folder)
-    before = next((checkpoint for checkpoint in reversed(recorded) if checkpoint.step < step), None)
-    after = next((checkpoint for checkpoint in recorded if checkpoint.step >= step), None)
-    now = read_blends(folder)
-    _check_step(step, after.blends if after is not None else now, folder)
-    line, witness = witnesses(folder, recorded, step)
-    replay = find_replay(possible_starts(before, after, now, line, step), step, witness, progress)
+    segment = _segment_of(step, read_segments(folder), folder)
+    recorded = [checkpoint for checkpoint in recorded if segment.has(checkpoint)]
+    line, later_line = read_counts(folder, segment.after_step, step)
+    witness = _nearest(step, segment, recorded, later_line)
+    replay = find_replay(possible_starts(segment, recorded, line, step), segment.blends, step, witness, progress)
     if witness is None:
-        notes.append(f"nothing is recorded of step {step}: this is what it reads under {now.origin}")
-    known = after or before
-    samples, about_files = _locate(replay, known.fingerprints if known else {}, is_certain=after is not None)
+        notes.append(f"nothing is recorded of step {step}: this is what it reads under {segment.blends.origin}")
+    samples, about_files = _locate(replay, segment, is_done=witness is not None)
     return Trace(
         step=step,
         phase=replay.phase,
         replayed_from=replay.start.step,
-        plan=replay.start.blends.origin,
+        plan=segment.blends.origin,
         confirmed_by=witness.origin if witness is not None else None,
         notes=(*notes, *about_files),
-        run=replay.start.blends.run,
+        run=segment.blends.run,
         samples=tuple(samples),
     )
 
 
-def _check_step(step: int, blends: Blends, folder: Path) -> None:
-    if not 1 <= step <= blends.last_step:
-        raise UserError(f"--step {step}: the steps of {folder} are 1 to {blends.last_step}")
+def _segment_of(step: int, segments: Sequence[Segment], folder: Path) -> Segment:
+    last_step = segments[-1].blends.last_step
+    if not 1 <= step <= last_step:
+        raise UserError(f"--step {step}: the steps of {folder} are 1 to {last_step}")
+    segment = next((segment for segment in reversed(segments) if segment.after_step < step), None)
+    if segment is None:
+        raise RefusedError(
+            f"step {step}: what it read cannot be known: {folder / PLANS_FILE} begins after step "
+            f"{segments[0].after_step}"
+        )
+    return segment
 
 
-def _locate(
-    replay: Replay, fingerprints: Mapping[str, str], *, is_certain: bool
-) -> tuple[list[TracedSample], list[str]]:
+def _nearest(step: int, segment: Segment, recorded: Sequence[Recorded], line: Witness | None) -> Witness | None:
+    """The first record of a segment at or after a step."""
+    found = [checkpoint.witness for checkpoint in recorded if checkpoint.step >= step][:1]
+    found += [segment.end] if segment.end is not None else []
+    found += [line] if line is not None and (segment.end is None or line.step <= segment.end.step) else []
+    return min(found, key=lambda witness: witness.step, default=None)
+
+
+def _locate(replay: Replay, segment: Segment, *, is_done: bool) -> tuple[list[TracedSample], list[str]]:
     """From (source, k) to files and documents, and what should be known about the files."""
-    blends, notes = replay.start.blends, []
+    blends, fingerprints, notes = segment.blends, segment.fingerprints, []
     names = [blends.source_names[source] for source in replay.sources.tolist()]
     streams = {name: _open_source(name, blends) for name in dict.fromkeys(names)}
     for name, stream in streams.items():
         if name not in fingerprints or fingerprint(stream.datasets) == fingerprints[name]:
             continue
-        if is_certain:
+        if is_done:
             raise RefusedError(
-                f"source {name}: its files are not those that were read: they differ from what the checkpoint after "
-                "the step knows; put the old ones back where run.yaml looks for them"
+                f"source {name}: its files are not those that were read: they differ from what {blends.origin} knows; "
+                "put the old ones back where run.yaml looks for them"
             )
-        notes.append(f"source {name}: its files are not those that the last checkpoint knows")
+        notes.append(f"source {name}: its files are not those that the run has read so far")
     places = enumerate(zip(names, replay.ks.tolist(), strict=True))
     return [_sample(place, streams[name], k, replay.seq_length) for place, (name, k) in places], notes
 

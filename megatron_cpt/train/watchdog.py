@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -20,40 +19,36 @@ _BACKSTOP_SECONDS = 60.0  # after the limit: for a thread of ours that cannot ru
 
 
 class Progress:
-    """What this rank is doing, and since when.
+    """What this rank is doing.
 
-    Args:
-        clock: seconds, from anywhere on.
+    Attributes:
+        phase: what began last.
+        count: how many things have begun.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self.note("start")
+    def __init__(self) -> None:
+        self.phase, self.count = "start", 0
 
     def note(self, phase: str) -> None:
         """Something new begins."""
-        self._now = (phase, self._clock())  # one assignment: the thread that reads sees both or neither
-
-    @property
-    def phase(self) -> str:
-        """What began last."""
-        return self._now[0]
-
-    def stalled_for(self) -> float:
-        """Seconds since it began."""
-        return self._clock() - self._now[1]
+        self.phase, self.count = phase, self.count + 1
 
 
 class Watchdog:
     """Watches a `Progress` inside a with block.
+
+    It counts its own looks and not the time between them: a process that a scheduler suspends (SIGSTOP, a frozen
+    cgroup) looks at nothing meanwhile, and goes on afterwards as if no time had passed.
 
     Args:
         progress: what to watch.
         limit: seconds without progress that are too long; None: does nothing.
         rank: for messages and the name of the file.
         folder: where to write `rank-00002-step-17.txt`.
-        explain: makes of what was noticed the line that this rank ends with; must return in seconds.
         end: ends the process.
+
+    Attributes:
+        explain: makes of what was noticed the line that this rank ends with; must return in seconds.
     """
 
     def __init__(
@@ -63,11 +58,11 @@ class Watchdog:
         *,
         rank: int,
         folder: Path,
-        explain: Callable[[str], str] = str,
         end: Callable[[str], object] | None = None,
     ) -> None:
         self._progress, self._limit, self._rank, self._folder = progress, limit, rank, folder
-        self._explain, self._end = explain, end or end_process
+        self._end = end or end_process
+        self.explain: Callable[[str], str] = str
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -100,20 +95,23 @@ class Watchdog:
         limit = self._limit
         assert limit is not None
         poll = min(5.0, limit / 4)
+        seen, stalled = self._progress.count, 0.0
         try:
             while not self._stop.wait(poll):
-                stalled = self._progress.stalled_for()
+                count = self._progress.count
+                seen, stalled = count, stalled + poll if count == seen else 0.0
                 if stalled > limit:
                     self._bark()
                     return
-                # Written by a thread of C that needs no interpreter; armed anew as long as this thread can run.
-                faulthandler.dump_traceback_later(limit - stalled + _BACKSTOP_SECONDS, exit=True, file=_STDERR)
+                # Written by a thread of C that needs no interpreter; armed anew as long as this thread can run. It
+                # cannot tell a hang from a suspended process, so it ends nothing.
+                faulthandler.dump_traceback_later(limit - stalled + _BACKSTOP_SECONDS, file=_STDERR)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
     def _bark(self) -> None:
         path = self.dump()  # first of all: what this rank is stuck in is what a person needs
-        message = self._explain(f"no progress for over {self._limit:g} s (resilience.hang_timeout)")
+        message = self.explain(f"no progress for over {self._limit:g} s (resilience.hang_timeout)")
         self._end(f"{message}; stacks in {path}")
 
 

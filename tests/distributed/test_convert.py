@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.incoming import open_incoming
 from megatron_cpt.convert.legacy import LegacyWeights
 from megatron_cpt.convert.logits import LogitsReport, compare_logits
+from megatron_cpt.convert.mapping import te_name
 from megatron_cpt.convert.torch_dist_plan import Target
 from megatron_cpt.convert.torch_dist_reader import TorchDistWeights
 from tests.helpers.hf_models import FAMILY_CONFIGS, save_hf_model
@@ -46,7 +48,6 @@ def _job_of_four(base: str) -> dict[str, Any]:
 
 def _save_both_ways(folder: Path) -> None:
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_cpt.backend import process_groups
     from megatron_cpt.checkpoint.sharded import model_state, unwrap
@@ -68,10 +69,53 @@ def _save_both_ways(folder: Path) -> None:
         if dist.get_rank() == 0:
             (folder / "torch_dist").mkdir()
         dist.barrier()
-        if getattr(filesystem_async, "_results_queue", False) is None:
-            # else megatron-core starts a process for the queue of results, seconds of imports that outlive the test
-            filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(model_state(chunks), str(folder / "torch_dist"))
+        _save_by_megatron_core(model_state(chunks), folder / "torch_dist")
+
+
+def _save_by_megatron_core(state: dict[str, Any], folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if getattr(filesystem_async, "_results_queue", False) is None:
+        # else megatron-core starts a process for the queue of results, seconds of imports that outlive the test
+        filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(state, str(folder))
+
+
+def _logits_from_te_names(base: str, families: list[str]) -> dict[str, LogitsReport | None]:
+    """Saved by megatron-core under Transformer Engine's names, layer by layer, as a run of its TE spec holds them."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from megatron_cpt.backend import process_groups
+    from megatron_cpt.config import ParallelConfig
+
+    reports = {}
+    for family in families:
+        folder = Path(base) / family
+        source = open_incoming(folder / "hf")
+        tensors = {te_name(name): source.read(name, 0, form.shape[0]) for name, form in source.forms.items()}
+        state = {
+            name: ShardedTensor.from_rank_offsets(f"model.{name}", tensor, replica_id=0)
+            for name, tensor in tensors.items()
+        }
+        (folder / "te").mkdir()
+        with process_groups(ParallelConfig()):
+            _save_by_megatron_core(state, folder / "te")
+        (folder / "model.yaml").write_text(yaml.safe_dump(source.model.model_dump(mode="json")))
+        options = ImportOptions(model=str(folder / "model.yaml"))
+        import_checkpoint(folder / "te", folder / "from_te", options)
+        reports[family] = compare_logits(folder / "hf", folder / "from_te")
+    return reports
+
+
+def test_logits_from_the_names_of_transformer_engine(imported: Path) -> None:
+    families = ["nemotron", "llama", "qwen3"]  # LayerNorm1P with biases; a gated MLP; norms over queries and keys
+    (reports,) = run_ranks(1, _logits_from_te_names, str(imported), families)
+    keys = TorchDistWeights(imported / "nemotron" / "te").tensors
+    assert "decoder.layers.3.pre_mlp_layernorm.bias" in keys  # in the file: mlp.linear_fc1.layer_norm_bias
+    for family in families:
+        assert reports[family].max_difference < 1e-4, family
+        assert reports[family].top1_agreement == 1.0
 
 
 @pytest.fixture(scope="module")

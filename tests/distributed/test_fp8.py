@@ -46,6 +46,30 @@ def _without_histories(path: str, overrides: list[str]) -> int:
         sharded.load_model_state = load
 
 
+def _with_rounded_weights(path: str, overrides: list[str]) -> int:
+    """Train on, as if the weights were kept in FP8: what is loaded into the model is rounded there."""
+    import torch
+
+    from megatron_cpt.checkpoint import sharded
+    from megatron_cpt.config import PrecisionConfig
+
+    load = sharded.load_model_state
+
+    def load_and_round(chunks, state):
+        load(chunks, state)
+        for number, chunk in enumerate(chunks):
+            # What is read for a weight in FP8 is a tensor of its own; here it is the weight.
+            weights = state[f"model{number}"]
+            weights |= {name: tensor.clone() for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+            for parameter in chunk.parameters():
+                parameter.data.copy_(parameter.data.to(torch.float8_e4m3fn))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "load_model_state", load_and_round)
+        patch.setattr(PrecisionConfig, "has_fp8_weights", property(lambda precision: True))
+        return train_here(path, overrides)
+
+
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run(tmp_path_factory.mktemp("fp8"))
@@ -97,6 +121,18 @@ def test_a_checkpoint_without_histories_starts_new_ones(run_file: Path) -> None:
     back = [f"init.from={folder}/weights", "precision.compute=bf16", f"output={folder}/back", "stop_at_step=2"]
     assert run_ranks(2, train_several, str(run_file), [*runs, back]) == [[0] * 4] * 2
     assert _losses(folder / "weights")[0] < 0.9 * _losses(folder / "base")[0]
+
+
+def test_master_weights_are_not_rounded_to_fp8_for_good(run_file: Path) -> None:
+    """Weights of another run: after a step that changes nothing bf16 can tell, they are what they were."""
+    folder, bf16 = run_file.parent / "rounded", "precision.compute=bf16"
+    changes = ["schedule.max_lr=1e-20", "schedule.min_lr=0", "stop_at_step=1", f"init.from={folder}/base"]
+    layout = ["parallel.tensor=2", "parallel.sequence=true"]
+    assert run_ranks(2, train_several, str(run_file), [[bf16, f"output={folder}/base", "stop_at_step=2"]]) == [[0], [0]]
+    overrides = [bf16, *layout, *changes, f"output={folder}/taken"]
+    assert run_ranks(2, _with_rounded_weights, str(run_file), overrides) == [0, 0]
+    other = ("optimizer", "rng")
+    assert differing(newest(folder / "base"), newest(folder / "taken"), ignore=other) == []
 
 
 @pytest.mark.long

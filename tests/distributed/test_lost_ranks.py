@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.checkpoints import differing
 from tests.helpers.job import Job
 from tests.helpers.ranks import run_ranks
@@ -77,6 +79,26 @@ def test_a_stopped_rank_is_missed_before_anything_hangs_too_long(run_file: Path)
         (line,) = _last_lines(job, 0)
         assert "rank 0 gave no sign of life for 3 s (resilience.peer_timeout)" in line
         assert [path.name[:10] for path in (output / "stacks").iterdir()] == ["rank-00001"]
+
+
+@pytest.mark.parametrize("seconds", [6, pytest.param(70, marks=pytest.mark.long)])
+@pytest.mark.parametrize("parallel", ["parallel.distributed_optimizer=true", "parallel.pipeline=2"])
+def test_a_job_that_is_suspended_as_a_whole_goes_on(run_file: Path, parallel: str, seconds: int) -> None:
+    output = run_file.parent / f"suspended-{parallel[9:17]}-{seconds}"
+    limits = ["resilience.hang_timeout=4", "resilience.peer_timeout=3"]
+    with _start(run_file, output, 2, ENDLESS, parallel, *limits) as job:
+        metrics = output / "metrics.jsonl"
+        job.send(signal.SIGSTOP)
+        time.sleep(seconds)
+        num_lines = metrics.read_bytes().count(b"\n")
+        job.send(signal.SIGCONT, 1)
+        time.sleep(1.0)
+        job.send(signal.SIGCONT, 0)
+        _wait(lambda: metrics.read_bytes().count(b"\n") >= num_lines + 3 or not job.is_running(), job)
+        time.sleep(6.0)  # beyond both limits again
+        job.send(signal.SIGTERM)
+        assert job.wait() == 75, job.output()
+    assert not (output / "stacks").exists()
 
 
 def _fail_on_rank_1(rank: int) -> None:

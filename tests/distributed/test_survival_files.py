@@ -175,6 +175,23 @@ def test_another_file_of_data_is_refused_and_named_and_the_same_one_elsewhere_is
     assert newest(output).name == "step-00000005"
 
 
+def test_files_and_chunks_of_a_source_are_remembered_while_it_is_away(tmp_path: Path) -> None:
+    run, data = str(small_run(tmp_path)), tmp_path / "data"
+    web_only = [f"sources={{web: {{path: {data}/web}}}}", "phases=[{name: web, blend: {web: 1.0}}]"]
+    run_ranks(1, train_here, run, ["stop_at_step=2"])
+    run_ranks(1, train_here, run, ["stop_at_step=4", *web_only], ["blend", "schedule"])
+    write_source(tmp_path / "other", stride=2, seed=1)
+    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of code are not those"):
+        run_ranks(1, train_here, run, [f"sources.code.path={tmp_path / 'other'}"], ["blend", "schedule"])
+    longer = (
+        "phases=[{name: web, blend: {web: 1.0}, until: {step: 6}}, {name: code, blend: {code: 1.0}, seq_length: 64}]"
+    )
+    with pytest.raises(RankError, match=r"RefusedError: data state: .* once it was read: code 32 -> 64 tokens"):
+        run_ranks(1, train_here, run, [longer], ["blend", "schedule", "phase_length"])
+    run_ranks(1, train_here, run, ["stop_at_step=5"], ["blend", "schedule"])
+    assert newest(tmp_path / "out").name == "step-00000005"
+
+
 def test_a_path_that_climbs_out_of_the_folder_is_refused(two_saved: Path, tmp_path: Path) -> None:
     """In the manifest, and in torch's description of where the tensors lie."""
     in_manifest, in_metadata = tmp_path / "manifest", tmp_path / "metadata"

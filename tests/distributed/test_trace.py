@@ -10,6 +10,8 @@ import pytest
 
 from megatron_cpt.cli import main
 from megatron_cpt.data import TokenStream
+from megatron_cpt.train.plans_file import read_segments
+from megatron_cpt.train.run_history import read_history
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import train_here
 
@@ -36,7 +38,7 @@ def train_and_listen(path: str, overrides: Sequence[str], allow: Sequence[str]) 
 
 def test_trace_names_what_training_read(run_file: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out"
-    common = [f"output={output}", "checkpoint.every=6", "tokenizer=byte", "model.vocab=384"]
+    common = [f"output={output}", "checkpoint.every=6", "checkpoint.keep=9", "tokenizer=byte", "model.vocab=384"]
     (first,) = run_ranks(1, train_and_listen, str(run_file), [*common, "stop_at_step=8"], [])
     (second,) = run_ranks(1, train_and_listen, str(run_file), [*common, CHANGED], ["blend"])
     heard = [*first[: 8 * BATCH], *second]  # the first process read ahead
@@ -50,6 +52,11 @@ def test_trace_names_what_training_read(run_file: Path, tmp_path: Path, capsys) 
         for sample in plain["samples"]:
             assert sum(part["num_tokens"] for part in sample["documents"]) == sample["num_tokens"] == 33
             assert all(isinstance(part["text"], str) for part in sample["documents"])
+    segments = read_segments(output)
+    assert [segment.after_step for segment in segments] == [0, 8]
+    recorded, _ = read_history(output)
+    assert [one.step for one in recorded if segments[0].has(one)] == [6, 8]
+    assert [one.step for one in recorded if segments[1].has(one)] == [12, 18, 20]
     assert main(["trace", str(output), "--step", "9"]) == 0
     assert "step 9, phase general: 8 samples" in capsys.readouterr().out
     assert main(["trace", str(output), "--step", "9", "--sample", "2"]) == 0

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from megatron_cpt.checkpoint.manifest import sample
+from megatron_cpt.errors import CptError
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, train_here, train_several
 
@@ -60,10 +65,106 @@ def test_damage_that_no_checksum_was_asked_for_is_refused_where_it_shows(
     copy = tmp_path / newest(base).name
     shutil.copytree(newest(base), copy)
     metadata = copy / "metadata.json"
-    metadata.write_text(metadata.read_text().replace("sharded_backend_version", "sharded_backend_versiom"))
+    metadata.write_text("[" + metadata.read_text()[1:])
     start = [f"init.from={copy}", "stop_at_step=1", f"output={tmp_path}/out", "checkpoint.verify=none"]
-    with pytest.raises(RankError, match=r"RefusedError: .*does not fit this model: .*versiom"):
+    with pytest.raises(RankError, match=r"RefusedError: .*cannot be read: JSONDecodeError"):
         run_ranks(1, train_here, str(run_file), start)
     (copy / "run.yaml").write_bytes(b"\t" + (copy / "run.yaml").read_bytes()[1:])
     with pytest.raises(RankError, match=r"RefusedError: damaged: .*run\.yaml"):
         run_ranks(1, train_here, str(run_file), start)
+
+
+def _refusals(path: str, runs: Sequence[Sequence[str]]) -> list[str]:
+    """What each of several runs in the same processes ends with."""
+    found = []
+    for overrides in runs:
+        try:
+            found.append(f"status {train_here(path, overrides)}")
+        except CptError as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+# The same number of bytes, for sizes are compared in every mode.
+RECORD_DAMAGE = [
+    ("state.json", b'"data_fingerprints"', b'"data_fingerprintz"'),
+    ("state.json", b'"samples_by_source"', b'"samples_by_sourcf"'),
+    ("state.json", b'"layout"', b'"layouu"'),
+    ("state.json", b'"train"', b'"traim"'),
+    ("state.json", b'"step"', b'"stfp"'),
+    ("state.json", b'"counts"', b'"countz"'),
+    ("state.json", b'"sample"', b'"samplf"'),
+    ("state.json", b"{", b"["),
+    ("run.yaml", b"phases:", b"phasez:"),
+    ("run.yaml", b"model:", b"mode,:"),
+    ("run.yaml", b"seed", b"\xffeed"),
+]
+
+
+def test_a_damaged_record_is_refused_in_every_mode(run_file: Path, base: Path, tmp_path: Path) -> None:
+    runs, expected = [], []
+    for number, (name, before, after) in enumerate(RECORD_DAMAGE):
+        output = tmp_path / str(number)
+        shutil.copytree(base, output)
+        file = newest(output) / name
+        assert before in file.read_bytes()
+        file.write_bytes(file.read_bytes().replace(before, after, 1))
+        runs += [[f"output={output}", "stop_at_step=5", f"checkpoint.verify={how}"] for how in ("none", "full")]
+        expected += [name, f"no sound checkpoint: {newest(output).name}: {name}: checksum differs"]
+    (found,) = run_ranks(1, _refusals, str(run_file), runs)
+    for overrides, refusal, words in zip(runs, found, expected, strict=True):
+        assert refusal.startswith("RefusedError: "), overrides
+        assert words in refusal, overrides
+
+
+def _train_beside_a_bad_block(path: str, overrides: Sequence[str], file: str, rank: int) -> list[str]:
+    """A run in which one rank cannot read one file of a checkpoint."""
+    import torch.distributed as dist
+
+    def fail(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).endswith(f"/{file}"):
+            raise OSError(errno.EIO, "Input/output error", str(arguments[0]))
+
+    if dist.get_rank() == rank:
+        sys.addaudithook(fail)
+    return _refusals(path, [overrides])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("file", ["common.pt", ".metadata", "__0_0.distcp"])
+def test_a_file_that_one_rank_cannot_read_ends_all_ranks_alike(
+    run_file: Path, base: Path, tmp_path: Path, file: str, rank: int
+) -> None:
+    if not (newest(base) / file).exists():
+        pytest.skip("megatron-core 0.19 keeps what is in common.pt in a shard")
+    start = [f"init.from={newest(base)}", "stop_at_step=1", f"output={tmp_path}/out", "checkpoint.verify=none"]
+    found = run_ranks(2, _train_beside_a_bad_block, str(run_file), start, file, rank, timeout=90)
+    assert found[0] == found[1]
+    (refusal,) = found[0]
+    assert refusal.startswith(f"RefusedError: {newest(base)}: cannot be read: ")
+    assert f"{newest(base) / file}" in refusal
+
+
+def _find_late(run_directory: str, elsewhere: str) -> list[Any]:
+    """What the ranks take a run directory for, where rank 1 does not see its checkpoints yet."""
+    import torch.distributed as dist
+
+    from megatron_cpt.checkpoint import layout, load
+
+    if dist.get_rank() == 1:
+        layout.list_checkpoints = lambda folder: []
+    found: list[Any] = [load.find_sound(run_directory)]
+    try:
+        load.find_sound(elsewhere)
+    except CptError as error:
+        found.append((type(error).__name__, str(error)))
+    return found
+
+
+def test_all_ranks_start_from_the_checkpoint_that_rank_0_sees(base: Path, tmp_path: Path) -> None:
+    found = run_ranks(2, _find_late, str(base), str(tmp_path / "nowhere"), timeout=60)
+    assert found[0] == found[1]
+    path, (kind, message) = found[0]
+    assert path == newest(base)
+    assert kind == "UserError"
+    assert "nowhere: no such checkpoint or run directory" in message

@@ -1,18 +1,24 @@
-"""What the tests of this folder ask of the machine, and why they skip."""
+"""What the tests of this folder ask of the machine, why they skip, and at the end what ran on which device."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
 
 from megatron_cpt.errors import UserError
 
+HERE = "tests/gpu/"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test here needs a device; those with `te` also Transformer Engine."""
     from megatron_cpt.model.machine import read_machine
 
-    here = [item for item in items if "tests/gpu/" in item.path.as_posix()]
+    here = [item for item in items if HERE in item.path.as_posix()]
     if not here:
         return
     machine = read_machine()
@@ -22,6 +28,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         elif item.get_closest_marker("te") and machine.transformer_engine is None:
             item.add_marker(pytest.mark.skip(reason=f"needs Transformer Engine; this machine has {machine}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Device, versions, what ran and what did not: the lines that docs/gpu.md is kept with."""
+    from megatron_cpt.model.machine import read_machine
+
+    def reports(outcome: str) -> list[pytest.TestReport]:
+        found = terminalreporter.getreports(outcome)
+        return [report for report in found if getattr(report, "nodeid", "").startswith(HERE)]
+
+    ran = {outcome: reports(outcome) for outcome in ("passed", "failed", "error")}
+    skipped = reports("skipped")
+    if not skipped and not any(ran.values()):
+        return
+    terminalreporter.section("what ran on a GPU")
+    terminalreporter.line(f"{read_machine()}; {', '.join(_versions())}")
+    for outcome, found in ran.items():
+        for name, count in _by_test(found):
+            terminalreporter.line(f"{outcome}: {name} ({count})")
+    terminalreporter.line(f"in all: {', '.join(f'{outcome} {len(found)}' for outcome, found in ran.items())}")
+    for reason, count in Counter(_reason(report) for report in skipped).items():
+        terminalreporter.line(f"skipped {count}: {reason}")
+
+
+def _by_test(reports: Sequence[pytest.TestReport]) -> list[tuple[str, int]]:
+    """Tests without their parameters, and how many of each."""
+    return sorted(Counter(report.nodeid.removeprefix(HERE).partition("[")[0] for report in reports).items())
+
+
+def _reason(report: pytest.TestReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def _versions() -> Iterator[str]:
+    for package in ("torch", "megatron-core", "transformer-engine", "apex"):
+        try:
+            yield f"{package} {version(package)}"
+        except PackageNotFoundError:
+            yield f"no {package}"
 
 
 @pytest.fixture

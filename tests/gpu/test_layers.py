@@ -12,7 +12,7 @@ import torch
 
 from megatron_cpt.backend import process_groups, seed_everything
 from megatron_cpt.config import draft_config
-from megatron_cpt.data.batch import Batch, make_batch
+from megatron_cpt.data.batch import Batch, DocumentOptions, make_batch
 from tests.unit.test_machine import RUN
 
 EOD, LENGTH, MICRO = 256, 128, 2
@@ -26,7 +26,7 @@ def _batch(*, reset_attention: bool = False) -> Batch:
     samples = [rng.integers(0, EOD, LENGTH + 1) for _ in range(MICRO)]
     for sample, ends in zip(samples, ([9, 10, 70], [LENGTH - 1]), strict=True):
         sample[ends] = EOD
-    return make_batch(samples, range(MICRO), eod_id=EOD, reset_attention=reset_attention)
+    return make_batch(samples, range(MICRO), DocumentOptions(EOD, reset_attention=reset_attention))
 
 
 def _compute(*overrides: str, local: bool = False, batch: Batch | None = None) -> Result:
@@ -64,19 +64,24 @@ def _gradients(model: Any) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def _assert_close(one: Result, other: Result, *, rtol: float) -> None:
-    torch.testing.assert_close(one[0], other[0], rtol=rtol, atol=0)
+def _assert_close(one: Result, other: Result) -> None:
+    """Equal but for the rounding of bf16.
+
+    On a CPU bf16 and fp32 differ in this model by 1 % in the gradients of matrices, and by 7 % in those of a norm's
+    bias, whose terms cancel; in losses by 0.002 %.
+    """
+    torch.testing.assert_close(one[0], other[0], rtol=5e-3, atol=0)
     assert one[1].keys() == other[1].keys()
     for name, gradient in one[1].items():
         error = (other[1][name].float() - gradient.float()).norm() / gradient.float().norm()
-        assert error < 20 * rtol, f"{name}: {error}"
+        assert error < (0.1 if gradient.dim() == 2 else 0.3), f"{name}: {error}"
 
 
 @pytest.mark.te
 @pytest.mark.parametrize("preset", PRESETS)
 def test_both_specs_are_one_function(preset: str) -> None:
     options = [f"model={preset}", "precision.compute=bf16", *NOTHING]
-    _assert_close(_compute(*options, local=True), _compute(*options), rtol=5e-3)
+    _assert_close(_compute(*options, local=True), _compute(*options))
 
 
 @pytest.mark.te
@@ -84,7 +89,7 @@ def test_both_specs_are_one_function(preset: str) -> None:
 def test_packed_documents_are_masked_documents(preset: str) -> None:
     options, batch = [f"model={preset}", "precision.compute=bf16"], _batch(reset_attention=True)
     masked, packed = _compute(*options, local=True, batch=batch), _compute(*options, batch=batch)
-    _assert_close(masked, packed, rtol=5e-3)
+    _assert_close(masked, packed)
     whole = _compute(*options)
     assert not torch.allclose(whole[0], packed[0], rtol=1e-4)
 
@@ -93,24 +98,7 @@ def test_packed_documents_are_masked_documents(preset: str) -> None:
 @pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.te)], ids=["local", "te"])
 def test_fused_kernels_are_the_plain_ones(preset: str, local: bool) -> None:
     options = [f"model={preset}", "precision.compute=bf16"]
-    _assert_close(_compute(*options, *NOTHING, local=local), _compute(*options, local=local), rtol=5e-3)
-
-
-@pytest.mark.te
-def test_fused_cross_entropy_is_torchs() -> None:
-    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
-
-    generator = torch.Generator("cuda").manual_seed(0)
-    logits = torch.randn(2, 8, 4096, device="cuda", generator=generator, dtype=torch.bfloat16) * 4
-    target = torch.randint(4096, (2, 8), device="cuda", generator=generator)
-    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    expected = torch.nn.functional.cross_entropy(ours.float().flatten(0, 1), target.flatten(), reduction="none")
-    # a copy, for the kernel writes the gradient over the logits
-    fused = parallel_cross_entropy(theirs * 1.0, target, 0.0, False, None)
-    torch.testing.assert_close(fused.flatten().float(), expected, rtol=1e-3, atol=1e-3)
-    expected.sum().backward()
-    fused.sum().backward()
-    torch.testing.assert_close(theirs.grad, ours.grad, rtol=2e-2, atol=1e-3)
+    _assert_close(_compute(*options, *NOTHING, local=local), _compute(*options, local=local))
 
 
 @pytest.mark.te

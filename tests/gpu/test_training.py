@@ -34,6 +34,14 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run(tmp_path_factory.mktemp("gpu"))
 
 
+@pytest.fixture(scope="module")
+def in_bf16(run_file: Path) -> Path:
+    """The output of a whole run in bf16, with the knobs that are on by default."""
+    output = run_file.parent / "bf16"
+    _train(run_file, f"output={output}", BF16)
+    return output
+
+
 def test_losses_on_a_gpu_are_those_on_the_cpu(run_file: Path) -> None:
     folder = run_file.parent
     _train(run_file, f"output={folder}/cpu", hide_gpu=True)
@@ -43,36 +51,33 @@ def test_losses_on_a_gpu_are_those_on_the_cpu(run_file: Path) -> None:
     assert _losses(folder / "gpu") == pytest.approx(_losses(folder / "cpu"), rel=2e-3)
 
 
-def test_knobs_change_no_result_in_bf16(run_file: Path) -> None:
+def test_knobs_change_no_result_in_bf16(run_file: Path, in_bf16: Path) -> None:
     folder = run_file.parent
     off = (
         "speed={overlap_grad_reduce: false, overlap_param_gather: false, fused_cross_entropy: false, "
         "fused_rope: false, fused_activation: false, fused_bias_dropout: false, fused_grad_accumulation: false}"
     )
-    _train(run_file, f"output={folder}/knobs", BF16)
     assert "nothing fused or overlapped" in _train(run_file, f"output={folder}/plain", BF16, off)
-    assert _losses(folder / "knobs") == pytest.approx(_losses(folder / "plain"), rel=1e-2)
+    assert _losses(in_bf16) == pytest.approx(_losses(folder / "plain"), rel=1e-2)
 
 
-def test_a_resume_in_bf16_follows_the_unbroken_run(run_file: Path) -> None:
+def test_a_resume_in_bf16_follows_the_unbroken_run(run_file: Path, in_bf16: Path) -> None:
     folder = run_file.parent
-    _train(run_file, f"output={folder}/unbroken", BF16)
     _train(run_file, f"output={folder}/resumed", BF16, "stop_at_step=10")
     _train(run_file, f"output={folder}/resumed", BF16)
     resumed = read_metrics(folder / "resumed")
     assert [line["step"] for line in resumed] == list(range(1, 21))
-    assert _losses(folder / "resumed") == pytest.approx(_losses(folder / "unbroken"), rel=1e-2)
+    assert _losses(folder / "resumed") == pytest.approx(_losses(in_bf16), rel=1e-2)
 
 
 @pytest.mark.te
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"])
-def test_losses_of_low_precision_stay_near_bf16(run_file: Path, recipe: str, can_compute) -> None:
+def test_losses_of_low_precision_stay_near_bf16(run_file: Path, in_bf16: Path, recipe: str, can_compute) -> None:
     folder = run_file.parent
     section = f"precision.fp8={{recipe: {recipe}, amax_history: 16}}" if recipe != "nvfp4" else "precision.fp4={}"
     can_compute(section)
-    _train(run_file, f"output={folder}/bf16-{recipe}", BF16)
     _train(run_file, f"output={folder}/{recipe}", BF16, section)
-    bf16, low = _losses(folder / f"bf16-{recipe}"), _losses(folder / recipe)
+    bf16, low = _losses(in_bf16), _losses(folder / recipe)
     assert low != bf16
     assert sum(low[-5:]) == pytest.approx(sum(bf16[-5:]), rel=0.05 if recipe == "nvfp4" else 0.02)
 
@@ -92,6 +97,18 @@ def test_a_resume_keeps_the_amax_history(run_file: Path, params: str, can_comput
     norms = [[line["grad_norm"] for line in read_metrics(output)] for output in (whole, halves)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
     assert _losses(halves) == pytest.approx(_losses(whole), rel=5e-3)
+
+
+@pytest.mark.te
+def test_weights_in_fp8_train_like_weights_in_bf16(run_file: Path, in_bf16: Path, can_compute) -> None:
+    """From random weights and from a checkpoint: the fp32 masters are not made of what FP8 has left of them."""
+    folder, section = run_file.parent, "precision.fp8={recipe: tensorwise, params: true}"
+    can_compute(section)
+    _train(run_file, f"output={folder}/fp8-weights", BF16, section)
+    assert _losses(folder / "fp8-weights") == pytest.approx(_losses(in_bf16), rel=0.02)
+    for name, more in (("from-bf16", []), ("from-fp8", [section])):
+        _train(run_file, f"output={folder}/{name}", BF16, *more, f"init.from={in_bf16}", "stop_at_step=5")
+    assert _losses(folder / "from-fp8") == pytest.approx(_losses(folder / "from-bf16"), rel=0.02)
 
 
 @pytest.mark.te

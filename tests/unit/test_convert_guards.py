@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megatron_cpt.checkpoint.torch_file import open_torch_file
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.hf_writer import HfWriter
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
@@ -24,7 +25,6 @@ from megatron_cpt.convert.incoming import open_incoming
 from megatron_cpt.convert.megatron_config import model_fields
 from megatron_cpt.convert.torch_dist_plan import Form
 from megatron_cpt.convert.torch_dist_reader import TorchDistWeights
-from megatron_cpt.convert.torch_file import open_torch_file
 from megatron_cpt.errors import RefusedError, UserError
 from tests.helpers.hf_models import save_hf_model
 from tests.unit.test_convert_megatron import ARGUMENTS, LLAMA, save_torch_dist, stacked, weights
@@ -171,6 +171,34 @@ def test_a_bridge_config_lies_in_its_iteration(tmp_path: Path) -> None:
         open_incoming(tmp_path)
 
 
+def test_a_bridge_config_of_a_model_builder(tmp_path: Path) -> None:
+    """`model` of Megatron-Bridge's builders keeps TransformerConfig's fields in a section of their own."""
+    folder = save_torch_dist(tmp_path / "iter_0000010", stacked(weights()))
+    (folder / "modelopt_state").mkdir()
+    transformer = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "ffn_hidden_size": 24,
+        "num_attention_heads": 4,
+        "kv_channels": 8,
+    }
+    transformer |= {"num_query_groups": 2, "gated_linear_unit": True, "normalization": "RMSNorm"}
+    transformer |= {"activation_func": "silu", "add_bias_linear": False, "softmax_type": "vanilla", "use_mup": False}
+    transformer |= {"_target_": "megatron.core.transformer.transformer_config.TransformerConfig"}
+    model = {"_target_": "megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig", "transformer": transformer}
+    model |= {"position_embedding_type": "rope", "vocab_size": 128, "seq_length": 64, "rotary_base": 500000}
+    (folder / "run_config.yaml").write_text(json.dumps({"model": model, "train": {"train_iters": 10}}))
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    found = open_incoming(tmp_path)
+    assert found.model == LLAMA.model_copy(update={"max_positions": 64, "rotary_base": 500000})
+    assert list(found.side_files) == ["tokenizer.json"]
+    transformer["activation_func"] = "quick_gelu"
+    (folder / "run_config.yaml").write_text(json.dumps({"model": model}))
+    with pytest.raises(RefusedError, match="activation_func 'quick_gelu' is not known"):
+        open_incoming(tmp_path)
+
+
 def fields_of(**changes: Any) -> dict[str, Any]:
     tensors = {"embedding.word_embeddings.weight": Form((128, 32), torch.float32)}
     return model_fields({**ARGUMENTS, **changes}, SimpleNamespace(tensors=tensors), "here")  # type: ignore[arg-type]
@@ -193,6 +221,10 @@ def test_rope_scaling_of_nemo_2() -> None:
         ({"rotary_interleaved": True}, "rotary_interleaved: True"),
         ({"rotary_seq_len_interpolation_factor": 4}, "rotary_seq_len_interpolation_factor: 4"),
         ({"softmax_scale": 0.5}, "softmax_scale: 0.5"),
+        ({"softmax_type": "off-by-one"}, "softmax_type: off-by-one"),
+        ({"glu_linear_offset": 1.0}, "glu_linear_offset: 1.0"),
+        ({"activation_func_clamp_value": 7.0}, "activation_func_clamp_value: 7.0"),
+        ({"use_mup": True}, "use_mup: True"),
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
     ],
 )

@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_cpt.checkpoint.stored_tensor import StoredTensor
+from megatron_cpt.checkpoint.torch_file import open_torch_file
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.expected import expected_tensors
 from megatron_cpt.convert.incoming import open_incoming
 from megatron_cpt.convert.legacy import LegacyWeights
 from megatron_cpt.convert.mapping import te_name
-from megatron_cpt.convert.stored_tensor import StoredTensor
 from megatron_cpt.convert.torch_dist_reader import TorchDistWeights
-from megatron_cpt.convert.torch_file import open_torch_file
 from megatron_cpt.convert.weights import Mosaic, Piece
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.plan.parameters import count_parameters
@@ -101,6 +101,8 @@ def test_torch_dist_namings(tmp_path: Path, prefix: str, naming: str, layers: st
     others = {
         "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight": torch.zeros(2),
         f"{prefix}decoder.layers.mlp.linear_fc1._extra_state": [None],
+        f"{prefix}decoder.layers.mlp.linear_fc1.amax_history": torch.zeros(4, 3, 16),
+        f"{prefix}decoder.layers.mlp.linear_fc2.fp8_forward.amax_history": torch.zeros(4, 17, 3),
         "rng_state": [1],
     }
     save_torch_dist(tmp_path / "iter_0000010", {**state, **others})

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.config.presets import preset
 from megatron_cpt.convert import families, mapping
+from megatron_cpt.convert.expected import megatron_shape
 from megatron_cpt.convert.safetensors_folder import TensorInfo
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.plan import count_parameters
@@ -48,7 +49,7 @@ def test_rules_cover_transformers_models_and_are_exact_inverses(chosen, data):
     assert count_parameters(model).total == sum(tensor.numel() for tensor in tensors.values())
 
     rule = data.draw(st.sampled_from(rules))
-    assert mapping.megatron_shape(rule.megatron, model) == rule.megatron_shape
+    assert megatron_shape(rule.megatron, model) == rule.megatron_shape
     parts = numbered(rule.hf_shapes)
     whole = rule.to_megatron(*parts)
     assert tuple(whole.shape) == rule.megatron_shape

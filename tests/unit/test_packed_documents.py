@@ -12,7 +12,7 @@ import torch
 from megatron_cpt.backend import cpu
 from megatron_cpt.backend.distributed import process_groups
 from megatron_cpt.config import draft_config
-from megatron_cpt.data.batch import Batch, make_batch
+from megatron_cpt.data.batch import Batch, DocumentOptions, make_batch
 
 cpu.install()
 
@@ -78,7 +78,7 @@ def _batch() -> Batch:
     samples = [rng.integers(0, EOD, LENGTH + 1) for _ in range(3)]
     for sample, ends in zip(samples, ([5, 6, 30], [], [0, LENGTH - 1]), strict=True):
         sample[ends] = EOD
-    return make_batch(samples, [0, 1, 0], eod_id=EOD, reset_attention=True, eod_loss=False)
+    return make_batch(samples, [0, 1, 0], DocumentOptions(EOD, reset_attention=True, eod_loss=False))
 
 
 def _losses_and_gradients(*, packed: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

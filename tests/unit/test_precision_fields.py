@@ -22,7 +22,7 @@ from megatron_cpt.model.transformer_config import transformer_config  # noqa: E4
 
 def _config(*overrides: str):
     run = draft_config(dict(RUN), list(overrides)).finish("run.yaml")
-    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, transformer_engine=True)
+    config = transformer_config(run.model, run.parallel, run.precision, run.recompute)
     return run, config
 
 
@@ -110,6 +110,16 @@ def test_emulated_fp8_is_not_megatron_cores_business():
         (
             ["precision.fp8.recipe=delayed", "seq_length=36", "tokens=720"],
             "a micro-batch has 36 tokens a rank, .* of 8",
+        ),
+        (
+            [
+                "precision.fp8.recipe=delayed",
+                "seq_length=36",
+                "tokens=720",
+                "phases.one.batch.micro=2",
+                "validation.sources.held=data/held",
+            ],
+            r"validation \(batch.micro x seq_length\): a micro-batch has 36 tokens",
         ),
         (
             ["documents={reset_attention: true, eod_id: 256}", "parallel.context=2"],

@@ -5,13 +5,12 @@ from __future__ import annotations
 from megatron_cpt.config import Activation
 from megatron_cpt.convert.families.base import COMMON_DEFAULTS, Family
 from megatron_cpt.convert.families.common import ATTENTION, EMBEDDINGS, GATED_MLP, NORMS, qkv
-from megatron_cpt.convert.mapping import if_qkv_bias
 
 QWEN2 = Family(
     name="qwen2",
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    weights=(*EMBEDDINGS, *NORMS, *ATTENTION, qkv("bias", when=if_qkv_bias), *GATED_MLP),
+    weights=(*EMBEDDINGS, *NORMS, *ATTENTION, qkv("bias"), *GATED_MLP),
     fixed={"gated": True, "norm": "rmsnorm", "qkv_bias": True, "qk_norm": False},
     activations=(Activation.SILU, Activation.GELU, Activation.GELU_TANH),
     defaults={

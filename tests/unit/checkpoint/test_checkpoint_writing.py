@@ -8,6 +8,7 @@ import io
 import math
 import resource
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_files_hold_what_was_planned_and_their_checksums(tmp_path: Path) -> None
         else:
             assert torch.equal(torch.load(io.BytesIO(raw), weights_only=True), tensors[place.index.fqn])
             assert place.index.fqn != "view" or info.length < 20_000, "a view is saved without the rest of its storage"
+
+
+def test_no_second_checksum_is_computed(tmp_path: Path) -> None:
+    """The option is one of each thread, and threads write the files."""
+    (place,) = write_files(tmp_path, {"__0_0.distcp": [_entry("x", torch.ones(9))]}, threading.Event()).places
+    raw = (tmp_path / "__0_0.distcp").read_bytes()[: place.storage_data.length]
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        assert {info.CRC for info in archive.infolist()} == {0}
+    assert torch.serialization.get_crc32_options()
 
 
 def test_a_file_that_cannot_be_written_says_why(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ class TestInspect:
             (["web", "--document", "3"], 2, "no document 3; they are 0 to 2"),
             (["*"], 2, "2 data sets; give one of them: code, web"),
             (["web", "--tokenizer", "nope"], 2, "not a KIND:PATH that is known"),
-            (["wide", "--tokenizer", "byte"], 2, "id 300 is beyond the tokenizer's 257 ids"),
+            (["wide", "--tokenizer", "byte"], 2, "id 300 is not one of the tokenizer's 257 ids"),
+            (["negative", "--tokenizer", "byte"], 2, "id -7 is not one of the tokenizer's 257 ids"),
             (["cut"], 3, "cut.bin: has 2 bytes"),
         ],
     )
@@ -119,8 +120,9 @@ class TestInspect:
         if arguments[0] != "*":
             write("cut", ["ab"])
             os.truncate("cut.bin", 2)
-            with IndexedDatasetWriter("wide", "<u2") as writer:
-                writer.add_document(np.array([300]))
+            for name, foreign in (("wide", 300), ("negative", -7)):
+                with IndexedDatasetWriter(name, "<i4") as writer:
+                    writer.add_document(np.array([65, foreign]))
         assert main(["inspect", *arguments]) == status
         assert text in capsys.readouterr().err
 

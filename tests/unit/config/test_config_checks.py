@@ -110,6 +110,17 @@ def test_each_rule(run_data, overrides, problem):
     assert problem in problems[0]
 
 
+def test_a_batch_that_no_step_has_needs_no_divisor(run_data):
+    for phase in run_data["phases"]:
+        phase["batch"] = {"global": 6, "micro": 1}
+    assert draft_config(run_data, ["batch.micro=3"]).problems == []
+    run_data["phases"][0]["batch"] = {"global": 8, "micro": 3}  # the same said by a phase
+    assert len(draft_config(run_data, ["batch.micro=3"]).problems) == 2
+    run_data["phases"][0]["batch"] = {"global": 6, "micro": 1}
+    (problem,) = draft_config(run_data, ["batch.micro=3", "validation.sources.held=data/held"]).problems
+    assert problem == "batch.micro: 3 does not divide batch.global: 8; choose a divisor of it"
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

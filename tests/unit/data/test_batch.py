@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cpt.data.batch import make_batch
+from megatron_cpt.data.batch import DocumentOptions, make_batch
 from megatron_cpt.errors import UserError
 
 EOD = 9
@@ -29,7 +29,8 @@ def test_plain():
 
 def test_documents_by_hand():
     sample = np.array([1, EOD, 3, 4, EOD, EOD, 5])  # the fifth input ends a document, so does the sixth
-    batch = make_batch([sample], [0], eod_id=EOD, reset_attention=True, reset_positions=True, eod_loss=False)
+    options = DocumentOptions(EOD, reset_attention=True, reset_positions=True, eod_loss=False)
+    batch = make_batch([sample], [0], options)
     assert batch.attention_documents is not None
     assert batch.attention_documents.dtype == np.int32
     assert batch.attention_documents.tolist() == [[0, 0, 1, 1, 1, 2]]
@@ -43,14 +44,7 @@ def test_equals_megatron_core(reset_attention, reset_positions, eod_loss):
     rng = np.random.default_rng(0)
     samples = [rng.integers(0, 12, 41) for _ in range(20)]  # an end of document every 12 tokens, some side by side
     samples.append(np.full(41, EOD))
-    batch = make_batch(
-        samples,
-        range(21),
-        eod_id=EOD,
-        reset_attention=reset_attention,
-        reset_positions=reset_positions,
-        eod_loss=eod_loss,
-    )
+    batch = make_batch(samples, range(21), DocumentOptions(EOD, reset_attention, reset_positions, eod_loss))
     for row, sample in enumerate(samples):
         hidden, loss_mask, position_ids = theirs(
             torch.from_numpy(sample[:-1].copy()), EOD, reset_positions, reset_attention, not eod_loss, True
@@ -67,4 +61,4 @@ def test_equals_megatron_core(reset_attention, reset_positions, eod_loss):
 @pytest.mark.parametrize("option", [{"reset_attention": True}, {"reset_positions": True}, {"eod_loss": False}])
 def test_options_need_an_end_of_document(option):
     with pytest.raises(UserError, match=f"{next(iter(option))}: .* needs to know the id"):
-        make_batch([np.arange(4)], [0], **option)
+        DocumentOptions(**option)

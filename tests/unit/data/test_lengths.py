@@ -14,6 +14,7 @@ from megatron_cpt.data.blend import BlendCursor, PhaseBlend
 from megatron_cpt.data.fim import FillInMiddle
 from megatron_cpt.data.loader import Loader
 from megatron_cpt.data.stream import TokenStream
+from megatron_cpt.errors import RefusedError
 from megatron_cpt.plan import ChunkGrid
 
 LONG = 16
@@ -211,15 +212,14 @@ def test_the_order_does_not_depend_on_the_ramp(counting_dataset):
     assert orders[0] == orders[1]
 
 
-def test_a_run_of_one_length_has_the_state_it_always_had(counting_dataset):
+def test_a_run_of_one_length_needs_no_lengths_of_samples(counting_dataset):
     streams = [stream_of(counting_dataset, "web", 300), stream_of(counting_dataset, "code", 200, 10_000)]
     run = Run(streams, [(LONG, 48, 0.5), (LONG, 20, 0.7)])
     plain = BlendCursor([PhaseBlend(p.name, p.first_sample, p.num_samples, p.weights) for p in run.phases], NAMES)
     ours = run.cursor()
     for count in (10, 40, 18):
         assert [a.tolist() for a in ours.next(count)] == [a.tolist() for a in plain.next(count)]
-        assert ours.state_dict() == plain.state_dict()
-        assert "lengths" not in ours.state_dict()
+        assert ours.state_dict() == plain.state_dict() | {"chunk_lengths": {"web": LONG, "code": LONG}}
 
 
 def test_a_source_that_leaves_and_comes_back_goes_on_where_it_was(counting_dataset):
@@ -233,6 +233,33 @@ def test_a_source_that_leaves_and_comes_back_goes_on_where_it_was(counting_datas
     alone.next(10)
     back = BlendCursor([PhaseBlend("back", 0, 40, {"code": 1.0}, 4)], NAMES, grids=grids)
     back.load_state_dict(json.loads(json.dumps(alone.state_dict())))
+    assert back.next(3)[1].tolist() == [10, 11, 12]
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_source_that_comes_back_in_other_chunks_is_refused(counting_dataset, is_listed):
+    """It was read in chunks of 16 tokens, left all blends (with or without its entry in `sources`), and returns."""
+
+    def phase(name: str, source: str) -> list[PhaseBlend]:
+        return [PhaseBlend(name, 0, 90, {source: 1.0}, 4)]
+
+    first = Run(
+        [stream_of(counting_dataset, name, 300, at) for name, at in (("web", 0), ("code", 10_000))], [(4, 40, 0.5)]
+    )
+    both = {stream.name: stream.grid for stream in first.streams}
+    short = ChunkGrid(4, 1200)  # of a source that no phase reads: the run's own length
+    cursor = first.cursor()
+    cursor.next(20)
+    names, grids = (NAMES, both | {"code": short}) if is_listed else (["web"], {"web": both["web"]})
+    alone = BlendCursor(phase("alone", "web"), names, grids=grids)
+    alone.load_state_dict(json.loads(json.dumps(cursor.state_dict())))
+    alone.next(10)
+    state = json.loads(json.dumps(alone.state_dict()))
+    recut = BlendCursor(phase("back", "code"), NAMES, grids=both | {"code": short})
+    with pytest.raises(RefusedError, match=r"cannot change once it was read: code 16 -> 4 tokens; keep"):
+        recut.load_state_dict(state)
+    back = BlendCursor(phase("back", "code"), NAMES, grids=both)
+    back.load_state_dict(state)
     assert back.next(3)[1].tolist() == [10, 11, 12]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -53,6 +54,62 @@ def test_the_published_split_is_among_the_first_three(nemotron, precision, num_g
     assert time.perf_counter() - started < 10
     first = {candidate.split: candidate.speed.tokens_per_gpu for candidate in advice.ranking[:3]}
     assert first["TP2 PP1"] == pytest.approx(PUBLISHED[precision], rel=0.15)
+
+
+@pytest.mark.parametrize("fp8", ["null", "{}"])
+def test_more_context_parallelism_is_ranked_where_it_buys_something(nemotron, fp8):
+    speeds = {}
+    for candidate in advice_for(nemotron(f"precision.fp8={fp8}"), 64, H100).ranking:
+        parallel = candidate.config.parallel
+        by_context = speeds.setdefault((parallel.tensor, parallel.pipeline), {})
+        by_context[parallel.context] = candidate.speed.tokens_per_gpu
+    for by_context in speeds.values():
+        ordered = [by_context[context] for context in sorted(by_context)]
+        assert all(more > 1.01 * less for less, more in pairwise(ordered))
+
+
+def test_the_ranking_says_which_knobs_it_takes(nemotron):
+    advice = advice_for(nemotron(), 64, H100)
+    by_split = {candidate.split: candidate for candidate in advice.ranking}
+    assert "speed.tp_comm_overlap=true" in by_split["TP2 PP1"].overrides
+    assert by_split["TP2 PP1"].plain.tokens_per_gpu < by_split["TP2 PP1"].speed.tokens_per_gpu
+    assert by_split["TP1 PP2"].plain is None
+    assert not any("tp_comm_overlap" in override for override in by_split["TP1 PP2"].overrides)
+    # the run's own layout is judged as it would run: the knob is off by default
+    assert "tp_comm_overlap" not in advice.current.knobs
+    assert advice.current_overlapped.tokens_per_gpu > advice.current.speed.tokens_per_gpu
+    text = rendered(render_advice, advice)
+    assert "knobs: speed.tp_comm_overlap=true wherever TP is above 1" in text
+    assert f"with speed.tp_comm_overlap=true {advice.current_overlapped.tokens_per_gpu:,.0f}" in " ".join(text.split())
+
+
+def test_a_run_that_says_no_to_a_knob_is_ranked_without_it(nemotron):
+    advice = advice_for(nemotron("speed.tp_comm_overlap=false"), 64, H100)
+    assert all(candidate.plain is None for candidate in advice.ranking)
+    assert "speed.tp_comm_overlap=false" in advice.ranking[0].overrides
+    assert advice.current_overlapped is None
+    other = {candidate.split: candidate for candidate in advice_for(nemotron(), 64, H100).ranking}
+    mine = {candidate.split: candidate for candidate in advice.ranking}
+    assert mine["TP2 PP1"].speed.tokens_per_gpu == pytest.approx(other["TP2 PP1"].plain.tokens_per_gpu)
+
+
+def test_a_knob_that_needs_one_shape_is_not_taken_where_phases_differ(nemotron):
+    """Of a phase alone one could not see it: every phase has one shape."""
+    run = nemotron("phases.qa.seq_length=16384", "phases.qa.batch={global: 288}", "parallel.pipeline=1")
+    assert all(candidate.plain is None for candidate in advice_for(run, 64, H100).ranking)
+    cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
+    assert cluster.overlapped is None
+    assert "tp_comm_overlap" not in cluster.knobs
+
+
+def test_user_buffers_take_memory(nemotron):
+    """Twelve as large as the residuals of a micro-batch: 8,192 tokens of 6,144; the eight gathered ones in FP8."""
+    layout = ["parallel={tensor: 2, pipeline: 1, sequence: true}"]
+    asked = [*layout, "speed.tp_comm_overlap=true"]
+    for fp8, size in [([], 24), (["precision.fp8={}"], 16)]:
+        plain, run = nemotron(*layout, *fp8), nemotron(*asked, *fp8)
+        less, more = (estimate_memory(one, Layout.build(one, 64), gpu=H100).reserved for one in (plain, run))
+        assert more - less == size * 2 * 4096 * 6144
 
 
 def test_what_is_ranked_runs_and_fits(nemotron):
@@ -181,7 +238,9 @@ def test_time_and_gpu_hours(run_data):
     values = cluster.to_dict()
     assert sum(values["step_seconds_by_part"].values()) == pytest.approx(values["step_seconds"])
     assert values["fits"] == fits(cluster.memory, H100) is True
-    assert "fits" in rendered(render_cluster, cluster)
+    text = rendered(render_cluster, cluster)
+    assert "fits" in text
+    assert "as on GPUs with Transformer Engine and Apex: fused_activation, " in text
 
 
 def test_a_run_of_several_shapes(run_data):

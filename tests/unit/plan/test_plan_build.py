@@ -165,6 +165,16 @@ def test_layouts_that_do_not_fit(run_data, overrides, num_gpus, text):
     assert text in problem
 
 
+def test_a_layout_is_judged_by_the_batches_that_steps_have(run_data):
+    for phase in run_data["phases"]:
+        phase["batch"] = {"global": 6}
+    assert plan(run_data, num_gpus=3).problems == ()
+    assert "batch of 6 does not divide into micro-batches of 2 on 2 replicas" in texts(plan(run_data, num_gpus=2))[0]
+    run_data["validation"] = {"sources": {"held": "data/held"}}  # which reads batch.global sequences at a time
+    (problem,) = texts(plan(run_data, num_gpus=3))
+    assert problem.startswith("batch.global: 8 is not a multiple of batch.micro: 2 x 3 replicas")
+
+
 def test_the_json_has_what_scripts_stand_on(run_data):
     values = json.loads(json.dumps(plan(run_data).to_dict(), allow_nan=False))
     assert values["steps"] == 100

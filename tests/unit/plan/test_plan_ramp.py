@@ -6,16 +6,18 @@ import io
 import itertools
 import json
 import time
+from bisect import bisect_left
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.config import RunConfig, draft_config
-from megatron_cpt.plan import RunPlan, Schedule, build_plan
+from megatron_cpt.plan import RunPlan, Schedule, build_plan, solve
 from megatron_cpt.plan.plot import plot_plan
 from megatron_cpt.plan.render import render_plan
-from megatron_cpt.plan.stretches import batch_size
+from megatron_cpt.plan.stretches import PhaseSteps, batch_size, tile
 
 SIZES = {"web": 1_000_000, "code": 500_000, "qa": 20_000}
 RAMP = "batch.ramp_up={start: 2, increment: 2, samples: 100}"
@@ -92,20 +94,21 @@ UNTIL = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    ramp=st.none()
+RUNS = {
+    "ramp": st.none()
     | st.fixed_dictionaries({"start": st.just(2), "increment": st.just(3), "samples": st.integers(1, 90)}),
-    untils=st.lists(UNTIL, max_size=2),
-    shapes=st.lists(
+    "untils": st.lists(UNTIL, max_size=2),
+    "shapes": st.lists(
         st.tuples(st.sampled_from([None, 4, 8, 16]), st.sampled_from([None, 1, 5])), min_size=3, max_size=3
     ),
-    tokens=st.integers(1, 6000),
-    warmup=st.sampled_from([0, 3, 0.3, "500"]),
-    shape=st.sampled_from(["cosine", "linear", "wsd", "constant"]),
-    decay=st.sampled_from([5, 0.25, "700.0"]),
-)
-def test_a_plan_is_what_a_walk_step_by_step_is(ramp, untils, shapes, tokens, warmup, shape, decay):
+    "tokens": st.integers(1, 6000),
+    "warmup": st.sampled_from([0, 3, 0.3, "500"]),
+    "shape": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+    "decay": st.sampled_from([5, 0.25, "700.0"]),
+}
+
+
+def run_of(ramp, untils, shapes, tokens, warmup, shape, decay) -> RunConfig:
     phases = [
         {"name": f"p{n}", "blend": {"web": 1}, "seq_length": length, "batch": {"global": size}}
         for n, (length, size) in enumerate(shapes[: len(untils) + 1])
@@ -129,6 +132,14 @@ def test_a_plan_is_what_a_walk_step_by_step_is(ramp, untils, shapes, tokens, war
         "phases": phases,
     }
     config = draft_config(data).config
+    assert config is not None
+    return config
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(**RUNS)
+def test_a_plan_is_what_a_walk_step_by_step_is(ramp, untils, shapes, tokens, warmup, shape, decay):
+    config = run_of(ramp, untils, shapes, tokens, warmup, shape, decay)
     found = build_plan(config, {})
     walked = simulate(config, found.schedule)
     assert tokens_of(walked) >= tokens  # enough steps
@@ -146,6 +157,54 @@ def test_a_plan_is_what_a_walk_step_by_step_is(ramp, untils, shapes, tokens, war
         assert tokens_of(walked[: schedule.warmup_steps]) >= 500 > tokens_of(walked[: schedule.warmup_steps - 1])
     if shape == "wsd" and decay == "700.0" and schedule.decay_steps < schedule.steps:
         assert tokens_of(walked[schedule.steps - schedule.decay_steps :]) >= 700
+
+
+def bisect(target: int, most: int, value: Callable[[int], int]) -> int:
+    return min(most, 1 + bisect_left(range(1, most + 1), target, key=value))
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(**RUNS)
+def test_a_run_is_as_long_as_bisection_finds(ramp, untils, shapes, tokens, warmup, shape, decay):
+    config = run_of(ramp, untils, shapes, tokens, warmup, shape, decay)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solve, "first_reaching", bisect)
+        expected = solve.solve_schedule(config)
+    assert solve.solve_schedule(config) == expected
+
+
+@given(st.lists(st.integers(0, 50) | st.integers(0, 10**12), min_size=1, max_size=300), st.integers(1, 10**13))
+def test_the_first_that_reaches(steps, target):
+    values, looks = [0, *itertools.accumulate(steps)], []
+
+    def value(n: int) -> int:
+        looks.append(n)
+        return values[n]
+
+    assert solve.first_reaching(target, len(steps), value) == bisect(target, len(steps), values.__getitem__)
+    assert len(looks) == len(set(looks)) <= 1 + 3 * len(steps).bit_length()
+
+
+def test_a_thousand_sizes_and_a_decay_in_tokens_take_few_looks(run_data, monkeypatch):
+    """The run is laid out about fifty times; bisection in bisection would do it hundreds of times."""
+    looks = 0
+
+    def counted(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
+        nonlocal looks
+        looks += 1
+        return tile(config, schedule)
+
+    monkeypatch.setattr(solve, "tile", counted)
+    found = plan(
+        run_data,
+        "batch={global: 1024, micro: 1, ramp_up: {start: 1, increment: 1, samples: 1M}}",
+        "tokens=2B",
+        "schedule={shape: wsd, max_lr: 1e-3, decay: 200M}",
+        "phases.general.until={lr: 0.5}",
+        "sources.qa.max_epochs=",
+    )
+    assert len(found.stretches) > 1000
+    assert looks < 60
 
 
 @pytest.mark.parametrize("until", ["{lr: 0.2}", "{lr: 0.7}", "{tokens: 30K}", "{step: 45}"])

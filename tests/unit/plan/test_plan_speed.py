@@ -20,7 +20,7 @@ from megatron_cpt.plan.communication import (
 )
 from megatron_cpt.plan.hardware import GPUS, H100, H200
 from megatron_cpt.plan.memory import stage_parameters
-from megatron_cpt.plan.speed import SECONDS_A_DOUBLING, Overlap, estimate_speed
+from megatron_cpt.plan.speed import SECONDS_A_DOUBLING, Overlap, estimate_speed, with_tensor_overlap
 
 PARTS = ("matmul", "attention", "memory_bound", "recompute", "communication", "uneven", "bubble", "exchange")
 PARTS += ("optimizer", "scale")
@@ -124,11 +124,48 @@ def test_what_recomputation_costs(big):
 
 def test_overlap_hides_communication(big):
     run = config(big, "parallel={tensor: 4, sequence: true}", "batch.micro=1")
-    hidden, seen = speed(run, 64), speed(run, 64, overlap=Overlap(tensor=False, gradients=False, weights=False))
+    hidden, seen = (
+        speed(run, 64, overlap=Overlap()),
+        speed(run, 64, overlap=Overlap(tensor=False, gradients=False, weights=False)),
+    )
     assert seen.communication == pytest.approx(4 * hidden.communication)
     assert seen.exchange > hidden.exchange
     halved = speed(run, 64, overlap=Overlap(gradients=False, weights=False, gradient_bytes=2))
     assert seen.exchange == pytest.approx(halved.exchange * 6 / 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tensor", "gradients", "weights"),
+    [
+        ([], False, True, True),
+        (["speed.tp_comm_overlap=true"], True, True, True),
+        (["speed.overlap_param_gather=false"], False, True, False),
+        (["speed.overlap_grad_reduce=false"], False, False, False),
+        (["precision.fp8={recipe: mxfp8, params: true}"], False, True, False),
+    ],
+)
+def test_what_is_hidden_is_what_the_run_would_hide(big, overrides, tensor, gradients, weights):
+    run = config(big, "parallel={tensor: 2, sequence: true}", *overrides)
+    assert Overlap.of(run) == Overlap(tensor, gradients, weights)
+    assert speed(run, 64) == speed(run, 64, overlap=Overlap(tensor, gradients, weights))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel={tensor: 2, sequence: true}"], True),
+        (["parallel={tensor: 2, sequence: true}", "speed.tp_comm_overlap=false"], False),
+        (["parallel={tensor: 2, sequence: true}", "phases.qa.seq_length=8192"], None),
+        (["parallel={tensor: 2, sequence: true}", "precision.fp8.recipe=blockwise"], None),
+        (["parallel.tensor=2"], None),
+        ([], None),
+        (["speed.tp_comm_overlap=true"], False),  # an error on one rank
+    ],
+)
+def test_tensor_overlap_is_asked_for_where_it_is_possible(big, overrides, said):
+    run = config(big, *overrides)
+    assert with_tensor_overlap(run).speed.tp_comm_overlap is said
+    assert with_tensor_overlap(run).model_copy(update={"speed": run.speed}) == run
 
 
 def test_scale_grows_with_the_number_of_nodes(big):

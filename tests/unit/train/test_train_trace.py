@@ -18,7 +18,7 @@ from megatron_cpt.data import BlendCursor, IndexedDataset, IndexedDatasetWriter,
 from megatron_cpt.data.fingerprint import fingerprint
 from megatron_cpt.data.resolve import PreparedRun, prepare_run
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.train.run_history import read_blends
+from megatron_cpt.train.plans_file import FILE_NAME, note_plan, read_segments
 from megatron_cpt.train.trace import Trace, read_parts, trace_step
 
 SOURCES = {"web": 2000, "code": 900, "qa": 400}
@@ -90,7 +90,16 @@ class Training:
             state = orjson.loads((checkpoints[-1] / layout.STATE_FILE).read_bytes())["train"]
             step = state["step"]
             cursor.load_state_dict(state["data"])
+        fingerprints = {stream.name: fingerprint(stream.datasets) for stream in streams}
         self._write_run(self.output, prepared)
+        note_plan(
+            self.output,
+            step,
+            run=config.to_dict(),
+            plan=plan.to_dict(),
+            state=state["data"] if step else None,
+            fingerprints=fingerprints,
+        )
         self._trim_metrics(step)
         with Loader(streams, cursor, global_batch=BATCH, micro_batch=2) as loader:
             while step < last_step:
@@ -108,7 +117,7 @@ class Training:
                     with open(self.output / "metrics.jsonl", "ab") as file:
                         file.write(orjson.dumps(line) + b"\n")
                 if every and step % every == 0:
-                    self._save(step, data.state, prepared, streams)
+                    self._save(step, data.state, prepared, fingerprints)
 
     def _write_run(self, folder: Path, prepared: PreparedRun) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,13 +129,13 @@ class Training:
         if path.exists():
             path.write_bytes(b"".join(x for x in path.read_bytes().splitlines(True) if orjson.loads(x)["step"] <= step))
 
-    def _save(self, step: int, state: dict[str, Any], prepared: PreparedRun, streams: list[TokenStream]) -> None:
+    def _save(self, step: int, state: dict[str, Any], prepared: PreparedRun, fingerprints: dict[str, str]) -> None:
         folder = self.checkpoint(step)
         self._write_run(folder, prepared)
         content = {
             "format_version": 1,
             "train": {"step": step, "tokens": 0, "samples_by_source": state["counts"], "data": state},
-            "data_fingerprints": {stream.name: fingerprint(stream.datasets) for stream in streams},
+            "data_fingerprints": fingerprints,
         }
         (folder / layout.STATE_FILE).write_bytes(orjson.dumps(content))
         files = {path.name: digest(path) for path in folder.iterdir() if path.name != layout.MANIFEST_FILE}
@@ -266,27 +275,85 @@ def test_the_checkpoint_of_a_changed_blend_is_gone(training):
     assert [training.assert_exact(step).replayed_from for step in range(5, 13)] == [4, 4, 4, 4, 8, 9, 10, 11]
 
 
-def test_without_metrics_what_came_before_the_change_is_not_guessed(training):
+@pytest.mark.parametrize("lost", [(4, 8), (4, 8, 12), (4, 8, 12, 16, 20)])
+def test_what_came_before_a_change_needs_neither_checkpoints_nor_metrics(training, lost):
     training.train(10, log=False)
     training.train(STEPS, phases=OTHER, log=False)
-    lose(training, 4, 8)
-    for step in range(9, STEPS + 1):
+    lose(training, *lost)
+    for step in range(1, STEPS + 1):
+        trace = training.assert_exact(step)
+        assert trace.run["phases"][0]["blend"]["web"] == (0.7 if step <= 8 else 0.2)
+        assert trace.confirmed_by is not None or (len(lost) == 5 and step > 8)
+    assert training.assert_exact(5).confirmed_by == "plans.jsonl, step 8"
+
+
+def test_a_change_too_small_for_the_counts_to_tell(training):
+    """Under either blend alone the counts of step 16 would be what they are; steps in between read other samples."""
+    before, after = (
+        [
+            {"name": "general", "blend": {"web": web, "code": 1 - web}, "until": {"step": 14}},
+            {"name": "qa", "blend": {"web": 0.45, "code": 0.3, "qa": 0.25}},
+        ]
+        for web in (0.7, 0.697)
+    )
+    training.train(8, phases=before, every=8, log=False)
+    training.train(STEPS, phases=after, every=8, log=False)
+    lose(training, 8)
+    for step in range(1, STEPS + 1):
         training.assert_exact(step)
-    for step in range(1, 9):
-        with pytest.raises(RefusedError, match=rf"step {step}: what it read cannot be known.*step-00000012"):
-            trace_step(training.output, step)
 
 
-def test_a_change_that_a_phase_has_covered(training):
-    """The state of step 16 only tells that its phase began after step 14, as planned: step 9 to 14 are not known."""
-    training.train(10, log=False)
+def test_the_file_of_plans_grows_with_changes_only(training):
+    def after_steps() -> list[int]:
+        return [segment.after_step for segment in read_segments(training.output)]
+
+    training.train(6)
+    training.train(10)
+    assert after_steps() == [0]
+    training.train(14, phases=OTHER)
+    assert after_steps() == [0, 8]
+    lose(training, 12)
+    training.train(14, phases=OTHER)
+    assert after_steps() == [0, 8]
+    lose(training, 8, 12)
+    training.train(STEPS)  # goes on from step 4 as it began: what was changed after step 8 never came to be
+    assert after_steps() == [0]
+    for step in range(1, STEPS + 1):
+        assert training.assert_exact(step).confirmed_by is not None
+
+
+def test_steps_that_were_done_again_under_another_blend(training):
     training.train(STEPS, phases=OTHER, log=False)
-    lose(training, 4, 8, 12)
-    for step in range(15, STEPS + 1):
-        training.assert_exact(step)
-    for step in range(1, 15):
-        with pytest.raises(RefusedError, match="cannot be known"):
-            trace_step(training.output, step)
+    lose(training, 12)
+    for step in (16, 20):  # unsound, so passed over by the resume; what they say is not true of the run any more
+        training.checkpoint(step).rename(training.folder / str(step))
+    training.train(11, log=False)
+    for step in (16, 20):
+        (training.folder / str(step)).rename(training.checkpoint(step))
+    for step in range(1, 12):
+        trace = training.assert_exact(step)
+        assert trace.confirmed_by == (f"step-{-(-step // 4) * 4:08d}/state.json" if step <= 8 else None)
+
+
+def test_a_directory_that_was_put_together_from_a_checkpoint(training):
+    training.train(STEPS, every=5)
+    (training.output / FILE_NAME).unlink()
+    lose(training, 20)
+    training.train(STEPS, every=5)
+    assert training.assert_exact(17).replayed_from == 16
+    with pytest.raises(RefusedError, match=r"step 15: .* cannot be known: .*plans\.jsonl begins after step 15"):
+        trace_step(training.output, 15)
+
+
+def test_a_file_of_plans_that_is_damaged_stops_no_run(training, caplog):
+    training.train(10)
+    path = training.output / FILE_NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RefusedError, match=r"plans\.jsonl: damaged"):
+        trace_step(training.output, 3)
+    training.train(STEPS)
+    assert "can no longer be traced" in caplog.text
+    training.assert_exact(9)
 
 
 def test_a_broken_checkpoint_is_passed_over(training):
@@ -305,8 +372,8 @@ def test_data_that_were_replaced(training):
     training.write_source("code", SOURCES["code"], 30_000)
     with pytest.raises(RefusedError, match="source code: its files are not those that were read"):
         trace_step(training.output, 7)
-    ahead = trace_step(training.output, 10)  # no checkpoint after it: the change may have been allowed
-    assert any("source code: its files are not those that the last checkpoint knows" in note for note in ahead.notes)
+    ahead = trace_step(training.output, 15)
+    assert any("source code: its files are not those that the run has read so far" in note for note in ahead.notes)
 
 
 def test_mistakes(training):
@@ -319,8 +386,8 @@ def test_mistakes(training):
     (training.folder / "web.bin").rename(training.folder / "gone.bin")
     with pytest.raises(UserError, match=r"source web: no such file: .*web\.bin.*trace where `train` ran"):
         trace_step(training.output, 1)
-    (training.output / layout.PLAN_FILE).unlink()
-    with pytest.raises(RefusedError, match=r"plan\.json: missing or damaged"):
+    (training.output / FILE_NAME).unlink()
+    with pytest.raises(RefusedError, match=r"plans\.jsonl: missing"):
         trace_step(training.output, 1)
 
 
@@ -337,8 +404,11 @@ def test_a_source_that_ends_before_its_first_sample_has_ended(training: Training
     training.prepare(None, [*SOURCES])
     ends = ["sources.qa.max_epochs=0.01", "sources.qa.on_exhausted=renormalize"]
     prepared = prepare_run(training.folder / "run.yaml", ends, need_files=True)
-    training._write_run(training.output, prepared)
-    assert read_blends(training.output).limits == prepared.plan.chunk_limits == {"qa": 0}
+    run, plan = prepared.config.to_dict(), prepared.plan.to_dict()
+    training.output.mkdir()
+    note_plan(training.output, 0, run=run, plan=plan, state=None, fingerprints={})
+    (segment,) = read_segments(training.output)
+    assert segment.blends.limits == prepared.plan.chunk_limits == {"qa": 0}
 
 
 def test_a_plan_survives_being_written(training: Training) -> None:

@@ -11,6 +11,7 @@ Format: torch/serialization.py and caffe2/serialize/inline_container.h of PyTorc
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -21,11 +22,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from megatron_cpt.convert.stored_tensor import StoredTensor
+from megatron_cpt.checkpoint.stored_tensor import StoredTensor
 from megatron_cpt.errors import RefusedError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -102,23 +103,33 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
 
     Raises:
         RefusedError: it is damaged, in torch's format before 1.6, or holds a pickle that asks for more than tensors.
+        OSError: it cannot be read.
     """
     length = path.stat().st_size - start if length is None else length
     try:
-        with zipfile.ZipFile(io.BufferedReader(_Window(path, start, length))) as archive:
-            records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
+        with io.BufferedReader(_Window(path, start, length)) as file:
+            with zipfile.ZipFile(file) as archive:
+                records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            places = _Places(path, file, start, length, records)
+            if "byteorder" in records and places.read("byteorder") != b"little":
                 raise RefusedError(f"{path}: big-endian data is not supported; save it again on the usual machine")
-            places = _Places(path, start, start + length, records)
-            return _TensorUnpickler(archive.open(records["data.pkl"]), places).load()
+            return _TensorUnpickler(io.BytesIO(places.read("data.pkl")), places).load()
     except zipfile.BadZipFile as error:
+        _raise_disk_error(error.__context__)  # zipfile hides it
         raise RefusedError(
             f"{path}: no file of torch.save ({error}): damaged, or the format before torch 1.6; load and save it anew"
         ) from error
     except pickle.UnpicklingError as error:
         raise RefusedError(f"{path}: refused: {str(error).splitlines()[0]}; do not use this file") from error
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, EOFError, struct.error, OSError) as error:
+        _raise_disk_error(error)
         raise RefusedError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from error
+
+
+def _raise_disk_error(error: BaseException | None) -> None:
+    """Passes on what the disk says; only a place that cannot be (EINVAL) is a fault of the file."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
 
 
 class _Window(io.RawIOBase):
@@ -157,28 +168,36 @@ class _Window(io.RawIOBase):
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the storages of one archive lie."""
+    """Where the records of one archive lie: its pickle and its storages.
+
+    They are not read through zipfile, which holds a record against its CRC-32: torch may be told to leave that out.
+    """
 
     path: Path
+    file: IO[bytes]
     start: int
-    end: int
+    length: int
     records: dict[str, zipfile.ZipInfo]
 
-    def find(self, key: str) -> tuple[int, int]:
-        """First byte in the file, and length, of a storage."""
-        info = self.records[f"data/{key}"]
+    def find(self, name: str) -> tuple[int, int]:
+        """First byte in the archive, and length, of a record."""
+        info = self.records[name]
         if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"storage {key} is compressed")
-        at = self.start + info.header_offset
-        with open(self.path, "rb") as file:
-            file.seek(at)
-            signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            raise ValueError(f"{name} is compressed")
+        self.file.seek(info.header_offset)
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack(self.file.read(_LOCAL_HEADER.size))
         if signature != b"PK\x03\x04":
-            raise ValueError(f"no header for storage {key}")
-        data = at + _LOCAL_HEADER.size + name_length + extra_length
-        if data + info.file_size > self.end:
-            raise ValueError(f"storage {key} goes on beyond the end")
-        return data, info.file_size
+            raise ValueError(f"no header for {name}")
+        at = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if at + info.file_size > self.length:
+            raise ValueError(f"{name} goes on beyond the end")
+        return at, info.file_size
+
+    def read(self, name: str) -> bytes:
+        """A record that is no storage, whole."""
+        at, length = self.find(name)
+        self.file.seek(at)
+        return self.file.read(length)
 
 
 @dataclass(frozen=True)
@@ -203,8 +222,8 @@ class _TensorUnpickler(pickle.Unpickler):
         kind, dtype, key, _, _ = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"a storage of a kind that is not known: {kind}")
-        offset, num_bytes = self._places.find(str(key))
-        return _Storage(dtype, offset, num_bytes)
+        at, num_bytes = self._places.find(f"data/{key}")
+        return _Storage(dtype, self._places.start + at, num_bytes)
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name of the pickle stands for; never the thing itself unless it is a plain type."""

@@ -1,0 +1,125 @@
+"""What hooks write, and what becomes of it on a disk that fills up."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from types import ModuleType, SimpleNamespace
+
+import orjson
+import pytest
+
+from megatron_cpt.config.schema import WandbConfig
+from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.hooks.anomalies_file import AnomaliesFile
+from megatron_cpt.hooks.line_file import LineFile, drop_lines_after
+from megatron_cpt.hooks.metrics_file import MetricsFile
+from megatron_cpt.hooks.tensorboard import TensorBoardHook
+from megatron_cpt.hooks.wandb import WandbHook
+
+
+@contextlib.contextmanager
+def room(size):
+    """Files of this process grow to so many bytes: a write takes what fits, and the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def session(folder, **values):
+    return SimpleNamespace(
+        output=folder,
+        ranks=SimpleNamespace(is_main=True),
+        state=SimpleNamespace(step=0),
+        is_resumed=False,
+        config=SimpleNamespace(name="run", to_dict=dict),
+        **values,
+    )
+
+
+def line(step):
+    return {"step": step, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0, "tokens": step,
+            "loss_by_source": {"web": 1.0}, "samples_by_source": {"web": step}}  # fmt: skip
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was_and_names_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = LineFile(path)
+    file.append({"step": 1})
+    with room(15), pytest.raises(CptError, match=r"metrics\.jsonl: cannot be written: File too large; make room"):
+        file.append({"step": 2})
+    assert path.read_bytes() == b'{"step":1}\n'
+    file.append({"step": 2})
+    file.close()
+    assert path.read_bytes() == b'{"step":1}\n{"step":2}\n'
+
+
+def test_metrics_and_anomalies_stay_whole_lines_on_a_full_disk(tmp_path):
+    metrics, anomalies = MetricsFile(), AnomaliesFile()
+    files = [tmp_path / "metrics.jsonl", tmp_path / "anomalies.jsonl"]
+    metrics.on_start(session(tmp_path))
+    anomalies.on_start(session(tmp_path))
+    metrics.on_metrics(session(tmp_path), line(1))
+    anomalies.on_anomaly(session(tmp_path), line(1))
+    for file, write in zip(files, (metrics.on_metrics, anomalies.on_anomaly), strict=True):
+        with room(file.stat().st_size + 20), pytest.raises(CptError, match=rf"{file.name}: cannot be written"):
+            write(session(tmp_path), line(2))
+    metrics.on_end(session(tmp_path))
+    assert [[orjson.loads(text)["step"] for text in file.read_bytes().splitlines()] for file in files] == [[1], [1]]
+    assert all(file.read_bytes().endswith(b"\n") for file in files)
+
+
+def test_lines_after_a_step_and_half_a_line_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n{"step":2}\n{"step":3}\n{"st')
+    drop_lines_after(path, 2)
+    assert path.read_bytes() == b'{"step":1}\n{"step":2}\n'
+
+
+def test_a_folder_of_tensorboard_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "tensorboard").write_text("a file")
+    hook = TensorBoardHook()
+    with pytest.raises(CptError, match=r"tensorboard: cannot be written: File exists"):
+        hook.on_start(session(tmp_path))
+    hook.on_end(session(tmp_path))
+
+
+def write_until_its_thread_has_failed(hook, run):
+    for step in range(1, 1000):
+        hook.on_metrics(run, line(step))
+        time.sleep(0.001)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its writer's thread
+def test_tensorboard_on_a_full_disk_names_its_folder(tmp_path):
+    hook = TensorBoardHook()
+    hook.on_start(session(tmp_path))
+    with room(500), pytest.raises(CptError, match=r"tensorboard: cannot be written: File too large"):
+        write_until_its_thread_has_failed(hook, session(tmp_path))
+    with pytest.raises(CptError, match=r"tensorboard: cannot be written"):
+        hook.on_end(session(tmp_path))
+
+
+def test_wandb_that_is_missing_or_refuses_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'megatron-cpt\[wandb\]'"):
+        WandbHook(WandbConfig(project="p"))
+
+    class Error(Exception):  # as wandb.Error is named
+        pass
+
+    def init(**_):
+        raise Error("No API key configured")
+
+    package = ModuleType("wandb")
+    package.Error, package.init = Error, init
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    hook = WandbHook(WandbConfig(project="p"))
+    with pytest.raises(CptError, match=r"log\.wandb: No API key configured; run `wandb login`"):
+        hook.on_start(session(tmp_path))
+    hook.on_end(session(tmp_path))
