@@ -55,6 +55,7 @@ setup(
         "orjson>=3.9",
         "packaging>=22",
         "zstandard>=0.22",
+        "xxhash>=3.5",
         "pyarrow>=15",
         "psutil>=5.9",  # megatron-core's checkpoint writer needs it and does not ask for it
         "tensorboard>=2.15",

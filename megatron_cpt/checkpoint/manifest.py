@@ -1,4 +1,4 @@
-"""The manifest: size and SHA-256 of every file of a checkpoint, written last, checked before anything is read."""
+"""The manifest: size and checksum of every file of a checkpoint, written last, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import orjson
 
+from megatron_cpt.checkpoint.checksum import ALGORITHM, file_checksum
 from megatron_cpt.checkpoint.layout import MANIFEST_FILE
 from megatron_cpt.errors import RefusedError
 
@@ -24,18 +25,17 @@ class FileDigest:
     """What a file must be."""
 
     size: int
-    sha256: str
+    checksum: str
 
 
 def digest(path: Path) -> FileDigest:
     """Measure one file."""
-    with open(path, "rb") as file:
-        return FileDigest(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return FileDigest(path.stat().st_size, file_checksum(path))
 
 
 def manifest_text(files: Mapping[str, FileDigest]) -> str:
     """The manifest's content."""
-    plain = {"algorithm": "sha256", "files": {name: asdict(files[name]) for name in sorted(files)}}
+    plain = {"algorithm": ALGORITHM, "files": {name: asdict(files[name]) for name in sorted(files)}}
     return orjson.dumps(plain, option=orjson.OPT_INDENT_2).decode()
 
 
@@ -50,9 +50,9 @@ def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
         if path.is_symlink():
             raise ValueError("a symbolic link")
         plain: Any = orjson.loads(path.read_bytes())
-        if plain["algorithm"] != "sha256":
+        if plain["algorithm"] != ALGORITHM:
             raise ValueError(f"checksums by {plain['algorithm']}")
-        return {name: FileDigest(int(entry["size"]), str(entry["sha256"])) for name, entry in plain["files"].items()}
+        return {name: FileDigest(int(entry["size"]), str(entry["checksum"])) for name, entry in plain["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RefusedError(f"{path}: missing or damaged ({error}); this checkpoint cannot be verified") from error
 
@@ -98,7 +98,7 @@ def find_faults(checkpoint: Path, *, part: int = 0, parts: int = 1, how: Verify 
     with ThreadPoolExecutor(_THREADS) as threads:
         found = threads.map(lambda name: digest(checkpoint / name), to_hash)
         for name, measured in zip(to_hash, found, strict=True):
-            if measured.sha256 != files[name].sha256:
+            if measured.checksum != files[name].checksum:
                 faults.append(f"{name}: checksum differs: the content is damaged")
     return faults
 

@@ -5,8 +5,7 @@ weights nor moments, so it is the next update that waits until the copy is whole
 
 Threads copy and write, not a forked process: a fork copies the locks of gloo's and CUDA's threads in whatever state
 they are, and pages that training then changes are copied by the kernel one fault at a time. The threads hold no
-collective and spend their time in system calls, in SHA-256 and in copies of memory, all of which leave Python's lock to
-training.
+collective and spend their time in system calls, checksums and copies of memory, which leave Python's lock to training.
 """
 
 from __future__ import annotations

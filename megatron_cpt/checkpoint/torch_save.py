@@ -25,7 +25,7 @@ class Stream(Protocol):
 
 
 def save_tensor(tensor: torch.Tensor, stream: Stream) -> None:
-    """Write a tensor without the zip format's CRC-32: it costs 0.4 s/GB, and the manifest's SHA-256 says more.
+    """Write a tensor without the zip format's CRC-32: it costs 0.4 s/GB, and the manifest has a checksum.
 
     Raises:
         Exception: the stream's own failure, of which torch only says that its zip file is cut.

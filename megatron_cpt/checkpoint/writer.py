@@ -1,13 +1,11 @@
 """Files of a checkpoint: written, hashed and made durable in one pass.
 
-A chunk is hashed while the system takes it over, and its way to the disk begins at once instead of at the final fsync:
-the processor and the disk work at the same time, so a checksum costs next to nothing where the disk is slower than
-SHA-256 (about 1.2 GB/s a core with the processor's SHA instructions).
+The way of a chunk to the disk begins when it is written instead of at the final fsync: the processor and the disk work
+at the same time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import threading
@@ -21,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_cpt.checkpoint.checksum import Checksum
 from megatron_cpt.checkpoint.manifest import FileDigest
 from megatron_cpt.checkpoint.shards import Entry
 from megatron_cpt.checkpoint.torch_save import save_tensor
@@ -60,10 +59,8 @@ def write_files(folder: Path, files: Mapping[str, Sequence[Entry]], abandon: thr
     """
     if not files:
         return Written([], {})
-    with ThreadPoolExecutor(2 * len(files), thread_name_prefix="checkpoint") as threads:
-        jobs = [
-            threads.submit(_write_file, folder / name, entries, threads, abandon) for name, entries in files.items()
-        ]
+    with ThreadPoolExecutor(len(files), thread_name_prefix="checkpoint") as threads:
+        jobs = [threads.submit(_write_file, folder / name, entries, abandon) for name, entries in files.items()]
         written = [job.result() for job in jobs]
     return Written(
         [place for part in written for place in part.places],
@@ -71,10 +68,10 @@ def write_files(folder: Path, files: Mapping[str, Sequence[Entry]], abandon: thr
     )
 
 
-def _write_file(path: Path, entries: Sequence[Entry], threads: ThreadPoolExecutor, abandon: threading.Event) -> Written:
+def _write_file(path: Path, entries: Sequence[Entry], abandon: threading.Event) -> Written:
     places = []
     with open(path, "wb", buffering=0) as raw:
-        stream = HashedStream(raw, threads, abandon)
+        stream = HashedStream(raw, abandon)
         for entry in entries:
             start = stream.tell()
             _write_entry(entry, stream)
@@ -82,7 +79,7 @@ def _write_file(path: Path, entries: Sequence[Entry], threads: ThreadPoolExecuto
             places.append(WriteResult(entry.item.index, length, _StorageInfo(path.name, start, length)))
         stream.flush()
         os.fsync(raw.fileno())
-    return Written(places, {path.name: FileDigest(stream.tell(), stream.sha256())})
+    return Written(places, {path.name: FileDigest(stream.tell(), stream.checksum())})
 
 
 def _write_entry(entry: Entry, stream: HashedStream) -> None:
@@ -102,22 +99,20 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class HashedStream:
-    """The writable half of a file, as `torch.save` needs it, with a running SHA-256.
+    """The writable half of a file, as `torch.save` needs it, with a running checksum.
 
     Args:
         raw: an unbuffered file.
-        threads: where to hash; needs a thread beyond the one that writes.
         abandon: when set, the next write raises.
 
     Attributes:
         failure: what a write raised, for callers between here and there that hide it.
     """
 
-    def __init__(self, raw: io.FileIO, threads: ThreadPoolExecutor, abandon: threading.Event) -> None:
+    def __init__(self, raw: io.FileIO, abandon: threading.Event) -> None:
         self._raw = raw
-        self._threads = threads
         self._abandon = abandon
-        self._hash = hashlib.sha256()
+        self._checksum = Checksum()
         self._position = 0
         self._small = bytearray()
         self.failure: Exception | None = None
@@ -126,10 +121,10 @@ class HashedStream:
         """Bytes written so far."""
         return self._position
 
-    def sha256(self) -> str:
-        """Hexadecimal SHA-256 of what was written; after `flush`."""
+    def checksum(self) -> str:
+        """That of what was written; after `flush`."""
         assert not self._small
-        return self._hash.hexdigest()
+        return self._checksum.hexdigest()
 
     def write(self, data: Any) -> int:
         """Take all of `data`, any object with a buffer; small pieces are collected."""
@@ -155,17 +150,12 @@ class HashedStream:
             for start in range(0, len(view), _CHUNK):
                 if self._abandon.is_set():
                     raise AbandonedError
-                self._hash_and_write(view[start : start + _CHUNK])
+                chunk = view[start : start + _CHUNK]
+                self._checksum.update(chunk)
+                self._write_through(chunk)
         except (AbandonedError, OSError) as error:
             self.failure = error
             raise
-
-    def _hash_and_write(self, chunk: memoryview) -> None:
-        hashing = self._threads.submit(self._hash.update, chunk)
-        try:
-            self._write_through(chunk)
-        finally:
-            hashing.result()
 
     def _write_through(self, chunk: memoryview) -> None:
         begin = os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)

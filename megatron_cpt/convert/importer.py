@@ -261,7 +261,7 @@ def _finish(
         sync_file(aside / name)
     if incoming.side_files:
         sync_folder(aside / HF_FOLDER)
-    digests = {name: FileDigest(result.size, result.sha256) for name, result in written.items()}
+    digests = {name: FileDigest(result.size, result.checksum) for name, result in written.items()}
     digests |= {name: digest(aside / name) for name in names}
     layout.write_atomically(aside / layout.MANIFEST_FILE, manifest_text(digests))
     journal.remove()

@@ -10,7 +10,6 @@ parallel, and a finished one need not be written again.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_cpt.checkpoint.checksum import Checksum
 from megatron_cpt.checkpoint.torch_save import save_tensor
 from megatron_cpt.convert.torch_dist_plan import FilePlan, Form, column_cuts, row_cuts
 from megatron_cpt.convert.weights import stored_name
@@ -75,7 +75,7 @@ class WrittenFile:
     """What was written, as the journal and the manifest want it."""
 
     size: int
-    sha256: str
+    checksum: str
     entries: list[Entry]
 
 
@@ -117,7 +117,7 @@ def write_file(
                 entries.append(Entry(key, offsets, sizes, position, out.size - position))
                 advance(piece.nbytes)
         close_durably(file)
-    return WrittenFile(out.size, out.sha256(), entries)
+    return WrittenFile(out.size, out.checksum(), entries)
 
 
 def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
@@ -133,7 +133,7 @@ def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
                 entries.append(Entry(key, None, None, out.size, empty.tell()))
                 out.write(empty.getbuffer())
         close_durably(file)
-    return WrittenFile(out.size, out.sha256(), entries)
+    return WrittenFile(out.size, out.checksum(), entries)
 
 
 def write_metadata(
@@ -212,7 +212,7 @@ class _HashingFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._hash = hashlib.sha256()
+        self._checksum = Checksum()
         self.size = 0
         self.failure: OSError | None = None
 
@@ -224,7 +224,7 @@ class _HashingFile:
         except OSError as error:
             self.failure = error
             raise
-        self._hash.update(view)
+        self._checksum.update(view)
         if len(view) >= _LARGE:  # begins to write it to the disk, and does not wait
             os.posix_fadvise(self._file.fileno(), self.size, len(view), os.POSIX_FADV_DONTNEED)
         self.size += len(view)
@@ -233,11 +233,11 @@ class _HashingFile:
     def flush(self) -> None:
         """Called at the end of each `torch.save`."""
 
-    def sha256(self) -> str:
+    def checksum(self) -> str:
         """Of everything written."""
-        return self._hash.hexdigest()
+        return self._checksum.hexdigest()
 
 
 def written_from_journal(line: Mapping[str, Any]) -> WrittenFile:
     """A file's record as the journal keeps it."""
-    return WrittenFile(line["size"], line["sha256"], [Entry(**entry) for entry in line["entries"]])
+    return WrittenFile(line["size"], line["checksum"], [Entry(**entry) for entry in line["entries"]])

@@ -173,7 +173,7 @@ def test_hostile_side_files(tmp_path: Path, folders: dict[str, Path]) -> None:
     import_checkpoint(folder, tmp_path / "c")
     assert sorted(p.name for p in (tmp_path / "c" / "hf").iterdir()) == ["config.json", "generation_config.json"]
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    manifest["files"]["../secret"] = {"size": 2, "sha256": "0"}
+    manifest["files"]["../secret"] = {"size": 2, "checksum": "0"}
     (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
     assert find_faults(tmp_path / "c") == ["../secret: not a file of this folder"]
 
