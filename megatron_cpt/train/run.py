@@ -17,7 +17,7 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.preflight import check_allowed_names
 from megatron_cpt.config import RunConfig, dump_yaml
 from megatron_cpt.data.resolve import PreparedRun, prepare_run
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.train.guard import guard
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.plans_file import note_plan
@@ -126,8 +126,23 @@ def _configure_logging(ranks: Ranks) -> None:
 
 
 def _write_run_files(session: Session, prepared: PreparedRun) -> None:
+    """run.yaml, plan.json and plans.jsonl of the run directory.
+
+    Raises:
+        CptError: they cannot be written.
+    """
     if not session.ranks.is_main:
         return
+    try:
+        _write_files(session, prepared)
+    except OSError as error:
+        raise CptError(
+            f"{error.filename or session.output}: {error.strerror}: the run directory cannot be written; make room, or "
+            "choose another output"
+        ) from error
+
+
+def _write_files(session: Session, prepared: PreparedRun) -> None:
     session.output.mkdir(parents=True, exist_ok=True)
     layout.write_atomically(Path(session.output) / layout.RUN_FILE, dump_yaml(session.config.to_dict()))
     plan = prepared.plan.to_dict()

@@ -79,6 +79,15 @@ def test_a_wrong_layout_is_one_message_and_writes_nothing(run_file: Path) -> Non
     assert not output.exists()
 
 
+def test_an_output_that_cannot_be_written_is_one_message(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = _run([*TRAIN, str(run_file), f"output={tmp_path}/file/out"])
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("megatron-cpt: error:")]
+    assert "the run directory cannot be written; make room, or choose another output" in line
+    assert "Traceback" not in done.stderr
+
+
 def test_one_process_is_refused_where_a_replica_needs_two(run_file: Path) -> None:
     output = run_file.parent / "alone"
     done = _run([*TRAIN, str(run_file), f"output={output}", "parallel.pipeline=2"])
