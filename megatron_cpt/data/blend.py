@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_cpt.chunks import ChunkGrid
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.plan.chunks import ChunkGrid
 
 _NO_LIMIT = np.iinfo(np.int64).max
 

@@ -4,7 +4,7 @@ Sample k is a pure function of (seed, source name, k) and of the token files, so
 counter. Each epoch reads every chunk of seq_length tokens exactly once, in an order and on a grid of its own.
 
 Where phases differ in sequence length, the chunks are as long as the longest samples, and shorter samples are parts of
-them: the parts of a window of chunks (`plan/chunks.py`), which follow each other in the epoch's order, in an order of
+them: the parts of a window of chunks (`chunks.py`), which follow each other in the epoch's order, in an order of
 the window's own. What k counts then are samples of the length that is asked for.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy.typing as npt
 
+from megatron_cpt.chunks import ChunkGrid
 from megatron_cpt.data.fim import FillInMiddle
 from megatron_cpt.data.indexed import IndexedDataset
 from megatron_cpt.data.permutation import Permutation, derive_key
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.plan.chunks import ChunkGrid
 
 
 @dataclass(frozen=True)

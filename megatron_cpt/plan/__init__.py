@@ -1,7 +1,7 @@
 """Pure functions from a configuration to what a run will do: no torch, no disk, no GPU."""
 
+from megatron_cpt.chunks import ChunkGrid
 from megatron_cpt.plan.build import RunPlan, build_plan
-from megatron_cpt.plan.chunks import ChunkGrid
 from megatron_cpt.plan.flops import FlopsPerToken, flops_per_token
 from megatron_cpt.plan.layout import Layout, layout_problems
 from megatron_cpt.plan.memory import GIB, Memory, estimate_memory

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_cpt.chunks import ChunkGrid
 from megatron_cpt.config import RunConfig, format_count
-from megatron_cpt.plan.chunks import ChunkGrid
 from megatron_cpt.plan.flops import FlopsPerToken, flops_per_token
 from megatron_cpt.plan.layout import Layout, layout_problems
 from megatron_cpt.plan.memory import GIB, Memory, stage_memories

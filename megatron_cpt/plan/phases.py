@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from megatron_cpt.chunks import ChunkGrid
 from megatron_cpt.config import PhaseConfig, RunConfig, Until, format_count
-from megatron_cpt.plan.chunks import ChunkGrid
 from megatron_cpt.plan.problem import Problem
 from megatron_cpt.plan.schedule import LENGTH_KEYS, SCHEDULE_KEYS, Schedule
 from megatron_cpt.plan.sources import SourceUse, chunk_limits, normalise, share_out

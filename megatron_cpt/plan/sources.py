@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_cpt.chunks import ChunkGrid
 from megatron_cpt.config import SourceConfig, format_count
-from megatron_cpt.plan.chunks import ChunkGrid
 from megatron_cpt.plan.problem import Problem
 from megatron_cpt.plan.schedule import SCHEDULE_KEYS
 
