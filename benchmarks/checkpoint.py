@@ -287,15 +287,15 @@ class without_checksums:  # noqa: N801 - used as a context manager
             return ""
 
     def __enter__(self) -> None:
-        from megatron_cpt.checkpoint import writer
+        from megatron_cpt.checkpoint import torch_save
 
-        self._usual = writer.Checksum
-        writer.Checksum = self._Nothing  # type: ignore[assignment, misc]
+        self._usual = torch_save.Checksum
+        torch_save.Checksum = self._Nothing  # type: ignore[assignment, misc]
 
     def __exit__(self, *_: object) -> None:
-        from megatron_cpt.checkpoint import writer
+        from megatron_cpt.checkpoint import torch_save
 
-        writer.Checksum = self._usual  # type: ignore[misc]
+        torch_save.Checksum = self._usual  # type: ignore[misc]
 
 
 if __name__ == "__main__":

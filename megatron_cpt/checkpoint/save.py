@@ -29,7 +29,8 @@ from megatron_cpt.checkpoint.publish import Retention, delete, publish
 from megatron_cpt.checkpoint.record import Record
 from megatron_cpt.checkpoint.shards import Entry, plan_shards
 from megatron_cpt.checkpoint.staging import StagingBuffer
-from megatron_cpt.checkpoint.writer import AbandonedError, write_files
+from megatron_cpt.checkpoint.torch_save import AbandonedError
+from megatron_cpt.checkpoint.writer import write_files
 from megatron_cpt.data.durable import sync_folder
 from megatron_cpt.errors import CptError
 

@@ -11,13 +11,12 @@ parallel, and a finished one need not be written again.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 import torch
@@ -31,8 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_cpt.checkpoint.checksum import Checksum
-from megatron_cpt.checkpoint.torch_save import save_tensor
+from megatron_cpt.checkpoint.torch_save import HashedStream, save_tensor
 from megatron_cpt.convert.torch_dist_plan import FilePlan, Form, column_cuts, row_cuts
 from megatron_cpt.convert.weights import stored_name
 from megatron_cpt.convert.workplace import named
@@ -46,8 +44,6 @@ _EXTRA_STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-
-_LARGE = 1 << 20
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
 """read(name, first, last): rows of a global tensor, in its final type."""
@@ -104,20 +100,21 @@ def write_file(
         OSError: the disk is full, a limit is reached, and the like.
     """
     entries = []
-    with named(path), open(path, "wb") as file:
-        out = _HashingFile(file)
+    with named(path), open(path, "wb", buffering=0) as file:
+        out = HashedStream(file)
         for name in plan.tensors:
             key, layer = stored_name(name)
             for offsets, piece in _pieces(name, forms[name], tensor_parallel, read):
                 sizes = list(piece.shape)
                 if layer is not None:
                     offsets, sizes, piece = [layer, *offsets], [1, *sizes], piece[None]
-                position = out.size
+                position = out.tell()
                 save_tensor(piece, out)
-                entries.append(Entry(key, offsets, sizes, position, out.size - position))
+                entries.append(Entry(key, offsets, sizes, position, out.tell() - position))
                 advance(piece.nbytes)
+        out.flush()
         close_durably(file)
-    return WrittenFile(out.size, out.checksum(), entries)
+    return WrittenFile(out.tell(), out.checksum(), entries)
 
 
 def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
@@ -125,15 +122,16 @@ def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
     empty = io.BytesIO()
     torch.save([None], empty)
     entries = []
-    with open(path, "wb") as file:
-        out = _HashingFile(file)
+    with open(path, "wb", buffering=0) as file:
+        out = HashedStream(file)
         for layer in range(num_layers):
             for module in _EXTRA_STATES:
                 key = f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
-                entries.append(Entry(key, None, None, out.size, empty.tell()))
+                entries.append(Entry(key, None, None, out.tell(), empty.tell()))
                 out.write(empty.getbuffer())
+        out.flush()
         close_durably(file)
-    return WrittenFile(out.size, out.checksum(), entries)
+    return WrittenFile(out.tell(), out.checksum(), entries)
 
 
 def write_metadata(
@@ -186,7 +184,7 @@ def _write_tensor_index(
 
 
 def _pieces(name: str, form: Form, tensor_parallel: int, read: ReadRows) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """A tensor's pieces with their offsets; each owns its memory."""
+    """A tensor's pieces with their offsets."""
     columns = column_cuts(name, form, tensor_parallel)
     cuts = row_cuts(name, form, tensor_parallel)
     for first, last in pairwise(cuts):
@@ -195,47 +193,7 @@ def _pieces(name: str, form: Form, tensor_parallel: int, read: ReadRows) -> Iter
         assert rows.dtype == form.dtype, f"{name}: {rows.dtype}"
         for left, right in pairwise(columns):
             piece = rows[:, left:right] if len(form.shape) > 1 else rows
-            owned = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
-            yield (
-                [first, left][: len(form.shape)],
-                piece if owned else piece.clone(memory_format=torch.contiguous_format),
-            )
-
-
-class _HashingFile:
-    """What `torch.save` needs of a file; counts and hashes what goes through.
-
-    Attributes:
-        size: bytes so far.
-        failure: what a write raised, for callers behind torch, which hides it.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._checksum = Checksum()
-        self.size = 0
-        self.failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write all of it."""
-        view = memoryview(data).cast("B")
-        try:
-            self._file.write(view)
-        except OSError as error:
-            self.failure = error
-            raise
-        self._checksum.update(view)
-        if len(view) >= _LARGE:  # begins to write it to the disk, and does not wait
-            os.posix_fadvise(self._file.fileno(), self.size, len(view), os.POSIX_FADV_DONTNEED)
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Called at the end of each `torch.save`."""
-
-    def checksum(self) -> str:
-        """Of everything written."""
-        return self._checksum.hexdigest()
+            yield [first, left][: len(form.shape)], piece
 
 
 def written_from_journal(line: Mapping[str, Any]) -> WrittenFile:

@@ -29,7 +29,8 @@ from megatron_cpt.checkpoint.manifest import digest, find_faults  # noqa: E402
 from megatron_cpt.checkpoint.publish import Retention, delete, publish  # noqa: E402
 from megatron_cpt.checkpoint.shards import Entry, _divided  # noqa: E402
 from megatron_cpt.checkpoint.staging import StagingBuffer  # noqa: E402
-from megatron_cpt.checkpoint.writer import AbandonedError, HashedStream, write_files  # noqa: E402
+from megatron_cpt.checkpoint.torch_save import AbandonedError, HashedStream  # noqa: E402
+from megatron_cpt.checkpoint.writer import write_files  # noqa: E402
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
