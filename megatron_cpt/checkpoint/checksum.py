@@ -9,6 +9,7 @@ Format: xxHash 0.8, whose XXH3 is final; `xxhsum -H2` computes the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,20 @@ class Checksum:
         return self._state.hexdigest()
 
 
-def file_checksum(path: Path) -> str:
+def file_checksum(path: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> str:
     """The checksum of a file's content.
+
+    Args:
+        path: the file.
+        progress: told how many bytes are done, again and again.
 
     Raises:
         OSError: it cannot be read.
     """
-    checksum, piece = Checksum(), memoryview(bytearray(_PIECE))
+    checksum, piece, done = Checksum(), memoryview(bytearray(_PIECE)), 0
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(piece):
             checksum.update(piece[:count])
+            done += count
+            progress(done)
     return checksum.hexdigest()

@@ -1,10 +1,12 @@
-"""Reading a checkpoint: verified first, then into any layout."""
+"""Reading a checkpoint into any layout, verified on the way."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -17,24 +19,29 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_cpt.backend import set_rng_state
 from megatron_cpt.checkpoint import layout, sharded
-from megatron_cpt.checkpoint.manifest import Verify, find_faults
+from megatron_cpt.checkpoint.manifest import BrokenError, Verify, find_faults
 from megatron_cpt.checkpoint.masters import nest_groups, other_names, reading_as
 from megatron_cpt.checkpoint.reader import in_threads
-from megatron_cpt.checkpoint.together import on_all, on_main
+from megatron_cpt.checkpoint.shard_check import ShardCheck
+from megatron_cpt.checkpoint.together import gathered, on_all, on_main
 from megatron_cpt.checkpoint.unpickle import plain_types_only
 from megatron_cpt.errors import RefusedError
 
 logger = logging.getLogger(__name__)
 
 
-def newest_sound(folder: Path, how: Verify = "full") -> Path | None:
-    """The newest checkpoint of a run that verifies; a collective call where process groups exist.
+def newest_sound(
+    folder: Path, how: Verify = "full", broken: Mapping[Path, Sequence[str]] = MappingProxyType({})
+) -> Path | None:
+    """The newest checkpoint of a run that is sound as far as can be told before its shards are read: a collective call.
 
-    Broken ones are passed over with a loud warning.
+    All files are there and of their size, and the small ones have their checksums; those of the shards are compared
+    while they are loaded. Broken checkpoints are passed over with a loud warning.
 
     Args:
         folder: of the run's checkpoints.
         how: `checkpoint.verify`.
+        broken: the faults of those that a load found broken.
 
     Returns:
         Its folder; None where the run has no checkpoint at all.
@@ -51,7 +58,7 @@ def newest_sound(folder: Path, how: Verify = "full") -> Path | None:
         )
     reasons = []
     for path in reversed(found):
-        faults = verify(path, how)
+        faults = broken.get(path) or _faults_before_load(path, how)
         if not faults:
             return path
         reasons.append(f"{path.name}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
@@ -70,8 +77,10 @@ def _look(folder: Path) -> tuple[list[Path], str | None]:
     return layout.list_checkpoints(folder), latest.read_text(errors="replace").strip() if latest.exists() else None
 
 
-def find_sound(named: str | Path, how: Verify = "full") -> Path:
-    """The checkpoint that a user means: a folder, or a run directory's newest that verifies; a collective call.
+def find_sound(
+    named: str | Path, how: Verify = "full", broken: Mapping[Path, Sequence[str]] = MappingProxyType({})
+) -> Path:
+    """The checkpoint that a user means: a folder, or a run directory's newest that is sound; see `newest_sound`.
 
     Raises:
         UserError: there is nothing of that name.
@@ -79,44 +88,74 @@ def find_sound(named: str | Path, how: Verify = "full") -> Path:
     """
     path = on_main(lambda: layout.resolve_checkpoint(named))
     if path != Path(named):
-        return newest_sound(path.parent, how) or path
-    faults = verify(path, how)
-    if faults:
-        raise RefusedError(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
+        return newest_sound(path.parent, how, broken) or path
+    if faults := broken.get(path) or _faults_before_load(path, how):
+        raise BrokenError(path, faults)
     return path
 
 
-def verify(path: Path, how: Verify = "full") -> list[str]:
-    """Every fault of a checkpoint's files; the ranks share the checksums and all get the same answer."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def _faults_before_load(path: Path, how: Verify) -> list[str]:
+    """Every fault but those of the shards' content; all ranks look, and all get the same answer."""
     try:
-        own = find_faults(path, part=rank, parts=world_size, how=how)
+        own = find_faults(path, how, with_shards=False)
     except (RefusedError, OSError) as error:  # OSError: a bad block of the disk, and only one rank that meets it
         own = [str(error)]
-    every: list[Any] = [None] * world_size
-    dist.all_gather_object(every, own)
-    return sorted({fault for part in every for fault in part})
+    return gathered(own)
 
 
-def load_weights(path: Path, chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
-    """Load the weights only.
+@contextlib.contextmanager
+def _comparing_shards(path: Path, how: Verify) -> Iterator[ShardCheck]:
+    """Around the load of a checkpoint: the ranks share its shards and compare their checksums; a collective call.
+
+    Raises:
+        BrokenError: on all ranks: some differ. Whatever the load has filled is to be thrown away.
+    """
+    failure = None
+    with on_all(lambda: ShardCheck(path, how, part=dist.get_rank(), parts=dist.get_world_size())) as shards:
+        try:
+            yield shards
+        except RefusedError as error:  # what damaged bytes lead to, and what all ranks end with
+            failure = error
+        faults = gathered(shards.faults())
+    if faults:
+        raise BrokenError(path, faults) from failure
+    if failure is not None:
+        raise failure
+
+
+def load_weights(path: Path, chunks: Sequence[DistributedDataParallel], how: Verify = "full") -> dict[str, Any]:
+    """Load the weights only; a collective call.
+
+    Args:
+        path: the checkpoint.
+        chunks: the model; after an error it holds anything.
+        how: which shards' checksums to compare.
 
     Returns:
         The weights as they were read, from which the caller refreshes the master weights; those of the model may be
         less exact, in FP8.
+
+    Raises:
+        BrokenError: shards are damaged.
+        RefusedError: it cannot be read, or does not fit the model.
     """
     wanted = sharded.model_state(chunks, is_loading=True)
-    loaded = _load(wanted, path)
+    loaded = _load(wanted, path, how)
     sharded.load_model_state(chunks, loaded)
     return loaded
 
 
 def load_training(
-    path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, with_rng: bool
+    path: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    how: Verify = "full",
+    *,
+    with_rng: bool,
 ) -> None:
-    """Load weights, optimizer and, where the layout is the one that saved it, random states."""
+    """Load weights, optimizer and, where the layout is the one that saved it, random states; see `load_weights`."""
     wanted = sharded.training_state(chunks, optimizer, is_loading=True, with_rng=with_rng)
-    state = _load(wanted, path)
+    state = _load(wanted, path, how)
     sharded.load_model_state(chunks, state)
     nest_groups(optimizer, state["optimizer"])
     sharded.load_optimizer_state(optimizer, state["optimizer"])
@@ -124,11 +163,12 @@ def load_training(
         set_rng_state(state["rng"])
 
 
-def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
-    shapes = on_all(lambda: _read_shapes(path))
-    _leave_out_new_histories(wanted, shapes, path)
-    names = other_names(wanted, shapes) if "optimizer" in wanted else {}
-    return on_all(lambda: _read_all(wanted, names, path))
+def _load(wanted: dict[str, Any], path: Path, how: Verify) -> dict[str, Any]:
+    with _comparing_shards(path, how) as shards:
+        shapes = on_all(lambda: _read_shapes(path))
+        _leave_out_new_histories(wanted, shapes, path)
+        names = other_names(wanted, shapes) if "optimizer" in wanted else {}
+        return on_all(lambda: _read_all(wanted, names, path, shards))
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -163,9 +203,9 @@ def _leave_out_new_histories(wanted: dict[str, Any], shapes: Mapping[str, tuple[
         logger.info("%s has no amax history of this recipe: FP8 scaling starts anew", path)
 
 
-def _read_all(wanted: dict[str, Any], names: Mapping[str, str], path: Path) -> dict[str, Any]:
+def _read_all(wanted: dict[str, Any], names: Mapping[str, str], path: Path, shards: ShardCheck) -> dict[str, Any]:
     try:
-        with plain_types_only(path), reading_as(names), in_threads():
+        with plain_types_only(path), reading_as(names), in_threads(shards.wait_for):
             loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
     except CheckpointException as error:  # torch's own, over several ranks; not an Exception
         raise RefusedError(f"{path}: cannot be read: {_reason(error)}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,19 @@ from megatron_cpt.errors import RefusedError
 Verify = Literal["full", "sampled", "none"]
 SAMPLED_SHARE = 16  # of the shards, one in so many
 _THREADS = 2  # hashing leaves Python's lock, so two files at a time use two cores
+
+
+class BrokenError(RefusedError):
+    """Files of a checkpoint are not what was written.
+
+    Attributes:
+        path: the checkpoint.
+        faults: one line each.
+    """
+
+    def __init__(self, path: Path, faults: Sequence[str]) -> None:
+        super().__init__(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
+        self.path, self.faults = path, list(faults)
 
 
 @dataclass(frozen=True)
@@ -57,35 +71,61 @@ def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
         raise RefusedError(f"{path}: missing or damaged ({error}); this checkpoint cannot be verified") from error
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file holds tensors; all others are small."""
+    return name.startswith("__")
+
+
 def sample(checkpoint: Path, names: Collection[str]) -> set[str]:
     """The files whose checksums a `sampled` verification compares: every small text, and one shard in 16.
 
     Which shards is keyed by the checkpoint's name: a checkpoint that was found sound is found sound again, and the next
     one is judged by others.
     """
-    shards = [name for name in names if name.startswith("__")]
+    shards = [name for name in names if is_shard(name)]
     keys = {name: hashlib.sha256(f"{checkpoint.name}/{name}".encode()).digest() for name in shards}
     drawn = sorted(shards, key=lambda name: keys[name])[: -(-len(shards) // SAMPLED_SHARE)]
     return {*drawn, *(set(names) - set(shards))}
 
 
-def find_faults(checkpoint: Path, *, part: int = 0, parts: int = 1, how: Verify = "full") -> list[str]:
+def _chosen(checkpoint: Path, names: Collection[str], how: Verify) -> set[str]:
+    """The files whose checksums a verification compares."""
+    return {"full": set(names), "sampled": sample(checkpoint, names), "none": set[str]()}[how]
+
+
+def shards_to_compare(checkpoint: Path, how: Verify) -> dict[str, FileDigest]:
+    """The shards whose checksums a verification compares, in the order they were written: those of rank 0 first.
+
+    Raises:
+        RefusedError: there is no usable manifest.
+    """
+    if how == "none":
+        return {}
+    files = read_manifest(checkpoint)
+    names = [name for name in _chosen(checkpoint, files, how) if is_shard(name)]
+    return {name: files[name] for name in sorted(names, key=_order_of_writing)}
+
+
+def _order_of_writing(shard: str) -> list[int]:
+    """`__2_10.distcp` comes after `__2_9.distcp`."""
+    return [int(number) for number in re.findall(r"\d+", shard)]
+
+
+def find_faults(checkpoint: Path, how: Verify = "full", *, with_shards: bool = True) -> list[str]:
     """What is wrong with a checkpoint's files, one line each; empty where it is sound.
 
     Args:
         checkpoint: its folder.
-        part: compare the checksums of every `parts`-th file from this one, so that ranks can share the work.
-        parts: see `part`.
-        how: full: every checksum; sampled: those of `sample`; none: no checksum. Every file must be there and have its
-            size in any case.
+        how: whose checksums to compare. Every file must be there and have its size in any case.
+        with_shards: compare the checksums of shards too, not those of the small files only.
 
     Raises:
         RefusedError: there is no usable manifest.
     """
     files = read_manifest(checkpoint)
-    chosen = {"full": set(files), "sampled": sample(checkpoint, files), "none": set[str]()}[how]
+    chosen = {name for name in _chosen(checkpoint, files, how) if with_shards or not is_shard(name)}
     faults, to_hash = [], []
-    for number, (name, expected) in enumerate(sorted(files.items())):
+    for name, expected in sorted(files.items()):
         path = checkpoint / name
         if not _is_inside(name):
             faults.append(f"{name}: not a file of this folder")
@@ -93,14 +133,20 @@ def find_faults(checkpoint: Path, *, part: int = 0, parts: int = 1, how: Verify 
             faults.append(f"{name}: missing")
         elif (size := path.stat().st_size) != expected.size:
             faults.append(f"{name}: {size} bytes, should be {expected.size}")
-        elif number % parts == part and name in chosen:
+        elif name in chosen:
             to_hash.append(name)
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda name: digest(checkpoint / name), to_hash)
-        for name, measured in zip(to_hash, found, strict=True):
-            if measured.checksum != files[name].checksum:
-                faults.append(f"{name}: checksum differs: the content is damaged")
-    return faults
+        found = threads.map(lambda name: compare(checkpoint, name, files[name]), to_hash)
+        return [*faults, *(fault for fault in found if fault is not None)]
+
+
+def compare(
+    checkpoint: Path, name: str, expected: FileDigest, progress: Callable[[int], None] = lambda num_bytes: None
+) -> str | None:
+    """What is wrong with a file's content, if anything is; `progress`: see `file_checksum`."""
+    if file_checksum(checkpoint / name, progress) == expected.checksum:
+        return None
+    return f"{name}: checksum differs: the content is damaged"
 
 
 def _is_inside(name: str) -> bool:

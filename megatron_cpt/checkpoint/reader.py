@@ -25,14 +25,18 @@ from megatron_cpt.checkpoint.torch_file import open_torch_file
 from megatron_cpt.errors import RefusedError
 
 MAX_THREADS = 4
+BeforeRead = Callable[[Path, int], None]
 PIECE_BYTES = 8 << 20  # read at once where a target cannot take the bytes as they lie in the file
 
 
 @contextlib.contextmanager
-def in_threads() -> Iterator[None]:
+def in_threads(before_read: BeforeRead = lambda path, end: None) -> Iterator[None]:
     """Inside the block, torch's file reader shares its work among threads and reads tensors into their place.
 
     Reading and copying leave Python's lock, and each item goes to a place of its own.
+
+    Args:
+        before_read: called in such a thread with a file and the end of what is about to be read of it.
     """
     torchs_way = FileSystemReader.read_data
 
@@ -40,7 +44,7 @@ def in_threads() -> Iterator[None]:
         parts = _divide(plan.items, reader.storage_data, min(MAX_THREADS, os.cpu_count() or 1))
         with ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="load") as threads:
             jobs = [
-                threads.submit(_read, reader, dataclasses.replace(plan, items=part), planner, torchs_way)
+                threads.submit(_read, reader, dataclasses.replace(plan, items=part), planner, torchs_way, before_read)
                 for part in parts
             ]
             for job in jobs:
@@ -104,10 +108,18 @@ def _takes_bytes(target: torch.Tensor, dtype: torch.dtype) -> bool:
     return target.is_cpu and target.dtype == dtype and target.is_contiguous()
 
 
-def _read(reader: Any, plan: LoadPlan, planner: Any, torchs_way: Callable[[Any, LoadPlan, Any], Future[None]]) -> None:
+def _read(
+    reader: Any,
+    plan: LoadPlan,
+    planner: Any,
+    torchs_way: Callable[[Any, LoadPlan, Any], Future[None]],
+    before_read: BeforeRead,
+) -> None:
     """Read the items of a plan, those that are no plain tensors in torch's way."""
     left = []
     for item in plan.items:
+        place = reader.storage_data[item.storage_index]
+        before_read(Path(reader.path) / place.relative_path, place.offset + place.length)
         stored = _stored(reader, item)
         target = planner.resolve_tensor(item).detach() if stored is not None else None
         if stored is None or type(target) is not torch.Tensor:  # FP8's tensors copy in a way of their own

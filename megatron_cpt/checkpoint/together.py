@@ -54,9 +54,13 @@ def on_all(work: Callable[[], T]) -> T:
         result = work()
     except (RefusedError, OSError) as error:
         failure = error
-    every: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, None if failure is None else str(failure))
-    reasons = sorted({reason for reason in every if reason is not None})
-    if reasons:
+    if reasons := gathered([] if failure is None else [str(failure)]):
         raise RefusedError("; ".join(reasons)) from failure
     return result  # type: ignore[return-value]
+
+
+def gathered(lines: list[str]) -> list[str]:
+    """The lines of all ranks, sorted and each once, the same on every rank; a collective call."""
+    every: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(every, lines)
+    return sorted({line for some in every for line in some})

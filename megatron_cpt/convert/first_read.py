@@ -6,13 +6,11 @@ it is first asked for, and the files after it meanwhile: what is then read of it
 
 from __future__ import annotations
 
-import re
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_cpt.checkpoint.manifest import FileDigest, Verify, digest, find_faults, read_manifest, sample
-from megatron_cpt.errors import RefusedError
+from megatron_cpt.checkpoint.manifest import BrokenError, Verify, compare, find_faults, shards_to_compare
 
 _THREADS = 2  # that hash; the files after the one that is asked for are as many
 
@@ -31,16 +29,11 @@ class FirstRead:
             RefusedError: a file is missing, of another size or damaged.
         """
         self._checkpoint = checkpoint
-        files = read_manifest(checkpoint)
-        chosen = set(files) if how == "full" else sample(checkpoint, files)
-        large = {name for name in files if name.endswith(".distcp")}
-        faults = find_faults(checkpoint, how="none")
-        faults = faults or [fault for name in sorted(chosen - large) for fault in self._compare(name, files[name])]
-        if faults:
-            raise RefusedError(_refusal(checkpoint, faults))
-        self._expected = {name: files[name] for name in sorted(chosen & large, key=_place)}
+        if faults := find_faults(checkpoint, how, with_shards=False):
+            raise BrokenError(checkpoint, faults)
+        self._expected = shards_to_compare(checkpoint, how)
         self._order = list(self._expected)
-        self._compared: dict[str, Future[list[str]]] = {}
+        self._compared: dict[str, Future[str | None]] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="verify")
 
@@ -56,20 +49,6 @@ class FirstRead:
         with self._lock:
             for name in self._order[at : at + 1 + _THREADS]:
                 if name not in self._compared:
-                    self._compared[name] = self._threads.submit(self._compare, name, self._expected[name])
-        if faults := self._compared[path.name].result():
-            raise RefusedError(_refusal(self._checkpoint, faults))
-
-    def _compare(self, name: str, expected: FileDigest) -> list[str]:
-        if digest(self._checkpoint / name).checksum == expected.checksum:
-            return []
-        return [f"{name}: checksum differs: the content is damaged"]
-
-
-def _place(name: str) -> list[int]:
-    """Where a file stands in the order of writing: __2_10.distcp comes after __2_9.distcp."""
-    return [int(number) for number in re.findall(r"\d+", name)]
-
-
-def _refusal(checkpoint: Path, faults: list[str]) -> str:
-    return f"{checkpoint}: broken: {'; '.join(faults)}; use another checkpoint"
+                    self._compared[name] = self._threads.submit(compare, self._checkpoint, name, self._expected[name])
+        if fault := self._compared[path.name].result():
+            raise BrokenError(self._checkpoint, [fault])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.load import find_sound, load_training, load_weights, newest_sound
+from megatron_cpt.checkpoint.manifest import BrokenError
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
 from megatron_cpt.checkpoint.preflight_table import GoingOn, describe
 from megatron_cpt.checkpoint.publish import Retention
@@ -116,6 +118,31 @@ def setup(
         UserError: the machine cannot do what is asked.
     """
     check_machine(config, read_machine())
+    broken: dict[Path, list[str]] = {}
+    while True:
+        try:
+            return _setup(config, plan, ranks, eod_id, tokenizer_fingerprint, allow, broken)
+        except BrokenError as error:
+            if error.path in broken:
+                raise
+            broken[error.path] = error.faults
+        gc.collect()  # the model that took damaged values goes before there is another one
+
+
+def _setup(
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    eod_id: int | None,
+    tokenizer_fingerprint: str | None,
+    allow: Collection[str],
+    broken: Mapping[Path, Sequence[str]],
+) -> Session:
+    """The same, from the newest checkpoint that is not known to be broken.
+
+    Raises:
+        BrokenError: this one is, too, as its load has shown.
+    """
     seed_everything(config.seed, pipeline_rank=ranks.pipeline_rank)
     streams = {
         name: _stream(
@@ -129,12 +156,12 @@ def setup(
         for name, source in config.sources.items()
     }
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
-    own = newest_sound(layout.checkpoints_folder(config.output), config.checkpoint.verify)
+    own = newest_sound(layout.checkpoints_folder(config.output), config.checkpoint.verify, broken)
     if own is not None:
         _preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
         # those of sources that have left the run, too: they may come back
         fingerprints = read_state(own)["data_fingerprints"] | fingerprints
-    origin = own or _init_checkpoint(config)
+    origin = own or _init_checkpoint(config, broken)
 
     model = build_model(config)
     _log(ranks, f"layers: {model.layers}; speed: {', '.join(sorted(model.knobs)) or 'nothing fused or overlapped'}")
@@ -210,10 +237,10 @@ def _preflight(
     refuse_unless_allowed(changes, allow, str(own))
 
 
-def _init_checkpoint(config: RunConfig) -> Path | None:
+def _init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> Path | None:
     if config.init.from_ is None:
         return None
-    path = find_sound(config.init.from_, config.checkpoint.verify)
+    path = find_sound(config.init.from_, config.checkpoint.verify, broken)
     with damage_refused(path):
         before, now = model_shape(read_run(path)), model_shape(config.to_dict())
     wrong = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
@@ -237,7 +264,7 @@ def _load(
             saved = read_state(own)
             is_same_layout = saved["layout"] == rank_layout(config, ranks)
             state = TrainState.from_dict(saved["train"])
-        load_training(own, model.chunks, optimizer, with_rng=is_same_layout)
+        load_training(own, model.chunks, optimizer, config.checkpoint.verify, with_rng=is_same_layout)
         random_states = "random states go on" if is_same_layout else "random states start anew, in another layout"
         _log(
             ranks,
@@ -246,11 +273,11 @@ def _load(
         return state
     if origin is not None:
         if config.init.load == "weights":
-            loaded = load_weights(origin, model.chunks)
+            loaded = load_weights(origin, model.chunks, config.checkpoint.verify)
             # The fp32 master weights are of the random ones; made of weights in FP8, they would be rounded for good.
             optimizer.reload_model_params(loaded if config.precision.has_fp8_weights else None)
         else:
-            load_training(origin, model.chunks, optimizer, with_rng=False)
+            load_training(origin, model.chunks, optimizer, config.checkpoint.verify, with_rng=False)
         taken = "weights" if config.init.load == "weights" else "weights and the optimizer's moments and step"
         left = "optimizer, " if config.init.load == "weights" else ""
         _log(

@@ -117,5 +117,5 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(run_file: Path) -> None:
     assert "no sound checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
 
-    with pytest.raises(RankError, match=r"RefusedError: .*step-00000004: broken: __0_\d\.distcp: 100 bytes"):
+    with pytest.raises(RankError, match=r"BrokenError: .*step-00000004: broken: __0_\d\.distcp: 100 bytes"):
         run_ranks(1, train_here, str(run_file), from_broken)

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cpt.backend import Ranks, process_groups
 from megatron_cpt.checkpoint.layout import LATEST_FILE, checkpoints_folder
 from megatron_cpt.checkpoint.manifest import FileDigest, manifest_text, read_manifest
 from megatron_cpt.checkpoint.unpickle import load_plain
+from megatron_cpt.data.resolve import PreparedRun, prepare_run
 from megatron_cpt.errors import RefusedError
+from tests.helpers.checkpoints import differing
 from tests.helpers.faults import cut, flip_bit, seal_again
 from tests.helpers.ranks import RankError, run_ranks
-from tests.helpers.runs import newest, small_run, train_here, write_source
+from tests.helpers.runs import EOD, newest, small_run, train_here, train_several, write_source
 
 SMALL = {"preset": "tiny_llama", "layers": 2, "hidden": 64, "ffn_hidden": 96, "vocab": 257}
 SEED = 20
@@ -33,24 +36,31 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def look_for_newest(outputs: list[str]) -> list[tuple[str | None, list[str]]]:
-    """Of each run directory, on every rank: the checkpoint that a resume takes or the refusal, and the warnings."""
-    from megatron_cpt.checkpoint.load import newest_sound
+def set_up(run: str, outputs: list[str]) -> list[tuple[str | None, list[str]]]:
+    """Of each run directory, on every rank: the checkpoint that was loaded or the refusal, and the warnings."""
+    prepared = prepare_run(run, need_files=True)
+    with process_groups(prepared.config.parallel) as ranks:
+        return [_set_up(prepared, ranks, output) for output in outputs]
 
-    logger, answers = logging.getLogger("megatron_cpt"), []
+
+def _set_up(prepared: PreparedRun, ranks: Ranks, output: str) -> tuple[str | None, list[str]]:
+    from megatron_cpt.train.setup import setup
+
+    logger = logging.getLogger("megatron_cpt")
     logger.setLevel(logging.WARNING)
-    for output in outputs:
-        messages: list[str] = []
-        handler = logging.Handler()
-        handler.emit = lambda record, heard=messages: heard.append(record.getMessage())  # type: ignore[method-assign]
-        logger.addHandler(handler)
-        try:
-            found = newest_sound(checkpoints_folder(output))
-            answers.append((found.name if found else None, messages))
-        except RefusedError as error:
-            answers.append((f"refused: {error}", messages))
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        session = setup(prepared.config.model_copy(update={"output": output}), prepared.plan, ranks, eod_id=EOD)
+        session.saver.close()
+        session.loader.close()
+        return session.origin.name if session.origin else None, messages
+    except RefusedError as error:
+        return f"refused: {error}", messages
+    finally:
         logger.removeHandler(handler)
-    return answers
 
 
 def _flip_first(path: Path) -> None:
@@ -108,7 +118,7 @@ def test_harm_to_any_file_is_found_and_named_and_the_checkpoint_before_is_used(t
     assert len([name for name in names if name.startswith("__0_")]) >= 1
     assert len([name for name in names if name.startswith("__1_")]) >= 1
 
-    on_each_rank = run_ranks(2, look_for_newest, [str(output) for output, _ in cases])
+    on_each_rank = run_ranks(2, set_up, run_file(two_saved), [str(output) for output, _ in cases])
     for (output, file), (found, warnings), (found_by_other, _) in zip(cases, *on_each_rank, strict=True):
         assert found == found_by_other == "step-00000002", (output.name, found)
         (warning,) = warnings
@@ -145,8 +155,8 @@ def test_a_run_goes_on_whatever_latest_says_and_puts_it_right(
     latest.unlink()
     if content is not None:
         latest.write_bytes(content)
-    assert run_ranks(2, look_for_newest, [str(output)])[0] == [("step-00000004", [])]
-    run_ranks(2, train_here, str(two_saved.parent / "run.yaml"), [f"output={output}", "stop_at_step=5"])
+    assert run_ranks(2, set_up, run_file(two_saved), [str(output)])[0] == [("step-00000004", [])]
+    run_ranks(2, train_here, run_file(two_saved), [f"output={output}", "stop_at_step=5"])
     assert latest.read_text() == "step-00000005\n"
 
 
@@ -156,7 +166,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(two_saved: Path, t
     for checkpoint in checkpoints_folder(output).glob("step-*"):
         shutil.rmtree(checkpoint)
     with pytest.raises(RankError, match=r"RefusedError: .*latest names step-00000004.*no checkpoint"):
-        run_ranks(2, train_here, str(two_saved.parent / "run.yaml"), [f"output={output}", "stop_at_step=5"])
+        run_ranks(2, train_here, run_file(two_saved), [f"output={output}", "stop_at_step=5"])
     assert not list(checkpoints_folder(output).glob("step-*"))
 
 
@@ -167,7 +177,7 @@ def test_another_file_of_data_is_refused_and_named_and_the_same_one_elsewhere_is
     shutil.copytree(two_saved, output)
     write_source(tmp_path / "other", stride=1, seed=1)
     write_source(tmp_path / "same", stride=1)
-    run, overrides = str(two_saved.parent / "run.yaml"), [f"output={output}", "stop_at_step=5"]
+    run, overrides = run_file(two_saved), [f"output={output}", "stop_at_step=5"]
     with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of web are not those"):
         run_ranks(2, train_here, run, [*overrides, f"sources.web.path={tmp_path / 'other'}"])
     assert newest(output).name == "step-00000004"
@@ -200,7 +210,7 @@ def test_a_path_that_climbs_out_of_the_folder_is_refused(two_saved: Path, tmp_pa
     manifest = newest(in_manifest) / "manifest.json"
     shutil.copy(newest(in_manifest) / "plan.json", newest(in_manifest).parent / "plan.json")
     manifest.write_text(manifest.read_text().replace('"plan.json"', '"../plan.json"'))
-    ((_, (warning,)),) = run_ranks(1, look_for_newest, [str(in_manifest)])[0]
+    ((_, (warning,)),) = run_ranks(2, set_up, run_file(two_saved), [str(in_manifest)])[0]
     assert "../plan.json: not a file of this folder" in warning
 
     checkpoint = newest(in_metadata)
@@ -212,33 +222,66 @@ def test_a_path_that_climbs_out_of_the_folder_is_refused(two_saved: Path, tmp_pa
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     seal_again(checkpoint)
     with pytest.raises(RankError, match=r"RefusedError: .*\.\./.*outside"):
-        run_ranks(2, train_here, str(two_saved.parent / "run.yaml"), [f"output={in_metadata}", "stop_at_step=5"])
+        run_ranks(2, train_here, run_file(two_saved), [f"output={in_metadata}", "stop_at_step=5"])
 
 
-def look_with_an_odd_rank(output: str, trouble: str) -> list[tuple[str | None, list[str]]]:
-    """As `look_for_newest`; rank 1 cannot read a file of the newest checkpoint, or does not see any checkpoint yet."""
+def set_up_with_an_odd_rank(run: str, output: str, trouble: str) -> list[tuple[str | None, list[str]]]:
+    """As `set_up`; rank 1 cannot hash a file of the newest checkpoint, or does not see any checkpoint yet."""
     import torch.distributed as dist
 
     from megatron_cpt.checkpoint import layout, manifest
 
-    measure = manifest.digest
+    measure = manifest.file_checksum
 
-    def digest(path: Path) -> FileDigest:
-        if path.parent.name == "step-00000004":
+    def checksum(path: Path, *progress: Callable[[int], None]) -> str:
+        if path.parent.name == "step-00000004" and path.name.startswith(trouble):
             raise OSError(5, "Input/output error", str(path))
-        return measure(path)
+        return measure(path, *progress)
 
     with pytest.MonkeyPatch.context() as patch:
-        if dist.get_rank() == 1 and trouble == "bad block":
-            patch.setattr(manifest, "digest", digest)
         if dist.get_rank() == 1 and trouble == "late":
             patch.setattr(layout, "list_checkpoints", lambda folder: [])
-        return look_for_newest([output])
+        elif dist.get_rank() == 1:
+            patch.setattr(manifest, "file_checksum", checksum)
+        return set_up(run, [output])
 
 
-def test_all_ranks_take_the_same_checkpoint_whatever_one_of_them_sees(two_saved: Path) -> None:
-    for found, warnings in (rank[0] for rank in run_ranks(2, look_with_an_odd_rank, str(two_saved), "bad block")):
-        assert found == "step-00000002"
-        assert all("Input/output error" in warning for warning in warnings)
-    seen = run_ranks(2, look_with_an_odd_rank, str(two_saved), "late")
+@pytest.mark.parametrize("file", ["state.json", "__1_0.distcp"])
+def test_what_one_rank_cannot_read_is_passed_over_by_all(two_saved: Path, file: str) -> None:
+    on_each_rank = run_ranks(2, set_up_with_an_odd_rank, run_file(two_saved), str(two_saved), file)
+    ((found, warnings),), ((found_by_other, _),) = on_each_rank
+    assert found == found_by_other == "step-00000002"
+    (warning,) = warnings
+    assert "Input/output error" in warning
+
+
+def test_all_ranks_take_the_same_checkpoint_however_late_one_sees_it(two_saved: Path) -> None:
+    seen = run_ranks(2, set_up_with_an_odd_rank, run_file(two_saved), str(two_saved), "late")
     assert seen == [[("step-00000004", [])]] * 2
+
+
+def test_nothing_of_a_broken_checkpoint_is_left_in_a_run_that_passed_it_over(two_saved: Path, tmp_path: Path) -> None:
+    """One shard broken; then both checkpoints, the older one in a text."""
+    passed_over, never_there = tmp_path / "passed-over", tmp_path / "never-there"
+    for output in (passed_over, never_there):
+        shutil.copytree(two_saved, output)
+    shutil.rmtree(newest(never_there))
+    (newest(never_there).parent / LATEST_FILE).write_text("step-00000002\n")
+    for shard in newest(passed_over).glob("__*"):
+        middle = shard.stat().st_size * 4
+        for bit in range(middle, middle + 8000, 8):  # in the tensors: all of it can be read
+            flip_bit(shard, bit)
+    runs = [[f"output={output}", "stop_at_step=5"] for output in (passed_over, never_there)]
+    assert run_ranks(2, train_several, run_file(two_saved), runs) == [[0, 0]] * 2
+    assert differing(newest(passed_over), newest(never_there)) == []
+    for checkpoint in newest(passed_over).parent.glob("step-*"):
+        _flip_some(checkpoint / ("plan.json" if checkpoint.name == "step-00000002" else "__0_0.distcp"))
+    ((refusal, _),) = run_ranks(2, set_up, run_file(two_saved), [str(passed_over)])[0]
+    assert refusal is not None
+    assert "no sound checkpoint: step-00000005: __0_0.distcp: checksum differs" in refusal
+    assert "step-00000002: plan.json: checksum differs" in refusal
+
+
+def run_file(output: Path) -> str:
+    """The run.yaml beside a run directory."""
+    return str(output.parent / "run.yaml")

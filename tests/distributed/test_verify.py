@@ -34,7 +34,7 @@ def damaged(base: Path, tmp_path: Path) -> Path:
 
 def test_full_refuses_what_sampled_and_none_pass_over_by_design(run_file: Path, damaged: Path, tmp_path: Path) -> None:
     start = [f"init.from={damaged}", "stop_at_step=1"]
-    with pytest.raises(RankError, match=r"RefusedError: .*broken: __0_\d\.distcp: checksum differs"):
+    with pytest.raises(RankError, match=r"BrokenError: .*broken: __0_\d\.distcp: checksum differs"):
         run_ranks(1, train_here, str(run_file), [*start, f"output={tmp_path}/full"])
     assert not (tmp_path / "full").exists()
     others = [[*start, f"output={tmp_path}/{how}", f"checkpoint.verify={how}"] for how in ("sampled", "none")]

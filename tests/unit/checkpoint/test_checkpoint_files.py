@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.manifest import digest, find_faults, manifest_text, sample
+from megatron_cpt.checkpoint import layout, shard_check
+from megatron_cpt.checkpoint.manifest import FileDigest, Verify, digest, find_faults, manifest_text, sample
 from megatron_cpt.checkpoint.record import Record, read_json, read_plan, read_run, read_state
+from megatron_cpt.checkpoint.shard_check import ShardCheck
 from megatron_cpt.errors import RefusedError
 
 
@@ -75,13 +78,54 @@ def test_none_looks_at_names_and_sizes_only(checkpoint: Path) -> None:
     assert [fault for fault in find_faults(checkpoint, how="sampled") if "checksum" not in fault] == expected
 
 
-@pytest.mark.parametrize("how", ["full", "sampled"])
-def test_ranks_that_share_the_work_find_what_one_finds(checkpoint: Path, how: str) -> None:
+def _shared_faults(checkpoint: Path, how: Verify, parts: int) -> list[list[str]]:
+    """What each of several ranks finds in its share of the shards."""
+    found = []
+    for part in range(parts):
+        with ShardCheck(checkpoint, how, part=part, parts=parts) as shards:
+            found.append(shards.faults())
+    return found
+
+
+@pytest.mark.parametrize("how", ["full", "sampled", "none"])
+@pytest.mark.parametrize("parts", [1, 3, 20, 64])
+def test_ranks_that_share_the_shards_find_what_one_finds(checkpoint: Path, how: Verify, parts: int) -> None:
+    for name in (*_shards(checkpoint), "state.json"):
+        _flip(checkpoint / name)
+    shared = _shared_faults(checkpoint, how, parts)
+    texts = find_faults(checkpoint, how, with_shards=False)
+    assert texts == ([] if how == "none" else ["state.json: checksum differs: the content is damaged"])
+    assert sorted([*texts, *(fault for part in shared for fault in part)]) == sorted(find_faults(checkpoint, how))
+    if how == "full":
+        assert max(map(len, shared)) - min(map(len, shared)) <= 1
+
+
+def test_as_many_ranks_as_saved_hash_their_own_files(checkpoint: Path) -> None:
     for name in _shards(checkpoint):
         _flip(checkpoint / name)
-    shared = [find_faults(checkpoint, part=part, parts=3, how=how) for part in range(3)]
-    assert sorted(fault for part in shared for fault in part) == find_faults(checkpoint, how=how)
-    assert all(shared) or how == "sampled"
+    for rank, faults in enumerate(_shared_faults(checkpoint, "full", 20)):
+        assert [fault.partition(":")[0] for fault in faults] == [f"__{rank}_0.distcp", f"__{rank}_1.distcp"]
+
+
+def test_what_follows_the_hashing_waits_for_its_bytes_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hashing of every file stands still after 600 of 1000 bytes."""
+    may_go_on = threading.Event()
+
+    def compare_half(folder: Path, name: str, expected: FileDigest, progress: Callable[[int], None]) -> str | None:
+        progress(600)
+        may_go_on.wait()
+        raise OSError(f"{name}: bad block")
+
+    monkeypatch.setattr(shard_check, "compare", compare_half)
+    with ShardCheck(checkpoint, "full", part=0, parts=20) as shards:
+        shards.wait_for(checkpoint / "__0_0.distcp", 600)
+        shards.wait_for(checkpoint / "__1_0.distcp", 1000)  # of another share
+        beyond = threading.Thread(target=shards.wait_for, args=(checkpoint / "__0_0.distcp", 601))
+        beyond.start()
+        assert beyond.is_alive()
+        may_go_on.set()
+        beyond.join()  # a file that cannot be read keeps nobody waiting
+        assert shards.faults() == ["__0_0.distcp: bad block", "__0_1.distcp: bad block"]
 
 
 def test_a_record_is_read_back(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_histories_come_back(tmp_path, monkeypatch):
         # by layer; a row of scales above the history
         assert [tuple(stored[key].size) for key in KEYS] == [(4, HISTORY + 1, 3), (4, HISTORY + 1, 2)]
         assert "scaling_fwd" not in _layers(fresh)[0].fp8_meta
-        load.load_weights(tmp_path / "saved", fresh.chunks)
+        load.load_weights(tmp_path / "saved", fresh.chunks, "none")
         for old, new in zip(_layers(model), _layers(fresh), strict=True):
             for key in ("scaling_fwd", "scaling_bwd"):
                 assert torch.equal(new.fp8_meta[key].scale, old.fp8_meta[key].scale)
@@ -134,7 +134,7 @@ def test_a_run_that_takes_up_fp8_starts_new_histories(tmp_path, monkeypatch, cap
     with _models(monkeypatch) as (model, fresh):
         _save(model, tmp_path / "bf16")  # no forward pass in FP8 yet
         assert KEYS[0] not in _entries(tmp_path / "bf16")
-        load.load_weights(tmp_path / "bf16", fresh.chunks)
+        load.load_weights(tmp_path / "bf16", fresh.chunks, "none")
         assert torch.equal(_layers(fresh)[0].fp8_meta["scaling_fwd"].scale, torch.ones(3))
     assert "FP8 scaling starts anew" in caplog.text
 
@@ -143,5 +143,5 @@ def test_other_recipes_have_no_histories(tmp_path, monkeypatch):
     with _models(monkeypatch, recipe="tensorwise") as (model, fresh):
         _compute(model)
         _save(model, tmp_path / "delayed")
-        load.load_weights(tmp_path / "delayed", fresh.chunks)
+        load.load_weights(tmp_path / "delayed", fresh.chunks, "none")
         assert "scaling_fwd" not in _layers(fresh)[0].fp8_meta
