@@ -331,7 +331,7 @@ class RunConfig(Section):
     """What logs and reports call it."""
     output: str = Field(min_length=1)
     """The run directory."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**62)  # torch takes 64 bits, and ranks add to it
     model: Annotated[ModelConfig, BeforeValidator(_model_preset)]
     tokenizer: str | None = None
     """KIND:PATH of the tokenizer the data were made with: gives the end-of-document id and is compared on resume."""

@@ -66,11 +66,13 @@ def split_datasets(
         progress: called with the bytes of each block that is done.
 
     Raises:
-        UserError: a file is missing, the types differ, or an output is there or is an input.
+        UserError: a file is missing, the types differ, an output is there or is an input, or the seed is too large.
         RefusedError: an input is damaged.
     """
     if not 0 < fraction < 1:
         raise UserError(f"fraction: {fraction}: give a share of the documents above 0 and below 1")
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"seed: {seed}: give one of 64 bits")
     outputs = [held_out_prefix, *([] if rest_prefix is None else [rest_prefix])]
     if len(set(outputs)) != len(outputs):
         raise UserError(f"{held_out_prefix}: is both outputs; choose two")

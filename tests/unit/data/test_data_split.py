@@ -86,6 +86,15 @@ def test_no_share(make_dataset, tmp_path, fraction):
         split_datasets([web.prefix], str(tmp_path / "x"), None, fraction=fraction)
 
 
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_a_seed_that_is_too_large(make_dataset, tmp_path, seed):
+    web = make_dataset("web", CORPUS[:3])
+    with pytest.raises(UserError, match=f"seed: {seed}: give one of 64 bits"):
+        split_datasets([web.prefix], str(tmp_path / "x"), None, fraction=0.5, seed=seed)
+    assert not list(tmp_path.glob("x*"))
+    split_datasets([web.prefix], str(tmp_path / "x"), None, fraction=0.5, seed=seed - 1 if seed > 0 else seed + 1)
+
+
 def test_outputs_that_cannot_be(make_dataset, tmp_path):
     web, other = make_dataset("web", CORPUS[:3]), make_dataset("other", [[1]], "<i4")
     x, y = str(tmp_path / "x"), str(tmp_path / "y")
