@@ -13,12 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.load import find_sound, load_training, load_weights, newest_sound
+from megatron_cpt.checkpoint.load import newest_sound
 from megatron_cpt.checkpoint.manifest import BrokenError
-from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
-from megatron_cpt.checkpoint.preflight_table import GoingOn, describe
 from megatron_cpt.checkpoint.publish import Retention
-from megatron_cpt.checkpoint.record import damage_refused, read_run, read_state
+from megatron_cpt.checkpoint.record import damage_refused, read_state
 from megatron_cpt.checkpoint.save import Saver
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import (
@@ -34,13 +32,13 @@ from megatron_cpt.data.batch import DocumentOptions
 from megatron_cpt.data.cache import keep_on_disk
 from megatron_cpt.data.fim import FillInMiddle, fill_in_middle
 from megatron_cpt.data.fingerprint import fingerprint
-from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build import Model, build_model
 from megatron_cpt.model.machine import check_machine, read_machine
 from megatron_cpt.optim.build import build_optimizer, set_adam
 from megatron_cpt.plan import RunPlan
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
+from megatron_cpt.train.origin import init_checkpoint, load_state, preflight
 from megatron_cpt.train.state import TrainState, check_progress
 from megatron_cpt.train.validate import Validator
 
@@ -158,15 +156,17 @@ def _setup(
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
     own = newest_sound(layout.checkpoints_folder(config.output), config.checkpoint.verify, broken)
     if own is not None:
-        _preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
+        preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
         # those of sources that have left the run, too: they may come back
         fingerprints = read_state(own)["data_fingerprints"] | fingerprints
-    origin = own or _init_checkpoint(config, broken)
+    origin = own or init_checkpoint(config, broken)
 
     model = build_model(config)
-    _log(ranks, f"layers: {model.layers}; speed: {', '.join(sorted(model.knobs)) or 'nothing fused or overlapped'}")
+    if ranks.is_main:
+        knobs = ", ".join(sorted(model.knobs)) or "nothing fused or overlapped"
+        logger.info("layers: %s; speed: %s", model.layers, knobs)
     optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
-    state = _load(config, ranks, model, optimizer, own, origin)
+    state = load_state(config, ranks, model, optimizer, own, origin)
     set_adam(optimizer, config.optimizer)
     with damage_refused(own):
         check_progress(state, plan, str(own))
@@ -215,91 +215,6 @@ def _stream(
     if cache is not None:
         keep_on_disk(datasets, cache)
     return TokenStream(name, datasets, seq_length=seq_length, seed=config.seed, fim=fim)
-
-
-def _preflight(
-    own: Path,
-    config: RunConfig,
-    plan: RunPlan,
-    ranks: Ranks,
-    fingerprints: dict[str, str],
-    tokenizer: str | None,
-    allow: Collection[str],
-) -> None:
-    """Compare the run with the checkpoint it goes on from, say what was found, and refuse what was not allowed."""
-    with damage_refused(own):
-        saved = read_state(own)
-        tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
-        changes = find_changes(read_run(own), config, saved["data_fingerprints"], fingerprints, tokenizers)
-        step = saved["train"]["step"] + 1
-        going_on = GoingOn(step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate"))
-        _log(ranks, describe(changes, allow, going_on))
-    refuse_unless_allowed(changes, allow, str(own))
-
-
-def _init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> Path | None:
-    if config.init.from_ is None:
-        return None
-    path = find_sound(config.init.from_, config.checkpoint.verify, broken)
-    with damage_refused(path):
-        before, now = model_shape(read_run(path)), model_shape(config.to_dict())
-    wrong = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
-    if wrong:
-        raise RefusedError(
-            f"init.from: {path}: a checkpoint of another model: {'; '.join(wrong)}; make the model section agree"
-        )
-    if config.init.load == "weights+optimizer" and read_state(path).get("content") == "weights":
-        raise RefusedError(
-            f"init.load: weights+optimizer: {path} was imported from weights alone and has no optimizer; "
-            "take init.load=weights"
-        )
-    return path
-
-
-def _load(
-    config: RunConfig, ranks: Ranks, model: Model, optimizer: MegatronOptimizer, own: Path | None, origin: Path | None
-) -> TrainState:
-    if own is not None:
-        with damage_refused(own):
-            saved = read_state(own)
-            is_same_layout = saved["layout"] == rank_layout(config, ranks)
-            state = TrainState.from_dict(saved["train"])
-        load_training(own, model.chunks, optimizer, config.checkpoint.verify, with_rng=is_same_layout)
-        random_states = "random states go on" if is_same_layout else "random states start anew, in another layout"
-        _log(
-            ranks,
-            f"going on from {own}, step {state.step}: weights, optimizer, data and schedule go on; {random_states}",
-        )
-        return state
-    if origin is not None:
-        if config.init.load == "weights":
-            loaded = load_weights(origin, model.chunks, config.checkpoint.verify)
-            # The fp32 master weights are of the random ones; made of weights in FP8, they would be rounded for good.
-            optimizer.reload_model_params(loaded if config.precision.has_fp8_weights else None)
-        else:
-            load_training(origin, model.chunks, optimizer, config.checkpoint.verify, with_rng=False)
-        taken = "weights" if config.init.load == "weights" else "weights and the optimizer's moments and step"
-        left = "optimizer, " if config.init.load == "weights" else ""
-        _log(
-            ranks,
-            f"starting from {origin} (init.load: {config.init.load}): takes {taken}; "
-            f"{left}step, data, schedule and random states start anew",
-        )
-    else:
-        _log(ranks, f"starting from random weights of seed {config.seed}: nothing is loaded")
-    return TrainState()
-
-
-def rank_layout(config: RunConfig, ranks: Ranks) -> dict[str, int]:
-    """What must be the same for random states to belong to the same ranks."""
-    parallel = config.parallel
-    return {
-        "world_size": ranks.world_size,
-        "tensor": parallel.tensor,
-        "pipeline": parallel.pipeline,
-        "virtual_pipeline": parallel.virtual_pipeline,
-        "context": parallel.context,
-    }
 
 
 def _loader(
@@ -355,8 +270,3 @@ def _validator(config: RunConfig, ranks: Ranks, documents: DocumentOptions, coun
     }
     group = config.batch.global_ // (config.batch.micro * ranks.data_parallel_size)
     return Validator(batches, group, counts)
-
-
-def _log(ranks: Ranks, message: str) -> None:
-    if ranks.is_main:
-        logger.info(message)
