@@ -24,7 +24,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def in_process(dataset: IndexedDataset, num_samples: int) -> Read:
 class UnannouncedDataset(IndexedDataset):
     """A data set that does not tell the disk what is read next."""
 
-    def will_read(self, start: int, count: int) -> None:
+    def will_read(self, starts: Sequence[int], count: int) -> None:
         """Nothing."""
 
 

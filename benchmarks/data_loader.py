@@ -24,7 +24,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -143,9 +143,10 @@ class MappedDataset(IndexedDataset):
         super().__init__(prefix)
         self._map = np.memmap(f"{prefix}.bin", dtype=self.dtype, mode="r")
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """See `IndexedDataset.read`."""
-        return np.array(self._map[start : start + count])
+    def read_rows(self, starts: Sequence[int], rows: Sequence[np.ndarray]) -> None:
+        """See `IndexedDataset.read_rows`."""
+        for start, row in zip(starts, rows, strict=True):
+            row[:] = self._map[start : start + row.size]
 
 
 def read_ours(dataset: IndexedDataset, num_samples: int) -> Iterator[int]:

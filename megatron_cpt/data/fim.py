@@ -47,6 +47,11 @@ class FillInMiddle:
     suffix_id: int
     eod_id: int
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Holds the ids that are added."""
+        return np.min_scalar_type(max(self.prefix_id, self.middle_id, self.suffix_id))
+
     def apply(self, tokens: npt.NDArray[Any], key: int) -> npt.NDArray[Any]:
         """Rearrange a sample.
 
@@ -69,8 +74,7 @@ class FillInMiddle:
             piece = tokens[start:end]
             parts += self._rearranged(piece, draw) if is_chosen and len(piece) else [piece]
             parts.append(tokens[end : end + 1])  # the end of the document; nothing after the last piece
-        widest = max(self.prefix_id, self.middle_id, self.suffix_id)
-        dtype = np.promote_types(tokens.dtype, np.min_scalar_type(widest))
+        dtype = np.promote_types(tokens.dtype, self.dtype)
         return np.concatenate(parts, dtype=dtype, casting="unsafe")[: len(tokens)]  # every id fits
 
     def _rearranged(self, piece: npt.NDArray[Any], draw: list[int]) -> Iterator[npt.ArrayLike]:

@@ -12,6 +12,7 @@ import glob
 import os
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -81,25 +82,45 @@ class IndexedDataset:
             IndexError: the range is not inside the file.
             RefusedError: the file became shorter since it was opened.
         """
-        if start < 0 or count < 0 or start + count > self.num_tokens:
-            raise IndexError(f"{self.prefix}.bin: tokens [{start}, {start + count}) of {self.num_tokens}")
+        self._check_range(start, count)
         tokens = np.empty(count, self.dtype)
-        if count == 0:
-            return tokens
-        rest, offset = tokens.data.cast("B"), start * self.dtype.itemsize
-        with self._open_tokens() as file:
-            while rest:  # one call reads at most 2 GiB, and may be interrupted
-                num_read = file.read_into(rest, offset)
-                if num_read == 0:
-                    was = self.num_tokens * self.dtype.itemsize
-                    raise refuse(f"{self.prefix}.bin", f"was cut from {was} to {file.size} bytes since it was opened")
-                rest, offset = rest[num_read:], offset + num_read
+        self.read_rows([start], [tokens])
         return tokens
 
-    def will_read(self, start: int, count: int) -> None:
-        """Says that `read` is soon asked for these tokens, so that the disk can fetch many samples at a time."""
+    def read_rows(self, starts: Sequence[int], rows: Sequence[npt.NDArray[Any]]) -> None:
+        """Fill each row with the tokens of the `.bin` from its start on; the file is opened once.
+
+        Args:
+            starts: offsets of the first tokens.
+            rows: contiguous, of the file's type.
+
+        Raises:
+            IndexError: a range is not inside the file.
+            RefusedError: the file became shorter since it was opened.
+        """
+        for start, row in zip(starts, rows, strict=True):
+            self._check_range(start, row.size)
+        if not any(row.size for row in rows):
+            return
+        itemsize = self.dtype.itemsize
         with self._open_tokens() as file:
-            file.will_read(start * self.dtype.itemsize, count * self.dtype.itemsize)
+            for start, row in zip(starts, rows, strict=True):
+                rest, offset = row.data.cast("B"), start * itemsize
+                while rest:  # one call reads at most 2 GiB, and may be interrupted
+                    num_read = file.read_into(rest, offset)
+                    if num_read == 0:
+                        was = self.num_tokens * itemsize
+                        raise refuse(
+                            f"{self.prefix}.bin", f"was cut from {was} to {file.size} bytes since it was opened"
+                        )
+                    rest, offset = rest[num_read:], offset + num_read
+
+    def will_read(self, starts: Sequence[int], count: int) -> None:
+        """Says that so many tokens from each of these on are read soon: the disk can fetch many samples at a time."""
+        itemsize = self.dtype.itemsize
+        with self._open_tokens() as file:
+            for start in starts:
+                file.will_read(start * itemsize, count * itemsize)
 
     def document(self, index: int) -> npt.NDArray[Any]:
         """All tokens of one document.
@@ -148,6 +169,10 @@ class IndexedDataset:
         """Lets go of the memory maps; they come back when asked for."""
         for name in ("sizes", "sequence_pointers", "document_indices"):
             self.__dict__.pop(name, None)
+
+    def _check_range(self, start: int, count: int) -> None:
+        if start < 0 or count < 0 or start + count > self.num_tokens:
+            raise IndexError(f"{self.prefix}.bin: tokens [{start}, {start + count}) of {self.num_tokens}")
 
     def _open_tokens(self) -> RangeFile:
         return self.tokens_file or open_ranges(f"{self.prefix}.bin")

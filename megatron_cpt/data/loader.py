@@ -11,12 +11,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_cpt.data.batch import Batch, DocumentOptions, make_batch
 from megatron_cpt.data.blend import BlendCursor
+from megatron_cpt.data.samples import read_samples
 from megatron_cpt.data.stream import TokenStream
-from megatron_cpt.errors import RefusedError
 
 _POLL_SECONDS = 0.1  # how soon a worker that waits for room in the queue notices that it should stop
 
@@ -163,10 +162,10 @@ class Loader:
         # (micro-batches, ranks, micro): the order of samples above, cut into each rank's share
         shape = (-1, self._size, micro_batch)
         own_sources, own_ks = sources.reshape(shape)[:, self._rank], ks.reshape(shape)[:, self._rank]
-        _announce(self._streams, own_sources, own_ks, length)
+        samples = read_samples(self._streams, own_sources.ravel(), own_ks.ravel(), self._vocab_size, length)
         micro_batches = [
-            _read_batch(self._streams, micro_sources, micro_ks, self._vocab_size, self._documents, length)
-            for micro_sources, micro_ks in zip(own_sources, own_ks, strict=True)
+            make_batch(samples[first : first + micro_batch], micro_sources, self._documents)
+            for first, micro_sources in zip(range(0, len(samples), micro_batch), own_sources, strict=True)
         ]
         num_tokens = global_batch * micro_batches[0].tokens.shape[1]
         return StepData(micro_batches, num_tokens, self._cursor.counts, self._cursor.state_dict())
@@ -204,47 +203,7 @@ def validation_batches(
     block = micro_batch * data_parallel_size
     for first in range(data_parallel_rank * micro_batch, -(-num_samples // block) * block, block):
         ks = np.arange(first, first + micro_batch)
-        batch = _read_batch([stream], np.zeros_like(ks), ks, vocab_size, documents)
+        sources = np.zeros_like(ks)
+        batch = make_batch(read_samples([stream], sources, ks, vocab_size), sources, documents)
         batch.loss_mask[ks >= num_samples] = 0.0
         yield batch
-
-
-def _announce(
-    streams: Sequence[TokenStream],
-    sources: npt.NDArray[np.int64],
-    ks: npt.NDArray[np.int64],
-    length: int | None,
-) -> None:
-    """Lets the disk fetch all samples of a step at once: one after the other, each would wait for the one before."""
-    for source, k in zip(sources.ravel().tolist(), ks.ravel().tolist(), strict=True):
-        location = streams[source].locate(k, length)
-        streams[source].datasets[location.file].will_read(location.token_offset, location.seq_length + 1)
-
-
-def _read_batch(
-    streams: Sequence[TokenStream],
-    sources: npt.NDArray[np.int64],
-    ks: npt.NDArray[np.int64],
-    vocab_size: int | None,
-    options: DocumentOptions,
-    length: int | None = None,
-) -> Batch:
-    """Reads samples, checks their ids, and makes the micro-batch of them."""
-    places = zip(sources.tolist(), ks.tolist(), strict=True)
-    samples = np.stack([streams[source].read(k, length) for source, k in places])
-    if vocab_size is not None and (int(samples.max()) >= vocab_size or int(samples.min()) < 0):
-        bad = int(np.flatnonzero(((samples >= vocab_size) | (samples < 0)).any(axis=1))[0])
-        raise _foreign_id(streams[int(sources[bad])], int(ks[bad]), vocab_size, length)
-    return make_batch(samples, sources, options)
-
-
-def _foreign_id(stream: TokenStream, k: int, vocab_size: int, length: int | None) -> RefusedError:
-    location, sample = stream.locate(k, length), stream.read_plain(k, length)
-    place = int(np.flatnonzero((sample >= vocab_size) | (sample < 0))[0])
-    token_offset = location.token_offset + place
-    document = stream.datasets[location.file].document_at(token_offset)
-    return RefusedError(
-        f"source {stream.name}: {location.prefix}.bin: document {document}, token {token_offset} of the file "
-        f"(sample {k}): id {int(sample[place])} is outside of the vocabulary of {vocab_size}; the data was made with "
-        "another tokenizer or is damaged: `megatron-cpt check PREFIX --vocab-size N` looks at all of it"
-    )

@@ -14,8 +14,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.chunks import ChunkGrid
@@ -25,8 +26,7 @@ from megatron_cpt.data.permutation import Permutation, derive_key
 from megatron_cpt.errors import RefusedError, UserError
 
 
-@dataclass(frozen=True)
-class SampleLocation:
+class SampleLocation(NamedTuple):
     """Where a sample lies.
 
     Attributes:
@@ -74,6 +74,9 @@ class TokenStream:
         seed: the run's seed.
         fim: how samples are rearranged after they were read; None: not at all.
 
+    Attributes:
+        dtype: holds every token of it.
+
     Raises:
         UserError: no file has seq_length + 1 tokens.
         RefusedError: a file's token type is not an integer.
@@ -109,6 +112,8 @@ class TokenStream:
                 f"source {name}: {self.num_tokens} tokens in {len(self.datasets)} file(s) are too few for one sample "
                 f"of seq_length + 1 = {seq_length + 1} tokens in one file; give it more data or leave it out"
             )
+        added = [] if fim is None else [fim.dtype]
+        self.dtype = np.result_type(*(dataset.dtype for dataset in self.datasets), *added)
         self._epoch: _Epoch | None = None  # the one read last
         self._window: tuple[tuple[int, int, int], Permutation] | None = None  # the one read last, and its order
 
@@ -148,7 +153,10 @@ class TokenStream:
             IndexError: k is negative.
             RefusedError: the file became shorter since it was opened.
         """
-        tokens = self.read_plain(k, seq_length)
+        return self.rearrange(self.read_plain(k, seq_length), k, seq_length)
+
+    def rearrange(self, tokens: npt.NDArray[Any], k: int, seq_length: int | None = None) -> npt.NDArray[Any]:
+        """Sample k as it is trained on, from its tokens as they lie in the file; arguments as of `locate`."""
         if self.fim is None:
             return tokens
         shorter = [] if seq_length is None or seq_length == self.seq_length else [seq_length]

@@ -72,21 +72,24 @@ def test_any_division_gives_the_same_samples_in_the_same_order(streams, dp, micr
 
 
 def test_the_disk_is_told_all_samples_of_a_step_before_the_first_is_read(streams, monkeypatch):
-    calls: list[tuple[str, str, int, int]] = []
+    calls: list[tuple[str, str, list[int]]] = []
 
     def spied(name: str, original: Callable[..., object]):
-        def spy(self, start, count):
-            calls.append((name, self.prefix, start, count))
-            return original(self, start, count)
+        def spy(self, starts, what):
+            calls.append((name, self.prefix, list(starts)))
+            return original(self, starts, what)
 
         return spy
 
-    for name in ("will_read", "read"):
+    for name in ("will_read", "read_rows"):
         monkeypatch.setattr(IndexedDataset, name, spied(name, getattr(IndexedDataset, name)))
     load(streams, num_steps=1, data_parallel_rank=1, data_parallel_size=3, prefetch=1)
-    told, read = ([call[1:] for call in calls[: 2 * 4] if call[0] == name] for name in ("will_read", "read"))
-    assert [name for name, *_ in calls[: 2 * 4]] == ["will_read"] * 4 + ["read"] * 4
+    files = len({prefix for name, prefix, _ in calls if name == "read_rows"})
+    assert files > 1
+    assert [name for name, *_ in calls[: 2 * files]] == ["will_read"] * files + ["read_rows"] * files
+    told, read = ([call[1:] for call in calls[: 2 * files] if call[0] == name] for name in ("will_read", "read_rows"))
     assert told == read
+    assert sum(len(starts) for _, starts in read) == 4
 
 
 def test_counts_and_state_are_those_of_the_step_not_of_the_prefetch(streams):
