@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data import TokenStream
+from megatron_cpt.data import TokenStream, loader
+from megatron_cpt.data.samples import read_samples
 from megatron_cpt.train.plans_file import read_segments
 from megatron_cpt.train.run_history import read_history
 from tests.helpers.ranks import run_ranks
@@ -24,14 +26,13 @@ CHANGED = (
 def train_and_listen(path: str, overrides: Sequence[str], allow: Sequence[str]) -> list[tuple[str, int]]:
     """Train, and return (source, k) of every sample that the loader read, in order."""
     heard: list[tuple[str, int]] = []
-    read = TokenStream.read
 
-    def listen(stream: TokenStream, k: int, seq_length: int | None):
-        heard.append((stream.name, int(k)))
-        return read(stream, k, seq_length)
+    def listen(streams: Sequence[TokenStream], sources: Any, ks: Any, *rest: Any) -> Any:
+        heard.extend((streams[source].name, int(k)) for source, k in zip(sources, ks, strict=True))
+        return read_samples(streams, sources, ks, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenStream, "read", listen)
+        patch.setattr(loader, "read_samples", listen)
         assert train_here(path, overrides, allow) == 0
     return heard
 

@@ -195,17 +195,16 @@ class TestClose:
     def test_wakes_up_who_waits(self, streams, monkeypatch):
         reading, release = threading.Event(), threading.Event()
 
-        def slow_read(stream, k, seq_length):
+        def slow_read(dataset, starts, rows):
             reading.set()
             release.wait()
-            return np.zeros(S + 1, np.int64)
 
-        monkeypatch.setattr(TokenStream, "read", slow_read)
+        monkeypatch.setattr(IndexedDataset, "read_rows", slow_read)
         loader = Loader(streams, BlendCursor(PHASES, NAMES), global_batch=GLOBAL, micro_batch=1)
         ended = []
         waiter = threading.Thread(target=lambda: ended.append(list(loader)))
         waiter.start()
-        reading.wait(10)
+        assert reading.wait(10)
         closer = threading.Thread(target=loader.close)
         closer.start()
         release.set()
