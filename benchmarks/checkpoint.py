@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def ratio(rounds: list[dict[str, Any]], a: str, b: str) -> float:
-    """Of the medians: a disk that gives bursts is fast for whoever comes first, and over 4 rounds each does once."""
+    """Of the medians: a disk that gives bursts is fast for whoever comes first, and over 12 rounds all do as often."""
     return statistics.median(r[a]["seconds"] for r in rounds) / statistics.median(r[b]["seconds"] for r in rounds)
 
 
@@ -101,7 +101,7 @@ def measure(folder: Path, gigabytes: float, num_rounds: int) -> list[dict[str, A
 
 
 def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: Any, number: int) -> dict[str, Any]:
-    """Every variant once; the round's number decides which of those that write begins."""
+    """Every variant once; the round's number decides which of those that write and of those that read begins."""
     from megatron_cpt.checkpoint.load import find_sound, load_training
     from megatron_cpt.checkpoint.manifest import Verify
     from megatron_cpt.checkpoint.record import Record
@@ -125,8 +125,7 @@ def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: 
     ]
     for name in (*(name for name, _ in writes), "background"):  # nothing is left to be deleted beside what is timed
         shutil.rmtree(folder / name, ignore_errors=True)
-    first = number % len(writes)
-    for name, write in writes[first:] + writes[:first]:
+    for name, write in rotated(writes, number):
         timed(done, name, write)
     path = next((folder / "saved").glob("step-*"))
     measure_background(done, savers["background"], record, chunks)
@@ -135,8 +134,7 @@ def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: 
         ("load", lambda: load("full")),
         ("load_unverified", lambda: load("none")),
     ]
-    first = number % len(reads)
-    for name, read in reads[first:] + reads[:first]:
+    for name, read in rotated(reads, number):
         drop_pages(path)
         timed(done, name, read)
     for name, values in done.items():
@@ -144,6 +142,12 @@ def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: 
         print(f"{name:18} {values['seconds']:7.2f} s {values['gb_per_second']:6.2f} GB/s", end="")
         print(f" {values['peak_gib']:+6.2f} GiB" if "peak_gib" in values else "")
     return {"bytes": size, **done}
+
+
+def rotated(variants: list[Any], number: int) -> list[Any]:
+    """The variants, another one first each round."""
+    first = number % len(variants)
+    return variants[first:] + variants[:first]
 
 
 def measure_background(done: dict[str, Any], saver: Any, record: Any, chunks: Any) -> None:

@@ -25,8 +25,9 @@ from megatron_cpt.checkpoint.torch_file import open_torch_file
 from megatron_cpt.errors import RefusedError
 
 MAX_THREADS = 4
-BeforeRead = Callable[[Path, int], None]
 PIECE_BYTES = 8 << 20  # read at once where a target cannot take the bytes as they lie in the file
+
+BeforeRead = Callable[[Path, int], None]
 
 
 @contextlib.contextmanager
@@ -119,8 +120,9 @@ def _read(
     left = []
     for item in plan.items:
         place = reader.storage_data[item.storage_index]
-        before_read(Path(reader.path) / place.relative_path, place.offset + place.length)
-        stored = _stored(reader, item)
+        path = Path(reader.path) / place.relative_path
+        before_read(path, place.offset + place.length)
+        stored = _stored(path, place, item)
         target = planner.resolve_tensor(item).detach() if stored is not None else None
         if stored is None or type(target) is not torch.Tensor:  # FP8's tensors copy in a way of their own
             left.append(item)
@@ -131,12 +133,11 @@ def _read(
         torchs_way(reader, dataclasses.replace(plan, items=left), planner)
 
 
-def _stored(reader: Any, item: ReadItem) -> StoredTensor | None:
+def _stored(path: Path, place: Any, item: ReadItem) -> StoredTensor | None:
     """The tensor that an item is a box of; None where the file holds something else there."""
-    place = reader.storage_data[item.storage_index]
     if item.type != LoadItemType.TENSOR or getattr(place, "transform_descriptors", None):
         return None
-    found = open_torch_file(Path(reader.path) / place.relative_path, place.offset, place.length)
+    found = open_torch_file(path, place.offset, place.length)
     return found if isinstance(found, StoredTensor) else None
 
 

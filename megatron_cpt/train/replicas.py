@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_cpt.checkpoint.together import gathered
 from megatron_cpt.errors import CptError
 
 # Words of 8 bytes that are mixed at once: what a cache holds, or few launches of kernels.
@@ -86,10 +86,7 @@ def check_replicas(chunks: Sequence[torch.nn.Module], step: int) -> None:
     hashes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(hashes, own, group=group)
     found = _differences([name for name, _ in named], torch.stack(hashes), dist.get_process_group_ranks(group))
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, found)
-    lines = sorted({line for part in everywhere for line in part})
-    if lines:
+    if lines := gathered(found):
         more = f"; and {len(lines) - _MOST_NAMES} more" if len(lines) > _MOST_NAMES else ""
         raise CptError(
             f"step {step}: the data-parallel replicas differ in {'; '.join(lines[:_MOST_NAMES])}{more}; nothing was "
