@@ -90,7 +90,7 @@ def ratio(rounds: list[dict[str, Any]], a: str, b: str) -> float:
 
 def measure(folder: Path, gigabytes: float, num_rounds: int) -> list[dict[str, Any]]:
     """Seconds, bytes a second and peak memory of every variant, by round; the first round warms up and is left out."""
-    from megatron_cpt.checkpoint.save import Saver
+    from megatron_cpt.checkpoint.saving.saver import Saver
 
     chunks, optimizer = build(gigabytes)
     savers = {name: Saver(folder / name, chunks, optimizer, in_background=name == "background") for name in OURS}
@@ -102,7 +102,7 @@ def measure(folder: Path, gigabytes: float, num_rounds: int) -> list[dict[str, A
 
 def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: Any, number: int) -> dict[str, Any]:
     """Every variant once; the round's number decides which of those that write and of those that read begins."""
-    from megatron_cpt.checkpoint.load import find_sound, load_training
+    from megatron_cpt.checkpoint.loading.load import find_sound, load_training
     from megatron_cpt.checkpoint.manifest import Verify
     from megatron_cpt.checkpoint.record import Record
 
@@ -176,8 +176,8 @@ OURS = ("saved", "unhashed", "background")
 def build(gigabytes: float) -> tuple[Any, Any]:
     """A model and its optimizer after a step, of about this much state."""
     from megatron_cpt.backend import seed_everything
-    from megatron_cpt.model.build import build_model
-    from megatron_cpt.optim.build import build_optimizer
+    from megatron_cpt.model.build_model import build_model
+    from megatron_cpt.optim.build_optimizer import build_optimizer
 
     hidden = 1024
     layers = max(1, round((gigabytes * GIB / BYTES_A_PARAMETER - 2 * VOCAB * hidden) / (12 * hidden**2)))
@@ -274,12 +274,12 @@ def save_with_megatron_core(folder: Path, chunks: Any, optimizer: Any) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron_cpt.checkpoint import sharded
+    from megatron_cpt.checkpoint.state import state_dicts
 
     if filesystem_async._results_queue is None:  # starting a process for it is not what is to be timed
         filesystem_async._results_queue = queue.Queue()
     folder.mkdir()
-    model = sharded.model_state(chunks)
+    model = state_dicts.model_state(chunks)
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     state = {**model, "optimizer": optimizer.sharded_state_dict(model, metadata=metadata)}
     dist_checkpointing.save(state, str(folder))
@@ -296,13 +296,13 @@ class without_checksums:  # noqa: N801 - used as a context manager
             return ""
 
     def __enter__(self) -> None:
-        from megatron_cpt.checkpoint import torch_save
+        from megatron_cpt.checkpoint.saving import torch_save
 
         self._usual = torch_save.Checksum
         torch_save.Checksum = self._Nothing  # type: ignore[assignment, misc]
 
     def __exit__(self, *_: object) -> None:
-        from megatron_cpt.checkpoint import torch_save
+        from megatron_cpt.checkpoint.saving import torch_save
 
         torch_save.Checksum = self._usual  # type: ignore[misc]
 

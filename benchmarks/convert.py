@@ -55,7 +55,7 @@ print(json.dumps({{"seconds": time.perf_counter() - started, "peak_bytes": peak}
 _IMPORT = """
 from pathlib import Path
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
-from megatron_cpt.convert.torch_dist_plan import Target
+from megatron_cpt.convert.megatron.torch_dist_plan import Target
 started = time.perf_counter()
 options = ImportOptions(target=Target({tensor}, {pipeline}))
 import_checkpoint(Path({source!r}), Path({target!r}), options, advance=advance)
@@ -131,15 +131,16 @@ def nemotron_config(layers: int) -> dict[str, Any]:
     """config.json of Nemotron-4 15B."""
     from megatron_cpt.config import ModelConfig
     from megatron_cpt.config.presets import preset
-    from megatron_cpt.convert.families import NEMOTRON
+    from megatron_cpt.convert.huggingface.config import to_hf_config
+    from megatron_cpt.convert.mapping.families import NEMOTRON
 
-    return NEMOTRON.to_hf_config(ModelConfig(**{**preset("nemotron4_15b"), "layers": layers}), "bfloat16")
+    return to_hf_config(NEMOTRON, ModelConfig(**{**preset("nemotron4_15b"), "layers": layers}), "bfloat16")
 
 
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of a Hugging Face folder of this config."""
-    from megatron_cpt.convert.families import read_model
-    from megatron_cpt.convert.mapping import resolve
+    from megatron_cpt.convert.huggingface.config import read_model
+    from megatron_cpt.convert.mapping.resolve import resolve
 
     family, model = read_model(config)
     return {name: shape for rule in resolve(family, model) for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)}
@@ -149,7 +150,7 @@ def make_folder(folder: Path, config: dict[str, Any]) -> int:
     """A Hugging Face folder of this config with random bf16 weights, a part at a time; returns its bytes."""
     import torch
 
-    from megatron_cpt.convert.hf_writer import HfWriter
+    from megatron_cpt.convert.huggingface.writer import HfWriter
 
     shapes = hf_shapes(config)
     writer = HfWriter(folder, {name: (shape, torch.bfloat16) for name, shape in shapes.items()})

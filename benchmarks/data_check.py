@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from record import machine, write_result
 
-from megatron_cpt.data.check import check_dataset
-from megatron_cpt.data.index_header import read_header
-from megatron_cpt.data.index_writer import IndexedDatasetWriter
-from megatron_cpt.data.scan import scan_ids
+from megatron_cpt.data.inspect.check import check_dataset
+from megatron_cpt.data.inspect.scan_ids import scan_ids
+from megatron_cpt.data.tokenfile.header import read_header
+from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
 
 VOCABULARY, MEAN_DOCUMENT = 50_000, 1000
 PIECE = 1 << 24  # tokens written at a time

@@ -116,8 +116,8 @@ def write_corpus(path: Path, most: int) -> dict[str, Any]:
 
 
 def compare(kind: str, tokenizer: Path, input_path: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from megatron_cpt.data.fast_tokenizer import plan_tokenizer
-    from megatron_cpt.data.tokenizers import load_tokenizer
+    from megatron_cpt.data.tokenizers.fast import plan_tokenizer
+    from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
     spec = f"{kind}:{tokenizer}"
     plan = plan_tokenizer(spec, load_tokenizer(spec), when="auto", input_bytes=1 << 40, notify=print)
@@ -159,7 +159,7 @@ def compare(kind: str, tokenizer: Path, input_path: Path, folder: Path, options:
 
 
 def time_ours(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[str, float]:
-    from megatron_cpt.data.preprocess import preprocess
+    from megatron_cpt.data.preprocess.pipeline import preprocess
 
     marks: list[tuple[float, int, float]] = []
     cpu_seconds = CpuClock()
@@ -230,7 +230,7 @@ def _encode_line(line: str) -> tuple[list[int], int]:
 def time_theirs(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[str, float]:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    from megatron_cpt.data.tokenizers import load_tokenizer
+    from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(spec)
     assert tokenizer.eod_id is not None
@@ -264,8 +264,8 @@ def time_bare(plan: Any, input_path: Path, workers: int) -> dict[str, float]:
 
 
 def _bare_worker(plan: Any, path: str, index: int, count: int, barrier: Any, queue: Any) -> None:
-    from megatron_cpt.data.fast_tokenizer import load_fast
-    from megatron_cpt.data.tokenizers import load_tokenizer
+    from megatron_cpt.data.tokenizers.fast import load_fast
+    from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with open(path) as lines:
@@ -296,7 +296,7 @@ def _own_reader(plan: Any, path: str, queue: Any) -> None:
     import awkward  # noqa: F401 (what it returns; else its import would be in the time)
     import gigatoken
 
-    from megatron_cpt.data.tokenizers import load_tokenizer
+    from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
     tokenizer: Any = load_tokenizer(plan.spec)
     data, is_model = Path(tokenizer.file).read_bytes(), plan.spec.startswith("sentencepiece:")

@@ -91,7 +91,9 @@ def make_source(prefix: Path, num_tokens: int) -> None:
 
 def state_after(weights: dict[str, float], step: int) -> dict[str, Any]:
     """The blend's state after so many steps; which source got the last sample of a share makes no difference here."""
-    from megatron_cpt.plan.sources import split_samples  # not at the top: the processes that are timed import all anew
+    from megatron_cpt.plan.timeline.epochs import (
+        split_samples,  # not at the top: the processes that are timed import all anew
+    )
 
     return {
         "sample": step * GLOBAL_BATCH,

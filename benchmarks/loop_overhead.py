@@ -75,10 +75,10 @@ def since(start: dict[str, float]) -> dict[str, float]:
 
 def run(folder: Path, ranks: Any, blocks: int, steps: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Seconds of each block: ours, bare."""
-    from megatron_cpt.data.resolve import prepare_run
     from megatron_cpt.hooks import build_hooks
-    from megatron_cpt.train.loop import train
+    from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.setup import setup
+    from megatron_cpt.train.trainer import train
 
     prepared = prepare_run(run_file(folder, (blocks + 1) * steps), need_files=True)
     session = setup(prepared.config, prepared.plan, ranks, eod_id=None)

@@ -64,7 +64,7 @@ def hash_speed(mib: int) -> dict[str, Any]:
     """GB/s of the hash and of a sum over the same weights, by turns on one thread; medians of five."""
     import torch
 
-    from megatron_cpt.train.replicas import bit_hash
+    from megatron_cpt.train.resilience.replicas import bit_hash
 
     torch.set_num_threads(1)
     weights = torch.randn(mib << 19).bfloat16()

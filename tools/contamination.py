@@ -22,12 +22,12 @@ import numpy as np
 
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.cli.tool import run_tool
-from megatron_cpt.data.held_out import held_out_documents
-from megatron_cpt.data.indexed import IndexedDataset, IndexedDatasetWriter, expand_prefixes
-from megatron_cpt.data.merge import require_free
-from megatron_cpt.data.overlap import NEAR, NGRAM, HeldOutSet, OverlapReport, find_overlap
-from megatron_cpt.data.split import select
-from megatron_cpt.data.tokenizers import load_tokenizer
+from megatron_cpt.data.contamination.held_out import held_out_documents
+from megatron_cpt.data.contamination.overlap import NEAR, NGRAM, HeldOutSet, OverlapReport, find_overlap
+from megatron_cpt.data.rewrite.merge import require_free
+from megatron_cpt.data.rewrite.split import select
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter, expand_prefixes
+from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
 _SHOWN = 20
 

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_cpt.cli.convert import transfer_bar
+from megatron_cpt.cli.convert_command import transfer_bar
 from megatron_cpt.cli.tool import run_tool
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
-from megatron_cpt.convert.torch_dist_plan import Target
+from megatron_cpt.convert.megatron.torch_dist_plan import Target
 from megatron_cpt.errors import UserError
 
 _HF_SAVERS = ("hf", "hf_llava", "llama_mistral", "huggingface")

@@ -12,8 +12,8 @@ import sys
 
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.cli.tool import run_tool
-from megatron_cpt.data.indexed import expand_prefixes
-from megatron_cpt.data.merge import folder_prefixes, merge_datasets
+from megatron_cpt.data.rewrite.merge import folder_prefixes, merge_datasets
+from megatron_cpt.data.tokenfile.reader import expand_prefixes
 
 
 def parse_arguments() -> argparse.Namespace:

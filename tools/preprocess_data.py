@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_cpt.cli.encoding_progress import encoding_progress, print_report
 from megatron_cpt.cli.tool import run_tool
-from megatron_cpt.data.preprocess import preprocess
+from megatron_cpt.data.preprocess.pipeline import preprocess
 from megatron_cpt.errors import UserError
 
 _DIRECT = {"HuggingFaceTokenizer": "huggingface", "GPTSentencePieceTokenizer": "sentencepiece"}

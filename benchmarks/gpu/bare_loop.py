@@ -18,7 +18,7 @@ def bare_steps(run: RunConfig, batches: list[Any]) -> Callable[[], None]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_cpt.optim.adam import install_if_needed
+    from megatron_cpt.optim.group_step_adam import install_if_needed
 
     model_parallel_cuda_manual_seed(run.seed)
     install_if_needed()  # where neither Apex nor Transformer Engine brings an Adam, both loops have the same one
@@ -67,7 +67,7 @@ def _model(run: RunConfig) -> tuple[Any, Any]:
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_cpt.model.machine import read_machine
+    from megatron_cpt.model.capabilities import read_machine
 
     here = read_machine()
     has_te = here.transformer_engine is not None

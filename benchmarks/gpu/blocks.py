@@ -14,7 +14,8 @@ there is after a round is printed and written down, should the time for the next
 - both with FP8 (delayed and tensorwise scaling) where Transformer Engine is there;
 - the ceiling: matrix products of the MLP's shapes alone, torch.matmul in bf16 and torch._scaled_mm in FP8.
 
-Convention: FLOPs are those of `megatron_cpt.plan.flops`, forward and backward, no recomputation counted; `full` counts
+Convention: FLOPs are those of `megatron_cpt.plan.cost.flops`, forward and backward, no recomputation counted;
+`full` counts
 attention as if it were not causal, as Megatron-LM does. MFU is `full` over the datasheet's dense bf16 peak (FP8 too, so
 that the two can be compared); `of_ceiling` is over what the matrix products reached in the same call. Medians of steps.
 """
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu.bare_loop import bare_steps
 from benchmarks.record import machine, write_result
 from megatron_cpt.config import ModelConfig, RunConfig, draft_config
-from megatron_cpt.plan.flops import flops_per_token
+from megatron_cpt.plan.cost.flops import flops_per_token
 from megatron_cpt.plan.hardware import GPUS
 
 PRECISIONS = {
@@ -75,15 +76,17 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
 
     from megatron_cpt.backend import seed_everything
     from megatron_cpt.data import StepData
-    from megatron_cpt.model import build
-    from megatron_cpt.optim.build import build_optimizer
+    from megatron_cpt.model import build_model
+    from megatron_cpt.optim.build_optimizer import build_optimizer
+    from megatron_cpt.optim.update import Update
     from megatron_cpt.train.forward import ForwardPass
     from megatron_cpt.train.step import train_step
-    from megatron_cpt.train.update import Update
 
     seed_everything(run.seed, pipeline_rank=0)
-    build.initialise_weights = draw_on_device  # billions of weights by the CPU, one by one, take longer than the steps
-    model = build.build_model(run)
+    build_model.initialise_weights = (
+        draw_on_device  # billions of weights by the CPU, one by one, take longer than the steps
+    )
+    model = build_model.build_model(run)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model.chunks)
     update = Update(optimizer, run.optimizer.weight_decay)
     forward = ForwardPass(model, 1, 1, torch.device(torch.cuda.current_device()))
@@ -119,7 +122,7 @@ def random_batches(run: RunConfig) -> list[Any]:
     """The micro-batches of a step."""
     import numpy as np
 
-    from megatron_cpt.data.batch import make_batch
+    from megatron_cpt.data.loading.batch import make_batch
 
     rng = np.random.default_rng(0)
     shape = (run.batch.global_ // run.batch.micro, run.batch.micro, run.seq_length + 1)
@@ -247,7 +250,7 @@ def main() -> int:
     if arguments.child:
         return child(arguments)
 
-    from megatron_cpt.model.machine import read_machine
+    from megatron_cpt.model.capabilities import read_machine
 
     here = read_machine()
     if here.device is None and not arguments.rehearse:

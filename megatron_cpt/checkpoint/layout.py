@@ -8,11 +8,9 @@ RUN/checkpoints/latest              text: the name of the newest
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
-from megatron_cpt.data.durable import sync_folder
 from megatron_cpt.errors import RefusedError, UserError
 
 FORMAT_VERSION = 1
@@ -86,17 +84,3 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise RefusedError(
         f"{path}: holds no checkpoint (no {STATE_FILE}, no checkpoints/step-*); give a checkpoint or a run"
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new content, also after a power cut.
-
-    Only one process may write it at a time: what a dead one left aside is overwritten by the next.
-    """
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync_folder(path.parent)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import orjson
 
-from megatron_cpt.checkpoint.checksum import ALGORITHM, file_checksum
 from megatron_cpt.checkpoint.layout import MANIFEST_FILE
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.checksum import ALGORITHM, file_checksum
 
 Verify = Literal["full", "sampled", "none"]
 SAMPLED_SHARE = 16  # of the shards, one in so many

@@ -13,15 +13,15 @@ import typer
 
 from megatron_cpt import __version__
 from megatron_cpt.cli.arguments import repeat_options
-from megatron_cpt.cli.check import check
-from megatron_cpt.cli.convert import app as convert_app
-from megatron_cpt.cli.doctor import doctor
-from megatron_cpt.cli.inspect import inspect
-from megatron_cpt.cli.launch import WordsCommand, launch
-from megatron_cpt.cli.plan import plan
-from megatron_cpt.cli.preprocess import preprocess
-from megatron_cpt.cli.trace import trace
-from megatron_cpt.cli.train import train
+from megatron_cpt.cli.check_command import check
+from megatron_cpt.cli.convert_command import app as convert_app
+from megatron_cpt.cli.doctor_command import doctor
+from megatron_cpt.cli.inspect_command import inspect
+from megatron_cpt.cli.launch_command import WordsCommand, launch
+from megatron_cpt.cli.plan_command import plan
+from megatron_cpt.cli.preprocess_command import preprocess
+from megatron_cpt.cli.trace_command import trace
+from megatron_cpt.cli.train_command import train
 from megatron_cpt.errors import CptError
 
 __all__ = ["app", "main"]

@@ -1,7 +1,7 @@
 """run.yaml -> frozen, strict models. Imports neither torch nor megatron."""
 
 from megatron_cpt.config.jsonschema import run_schema
-from megatron_cpt.config.load import Draft, draft_config, load_config
+from megatron_cpt.config.load_run import Draft, draft_config, load_config
 from megatron_cpt.config.model import Activation, ModelConfig, Norm, RopeScaling
 from megatron_cpt.config.presets import preset_names
 from megatron_cpt.config.quantities import format_count, format_duration, parse_count

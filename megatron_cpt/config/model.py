@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_cpt.config.base import Section
+from megatron_cpt.config.section import Section
 
 
 class Activation(StrEnum):

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from megatron_cpt.config.base import Section
 from megatron_cpt.config.model import ModelConfig
 from megatron_cpt.config.quantities import COUNT_SCHEMA, TokenCount, parse_count, parse_span
 from megatron_cpt.config.resilience import ResilienceConfig
+from megatron_cpt.config.section import Section
 from megatron_cpt.config.speed import SpeedConfig
 
 MOST_RAMP_SIZES = 1024

@@ -17,12 +17,10 @@ import torch
 
 from megatron_cpt.checkpoint.manifest import Verify
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.families import Family, by_name, detect, matching, read_model
-from megatron_cpt.convert.hf_writer import DEFAULT_SHARD_BYTES, HfWriter, work_folder
-from megatron_cpt.convert.incoming import Incoming, find_side_files, open_incoming
-from megatron_cpt.convert.mapping import Rule, resolve
-from megatron_cpt.convert.safetensors_folder import CONFIG_FILE, read_json_object
-from megatron_cpt.convert.workplace import (
+from megatron_cpt.convert.huggingface.config import matching, read_model, to_hf_config
+from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, read_json_object
+from megatron_cpt.convert.huggingface.writer import DEFAULT_SHARD_BYTES, HfWriter, work_folder
+from megatron_cpt.convert.job import (
     DTYPES,
     Advance,
     cast,
@@ -33,6 +31,9 @@ from megatron_cpt.convert.workplace import (
     silent,
     told_plainly,
 )
+from megatron_cpt.convert.mapping.families import Family, by_name, detect
+from megatron_cpt.convert.mapping.resolve import Rule, resolve
+from megatron_cpt.convert.source import Incoming, find_side_files, open_incoming
 from megatron_cpt.errors import RefusedError, UserError
 
 BLOCK_BYTES = 16 << 20
@@ -224,7 +225,7 @@ def _write_side_files(
     if config and _still_true(config, side[CONFIG_FILE], model, dtype):
         shutil.copyfile(side[CONFIG_FILE], folder / CONFIG_FILE)
     else:
-        config |= family.to_hf_config(model, dtype)
+        config |= to_hf_config(family, model, dtype)
         config.pop("dtype", None)  # the newer name of torch_dtype
         (folder / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     for name, file in side.items():

@@ -19,18 +19,7 @@ from megatron_cpt import __version__
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.manifest import FileDigest, digest, manifest_text
 from megatron_cpt.config import dump_yaml
-from megatron_cpt.convert.incoming import HF_FOLDER, Incoming, open_incoming
-from megatron_cpt.convert.journal import Journal
-from megatron_cpt.convert.torch_dist_plan import FilePlan, Form, Target, file_bytes, plan_files, total_bytes
-from megatron_cpt.convert.torch_dist_writer import (
-    WrittenFile,
-    write_extra_states,
-    write_file,
-    write_metadata,
-    written_from_journal,
-)
-from megatron_cpt.convert.vocabulary import VocabularyReport, extend_vocabulary
-from megatron_cpt.convert.workplace import (
+from megatron_cpt.convert.job import (
     DTYPES,
     Advance,
     cast,
@@ -44,7 +33,18 @@ from megatron_cpt.convert.workplace import (
     sync_file,
     told_plainly,
 )
-from megatron_cpt.data.durable import sync_folder
+from megatron_cpt.convert.journal import Journal
+from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, Form, Target, file_bytes, plan_files, total_bytes
+from megatron_cpt.convert.megatron.torch_dist_writer import (
+    WrittenFile,
+    write_extra_states,
+    write_file,
+    write_metadata,
+    written_from_journal,
+)
+from megatron_cpt.convert.source import HF_FOLDER, Incoming, open_incoming
+from megatron_cpt.convert.vocabulary import VocabularyReport, extend_vocabulary
+from megatron_cpt.files.atomic import sync_folder, write_atomically
 
 _EXTRA_STATE_FILE = "__extra_0.distcp"
 _SPARE_BYTES = 64 << 20  # for what is written beside the tensors
@@ -263,7 +263,7 @@ def _finish(
         sync_folder(aside / HF_FOLDER)
     digests = {name: FileDigest(result.size, result.checksum) for name, result in written.items()}
     digests |= {name: digest(aside / name) for name in names}
-    layout.write_atomically(aside / layout.MANIFEST_FILE, manifest_text(digests))
+    write_atomically(aside / layout.MANIFEST_FILE, manifest_text(digests))
     journal.remove()
 
 

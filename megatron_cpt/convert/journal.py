@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from megatron_cpt.data.durable import sync_folder
+from megatron_cpt.files.atomic import sync_folder
 
 JOURNAL_FILE = "journal.jsonl"
 

@@ -117,8 +117,8 @@ def _our_logits(
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-        from megatron_cpt.checkpoint.load import load_weights
-        from megatron_cpt.model.build import build_model
+        from megatron_cpt.checkpoint.loading.load import load_weights
+        from megatron_cpt.model.build_model import build_model
 
         chunks = build_model(run).chunks
         load_weights(path, chunks)

@@ -14,11 +14,11 @@ import torch
 
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.exporter import Block, blocks, open_source, read_block
-from megatron_cpt.convert.families import read_model
-from megatron_cpt.convert.incoming import Incoming
-from megatron_cpt.convert.mapping import check_tensors, resolve
-from megatron_cpt.convert.safetensors_folder import CONFIG_FILE, HfFolder
-from megatron_cpt.convert.workplace import Advance, run_parallel, told_plainly
+from megatron_cpt.convert.huggingface.config import read_model
+from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, HfFolder
+from megatron_cpt.convert.job import Advance, run_parallel, told_plainly
+from megatron_cpt.convert.mapping.resolve import check_tensors, resolve
+from megatron_cpt.convert.source import Incoming
 from megatron_cpt.errors import RefusedError
 
 _NOTES = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout", "vocab_multiple"}

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.expected import expected_tensors
-from megatron_cpt.convert.incoming import Incoming
-from megatron_cpt.convert.torch_dist_plan import Form
-from megatron_cpt.convert.weights import EMBEDDING, OUTPUT_LAYER
+from megatron_cpt.convert.mapping.shapes import expected_tensors
+from megatron_cpt.convert.mapping.tensors import EMBEDDING, OUTPUT_LAYER
+from megatron_cpt.convert.megatron.torch_dist_plan import Form
+from megatron_cpt.convert.source import Incoming
 from megatron_cpt.errors import RefusedError, UserError
 
 _BLOCK_ROWS = 8192

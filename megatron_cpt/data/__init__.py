@@ -1,8 +1,9 @@
 """Token files, streams, blends and batches. Plain numpy: importing it loads neither torch nor a tokenizer library."""
 
-from megatron_cpt.data.batch import Batch, DocumentOptions, make_batch
-from megatron_cpt.data.blend import BlendCursor, PhaseBlend, assign
-from megatron_cpt.data.indexed import (
+from megatron_cpt.data.loading.batch import Batch, DocumentOptions, make_batch
+from megatron_cpt.data.loading.loader import Loader, StepData, validation_batches
+from megatron_cpt.data.loading.stream import SampleLocation, TokenStream
+from megatron_cpt.data.tokenfile.reader import (
     IndexedDataset,
     IndexedDatasetWriter,
     IndexHeader,
@@ -10,10 +11,9 @@ from megatron_cpt.data.indexed import (
     expand_prefixes,
     read_header,
 )
-from megatron_cpt.data.loader import Loader, StepData, validation_batches
-from megatron_cpt.data.permutation import Permutation, derive_key
-from megatron_cpt.data.stream import SampleLocation, TokenStream
-from megatron_cpt.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.sampling.blend import BlendCursor, PhaseBlend, assign
+from megatron_cpt.sampling.permutation import Permutation, derive_key
 
 __all__ = [
     "Batch",

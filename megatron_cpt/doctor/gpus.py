@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_cpt.doctor.findings import Finding, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
 
 # The old names of the reasons for low clocks: new drivers know them too (nvidia-smi --help-query-gpu).
 _FIELDS = (
@@ -93,7 +93,7 @@ def parse_links(text: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def check_gpus(found: Gpus, *, num_ranks: int | None, torch_sees: int) -> list[Finding]:
+def check_gpus(found: Gpus, *, num_ranks: int | None, torch_sees: int) -> list[Diagnosis]:
     """Number, health and links.
 
     Args:
@@ -103,9 +103,9 @@ def check_gpus(found: Gpus, *, num_ranks: int | None, torch_sees: int) -> list[F
     """
     if found.problem is not None:
         cost = "the driver does not answer"
-        return [Finding("GPUs", Level.BLOCKS, found.problem, cost, "have the driver seen to; `dmesg | grep -i nvrm`")]
+        return [Diagnosis("GPUs", Level.BLOCKS, found.problem, cost, "have the driver seen to; `dmesg | grep -i nvrm`")]
     if not found.gpus:
-        return [Finding("GPUs", Level.NOTE, "none", "training runs on the CPU: for small models and tests")]
+        return [Diagnosis("GPUs", Level.NOTE, "none", "training runs on the CPU: for small models and tests")]
     return [
         _number(found.gpus, num_ranks, torch_sees),
         _alike(found.gpus),
@@ -115,57 +115,59 @@ def check_gpus(found: Gpus, *, num_ranks: int | None, torch_sees: int) -> list[F
     ]
 
 
-def _number(gpus: Sequence[Gpu], num_ranks: int | None, torch_sees: int) -> Finding:
+def _number(gpus: Sequence[Gpu], num_ranks: int | None, torch_sees: int) -> Diagnosis:
     kinds = Counter(f"{gpu.name}, {gpu.memory / 1024:.0f} GiB" for gpu in gpus)
     found = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) + f"; driver {gpus[0].driver}"
     if torch_sees == 0:
         way_out = "install a CUDA build of torch that this driver can run, and look at CUDA_VISIBLE_DEVICES"
-        return Finding(
+        return Diagnosis(
             "GPUs", Level.BLOCKS, found, "torch can use none of them: training would run on the CPU", way_out
         )
     if num_ranks is not None and num_ranks > torch_sees:
         cost = f"{num_ranks} ranks start on this node, and torch can use {torch_sees}"
-        return Finding("GPUs", Level.BLOCKS, found, cost, f"--nproc-per-node {torch_sees}")
+        return Diagnosis("GPUs", Level.BLOCKS, found, cost, f"--nproc-per-node {torch_sees}")
     return sound("GPUs", found)
 
 
-def _alike(gpus: Sequence[Gpu]) -> Finding:
+def _alike(gpus: Sequence[Gpu]) -> Diagnosis:
     if len({(gpu.name, gpu.memory, gpu.max_clock) for gpu in gpus}) > 1:
         cost = "all wait for the slowest, and the smallest memory counts"
-        return Finding("GPUs alike", Level.WARNING, "they differ", cost, "choose alike ones by CUDA_VISIBLE_DEVICES")
+        return Diagnosis("GPUs alike", Level.WARNING, "they differ", cost, "choose alike ones by CUDA_VISIBLE_DEVICES")
     return sound("GPUs alike", f"up to {gpus[0].max_clock} MHz")
 
 
-def _free(gpus: Sequence[Gpu]) -> Finding:
+def _free(gpus: Sequence[Gpu]) -> Diagnosis:
     busy = [f"GPU {number}: {gpu.memory_used} MiB" for number, gpu in enumerate(gpus) if gpu.memory_used > _BUSY_MIB]
     if busy:
         cost = "memory is missing, and speed"
-        return Finding("GPUs free", Level.WARNING, ", ".join(busy), cost, "`nvidia-smi` shows whose it is")
+        return Diagnosis("GPUs free", Level.WARNING, ", ".join(busy), cost, "`nvidia-smi` shows whose it is")
     return sound("GPUs free", "all")
 
 
-def _healthy(gpus: Sequence[Gpu]) -> Finding:
+def _healthy(gpus: Sequence[Gpu]) -> Diagnosis:
     broken = [f"GPU {n}: {gpu.ecc_errors} memory errors" for n, gpu in enumerate(gpus) if gpu.ecc_errors]
     if broken:
         cost = "uncorrectable: runs end there, or go wrong"
-        return Finding("GPUs healthy", Level.BLOCKS, ", ".join(broken), cost, "take the node out; reset, or replace it")
+        return Diagnosis(
+            "GPUs healthy", Level.BLOCKS, ", ".join(broken), cost, "take the node out; reset, or replace it"
+        )
     slow = [f"GPU {n}: {' and '.join(gpu.slowed_by)}" for n, gpu in enumerate(gpus) if gpu.slowed_by]
     if slow:
         cost = "the clock is held down in hardware, and every rank waits for this one"
-        return Finding("GPUs healthy", Level.WARNING, ", ".join(slow), cost, "have cooling and power seen to")
+        return Diagnosis("GPUs healthy", Level.WARNING, ", ".join(slow), cost, "have cooling and power seen to")
     return sound("GPUs healthy", "no memory errors, clocks free")
 
 
-def _links(found: Gpus) -> Finding:
+def _links(found: Gpus) -> Diagnosis:
     links = found.num_links
     if len(found.gpus) == 1:
         return sound("NVLink", "one GPU needs none")
     if links is None or not any(links):
         cost = "tensor parallelism goes over PCIe: many times slower"
-        return Finding("NVLink", Level.WARNING, "none", cost, "keep parallel.tensor at 1 or 2")
+        return Diagnosis("NVLink", Level.WARNING, "none", cost, "keep parallel.tensor at 1 or 2")
     if len(set(links)) > 1:
         cost = "collectives run at the speed of the GPU with the fewest"
-        return Finding("NVLink", Level.WARNING, f"links up: {list(links)}", cost, "have the node seen to")
+        return Diagnosis("NVLink", Level.WARNING, f"links up: {list(links)}", cost, "have the node seen to")
     return sound("NVLink", f"{links[0]} links a GPU")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.doctor.findings import Finding, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
 
 _GIB = 2**30
 _MIN_FILES = 65536  # two a data file (.bin, .idx), a socket a peer, in every rank
@@ -43,20 +43,20 @@ def read_ports(folder: Path = _INFINIBAND) -> tuple[Port, ...]:
     return tuple(found)
 
 
-def check_ports(ports: Sequence[Port], *, num_nodes: int) -> Finding:
+def check_ports(ports: Sequence[Port], *, num_nodes: int) -> Diagnosis:
     """Cards for traffic between nodes; only a run on several nodes needs them."""
     name = "InfiniBand"
     if not ports:
         if num_nodes == 1:
             return sound(name, "none, not needed on one node")
         cost = "gradients and pipeline stages go over TCP: many times slower"
-        return Finding(name, Level.WARNING, "none", cost, "in a container, give it /dev/infiniband")
+        return Diagnosis(name, Level.WARNING, "none", cost, "in a container, give it /dev/infiniband")
     down = [port.card for port in ports if port.state != "ACTIVE"]
     rates = sorted({port.rate for port in ports if port.state == "ACTIVE"})
     found = f"{len(ports) - len(down)} of {len(ports)} ports active, {', '.join(rates) or 'no rate'}"
     if down and num_nodes > 1:
         cost = f"down: {', '.join(down)}; each carries its GPU's share of the traffic"
-        return Finding(
+        return Diagnosis(
             name, Level.WARNING, found, cost, "have the links seen to, or leave the cards out by NCCL_IB_HCA"
         )
     return sound(name, found)
@@ -68,31 +68,31 @@ def read_limit(number: int) -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def check_open_files(limit: int | None) -> Finding:
+def check_open_files(limit: int | None) -> Diagnosis:
     """Every rank opens all data files, and a socket to many peers."""
     if limit is not None and limit < _MIN_FILES:
         cost = "a run of many data files, or on many nodes, ends with 'Too many open files'"
-        return Finding("open files", Level.WARNING, f"{limit:,}", cost, f"ulimit -n {_MIN_FILES}")
+        return Diagnosis("open files", Level.WARNING, f"{limit:,}", cost, f"ulimit -n {_MIN_FILES}")
     return sound("open files", "unlimited" if limit is None else f"{limit:,}")
 
 
-def check_locked_memory(limit: int | None, *, has_infiniband: bool) -> Finding:
+def check_locked_memory(limit: int | None, *, has_infiniband: bool) -> Diagnosis:
     """Memory that a card reads and writes by itself must be locked."""
     found = "unlimited" if limit is None else f"{limit / _GIB:.3g} GiB"
     if limit is None or not has_infiniband:
         return sound("locked memory", found)
     cost = "NCCL cannot register its buffers with InfiniBand: it fails ('Cannot allocate memory')"
     way_out = "ulimit -l unlimited (SLURM: PropagateResourceLimitsExcept=MEMLOCK; Docker: --ulimit memlock=-1)"
-    return Finding("locked memory", Level.BLOCKS, found, cost, way_out)
+    return Diagnosis("locked memory", Level.BLOCKS, found, cost, way_out)
 
 
-def check_shared_memory(size: int | None) -> Finding:
+def check_shared_memory(size: int | None) -> Diagnosis:
     """Size of /dev/shm in bytes; None: there is none."""
     if size is not None and size >= _MIN_SHM:
         return sound("shared memory", f"{size / _GIB:.3g} GiB")
     found = "no /dev/shm" if size is None else f"{size / _GIB:.3g} GiB"
     cost = "NCCL ends with a bus error where GPUs of a node talk through it"
-    return Finding("shared memory", Level.WARNING, found, cost, "Docker: --shm-size 16g, or --ipc host")
+    return Diagnosis("shared memory", Level.WARNING, found, cost, "Docker: --shm-size 16g, or --ipc host")
 
 
 def read_shared_memory() -> int | None:
@@ -108,15 +108,15 @@ def resolve(name: str) -> str | None:
         return None
 
 
-def check_name(name: str, address: str | None, *, num_nodes: int) -> Finding:
+def check_name(name: str, address: str | None, *, num_nodes: int) -> Diagnosis:
     """Whether this host's own name means this host to itself, and to the others."""
     if address is None:
         cost = "torchrun and gloo look it up; they fail, or wait"
-        return Finding("host name", Level.BLOCKS, f"{name} has no address", cost, "enter it in DNS or /etc/hosts")
+        return Diagnosis("host name", Level.BLOCKS, f"{name} has no address", cost, "enter it in DNS or /etc/hosts")
     if address.startswith("127.") and num_nodes > 1:
         cost = "this node tells the others an address that is theirs"
         way_out = "correct /etc/hosts, or name the interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
-        return Finding("host name", Level.WARNING, f"{name} is {address}", cost, way_out)
+        return Diagnosis("host name", Level.WARNING, f"{name} is {address}", cost, way_out)
     return sound("host name", f"{name} is {address}")
 
 
@@ -131,9 +131,9 @@ def is_port_free(port: int) -> bool:
     return True
 
 
-def check_port(port: int, *, is_free: bool) -> Finding:
+def check_port(port: int, *, is_free: bool) -> Diagnosis:
     """The port of the rendezvous, on the node that shall hold it."""
     if is_free:
         return sound("rendezvous port", f"{port} is free")
     cost = "a run that meets there would meet somebody else's"
-    return Finding("rendezvous port", Level.WARNING, f"{port} is taken", cost, "another PORT, or end what holds it")
+    return Diagnosis("rendezvous port", Level.WARNING, f"{port} is taken", cost, "another PORT, or end what holds it")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from megatron_cpt.doctor.findings import Finding, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
 from megatron_cpt.doctor.software import Software
 
 if TYPE_CHECKING:
-    from megatron_cpt.data.resolve import PreparedRun
+    from megatron_cpt.prepare import PreparedRun
 
 _MAX_SKEW = 2.0  # seconds; what is measured holds the way of one message, too
 
@@ -44,7 +44,7 @@ class Node:
 def run_hashes(prepared: PreparedRun) -> tuple[tuple[str, str], ...]:
     """See `Node.run`."""
     from megatron_cpt.data import IndexedDataset
-    from megatron_cpt.data.fingerprint import fingerprint
+    from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 
     config = hashlib.sha256(orjson.dumps(prepared.config.to_dict(), option=orjson.OPT_SORT_KEYS)).hexdigest()
     data = {
@@ -89,14 +89,14 @@ def clocks() -> list[float]:
     return [float(clock) for clock in gather(time.time())]
 
 
-def check_alike(nodes: Sequence[Node]) -> list[Finding]:
+def check_alike(nodes: Sequence[Node]) -> list[Diagnosis]:
     """Whether nodes differ in what must be the same."""
     if len(nodes) < 2:
         return []
     return [_software(nodes), _gpus(nodes), _run(nodes), _time(nodes)]
 
 
-def _software(nodes: Sequence[Node]) -> Finding:
+def _software(nodes: Sequence[Node]) -> Diagnosis:
     first = asdict(nodes[0].software)
     differing = [
         f"{node.host}: {name} {value} instead of {first[name]}"
@@ -106,27 +106,27 @@ def _software(nodes: Sequence[Node]) -> Finding:
     ]
     if differing:
         cost = "ranks may disagree on numbers, on messages and on what a checkpoint is"
-        return Finding(
+        return Diagnosis(
             "same programs", Level.BLOCKS, "; ".join(differing), cost, "one container, or one environment, for all"
         )
     return sound("same programs", f"on {len(nodes)} nodes")
 
 
-def _gpus(nodes: Sequence[Node]) -> Finding:
+def _gpus(nodes: Sequence[Node]) -> Diagnosis:
     differing = [
         f"{node.host}: {_kinds(node)} instead of {_kinds(nodes[0])}" for node in nodes if node.gpus != nodes[0].gpus
     ]
     if differing:
         cost = "all wait for the slowest, and the smallest memory counts"
-        return Finding(
+        return Diagnosis(
             "same GPUs", Level.WARNING, "; ".join(differing), cost, "ask the scheduler for one kind (--constraint)"
         )
     return sound("same GPUs", _kinds(nodes[0]))
 
 
-def _run(nodes: Sequence[Node]) -> Finding:
+def _run(nodes: Sequence[Node]) -> Diagnosis:
     if any(node.run is None for node in nodes):
-        return Finding("same run", Level.NOTE, "not compared: no run.yaml was given, or it has problems")
+        return Diagnosis("same run", Level.NOTE, "not compared: no run.yaml was given, or it has problems")
     first = dict(nodes[0].run or ())
     differing = [
         f"{node.host}: {name}"
@@ -136,19 +136,19 @@ def _run(nodes: Sequence[Node]) -> Finding:
     ]
     if differing:
         cost = f"other than on {nodes[0].host}: ranks would read other text, or train another model"
-        return Finding(
+        return Diagnosis(
             "same run", Level.BLOCKS, "; ".join(differing), cost, "put run.yaml and data where all nodes see them"
         )
     return sound("same run", f"run.yaml and {len(first) - 1} sources, by hash")
 
 
-def _time(nodes: Sequence[Node]) -> Finding:
+def _time(nodes: Sequence[Node]) -> Diagnosis:
     earliest, latest = (pick(nodes, key=lambda node: node.clock) for pick in (min, max))
     skew = latest.clock - earliest.clock
     if skew > _MAX_SKEW:
         found = f"{latest.host} is {skew:.1f} s ahead of {earliest.host}"
         cost = "logs cannot be put in order, and shared storage may take new files for old ones"
-        return Finding("same time", Level.WARNING, found, cost, "start chrony or ntpd there")
+        return Diagnosis("same time", Level.WARNING, found, cost, "start chrony or ntpd there")
     return sound("same time", f"within {skew:.2g} s")
 
 

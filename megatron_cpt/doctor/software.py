@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from megatron_cpt.doctor.findings import Finding, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
 
 _OF_PYTHON = {"3.11": "0.16.1", "3.12": "0.19"}
 """The megatron-core that the tests run with."""
@@ -63,16 +63,16 @@ def read_software() -> Software:
     )
 
 
-def check_core(software: Software) -> list[Finding]:
+def check_core(software: Software) -> list[Diagnosis]:
     """Torch and megatron-core: here, and in the range that our package asks for."""
     ranges = dict(software.required)
     findings = []
     for name, found in (("torch", software.torch), ("megatron-core", software.megatron_core)):
         if found is None:
-            findings.append(Finding(name, Level.BLOCKS, "not installed", "nothing can run", f"pip install {name}"))
+            findings.append(Diagnosis(name, Level.BLOCKS, "not installed", "nothing can run", f"pip install {name}"))
         elif not _fits(found, ranges.get(name, "")):
             cost = f"outside of {ranges[name]}, which this package is made for"
-            findings.append(Finding(name, Level.BLOCKS, found, cost, f"pip install '{name}{ranges[name]}'"))
+            findings.append(Diagnosis(name, Level.BLOCKS, found, cost, f"pip install '{name}{ranges[name]}'"))
         elif name == "torch":
             findings.append(sound(name, f"{found}, CUDA {software.cuda}" if software.cuda else f"{found}, for CPUs"))
         else:
@@ -80,7 +80,7 @@ def check_core(software: Software) -> list[Finding]:
     return findings
 
 
-def check_transformer_engine(software: Software, *, has_gpu: bool) -> Finding:
+def check_transformer_engine(software: Software, *, has_gpu: bool) -> Diagnosis:
     """Transformer Engine decides about kernels and FP8; it is of no use without a GPU."""
     name = "Transformer Engine"
     if software.transformer_engine is not None:
@@ -89,7 +89,7 @@ def check_transformer_engine(software: Software, *, has_gpu: bool) -> Finding:
         )
     if not has_gpu:
         return sound(name, "not installed, not needed on a CPU")
-    return Finding(
+    return Diagnosis(
         name,
         Level.NOTE,
         "not installed",
@@ -99,13 +99,13 @@ def check_transformer_engine(software: Software, *, has_gpu: bool) -> Finding:
     )
 
 
-def check_apex(software: Software, *, has_gpu: bool) -> Finding:
+def check_apex(software: Software, *, has_gpu: bool) -> Diagnosis:
     """Apex brings fused kernels that Transformer Engine has as well."""
     if software.apex is not None:
         return sound("apex", software.apex)
     if not has_gpu or software.transformer_engine is not None:
         return sound("apex", "not installed, not needed here")
-    return Finding(
+    return Diagnosis(
         "apex",
         Level.NOTE,
         "not installed, nor Transformer Engine",
@@ -114,23 +114,23 @@ def check_apex(software: Software, *, has_gpu: bool) -> Finding:
     )
 
 
-def check_nccl(software: Software, *, has_gpu: bool) -> Finding:
+def check_nccl(software: Software, *, has_gpu: bool) -> Diagnosis:
     """GPUs talk through NCCL."""
     if software.nccl is not None:
         return sound("NCCL", software.nccl)
     if not has_gpu:
         return sound("NCCL", "none, not needed on a CPU: gloo")
-    return Finding(
+    return Diagnosis(
         "NCCL", Level.BLOCKS, "torch has none", "GPUs cannot talk to each other", "install a CUDA build of torch"
     )
 
 
-def _tested_core(found: str, python: str) -> Finding:
+def _tested_core(found: str, python: str) -> Diagnosis:
     tested = _OF_PYTHON.get(".".join(python.split(".")[:2]))
     if tested is None or found.startswith(tested):
         return sound("megatron-core", found)
     cost = f"not tried with Python {python}: the tests run with {tested} there"
-    return Finding("megatron-core", Level.NOTE, found, cost, "run `make test` once here")
+    return Diagnosis("megatron-core", Level.NOTE, found, cost, "run `make test` once here")
 
 
 def _fits(found: str, wanted: str) -> bool:

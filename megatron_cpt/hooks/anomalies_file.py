@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.errors import CptError
-from megatron_cpt.hooks.line_file import LineFile, drop_lines_after
+from megatron_cpt.files.jsonl_log import LineFile, drop_lines_after
+from megatron_cpt.provenance.trace import trace_step
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
-from megatron_cpt.train.trace import trace_step
 
 FILE_NAME = "anomalies.jsonl"
 

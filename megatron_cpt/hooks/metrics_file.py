@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_cpt.hooks.line_file import LineFile, drop_lines_after
+from megatron_cpt.files.jsonl_log import LineFile, drop_lines_after
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
 

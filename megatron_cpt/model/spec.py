@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_cpt.config import Fp8Config, PrecisionConfig
 from megatron_cpt.model.attention import LocalAttention
+from megatron_cpt.model.capabilities import Machine
 from megatron_cpt.model.fp8_emulated import Fp8Emulation, emulated_linears
-from megatron_cpt.model.machine import Machine
 from megatron_cpt.model.norm import LocalNorm
 
 

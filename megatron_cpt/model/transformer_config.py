@@ -18,7 +18,7 @@ from megatron_cpt.config import (
     PrecisionConfig,
     RecomputeConfig,
 )
-from megatron_cpt.model.speed import Knobs, transformer_fields
+from megatron_cpt.model.kernel_options import Knobs, transformer_fields
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_std,
-        # Random weights are drawn by model/initialise.py, the same for any layout. `perform_initialization=False` would
+        # Random weights are drawn by model/initialize.py, the same for any layout. `perform_initialization=False` would
         # be the plain way to leave them alone, but it also leaves out the marks of tensor-parallel weights, without
         # which the gradient norm counts the shards of one rank only.
         "init_method": leave_as_is,

@@ -1,16 +1,16 @@
 """Pure functions from a configuration to what a run will do: no torch, no disk, no GPU."""
 
-from megatron_cpt.chunks import ChunkGrid
-from megatron_cpt.plan.build import RunPlan, build_plan
-from megatron_cpt.plan.flops import FlopsPerToken, flops_per_token
-from megatron_cpt.plan.layout import Layout, layout_problems
-from megatron_cpt.plan.memory import GIB, Memory, estimate_memory
-from megatron_cpt.plan.parameters import Parameters, count_parameters
-from megatron_cpt.plan.phases import PhasePlan
+from megatron_cpt.plan.cost.flops import FlopsPerToken, flops_per_token
+from megatron_cpt.plan.cost.memory import GIB, Memory, estimate_memory
+from megatron_cpt.plan.cost.parameters import Parameters, count_parameters
+from megatron_cpt.plan.cost.rank_layout import Layout, layout_problems
 from megatron_cpt.plan.problem import Problem
-from megatron_cpt.plan.schedule import Schedule
-from megatron_cpt.plan.sources import SourceTotal, SourceUse
-from megatron_cpt.plan.stretches import Mark, Stretch
+from megatron_cpt.plan.run_plan import RunPlan, build_plan
+from megatron_cpt.plan.timeline.epochs import SourceTotal, SourceUse
+from megatron_cpt.plan.timeline.phases import PhasePlan
+from megatron_cpt.plan.timeline.schedule import Schedule
+from megatron_cpt.plan.timeline.segments import Mark, Stretch
+from megatron_cpt.sampling.spans import ChunkGrid
 
 __all__ = [
     "GIB",

@@ -21,7 +21,8 @@ class Gpu:
         nvlink: bytes/s to the GPUs of its node, one direction.
         network: bytes/s to other nodes, one direction; one adapter a GPU, as in NVIDIA's DGX.
         gpus_per_node: GPUs that NVLink connects.
-        is_calibrated: whether published training runs on this GPU were used to set the constants of `plan/speed.py`;
+        is_calibrated: whether published training runs on this GPU were used to set the constants
+            of `plan/cluster/step_time.py`;
             for the others the same shares of the peak are assumed.
         needs_fp8_transposes: whether FP8 products need their operands transposed (before Blackwell).
         source: where the figures are from.

@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_cpt.data import Batch
-from megatron_cpt.model.build import Model
+from megatron_cpt.model.build_model import Model
 
 
 @dataclass(frozen=True)

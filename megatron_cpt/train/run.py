@@ -16,12 +16,13 @@ from megatron_cpt.backend import Ranks, catch_stop_signals, launched_rank, launc
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.preflight import check_allowed_names
 from megatron_cpt.config import RunConfig, dump_yaml
-from megatron_cpt.data.resolve import PreparedRun, prepare_run
 from megatron_cpt.errors import CptError, UserError
-from megatron_cpt.train.guard import guard
+from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.prepare import PreparedRun, prepare_run
+from megatron_cpt.provenance.plans_file import note_plan
 from megatron_cpt.train.hook import Hook
-from megatron_cpt.train.plans_file import note_plan
-from megatron_cpt.train.watchdog import Progress, Watchdog
+from megatron_cpt.train.resilience.failure_guard import guard
+from megatron_cpt.train.resilience.watchdog import Progress, Watchdog
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
@@ -67,8 +68,8 @@ def run_training(path: str, overrides: Sequence[str], allow: Collection[str], ma
         guard(limits, ranks, watchdog, progress),
     ):
         # megatron-core reads torch.cuda when it is imported, and the process groups put the CPU in its place
-        from megatron_cpt.train.loop import train
         from megatron_cpt.train.setup import setup
+        from megatron_cpt.train.trainer import train
 
         _configure_logging(ranks)
         hooks = make_hooks(config)  # before anything is written: one may refuse what it is asked for
@@ -95,7 +96,7 @@ def _read_tokenizer(config: RunConfig) -> tuple[int | None, str | None]:
     """
     if config.tokenizer is None:
         return config.documents.eod_id, None
-    from megatron_cpt.data.tokenizers import load_tokenizer
+    from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(config.tokenizer)
@@ -144,7 +145,7 @@ def _write_run_files(session: Session, prepared: PreparedRun) -> None:
 
 def _write_files(session: Session, prepared: PreparedRun) -> None:
     session.output.mkdir(parents=True, exist_ok=True)
-    layout.write_atomically(Path(session.output) / layout.RUN_FILE, dump_yaml(session.config.to_dict()))
+    write_atomically(Path(session.output) / layout.RUN_FILE, dump_yaml(session.config.to_dict()))
     plan = prepared.plan.to_dict()
     note_plan(
         session.output,
@@ -155,4 +156,4 @@ def _write_files(session: Session, prepared: PreparedRun) -> None:
         fingerprints=session.data_fingerprints,
     )
     plan_text = orjson.dumps(plan, option=orjson.OPT_INDENT_2).decode()
-    layout.write_atomically(Path(session.output) / layout.PLAN_FILE, plan_text)
+    write_atomically(Path(session.output) / layout.PLAN_FILE, plan_text)

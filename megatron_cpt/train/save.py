@@ -10,7 +10,7 @@ from megatron_cpt import __version__
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import Record
 from megatron_cpt.config import dump_yaml
-from megatron_cpt.train.origin import rank_layout
+from megatron_cpt.train.resume import rank_layout
 from megatron_cpt.train.setup import Session
 
 

@@ -13,11 +13,11 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.load import newest_sound
+from megatron_cpt.checkpoint.loading.load import newest_sound
 from megatron_cpt.checkpoint.manifest import BrokenError
-from megatron_cpt.checkpoint.publish import Retention
 from megatron_cpt.checkpoint.record import damage_refused, read_state
-from megatron_cpt.checkpoint.save import Saver
+from megatron_cpt.checkpoint.saving.publish import Retention
+from megatron_cpt.checkpoint.saving.saver import Saver
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import (
     BlendCursor,
@@ -28,19 +28,19 @@ from megatron_cpt.data import (
     expand_prefixes,
     validation_batches,
 )
-from megatron_cpt.data.batch import DocumentOptions
-from megatron_cpt.data.cache import keep_on_disk
-from megatron_cpt.data.fim import FillInMiddle, fill_in_middle
-from megatron_cpt.data.fingerprint import fingerprint
-from megatron_cpt.model.build import Model, build_model
-from megatron_cpt.model.machine import check_machine, read_machine
-from megatron_cpt.optim.build import build_optimizer, set_adam
+from megatron_cpt.data.loading.batch import DocumentOptions
+from megatron_cpt.data.loading.fim import FillInMiddle, fill_in_middle
+from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
+from megatron_cpt.data.tokenfile.fingerprint import fingerprint
+from megatron_cpt.model.build_model import Model, build_model
+from megatron_cpt.model.capabilities import check_machine, read_machine
+from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
 from megatron_cpt.plan import RunPlan
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
-from megatron_cpt.train.origin import init_checkpoint, load_state, preflight
+from megatron_cpt.train.resume import init_checkpoint, load_state, preflight
 from megatron_cpt.train.state import TrainState, check_progress
-from megatron_cpt.train.validate import Validator
+from megatron_cpt.train.validation import Validator
 
 logger = logging.getLogger(__name__)
 

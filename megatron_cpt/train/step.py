@@ -9,10 +9,10 @@ import torch
 
 from megatron_cpt.data import StepData
 from megatron_cpt.model import fp8_emulated
-from megatron_cpt.train.anomalies import Anomaly
+from megatron_cpt.optim.update import Update
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import agree
-from megatron_cpt.train.update import Update
+from megatron_cpt.train.resilience.anomalies import Anomaly
 
 Judge = Callable[[torch.Tensor, float, bool], Anomaly | None]
 """From the losses of the step, the gradient norm and whether all ranks found finite numbers, to what is wrong."""

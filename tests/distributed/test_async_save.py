@@ -66,7 +66,7 @@ def _train_with_late_copies(path: str, overrides: list[str]) -> tuple[int, list[
     """Each copy begins only when the forward pass of the next step is over; the third is that of the run's end."""
     import threading
 
-    from megatron_cpt.checkpoint.staging import StagingBuffer
+    from megatron_cpt.checkpoint.saving.staging import StagingBuffer
     from megatron_cpt.train.forward import ForwardPass
 
     copy, forward = StagingBuffer.copy, ForwardPass.__call__
@@ -149,13 +149,13 @@ def _stop_during_a_save(path: str, overrides: list[str]) -> tuple[int, bool]:
 
     import torch.distributed as dist
 
-    from megatron_cpt.checkpoint import save
+    from megatron_cpt.checkpoint.saving import saver
     from megatron_cpt.hooks import build_hooks
     from megatron_cpt.train.hook import Hook
     from megatron_cpt.train.run import run_training
 
     may_write, was_in_flight = threading.Event(), []
-    write_files = save.write_files
+    write_files = saver.write_files
 
     def write_when_allowed(*args: object) -> object:
         may_write.wait(60)
@@ -170,13 +170,13 @@ def _stop_during_a_save(path: str, overrides: list[str]) -> tuple[int, bool]:
             if session.state.step == 4:
                 may_write.set()
 
-    save.write_files = write_when_allowed
+    saver.write_files = write_when_allowed
     try:
         # the stop is seen at step 3 or 4; the save of step 2 is published before the one it asks for begins
         threading.Timer(20, may_write.set).start()
         status = run_training(path, overrides, (), lambda config: [*build_hooks(config), Stop()])
     finally:
-        save.write_files = write_files
+        saver.write_files = write_files
     return status, was_in_flight == [True]
 
 

@@ -14,12 +14,12 @@ import yaml
 
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
-from megatron_cpt.convert.incoming import open_incoming
-from megatron_cpt.convert.legacy import LegacyWeights
 from megatron_cpt.convert.logits import LogitsReport, compare_logits
-from megatron_cpt.convert.mapping import te_name
-from megatron_cpt.convert.torch_dist_plan import Target
-from megatron_cpt.convert.torch_dist_reader import TorchDistWeights
+from megatron_cpt.convert.mapping.resolve import te_name
+from megatron_cpt.convert.megatron.legacy import LegacyWeights
+from megatron_cpt.convert.megatron.torch_dist_plan import Target
+from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
+from megatron_cpt.convert.source import open_incoming
 from tests.helpers.hf_models import FAMILY_CONFIGS, save_hf_model
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import read_metrics, small_run, train_here, train_several
@@ -50,10 +50,10 @@ def _save_both_ways(folder: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.checkpoint.sharded import model_state, unwrap
+    from megatron_cpt.checkpoint.state.state_dicts import model_state, unwrap
     from megatron_cpt.config import ParallelConfig
     from megatron_cpt.convert.logits import inference_run
-    from megatron_cpt.model.build import build_model
+    from megatron_cpt.model.build_model import build_model
 
     model = open_incoming(folder / "llama" / "checkpoint").model
     parallel = ParallelConfig(tensor=2, pipeline=2, sequence=False)

@@ -119,12 +119,12 @@ def _train(
 ) -> int:
     """`run_training` with a session that a test changed and a hook of its own."""
     from megatron_cpt.backend import StopRequest, process_groups
-    from megatron_cpt.data.resolve import prepare_run
     from megatron_cpt.hooks import build_hooks
+    from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.hook import Hook
-    from megatron_cpt.train.loop import train
     from megatron_cpt.train.run import _write_run_files
     from megatron_cpt.train.setup import setup
+    from megatron_cpt.train.trainer import train
 
     class Seen(Hook):
         def on_step(self, session: Any) -> None:
@@ -148,7 +148,7 @@ def _train(
 
 def _state_hashes(session: Any) -> dict[str, int]:
     """All bits that an update may change, by name."""
-    from megatron_cpt.train.replicas import bit_hash
+    from megatron_cpt.train.resilience.replicas import bit_hash
 
     found = {n: bit_hash(p).item() for chunk in session.model.chunks for n, p in chunk.named_parameters()}
     for number, group in enumerate(session.optimizer.param_groups):
@@ -242,7 +242,7 @@ def test_the_time_of_one_rank_stops_all_after_the_same_step(run_file: Path) -> N
 def _train_against_the_clock(path: str, overrides: list[str]) -> int:
     import torch.distributed as dist
 
-    from megatron_cpt.train.limits import WallTime
+    from megatron_cpt.train.resilience.wall_time import WallTime
 
     steps = iter(range(1000))
     now = {"seconds": 0.0}

@@ -27,10 +27,10 @@ def _without_histories(path: str, overrides: list[str]) -> int:
     """Train on, but with the amax histories that the checkpoint brought set to nothing known."""
     import torch
 
-    from megatron_cpt.checkpoint import sharded
+    from megatron_cpt.checkpoint.state import state_dicts
     from megatron_cpt.model.fp8_emulated import EmulatedFp8
 
-    load = sharded.load_model_state
+    load = state_dicts.load_model_state
 
     def load_and_forget(chunks, state):
         load(chunks, state)
@@ -39,21 +39,21 @@ def _without_histories(path: str, overrides: list[str]) -> int:
                 if isinstance(module, EmulatedFp8):
                     torch.nn.init.zeros_(module.amax_history)
 
-    sharded.load_model_state = load_and_forget
+    state_dicts.load_model_state = load_and_forget
     try:
         return train_here(path, overrides)
     finally:
-        sharded.load_model_state = load
+        state_dicts.load_model_state = load
 
 
 def _with_rounded_weights(path: str, overrides: list[str]) -> int:
     """Train on, as if the weights were kept in FP8: what is loaded into the model is rounded there."""
     import torch
 
-    from megatron_cpt.checkpoint import sharded
+    from megatron_cpt.checkpoint.state import state_dicts
     from megatron_cpt.config import PrecisionConfig
 
-    load = sharded.load_model_state
+    load = state_dicts.load_model_state
 
     def load_and_round(chunks, state):
         load(chunks, state)
@@ -65,7 +65,7 @@ def _with_rounded_weights(path: str, overrides: list[str]) -> int:
                 parameter.data.copy_(parameter.data.to(torch.float8_e4m3fn))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded, "load_model_state", load_and_round)
+        patch.setattr(state_dicts, "load_model_state", load_and_round)
         patch.setattr(PrecisionConfig, "has_fp8_weights", property(lambda precision: True))
         return train_here(path, overrides)
 

@@ -39,8 +39,8 @@ def test_a_large_checkpoint_is_loaded_in_another_layout_without_a_second_copy(tm
 def _load_and_save(path: str, overrides: list[str], target: str) -> tuple[int, int, int]:
     """Resident bytes before, at the peak of loading, and the bytes that model and optimizer hold after it."""
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.checkpoint.save import save_checkpoint
-    from megatron_cpt.data.resolve import prepare_run
+    from megatron_cpt.checkpoint.saving.saver import save_checkpoint
+    from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.save import record
     from megatron_cpt.train.setup import setup
 

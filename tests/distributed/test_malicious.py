@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_cpt.checkpoint.manifest import digest, manifest_text
-from megatron_cpt.checkpoint.unpickle import load_plain
+from megatron_cpt.checkpoint.torchfile.unpickle import load_plain
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, train_here
 

@@ -63,8 +63,8 @@ def test_all_numbers_survive_every_change_of_format_and_of_optimizer(run_file: P
 
 def _load_and_save_again(path: str, folder: str, kinds: Sequence[str]) -> None:
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.checkpoint.save import save_checkpoint
-    from megatron_cpt.data.resolve import prepare_run
+    from megatron_cpt.checkpoint.saving.saver import save_checkpoint
+    from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.save import record
     from megatron_cpt.train.setup import setup
 

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_cpt.checkpoint.preflight import find_changes, refuse_unless_allowed
 from megatron_cpt.cli import main
-from megatron_cpt.data.resolve import prepare_run
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.prepare import prepare_run
 from megatron_cpt.train.state import TrainState, check_progress
 from tests.helpers.checkpoints import differing
 from tests.helpers.ranks import RankError, run_ranks

@@ -15,9 +15,9 @@ import pytest
 from megatron_cpt.backend import Ranks, process_groups
 from megatron_cpt.checkpoint.layout import LATEST_FILE, checkpoints_folder
 from megatron_cpt.checkpoint.manifest import FileDigest, manifest_text, read_manifest
-from megatron_cpt.checkpoint.unpickle import load_plain
-from megatron_cpt.data.resolve import PreparedRun, prepare_run
+from megatron_cpt.checkpoint.torchfile.unpickle import load_plain
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.prepare import PreparedRun, prepare_run
 from tests.helpers.checkpoints import differing
 from tests.helpers.faults import cut, flip_bit, seal_again
 from tests.helpers.ranks import RankError, run_ranks

@@ -43,10 +43,10 @@ def train_and_record(path: str, overrides: Sequence[str], die_after: int | None 
     """Train; note the samples of every step that was done; and die after one step, before it can be saved."""
     import torch.distributed as dist
 
-    from megatron_cpt.train import loop
+    from megatron_cpt.train import trainer
 
     output = next(each for each in overrides if each.startswith("output=")).removeprefix("output=")
-    real_step = loop.train_step
+    real_step = trainer.train_step
     with open(f"{output}.samples-{dist.get_rank()}", "ab", buffering=0) as notes, pytest.MonkeyPatch.context() as patch:
 
         def step(*args, **kwargs):
@@ -59,7 +59,7 @@ def train_and_record(path: str, overrides: Sequence[str], die_after: int | None 
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(trainer, "train_step", step)
         assert train_here(path, overrides) == 0
 
 

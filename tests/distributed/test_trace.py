@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data import TokenStream, loader
-from megatron_cpt.data.samples import read_samples
-from megatron_cpt.train.plans_file import read_segments
-from megatron_cpt.train.run_history import read_history
+from megatron_cpt.data import TokenStream
+from megatron_cpt.data.loading import loader
+from megatron_cpt.data.loading.samples import read_samples
+from megatron_cpt.provenance.plans_file import read_segments
+from megatron_cpt.provenance.run_history import read_history
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import train_here
 

@@ -149,7 +149,8 @@ def _find_late(run_directory: str, elsewhere: str) -> list[Any]:
     """What the ranks take a run directory for, where rank 1 does not see its checkpoints yet."""
     import torch.distributed as dist
 
-    from megatron_cpt.checkpoint import layout, load
+    from megatron_cpt.checkpoint import layout
+    from megatron_cpt.checkpoint.loading import load
 
     if dist.get_rank() == 1:
         layout.list_checkpoints = lambda folder: []

@@ -16,7 +16,7 @@ HERE = "tests/gpu/"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test here needs a device; those with `te` also Transformer Engine."""
-    from megatron_cpt.model.machine import read_machine
+    from megatron_cpt.model.capabilities import read_machine
 
     here = [item for item in items if HERE in item.path.as_posix()]
     if not here:
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Device, versions, what ran and what did not: the lines that docs/gpu.md is kept with."""
-    from megatron_cpt.model.machine import read_machine
+    from megatron_cpt.model.capabilities import read_machine
 
     def reports(outcome: str) -> list[pytest.TestReport]:
         found = terminalreporter.getreports(outcome)
@@ -74,8 +74,8 @@ def _versions() -> Iterator[str]:
 def can_compute():
     """Skip a test whose precision this GPU lacks, in the words that a user would read."""
     from megatron_cpt.config import draft_config
-    from megatron_cpt.model.machine import check_machine, read_machine
-    from tests.unit.test_machine import RUN
+    from megatron_cpt.model.capabilities import check_machine, read_machine
+    from tests.unit.model.test_capabilities import RUN
 
     def check(*overrides: str) -> None:
         try:

@@ -12,8 +12,8 @@ import torch
 
 from megatron_cpt.backend import process_groups, seed_everything
 from megatron_cpt.config import draft_config
-from megatron_cpt.data.batch import Batch, DocumentOptions, make_batch
-from tests.unit.test_machine import RUN
+from megatron_cpt.data.loading.batch import Batch, DocumentOptions, make_batch
+from tests.unit.model.test_capabilities import RUN
 
 EOD, LENGTH, MICRO = 256, 128, 2
 NOTHING = ["speed={fused_cross_entropy: false, fused_rope: false, fused_activation: false, fused_bias_dropout: false}"]
@@ -31,18 +31,18 @@ def _batch(*, reset_attention: bool = False) -> Batch:
 
 def _compute(*overrides: str, local: bool = False, batch: Batch | None = None) -> Result:
     """Losses by source, and the gradient of every weight under megatron-core's checkpoint names."""
-    from megatron_cpt.model import build
+    from megatron_cpt.model import build_model
     from megatron_cpt.train.forward import ForwardPass
 
     run = draft_config({**RUN, "seq_length": LENGTH}, [f"batch.micro={MICRO}", *overrides]).finish("run.yaml")
-    machine = build.read_machine()
+    machine = build_model.read_machine()
     patch = pytest.MonkeyPatch()
     if local:
-        patch.setattr(build, "read_machine", lambda: dataclasses.replace(machine, transformer_engine=None))
+        patch.setattr(build_model, "read_machine", lambda: dataclasses.replace(machine, transformer_engine=None))
     try:
         with process_groups(run.parallel) as ranks:
             seed_everything(run.seed, pipeline_rank=0)
-            model = build.build_model(run)
+            model = build_model.build_model(run)
             assert model.spec == ("local" if local or machine.transformer_engine is None else "transformer_engine")
             losses = ForwardPass(model, MICRO, 1, ranks.device)([batch or _batch()], train=True)
             return losses, _gradients(model)
@@ -52,7 +52,7 @@ def _compute(*overrides: str, local: bool = False, batch: Batch | None = None) -
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
     """By the names of a checkpoint, which are the same for both kinds of layers."""
-    from megatron_cpt.checkpoint.sharded import unwrap
+    from megatron_cpt.checkpoint.state.state_dicts import unwrap
 
     chunk = unwrap(model.chunks[0])
     by_storage = {parameter.data_ptr(): parameter.main_grad for parameter in chunk.parameters()}

@@ -74,8 +74,8 @@ def measure_several(data: Mapping[str, Any], cases: Sequence[Iterable[str]]) -> 
 
 def _measure(config: RunConfig, data_parallel: int) -> dict[str, float]:
     from megatron_cpt.backend import seed_everything
-    from megatron_cpt.model.build import build_model
-    from megatron_cpt.optim.build import build_optimizer
+    from megatron_cpt.model.build_model import build_model
+    from megatron_cpt.optim.build_optimizer import build_optimizer
 
     seed_everything(config.seed, pipeline_rank=0)
     model = build_model(config)

@@ -10,7 +10,7 @@ import torch._dynamo  # noqa: E402, F401 - every optimizer loads it, which takes
 
 import megatron_cpt.hooks.console  # noqa: E402
 import megatron_cpt.hooks.metrics_file  # noqa: E402
-import megatron_cpt.train.loop  # noqa: E402, F401
+import megatron_cpt.train.trainer  # noqa: E402, F401
 
 gc.collect()
 gc.freeze()  # megatron-core collects garbage in every save: what was imported here need not be looked through again

@@ -1,13 +1,16 @@
-"""A small run that every unit test may bend to its needs."""
+"""A small run and small token files for unit tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -50,3 +53,35 @@ def write_run(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
 @pytest.fixture
 def repository() -> Path:
     return REPOSITORY
+
+
+Documents = Sequence[Sequence[int]]
+
+
+def write_documents(prefix: Path, documents: Documents, dtype: str = "<u2") -> IndexedDataset:
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document(np.array(document, np.int64))
+    return IndexedDataset(prefix)
+
+
+@pytest.fixture(scope="session")
+def write_pair() -> Callable[..., IndexedDataset]:
+    """write_pair(prefix, documents, dtype), for tests that make their own folders."""
+    return write_documents
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[..., IndexedDataset]:
+    """make_dataset(name, documents, dtype) writes a pair and opens it."""
+    return lambda name, documents, dtype="<u2": write_documents(tmp_path / name, documents, dtype)
+
+
+@pytest.fixture
+def counting_dataset(tmp_path: Path) -> Callable[..., IndexedDataset]:
+    """counting_dataset(name, num_tokens, first) holds one document first, first + 1, ...: a token tells its place."""
+
+    def make(name: str, num_tokens: int, first: int = 0) -> IndexedDataset:
+        return write_documents(tmp_path / name, [range(first, first + num_tokens)], "<i4")
+
+    return make

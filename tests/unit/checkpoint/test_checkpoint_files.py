@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint import layout, shard_check
+from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.loading import verify_while_reading
+from megatron_cpt.checkpoint.loading.verify_while_reading import ShardCheck
 from megatron_cpt.checkpoint.manifest import FileDigest, Verify, digest, find_faults, manifest_text, sample
 from megatron_cpt.checkpoint.record import Record, read_json, read_plan, read_run, read_state
-from megatron_cpt.checkpoint.shard_check import ShardCheck
 from megatron_cpt.errors import RefusedError
 
 
@@ -116,7 +117,7 @@ def test_what_follows_the_hashing_waits_for_its_bytes_only(checkpoint: Path, mon
         may_go_on.wait()
         raise OSError(f"{name}: bad block")
 
-    monkeypatch.setattr(shard_check, "compare", compare_half)
+    monkeypatch.setattr(verify_while_reading, "compare", compare_half)
     with ShardCheck(checkpoint, "full", part=0, parts=20) as shards:
         shards.wait_for(checkpoint / "__0_0.distcp", 600)
         shards.wait_for(checkpoint / "__1_0.distcp", 1000)  # of another share

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from megatron_cpt.checkpoint.preflight import ALLOWABLE, find_changes, model_shape, refuse_unless_allowed
-from megatron_cpt.checkpoint.preflight_table import GoingOn, describe
-from megatron_cpt.cli.train import ALLOW_HELP
+from megatron_cpt.cli.train_command import ALLOW_HELP
 from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.views.preflight_table import GoingOn, describe
 
 HERE = GoingOn(step=41, samples={"web": 200, "code": 120}, rate=4.0e-4, saved_rate=4.0e-4)
 DATA = {"web": "a", "code": "b", "qa": "c"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "to be or not to be", "to be or not to be"]
 
@@ -129,7 +129,7 @@ class TestInspect:
 
 def test_none_of_them_loads_torch(folder):
     script = (
-        "import sys; from megatron_cpt.cli import main; import megatron_cpt.train.trace\n"
+        "import sys; from megatron_cpt.cli import main; import megatron_cpt.provenance.trace\n"
         "print(main(['check', 'web']), main(['inspect', 'web']), main(['trace', 'none', '--step', '1']))\n"
         "print([name for name in ('torch', 'megatron.core', 'tokenizers') if name in sys.modules])"
     )

@@ -205,7 +205,7 @@ def test_an_interrupt_is_status_130(run_data, write_run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_cpt.data.resolve.prepare_run", interrupt)
+    monkeypatch.setattr("megatron_cpt.prepare.prepare_run", interrupt)
     assert main(["plan", str(write_run(run_data))]) == 130
 
 
@@ -213,6 +213,6 @@ def test_a_defect_of_ours_keeps_its_traceback(run_data, write_run, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("megatron_cpt.data.resolve.prepare_run", fail)
+    monkeypatch.setattr("megatron_cpt.prepare.prepare_run", fail)
     with pytest.raises(ZeroDivisionError, match="ours"):
         main(["plan", str(write_run(run_data))])

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.indexed import IndexedDataset
+from megatron_cpt.data.tokenfile.reader import IndexedDataset
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cpt.cli.doctor_command import _render
 from megatron_cpt.config import ParallelConfig
-from megatron_cpt.doctor import gpus, host, nodes, software, storage
-from megatron_cpt.doctor.examine import Examination, check_layout
-from megatron_cpt.doctor.findings import Finding, Level, render, sound
+from megatron_cpt.doctor import disk, gpus, host, nodes, software
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
 from megatron_cpt.doctor.gpus import Gpu, Gpus
 from megatron_cpt.doctor.host import Port
+from megatron_cpt.doctor.run_checks import Examination, check_layout
 from megatron_cpt.doctor.software import Software
 
 RANGES = (("torch", ">=2.6"), ("megatron-core", ">=0.16.1,<0.20"))
@@ -22,7 +23,7 @@ H100 = Gpu("NVIDIA H100 80GB HBM3", "580.95.05", 81559, 4, 1980, 0)
 EIGHT = Gpus((H100,) * 8, (18,) * 8)
 
 
-def _levels(findings: list[Finding]) -> dict[str, Level]:
+def _levels(findings: list[Diagnosis]) -> dict[str, Level]:
     return {finding.check: finding.level for finding in findings}
 
 
@@ -153,25 +154,25 @@ def test_a_taken_port_is_noticed() -> None:
 
 
 def test_a_disk_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
-    disk = storage.try_disk(tmp_path / "not" / "yet", size=2**24)
-    assert disk.problem is None
-    assert min(disk.write, disk.read) > 1e6
+    measured = disk.try_disk(tmp_path / "not" / "yet", size=2**24)
+    assert measured.problem is None
+    assert min(measured.write, measured.read) > 1e6
     assert list(tmp_path.iterdir()) == []
-    assert storage.check_output("out", disk).level is Level.OK
-    assert storage.check_output("out", storage.Disk(0, problem="read-only")).level is Level.BLOCKS
+    assert disk.check_output("out", measured).level is Level.OK
+    assert disk.check_output("out", disk.Disk(0, problem="read-only")).level is Level.BLOCKS
 
 
 def test_space_for_the_checkpoints_that_stay_and_the_one_being_written() -> None:
-    assert storage.check_space(100, 3, 400).level is Level.OK
-    assert storage.check_space(100, 3, 399).level is Level.WARNING
-    assert storage.check_space(100, 3, 199).level is Level.BLOCKS
+    assert disk.check_space(100, 3, 400).level is Level.OK
+    assert disk.check_space(100, 3, 399).level is Level.WARNING
+    assert disk.check_space(100, 3, 199).level is Level.BLOCKS
 
 
 def test_time_of_a_save() -> None:
-    disk = storage.Disk(0, write=1e9)
-    assert storage.check_save_time(int(219e9), disk, 32).level is Level.OK
-    assert storage.check_save_time(int(219e9), disk, 1).level is Level.OK
-    assert storage.check_save_time(int(301e9), disk, 1).level is Level.WARNING
+    measured = disk.Disk(0, write=1e9)
+    assert disk.check_save_time(int(219e9), measured, 32).level is Level.OK
+    assert disk.check_save_time(int(219e9), measured, 1).level is Level.OK
+    assert disk.check_save_time(int(301e9), measured, 1).level is Level.WARNING
 
 
 def test_layouts() -> None:
@@ -206,11 +207,11 @@ def test_nodes_are_compared() -> None:
 
 
 def test_other_nodes_show_only_what_is_wrong_there() -> None:
-    full = Finding("space", Level.BLOCKS, "full", "nothing can be saved", "make room")
+    full = Diagnosis("space", Level.BLOCKS, "full", "nothing can be saved", "make room")
     examination = Examination({"a": [sound("torch", "2.13")], "b": [sound("torch", "2.13"), full]}, [])
     assert examination.blocks
     out = io.StringIO()
-    render(examination.lines(), out)
+    _render(examination.lines(), out)
     assert "b: full" in out.getvalue()
     assert out.getvalue().count("torch") == 1
     assert "1 of 3 checks block a run" in out.getvalue()

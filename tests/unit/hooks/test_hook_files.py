@@ -13,8 +13,8 @@ import pytest
 
 from megatron_cpt.config.schema import WandbConfig
 from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.files.jsonl_log import LineFile, drop_lines_after
 from megatron_cpt.hooks.anomalies_file import AnomaliesFile
-from megatron_cpt.hooks.line_file import LineFile, drop_lines_after
 from megatron_cpt.hooks.metrics_file import MetricsFile
 from megatron_cpt.hooks.tensorboard import TensorBoardHook
 from megatron_cpt.hooks.wandb import WandbHook

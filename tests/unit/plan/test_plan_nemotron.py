@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.data.resolve import PreparedRun, prepare_run
+from megatron_cpt.prepare import PreparedRun, prepare_run
 
 FOLDER = Path(__file__).parents[3] / "examples" / "nemotron4_15b"
 README = (FOLDER / "README.md").read_text()

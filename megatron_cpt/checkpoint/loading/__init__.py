@@ -1,0 +1,1 @@
+"""Finding the newest valid checkpoint and loading it, verified while it is read."""

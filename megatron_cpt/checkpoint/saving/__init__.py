@@ -1,0 +1,1 @@
+"""Writing a checkpoint in the background and publishing it atomically."""

@@ -1,0 +1,1 @@
+"""The run's tensors as megatron-core's sharded state dicts."""

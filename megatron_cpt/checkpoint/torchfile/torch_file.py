@@ -1,0 +1,263 @@
+"""`torch.save` files read without torch's unpickler: tensors stay on the disk, nothing is executed.
+
+A file of `torch.save` is a zip archive (stored, never compressed) with a pickle, `data.pkl`, and the bytes of each
+storage, `data/KEY`. The pickle is read by an unpickler that knows how tensors are described and knows nothing else.
+What belongs to Megatron or torch (enums, functions in an argument list) becomes an inert record of its name, anything
+else is refused. A tensor becomes a place in the file, from which rows are read when they are asked for. Files inside a
+file (`torch.distributed.checkpoint` writes many of them one after the other) are a window of it.
+
+Format: torch/serialization.py and caffe2/serialize/inline_container.h of PyTorch 2.x.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
+from megatron_cpt.errors import RefusedError
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+# Where the objects beside the tensors come from: argument lists, enums, random states. None is built: see `Inert`.
+_KNOWN_ROOTS = {
+    "_codecs",
+    "apex",
+    "argparse",
+    "collections",
+    "enum",
+    "functools",
+    "lightning",
+    "megatron",
+    "nemo",
+    "numpy",
+    "pathlib",
+    "torch",
+    "transformer_engine",
+    "types",
+}
+_KNOWN_BUILTINS = {"set", "frozenset", "slice", "bytearray", "complex", "int", "float", "str", "bool", "list", "dict"}
+
+
+class Inert:
+    """Stands for an object that is not built: what it was called with and its state, as plain values."""
+
+    origin = ""
+
+    def __new__(cls, *args: Any, **_: Any) -> Inert:
+        """Make the record."""
+        record = super().__new__(cls)
+        record.args = args
+        return record
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.args: tuple[Any, ...]
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Dictionaries of other types fill themselves so."""
+
+    def append(self, value: Any) -> None:
+        """Lists of other types fill themselves so."""
+
+    def extend(self, values: Any) -> None:
+        """Lists of other types fill themselves so."""
+
+    def __repr__(self) -> str:
+        return self.origin
+
+
+def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> Any:
+    """What was saved, with `StoredTensor` in the place of each tensor and `Inert` in the place of unknown objects.
+
+    Args:
+        path: the file.
+        start, length: the window of it that is one `torch.save`; left out: all.
+
+    Raises:
+        RefusedError: it is damaged, in torch's format before 1.6, or holds a pickle that asks for more than tensors.
+        OSError: it cannot be read.
+    """
+    length = path.stat().st_size - start if length is None else length
+    try:
+        with io.BufferedReader(_Window(path, start, length)) as file:
+            with zipfile.ZipFile(file) as archive:
+                records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            places = _Places(path, file, start, length, records)
+            if "byteorder" in records and places.read("byteorder") != b"little":
+                raise RefusedError(f"{path}: big-endian data is not supported; save it again on the usual machine")
+            return _TensorUnpickler(io.BytesIO(places.read("data.pkl")), places).load()
+    except zipfile.BadZipFile as error:
+        _raise_disk_error(error.__context__)  # zipfile hides it
+        raise RefusedError(
+            f"{path}: no file of torch.save ({error}): damaged, or the format before torch 1.6; load and save it anew"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise RefusedError(f"{path}: refused: {str(error).splitlines()[0]}; do not use this file") from error
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, EOFError, struct.error, OSError) as error:
+        _raise_disk_error(error)
+        raise RefusedError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from error
+
+
+def _raise_disk_error(error: BaseException | None) -> None:
+    """Passes on what the disk says; only a place that cannot be (EINVAL) is a fault of the file."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as if it were all."""
+
+    def __init__(self, path: Path, start: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
+        self._start, self._length, self._at = start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if self._at < 0:
+            raise ValueError("before the start")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._length - self._at))
+        count = os.preadv(self._file.fileno(), [view[:wanted]], self._start + self._at)
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the records of one archive lie: its pickle and its storages.
+
+    They are not read through zipfile, which holds a record against its CRC-32: torch may be told to leave that out.
+    """
+
+    path: Path
+    file: IO[bytes]
+    start: int
+    length: int
+    records: dict[str, zipfile.ZipInfo]
+
+    def find(self, name: str) -> tuple[int, int]:
+        """First byte in the archive, and length, of a record."""
+        info = self.records[name]
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed")
+        self.file.seek(info.header_offset)
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack(self.file.read(_LOCAL_HEADER.size))
+        if signature != b"PK\x03\x04":
+            raise ValueError(f"no header for {name}")
+        at = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if at + info.file_size > self.length:
+            raise ValueError(f"{name} goes on beyond the end")
+        return at, info.file_size
+
+    def read(self, name: str) -> bytes:
+        """A record that is no storage, whole."""
+        at, length = self.find(name)
+        self.file.seek(at)
+        return self.file.read(length)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    offset: int
+    num_bytes: int
+
+    def __setstate__(self, _: object) -> None:
+        raise pickle.UnpicklingError("it wants to change where a storage lies")
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Builds places in the file, plain values and inert records."""
+
+    def __init__(self, file: Any, places: _Places) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._places = places
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """A storage: ("storage", type, key, device, number of elements)."""
+        kind, dtype, key, _, _ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"a storage of a kind that is not known: {kind}")
+        at, num_bytes = self._places.find(f"data/{key}")
+        return _Storage(dtype, self._places.start + at, num_bytes)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name of the pickle stands for; never the thing itself unless it is a plain type."""
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
+            return self._tensor
+        if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+            return lambda data, *_: data
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "builtins" and name in _KNOWN_BUILTINS:
+            return super().find_class(module, name)
+        if module.partition(".")[0] in _KNOWN_ROOTS:
+            return type(name, (Inert,), {"origin": f"{module}.{name}"})
+        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no checkpoint needs")
+
+    def _tensor(
+        self, storage: _Storage, offset: int, shape: Sequence[int], stride: Sequence[int], *_: Any
+    ) -> StoredTensor:
+        found = StoredTensor(
+            self._places.path, storage.offset + offset * storage.dtype.itemsize, tuple(shape), storage.dtype
+        )
+        step, numel = 1, math.prod(shape)
+        for size, jump in zip(reversed(shape), reversed(stride), strict=True):
+            if size > 1 and numel and jump != step:
+                raise ValueError(f"a tensor of shape {tuple(shape)} is not contiguous")
+            step *= size
+        if (
+            offset < 0
+            or min(shape, default=0) < 0
+            or found.offset + found.num_bytes > storage.offset + storage.num_bytes
+        ):
+            raise ValueError(f"a tensor of shape {tuple(shape)} is larger than its bytes")
+        return found

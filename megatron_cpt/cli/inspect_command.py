@@ -1,0 +1,123 @@
+"""`megatron-cpt inspect`: what is in a data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_cpt.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_cpt.data.inspect.summary import Document, Summary
+    from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
+
+TOKENIZER_HELP = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json or byte; to show text."
+_SHOWN_DOCUMENTS = 3
+_SHOWN_TOKENS = 64  # of each
+
+
+def inspect(
+    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="A data set: a prefix of .bin/.idx.")],
+    document: Annotated[int | None, typer.Option("--document", metavar="N", help="Show document N (from 0).")] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="KIND:PATH", help=TOKENIZER_HELP)] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw the lengths.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Count a data set and show how long its documents are; with --document show one of them.
+
+    With --tokenizer documents are decoded; without --document the first few, from their start.
+    """
+    from megatron_cpt.data.inspect.summary import get_document, summarise
+    from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
+
+    names = expand_prefixes(prefix)
+    if len(names) > 1:
+        raise UserError(f"{prefix}: {len(names)} data sets; give one of them: {', '.join(names[:5])}")
+    dataset = IndexedDataset(names[0])
+    codec = _load(tokenizer)
+    if document is not None:
+        shown = get_document(dataset, document)
+        if as_json:
+            print(json.dumps(_document_json(shown, codec)))
+        else:
+            _print_document(shown, codec)
+        return
+    summary = summarise(dataset)
+    if plot is not None:
+        from megatron_cpt.views.lengths_plot import plot_lengths
+
+        plot_lengths(summary, plot)
+    numbers = range(min(_SHOWN_DOCUMENTS, dataset.num_documents)) if codec is not None else ()
+    first = [get_document(dataset, number) for number in numbers]
+    if as_json:
+        print(
+            json.dumps(summary.to_dict() | {"first_documents": [_document_json(one, codec) for one in first]}, indent=2)
+        )
+        return
+    _print_summary(summary)
+    for one in first:
+        print()
+        _print_document(one, codec, most=_SHOWN_TOKENS)
+
+
+def _load(spec: str | None) -> Tokenizer | None:
+    if spec is None:
+        return None
+    from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
+
+    return load_tokenizer(spec)
+
+
+def decode(codec: Tokenizer, ids: Sequence[int], where: str) -> str:
+    """The text of ids.
+
+    Raises:
+        UserError: an id is not one of the tokenizer's.
+    """
+    foreign = next((i for i in ids if not 0 <= i < codec.vocab_size), None)
+    if foreign is not None:
+        raise UserError(
+            f"{where}: id {foreign} is not one of the tokenizer's {codec.vocab_size} ids; give the tokenizer that the "
+            "data were made with"
+        )
+    return codec.decode(ids)
+
+
+def _print_summary(summary: Summary) -> None:
+    from megatron_cpt.config import format_count
+    from megatron_cpt.data.inspect.summary import draw_histogram
+
+    print(f"{summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} {summary.dtype} tokens")
+    print(f"  {format_count(summary.bytes)} bytes, {summary.sequences:,} sequences, fingerprint {summary.fingerprint}")
+    if summary.mean is not None:
+        print(f"  tokens of a document: {summary.shortest:,} to {summary.longest:,}, mean {summary.mean:,.1f}")
+        print("  " + ", ".join(f"p{key} {value:,}" for key, value in summary.percentiles.items()))
+        print()
+        for line in draw_histogram(summary.histogram):
+            print(f"  {line}")
+
+
+def _print_document(document: Document, codec: Tokenizer | None, most: int | None = None) -> None:
+    ids = document.ids.tolist()
+    end = document.first_token + len(ids)
+    print(f"document {document.number}: tokens {document.first_token:,} to {end:,} of the file, {len(ids):,} tokens")
+    shown = ids[:most]
+    dots = " ..." if len(shown) < len(ids) else ""
+    print(" ".join(map(str, shown)) + dots)
+    if codec is not None:
+        print(decode(codec, shown, f"document {document.number}") + dots)
+
+
+def _document_json(document: Document, codec: Tokenizer | None) -> dict[str, Any]:
+    ids = document.ids.tolist()
+    plain: dict[str, Any] = {
+        "document": document.number,
+        "first_token": document.first_token,
+        "num_tokens": len(ids),
+        "ids": ids,
+    }
+    return plain | ({} if codec is None else {"text": decode(codec, ids, f"document {document.number}")})

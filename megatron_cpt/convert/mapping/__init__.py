@@ -1,0 +1,1 @@
+"""Rules from the tensors of one format to those of another."""

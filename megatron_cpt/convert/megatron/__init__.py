@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron-LM, Megatron-Bridge and NeMo."""

@@ -1,0 +1,1 @@
+"""n-gram overlap between training data and held-out data."""

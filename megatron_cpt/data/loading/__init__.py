@@ -1,0 +1,1 @@
+"""From streams of samples to the micro-batches of a rank."""

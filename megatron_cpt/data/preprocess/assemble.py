@@ -1,0 +1,192 @@
+"""Finished work folders to `.bin`/`.idx` pairs under their final names.
+
+A run's own file of tokens becomes the `.bin` by a rename. Only where shards are joined, or the output is split or
+shuffled, are tokens copied, once, by the kernel (`copy_file_range`: on file systems that share blocks, not even that).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.data.preprocess.buckets import ordered_names, shuffled_buckets
+from megatron_cpt.data.tokenfile.writer import write_index
+from megatron_cpt.files.atomic import Rename, close_durably
+
+_TABLE_BLOCK = 1 << 20  # documents that are copied at a time
+_COPY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a data set is made of.
+
+    Attributes:
+        prefixes: where the data set of each key goes.
+        dtype: the token type.
+        num_buckets: of a shuffled run; None: documents keep their order.
+        split_tokens: tokens of a pair at most (unless one document has more); None: one pair.
+    """
+
+    prefixes: list[str]
+    dtype: np.dtype[Any]
+    num_buckets: int | None = None
+    split_tokens: int | None = None
+
+
+def make_pairs(layout: Layout, sources: Sequence[str], folder: str) -> tuple[list[Rename], list[str]]:
+    """Writes all pairs of a data set under names inside a work folder.
+
+    Args:
+        layout: of the data sets.
+        sources: work folders of the shards, in order.
+        folder: where to write; may be one of them.
+
+    Returns:
+        The renames that publish the pairs, in their order, and the prefixes that will then be there.
+    """
+    renames: list[Rename] = []
+    prefixes: list[str] = []
+    for number, prefix in enumerate(layout.prefixes):
+        if layout.num_buckets is None and layout.split_tokens is None and list(sources) == [folder]:
+            tokens_name, sizes_name = ordered_names(number)
+            for name in (tokens_name, sizes_name):
+                Path(folder, name).touch()
+            _write_index(folder, sizes_name, f"{number}.idx", layout)
+            pairs = [(tokens_name, f"{number}.idx", prefix)]
+        else:
+            pairs = _copy_pairs(layout, number, sources, folder)
+        for bin_name, idx_name, target in pairs:
+            renames += [(os.path.join(folder, bin_name), f"{target}.bin")]
+            renames += [(os.path.join(folder, idx_name), f"{target}.idx")]
+            prefixes.append(target)
+    return renames, prefixes
+
+
+def _write_index(folder: str, sizes_name: str, idx_name: str, layout: Layout) -> None:
+    path = os.path.join(folder, sizes_name)
+    sizes = np.memmap(path, "<i4", "r") if os.path.getsize(path) else np.empty(0, "<i4")
+    write_index(os.path.join(folder, idx_name), sizes, layout.dtype, empty_sequences=False)
+
+
+def _copy_pairs(layout: Layout, number: int, sources: Sequence[str], folder: str) -> list[tuple[str, str, str]]:
+    with contextlib.closing(_SplitOutput(layout, number, folder)) as output:
+        if layout.num_buckets is None:
+            for sizes, write in _ordered_parts(sources, number, layout.dtype):
+                output.add(sizes, write)
+        else:
+            for tokens, sizes in shuffled_buckets(sources, number, layout.num_buckets, layout.dtype):
+                output.add(sizes, _from_memory(tokens))
+    return output.finish()
+
+
+Write = Callable[[int, int, int], None]
+"""write(fd, first, last) appends the tokens [first, last) of a part to a file."""
+
+
+def _ordered_parts(sources: Sequence[str], number: int, dtype: np.dtype[Any]) -> Iterator[tuple[Any, Write]]:
+    for source in sources:
+        tokens_path, sizes_path = (os.path.join(source, name) for name in ordered_names(number))
+        if not os.path.exists(sizes_path) or os.path.getsize(sizes_path) == 0:
+            continue
+        sizes = np.memmap(sizes_path, "<i4", "r")
+        with open(tokens_path, "rb") as file:
+            at = 0
+            for block in range(0, sizes.size, _TABLE_BLOCK):
+                part = sizes[block : block + _TABLE_BLOCK]
+                yield part, _from_file(file.fileno(), at, dtype.itemsize)
+                at += int(part.sum(dtype=np.int64)) * dtype.itemsize
+
+
+def _from_file(source: int, offset: int, itemsize: int) -> Write:
+    def write(fd: int, first: int, last: int) -> None:
+        at, end = offset + first * itemsize, offset + last * itemsize
+        while at < end:
+            at += _copy(source, fd, at, min(end - at, _COPY_BYTES))
+
+    return write
+
+
+def _copy(source: int, target: int, at: int, count: int) -> int:
+    try:
+        copied = os.copy_file_range(source, target, count, offset_src=at)
+    except OSError:  # some file systems cannot
+        copied = os.sendfile(target, source, at, count)
+    if copied == 0:
+        raise OSError(errno.EIO, "a file of tokens is shorter than its sizes say")
+    return copied
+
+
+def _from_memory(tokens: npt.NDArray[Any]) -> Write:
+    def write(fd: int, first: int, last: int) -> None:
+        view = memoryview(tokens[first:last].data).cast("B")
+        while view.nbytes:
+            view = view[os.write(fd, view) :]
+
+    return write
+
+
+class _SplitOutput:
+    """Writes one pair after another, each of at most `split_tokens` tokens."""
+
+    def __init__(self, layout: Layout, number: int, folder: str) -> None:
+        self._layout, self._number, self._folder = layout, number, folder
+        self._num_pairs = 0
+        self._tokens = 0  # of the present pair
+        self._files: list[Any] = []
+        self._open()
+
+    def add(self, sizes: npt.NDArray[np.int32], write: Write) -> None:
+        """Appends documents of these sizes, whose tokens `write` copies."""
+        ends = np.cumsum(sizes, dtype=np.int64)
+        first, begin = 0, 0
+        while first < sizes.size:
+            limit = self._layout.split_tokens
+            room = int(ends[-1]) if limit is None else limit - self._tokens
+            last = int(np.searchsorted(ends, begin + room, side="right")) if limit is not None else sizes.size
+            if last <= first and self._tokens > 0:
+                self._open()
+                continue
+            last = max(last, first + 1)  # a document larger than a pair has one for itself
+            end = int(ends[last - 1])
+            write(self._files[0].fileno(), begin, end)
+            self._files[1].write(np.ascontiguousarray(sizes[first:last]).astype("<i4").tobytes())
+            self._tokens += end - begin
+            first, begin = last, end
+
+    def finish(self) -> list[tuple[str, str, str]]:
+        """Writes the indices; returns the names of each pair in the folder, and its final prefix."""
+        pairs = []
+        for pair in range(self._num_pairs):
+            bin_name, sizes_name, idx_name = self._names(pair)
+            _write_index(self._folder, sizes_name, idx_name, self._layout)
+            prefix = self._layout.prefixes[self._number]
+            pairs.append((bin_name, idx_name, prefix if self._layout.split_tokens is None else f"{prefix}-{pair:05}"))
+        return pairs
+
+    def close(self) -> None:
+        """Forces the present pair to disk."""
+        for file in self._files:
+            close_durably(file)
+        self._files = []
+
+    def _open(self) -> None:
+        self.close()
+        bin_name, sizes_name, _ = self._names(self._num_pairs)
+        # unbuffered: the kernel copies into it behind Python's back
+        self._files.append(open(os.path.join(self._folder, bin_name), "wb", buffering=0))  # noqa: SIM115
+        self._files.append(open(os.path.join(self._folder, sizes_name), "wb"))  # noqa: SIM115
+        self._tokens = 0
+        self._num_pairs += 1
+
+    def _names(self, pair: int) -> tuple[str, str, str]:
+        stem = f"out.{self._number}.{pair:05}"
+        return f"{stem}.bin", f"{stem}.sizes", f"{stem}.idx"

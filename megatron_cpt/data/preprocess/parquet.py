@@ -1,0 +1,104 @@
+"""Parquet files as blocks of rows, a batch of the wanted columns at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_cpt.data.preprocess.block import Block, BlockOptions
+from megatron_cpt.errors import UserError
+
+_MAX_ROWS = 1 << 14
+
+
+def parquet_blocks(
+    number: int, path: str, extent: tuple[int, int], interval: tuple[int, int], options: BlockOptions, begin: int
+) -> Iterator[Block]:
+    """The blocks of a file that begin at row `begin` or behind it, and inside an interval of bytes.
+
+    Row groups are read one after another, a batch of about `block_bytes` unpacked bytes at a time; a row counts as
+    lying at its share of the file. A file whose footer or pages cannot be read gives what could be read
+    before, and a block that says so.
+
+    Args:
+        number: of the file.
+        path: of the file.
+        extent: where it begins and ends when all files are laid end to end.
+        interval: the bytes of all files in which blocks must begin.
+        options: the columns, and the size of a block.
+        begin: the first row that is wanted.
+
+    Raises:
+        UserError: a key is not a column of the file.
+    """
+    base, row = extent[0], 0
+    try:
+        with pq.ParquetFile(path) as file:
+            _require_columns(path, options.keys, file.schema_arrow.names)
+            total = max(file.metadata.num_rows, 1)
+
+            def place(row: int) -> int:
+                return int(base + (extent[1] - base) * row // total)
+
+            for group in range(file.metadata.num_row_groups):
+                group_end = row + file.metadata.row_group(group).num_rows
+                if group_end <= begin or place(group_end) < interval[0] or place(row) >= interval[1]:
+                    row = group_end
+                    continue
+                for rows in _batches(file, group, options):
+                    end = row + rows.num_rows
+                    if row >= begin and interval[0] <= place(row) < interval[1]:
+                        yield Block(number, path, row, end, place(end), rows=_pack(rows))
+                    row = end
+    except (pa.ArrowException, OSError) as error:
+        damage = f"the file is cut or damaged: {str(error).splitlines()[0]}"
+        if row >= begin and (row > 0 or interval[0] <= base < interval[1]):
+            yield Block(number, path, row, row + 1, extent[1], rows=b"", damage=damage)
+
+
+def unpack_columns(rows: bytes, keys: Sequence[str]) -> list[list[Any]]:
+    """The values of each key's column, None where there is none, bytes where a text is not UTF-8."""
+    if not rows:
+        return [[] for _ in keys]
+    batch = pa.ipc.open_stream(rows).read_next_batch()
+    return [_values(batch.column(batch.schema.get_field_index(key))) for key in keys]
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:  # one of them is enough; as bytes each is looked at by itself
+        values = column.cast(pa.large_binary()).to_pylist()
+    return [_decoded(value) if type(value) is bytes else value for value in values]
+
+
+def _decoded(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _pack(batch: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _batches(file: Any, group: int, options: BlockOptions) -> Iterator[Any]:
+    """Record batches of a row group; their size follows from the footer, so it is the same whoever reads the file."""
+    metadata = file.metadata.row_group(group)
+    columns = [metadata.column(i) for i in range(metadata.num_columns)]
+    wanted = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in options.keys)
+    num_rows = min(_MAX_ROWS, max(1, options.block_bytes * metadata.num_rows // max(wanted, 1)))
+    yield from file.iter_batches(num_rows, row_groups=[group], columns=list(options.keys), use_threads=False)
+
+
+def _require_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None:
+    for key in keys:
+        if key not in names:
+            raise UserError(f"input {path}: has no column {key!r}; it has {', '.join(map(repr, names[:8])) or 'none'}")

@@ -1,0 +1,1 @@
+"""Reading and writing Megatron's indexed datasets (.bin and .idx)."""

@@ -1,0 +1,1 @@
+"""Tokenizers by `KIND:PATH`, and their fast counterparts."""

@@ -1,0 +1,158 @@
+"""All checks of a node, and of all nodes where a launcher started more than one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.config import ParallelConfig
+from megatron_cpt.doctor import disk, host, nodes, software
+from megatron_cpt.doctor import gpus as gpu_checks
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Findings of every node, by host, and of all together.
+
+    Attributes:
+        by_host: in the order of the nodes.
+        together: what the nodes were compared by; empty for one node.
+    """
+
+    by_host: dict[str, list[Diagnosis]]
+    together: list[Diagnosis]
+
+    @property
+    def blocks(self) -> bool:
+        """Whether something keeps a run from starting."""
+        return any(finding.level is Level.BLOCKS for finding in self.lines())
+
+    def lines(self) -> list[Diagnosis]:
+        """The first node in full, of the others what is wrong there, then what holds for all."""
+        (first, findings), *others = self.by_host.items()
+        wrong = [
+            dataclasses.replace(finding, found=f"{name}: {finding.found}")
+            for name, found in others
+            for finding in found
+            if finding.level is not Level.OK and finding not in findings
+        ]
+        return [sound("node", first), *findings, *wrong, *self.together]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "blocks": self.blocks,
+            "nodes": {name: [dataclasses.asdict(one) for one in found] for name, found in self.by_host.items()},
+            "together": [dataclasses.asdict(finding) for finding in self.together],
+        }
+
+
+def examine(run: str | None, overrides: Sequence[str], *, port: int) -> Examination:
+    """Look at this node, or at all nodes of the launcher; a collective call there.
+
+    Args:
+        run: a run.yaml; left out: the node alone.
+        overrides: changes to it.
+        port: of the rendezvous; looked at where no run is meeting there, without a launcher.
+    """
+    with nodes.meeting() as num_ranks:
+        is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        own = _examine_node(run, overrides, port) if is_first_of_node else None
+        gathered = [pair for pair in nodes.gather(own) if pair is not None]
+        times = nodes.clocks() if num_ranks > 1 else [0.0]
+    seen: list[nodes.Node] = []
+    by_host: dict[str, list[Diagnosis]] = {}
+    for number, (node, findings) in enumerate(gathered):
+        name = node.host if node.host not in by_host else f"{node.host} ({number})"
+        by_host[name] = findings
+        local_size = num_ranks // len(gathered)
+        seen.append(dataclasses.replace(node, host=name, clock=times[number * local_size]))
+    return Examination(by_host, nodes.check_alike(seen))
+
+
+def _examine_node(run: str | None, overrides: Sequence[str], port: int) -> tuple[nodes.Node, list[Diagnosis]]:
+    num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    local_size = os.environ.get("LOCAL_WORLD_SIZE")
+    programs, found = software.read_software(), gpu_checks.read_gpus()
+    has_gpu = bool(found.gpus)
+    findings = [
+        sound("Python", programs.python),
+        *software.check_core(programs),
+        software.check_transformer_engine(programs, has_gpu=has_gpu),
+        software.check_apex(programs, has_gpu=has_gpu),
+        software.check_nccl(programs, has_gpu=has_gpu),
+        *gpu_checks.check_gpus(
+            found, num_ranks=int(local_size) if local_size else None, torch_sees=_torch_sees() if has_gpu else 0
+        ),
+        *_examine_host(port, num_nodes),
+    ]
+    hashes = None
+    if run is not None:
+        hashes, of_run = _examine_run(run, overrides, len(found.gpus), num_nodes)
+        findings += of_run
+    return nodes.Node(socket.gethostname(), programs, tuple(gpu.name for gpu in found.gpus), hashes), findings
+
+
+def _examine_host(port: int, num_nodes: int) -> list[Diagnosis]:
+    name, ports = socket.gethostname(), host.read_ports()
+    findings = [
+        host.check_ports(ports, num_nodes=num_nodes),
+        host.check_open_files(host.read_limit(resource.RLIMIT_NOFILE)),
+        host.check_locked_memory(host.read_limit(resource.RLIMIT_MEMLOCK), has_infiniband=bool(ports)),
+        host.check_shared_memory(host.read_shared_memory()),
+        host.check_name(name, host.resolve(name), num_nodes=num_nodes),
+    ]
+    if num_nodes == 1:
+        findings.append(host.check_port(port, is_free=host.is_port_free(port)))
+    return findings
+
+
+def _examine_run(
+    run: str, overrides: Sequence[str], num_gpus: int, num_nodes: int
+) -> tuple[tuple[tuple[str, str], ...] | None, list[Diagnosis]]:
+    prepared, finding = disk.read_run(run, overrides)
+    if prepared is None:
+        return None, [finding]
+    config = prepared.config
+    measured = disk.try_disk(Path(config.output))
+    size = disk.checkpoint_bytes(prepared)
+    findings = [finding, disk.check_output(config.output, measured)]
+    if measured.problem is None:
+        writers = max(num_gpus * num_nodes, config.parallel.model_parallel_size)
+        findings.append(disk.check_space(size, disk.num_checkpoints(prepared), measured.free))
+        findings.append(disk.check_save_time(size, measured, writers))
+    if num_gpus:
+        findings.append(check_layout(config.parallel, num_gpus, num_nodes))
+    return nodes.run_hashes(prepared), findings
+
+
+def check_layout(parallel: ParallelConfig, num_gpus: int, num_nodes: int) -> Diagnosis:
+    """Whether one replica fits the GPUs, and tensor parallelism the node.
+
+    Args:
+        parallel: of the run.
+        num_gpus: of a node.
+        num_nodes: that were started.
+    """
+    replica, total = parallel.model_parallel_size, num_gpus * num_nodes
+    found = f"a replica takes {replica} GPUs, {total} are here"
+    if total % replica:
+        way_out = f"start a multiple of {replica}, or change parallel (`megatron-cpt plan --advise`)"
+        return Diagnosis("layout", Level.BLOCKS, found, "they do not divide", way_out)
+    if parallel.tensor > num_gpus:
+        cost = f"tensor {parallel.tensor} goes over nodes of {num_gpus}: its traffic leaves NVLink"
+        return Diagnosis("layout", Level.WARNING, found, cost, f"parallel.tensor={num_gpus} or less")
+    return sound("layout", found)
+
+
+def _torch_sees() -> int:
+    import torch
+
+    return torch.cuda.device_count()

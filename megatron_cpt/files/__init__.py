@@ -1,0 +1,1 @@
+"""Atomic writes, JSONL logs, checksums and object stores; knows nothing of training."""

@@ -1,0 +1,126 @@
+"""A config -> megatron-core GPT, in the chunks that this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
+from megatron_cpt.model.capabilities import read_machine
+from megatron_cpt.model.initialize import initialise_weights
+from megatron_cpt.model.kernel_options import Knobs, choose_knobs, connect_schedule, ddp_fields, initialise_user_buffers
+from megatron_cpt.model.spec import LayerSpec, choose_spec
+from megatron_cpt.model.transformer_config import transformer_config
+
+
+@dataclass(frozen=True)
+class Model:
+    """What training needs of a model.
+
+    Attributes:
+        chunks: DDP-wrapped model chunks, one, or one for each virtual pipeline stage.
+        config: megatron-core's configuration, shared by the chunks.
+        spec: name of the layer spec, `transformer_engine` or `local`.
+        layers: the same with versions, for the log.
+        packs_documents: attention takes documents as sequences packed into one row (Transformer Engine), not as a mask.
+        knobs: what of `speed` is on.
+    """
+
+    chunks: Sequence[DistributedDataParallel]
+    config: TransformerConfig
+    spec: str
+    layers: str
+    packs_documents: bool
+    knobs: frozenset[str]
+
+
+def build_model(run: RunConfig) -> Model:
+    """Build the model with random weights from `run.seed`, the same for any layout.
+
+    Raises:
+        UserError: the machine cannot do what `speed` asks for; what else it cannot do, `check_machine` says.
+    """
+    machine = read_machine()
+    spec = choose_spec(qk_norm=run.model.qk_norm, precision=run.precision, machine=machine)
+    is_te = spec.is_transformer_engine
+    knobs = choose_knobs(run, machine, transformer_engine=is_te)
+    initialise_user_buffers(run, knobs)
+    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs)
+    stages = range(run.parallel.virtual_pipeline) if run.parallel.virtual_pipeline > 1 else [None]
+    bare = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
+    initialise_weights(bare, run.model, run.seed)
+    chunks = [_wrap(chunk, config, run.parallel, run.precision, knobs, number) for number, chunk in enumerate(bare)]
+    connect_schedule(chunks, config, knobs)
+    return Model(chunks, config, spec.name, spec.title, packs_documents=is_te, knobs=knobs)
+
+
+def _build_chunk(
+    model: ModelConfig, seq_length: int, config: TransformerConfig, spec: LayerSpec, stage: int | None
+) -> GPTModel:
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=spec.block(config, stage),
+        vocab_size=model.padded_vocab,
+        max_sequence_length=max(seq_length, model.max_positions or 0),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        vp_stage=stage,
+    )
+    if model.rope_scaling is not None:
+        _scale_rope(chunk, model)
+    return chunk.to(torch.cuda.current_device())
+
+
+def _scale_rope(chunk: GPTModel, model: ModelConfig) -> None:
+    """Llama 3.1's frequencies; GPTModel's own argument takes the factor but not the other three numbers."""
+    scaling = model.rope_scaling
+    assert scaling is not None
+    rope = chunk.rotary_pos_emb
+    rope.inv_freq = rope._apply_scaling(
+        rope.inv_freq,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position_embeddings=scaling.original_max_positions,
+    )
+
+
+def _wrap(
+    chunk: GPTModel,
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    knobs: Knobs,
+    number: int,
+) -> DistributedDataParallel:
+    module = Float16Module(config, chunk) if config.bf16 else chunk
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, **ddp_fields(knobs, parallel), **_weights_in_fp8(precision)
+    )
+    # The chunks after the first have whole forward and backward passes to hide behind: they need no small buckets.
+    wrapped = DistributedDataParallel(config=config, ddp_config=ddp_config, module=module, disable_bucketing=number > 0)
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def _weights_in_fp8(precision: PrecisionConfig) -> dict[str, bool]:
+    fp8 = precision.fp8
+    if fp8 is None or not fp8.params:
+        return {}
+    # MXFP8 weights have two layouts of scales and cannot lie in one buffer; they are gathered through the gradients'.
+    return {"fp8_param_gather": True, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}

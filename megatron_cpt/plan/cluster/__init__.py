@@ -1,0 +1,1 @@
+"""Speed on given GPUs, and advice on the layout."""

@@ -1,0 +1,193 @@
+"""What a run takes on a cluster of named GPUs: does it fit, how fast is it, how long does it last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_cpt.config import RunConfig
+from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
+from megatron_cpt.errors import UserError
+from megatron_cpt.plan.cluster.step_time import Speed, estimate_speed, with_tensor_overlap
+from megatron_cpt.plan.cost.flops import FlopsPerToken, flops_per_token
+from megatron_cpt.plan.cost.formats import format_of
+from megatron_cpt.plan.cost.memory import GIB, Memory, stage_memories
+from megatron_cpt.plan.cost.rank_layout import Layout
+from megatron_cpt.plan.hardware import GPUS, Gpu
+from megatron_cpt.plan.run_plan import RunPlan
+from megatron_cpt.plan.timeline.segments import Stretch
+
+# What the allocator loses to fragmentation, and what the estimate forgets: a layout should leave this share free.
+MEMORY_MARGIN = 0.08
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A run on a cluster.
+
+    Attributes:
+        gpu: the GPU.
+        layout: on how many of them.
+        stages: the memory of every pipeline stage, in the part of the run that needs most.
+        speed: of a step of the shape that most tokens are trained in.
+        overlapped: the same with `speed.tp_comm_overlap`, where the run leaves that open and it is possible.
+        knobs: what of `speed` is on.
+        flops: of training on one token in that shape.
+        seconds: of the whole run, steps only.
+        peak: FLOP/s of the GPU in the format of the matrix products, bf16 or FP8: what MFU is a share of.
+    """
+
+    gpu: Gpu
+    layout: Layout
+    stages: Sequence[Memory]
+    speed: Speed
+    overlapped: Speed | None
+    knobs: frozenset[str]
+    flops: FlopsPerToken
+    seconds: float
+    peak: float
+
+    @property
+    def memory(self) -> Memory:
+        """Of the stage that needs most."""
+        return max(self.stages, key=lambda memory: memory.total)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of all GPUs together."""
+        return self.seconds / 3600 * self.layout.num_gpus
+
+    def mfu(self, flops: float) -> float:
+        """Model FLOPs utilisation for `flops` operations a token."""
+        return self.speed.tokens_per_gpu * flops / self.peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `plan --json`."""
+        return {
+            "gpu": asdict(self.gpu),
+            "num_gpus": self.layout.num_gpus,
+            "memory_by_stage_gib": [{**stage.to_dict(), "total": stage.total / GIB} for stage in self.stages],
+            "memory_per_gpu_gib": self.memory.total / GIB,
+            "fits": fits(self.memory, self.gpu),
+            "tokens_per_second_per_gpu": self.speed.tokens_per_gpu,
+            "tokens_per_second_per_gpu_with_tp_comm_overlap": (
+                self.overlapped.tokens_per_gpu if self.overlapped is not None else None
+            ),
+            "speed": sorted(self.knobs),
+            "step_seconds": self.speed.step,
+            "step_seconds_by_part": {
+                name: value for name, value in asdict(self.speed).items() if name not in ("step", "tokens_per_gpu")
+            },
+            "mfu": {kind: self.mfu(flops) for kind, flops in self.flops.to_dict().items()},
+            "mfu_peak_flops": self.peak,
+            "days": self.seconds / 86400,
+            "gpu_hours": self.gpu_hours,
+        }
+
+
+def find_gpu(name: str, config: RunConfig) -> Gpu:
+    """The GPU of a name that can compute what the run asks for.
+
+    Raises:
+        UserError: there is no such GPU here, or it lacks the precision, or the precision has no figures.
+    """
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise UserError(f"--gpu: no figures for {name}; choose one of {', '.join(GPUS)}")
+    if config.precision.fp4 is not None:
+        raise UserError(
+            "precision.fp4: this planner has no figures for FP4; plan with "
+            "precision.fp4=null and precision.fp8={recipe: mxfp8}, which is slower"
+        )
+    if format_of(config) is not None and gpu.fp8 is None:
+        raise UserError(f"precision.fp8: {gpu.title} has no FP8; leave it out (precision.fp8=null) or choose another")
+    return gpu
+
+
+def fits(memory: Memory, gpu: Gpu) -> bool:
+    """Whether a stage leaves the margin free."""
+    return memory.total <= (1 - MEMORY_MARGIN) * gpu.memory_gib * GIB
+
+
+def shaped(config: RunConfig, stretch: Stretch) -> RunConfig:
+    """The run with the batch and sequence length of one stretch, as if it had no other.
+
+    Its knobs are those of the whole run: whether all phases have one shape cannot be seen any more.
+    """
+    batch = config.batch.model_copy(
+        update={"global_": stretch.global_batch, "micro": stretch.micro_batch, "ramp_up": None}
+    )
+    overlaps = "tp_comm_overlap" in resolve_speed(config, GPU_CLUSTER)[0]
+    speed = config.speed.model_copy(update={"tp_comm_overlap": overlaps})
+    return config.model_copy(update={"batch": batch, "seq_length": stretch.seq_length, "speed": speed})
+
+
+def largest_stretch(plan: RunPlan) -> Stretch:
+    """The stretch of the shape that most tokens are trained in."""
+    tokens: dict[tuple[int, int, int], int] = {}
+    for stretch in plan.stretches:
+        tokens[_shape(stretch)] = tokens.get(_shape(stretch), 0) + _tokens(stretch)
+    most = max(tokens, key=lambda shape: tokens[shape])
+    return next(stretch for stretch in plan.stretches if _shape(stretch) == most)
+
+
+def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Cluster:
+    """A planned run on GPUs; `num_gpus` left out: one replica of the model."""
+    shapes = {_shape(stretch): shaped(config, stretch) for stretch in plan.stretches}
+    by_shape = {shape: _estimate(run, gpu, num_gpus) for shape, run in shapes.items()}
+    most = largest_stretch(plan)
+    seconds = sum(
+        by_shape[_shape(stretch)][1].step * (stretch.last_step - stretch.first_step + 1) for stretch in plan.stretches
+    )
+    return Cluster(
+        gpu=gpu,
+        layout=Layout.build(shapes[_shape(most)], num_gpus),
+        stages=max((stages for stages, _ in by_shape.values()), key=lambda stages: max(one.total for one in stages)),
+        speed=by_shape[_shape(most)][1],
+        overlapped=overlapped_speed(config, plan, gpu, num_gpus),
+        knobs=resolve_speed(config, GPU_CLUSTER)[0],
+        flops=flops_per_token(config.model, most.seq_length),
+        seconds=seconds,
+        peak=gpu.fp8 if format_of(config) is not None and gpu.fp8 is not None else gpu.bf16,
+    )
+
+
+def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Speed | None:
+    """The speed with `speed.tp_comm_overlap`, where the run leaves that open and it is possible."""
+    asked = with_tensor_overlap(config)
+    if config.speed.tp_comm_overlap is not None or asked is config:
+        return None
+    run = shaped(asked, largest_stretch(plan))
+    return estimate_speed(run, Layout.build(run, num_gpus), gpu)
+
+
+def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
+    """Where a step goes: names for people and shares, the largest first."""
+    names = {
+        "matmul": "matrix products",
+        "attention": "attention",
+        "memory_bound": "memory-bound kernels",
+        "recompute": "recomputation",
+        "communication": "TP/CP/PP communication",
+        "uneven": "slowest stage",
+        "bubble": "bubble",
+        "exchange": "gradient exchange",
+        "optimizer": "optimizer",
+        "scale": "scale",
+    }
+    shares = {text: getattr(speed, name) / speed.step for name, text in names.items()}
+    yield from sorted(shares.items(), key=lambda item: -item[1])
+
+
+def _estimate(config: RunConfig, gpu: Gpu, num_gpus: int | None) -> tuple[Sequence[Memory], Speed]:
+    layout = Layout.build(config, num_gpus)
+    return stage_memories(config, layout, gpu=gpu), estimate_speed(config, layout, gpu)
+
+
+def _shape(stretch: Stretch) -> tuple[int, int, int]:
+    return stretch.global_batch, stretch.micro_batch, stretch.seq_length
+
+
+def _tokens(stretch: Stretch) -> int:
+    return stretch.end.tokens - stretch.first_token

@@ -1,0 +1,1 @@
+"""Steps, phases, epochs and learning rates of a run."""

@@ -1,0 +1,230 @@
+"""Where each phase begins and ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from megatron_cpt.config import PhaseConfig, RunConfig, Until, format_count
+from megatron_cpt.plan.problem import Problem
+from megatron_cpt.plan.timeline.epochs import SourceUse, chunk_limits, normalise, share_out
+from megatron_cpt.plan.timeline.schedule import LENGTH_KEYS, SCHEDULE_KEYS, Schedule
+from megatron_cpt.plan.timeline.segments import Stretch, step_of_sample, tile
+from megatron_cpt.sampling.spans import ChunkGrid
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase resolved into steps.
+
+    Attributes:
+        name: its name.
+        first_step: its first step, counted from 1 over the whole run.
+        last_step: its last step.
+        num_samples: sequences in it.
+        tokens: tokens trained in it.
+        lr_first: rate of the first step.
+        lr_last: rate of the last step.
+        sources: what it reads, by source in the order of the blend.
+        seq_length: tokens in its sequences.
+        stretches: its steps, by the shape they have.
+        ends: by source that has ended (`on_exhausted: renormalize`) the step, to a few, from which it gives nothing.
+    """
+
+    name: str
+    first_step: int
+    last_step: int
+    num_samples: int
+    tokens: int
+    lr_first: float
+    lr_last: float
+    sources: Mapping[str, SourceUse]
+    seq_length: int
+    stretches: tuple[Stretch, ...]
+    ends: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The blend; the shares sum to 1."""
+        return {name: use.weight for name, use in self.sources.items()}
+
+    @property
+    def first_sample(self) -> int:
+        """Its first sample, counted from 0 over the whole run."""
+        return self.stretches[0].first_sample
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in it."""
+        return self.last_step - self.first_step + 1
+
+
+@dataclass(frozen=True)
+class PlannedPhases:
+    """The phases of a run.
+
+    Attributes:
+        phases: those that have at least one step.
+        problems: what is wrong with the others.
+        places: by source that was read, where it stands at the end.
+    """
+
+    phases: list[PhasePlan]
+    problems: list[Problem]
+    places: Mapping[str, Place]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a source stands.
+
+    Attributes:
+        seq_length: tokens in the samples that were read last.
+        k: the number of its next sample of that length, counted over all epochs.
+    """
+
+    seq_length: int
+    k: int = 0
+
+    def turn(self, seq_length: int, grid: ChunkGrid | None) -> Place:
+        """Where it goes on with samples of another length; to a few where its size is not known."""
+        if grid is not None and grid.num_chunks:
+            return Place(seq_length, grid.turn(self.k, self.seq_length, seq_length))
+        return Place(seq_length, -(-self.k * self.seq_length // seq_length))
+
+
+def plan_phases(config: RunConfig, schedule: Schedule, grids: Mapping[str, ChunkGrid]) -> PlannedPhases:
+    """Resolve the phases of a run; without problems they tile its steps.
+
+    Args:
+        config: the run; its blends may name unknown sources or bad weights, which the configuration's checks report.
+        schedule: its learning rates.
+        grids: the chunks of each source, as far as known.
+    """
+    planned = PlannedPhases([], [], {})
+    places: dict[str, Place] = {}
+    limits = chunk_limits(config.sources, grids)
+    first = 1
+    for index, steps in enumerate(tile(config, schedule)):
+        problem = _end_problem(config, schedule, index, first, steps.last)
+        if problem is not None:
+            planned.problems.append(problem)
+        if steps.stretches:
+            phase = _plan_phase(config, schedule, config.phases[index], steps.stretches, grids, places, limits)
+            planned.problems.extend(_shortage(index, phase))
+            planned.phases.append(phase)
+            first = phase.last_step + 1
+    return replace(planned, places=places)
+
+
+def _end_problem(config: RunConfig, schedule: Schedule, index: int, first: int, last: int) -> Problem | None:
+    """What is wrong with the end of phase number `index`, whose first step would be `first`."""
+    phase, steps = config.phases[index], schedule.steps
+    if phase.until is None or index == len(config.phases) - 1:
+        # A missing `until` before the last phase, or one on it, is reported by the configuration's checks.
+        return None
+    unit = "lr" if phase.until.lr is not None else "tokens" if phase.until.tokens is not None else "step"
+    keys = (f"phases[{index}].until", *(SCHEDULE_KEYS if unit == "lr" else LENGTH_KEYS))
+    key = f"phases[{index}].until (phase {phase.name}): {_describe(phase.until)}"
+    if last < first:
+        text = f"{key} is step {last:,}, but the phase before ends with step {first - 1:,}: no step is left for it"
+        return Problem(f"{text}; `until` counts from the start of the run: choose a later end", keys)
+    if last >= steps:
+        if unit == "lr":
+            floor = schedule.rate(steps) / schedule.max_lr
+            text = f"{key} of max_lr is never reached: the last step still runs at {floor:.3g} of it"
+            return Problem(f"{text}; choose a larger fraction, or tokens or step", keys)
+        text = f"{key} is step {last:,}, but the run ends with step {steps:,}: no step is left for the next phase"
+        return Problem(f"{text}; choose an earlier end or raise tokens", keys)
+    return None
+
+
+def _describe(until: Until) -> str:
+    if until.lr is not None:
+        return f"lr: {until.lr:g}"
+    return f"tokens: {format_count(until.tokens)}" if until.tokens is not None else f"step: {until.step}"
+
+
+def _plan_phase(
+    config: RunConfig,
+    schedule: Schedule,
+    phase: PhaseConfig,
+    stretches: tuple[Stretch, ...],
+    grids: Mapping[str, ChunkGrid],
+    places: dict[str, Place],
+    limits: Mapping[str, int],
+) -> PhasePlan:
+    """A phase, read as if sources with a bad weight (the configuration's checks report them) were not in it.
+
+    Moves the places of its sources.
+    """
+    first, last, length = stretches[0], stretches[-1], stretches[0].seq_length
+    weights = normalise({name: weight for name, weight in phase.blend.items() if math.isfinite(weight) and weight > 0})
+    parts = {name: grids[name].parts(length) for name in weights if name in grids}
+    for name in weights:
+        places[name] = places.get(name, Place(length)).turn(length, grids.get(name))
+    room = {name: limit * parts[name] - places[name].k for name, limit in limits.items() if name in weights}
+    samples = last.end.samples - first.first_sample
+    counts, ended = share_out(weights, samples, room)
+    uses = {}
+    for name, count in counts.items():
+        epoch = grids[name].num_chunks * parts[name] if name in grids else 0
+        uses[name] = SourceUse(weights[name], count, count * length, count / epoch if epoch else None)
+        places[name] = replace(places[name], k=places[name].k + count)
+    return PhasePlan(
+        name=phase.name,
+        first_step=first.first_step,
+        last_step=last.last_step,
+        num_samples=samples,
+        tokens=samples * length,
+        lr_first=schedule.rate(first.first_step),
+        lr_last=schedule.rate(last.last_step),
+        sources=uses,
+        seq_length=length,
+        stretches=stretches,
+        ends={name: step_of_sample(stretches, first.first_sample + done) for name, done in ended.items()},
+    )
+
+
+def _shortage(index: int, phase: PhasePlan) -> Iterator[Problem]:
+    """A phase that goes on after all its sources have ended."""
+    given = sum(use.samples for use in phase.sources.values())
+    if phase.ends and given < phase.num_samples:
+        text = (
+            f"phases[{index}] (phase {phase.name}): all its sources have given their max_epochs by step "
+            f"{max(phase.ends.values()):,}, but it runs to step {phase.last_step:,} "
+            f"({phase.num_samples - given:,} samples are missing); raise max_epochs, add a source or shorten the run"
+        )
+        yield Problem(text, ("sources", "phases", *SCHEDULE_KEYS))
+
+
+def batch_problems(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int) -> Iterator[Problem]:
+    """Batches of the ramp-up and of phases that do not divide over the ranks; `layout_problems` has the run's own."""
+    replica = config.parallel.model_parallel_size
+    if num_gpus % replica:
+        return
+    for phase in phases:
+        usual = (config.batch.global_, config.batch.micro)
+        own = [stretch for stretch in phase.stretches if (stretch.global_batch, stretch.micro_batch) != usual]
+        odd = [s.global_batch for s in own if not _divides(config, s, num_gpus // replica)]
+        if odd:
+            shown = ", ".join(f"{size:,}" for size in odd[:4]) + (" ..." if len(odd) > 4 else "")
+            text = f"phase {phase.name}: the batch of {shown} does not divide into micro-batches of "
+            text += f"{own[0].micro_batch} on {num_gpus // replica} replicas ({num_gpus} ranks of {replica} each)"
+            if config.parallel.virtual_pipeline > 1:
+                text += f", as many on each as a multiple of parallel.pipeline: {config.parallel.pipeline}"
+            yield Problem(
+                f"{text}; change batch.ramp_up, phases[*].batch or the number of ranks", ("parallel", "batch", "phases")
+            )
+
+
+def _divides(config: RunConfig, stretch: Stretch, replicas: int) -> bool:
+    """Whether it does, or does not for a reason that the configuration's checks give."""
+    if stretch.global_batch % stretch.micro_batch and not (
+        stretch.is_ramp and stretch.micro_batch != config.batch.micro
+    ):
+        return True
+    micro_batches, rest = divmod(stretch.global_batch, stretch.micro_batch * replicas)
+    is_interleaved = config.parallel.virtual_pipeline > 1
+    return rest == 0 and not (is_interleaved and micro_batches % config.parallel.pipeline)

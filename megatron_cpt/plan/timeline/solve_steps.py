@@ -1,0 +1,118 @@
+"""The length of a run, and its schedule, where not every step has as many tokens.
+
+A phase may end where the rate says so, the rate depends on how many steps the run has, and where phases differ in
+tokens a step, that depends on where they end. Tokens grow with the number of steps and nearly in proportion, so a few
+trials find the least number that reaches the tokens of the run; each of them lays the whole run out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from megatron_cpt.config import RunConfig
+from megatron_cpt.plan.timeline.schedule import Schedule, span_steps
+from megatron_cpt.plan.timeline.segments import Mark, Stretch, step_reaching, tile, walk
+
+
+def solve_schedule(config: RunConfig) -> Schedule:
+    """The schedule over the fewest steps whose tokens reach `tokens`."""
+    own = [phase.batch.global_ if phase.batch else None for phase in config.phases]
+    lengths = [config.length_of(phase) for phase in config.phases]
+    shapes = {(size or config.batch.global_) * length for size, length in zip(own, lengths, strict=True)}
+    if len(shapes) == 1 and (config.batch.ramp_up is None or None not in own):
+        (tokens_per_step,) = shapes
+        return Schedule.resolve(config.schedule, -(-config.tokens // tokens_per_step), tokens_per_step)
+    smallest = min([config.batch.global_, *config.batch.ramp_sizes[:1], *(size for size in own if size)])
+    most = -(-config.tokens // (smallest * min(lengths)))
+    warmup = _warmup_steps(config)
+    steps = first_reaching(config.tokens, most, lambda n: _last(config, _schedule(config, n, warmup)).end.tokens)
+    return _schedule(config, steps, warmup)
+
+
+def first_reaching(target: int, most: int, value: Callable[[int], int]) -> int:
+    """The least n of 1 to `most` with value(n) >= target, or `most` where there is none.
+
+    Where the values lie on a line, the first look finds it and the second one proves it. Halving in between bounds the
+    looks by three times those of bisection, whatever the values.
+
+    Args:
+        target: above 0.
+        most: at least 1.
+        value: does not fall with n; of 0 it would be 0.
+    """
+    low, high, at_low, at_high = 0, most, 0, value(most)
+    if at_high < target:
+        return most
+
+    def look(n: int) -> None:
+        nonlocal low, high, at_low, at_high
+        if not low < n < high:
+            return
+        found = value(n)
+        if found < target:
+            low, at_low = n, found
+        else:
+            high, at_high = n, found
+
+    while high - low > 1:
+        guess = low - (at_low - target) * (high - low) // (at_high - at_low)
+        look(guess)
+        look(guess - 1 if high <= guess else guess + 1)
+        look((low + high) // 2)
+    return high
+
+
+def _last(config: RunConfig, schedule: Schedule) -> Stretch:
+    """The last stretch of a run."""
+    return [stretch for phase in tile(config, schedule) for stretch in phase.stretches][-1]
+
+
+def _schedule(config: RunConfig, steps: int, warmup: int | None) -> Schedule:
+    """The schedule of a run of `steps` steps; `warmup`: its warm-up, where that was given in tokens."""
+    section = config.schedule
+    without = Schedule(section.shape, section.max_lr, section.min_lr, steps, 0, 0, section.decay_shape)
+    if warmup is None:
+        warmup = span_steps(section.warmup, steps, 1)
+    decay = 0
+    if section.shape == "wsd":
+        decay = _decay_steps(config, without, warmup) if section.decay.tokens else span_steps(section.decay, steps, 1)
+    return replace(without, warmup_steps=warmup, decay_steps=decay)
+
+
+def _warmup_steps(config: RunConfig) -> int | None:
+    """The steps of a warm-up that is given in tokens.
+
+    A phase that ends where the rate falls ends after the warm-up: until there it goes on.
+    """
+    tokens = config.schedule.warmup.tokens
+    if tokens is None:
+        return None
+    done: list[Stretch] = []
+    for phase in config.phases:
+        begin = done[-1].end if done else Mark()
+        until = phase.until
+        if phase is config.phases[-1] or until is None or until.lr is not None:
+            done += walk(config, phase, begin, tokens=tokens)
+            break
+        done += walk(config, phase, begin, last_step=until.step, tokens=until.tokens)
+    return step_reaching(done, tokens) if tokens else 0
+
+
+def _decay_steps(config: RunConfig, schedule: Schedule, warmup: int) -> int:
+    """The fewest steps at the end of a run that have the tokens of a decay; all of them where the run is shorter."""
+    tokens = config.schedule.decay.tokens
+    assert tokens is not None
+
+    def trained(decay: int) -> int:
+        """Tokens of the last `decay` steps, phases ending as they do with that decay."""
+        stretches = [
+            s
+            for phase in tile(config, replace(schedule, warmup_steps=warmup, decay_steps=decay))
+            for s in phase.stretches
+        ]
+        first = schedule.steps - decay + 1
+        before = next(s for s in stretches if first <= s.last_step).after(first - 1)
+        return stretches[-1].end.tokens - before.tokens
+
+    return first_reaching(tokens, schedule.steps, trained)

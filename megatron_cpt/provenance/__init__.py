@@ -1,0 +1,1 @@
+"""Which documents a step has read, and what a run was made of. Imports no torch."""

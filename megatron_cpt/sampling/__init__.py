@@ -1,0 +1,1 @@
+"""Which token comes next: permutation, spans and blend. Pure functions, no disk."""

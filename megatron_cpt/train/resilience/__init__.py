@@ -1,0 +1,1 @@
+"""Anomalies, hangs, lost ranks, differing replicas and time limits."""

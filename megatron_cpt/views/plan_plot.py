@@ -1,0 +1,171 @@
+"""A plan as one picture: the learning rate over the tokens, the phases, and what each of them reads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_cpt.config import format_count
+from megatron_cpt.plan.run_plan import RunPlan
+from megatron_cpt.plan.timeline.phases import PhasePlan
+from megatron_cpt.views.figure import FAINT, GRID, INK, written_figure
+from megatron_cpt.views.plan_table import describe_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import FuncFormatter
+
+_POINTS = 800
+_RATE = "#1d4ed8"
+_PHASES = ("#eef2ff", "#fff7ed", "#ecfdf5", "#fdf2f8", "#f5f3ff", "#fefce8")
+_SOURCES = (
+    *("#7aa6d8", "#8fce8b", "#f6b26b", "#86d0cb", "#f3d873", "#c6a0d0"),
+    *("#c9a588", "#a9b4c4", "#f7b3c2", "#f08c84", "#b5e0a8", "#d9d2c5"),
+)
+_MOST_NAMED = len(_SOURCES)  # sources with a colour and a line in the legend of their own
+_NAMES_FROM = 0.92  # of the height of the upper panel: above it stand the names of the phases
+_LEAST_LABELLED = 0.05  # of the height, for the share to be written into its area
+
+
+def plot_plan(plan: RunPlan, path: str | Path) -> None:
+    """Draw a plan into a PNG (or whatever the ending of `path` names).
+
+    Raises:
+        UserError: the file cannot be written, or not in this format.
+    """
+    with written_figure(path, (11, 7.2), height_ratios=(3, 2)) as (rates, blends):
+        _draw_rates(rates, plan)
+        _draw_blends(blends, plan)
+        blends.set_xlim(0, plan.tokens_trained)
+        blends.xaxis.set_major_formatter(_count_formatter())
+        blends.set_xlabel("tokens")
+        title = f"{plan.name}: {format_count(plan.tokens)} tokens, {plan.steps:,} steps"
+        rates.set_title(f"{title}\n", loc="left", fontsize=14, fontweight="bold")
+        subtitle = f"{describe_schedule(plan.schedule)}; {format_count(plan.parameters.total)} parameters"
+        rates.text(0, 1.035, subtitle, transform=rates.transAxes, color=FAINT)
+
+
+def _draw_rates(axes: Axes, plan: RunPlan) -> None:
+    steps = np.unique(np.linspace(1, plan.steps, min(_POINTS, plan.steps)).round().astype(np.int64))
+    done = [plan.after(step - 1).tokens for step in steps.tolist()]
+    axes.plot(done, plan.schedule.rates(steps), color=_RATE, linewidth=2.2, zorder=3)
+    axes.set_ylim(0, plan.schedule.max_lr * 1.12)
+    axes.set_ylabel("learning rate")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    for number, phase in enumerate(plan.phases):
+        start, end = _extent(plan, phase)
+        axes.axvspan(start, end, color=_PHASES[number % len(_PHASES)], zorder=0)
+        axes.text(
+            (start + end) / 2,
+            0.975,
+            phase.name,
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontweight="bold",
+        )
+        if number:
+            _mark_switch(axes, plan, phase)
+
+
+def _mark_switch(axes: Axes, plan: RunPlan, phase: PhasePlan) -> None:
+    """Where a phase begins: its first step, with rate and tokens."""
+    start, rate = _extent(plan, phase)[0], phase.lr_first
+    axes.axvline(start, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+    axes.plot([start], [rate], "o", color=_RATE, markeredgecolor="white", markersize=8, zorder=4)
+    on_right = start < 0.68 * plan.tokens_trained
+    axes.annotate(
+        f"step {phase.first_step:,}, after {format_count(start)} tokens\n"
+        f"rate {rate:.3g} = {rate / plan.schedule.max_lr:.3g} of the highest",
+        (start, _free_height(axes, plan, phase.first_step, on_right)),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(12 if on_right else -12, 0),
+        textcoords="offset points",
+        ha="left" if on_right else "right",
+        va="center",
+        bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": GRID},
+        zorder=5,
+    )
+
+
+def _free_height(axes: Axes, plan: RunPlan, step: int, on_right: bool) -> float:
+    """Where a label beside a step, about a third of the width, covers the curve least: a share of the axes' height."""
+    width = plan.steps // 3
+    beside = np.linspace(step, step + width if on_right else step - width, 50).round().astype(np.int64)
+    heights = plan.schedule.rates(beside.clip(1, plan.steps)) / axes.get_ylim()[1]
+    room_above, room_below = _NAMES_FROM - heights.max(), heights.min()
+    return float(_NAMES_FROM - room_above / 2 if room_above > room_below else room_below / 2)
+
+
+def _draw_blends(axes: Axes, plan: RunPlan) -> None:
+    names = _stacking_order(plan)
+    colours = dict(zip(names, itertools.cycle(_SOURCES), strict=False))
+    for phase in plan.phases:
+        start, end = _extent(plan, phase)
+        bottom = 0.0
+        for name, weight in _shown_weights(phase, names).items():
+            axes.bar(
+                start,
+                weight,
+                width=end - start,
+                bottom=bottom,
+                align="edge",
+                color=colours[name],
+                edgecolor="white",
+                linewidth=0.8,
+                label=name,
+            )
+            if weight >= _LEAST_LABELLED and end - start > 0.06 * plan.tokens_trained:
+                axes.text((start + end) / 2, bottom + weight / 2, f"{weight:.1%}", ha="center", va="center", fontsize=8)
+            bottom += weight
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share of the samples")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    shown = [name for name in reversed(names) if name in handles]
+    axes.legend(
+        [handles[name] for name in shown],
+        [_label(plan, name) for name in shown],
+        title="source (epochs)",
+        loc="center left",
+        bbox_to_anchor=(1.005, 0.5),
+        frameon=False,
+        alignment="left",
+    )
+
+
+def _extent(plan: RunPlan, phase: PhasePlan) -> tuple[int, int]:
+    return phase.stretches[0].first_token, phase.stretches[-1].end.tokens
+
+
+def _stacking_order(plan: RunPlan) -> list[str]:
+    """Sources from the bottom up: the largest of the run first; those beyond the palette become one."""
+    by_size = sorted(plan.sources, key=lambda name: -plan.sources[name].tokens)
+    return by_size if len(by_size) <= _MOST_NAMED else [*by_size[: _MOST_NAMED - 1], _rest(plan)]
+
+
+def _rest(plan: RunPlan) -> str:
+    return f"{len(plan.sources) - _MOST_NAMED + 1} others"
+
+
+def _shown_weights(phase: PhasePlan, names: list[str]) -> Mapping[str, float]:
+    weights = {name: phase.weights[name] for name in names if name in phase.weights}
+    rest = 1.0 - sum(weights.values())
+    return weights | ({names[-1]: rest} if rest > 1e-9 else {})
+
+
+def _label(plan: RunPlan, name: str) -> str:
+    total = plan.sources.get(name)
+    return name if total is None or total.epochs is None else f"{name} ({total.epochs:.2f})"
+
+
+def _count_formatter() -> FuncFormatter:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: format_count(value))

@@ -1,0 +1,161 @@
+"""A plan as tables that a person can read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import IO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_cpt.config import format_count
+from megatron_cpt.plan.cost.memory import GIB
+from megatron_cpt.plan.run_plan import RunPlan
+from megatron_cpt.plan.timeline.epochs import REPEAT_LIMIT
+from megatron_cpt.plan.timeline.schedule import Schedule
+
+WIDTH_WITHOUT_TERMINAL = 120
+
+
+def render_plan(plan: RunPlan, stream: IO[str]) -> None:
+    """Write a plan as text: colours and the terminal's width where there is one, plain text elsewhere."""
+    console = Console(file=stream, markup=False, highlight=False)
+    if console.is_terminal:
+        _print(console, plan)
+        return
+    plain = Console(file=io.StringIO(), markup=False, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
+    with plain.capture() as capture:
+        _print(plain, plan)
+    stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def _print(console: Console, plan: RunPlan) -> None:
+    console.print(_summary(plan))
+    console.print(_phases(plan))
+    console.print(_sources(plan))
+    for warning in plan.warnings:
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning))
+
+
+def _summary(plan: RunPlan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in _summary_lines(plan):
+        table.add_row(name, text)
+    return table
+
+
+def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
+    flops, layout, memory = plan.flops, plan.layout, plan.memory
+    yield (
+        "run",
+        f"{plan.name}: {format_count(plan.tokens)} tokens = {plan.steps:,} steps of "
+        f"{f'{plan.tokens_per_step:,}' if plan.is_uniform else plan.step_sizes} tokens",
+    )
+    if plan.ramp:
+        yield "batch ramp", _ramp(plan)
+    yield "model", f"{format_count(plan.parameters.total)} parameters"
+    yield (
+        "FLOPs",
+        f"{_flops(flops.full)} a token with full attention counted, {_flops(flops.causal)} causal; "
+        f"in all {flops.full * plan.tokens_trained:.3g} and {flops.causal * plan.tokens_trained:.3g}",
+    )
+    yield "schedule", describe_schedule(plan.schedule)
+    yield (
+        "layout",
+        f"{layout.num_gpus:,} ranks = {layout.data_parallel:,} x {layout.num_gpus // layout.data_parallel} a replica; "
+        f"{layout.num_micro_batches:,} micro-batches a step, {layout.bubble:.1%} pipeline bubble",
+    )
+    parts = ((name, gib) for name, gib in memory.to_dict().items() if name != "stage" and gib > 0)
+    listed = ", ".join(f"{name} {_gib(gib)}" for name, gib in parts)
+    yield "memory", f"about {_gib(memory.total / GIB)} a rank on pipeline stage {memory.stage}: {listed}"
+
+
+def _ramp(plan: RunPlan) -> str:
+    last = plan.ramp[-1]
+    shown = list(dict.fromkeys(f"{stretch.global_batch:,}" for stretch in plan.ramp))  # a phase may end within one
+    if len(shown) > 3:
+        shown = [*shown[:2], f"... {shown[-1]}"]
+    return (
+        f"batches of {', '.join(shown)} until step {last.last_step:,}, the end of {last.end.samples:,} samples and "
+        f"{format_count(last.end.tokens)} tokens"
+    )
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e9:.2f} GFLOPs" if value >= 1e9 else f"{value / 1e6:.2f} MFLOPs"
+
+
+def _gib(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 0.1 else f"{gib * 1024:.1f} MiB"
+
+
+def describe_schedule(schedule: Schedule) -> str:
+    """A schedule in one line."""
+    text = f"{schedule.shape} {schedule.max_lr:.3g}"
+    text += "" if schedule.shape == "constant" else f" -> {schedule.min_lr:.3g}"
+    if schedule.shape == "wsd":
+        text += f", {schedule.decay_shape} decay over the last {schedule.decay_steps:,} steps"
+    return text + (f", warm-up of {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ", no warm-up")
+
+
+def _phases(plan: RunPlan) -> Table:
+    headers = ["phase", "first step", "last step", "steps", "tokens", "of the run", "rate of first", "rate of last"]
+    table = _table(*headers, *([] if plan.is_uniform else ["batch", "length"]))
+    for phase in plan.phases:
+        sizes = list(dict.fromkeys(f"{stretch.global_batch:,}" for stretch in phase.stretches))
+        batch = sizes[0] if len(sizes) == 1 else f"{sizes[0]} - {sizes[-1]}"
+        table.add_row(
+            phase.name,
+            f"{phase.first_step:,}",
+            f"{phase.last_step:,}",
+            f"{phase.num_steps:,}",
+            format_count(phase.tokens),
+            f"{phase.num_steps / plan.steps:.2%}",
+            f"{phase.lr_first:.4g}",
+            f"{phase.lr_last:.4g}",
+            *([] if plan.is_uniform else [batch, f"{phase.seq_length:,}"]),
+        )
+    return table
+
+
+def _sources(plan: RunPlan) -> Table:
+    table = _table("phase", "source", "weight", "samples", "tokens", "epochs", "limit")
+    for phase in plan.phases:
+        for number, (name, use) in enumerate(phase.sources.items()):
+            tokens = format_count(use.tokens)
+            table.add_row(
+                phase.name if number == 0 else "",
+                name,
+                f"{use.weight:.4f}",
+                f"{use.samples:,}",
+                tokens,
+                _epochs(use.epochs),
+                "",
+            )
+        table.add_section()
+    for number, (name, total) in enumerate(plan.sources.items()):
+        label = Text("whole run" if number == 0 else "", style="bold")
+        limit = "" if total.max_epochs is None else f"{total.max_epochs:g}"
+        tokens = f"{format_count(total.tokens)} of {format_count(total.size or 0)}"
+        share = f"{total.tokens / plan.tokens_trained:.4f}"
+        table.add_row(label, name, share, f"{total.samples:,}", tokens, _epochs(total.epochs), limit)
+    return table
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for header in headers:
+        is_text = header in ("phase", "source")
+        table.add_column(header, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis")
+    return table
+
+
+def _epochs(epochs: float | None) -> Text:
+    if epochs is None:
+        return Text("?")
+    return Text(f"{epochs:.3f}", style="bold yellow" if epochs > REPEAT_LIMIT else "")

@@ -1,0 +1,38 @@
+"""Weights that are kept in FP8: their fp32 masters are made of what was drawn, not of what Transformer Engine rounded.
+
+A stand-in takes the place of its parameter, with what `reset_parameters` of Transformer Engine (pytorch/module/base.py,
+2.20) puts there: the value before it was rounded, on the CPU, which megatron-core's distributed optimizer asks for.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from megatron_cpt.backend import cpu
+from megatron_cpt.config import ModelConfig
+
+cpu.install()
+
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
+
+from megatron_cpt.model.initialize import initialise_weights  # noqa: E402
+
+
+def _weight() -> torch.nn.Parameter:
+    """As it is built under `leave_as_is`: memory that nobody has written to."""
+    weight = torch.nn.Parameter(torch.full((16, 8), torch.nan, dtype=torch.bfloat16))
+    kept = weight.detach().clone()
+    weight.get_high_precision_init_val = lambda: kept
+    return weight
+
+
+def test_a_master_weight_is_what_was_drawn() -> None:
+    weight, plain = _weight(), torch.nn.Parameter(torch.zeros(16, 8, dtype=torch.bfloat16))
+    model = ModelConfig(layers=1, hidden=8, ffn_hidden=16, heads=1, vocab=16)
+    for parameter in (weight, plain):
+        shard = ShardedTensor.from_rank_offsets("mlp.linear_fc1.weight", parameter)
+        initialise_weights([SimpleNamespace(sharded_state_dict=lambda shard=shard: {"weight": shard})], model, seed=1)
+    assert torch.equal(weight.get_high_precision_init_val(), plain)
+    assert plain.float().std() > 0

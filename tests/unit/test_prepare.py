@@ -1,0 +1,165 @@
+"""run.yaml and its files -> a run, or everything that is wrong at once."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from megatron_cpt.data.tokenfile.reader import IndexedDatasetWriter
+from megatron_cpt.errors import EXIT_REFUSED, EXIT_USER, ConfigError, RefusedError
+from megatron_cpt.prepare import prepare_run
+
+SIZES = {"web": 10_000, "code": 8_000, "qa": 2_000}
+
+
+def write_tokens(prefix, count):
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_document(np.arange(count) % 257)
+
+
+@pytest.fixture
+def with_files(run_data, tmp_path, monkeypatch):
+    """The small run, its files under data/ of the working directory, sizes not declared."""
+    monkeypatch.chdir(tmp_path)
+    for name, count in SIZES.items():
+        write_tokens(tmp_path / "data" / name, count)
+        del run_data["sources"][name]["tokens"]
+    return run_data
+
+
+def test_files_give_the_sizes(with_files, write_run):
+    prepared = prepare_run(write_run(with_files), need_files=True)
+    assert prepared.source_tokens == SIZES
+    assert prepared.prefixes == {name: [f"data/{name}"] for name in SIZES}
+    assert prepared.plan.sources["web"].epochs == prepared.plan.sources["web"].samples / (9_999 // 64)
+    assert prepared.plan.warnings == ()
+    assert prepared.config.name == "small"
+
+
+def test_an_epoch_of_several_files_is_what_the_stream_reads(with_files, write_run, tmp_path):
+    for number in range(3):
+        write_tokens(tmp_path / "data" / f"part{number}", 100)  # one sample of 64 each, and 36 tokens that are none
+    with_files["sources"]["web"] = {"path": "data/part*"}
+    prepared = prepare_run(write_run(with_files), need_files=True)
+    assert prepared.prefixes["web"] == ["data/part0", "data/part1", "data/part2"]
+    assert prepared.source_tokens["web"] == 300
+    assert prepared.plan.sources["web"].epochs == prepared.plan.sources["web"].samples / 3
+
+
+def test_overrides_count(with_files, write_run):
+    assert prepare_run(write_run(with_files), ["tokens=5120"], need_files=True).plan.steps == 10
+
+
+def test_missing_files_are_declared_or_a_problem(with_files, write_run, tmp_path):
+    (tmp_path / "data" / "web.bin").unlink()
+    shutil.move(tmp_path / "data" / "code.idx", tmp_path / "code.idx")
+    with_files["sources"]["code"]["tokens"] = "8K"
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(write_run(with_files), need_files=False)
+    (problem,) = caught.value.problems
+    assert problem.startswith("sources.web.path: no such file: data/web.bin")
+    assert problem.endswith("to plan without the files give sources.web.tokens")
+    with_files["sources"]["web"]["tokens"] = "1M"
+    prepared = prepare_run(write_run(with_files), need_files=False)
+    assert prepared.source_tokens == {**SIZES, "web": 1_000_000}
+    assert set(prepared.prefixes) == {"qa"}
+    assert prepared.plan.warnings[0] == "planned with declared sizes, for the files are not here: web, code"
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(write_run(with_files), need_files=True)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["sources.web.path", "sources.code.path"]
+
+
+@pytest.mark.parametrize(("declared", "is_warned"), [("10.09K", False), ("10.2K", True), ("1M", True)])
+def test_a_declared_size_that_differs_is_a_warning(with_files, write_run, declared, is_warned):
+    with_files["sources"]["web"]["tokens"] = declared
+    prepared = prepare_run(write_run(with_files), need_files=True)
+    assert prepared.source_tokens["web"] == 10_000
+    assert (
+        any("source web: its files hold 10K tokens, not the declared" in w for w in prepared.plan.warnings) == is_warned
+    )
+
+
+def test_broken_files_are_refused(with_files, write_run, tmp_path):
+    (tmp_path / "data" / "web.bin").write_bytes(b"\0" * 10)
+    with pytest.raises(RefusedError, match=r"sources\.web\.path: data/web\.bin: has 10 bytes") as caught:
+        prepare_run(write_run(with_files), need_files=False)
+    assert caught.value.exit_status == EXIT_REFUSED
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(write_run(with_files), ["batch.micro=3"], need_files=False)
+    assert caught.value.exit_status == EXIT_USER
+    assert len(caught.value.problems) == 2
+
+
+def test_validation_init_and_tokenizer_must_be_there_to_train(with_files, write_run, tmp_path):
+    with_files["validation"] = {"sources": {"web": "data/held_out", "code": ["data/code", "data/none*"]}}
+    with_files["init"] = {"from": "checkpoints/base"}
+    with_files["tokenizer"] = "sentencepiece:none.model"
+    path = write_run(with_files)
+    assert prepare_run(path, need_files=False).plan.steps == 100
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(path, need_files=True)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+        "validation.sources.web",
+        "validation.sources.code",
+        "init.from",
+        "tokenizer",
+    ]
+    (tmp_path / "runs" / "small" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(path, need_files=True)
+    assert not any(problem.startswith("init.from") for problem in caught.value.problems)
+
+
+def test_everything_wrong_comes_in_one_message(with_files, write_run, tmp_path):
+    """Configuration, files and plan; and nothing that only follows from a stand-in."""
+    with_files["bacth"] = {}
+    with_files["parallel"] = {"tensor": 3}
+    with_files["batch"] = {"global": 8, "micro": 3}
+    with_files["phases"][0]["blend"] = {"web": 0, "cdoe": 1, "code": -1}
+    with_files["sources"]["qa"]["max_epochs"] = 0.1
+    with_files["schedule"]["warmup"] = "1M"
+    (tmp_path / "data" / "web.idx").unlink()
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(write_run(with_files), need_files=True)
+    found = "\n".join(caught.value.problems)
+    for text in (
+        "bacth: not a known key; did you mean batch?",
+        "parallel.tensor: 3 does not divide model.heads: 8",
+        "batch.micro: 3 does not divide batch.global: 8",
+        "phases[0].blend.web (phase general): 0 is not a positive weight",
+        "phases[0].blend.cdoe (phase general): names no source; did you mean code?",
+        "phases[0].blend.code (phase general): -1 is not a positive weight",
+        "sources.web.path: no such file: data/web.idx",
+        "schedule.warmup: 1M tokens = 1,954 steps, but the run has 100",
+    ):
+        assert text in found
+    with_files["schedule"]["warmup"] = 0
+    with pytest.raises(ConfigError, match=r"sources\.qa\.max_epochs: 0\.1: the run reads"):
+        prepare_run(write_run(with_files), need_files=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("sources.qa.max_epochs=x", "sources.qa.max_epochs"),
+        ("schedule.max_lr=x", "schedule.max_lr"),
+        ("phases.general.until.lr=x", "phases[0].until.lr"),
+        ("phases.qa.blend.qa=x", "phases[1].blend.qa"),
+        ("seq_length=x", "seq_length"),
+        ("tokens=x", "tokens"),
+        ("sources.web=x", "sources.web"),
+        ("batch=x", "batch"),
+    ],
+)
+def test_no_false_alarms_from_stand_ins(with_files, write_run, override, key):
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(write_run(with_files), [override], need_files=True, num_gpus=1)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [key]
+
+
+def test_gpus_must_fit(with_files, write_run):
+    assert prepare_run(write_run(with_files), need_files=True, num_gpus=2).plan.layout.data_parallel == 2
+    with pytest.raises(ConfigError, match=r"batch\.global: 8 is not a multiple of batch\.micro: 2 x 3 replicas"):
+        prepare_run(write_run(with_files), need_files=True, num_gpus=3)
