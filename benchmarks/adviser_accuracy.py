@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = compare()
     (print_markdown if options.markdown else print_rows)(rows)
-    summary = summarise(rows)
+    summary = summarize(rows)
     print(summary)
     from record import write_result  # beside this script, not where tests import it from
 
@@ -105,7 +105,7 @@ def shares(speed: Speed) -> dict[str, float]:
     return {part: round(getattr(speed, part) / speed.step, 4) for part in PARTS}
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Errors of the figures that constants were fitted to, of the others, and of models that gave none to fit."""
     held_out = [abs(row["error"]) for row in rows if not row["is_fitted"]]
     fitted_models = {row["model"] for row in rows if row["is_fitted"]}

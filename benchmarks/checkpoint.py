@@ -102,7 +102,7 @@ def measure(folder: Path, gigabytes: float, num_rounds: int) -> list[dict[str, A
 
 def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: Any, number: int) -> dict[str, Any]:
     """Every variant once; the round's number decides which of those that write and of those that read begins."""
-    from megatron_cpt.checkpoint.loading.load import find_sound, load_training
+    from megatron_cpt.checkpoint.loading.load import find_valid, load_training
     from megatron_cpt.checkpoint.manifest import Verify
     from megatron_cpt.checkpoint.record import Record
 
@@ -115,7 +115,7 @@ def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: 
             savers["unhashed"].save(1, record)
 
     def load(how: Verify) -> None:
-        load_training(find_sound(path, how), chunks, optimizer, how, with_rng=True)
+        load_training(find_valid(path, how), chunks, optimizer, how, with_rng=True)
 
     writes: list[tuple[str, Callable[[], Any]]] = [
         ("saved", lambda: savers["saved"].save(1, record)),

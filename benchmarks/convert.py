@@ -177,16 +177,16 @@ def random_block() -> np.ndarray[Any, np.dtype[np.uint16]]:
 
 
 def weights(name: str, shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
-    """Rows of a tensor: the random block, begun elsewhere and with other bits flipped for every name and stretch."""
+    """Rows of a tensor: the random block, begun elsewhere and with other bits flipped for every name and segment."""
     import torch
 
     width = math.prod(shape[1:])
     bits = np.empty((last - first) * width, np.uint16)
     at, end = first * width, last * width
     while at < end:
-        stretch, inside = divmod(at, _BLOCK)
+        segment, inside = divmod(at, _BLOCK)
         count = min(_BLOCK - inside, end - at)
-        key = int.from_bytes(hashlib.blake2b(f"{name}/{stretch}".encode(), digest_size=8).digest(), "little")
+        key = int.from_bytes(hashlib.blake2b(f"{name}/{segment}".encode(), digest_size=8).digest(), "little")
         begin = inside + (key >> 16) % _BLOCK
         # the two bits that bound the exponent stay as they are
         np.bitwise_xor(

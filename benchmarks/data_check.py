@@ -40,7 +40,7 @@ def main() -> None:
         begin = time.perf_counter()
         report = check_dataset(prefix, vocab_size=VOCABULARY)
         whole_seconds = time.perf_counter() - begin
-    assert report.is_sound, [str(finding) for finding in report.findings]
+    assert report.is_valid, [str(finding) for finding in report.findings]
     num_bytes = report.scan.num_bytes
     speeds = {name: num_bytes / 1e9 / statistics.median(seconds) for name, seconds in rounds.items()}
     ratios = {

@@ -83,7 +83,7 @@ class Drill:
             DrillError: it started over, went on from something wrong, hung, or ended as it should not.
         """
         harm = IN_LIFE[kind] if kind else None
-        sound = self.newest_sound()
+        sound = self.newest_valid()
         found = self.published()
         before = self.metrics_inode()
         prepare = self.death() if kind == "death at a change of a file" else None
@@ -107,7 +107,7 @@ class Drill:
 
     def harm_files(self, kind: str) -> bool:
         """Harm the files of the run while nothing runs; whether there was anything to harm."""
-        newest = self.folder / f"step-{self.newest_sound():08d}"
+        newest = self.folder / f"step-{self.newest_valid():08d}"
         if len(self._sound_steps()) < 2:  # one sound checkpoint must stay, or the run has to be refused
             return False
         AT_REST[kind](self, newest)
@@ -118,7 +118,7 @@ class Drill:
         """Names of the checkpoints."""
         return [path.name for path in list_checkpoints(self.folder)]
 
-    def newest_sound(self) -> int:
+    def newest_valid(self) -> int:
         """Step of the newest checkpoint that is whole; 0: none."""
         return max(self._sound_steps(), default=0)
 
@@ -151,7 +151,7 @@ class Drill:
         return partial(_die_later, rank, number, str(self.output))
 
     def _sound_steps(self) -> list[int]:
-        return [int(path.name.removeprefix("step-")) for path in list_checkpoints(self.folder) if _is_sound(path)]
+        return [int(path.name.removeprefix("step-")) for path in list_checkpoints(self.folder) if _is_valid(path)]
 
     def _note_start(self, job: Job, sound: int, found: list[str], began: bool) -> None:
         output = job.output()
@@ -180,8 +180,8 @@ class Drill:
             self._fail(job, f"ended with status {status} without a fault")
         statuses = job.statuses()
         if kind in ("SIGTERM to all", "SIGTERM to one rank", "SIGUSR1 to all", "SIGTERM twice"):
-            if status != EXIT_STOPPED or self.newest_sound() != self._last_step:
-                self._fail(job, f"{kind}: statuses {statuses}, saved step {self.newest_sound()} of {self._last_step}")
+            if status != EXIT_STOPPED or self.newest_valid() != self._last_step:
+                self._fail(job, f"{kind}: statuses {statuses}, saved step {self.newest_valid()} of {self._last_step}")
         elif kind == "full disk":
             if status != EXIT_FAILURE or "File too large" not in job.output():
                 self._fail(job, f"full disk: statuses {statuses}")
@@ -201,7 +201,7 @@ class Drill:
         raise DrillError(f"{what}\n{self.output}: {self.published()}\n{job.output()}")
 
 
-def _is_sound(checkpoint: Path) -> bool:
+def _is_valid(checkpoint: Path) -> bool:
     try:
         return not find_faults(checkpoint)
     except RefusedError:

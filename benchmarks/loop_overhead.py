@@ -5,8 +5,8 @@
 One process, one model, one optimizer. The real `train()` runs (loader, blend, loss by source, metrics.jsonl, console,
 stop signal), and between blocks of its steps a hook runs as many steps of a bare loop on the same model:
 megatron-core's forward-backward function and optimizer on one batch that lies in memory, nothing else. Block times
-alternate, so drift of the machine meets both; the figures are the medians of the ratios of neighbouring blocks, in wall
-time and in processor time (which a busy neighbour on the machine does not lengthen).
+alternate, so drift of the machine meets both; the figures are the medians of the ratios of neighboring blocks, in wall
+time and in processor time (which a busy neighbor on the machine does not lengthen).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def overhead_of(ours: list[float], bare: list[float]) -> float:
-    """Median of the ratios of neighbouring blocks, less 1."""
+    """Median of the ratios of neighboring blocks, less 1."""
     return statistics.median(a / b for a, b in zip(ours, bare, strict=True)) - 1
 
 

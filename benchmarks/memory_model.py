@@ -50,7 +50,7 @@ CASES: dict[int, dict[str, list[str]]] = {
         "gated, RMSNorm, no groups": [LLAMA],
         "gated, fp32": [LLAMA, "precision.compute=fp32"],
         "GELU and biases": ["model.activation=gelu", "model.linear_bias=true", "model.norm=layernorm"],
-        "normalised queries and keys": ["model.qk_norm=true"],
+        "normalized queries and keys": ["model.qk_norm=true"],
         "tied embeddings": ["model.tied_embeddings=true"],
         "dropout": ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"],
         "attention within documents": ["documents={reset_attention: true, eod_id: 0}"],

@@ -105,7 +105,7 @@ def train_quietly(run_file: Path, output: Path, *overrides: str) -> Path:
 def disturb_until_done(drill: Drill, is_over: Any) -> None:
     """Lives of one run, each with a fault until the end is near, until one ends with status 0."""
     while True:
-        is_quiet = is_over() or drill.newest_sound() > STEPS - MARGIN
+        is_quiet = is_over() or drill.newest_valid() > STEPS - MARGIN
         if not is_quiet and drill.rng.random() < AT_REST_SHARE:
             drill.harm_files(drill.rng.choice(sorted(AT_REST)))
         if drill.live(None if is_quiet else drill.rng.choice(sorted(IN_LIFE))) == 0:

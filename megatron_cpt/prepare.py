@@ -82,8 +82,8 @@ def prepare_run(
 def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
     files = _Files()
     for name, source in config.sources.items():
-        if draft.is_sound(f"sources.{name}.path"):
-            _find_source(files, name, source, config.chunk_length(name), need_files)
+        if draft.is_valid(f"sources.{name}.path"):
+            _find_source(files, name, source, config.span_length(name), need_files)
     if need_files:
         _find_validation(files, draft, config)
         files.missing += _missing_start(draft, config)

@@ -83,7 +83,7 @@ def _model(run: RunConfig) -> tuple[Any, Any]:
         num_query_groups=shape.num_kv_groups,
         kv_channels=shape.head_size,
         activation_func=squared_relu,
-        # its local norm knows no zero-centred weights
+        # its local norm knows no zero-centered weights
         layernorm_zero_centered_gamma=has_te,
         add_bias_linear=False,
         hidden_dropout=0.0,

@@ -83,7 +83,7 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
     from megatron_cpt.train.step import train_step
 
     seed_everything(run.seed, pipeline_rank=0)
-    build_model.initialise_weights = (
+    build_model.initialize_weights = (
         draw_on_device  # billions of weights by the CPU, one by one, take longer than the steps
     )
     model = build_model.build_model(run)
@@ -220,7 +220,7 @@ def fit_layers(arguments: argparse.Namespace, precision: str) -> None:
     sys.exit("not one layer fits this GPU: choose a smaller --micro")
 
 
-def summarise(run: RunConfig, rounds: list[dict[str, Any]], peak: float | None, ceiling: float) -> dict[str, Any]:
+def summarize(run: RunConfig, rounds: list[dict[str, Any]], peak: float | None, ceiling: float) -> dict[str, Any]:
     """Tokens/s and what follows from the median step of all rounds."""
     seconds = statistics.median(second for one in rounds for second in one["seconds"])
     flops = flops_per_token(run.model, run.seq_length)
@@ -285,7 +285,7 @@ def report(arguments: argparse.Namespace, here: str, timed: dict[str, Any], best
         precision = key.partition(" ")[2]
         run = run_config(arguments, precision)
         ceiling = best["fp8" if precision.startswith("fp8") else "bf16"]
-        results[key] = summarise(run, rounds, gpu.bf16 if gpu else None, ceiling)
+        results[key] = summarize(run, rounds, gpu.bf16 if gpu else None, ceiling)
         print(f"{key:22s} {results[key]}")
     best = {name: round(value, 2) for name, value in best.items()}
     print(f"ceiling, TFLOP/s: {best}")

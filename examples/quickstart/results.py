@@ -15,7 +15,7 @@ from rich.table import Table
 
 from megatron_cpt.errors import RefusedError
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette: told apart by color-blind readers too.
 COLORS = {"base": "#7f7f7f", "baseline": "#0072b2", "recipe": "#d55e00"}
 PHASE_SHADES = ("#f5f5f5", "#fdebd8")
 

@@ -106,7 +106,7 @@ def code(archives: Archives) -> Iterator[Document]:
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         if skipped.isdisjoint(relative.parts):
-            with tokenize.open(path) as file:  # honours a file's own `coding:` line
+            with tokenize.open(path) as file:  # honors a file's own `coding:` line
                 yield Document(f"python/{relative.as_posix()}", file.read())
 
 
@@ -119,15 +119,15 @@ def manual(archives: Archives) -> Iterator[Document]:
 
 
 def languages(archives: Archives) -> Iterator[Document]:
-    """Sentences of Django's user interface in the languages of the exams: one document a language and catalogue."""
+    """Sentences of Django's user interface in the languages of the exams: one document a language and catalog."""
     wanted = set(EXAM_LANGUAGES.values())
     members = re.compile(r"django/(.+)/locale/([^/]+)/LC_MESSAGES/django\.mo")
     for name in sorted(archives["Django"].namelist()):
         match = members.fullmatch(name)
         if match is None or match[2] not in wanted:
             continue
-        catalogue = gettext.GNUTranslations(io.BytesIO(archives["Django"].read(name)))
-        messages = catalogue._catalog  # type: ignore[attr-defined]  # gettext has no public way to list them
+        catalog = gettext.GNUTranslations(io.BytesIO(archives["Django"].read(name)))
+        messages = catalog._catalog  # type: ignore[attr-defined]  # gettext has no public way to list them
         sentences = [text for key, text in messages.items() if key and isinstance(text, str) and len(text) >= 30]
         if sentences:
             yield Document(f"{match[2]}/{match[1]}", "\n".join(sentences))

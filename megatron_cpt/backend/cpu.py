@@ -8,7 +8,7 @@ distributed optimizer, dist_checkpointing) also runs, and is tested, on a laptop
 What is replaced:
 
 1. functions and names of `torch.cuda` that need no device to have an honest answer (a stream is always in order, memory
-   is always synchronised, the random state is the CPU's);
+   is always synchronized, the random state is the CPU's);
 2. requests for a CUDA device inside torch calls, by a `TorchFunctionMode` that is active in this thread;
 3. the two accessors of the random state in megatron-core's tensor_parallel/random.py, which go below `torch.cuda`;
 4. `torch.compile`, only while megatron-core is imported: it decorates its fused kernels with it, and loading the

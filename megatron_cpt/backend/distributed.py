@@ -80,7 +80,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 @contextlib.contextmanager
 def process_groups(parallel: ParallelConfig, *, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
-    """Initialise torch.distributed and megatron-core's parallel state; take both down at the end.
+    """Initialize torch.distributed and megatron-core's parallel state; take both down at the end.
 
     Without a launcher's variables the job is one process and needs no port. A process group that already exists (as in
     tests) is used and left alone.
@@ -98,7 +98,7 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = DEFAULT_TIMEOUT
     size = data_parallel_size(parallel, launched_world_size())
     own_group = not dist.is_initialized()
     if own_group:
-        _initialise(on_cpu, timedelta(seconds=timeout))
+        _initialize(on_cpu, timedelta(seconds=timeout))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -125,7 +125,7 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = DEFAULT_TIMEOUT
             dist.destroy_process_group()
 
 
-def _initialise(on_cpu: bool, timeout: timedelta) -> None:
+def _initialize(on_cpu: bool, timeout: timedelta) -> None:
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Checkpoints and agreements between ranks move CPU tensors also where training runs over NCCL.

@@ -41,7 +41,7 @@ def checkpoint_step(path: Path) -> int:
     return int(match.group(1))
 
 
-def doomed(path: Path) -> Path:
+def deleted_name(path: Path) -> Path:
     """What a checkpoint is called while it is deleted."""
     return path.with_name(f".{path.name}.deleted")
 

@@ -21,7 +21,7 @@ SAMPLED_SHARE = 16  # of the shards, one in so many
 _THREADS = 2  # hashing leaves Python's lock, so two files at a time use two cores
 
 
-class BrokenError(RefusedError):
+class CorruptCheckpointError(RefusedError):
     """Files of a checkpoint are not what was written.
 
     Attributes:

@@ -16,7 +16,7 @@ _NOT_SHAPE = ("preset", "init_std", "max_positions")
 
 
 @dataclass(frozen=True)
-class Rule:
+class ResumeRule:
     """One thing that should not change in the middle of a run.
 
     Attributes:
@@ -80,7 +80,7 @@ def _phase_batches(run: Mapping[str, Any]) -> dict[str, int]:
     return {name: size for name, size in own.items() if size}
 
 
-def chunk_lengths(run: Mapping[str, Any]) -> dict[str, int]:
+def span_lengths(run: Mapping[str, Any]) -> dict[str, int]:
     """The longest samples that each source is read in."""
     lengths: dict[str, int] = {}
     for phase in run["phases"]:
@@ -90,23 +90,25 @@ def chunk_lengths(run: Mapping[str, Any]) -> dict[str, int]:
 
 
 RULES = (
-    Rule("model", model_shape, "the weights are those of another model", allowed=False),
-    Rule("batch", lambda run: run["batch"]["global"], "steps are counted in global batches", allowed=False),
-    Rule("seed", lambda run: run["seed"], "every source changes its order: samples are read twice", allowed=False),
-    Rule("ramp_up", lambda run: run["batch"].get("ramp_up"), "the batch grows in another way from this step on"),
-    Rule("phase_length", _phase_lengths, "a source goes on in the new length with the next window it has not read"),
-    Rule("phase_batch", _phase_batches, "the phase's steps have another batch; none that is done may be one of them"),
-    Rule("blend", _blends, "the new weights count from this step on; no sample is read twice"),
-    Rule("schedule", _ends, "the rate jumps to the new schedule's value at this step"),
-    Rule("optimizer", lambda run: run["optimizer"], "the new values count from this step on"),
-    Rule("precision", lambda run: run["precision"], "the run goes on in another number format, from its fp32 weights"),
-    Rule("tokenizer", lambda run: run["tokenizer"], "ids may mean other text from this step on"),
-    Rule("documents", _documents, "masks change from this step on"),
+    ResumeRule("model", model_shape, "the weights are those of another model", allowed=False),
+    ResumeRule("batch", lambda run: run["batch"]["global"], "steps are counted in global batches", allowed=False),
+    ResumeRule("seed", lambda run: run["seed"], "the order of every source changes: samples repeat", allowed=False),
+    ResumeRule("ramp_up", lambda run: run["batch"].get("ramp_up"), "the batch grows in another way from this step on"),
+    ResumeRule("phase_length", _phase_lengths, "a source continues in the new length with its next unread window"),
+    ResumeRule("phase_batch", _phase_batches, "steps of the phase use another batch; none of them may be done already"),
+    ResumeRule("blend", _blends, "the new weights count from this step on; no sample is read twice"),
+    ResumeRule("schedule", _ends, "the rate jumps to the new schedule's value at this step"),
+    ResumeRule("optimizer", lambda run: run["optimizer"], "the new values count from this step on"),
+    ResumeRule(
+        "precision", lambda run: run["precision"], "the run continues in another number format from its fp32 weights"
+    ),
+    ResumeRule("tokenizer", lambda run: run["tokenizer"], "ids may mean other text from this step on"),
+    ResumeRule("documents", _documents, "masks change from this step on"),
 )
-DATA = Rule(
+DATA = ResumeRule(
     "data", lambda fingerprints: fingerprints, "a source's samples are numbered anew: some are read twice, some never"
 )
-CHUNKS = Rule("seq_length", chunk_lengths, "a source is cut into chunks of its longest samples", allowed=False)
+SPANS = ResumeRule("seq_length", span_lengths, "a source is cut into spans of its longest samples", allowed=False)
 ALLOWABLE = tuple(rule.name for rule in (*RULES, DATA) if rule.allowed)
 
 
@@ -114,7 +116,7 @@ ALLOWABLE = tuple(rule.name for rule in (*RULES, DATA) if rule.allowed)
 class Change:
     """One difference between the checkpoint and the run that wants to go on from it."""
 
-    rule: Rule
+    rule: ResumeRule
     what: str
 
     def __str__(self) -> str:
@@ -157,10 +159,10 @@ def find_changes(
             before, after = (f"content {fingerprint}" for fingerprint in tokenizers)
         if before != after:
             changes.append(Change(rule, _difference(before, after)))
-    was, will = chunk_lengths(saved_run), chunk_lengths(now)
+    was, will = span_lengths(saved_run), span_lengths(now)
     recut = [f"source {name} {was[name]} -> {will[name]}" for name in will if was.get(name, will[name]) != will[name]]
     if recut:
-        changes.append(Change(CHUNKS, f"{', '.join(recut)} tokens"))
+        changes.append(Change(SPANS, f"{', '.join(recut)} tokens"))
     replaced = [name for name in data if name in saved_data and saved_data[name] != data[name]]
     if replaced:
         changes.append(Change(DATA, f"the files of {', '.join(replaced)} are not those that were read before"))

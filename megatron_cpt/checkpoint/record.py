@@ -42,7 +42,7 @@ class Record:
 
 
 @contextlib.contextmanager
-def damage_refused(checkpoint: object) -> Iterator[None]:
+def corrupt_as_refused(checkpoint: object) -> Iterator[None]:
     """Around what takes a record apart: with `checkpoint.verify: none` it may be JSON or YAML and yet no record.
 
     Raises:

@@ -47,7 +47,7 @@ def check(
             )
             for name in names
         ]
-    sound = all(report.is_sound for report in reports)
+    sound = all(report.is_valid for report in reports)
     if as_json:
         print(json.dumps({"sound": sound, "data_sets": [report.to_dict() for report in reports]}, indent=2))
     else:
@@ -59,7 +59,7 @@ def check(
 
 def _print(report: CheckReport) -> None:
     faults = f"{len(report.faults)} fault{'' if len(report.faults) == 1 else 's'}"
-    print(f"{report.prefix}: {'sound' if report.is_sound else f'NOT SOUND, {faults}'}")
+    print(f"{report.prefix}: {'sound' if report.is_valid else f'NOT SOUND, {faults}'}")
     if report.header is not None:
         header = report.header
         print(f"  {header.num_documents:,} documents, {header.num_tokens:,} {header.dtype.name} tokens")

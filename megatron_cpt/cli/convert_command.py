@@ -72,7 +72,7 @@ def import_(
     workers: Workers = 0,
     model: ModelOption = None,
     add_tokens: Annotated[
-        Path | None, typer.Option("--add-tokens", metavar="FILE", help="New tokens, one a line; rows are initialised.")
+        Path | None, typer.Option("--add-tokens", metavar="FILE", help="New tokens, one a line; rows are initialized.")
     ] = None,
     init_rows: Annotated[
         str, typer.Option("--init-rows", metavar="pieces|mean", help="Rows of new tokens from these.")

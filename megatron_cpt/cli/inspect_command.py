@@ -31,7 +31,7 @@ def inspect(
 
     With --tokenizer documents are decoded; without --document the first few, from their start.
     """
-    from megatron_cpt.data.inspect.summary import get_document, summarise
+    from megatron_cpt.data.inspect.summary import get_document, summarize
     from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
 
     names = expand_prefixes(prefix)
@@ -46,7 +46,7 @@ def inspect(
         else:
             _print_document(shown, codec)
         return
-    summary = summarise(dataset)
+    summary = summarize(dataset)
     if plot is not None:
         from megatron_cpt.views.lengths_plot import plot_lengths
 

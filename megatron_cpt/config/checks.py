@@ -12,7 +12,7 @@ from megatron_cpt.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
-class Check:
+class ConfigCheck:
     """A rule; it is left out where one of its keys (or what holds it) already has a problem of its own."""
 
     keys: tuple[str, ...]
@@ -242,7 +242,7 @@ def _fp8_params(config: RunConfig) -> Iterator[str]:
         yield f"{key}: a gated MLP's first weight is saved as two halves, which an FP8 tensor cannot be cut into"
 
 
-def _quantised_shapes(config: RunConfig) -> Iterator[str]:
+def _quantized_shapes(config: RunConfig) -> Iterator[str]:
     """What Transformer Engine asserts of operands in the first step: rows by 8 and columns by 16, or blocks of 32."""
     precision, model, parallel = config.precision, config.model, config.parallel
     if not precision.uses_transformer_engine:
@@ -294,29 +294,29 @@ _HEADS = ("model.heads", "model.kv_groups", "model.hidden", "model.head_dim", "m
 _PIPELINE = ("parallel.pipeline", "parallel.virtual_pipeline")
 
 CHECKS = (
-    Check(_HEADS, _heads),
-    Check(_HEADS, _rotary),
-    Check(("model.ffn_hidden", "model.vocab", "model.vocab_multiple", "parallel.tensor"), _widths),
-    Check(("model.layers", *_PIPELINE), _pipeline),
-    Check(("batch.global", "batch.micro", "phases[*].batch", "validation", *_PIPELINE), _micro_batches),
-    Check(("batch.global", "batch.micro", "batch.ramp_up", *_PIPELINE), _ramp_up),
-    Check(("batch.global", "batch.micro", "phases[*].batch", *_PIPELINE), _phase_batches),
-    Check(
+    ConfigCheck(_HEADS, _heads),
+    ConfigCheck(_HEADS, _rotary),
+    ConfigCheck(("model.ffn_hidden", "model.vocab", "model.vocab_multiple", "parallel.tensor"), _widths),
+    ConfigCheck(("model.layers", *_PIPELINE), _pipeline),
+    ConfigCheck(("batch.global", "batch.micro", "phases[*].batch", "validation", *_PIPELINE), _micro_batches),
+    ConfigCheck(("batch.global", "batch.micro", "batch.ramp_up", *_PIPELINE), _ramp_up),
+    ConfigCheck(("batch.global", "batch.micro", "phases[*].batch", *_PIPELINE), _phase_batches),
+    ConfigCheck(
         ("seq_length", "phases[*].seq_length", "parallel.tensor", "parallel.context", "parallel.sequence"), _sequence
     ),
-    Check(("seq_length", "phases[*].seq_length"), _phase_lengths),
-    Check(("schedule.max_lr", "schedule.min_lr"), _rates),
-    Check(("phases[*].blend", "sources"), _blends),
-    Check(("sources",), _exhausted),
-    Check(("sources", "documents.eod_id", "tokenizer", "model.vocab"), _fim),
-    Check(("phases[*].until", "phases[*].name"), _phase_ends),
-    Check(("documents.eod_id", "tokenizer", "model.vocab", "parallel.context"), _documents),
-    Check(("precision.compute", "precision.fp8", "model.layers"), _precision),
-    Check(("precision.compute", "precision.fp8", "precision.fp4", "model.layers"), _fp4),
-    Check(("precision.fp8", "parallel.distributed_optimizer", "model.gated"), _fp8_params),
-    Check(
+    ConfigCheck(("seq_length", "phases[*].seq_length"), _phase_lengths),
+    ConfigCheck(("schedule.max_lr", "schedule.min_lr"), _rates),
+    ConfigCheck(("phases[*].blend", "sources"), _blends),
+    ConfigCheck(("sources",), _exhausted),
+    ConfigCheck(("sources", "documents.eod_id", "tokenizer", "model.vocab"), _fim),
+    ConfigCheck(("phases[*].until", "phases[*].name"), _phase_ends),
+    ConfigCheck(("documents.eod_id", "tokenizer", "model.vocab", "parallel.context"), _documents),
+    ConfigCheck(("precision.compute", "precision.fp8", "model.layers"), _precision),
+    ConfigCheck(("precision.compute", "precision.fp8", "precision.fp4", "model.layers"), _fp4),
+    ConfigCheck(("precision.fp8", "parallel.distributed_optimizer", "model.gated"), _fp8_params),
+    ConfigCheck(
         (*_HEADS, "precision", "model.ffn_hidden", "parallel", "batch", "seq_length", "phases", "validation"),
-        _quantised_shapes,
+        _quantized_shapes,
     ),
-    Check(("resilience.spike.warmup", "resilience.spike.window"), _spike),
+    ConfigCheck(("resilience.spike.warmup", "resilience.spike.window"), _spike),
 )

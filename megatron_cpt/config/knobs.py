@@ -13,7 +13,7 @@ from megatron_cpt.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
-class Place:
+class ComputePlace:
     """What a knob may ask about where a run computes.
 
     Attributes:
@@ -27,7 +27,7 @@ class Place:
     apex: bool = False
 
 
-GPU_CLUSTER = Place(on_gpu=True, transformer_engine=True, apex=True)
+GPU_CLUSTER = ComputePlace(on_gpu=True, transformer_engine=True, apex=True)
 """What a plan takes for granted: GPUs with all that NVIDIA's containers hold."""
 
 
@@ -36,7 +36,7 @@ class Need:
     """A condition of a knob: how a message says it, and whether it holds."""
 
     text: str
-    holds: Callable[[RunConfig, Place], bool]
+    holds: Callable[[RunConfig, ComputePlace], bool]
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class Knob:
     source: str
 
 
-def _has_one_shape(run: RunConfig, place: Place) -> bool:
+def _has_one_shape(run: RunConfig, place: ComputePlace) -> bool:
     shapes = {(run.length_of(phase), run.micro_batch_of(phase)) for phase in run.phases}
     return shapes <= {(run.seq_length, run.batch.micro)}
 
 
-def _fits_user_buffers(run: RunConfig, place: Place) -> bool:
+def _fits_user_buffers(run: RunConfig, place: ComputePlace) -> bool:
     return run.precision.fp4 is None and (run.precision.fp8 is None or run.precision.fp8.recipe != "blockwise")
 
 
-def _overlaps_grad_reduce(run: RunConfig, place: Place) -> bool:
+def _overlaps_grad_reduce(run: RunConfig, place: ComputePlace) -> bool:
     asked = run.speed.overlap_grad_reduce
     return place.on_gpu if asked is None else asked
 
@@ -204,7 +204,7 @@ def has_mxfp8_weights(run: RunConfig) -> bool:
     return fp8 is not None and fp8.recipe == "mxfp8" and fp8.params
 
 
-def resolve_speed(run: RunConfig, place: Place) -> tuple[frozenset[str], list[str]]:
+def resolve_speed(run: RunConfig, place: ComputePlace) -> tuple[frozenset[str], list[str]]:
     """Which knobs are on.
 
     Args:
@@ -226,13 +226,13 @@ def resolve_speed(run: RunConfig, place: Place) -> tuple[frozenset[str], list[st
     return frozenset(on), problems
 
 
-def is_possible(name: str, run: RunConfig, place: Place) -> bool:
+def is_possible(name: str, run: RunConfig, place: ComputePlace) -> bool:
     """Whether a knob can be on, asked for or not."""
     knob = next(knob for knob in KNOBS if knob.name == name)
     return all(need.holds(run, place) for need in knob.needs)
 
 
-def fuses_swiglu(run: RunConfig, place: Place) -> bool:
+def fuses_swiglu(run: RunConfig, place: ComputePlace) -> bool:
     """Whether a gated MLP's activation is one kernel with its product, and keeps its input only."""
     is_swiglu = run.model.gated and run.model.activation is Activation.SILU
     return is_swiglu and "fused_activation" in resolve_speed(run, place)[0]

@@ -33,7 +33,7 @@ class Draft:
     problems: list[str] = field(default_factory=list)
     tainted: set[str] = field(default_factory=set)
 
-    def is_sound(self, *keys: str) -> bool:
+    def is_valid(self, *keys: str) -> bool:
         """Whether none of these dotted keys (`[*]`: any entry of a list) nor what holds them is a stand-in."""
         bad = {re.sub(r"\[\d+\]", "[*]", key) for key in self.tainted}
         return not any(_holds(b, key) for key in keys for b in bad)
@@ -79,7 +79,7 @@ def draft_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Draft:
     draft = Draft(config, problems + found, tainted)
     if config is not None:
         for check in CHECKS:
-            if draft.is_sound(*check.keys):
+            if draft.is_valid(*check.keys):
                 draft.problems.extend(check.find(config))
     return draft
 

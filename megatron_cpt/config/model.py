@@ -21,7 +21,7 @@ class Activation(StrEnum):
 
 
 class Norm(StrEnum):
-    """The normalisation before attention and MLP, and at the end."""
+    """The normalization before attention and MLP, and at the end."""
 
     LAYERNORM = "layernorm"
     LAYERNORM1P = "layernorm1p"
@@ -91,7 +91,7 @@ class ModelConfig(Section):
     gated: bool = False
     """Gated MLP: activation(gate(x)) * up(x), as in SwiGLU."""
     norm: Annotated[Norm, BeforeValidator(_member_of(Norm, NORM_NAMES))] = Norm.LAYERNORM1P
-    """layernorm1p stores w - 1 (zero-centred gamma)."""
+    """layernorm1p stores w - 1 (zero-centered gamma)."""
     norm_eps: float = Field(1e-5, gt=0)
     rotary_percent: float = Field(1.0, gt=0, le=1)
     """Share of each head that RoPE turns."""

@@ -53,7 +53,7 @@ class BatchConfig(Section):
 
     @model_validator(mode="after")
     def _few_sizes(self) -> BatchConfig:
-        if len(self.ramp_sizes) > MOST_RAMP_SIZES:  # each is checked, and planned as a stretch of its own
+        if len(self.ramp_sizes) > MOST_RAMP_SIZES:  # each is checked, and planned as a segment of its own
             raise ValueError(f"ramp_up grows through more than {MOST_RAMP_SIZES:,} sizes; choose a larger increment")
         return self
 
@@ -359,7 +359,7 @@ class RunConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in a step of the run's own batch and length; of ramp-up and phases the plan's stretches tell."""
+        """Tokens in a step of the run's own batch and length; of ramp-up and phases the plan's segments tell."""
         return self.batch.global_ * self.seq_length
 
     def length_of(self, phase: PhaseConfig) -> int:
@@ -385,7 +385,7 @@ class RunConfig(Section):
         """Tokens in the longest sequence of any phase."""
         return max(self.length_of(phase) for phase in self.phases)
 
-    def chunk_length(self, source: str) -> int:
+    def span_length(self, source: str) -> int:
         """Tokens in the chunks that a source is cut into: the longest sequences it is read in."""
         lengths = (self.length_of(phase) for phase in self.phases if source in phase.blend)
         return max(lengths, default=self.seq_length)

@@ -26,14 +26,14 @@ from megatron_cpt.convert.job import (
     cast,
     check_space,
     check_target,
+    os_errors_as_cpt_errors,
     reserved,
     run_parallel,
     silent,
-    told_plainly,
 )
 from megatron_cpt.convert.mapping.families import Family, by_name, detect
-from megatron_cpt.convert.mapping.resolve import Rule, resolve
-from megatron_cpt.convert.source import Incoming, find_side_files, open_incoming
+from megatron_cpt.convert.mapping.resolve import TensorRule, resolve
+from megatron_cpt.convert.source import SourceCheckpoint, find_side_files, open_source_checkpoint
 from megatron_cpt.errors import RefusedError, UserError
 
 BLOCK_BYTES = 16 << 20
@@ -90,10 +90,10 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
-class Block:
+class TensorBlock:
     """Rows of a Hugging Face tensor, the unit of work."""
 
-    rule: Rule
+    rule: TensorRule
     name: str
     first: int
     last: int
@@ -111,7 +111,7 @@ def export_checkpoint(
     """
     options = options or ExportOptions()
     check_target(target)
-    with told_plainly(work_folder(target)):
+    with os_errors_as_cpt_errors(work_folder(target)):
         return _export(source, target, options, advance)
 
 
@@ -138,7 +138,7 @@ def _export(source: Path, target: Path, options: ExportOptions, advance: Advance
     return ExportReport(family.name, len(shapes), total, len(writer.done), names, time.perf_counter() - started)
 
 
-def open_source(path: Path, *, model: str | None = None, verify: Verify = "full") -> Incoming:
+def open_source(path: Path, *, model: str | None = None, verify: Verify = "full") -> SourceCheckpoint:
     """Open a checkpoint; one of ours is verified first.
 
     Raises:
@@ -147,13 +147,13 @@ def open_source(path: Path, *, model: str | None = None, verify: Verify = "full"
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint or run directory")
-    incoming = open_incoming(path, named_model=model, verify=verify)
+    incoming = open_source_checkpoint(path, named_model=model, verify=verify)
     if incoming.kind == "huggingface":
         raise UserError(f"{path}: a Hugging Face folder already; give a checkpoint")
     return incoming
 
 
-def find_family(incoming: Incoming, side: Mapping[str, Path], named: str | None) -> Family:
+def find_family(incoming: SourceCheckpoint, side: Mapping[str, Path], named: str | None) -> Family:
     """The family to export as: the named one, the one it was imported from, or the first that can express it.
 
     Raises:
@@ -172,29 +172,29 @@ def find_family(incoming: Incoming, side: Mapping[str, Path], named: str | None)
     return found[0]
 
 
-def blocks(rules: list[Rule], itemsize: int = 4) -> Iterator[Block]:
+def blocks(rules: list[TensorRule], itemsize: int = 4) -> Iterator[TensorBlock]:
     """All rows of all Hugging Face tensors, in parts that fit into memory."""
     for rule in rules:
         for name, shape in zip(rule.hf, rule.hf_shapes, strict=True):
             step = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
             for first in range(0, shape[0], step):
-                yield Block(rule, name, first, min(shape[0], first + step))
+                yield TensorBlock(rule, name, first, min(shape[0], first + step))
 
 
-def read_block(incoming: Incoming, block: Block) -> torch.Tensor:
+def read_block(incoming: SourceCheckpoint, block: TensorBlock) -> torch.Tensor:
     """The rows of a Hugging Face tensor, put together from a checkpoint."""
     return block.rule.hf_rows(
         block.name, block.first, block.last, lambda name, rows: incoming.read(name, rows.start, rows.stop)
     )
 
 
-def _final_dtype(incoming: Incoming, rule: Rule, dtype: str | None) -> torch.dtype:
+def _final_dtype(incoming: SourceCheckpoint, rule: TensorRule, dtype: str | None) -> torch.dtype:
     return DTYPES[dtype] if dtype is not None else incoming.forms[rule.megatron].dtype
 
 
 def _write_tensors(
-    incoming: Incoming,
-    rules: list[Rule],
+    incoming: SourceCheckpoint,
+    rules: list[TensorRule],
     dtypes: Mapping[str, torch.dtype],
     writer: HfWriter,
     workers: int,
@@ -208,7 +208,7 @@ def _write_tensors(
     ]
     advance(sum(kept), writer.total_bytes)
 
-    def work(block: Block) -> None:
+    def work(block: TensorBlock) -> None:
         rows = cast(block.name, read_block(incoming, block), dtypes[block.rule.megatron])
         writer.write_rows(block.name, block.first, rows)
         advance(rows.nbytes, writer.total_bytes)

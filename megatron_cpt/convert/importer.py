@@ -26,12 +26,12 @@ from megatron_cpt.convert.job import (
     check_finite,
     check_space,
     check_target,
+    os_errors_as_cpt_errors,
     publish,
     reserved,
     run_parallel,
     silent,
     sync_file,
-    told_plainly,
 )
 from megatron_cpt.convert.journal import Journal
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, Form, Target, file_bytes, plan_files, total_bytes
@@ -42,7 +42,7 @@ from megatron_cpt.convert.megatron.torch_dist_writer import (
     write_metadata,
     written_from_journal,
 )
-from megatron_cpt.convert.source import HF_FOLDER, Incoming, open_incoming
+from megatron_cpt.convert.source import HF_FOLDER, SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.convert.vocabulary import VocabularyReport, extend_vocabulary
 from megatron_cpt.files.atomic import sync_folder, write_atomically
 
@@ -123,8 +123,8 @@ def import_checkpoint(
     """
     options = options or ImportOptions()
     check_target(target)
-    with told_plainly(_aside(target)), tempfile.TemporaryDirectory() as scratch:
-        incoming = open_incoming(source, named_model=options.model, allow_pickle=options.allow_pickle)
+    with os_errors_as_cpt_errors(_aside(target)), tempfile.TemporaryDirectory() as scratch:
+        incoming = open_source_checkpoint(source, named_model=options.model, allow_pickle=options.allow_pickle)
         vocabulary = None
         if options.new_tokens:
             incoming, vocabulary = extend_vocabulary(incoming, options.new_tokens, options.init_rows, Path(scratch))
@@ -136,7 +136,7 @@ def _import(
     target: Path,
     options: ImportOptions,
     advance: Advance,
-    incoming: Incoming,
+    incoming: SourceCheckpoint,
     vocabulary: VocabularyReport | None,
 ) -> ImportReport:
     started = time.perf_counter()
@@ -164,14 +164,14 @@ def _import(
     )
 
 
-def _final_forms(incoming: Incoming, dtype: str | None) -> dict[str, Form]:
+def _final_forms(incoming: SourceCheckpoint, dtype: str | None) -> dict[str, Form]:
     return {
         name: Form(form.shape, DTYPES[dtype] if dtype is not None else form.dtype)
         for name, form in incoming.forms.items()
     }
 
 
-def _job(incoming: Incoming, options: ImportOptions) -> dict[str, Any]:
+def _job(incoming: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
     return {
         "software": __version__,
         "sources": incoming.identity(),
@@ -198,7 +198,7 @@ def _written_before(journal: Journal) -> dict[str, WrittenFile]:
 
 
 def _write_tensors(
-    incoming: Incoming,
+    incoming: SourceCheckpoint,
     forms: Mapping[str, Form],
     files: list[FilePlan],
     options: ImportOptions,
@@ -241,7 +241,7 @@ def _write_tensors(
 def _finish(
     aside: Path,
     state: Mapping[str, Any],
-    incoming: Incoming,
+    incoming: SourceCheckpoint,
     forms: Mapping[str, Form],
     written: Mapping[str, WrittenFile],
     journal: Journal,
@@ -267,7 +267,7 @@ def _finish(
     journal.remove()
 
 
-def _state(source: Path, incoming: Incoming, vocabulary: VocabularyReport | None) -> dict[str, Any]:
+def _state(source: Path, incoming: SourceCheckpoint, vocabulary: VocabularyReport | None) -> dict[str, Any]:
     """state.json of a checkpoint that no run has written: nothing is trained, nothing is read."""
     return {
         "format_version": layout.FORMAT_VERSION,

@@ -92,7 +92,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_plainly(aside: Path | None = None) -> Iterator[None]:
+def os_errors_as_cpt_errors(aside: Path | None = None) -> Iterator[None]:
     """Inside the block an error of the system ends in one message: which file, why, the way out, and what is kept.
 
     Args:

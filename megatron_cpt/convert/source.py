@@ -18,7 +18,7 @@ from megatron_cpt.config import ModelConfig, read_mapping
 from megatron_cpt.convert.huggingface.config import read_model
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, HfFolder, read_json_object
 from megatron_cpt.convert.mapping.families import detect
-from megatron_cpt.convert.mapping.resolve import WEIGHT_DTYPES, Rule, check_tensors, resolve, tied_copies
+from megatron_cpt.convert.mapping.resolve import WEIGHT_DTYPES, TensorRule, check_tensors, resolve, tied_copies
 from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.mapping.tensors import EMBEDDING, OUTPUT_LAYER, Weights
 from megatron_cpt.convert.megatron.config import read_megatron_model
@@ -42,7 +42,7 @@ _MAX_SIDE_FILE = 256 << 20
 
 
 @dataclass(frozen=True)
-class Incoming:
+class SourceCheckpoint:
     """A model that is to be imported.
 
     Attributes:
@@ -75,9 +75,9 @@ class Incoming:
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def open_incoming(
+def open_source_checkpoint(
     path: Path, *, named_model: str | None = None, allow_pickle: bool = False, verify: Verify = "full"
-) -> Incoming:
+) -> SourceCheckpoint:
     """Open a Hugging Face folder or a checkpoint of Megatron; the format is found out.
 
     Args:
@@ -113,7 +113,7 @@ def open_incoming(
     )
 
 
-def _from_hugging_face(path: Path, allow_pickle: bool) -> Incoming:
+def _from_hugging_face(path: Path, allow_pickle: bool) -> SourceCheckpoint:
     folder = HfFolder(path, allow_pickle=allow_pickle)
     family, model = read_model(folder.config, path / CONFIG_FILE)
     rules = resolve(family, model)
@@ -129,10 +129,10 @@ def _from_hugging_face(path: Path, allow_pickle: bool) -> Incoming:
         rule.megatron: " and ".join(f"{name} in {folder.tensors[name].file}" for name in rule.hf) for rule in rules
     }
     sources = tuple(sorted({info.file for info in folder.tensors.values()}))
-    return Incoming("huggingface", family.name, model, forms, read, find_side_files(path), sources, origins)
+    return SourceCheckpoint("huggingface", family.name, model, forms, read, find_side_files(path), sources, origins)
 
 
-def _common_dtype(rule: Rule, folder: HfFolder) -> torch.dtype:
+def _common_dtype(rule: TensorRule, folder: HfFolder) -> torch.dtype:
     dtypes = {name: folder.tensors[name].dtype for name in rule.hf}
     if len(set(dtypes.values())) > 1:
         raise RefusedError(f"{folder.path}: of different types, but one tensor in Megatron: {dtypes}")
@@ -184,7 +184,7 @@ def _from_megatron(
     common: Mapping[str, Any],
     named_model: str | None,
     files: list[Path],
-) -> Incoming:
+) -> SourceCheckpoint:
     model = read_megatron_model(path, weights, common, named_model)
     expected = expected_tensors(model)
     check_accounted(path, weights, expected)
@@ -192,7 +192,7 @@ def _from_megatron(
     side = _kept_side_files(path) or _tokenizer_of_others(path)
     family = detect(read_json_object(side[CONFIG_FILE]), side[CONFIG_FILE]).name if CONFIG_FILE in side else None
     sources = tuple(file for file in files if file.is_file())
-    return Incoming(kind, family, model, forms, partial(_read_padded, weights, forms), side, sources)
+    return SourceCheckpoint(kind, family, model, forms, partial(_read_padded, weights, forms), side, sources)
 
 
 def _kept_side_files(path: Path) -> dict[str, Path]:

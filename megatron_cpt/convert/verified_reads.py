@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_cpt.checkpoint.manifest import BrokenError, Verify, compare, find_faults, shards_to_compare
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, compare, find_faults, shards_to_compare
 
 _THREADS = 2  # that hash; the files after the one that is asked for are as many
 
@@ -30,7 +30,7 @@ class FirstRead:
         """
         self._checkpoint = checkpoint
         if faults := find_faults(checkpoint, how, with_shards=False):
-            raise BrokenError(checkpoint, faults)
+            raise CorruptCheckpointError(checkpoint, faults)
         self._expected = shards_to_compare(checkpoint, how)
         self._order = list(self._expected)
         self._compared: dict[str, Future[str | None]] = {}
@@ -51,4 +51,4 @@ class FirstRead:
                 if name not in self._compared:
                     self._compared[name] = self._threads.submit(compare, self._checkpoint, name, self._expected[name])
         if fault := self._compared[path.name].result():
-            raise BrokenError(self._checkpoint, [fault])
+            raise CorruptCheckpointError(self._checkpoint, [fault])

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.exporter import Block, blocks, open_source, read_block
+from megatron_cpt.convert.exporter import TensorBlock, blocks, open_source, read_block
 from megatron_cpt.convert.huggingface.config import read_model
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, HfFolder
-from megatron_cpt.convert.job import Advance, run_parallel, told_plainly
+from megatron_cpt.convert.job import Advance, os_errors_as_cpt_errors, run_parallel
 from megatron_cpt.convert.mapping.resolve import check_tensors, resolve
-from megatron_cpt.convert.source import Incoming
+from megatron_cpt.convert.source import SourceCheckpoint
 from megatron_cpt.errors import RefusedError
 
 _NOTES = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout", "vocab_multiple"}
@@ -78,7 +78,7 @@ def verify_tensors(
         RefusedError: one is damaged, or they are different models: tensors missing, surplus or of another shape.
         CptError: the system fails in the middle.
     """
-    with told_plainly():
+    with os_errors_as_cpt_errors():
         return _verify(hf, checkpoint, workers or os.cpu_count() or 1, allow_pickle, model, advance)
 
 
@@ -96,7 +96,7 @@ def _verify(
     total = sum(form.num_bytes for form in incoming.forms.values())
     advance(0, total)
 
-    def work(block: Block) -> None:
+    def work(block: TensorBlock) -> None:
         there = read_block(incoming, block)
         here = folder.read(block.name, slice(block.first, block.last))
         narrow = here.dtype if here.itemsize < there.itemsize else there.dtype
@@ -136,7 +136,7 @@ def _check_model(hf: Path, wanted: ModelConfig, checkpoint: Path, found: ModelCo
         raise RefusedError("\n".join([f"{hf} and {checkpoint} are different models:", *(f"  - {w}" for w in wrong)]))
 
 
-def _padding_rows(incoming: Incoming) -> dict[str, int]:
+def _padding_rows(incoming: SourceCheckpoint) -> dict[str, int]:
     """Padding of embedding and output layer that is not zero: training moves it a little where it is trained at all."""
     vocab, padded = incoming.model.vocab, incoming.model.padded_vocab
     found = {}

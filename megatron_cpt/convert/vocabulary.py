@@ -19,7 +19,7 @@ from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.mapping.tensors import EMBEDDING, OUTPUT_LAYER
 from megatron_cpt.convert.megatron.torch_dist_plan import Form
-from megatron_cpt.convert.source import Incoming
+from megatron_cpt.convert.source import SourceCheckpoint
 from megatron_cpt.errors import RefusedError, UserError
 
 _BLOCK_ROWS = 8192
@@ -75,8 +75,8 @@ def read_new_tokens(file: Path) -> tuple[str, ...]:
 
 
 def extend_vocabulary(
-    incoming: Incoming, tokens: Sequence[str], init_rows: str, scratch: Path
-) -> tuple[Incoming, VocabularyReport]:
+    incoming: SourceCheckpoint, tokens: Sequence[str], init_rows: str, scratch: Path
+) -> tuple[SourceCheckpoint, VocabularyReport]:
     """A model with rows for new tokens, and a tokenizer that knows them.
 
     Args:
@@ -128,7 +128,7 @@ def extend_vocabulary(
     return larger, report
 
 
-def _load_tokenizer(incoming: Incoming, folder: Path) -> Any:
+def _load_tokenizer(incoming: SourceCheckpoint, folder: Path) -> Any:
     """The tokenizer, from a copy of its files: in the Hugging Face cache they lie under other names."""
     if not any(name.startswith("tokenizer") for name in incoming.side_files):
         raise UserError("--add-tokens: the source has no tokenizer files (tokenizer.json, tokenizer_config.json)")
@@ -171,7 +171,7 @@ def _near_zero(read: Read, name: str, vocab: int) -> tuple[list[int], int]:
     return small[:8].tolist(), len(small)
 
 
-def _extended(incoming: Incoming, rows: dict[str, torch.Tensor], first_id: int) -> Read:
+def _extended(incoming: SourceCheckpoint, rows: dict[str, torch.Tensor], first_id: int) -> Read:
     """Reads the old rows, and the new ones in their places; a tokenizer may be smaller than its model's embedding."""
 
     def read(name: str, first: int, last: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 from megatron_cpt.errors import CptError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def read_run(path: str, overrides: Sequence[str]) -> tuple[PreparedRun | None, D
         )
     sources = len(prepared.prefixes)
     tokens = sum(prepared.source_tokens.values())
-    return prepared, sound("run", f"{prepared.config.name}: {sources} sources, {tokens / 1e9:.4g}B tokens, all here")
+    return prepared, passed("run", f"{prepared.config.name}: {sources} sources, {tokens / 1e9:.4g}B tokens, all here")
 
 
 def checkpoint_bytes(prepared: PreparedRun) -> int:
@@ -91,7 +91,7 @@ def check_output(folder: str, disk: Disk) -> Diagnosis:
     if disk.problem is not None:
         return Diagnosis("output", Level.BLOCKS, disk.problem, "nothing can be saved", f"make {folder} writable")
     found = f"{folder}: writes {disk.write / _GB:.3g} GB/s with fsync, reads {disk.read / _GB:.3g} GB/s, one process"
-    return sound("output", found)
+    return passed("output", found)
 
 
 def num_checkpoints(prepared: PreparedRun) -> int:
@@ -113,7 +113,7 @@ def check_space(size: int, count: int, free: int) -> Diagnosis:
     needed = size * (count + 1)
     found = f"{free / _GB:.4g} GB free; a checkpoint takes about {size / _GB:.3g} GB, {count} of them stay"
     if free >= needed:
-        return sound("space", found)
+        return passed("space", found)
     level = Level.BLOCKS if free < 2 * size else Level.WARNING
     cost = f"these and the one being written take {needed / _GB:.4g} GB: a save will fail"
     return Diagnosis("space", level, found, cost, "make room, lower checkpoint.keep, or save less often")
@@ -124,7 +124,7 @@ def check_save_time(size: int, disk: Disk, num_writers: int) -> Diagnosis:
     seconds = size / (disk.write * num_writers)
     found = f"about {seconds:.0f} s for {size / _GB:.3g} GB by {num_writers} ranks, if each writes as fast as this one"
     if seconds <= _SIGNAL_SECONDS / 2:
-        return sound("time of a save", found)
+        return passed("time of a save", found)
     cost = f"a signal {_SIGNAL_SECONDS} s before the time limit may be too late"
     return Diagnosis(
         "time of a save", Level.WARNING, found, cost, "faster storage, or an earlier signal (--signal=USR1@...)"

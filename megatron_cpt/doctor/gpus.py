@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 
 # The old names of the reasons for low clocks: new drivers know them too (nvidia-smi --help-query-gpu).
 _FIELDS = (
@@ -26,7 +26,7 @@ _BUSY_MIB = 1024  # a context and a little; more is somebody's process
 
 
 @dataclass(frozen=True)
-class Gpu:
+class InstalledGpu:
     """One GPU; memory in MiB, clocks in MHz.
 
     Attributes:
@@ -54,7 +54,7 @@ class Gpus:
         problem: why there are no facts, where there should be.
     """
 
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[InstalledGpu, ...] = ()
     num_links: tuple[int, ...] | None = None
     problem: str | None = None
 
@@ -70,7 +70,7 @@ def read_gpus() -> Gpus:
     return Gpus(parse_gpus(asked.stdout), parse_links(links.stdout) if links.returncode == 0 else None)
 
 
-def parse_gpus(text: str) -> tuple[Gpu, ...]:
+def parse_gpus(text: str) -> tuple[InstalledGpu, ...]:
     """Lines of `nvidia-smi --query-gpu` with our fields."""
     gpus = []
     for line in text.strip().splitlines():
@@ -78,7 +78,7 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
         reasons = zip(("hardware", "thermal", "power brake"), slowed, strict=True)
         slowed_by = tuple(reason for reason, state in reasons if state == "Active")
         errors = int(ecc) if ecc.isdigit() else None  # "[N/A]" where the GPU has no ECC
-        gpus.append(Gpu(name, driver, int(total), int(used), int(clock), errors, slowed_by))
+        gpus.append(InstalledGpu(name, driver, int(total), int(used), int(clock), errors, slowed_by))
     return tuple(gpus)
 
 
@@ -115,7 +115,7 @@ def check_gpus(found: Gpus, *, num_ranks: int | None, torch_sees: int) -> list[D
     ]
 
 
-def _number(gpus: Sequence[Gpu], num_ranks: int | None, torch_sees: int) -> Diagnosis:
+def _number(gpus: Sequence[InstalledGpu], num_ranks: int | None, torch_sees: int) -> Diagnosis:
     kinds = Counter(f"{gpu.name}, {gpu.memory / 1024:.0f} GiB" for gpu in gpus)
     found = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) + f"; driver {gpus[0].driver}"
     if torch_sees == 0:
@@ -126,25 +126,25 @@ def _number(gpus: Sequence[Gpu], num_ranks: int | None, torch_sees: int) -> Diag
     if num_ranks is not None and num_ranks > torch_sees:
         cost = f"{num_ranks} ranks start on this node, and torch can use {torch_sees}"
         return Diagnosis("GPUs", Level.BLOCKS, found, cost, f"--nproc-per-node {torch_sees}")
-    return sound("GPUs", found)
+    return passed("GPUs", found)
 
 
-def _alike(gpus: Sequence[Gpu]) -> Diagnosis:
+def _alike(gpus: Sequence[InstalledGpu]) -> Diagnosis:
     if len({(gpu.name, gpu.memory, gpu.max_clock) for gpu in gpus}) > 1:
         cost = "all wait for the slowest, and the smallest memory counts"
         return Diagnosis("GPUs alike", Level.WARNING, "they differ", cost, "choose alike ones by CUDA_VISIBLE_DEVICES")
-    return sound("GPUs alike", f"up to {gpus[0].max_clock} MHz")
+    return passed("GPUs alike", f"up to {gpus[0].max_clock} MHz")
 
 
-def _free(gpus: Sequence[Gpu]) -> Diagnosis:
+def _free(gpus: Sequence[InstalledGpu]) -> Diagnosis:
     busy = [f"GPU {number}: {gpu.memory_used} MiB" for number, gpu in enumerate(gpus) if gpu.memory_used > _BUSY_MIB]
     if busy:
         cost = "memory is missing, and speed"
         return Diagnosis("GPUs free", Level.WARNING, ", ".join(busy), cost, "`nvidia-smi` shows whose it is")
-    return sound("GPUs free", "all")
+    return passed("GPUs free", "all")
 
 
-def _healthy(gpus: Sequence[Gpu]) -> Diagnosis:
+def _healthy(gpus: Sequence[InstalledGpu]) -> Diagnosis:
     broken = [f"GPU {n}: {gpu.ecc_errors} memory errors" for n, gpu in enumerate(gpus) if gpu.ecc_errors]
     if broken:
         cost = "uncorrectable: runs end there, or go wrong"
@@ -155,20 +155,20 @@ def _healthy(gpus: Sequence[Gpu]) -> Diagnosis:
     if slow:
         cost = "the clock is held down in hardware, and every rank waits for this one"
         return Diagnosis("GPUs healthy", Level.WARNING, ", ".join(slow), cost, "have cooling and power seen to")
-    return sound("GPUs healthy", "no memory errors, clocks free")
+    return passed("GPUs healthy", "no memory errors, clocks free")
 
 
 def _links(found: Gpus) -> Diagnosis:
     links = found.num_links
     if len(found.gpus) == 1:
-        return sound("NVLink", "one GPU needs none")
+        return passed("NVLink", "one GPU needs none")
     if links is None or not any(links):
         cost = "tensor parallelism goes over PCIe: many times slower"
         return Diagnosis("NVLink", Level.WARNING, "none", cost, "keep parallel.tensor at 1 or 2")
     if len(set(links)) > 1:
         cost = "collectives run at the speed of the GPU with the fewest"
         return Diagnosis("NVLink", Level.WARNING, f"links up: {list(links)}", cost, "have the node seen to")
-    return sound("NVLink", f"{links[0]} links a GPU")
+    return passed("NVLink", f"{links[0]} links a GPU")
 
 
 def _ask(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 
 _GIB = 2**30
 _MIN_FILES = 65536  # two a data file (.bin, .idx), a socket a peer, in every rank
@@ -48,7 +48,7 @@ def check_ports(ports: Sequence[Port], *, num_nodes: int) -> Diagnosis:
     name = "InfiniBand"
     if not ports:
         if num_nodes == 1:
-            return sound(name, "none, not needed on one node")
+            return passed(name, "none, not needed on one node")
         cost = "gradients and pipeline stages go over TCP: many times slower"
         return Diagnosis(name, Level.WARNING, "none", cost, "in a container, give it /dev/infiniband")
     down = [port.card for port in ports if port.state != "ACTIVE"]
@@ -59,7 +59,7 @@ def check_ports(ports: Sequence[Port], *, num_nodes: int) -> Diagnosis:
         return Diagnosis(
             name, Level.WARNING, found, cost, "have the links seen to, or leave the cards out by NCCL_IB_HCA"
         )
-    return sound(name, found)
+    return passed(name, found)
 
 
 def read_limit(number: int) -> int | None:
@@ -73,14 +73,14 @@ def check_open_files(limit: int | None) -> Diagnosis:
     if limit is not None and limit < _MIN_FILES:
         cost = "a run of many data files, or on many nodes, ends with 'Too many open files'"
         return Diagnosis("open files", Level.WARNING, f"{limit:,}", cost, f"ulimit -n {_MIN_FILES}")
-    return sound("open files", "unlimited" if limit is None else f"{limit:,}")
+    return passed("open files", "unlimited" if limit is None else f"{limit:,}")
 
 
 def check_locked_memory(limit: int | None, *, has_infiniband: bool) -> Diagnosis:
     """Memory that a card reads and writes by itself must be locked."""
     found = "unlimited" if limit is None else f"{limit / _GIB:.3g} GiB"
     if limit is None or not has_infiniband:
-        return sound("locked memory", found)
+        return passed("locked memory", found)
     cost = "NCCL cannot register its buffers with InfiniBand: it fails ('Cannot allocate memory')"
     way_out = "ulimit -l unlimited (SLURM: PropagateResourceLimitsExcept=MEMLOCK; Docker: --ulimit memlock=-1)"
     return Diagnosis("locked memory", Level.BLOCKS, found, cost, way_out)
@@ -89,7 +89,7 @@ def check_locked_memory(limit: int | None, *, has_infiniband: bool) -> Diagnosis
 def check_shared_memory(size: int | None) -> Diagnosis:
     """Size of /dev/shm in bytes; None: there is none."""
     if size is not None and size >= _MIN_SHM:
-        return sound("shared memory", f"{size / _GIB:.3g} GiB")
+        return passed("shared memory", f"{size / _GIB:.3g} GiB")
     found = "no /dev/shm" if size is None else f"{size / _GIB:.3g} GiB"
     cost = "NCCL ends with a bus error where GPUs of a node talk through it"
     return Diagnosis("shared memory", Level.WARNING, found, cost, "Docker: --shm-size 16g, or --ipc host")
@@ -117,7 +117,7 @@ def check_name(name: str, address: str | None, *, num_nodes: int) -> Diagnosis:
         cost = "this node tells the others an address that is theirs"
         way_out = "correct /etc/hosts, or name the interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
         return Diagnosis("host name", Level.WARNING, f"{name} is {address}", cost, way_out)
-    return sound("host name", f"{name} is {address}")
+    return passed("host name", f"{name} is {address}")
 
 
 def is_port_free(port: int) -> bool:
@@ -134,6 +134,6 @@ def is_port_free(port: int) -> bool:
 def check_port(port: int, *, is_free: bool) -> Diagnosis:
     """The port of the rendezvous, on the node that shall hold it."""
     if is_free:
-        return sound("rendezvous port", f"{port} is free")
+        return passed("rendezvous port", f"{port} is free")
     cost = "a run that meets there would meet somebody else's"
     return Diagnosis("rendezvous port", Level.WARNING, f"{port} is taken", cost, "another PORT, or end what holds it")

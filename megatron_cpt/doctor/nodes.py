@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 from megatron_cpt.doctor.software import Software
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _software(nodes: Sequence[Node]) -> Diagnosis:
         return Diagnosis(
             "same programs", Level.BLOCKS, "; ".join(differing), cost, "one container, or one environment, for all"
         )
-    return sound("same programs", f"on {len(nodes)} nodes")
+    return passed("same programs", f"on {len(nodes)} nodes")
 
 
 def _gpus(nodes: Sequence[Node]) -> Diagnosis:
@@ -121,7 +121,7 @@ def _gpus(nodes: Sequence[Node]) -> Diagnosis:
         return Diagnosis(
             "same GPUs", Level.WARNING, "; ".join(differing), cost, "ask the scheduler for one kind (--constraint)"
         )
-    return sound("same GPUs", _kinds(nodes[0]))
+    return passed("same GPUs", _kinds(nodes[0]))
 
 
 def _run(nodes: Sequence[Node]) -> Diagnosis:
@@ -139,7 +139,7 @@ def _run(nodes: Sequence[Node]) -> Diagnosis:
         return Diagnosis(
             "same run", Level.BLOCKS, "; ".join(differing), cost, "put run.yaml and data where all nodes see them"
         )
-    return sound("same run", f"run.yaml and {len(first) - 1} sources, by hash")
+    return passed("same run", f"run.yaml and {len(first) - 1} sources, by hash")
 
 
 def _time(nodes: Sequence[Node]) -> Diagnosis:
@@ -149,7 +149,7 @@ def _time(nodes: Sequence[Node]) -> Diagnosis:
         found = f"{latest.host} is {skew:.1f} s ahead of {earliest.host}"
         cost = "logs cannot be put in order, and shared storage may take new files for old ones"
         return Diagnosis("same time", Level.WARNING, found, cost, "start chrony or ntpd there")
-    return sound("same time", f"within {skew:.2g} s")
+    return passed("same time", f"within {skew:.2g} s")
 
 
 def _kinds(node: Node) -> str:

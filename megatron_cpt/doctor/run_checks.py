@@ -14,7 +14,7 @@ from typing import Any
 from megatron_cpt.config import ParallelConfig
 from megatron_cpt.doctor import disk, host, nodes, software
 from megatron_cpt.doctor import gpus as gpu_checks
-from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Examination:
             for finding in found
             if finding.level is not Level.OK and finding not in findings
         ]
-        return [sound("node", first), *findings, *wrong, *self.together]
+        return [passed("node", first), *findings, *wrong, *self.together]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -83,7 +83,7 @@ def _examine_node(run: str | None, overrides: Sequence[str], port: int) -> tuple
     programs, found = software.read_software(), gpu_checks.read_gpus()
     has_gpu = bool(found.gpus)
     findings = [
-        sound("Python", programs.python),
+        passed("Python", programs.python),
         *software.check_core(programs),
         software.check_transformer_engine(programs, has_gpu=has_gpu),
         software.check_apex(programs, has_gpu=has_gpu),
@@ -149,7 +149,7 @@ def check_layout(parallel: ParallelConfig, num_gpus: int, num_nodes: int) -> Dia
     if parallel.tensor > num_gpus:
         cost = f"tensor {parallel.tensor} goes over nodes of {num_gpus}: its traffic leaves NVLink"
         return Diagnosis("layout", Level.WARNING, found, cost, f"parallel.tensor={num_gpus} or less")
-    return sound("layout", found)
+    return passed("layout", found)
 
 
 def _torch_sees() -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 
 _OF_PYTHON = {"3.11": "0.16.1", "3.12": "0.19"}
 """The megatron-core that the tests run with."""
@@ -74,7 +74,7 @@ def check_core(software: Software) -> list[Diagnosis]:
             cost = f"outside of {ranges[name]}, which this package is made for"
             findings.append(Diagnosis(name, Level.BLOCKS, found, cost, f"pip install '{name}{ranges[name]}'"))
         elif name == "torch":
-            findings.append(sound(name, f"{found}, CUDA {software.cuda}" if software.cuda else f"{found}, for CPUs"))
+            findings.append(passed(name, f"{found}, CUDA {software.cuda}" if software.cuda else f"{found}, for CPUs"))
         else:
             findings.append(_tested_core(found, software.python))
     return findings
@@ -84,11 +84,11 @@ def check_transformer_engine(software: Software, *, has_gpu: bool) -> Diagnosis:
     """Transformer Engine decides about kernels and FP8; it is of no use without a GPU."""
     name = "Transformer Engine"
     if software.transformer_engine is not None:
-        return sound(
+        return passed(
             name, software.transformer_engine if has_gpu else f"{software.transformer_engine}, unused on a CPU"
         )
     if not has_gpu:
-        return sound(name, "not installed, not needed on a CPU")
+        return passed(name, "not installed, not needed on a CPU")
     return Diagnosis(
         name,
         Level.NOTE,
@@ -102,9 +102,9 @@ def check_transformer_engine(software: Software, *, has_gpu: bool) -> Diagnosis:
 def check_apex(software: Software, *, has_gpu: bool) -> Diagnosis:
     """Apex brings fused kernels that Transformer Engine has as well."""
     if software.apex is not None:
-        return sound("apex", software.apex)
+        return passed("apex", software.apex)
     if not has_gpu or software.transformer_engine is not None:
-        return sound("apex", "not installed, not needed here")
+        return passed("apex", "not installed, not needed here")
     return Diagnosis(
         "apex",
         Level.NOTE,
@@ -117,9 +117,9 @@ def check_apex(software: Software, *, has_gpu: bool) -> Diagnosis:
 def check_nccl(software: Software, *, has_gpu: bool) -> Diagnosis:
     """GPUs talk through NCCL."""
     if software.nccl is not None:
-        return sound("NCCL", software.nccl)
+        return passed("NCCL", software.nccl)
     if not has_gpu:
-        return sound("NCCL", "none, not needed on a CPU: gloo")
+        return passed("NCCL", "none, not needed on a CPU: gloo")
     return Diagnosis(
         "NCCL", Level.BLOCKS, "torch has none", "GPUs cannot talk to each other", "install a CUDA build of torch"
     )
@@ -128,7 +128,7 @@ def check_nccl(software: Software, *, has_gpu: bool) -> Diagnosis:
 def _tested_core(found: str, python: str) -> Diagnosis:
     tested = _OF_PYTHON.get(".".join(python.split(".")[:2]))
     if tested is None or found.startswith(tested):
-        return sound("megatron-core", found)
+        return passed("megatron-core", found)
     cost = f"not tried with Python {python}: the tests run with {tested} there"
     return Diagnosis("megatron-core", Level.NOTE, found, cost, "run `make test` once here")
 

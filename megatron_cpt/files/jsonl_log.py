@@ -29,7 +29,7 @@ def naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-class LineFile:
+class JsonlLog:
     """A file that lines are appended to. One process at a time may have it open.
 
     Raises:

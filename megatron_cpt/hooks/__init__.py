@@ -1,4 +1,4 @@
-"""Optional behaviour of the loop, one hook a file."""
+"""Optional behavior of the loop, one hook a file."""
 
 from __future__ import annotations
 

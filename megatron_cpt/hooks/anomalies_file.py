@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.errors import CptError
-from megatron_cpt.files.jsonl_log import LineFile, drop_lines_after
+from megatron_cpt.files.jsonl_log import JsonlLog, drop_lines_after
 from megatron_cpt.provenance.trace import trace_step
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
@@ -27,7 +27,7 @@ class AnomaliesFile(Hook):
         """Append a line with the samples and documents of the step."""
         if not session.ranks.is_main:
             return
-        with contextlib.closing(LineFile(session.output / FILE_NAME)) as file:
+        with contextlib.closing(JsonlLog(session.output / FILE_NAME)) as file:
             file.append({**line, **samples_of(session.output, line["step"])})
 
 

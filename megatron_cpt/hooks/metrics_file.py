@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_cpt.files.jsonl_log import LineFile, drop_lines_after
+from megatron_cpt.files.jsonl_log import JsonlLog, drop_lines_after
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
 
@@ -15,7 +15,7 @@ class MetricsFile(Hook):
     """Appends lines on the main rank; none waits in a buffer, so a killed run keeps all but the one being written."""
 
     def __init__(self) -> None:
-        self._file: LineFile | None = None
+        self._file: JsonlLog | None = None
 
     def on_start(self, session: Session) -> None:
         """Open the file; lines of steps that a resume will do again are dropped."""
@@ -23,7 +23,7 @@ class MetricsFile(Hook):
             return
         path = session.output / FILE_NAME
         drop_lines_after(path, session.state.step if session.is_resumed else -1)
-        self._file = LineFile(path)
+        self._file = JsonlLog(path)
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
         """Append a line of training."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_STOPPED
-from megatron_cpt.launch.report import FOLDER_VARIABLE, STOP_SIGNALS, STOPPING, TOLD, Report
+from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_SIGNALS, STOPPING, TOLD, Report
 
 
 def main(arguments: list[str]) -> int:

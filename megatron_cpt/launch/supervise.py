@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
-from megatron_cpt.launch.report import FOLDER_VARIABLE, STOP_SIGNALS, STOPPING, Report, read_reports
+from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_SIGNALS, STOPPING, Report, read_reports
 
 GRACE_SECONDS = 60.0
 """How long the ranks of a node may stay behind one that cannot go on and has nothing to save."""
@@ -54,20 +54,20 @@ def supervise(
         reports = read_reports(folder)
         if agent.returncode == EXIT_USER and not reports:
             return EXIT_USER  # torchrun's own complaint about its options
-        return combine([report.status for report in reports], is_sound=agent.returncode == 0 or is_cut_off)
+        return combine([report.status for report in reports], is_valid=agent.returncode == 0 or is_cut_off)
 
 
-def combine(statuses: Sequence[int | None], *, is_sound: bool) -> int:
+def combine(statuses: Sequence[int | None], *, is_valid: bool) -> int:
     """One status for a node.
 
     Args:
         statuses: that its ranks reported.
-        is_sound: whether torchrun saw no fault in the last attempt.
+        is_valid: whether torchrun saw no fault in the last attempt.
     """
     for told in (EXIT_USER, EXIT_REFUSED, EXIT_FAILURE):
         if told in statuses:
             return told
-    if not is_sound:
+    if not is_valid:
         return EXIT_FAILURE
     return EXIT_STOPPED if EXIT_STOPPED in statuses else EXIT_OK
 

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megatron_cpt.model.capabilities import read_machine
-from megatron_cpt.model.initialize import initialise_weights
-from megatron_cpt.model.kernel_options import Knobs, choose_knobs, connect_schedule, ddp_fields, initialise_user_buffers
+from megatron_cpt.model.initialize import initialize_weights
+from megatron_cpt.model.kernel_options import Knobs, choose_knobs, connect_schedule, ddp_fields, initialize_user_buffers
 from megatron_cpt.model.spec import LayerSpec, choose_spec
 from megatron_cpt.model.transformer_config import transformer_config
 
@@ -55,11 +55,11 @@ def build_model(run: RunConfig) -> Model:
     spec = choose_spec(qk_norm=run.model.qk_norm, precision=run.precision, machine=machine)
     is_te = spec.is_transformer_engine
     knobs = choose_knobs(run, machine, transformer_engine=is_te)
-    initialise_user_buffers(run, knobs)
+    initialize_user_buffers(run, knobs)
     config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs)
     stages = range(run.parallel.virtual_pipeline) if run.parallel.virtual_pipeline > 1 else [None]
     bare = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
-    initialise_weights(bare, run.model, run.seed)
+    initialize_weights(bare, run.model, run.seed)
     chunks = [_wrap(chunk, config, run.parallel, run.precision, knobs, number) for number, chunk in enumerate(bare)]
     connect_schedule(chunks, config, knobs)
     return Model(chunks, config, spec.name, spec.title, packs_documents=is_te, knobs=knobs)

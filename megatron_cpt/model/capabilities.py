@@ -129,7 +129,7 @@ REQUIREMENTS = (
     Requirement(_fp8("blockwise"), lambda m: m.capability >= (9, 0), "a Hopper or newer GPU (9.0)"),
     Requirement(_fp8("blockwise"), lambda m: m.cuda >= (12, 9), "CUDA 12.9"),
     Requirement(_fp8("blockwise"), _te_from(2, 3), "Transformer Engine 2.3"),
-    Requirement(_fp8("mxfp8"), lambda m: (10, 0) <= m.capability < (12, 0), "a Blackwell data-centre GPU (10.x)"),
+    Requirement(_fp8("mxfp8"), lambda m: (10, 0) <= m.capability < (12, 0), "a Blackwell data-center GPU (10.x)"),
     Requirement(_fp8("mxfp8"), _te_from(2, 1), "Transformer Engine 2.1"),
     Requirement(_fp4, lambda m: m.capability >= (10, 0), "a Blackwell GPU (10.0)"),
     Requirement(_fp4, _te_from(2, 7), "Transformer Engine 2.7"),

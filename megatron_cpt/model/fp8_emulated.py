@@ -53,7 +53,7 @@ class Fp8Emulation:
         return torch.float8_e5m2 if operand == GRADIENT and self.format == "hybrid" else torch.float8_e4m3fn
 
 
-def quantise(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The values of `x` as FP8 holds them under a scaling factor: `cast(clamp(x * scale)) / scale`, in x's own type.
 
     Args:
@@ -96,15 +96,15 @@ class EmulatedFp8(torch.nn.Module):
             self.register_buffer("step_amax", torch.zeros(3), persistent=False)
 
     def fp8_operand(self, x: torch.Tensor, operand: int) -> torch.Tensor:
-        """Quantise one operand and note its largest magnitude."""
+        """Quantize one operand and note its largest magnitude."""
         amax = x.detach().abs().amax().float()
         if self.fp8.recipe == "tensorwise":
             if parallel_state.get_tensor_model_parallel_world_size() > 1:
                 dist.all_reduce(amax, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
-            return quantise(x, scale_for(amax, self.fp8.dtype(operand)), self.fp8.dtype(operand))
+            return quantize(x, scale_for(amax, self.fp8.dtype(operand)), self.fp8.dtype(operand))
         if self.training:
             self.step_amax[operand] = torch.maximum(self.step_amax[operand], amax)
-        return quantise(x, self._delayed_scale(operand), self.fp8.dtype(operand))
+        return quantize(x, self._delayed_scale(operand), self.fp8.dtype(operand))
 
     def _delayed_scale(self, operand: int) -> torch.Tensor:
         history = self.amax_history[operand].float()
@@ -114,9 +114,9 @@ class EmulatedFp8(torch.nn.Module):
     def _forward_impl(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
-        operands = (_apply(_Quantise, input, self, INPUT), _apply(_Quantise, weight, self, WEIGHT))
+        operands = (_apply(_Quantize, input, self, INPUT), _apply(_Quantize, weight, self, WEIGHT))
         output = super()._forward_impl(*operands, bias=None, **options)  # type: ignore[misc]  # of the class behind
-        output = _apply(_QuantiseGradient, output, self)
+        output = _apply(_QuantizeGradient, output, self)
         return output if bias is None else output + bias
 
 
@@ -125,8 +125,8 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> torch.Te
     return result
 
 
-class _Quantise(torch.autograd.Function):
-    """Quantised forward, identity backward (the straight-through estimator)."""
+class _Quantize(torch.autograd.Function):
+    """Quantized forward, identity backward (the straight-through estimator)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: EmulatedFp8, operand: int) -> torch.Tensor:
@@ -137,8 +137,8 @@ class _Quantise(torch.autograd.Function):
         return gradient, None, None
 
 
-class _QuantiseGradient(torch.autograd.Function):
-    """Identity forward, quantised backward: what both products of the backward pass see."""
+class _QuantizeGradient(torch.autograd.Function):
+    """Identity forward, quantized backward: what both products of the backward pass see."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: EmulatedFp8) -> torch.Tensor:

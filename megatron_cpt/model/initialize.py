@@ -23,7 +23,7 @@ _WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 
 @torch.no_grad()
-def initialise_weights(chunks: Sequence[GPTModel], model: ModelConfig, seed: int) -> None:
+def initialize_weights(chunks: Sequence[GPTModel], model: ModelConfig, seed: int) -> None:
     """Fill every matrix with N(0, init_std), scaled by 1/sqrt(2 layers) where it writes to the residual stream.
 
     Biases start at zero; norms keep the identity that they are built with.

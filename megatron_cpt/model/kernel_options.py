@@ -10,7 +10,7 @@ from megatron.core.jit import jit_fuser
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config import Activation, ModelConfig, ParallelConfig, RunConfig
-from megatron_cpt.config.knobs import Place, resolve_speed
+from megatron_cpt.config.knobs import ComputePlace, resolve_speed
 from megatron_cpt.errors import UserError
 from megatron_cpt.model.capabilities import Machine
 
@@ -29,7 +29,7 @@ def choose_knobs(run: RunConfig, machine: Machine, *, transformer_engine: bool) 
     Raises:
         UserError: `speed` asks for what cannot be had here.
     """
-    place = Place(on_gpu=machine.device is not None, transformer_engine=transformer_engine, apex=machine.apex)
+    place = ComputePlace(on_gpu=machine.device is not None, transformer_engine=transformer_engine, apex=machine.apex)
     on, problems = resolve_speed(run, place)
     if problems:
         raise UserError("; ".join(problems))
@@ -87,7 +87,7 @@ def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def initialise_user_buffers(run: RunConfig, knobs: Knobs) -> None:
+def initialize_user_buffers(run: RunConfig, knobs: Knobs) -> None:
     """Make the buffers that Transformer Engine overlaps tensor-parallel communication with; a collective call.
 
     Raises:

@@ -1,6 +1,6 @@
 """The norms of the local layer spec: what megatron-core's own torch wrapper refuses.
 
-`WrappedTorchNorm` takes neither sequence parallelism nor zero-centred gamma, so Nemotron's LayerNorm1P and any sharded
+`WrappedTorchNorm` takes neither sequence parallelism nor zero-centered gamma, so Nemotron's LayerNorm1P and any sharded
 sequence would need Transformer Engine or Apex. This one is plain torch and does both.
 """
 
@@ -37,7 +37,7 @@ class LocalNorm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise; torch's kernels compute the statistics of bf16 inputs in fp32."""
+        """Normalize; torch's kernels compute the statistics of bf16 inputs in fp32."""
         weight = self.weight + 1 if self.zero_centered else self.weight
         if self.bias is None:
             return nn.functional.rms_norm(hidden, weight.shape, weight, self.eps)

@@ -9,12 +9,11 @@ from megatron_cpt.plan.run_plan import RunPlan, build_plan
 from megatron_cpt.plan.timeline.epochs import SourceTotal, SourceUse
 from megatron_cpt.plan.timeline.phases import PhasePlan
 from megatron_cpt.plan.timeline.schedule import Schedule
-from megatron_cpt.plan.timeline.segments import Mark, Stretch
-from megatron_cpt.sampling.spans import ChunkGrid
+from megatron_cpt.plan.timeline.segments import Mark, Segment
+from megatron_cpt.sampling.spans import SpanGrid
 
 __all__ = [
     "GIB",
-    "ChunkGrid",
     "FlopsPerToken",
     "Layout",
     "Mark",
@@ -24,9 +23,10 @@ __all__ = [
     "Problem",
     "RunPlan",
     "Schedule",
+    "Segment",
     "SourceTotal",
     "SourceUse",
-    "Stretch",
+    "SpanGrid",
     "build_plan",
     "count_parameters",
     "estimate_memory",

@@ -14,17 +14,17 @@ from megatron_cpt.plan.cost.rank_layout import Layout, layout_problems
 from megatron_cpt.plan.problem import Problem
 from megatron_cpt.plan.timeline.epochs import (
     SourceTotal,
-    chunk_limits,
     epoch_problems,
     samples_in_epoch,
     size_problems,
     source_warnings,
+    span_limits,
 )
 from megatron_cpt.plan.timeline.phases import PhasePlan, PlannedPhases, batch_problems, plan_phases
 from megatron_cpt.plan.timeline.schedule import Schedule, schedule_problems
-from megatron_cpt.plan.timeline.segments import Mark, Stretch
+from megatron_cpt.plan.timeline.segments import Mark, Segment
 from megatron_cpt.plan.timeline.solve_steps import solve_schedule
-from megatron_cpt.sampling.spans import ChunkGrid
+from megatron_cpt.sampling.spans import SpanGrid
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunPlan:
         name: the run's name.
         steps: its steps.
         tokens: the tokens that were asked for.
-        tokens_per_step: of the run's own full batch and sequence length; `stretches` has those of every step.
+        tokens_per_step: of the run's own full batch and sequence length; `segments` has those of every step.
         schedule: the learning rate of every step.
         phases: in order; where there are no problems they tile steps 1 to `steps`.
         sources: what is read of each source over all phases.
@@ -64,46 +64,46 @@ class RunPlan:
     @property
     def tokens_trained(self) -> int:
         """Tokens of all steps: `tokens`, rounded up to whole steps."""
-        return self.stretches[-1].end.tokens
+        return self.segments[-1].end.tokens
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
+    def segments(self) -> tuple[Segment, ...]:
         """The steps of the run by the shape they have: batch and sequence length."""
-        return tuple(stretch for phase in self.phases for stretch in phase.stretches)
+        return tuple(segment for phase in self.phases for segment in phase.segments)
 
     @property
     def is_uniform(self) -> bool:
         """Whether all steps have one global batch and one sequence length."""
-        return len({(stretch.global_batch, stretch.seq_length) for stretch in self.stretches}) == 1
+        return len({(segment.global_batch, segment.seq_length) for segment in self.segments}) == 1
 
     @property
-    def ramp(self) -> tuple[Stretch, ...]:
-        """The stretches before the batch has grown to its full size; none where it does not grow."""
-        return tuple(stretch for stretch in self.stretches if stretch.is_ramp)
+    def ramp(self) -> tuple[Segment, ...]:
+        """The segments before the batch has grown to its full size; none where it does not grow."""
+        return tuple(segment for segment in self.segments if segment.is_ramp)
 
     @property
     def step_sizes(self) -> str:
         """Tokens a step, in words."""
-        sizes = [stretch.tokens_per_step for stretch in self.stretches]
+        sizes = [segment.tokens_per_step for segment in self.segments]
         least, most = format_count(min(sizes)), format_count(max(sizes))
         return most if least == most else f"{least} to {most}"
 
-    def stretch_of(self, step: int) -> Stretch:
-        """The stretch that a step (from 1) belongs to."""
+    def segment_of(self, step: int) -> Segment:
+        """The segment that a step (from 1) belongs to."""
         assert 1 <= step <= self.steps, f"step {step} is not of this run"
-        return next(stretch for stretch in self.stretches if step <= stretch.last_step)
+        return next(segment for segment in self.segments if step <= segment.last_step)
 
-    def stretch_from(self, samples: int) -> Stretch:
-        """The stretch of the step before which the run has read `samples` samples."""
-        return next(stretch for stretch in self.stretches if samples < stretch.end.samples)
+    def segment_from(self, samples: int) -> Segment:
+        """The segment of the step before which the run has read `samples` samples."""
+        return next(segment for segment in self.segments if samples < segment.end.samples)
 
     def after(self, step: int) -> Mark:
         """What is done after a step; after step 0: nothing."""
-        return self.stretch_of(step).after(step) if step else Mark()
+        return self.segment_of(step).after(step) if step else Mark()
 
     @property
-    def chunk_limits(self) -> dict[str, int]:
-        """Chunks after which a source ends, for those that do."""
+    def span_limits(self) -> dict[str, int]:
+        """Spans after which a source ends, for those that do."""
         return {name: total.limit for name, total in self.sources.items() if total.limit is not None}
 
     def phase_of(self, step: int) -> PhasePlan:
@@ -133,10 +133,18 @@ class RunPlan:
             "memory_by_stage_gib": [{**stage.to_dict(), "total": stage.total / GIB} for stage in self.memory_stages],
             "layout": asdict(self.layout),
             "schedule": asdict(self.schedule),
-            "phases": [asdict(phase) for phase in self.phases],
-            "sources": {name: asdict(total) for name, total in self.sources.items()},
+            "phases": [_with_file_keys(asdict(phase)) for phase in self.phases],
+            "sources": {name: _with_file_keys(asdict(total)) for name, total in self.sources.items()},
             "warnings": list(self.warnings),
         }
+
+
+# plan.json is a file format: it keeps the keys that earlier versions wrote and `trace` reads.
+_FILE_KEYS = {"segments": "stretches", "span_length": "chunk_length", "spans_per_epoch": "chunks_per_epoch"}
+
+
+def _with_file_keys(fields: dict[str, Any]) -> dict[str, Any]:
+    return {_FILE_KEYS.get(name, name): value for name, value in fields.items()}
 
 
 def build_plan(
@@ -163,7 +171,7 @@ def build_plan(
     problems = list(schedule_problems(config.schedule, schedule))
     planned = plan_phases(config, schedule, grids)
     phases = planned.phases
-    stretches = [stretch for phase in phases for stretch in phase.stretches]
+    segments = [segment for phase in phases for segment in phase.segments]
     totals = _total(config, planned, source_tokens, grids)
     phase_problems = [*planned.problems, *epoch_problems(totals, {phase.name: phase.sources for phase in phases})]
     # Of a schedule that is wrong itself no rate counts, nor where it is reached.
@@ -186,7 +194,7 @@ def build_plan(
         memory_stages=_most_memory(config, phases, num_gpus),
         warnings=(
             *_schedule_warnings(config),
-            *_shape_warnings(config, stretches),
+            *_shape_warnings(config, segments),
             *source_warnings(totals),
             *_end_warnings(config, phases),
         ),
@@ -196,12 +204,12 @@ def build_plan(
 
 def _grids(
     config: RunConfig, source_tokens: Mapping[str, int], samples_per_epoch: Mapping[str, int]
-) -> dict[str, ChunkGrid]:
-    """The chunks of each source whose size is known; a source too small for one has none."""
-    lengths = {name: config.chunk_length(name) for name in {**source_tokens, **samples_per_epoch}}
+) -> dict[str, SpanGrid]:
+    """The spans of each source whose size is known; a source too small for one has none."""
+    lengths = {name: config.span_length(name) for name in {**source_tokens, **samples_per_epoch}}
     known = {name: samples_in_epoch(tokens, lengths[name]) for name, tokens in source_tokens.items()}
     known |= samples_per_epoch
-    return {name: ChunkGrid(lengths[name], chunks) for name, chunks in known.items()}
+    return {name: SpanGrid(lengths[name], spans) for name, spans in known.items()}
 
 
 def _mean_flops(config: RunConfig, phases: Sequence[PhasePlan]) -> FlopsPerToken:
@@ -216,7 +224,7 @@ def _mean_flops(config: RunConfig, phases: Sequence[PhasePlan]) -> FlopsPerToken
 
 def _most_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:
     """The memory of every stage in the phase that needs most."""
-    shapes = dict.fromkeys((s.global_batch, s.micro_batch, s.seq_length) for phase in phases for s in phase.stretches)
+    shapes = dict.fromkeys((s.global_batch, s.micro_batch, s.seq_length) for phase in phases for s in phase.segments)
     estimates = []
     for global_, micro, length in shapes:
         batch = config.batch.model_copy(update={"global_": global_, "micro": micro})
@@ -226,14 +234,14 @@ def _most_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int |
 
 
 def _total(
-    config: RunConfig, planned: PlannedPhases, source_tokens: Mapping[str, int], grids: Mapping[str, ChunkGrid]
+    config: RunConfig, planned: PlannedPhases, source_tokens: Mapping[str, int], grids: Mapping[str, SpanGrid]
 ) -> dict[str, SourceTotal]:
-    totals, limits = {}, chunk_limits(config.sources, grids)
+    totals, limits = {}, span_limits(config.sources, grids)
     for name, source in config.sources.items():
         uses = [phase.sources[name] for phase in planned.phases if name in phase.sources]
         grid, place, epochs = grids.get(name), planned.places.get(name), None
-        if grid is not None and grid.num_chunks:
-            epochs = place.k / (grid.num_chunks * grid.parts(place.seq_length)) if place is not None else 0.0
+        if grid is not None and grid.num_spans:
+            epochs = place.k / (grid.num_spans * grid.parts(place.seq_length)) if place is not None else 0.0
         totals[name] = SourceTotal(
             size=source_tokens.get(name),
             samples=sum(use.samples for use in uses),
@@ -241,16 +249,16 @@ def _total(
             epochs=epochs,
             max_epochs=source.max_epochs,
             limit=limits.get(name),
-            chunk_length=config.chunk_length(name),
-            chunks_per_epoch=grid.num_chunks if grid is not None else None,
+            span_length=config.span_length(name),
+            spans_per_epoch=grid.num_spans if grid is not None else None,
         )
     return totals
 
 
-def _shape_warnings(config: RunConfig, stretches: Sequence[Stretch]) -> Iterator[str]:
-    if stretches[-1].is_ramp:
+def _shape_warnings(config: RunConfig, segments: Sequence[Segment]) -> Iterator[str]:
+    if segments[-1].is_ramp:
         yield (
-            f"batch.ramp_up: the run ends with a batch of {stretches[-1].global_batch:,}: it has too few samples to "
+            f"batch.ramp_up: the run ends with a batch of {segments[-1].global_batch:,}: it has too few samples to "
             f"reach batch.global: {config.batch.global_:,}"
         )
     known, longest = config.model.max_positions or config.seq_length, config.longest_sequence

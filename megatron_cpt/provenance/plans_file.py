@@ -26,7 +26,7 @@ _OF_PLAN = ("steps", "phases", "sources")  # what decides the samples; the rest 
 
 
 @dataclass(frozen=True)
-class Segment:
+class PlanRecord:
     """Steps that one plan decided.
 
     Attributes:
@@ -85,17 +85,17 @@ def note_plan(
         write_atomically(run_directory / FILE_NAME, text)
 
 
-def read_segments(run_directory: Path) -> list[Segment]:
+def read_plan_records(run_directory: Path) -> list[PlanRecord]:
     """The past of a run, oldest first.
 
     Raises:
         RefusedError: the file is missing or damaged.
     """
-    segments = [_segment(run_directory, line) for line in _read_lines(run_directory)]
-    if not segments:
+    records = [_segment(run_directory, line) for line in _read_lines(run_directory)]
+    if not records:
         raise RefusedError(f"{run_directory / FILE_NAME}: missing: without it nobody knows which blend a step had")
-    ends = [*(_end_before(segment) for segment in segments[1:]), None]
-    return [replace(segment, end=end) for segment, end in zip(segments, ends, strict=True)]
+    ends = [*(_end_before(record) for record in records[1:]), None]
+    return [replace(record, end=end) for record, end in zip(records, ends, strict=True)]
 
 
 def _read_lines(run_directory: Path) -> list[dict[str, Any]]:
@@ -111,18 +111,18 @@ def _read_lines(run_directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _segment(run_directory: Path, line: Mapping[str, Any]) -> Segment:
+def _segment(run_directory: Path, line: Mapping[str, Any]) -> PlanRecord:
     step = int(line["after_step"])
     origin = f"{run_directory / FILE_NAME}, after step {step}"
     try:
         blends = parse_blends(line["run"], line["plan"], origin)
-        return Segment(step, line["state"], blends, line["data_fingerprints"])
+        return PlanRecord(step, line["state"], blends, line["data_fingerprints"])
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{origin}: not the plan of a run ({error!r})") from error
 
 
-def _end_before(segment: Segment) -> Witness:
-    """What was written down about the last step before a segment."""
-    assert segment.state is not None, "only the start of a run has no state"
-    step, state = segment.after_step, segment.state
+def _end_before(record: PlanRecord) -> Witness:
+    """What was written down about the last step before a record."""
+    assert record.state is not None, "only the start of a run has no state"
+    step, state = record.after_step, record.state
     return Witness(f"{FILE_NAME}, step {step}", step, drop_zeros(state["counts"]), state)

@@ -1,7 +1,7 @@
 """What step N read, as (source, number in the source): the blend replayed, and held against what was recorded.
 
 The samples of a step are a pure function of the plan in force and of the blend's state at some step before it, as long
-as both belong to the same segment of the run's past (`plans_file.py`). Checkpoints and lines of metrics.jsonl only make
+as both belong to the same record of the run's past (`plans_file.py`). Checkpoints and lines of metrics.jsonl only make
 the way shorter, and confirm what is found. Nothing is told that the records contradict.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.provenance.plans_file import Segment
+from megatron_cpt.provenance.plans_file import PlanRecord
 from megatron_cpt.provenance.run_history import Blends, Recorded, Witness
 
 _REPLAY_SAMPLES = 1 << 16  # handed out between two looks at the progress
@@ -58,24 +58,24 @@ class Replay:
     data: Mapping[str, Any]
 
 
-def possible_starts(segment: Segment, recorded: Sequence[Recorded], line: Witness | None, step: int) -> list[Start]:
+def possible_starts(record: PlanRecord, recorded: Sequence[Recorded], line: Witness | None, step: int) -> list[Start]:
     """From where the step can be reached, the shortest way first.
 
     Args:
-        segment: the one that the step belongs to.
+        record: the one that the step belongs to.
         recorded: its checkpoints, oldest first.
-        line: the last counts of metrics.jsonl in the segment before the step.
+        line: the last counts of metrics.jsonl in the record before the step.
         step: the step.
     """
-    starts = [Start(segment.after_step, segment.state)]
+    starts = [Start(record.after_step, record.state)]
     starts += [Start(one.step, one.data) for one in recorded if one.step < step][-1:]
     after = next((one for one in recorded if one.step >= step), None)
     if after is not None:
-        begun = _blend_start(after, segment.blends)
-        if begun is not None and segment.after_step < begun.step < step:
+        begun = _blend_start(after, record.blends)
+        if begun is not None and record.after_step < begun.step < step:
             starts.append(begun)
         if begun is not None and line is not None and begun.step < line.step:
-            starts += _continued(after, line, segment.blends)
+            starts += _continued(after, line, record.blends)
     return sorted(starts, key=lambda start: -start.step)
 
 

@@ -14,7 +14,7 @@ from megatron_cpt.checkpoint.manifest import digest, read_manifest
 from megatron_cpt.checkpoint.record import read_run, read_state
 from megatron_cpt.data import BlendCursor, PhaseBlend
 from megatron_cpt.errors import CptError, RefusedError, UserError
-from megatron_cpt.plan import ChunkGrid, Stretch
+from megatron_cpt.plan import Segment, SpanGrid
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,9 +28,9 @@ class Blends:
         run: run.yaml as plain values.
         phases: the blends of the plan, in order.
         last_step: the plan's last step.
-        limits: chunks after which a source ends, for those that do.
-        stretches: the steps by their shape.
-        grids: the chunks of each source.
+        limits: spans after which a source ends, for those that do.
+        segments: the steps by their shape.
+        grids: the spans of each source.
     """
 
     origin: str
@@ -38,8 +38,8 @@ class Blends:
     phases: tuple[PhaseBlend, ...]
     last_step: int
     limits: Mapping[str, int]
-    stretches: tuple[Stretch, ...]
-    grids: Mapping[str, ChunkGrid]
+    segments: tuple[Segment, ...]
+    grids: Mapping[str, SpanGrid]
 
     @property
     def source_names(self) -> list[str]:
@@ -48,12 +48,12 @@ class Blends:
 
     def samples_after(self, step: int) -> int:
         """Samples that the run has read after a step; beyond its end it goes on in the same way."""
-        after = next((stretch for stretch in self.stretches if step <= stretch.last_step), self.stretches[-1])
+        after = next((segment for segment in self.segments if step <= segment.last_step), self.segments[-1])
         return after.after(step).samples
 
     def step_at(self, samples: int) -> int | None:
         """The step after which the run has read so many samples; None where that is not the end of one."""
-        at = next((stretch for stretch in self.stretches if samples <= stretch.end.samples), self.stretches[-1])
+        at = next((segment for segment in self.segments if samples <= segment.end.samples), self.segments[-1])
         steps, rest = divmod(samples - at.first_sample, at.global_batch)
         return None if rest else at.first_step - 1 + steps
 
@@ -132,17 +132,17 @@ def read_history(run_directory: Path) -> tuple[list[Recorded], list[str]]:
 
 def parse_blends(run: Mapping[str, Any], plan: Mapping[str, Any], origin: str) -> Blends:
     """A run.yaml and its plan, both as plain values; whatever they lack is a KeyError, TypeError or ValueError."""
-    stretches = [tuple(Stretch(**stretch) for stretch in phase["stretches"]) for phase in plan["phases"]]
-    phases = tuple(_phase(phase, own) for phase, own in zip(plan["phases"], stretches, strict=True))
+    segments = [tuple(Segment(**segment) for segment in phase["stretches"]) for phase in plan["phases"]]
+    phases = tuple(_phase(phase, own) for phase, own in zip(plan["phases"], segments, strict=True))
     # a limit of 0 is one: that source has ended before its first sample
     given = {name: source.get("limit") for name, source in plan["sources"].items()}
     limits = {name: int(limit) for name, limit in given.items() if limit is not None}
     grids = {
-        name: ChunkGrid(int(source["chunk_length"]), int(source["chunks_per_epoch"]))
+        name: SpanGrid(int(source["chunk_length"]), int(source["chunks_per_epoch"]))
         for name, source in plan["sources"].items()
         if source.get("chunks_per_epoch")
     }
-    flat = tuple(stretch for own in stretches for stretch in own)
+    flat = tuple(segment for own in segments for segment in own)
     return Blends(origin, run, phases, int(plan["steps"]), limits, flat, grids)
 
 
@@ -185,7 +185,7 @@ def _read_checkpoint(path: Path) -> Recorded:
         raise RefusedError(f"{path / layout.STATE_FILE}: not the state of a run ({error!r})") from error
 
 
-def _phase(phase: Mapping[str, Any], stretches: tuple[Stretch, ...]) -> PhaseBlend:
-    first = stretches[0].first_sample
+def _phase(phase: Mapping[str, Any], segments: tuple[Segment, ...]) -> PhaseBlend:
+    first = segments[0].first_sample
     weights = {name: float(use["weight"]) for name, use in phase["sources"].items()}
-    return PhaseBlend(phase["name"], first, stretches[-1].end.samples - first, weights, stretches[0].seq_length)
+    return PhaseBlend(phase["name"], first, segments[-1].end.samples - first, weights, segments[0].seq_length)

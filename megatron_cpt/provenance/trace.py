@@ -15,7 +15,7 @@ from megatron_cpt.data.tokenfile.documents import document_bounds
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
-from megatron_cpt.provenance.plans_file import Segment, read_segments
+from megatron_cpt.provenance.plans_file import PlanRecord, read_plan_records
 from megatron_cpt.provenance.replay import Progress, Replay, find_replay, possible_starts
 from megatron_cpt.provenance.run_history import Blends, Recorded, Witness, read_counts, read_history
 
@@ -104,50 +104,50 @@ def trace_step(run_directory: str | Path, step: int, *, progress: Progress | Non
     """
     folder = Path(run_directory)
     recorded, notes = read_history(folder)
-    segment = _segment_of(step, read_segments(folder), folder)
-    recorded = [checkpoint for checkpoint in recorded if segment.has(checkpoint)]
-    line, later_line = read_counts(folder, segment.after_step, step)
-    witness = _nearest(step, segment, recorded, later_line)
-    replay = find_replay(possible_starts(segment, recorded, line, step), segment.blends, step, witness, progress)
+    record = _record_of(step, read_plan_records(folder), folder)
+    recorded = [checkpoint for checkpoint in recorded if record.has(checkpoint)]
+    line, later_line = read_counts(folder, record.after_step, step)
+    witness = _nearest(step, record, recorded, later_line)
+    replay = find_replay(possible_starts(record, recorded, line, step), record.blends, step, witness, progress)
     if witness is None:
-        notes.append(f"nothing is recorded of step {step}: this is what it reads under {segment.blends.origin}")
-    samples, about_files = _locate(replay, segment, is_done=witness is not None)
+        notes.append(f"nothing is recorded of step {step}: this is what it reads under {record.blends.origin}")
+    samples, about_files = _locate(replay, record, is_done=witness is not None)
     return Trace(
         step=step,
         phase=replay.phase,
         replayed_from=replay.start.step,
-        plan=segment.blends.origin,
+        plan=record.blends.origin,
         confirmed_by=witness.origin if witness is not None else None,
         notes=(*notes, *about_files),
-        run=segment.blends.run,
+        run=record.blends.run,
         samples=tuple(samples),
     )
 
 
-def _segment_of(step: int, segments: Sequence[Segment], folder: Path) -> Segment:
-    last_step = segments[-1].blends.last_step
+def _record_of(step: int, records: Sequence[PlanRecord], folder: Path) -> PlanRecord:
+    last_step = records[-1].blends.last_step
     if not 1 <= step <= last_step:
         raise UserError(f"--step {step}: the steps of {folder} are 1 to {last_step}")
-    segment = next((segment for segment in reversed(segments) if segment.after_step < step), None)
-    if segment is None:
+    record = next((record for record in reversed(records) if record.after_step < step), None)
+    if record is None:
         raise RefusedError(
             f"step {step}: what it read cannot be known: {folder / PLANS_FILE} begins after step "
-            f"{segments[0].after_step}"
+            f"{records[0].after_step}"
         )
-    return segment
+    return record
 
 
-def _nearest(step: int, segment: Segment, recorded: Sequence[Recorded], line: Witness | None) -> Witness | None:
-    """The first record of a segment at or after a step."""
+def _nearest(step: int, record: PlanRecord, recorded: Sequence[Recorded], line: Witness | None) -> Witness | None:
+    """The first record of a record at or after a step."""
     found = [checkpoint.witness for checkpoint in recorded if checkpoint.step >= step][:1]
-    found += [segment.end] if segment.end is not None else []
-    found += [line] if line is not None and (segment.end is None or line.step <= segment.end.step) else []
+    found += [record.end] if record.end is not None else []
+    found += [line] if line is not None and (record.end is None or line.step <= record.end.step) else []
     return min(found, key=lambda witness: witness.step, default=None)
 
 
-def _locate(replay: Replay, segment: Segment, *, is_done: bool) -> tuple[list[TracedSample], list[str]]:
+def _locate(replay: Replay, record: PlanRecord, *, is_done: bool) -> tuple[list[TracedSample], list[str]]:
     """From (source, k) to files and documents, and what should be known about the files."""
-    blends, fingerprints, notes = segment.blends, segment.fingerprints, []
+    blends, fingerprints, notes = record.blends, record.fingerprints, []
     names = [blends.source_names[source] for source in replay.sources.tolist()]
     streams = {name: _open_source(name, blends) for name in dict.fromkeys(names)}
     for name, stream in streams.items():
@@ -184,7 +184,7 @@ def _sample(place: int, stream: TokenStream, k: int, seq_length: int) -> TracedS
 
 
 def _parts(dataset: IndexedDataset, start: int, num_tokens: int) -> Iterator[DocumentPart]:
-    """The documents that a stretch of the `.bin` is made of."""
+    """The documents that a segment of the `.bin` is made of."""
     end = start + num_tokens
     first, last = dataset.document_at(start), dataset.document_at(end - 1)
     bounds = document_bounds(dataset, first, last + 1).clip(start, end).tolist()

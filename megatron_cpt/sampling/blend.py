@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.sampling.spans import ChunkGrid
+from megatron_cpt.sampling.spans import SpanGrid
 
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class PhaseBlend:
-    """A stretch of the run with one blend.
+    """A segment of the run with one blend.
 
     Attributes:
         name: the phase's name, unique in the run.
@@ -83,16 +83,16 @@ class BlendCursor:
     they remain all of the state.
 
     Where phases differ in sequence length, the number of a sample in its source counts samples of that length, and a
-    source whose length changes goes on with its next unread window (`ChunkGrid.turn`). What it needs for that is two
+    source whose length changes goes on with its next unread window (`SpanGrid.turn`). What it needs for that is two
     numbers more a source: the length it was read in last, and what to add to its counter for the next number. All of it
-    holds for chunks of one length only, so that is part of the state as well, also of a source that has left the run.
+    holds for spans of one length only, so that is part of the state as well, also of a source that has left the run.
 
     Args:
         phases: in order, without gaps, the first one from sample 0.
         source_names: every source of the run; the order decides ties.
-        limits: chunks (samples of the source's own length) after which a source ends, counted over the whole run; one
+        limits: spans (samples of the source's own length) after which a source ends, counted over the whole run; one
             that is left out never does.
-        grids: the chunks of each source; needed where phases say how long their samples are.
+        grids: the spans of each source; needed where phases say how long their samples are.
     """
 
     def __init__(
@@ -101,16 +101,16 @@ class BlendCursor:
         source_names: Sequence[str],
         *,
         limits: Mapping[str, int] | None = None,
-        grids: Mapping[str, ChunkGrid] | None = None,
+        grids: Mapping[str, SpanGrid] | None = None,
     ) -> None:
         self.phases = tuple(phases)
         self.source_names = tuple(source_names)
         _check_phases(self.phases, self.source_names)
-        self._chunk_limits = dict(limits or {})
+        self._span_limits = dict(limits or {})
         self._grids = dict(grids or {})
         read = {name for phase in self.phases for name in phase.weights}
-        self._chunk_lengths = {name: grid.seq_length for name, grid in self._grids.items() if name in read}
-        self._absent_chunk_lengths: dict[str, int] = {}
+        self._span_lengths = {name: grid.seq_length for name, grid in self._grids.items() if name in read}
+        self._absent_span_lengths: dict[str, int] = {}
         self.sample = 0
         self._counts = np.zeros(len(self.source_names), np.int64)
         self._start_with({})
@@ -170,8 +170,8 @@ class BlendCursor:
             "weights": self._weights_in_force(),
             "counts_at_blend_start": dict(zip(self.source_names, self._blend_start.tolist(), strict=True)),
         }
-        chunk_lengths = {name: length for name, length in self._chunk_lengths.items() if self.counts[name]}
-        more = {"lengths": self._lengths_in_force(), "chunk_lengths": chunk_lengths | self._absent_chunk_lengths}
+        span_lengths = {name: length for name, length in self._span_lengths.items() if self.counts[name]}
+        more = {"lengths": self._lengths_in_force(), "chunk_lengths": span_lengths | self._absent_span_lengths}
         return state | {name: value for name, value in more.items() if value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,7 +183,7 @@ class BlendCursor:
         for what was read before.
 
         Raises:
-            RefusedError: the state contradicts itself, or counts chunks of another length than the phases want.
+            RefusedError: the state contradicts itself, or counts spans of another length than the phases want.
         """
         counts = {str(name): int(number) for name, number in state["counts"].items()}
         sample = int(state["sample"])
@@ -192,7 +192,7 @@ class BlendCursor:
                 f"data state: the sources' counts add up to {sum(counts.values())}, but {sample} samples were read; "
                 "load another checkpoint"
             )
-        self._check_chunk_lengths({name: int(length) for name, length in state.get("chunk_lengths", {}).items()})
+        self._check_span_lengths({name: int(length) for name, length in state.get("chunk_lengths", {}).items()})
         self.sample = sample
         self._counts = np.array([counts.pop(name, 0) for name in self.source_names], np.int64)
         self._absent = counts
@@ -223,9 +223,9 @@ class BlendCursor:
             self._weights /= self._weights.sum()
         self._blend_start = self._counts.copy()
 
-    def _check_chunk_lengths(self, before: Mapping[str, int]) -> None:
-        """Refuses chunks that are not those which were counted, and keeps the lengths of sources that are not read."""
-        now = self._chunk_lengths
+    def _check_span_lengths(self, before: Mapping[str, int]) -> None:
+        """Refuses spans that are not those which were counted, and keeps the lengths of sources that are not read."""
+        now = self._span_lengths
         recut = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
         if recut:
             raise RefusedError(
@@ -233,12 +233,12 @@ class BlendCursor:
                 f"{', '.join(recut)} tokens; keep the length, or give the source another name in `sources`, under "
                 "which it begins anew"
             )
-        self._absent_chunk_lengths = {name: length for name, length in before.items() if name not in now}
+        self._absent_span_lengths = {name: length for name, length in before.items() if name not in now}
 
     def _start_with(self, lengths: Mapping[str, Sequence[int]]) -> None:
-        """Sets what every source is read in: as a state says, and whatever it leaves out in whole chunks from 0."""
+        """Sets what every source is read in: as a state says, and whatever it leaves out in whole spans from 0."""
         pairs = [lengths.get(name, (self._own_length(name), 0)) for name in self.source_names]
-        self._absent_lengths = {name: list(pair) for name, pair in lengths.items() if name not in self._chunk_lengths}
+        self._absent_lengths = {name: list(pair) for name, pair in lengths.items() if name not in self._span_lengths}
         self._lengths = [int(length) for length, _ in pairs]
         self._offsets = np.array([offset for _, offset in pairs], np.int64)
         self._limits = np.array([self._limit(i) for i in range(len(pairs))], np.int64)
@@ -260,14 +260,14 @@ class BlendCursor:
     def _limit(self, i: int) -> int:
         """The count at which a source ends, if it is read in its present length until then."""
         name = self.source_names[i]
-        limit = self._chunk_limits.get(name)
+        limit = self._span_limits.get(name)
         if limit is None:
             return _NO_LIMIT
         parts = self._grids[name].parts(self._lengths[i]) if name in self._grids else 1
         return limit * parts - int(self._offsets[i])
 
     def _lengths_in_force(self) -> dict[str, list[int]]:
-        """By source what its length is and what its counter lacks; not those that were always read in whole chunks."""
+        """By source what its length is and what its counter lacks; not those that were always read in whole spans."""
         pairs = map(list, zip(self._lengths, self._offsets.tolist(), strict=True))
         places = dict(zip(self.source_names, pairs, strict=True))
         cut = {name: place for name, place in places.items() if place != [self._own_length(name), 0]}

@@ -1,6 +1,6 @@
 """Keyed random orders that need no memory.
 
-A shuffled list of n chunks costs O(n) time and memory at start-up; for 244 million samples (1T tokens at 4,096) that
+A shuffled list of n spans costs O(n) time and memory at start-up; for 244 million samples (1T tokens at 4,096) that
 is gigabytes and minutes. A Feistel network computes any place of such an order by itself. It permutes a power of four;
 values outside of range(n) are sent through again until they fall inside ("cycle walking", Black and Rogaway,
 "Ciphers with Arbitrary Finite Domains", CT-RSA 2002), which keeps it a bijection on range(n).
@@ -70,7 +70,7 @@ def derive_key(*parts: int | str) -> int:
 
 
 def _mix(value: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): every input bit flips half of the output's."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): every input bit flips half of the output's."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK64
     return value ^ value >> 31

@@ -1,7 +1,7 @@
-"""A source cut into chunks, and what happens to its place when the length of samples changes.
+"""A source cut into spans, and what happens to its place when the length of samples changes.
 
-The chunks of a source are as long as the longest samples it is read in. Shorter samples, whose length divides that, are
-parts of chunks. So that the parts of one chunk do not follow each other, they are taken from a window of chunks at a
+The spans of a source are as long as the longest samples it is read in. Shorter samples, whose length divides that, are
+parts of spans. So that the parts of one span do not follow each other, they are taken from a window of spans at a
 time, in an order of their own (`data/loading/stream.py`). A window is read in one length: where the length changes,
 the source
 goes on with the next window of which nothing was read.
@@ -11,30 +11,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MOST_WINDOW_CHUNKS = 1024
-WINDOWS_AN_EPOCH = 64
+MAX_WINDOW_SPANS = 1024
+WINDOWS_PER_EPOCH = 64
 """A change of length passes over less than a window: at most this part of an epoch."""
 
 
 @dataclass(frozen=True)
-class ChunkGrid:
-    """The chunks of one source.
+class SpanGrid:
+    """The spans of one source.
 
     Attributes:
-        seq_length: tokens in a chunk: the longest samples of the source.
-        num_chunks: chunks in one pass over it; at least 1.
+        seq_length: tokens in a span: the longest samples of the source.
+        num_spans: spans in one pass over it; at least 1.
     """
 
     seq_length: int
-    num_chunks: int
+    num_spans: int
 
     @property
     def window(self) -> int:
-        """Chunks in a window; windows are counted from the start of each epoch, the last one may be shorter."""
-        return min(MOST_WINDOW_CHUNKS, max(1, self.num_chunks // WINDOWS_AN_EPOCH))
+        """Spans in a window; windows are counted from the start of each epoch, the last one may be shorter."""
+        return min(MAX_WINDOW_SPANS, max(1, self.num_spans // WINDOWS_PER_EPOCH))
 
     def parts(self, seq_length: int) -> int:
-        """Samples of `seq_length` tokens in a chunk; the configuration's checks see to it that they fill it."""
+        """Samples of `seq_length` tokens in a span; the configuration's checks see to it that they fill it."""
         return max(1, self.seq_length // seq_length)
 
     def turn(self, k: int, old: int, new: int) -> int:
@@ -50,6 +50,6 @@ class ChunkGrid:
         """
         if old == new:
             return k
-        epoch, chunks = divmod(-(-k // self.parts(old)), self.num_chunks)
-        start = min(-(-chunks // self.window) * self.window, self.num_chunks)
-        return (epoch * self.num_chunks + start) * self.parts(new)
+        epoch, spans = divmod(-(-k // self.parts(old)), self.num_spans)
+        start = min(-(-spans // self.window) * self.window, self.num_spans)
+        return (epoch * self.num_spans + start) * self.parts(new)

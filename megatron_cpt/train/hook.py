@@ -1,4 +1,4 @@
-"""Where optional behaviour joins the loop: fixed points, explicit arguments, nothing reached into."""
+"""Where optional behavior joins the loop: fixed points, explicit arguments, nothing reached into."""
 
 from __future__ import annotations
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks
-from megatron_cpt.checkpoint.loading.load import find_sound, load_training, load_weights
+from megatron_cpt.checkpoint.loading.load import find_valid, load_training, load_weights
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
-from megatron_cpt.checkpoint.record import damage_refused, read_run, read_state
+from megatron_cpt.checkpoint.record import corrupt_as_refused, read_run, read_state
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
 from megatron_cpt.plan import RunPlan
 from megatron_cpt.train.state import TrainState
-from megatron_cpt.views.preflight_table import GoingOn, describe
+from megatron_cpt.views.preflight_table import ResumeSummary, describe
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,15 @@ def preflight(
     Raises:
         RefusedError: something changed that was not allowed.
     """
-    with damage_refused(own):
+    with corrupt_as_refused(own):
         saved = read_state(own)
         tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
         changes = find_changes(read_run(own), config, saved["data_fingerprints"], fingerprints, tokenizers)
         step = saved["train"]["step"] + 1
-        going_on = GoingOn(step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate"))
-        _log(ranks, describe(changes, allow, going_on))
+        summary = ResumeSummary(
+            step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate")
+        )
+        _log(ranks, describe(changes, allow, summary))
     refuse_unless_allowed(changes, allow, str(own))
 
 
@@ -65,8 +67,8 @@ def init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> 
     """
     if config.init.from_ is None:
         return None
-    path = find_sound(config.init.from_, config.checkpoint.verify, broken)
-    with damage_refused(path):
+    path = find_valid(config.init.from_, config.checkpoint.verify, broken)
+    with corrupt_as_refused(path):
         before, now = model_shape(read_run(path)), model_shape(config.to_dict())
     wrong = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
     if wrong:
@@ -96,11 +98,11 @@ def load_state(
         Where the run stands.
 
     Raises:
-        BrokenError: shards of the checkpoint are damaged.
+        CorruptCheckpointError: shards of the checkpoint are damaged.
         RefusedError: it cannot be read, or does not fit the model.
     """
     if own is not None:
-        with damage_refused(own):
+        with corrupt_as_refused(own):
             saved = read_state(own)
             is_same_layout = saved["layout"] == rank_layout(config, ranks)
             state = TrainState.from_dict(saved["train"])

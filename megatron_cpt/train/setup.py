@@ -13,9 +13,9 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.loading.load import newest_sound
-from megatron_cpt.checkpoint.manifest import BrokenError
-from megatron_cpt.checkpoint.record import damage_refused, read_state
+from megatron_cpt.checkpoint.loading.load import newest_valid
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError
+from megatron_cpt.checkpoint.record import corrupt_as_refused, read_state
 from megatron_cpt.checkpoint.saving.publish import Retention
 from megatron_cpt.checkpoint.saving.saver import Saver
 from megatron_cpt.config import RunConfig
@@ -120,7 +120,7 @@ def setup(
     while True:
         try:
             return _setup(config, plan, ranks, eod_id, tokenizer_fingerprint, allow, broken)
-        except BrokenError as error:
+        except CorruptCheckpointError as error:
             if error.path in broken:
                 raise
             broken[error.path] = error.faults
@@ -139,7 +139,7 @@ def _setup(
     """The same, from the newest checkpoint that is not known to be broken.
 
     Raises:
-        BrokenError: this one is, too, as its load has shown.
+        CorruptCheckpointError: this one is, too, as its load has shown.
     """
     seed_everything(config.seed, pipeline_rank=ranks.pipeline_rank)
     streams = {
@@ -147,14 +147,14 @@ def _setup(
             name,
             source.paths,
             config,
-            config.chunk_length(name),
+            config.span_length(name),
             fill_in_middle(name, source.fim, eod_id),
             source.cache,
         )
         for name, source in config.sources.items()
     }
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
-    own = newest_sound(layout.checkpoints_folder(config.output), config.checkpoint.verify, broken)
+    own = newest_valid(layout.checkpoints_folder(config.output), config.checkpoint.verify, broken)
     if own is not None:
         preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
         # those of sources that have left the run, too: they may come back
@@ -168,7 +168,7 @@ def _setup(
     optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
     state = load_state(config, ranks, model, optimizer, own, origin)
     set_adam(optimizer, config.optimizer)
-    with damage_refused(own):
+    with corrupt_as_refused(own):
         check_progress(state, plan, str(own))
     counts = ranks.is_last_stage and ranks.tensor_rank == 0
     documents = DocumentOptions(
@@ -231,15 +231,15 @@ def _loader(
         for phase in plan.phases
     ]
     grids = {name: stream.grid for name, stream in streams.items()}
-    cursor = BlendCursor(phases, list(streams), limits=plan.chunk_limits, grids=grids)
+    cursor = BlendCursor(phases, list(streams), limits=plan.span_limits, grids=grids)
     if state.data is not None:
-        with damage_refused(where):
+        with corrupt_as_refused(where):
             cursor.load_state_dict(state.data)
     return Loader(
         list(streams.values()),
         cursor,
-        global_batch=lambda samples: plan.stretch_from(samples).global_batch,
-        micro_batch=lambda samples: plan.stretch_from(samples).micro_batch,
+        global_batch=lambda samples: plan.segment_from(samples).global_batch,
+        micro_batch=lambda samples: plan.segment_from(samples).micro_batch,
         data_parallel_rank=ranks.data_parallel_rank,
         data_parallel_size=ranks.data_parallel_size,
         vocab_size=config.model.vocab,

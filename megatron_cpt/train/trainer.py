@@ -125,8 +125,8 @@ def _requests(stop: StopRequest, wall_time: WallTime, is_save_due: bool) -> tupl
 
 def _reason(result: StepResult, stop: StopRequest, limit: float | None) -> str:
     """Why the run ends before its end; empty: it does not."""
-    is_signalled, is_out_of_time = result.requests
-    if is_signalled:
+    is_signaled, is_out_of_time = result.requests
+    if is_signaled:
         return f"stopped by {stop.received.name if stop.received else 'a signal to another rank'}"
     if is_out_of_time:
         limit_text = format_duration(limit) if limit is not None else "the limit of time"
@@ -159,7 +159,7 @@ def _report_anomaly(
 
 def _report(session: Session, hooks: Sequence[Hook], result: StepResult) -> None:
     numbers = session.meter.take()
-    shape = session.plan.stretch_of(session.state.step)
+    shape = session.plan.segment_of(session.state.step)
     line: dict[str, Any] = {
         "step": session.state.step,
         "tokens": session.state.tokens,

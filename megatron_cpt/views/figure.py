@@ -13,7 +13,7 @@ INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 
 
 @contextlib.contextmanager
-def written_figure(path: str | Path, size: tuple[float, float], **subplots: Any) -> Iterator[Any]:
+def save_figure(path: str | Path, size: tuple[float, float], **subplots: Any) -> Iterator[Any]:
     """Two panels, one above the other, that are written as a PNG (or whatever the ending of `path` names).
 
     Args:

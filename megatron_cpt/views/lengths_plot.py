@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cpt.config import format_count
 from megatron_cpt.data.inspect.summary import Summary
-from megatron_cpt.views.figure import GRID, written_figure
+from megatron_cpt.views.figure import GRID, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ def plot_lengths(summary: Summary, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be written, or not in this format.
     """
-    with written_figure(path, (10, 6.4)) as (above, below):
+    with save_figure(path, (10, 6.4)) as (above, below):
         _draw_bars(above, [entry.documents for entry in summary.histogram], "documents", _DOCUMENTS)
         _draw_bars(below, [entry.tokens for entry in summary.histogram], "tokens in them", _TOKENS)
         labels = [f"{entry.low:,}" for entry in summary.histogram]

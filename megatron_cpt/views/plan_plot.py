@@ -12,7 +12,7 @@ import numpy as np
 from megatron_cpt.config import format_count
 from megatron_cpt.plan.run_plan import RunPlan
 from megatron_cpt.plan.timeline.phases import PhasePlan
-from megatron_cpt.views.figure import FAINT, GRID, INK, written_figure
+from megatron_cpt.views.figure import FAINT, GRID, INK, save_figure
 from megatron_cpt.views.plan_table import describe_schedule
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ _SOURCES = (
     *("#7aa6d8", "#8fce8b", "#f6b26b", "#86d0cb", "#f3d873", "#c6a0d0"),
     *("#c9a588", "#a9b4c4", "#f7b3c2", "#f08c84", "#b5e0a8", "#d9d2c5"),
 )
-_MOST_NAMED = len(_SOURCES)  # sources with a colour and a line in the legend of their own
+_MOST_NAMED = len(_SOURCES)  # sources with a color and a line in the legend of their own
 _NAMES_FROM = 0.92  # of the height of the upper panel: above it stand the names of the phases
-_LEAST_LABELLED = 0.05  # of the height, for the share to be written into its area
+_LEAST_Labeled = 0.05  # of the height, for the share to be written into its area
 
 
 def plot_plan(plan: RunPlan, path: str | Path) -> None:
@@ -37,7 +37,7 @@ def plot_plan(plan: RunPlan, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be written, or not in this format.
     """
-    with written_figure(path, (11, 7.2), height_ratios=(3, 2)) as (rates, blends):
+    with save_figure(path, (11, 7.2), height_ratios=(3, 2)) as (rates, blends):
         _draw_rates(rates, plan)
         _draw_blends(blends, plan)
         blends.set_xlim(0, plan.tokens_trained)
@@ -105,7 +105,7 @@ def _free_height(axes: Axes, plan: RunPlan, step: int, on_right: bool) -> float:
 
 def _draw_blends(axes: Axes, plan: RunPlan) -> None:
     names = _stacking_order(plan)
-    colours = dict(zip(names, itertools.cycle(_SOURCES), strict=False))
+    colors = dict(zip(names, itertools.cycle(_SOURCES), strict=False))
     for phase in plan.phases:
         start, end = _extent(plan, phase)
         bottom = 0.0
@@ -116,12 +116,12 @@ def _draw_blends(axes: Axes, plan: RunPlan) -> None:
                 width=end - start,
                 bottom=bottom,
                 align="edge",
-                color=colours[name],
+                color=colors[name],
                 edgecolor="white",
                 linewidth=0.8,
                 label=name,
             )
-            if weight >= _LEAST_LABELLED and end - start > 0.06 * plan.tokens_trained:
+            if weight >= _LEAST_Labeled and end - start > 0.06 * plan.tokens_trained:
                 axes.text((start + end) / 2, bottom + weight / 2, f"{weight:.1%}", ha="center", va="center", fontsize=8)
             bottom += weight
     axes.set_ylim(0, 1)
@@ -141,7 +141,7 @@ def _draw_blends(axes: Axes, plan: RunPlan) -> None:
 
 
 def _extent(plan: RunPlan, phase: PhasePlan) -> tuple[int, int]:
-    return phase.stretches[0].first_token, phase.stretches[-1].end.tokens
+    return phase.segments[0].first_token, phase.segments[-1].end.tokens
 
 
 def _stacking_order(plan: RunPlan) -> list[str]:

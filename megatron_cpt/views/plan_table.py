@@ -21,7 +21,7 @@ WIDTH_WITHOUT_TERMINAL = 120
 
 
 def render_plan(plan: RunPlan, stream: IO[str]) -> None:
-    """Write a plan as text: colours and the terminal's width where there is one, plain text elsewhere."""
+    """Write a plan as text: colors and the terminal's width where there is one, plain text elsewhere."""
     console = Console(file=stream, markup=False, highlight=False)
     if console.is_terminal:
         _print(console, plan)
@@ -77,7 +77,7 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
 
 def _ramp(plan: RunPlan) -> str:
     last = plan.ramp[-1]
-    shown = list(dict.fromkeys(f"{stretch.global_batch:,}" for stretch in plan.ramp))  # a phase may end within one
+    shown = list(dict.fromkeys(f"{segment.global_batch:,}" for segment in plan.ramp))  # a phase may end within one
     if len(shown) > 3:
         shown = [*shown[:2], f"... {shown[-1]}"]
     return (
@@ -107,7 +107,7 @@ def _phases(plan: RunPlan) -> Table:
     headers = ["phase", "first step", "last step", "steps", "tokens", "of the run", "rate of first", "rate of last"]
     table = _table(*headers, *([] if plan.is_uniform else ["batch", "length"]))
     for phase in plan.phases:
-        sizes = list(dict.fromkeys(f"{stretch.global_batch:,}" for stretch in phase.stretches))
+        sizes = list(dict.fromkeys(f"{segment.global_batch:,}" for segment in phase.segments))
         batch = sizes[0] if len(sizes) == 1 else f"{sizes[0]} - {sizes[-1]}"
         table.add_row(
             phase.name,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cpt.checkpoint.preflight import CHUNKS, DATA, RULES, Change
+from megatron_cpt.checkpoint.preflight import DATA, RULES, SPANS, Change
 
 # Where in the run a change shows; what is in none of them (the model, the precision) says so in its own row.
 _SHOWS_IN = {
@@ -20,7 +20,7 @@ _SHOWS_IN = {
 
 
 @dataclass(frozen=True)
-class GoingOn:
+class ResumeSummary:
     """Where a run goes on.
 
     Attributes:
@@ -36,9 +36,9 @@ class GoingOn:
     saved_rate: float | None
 
 
-def describe(changes: Sequence[Change], allow: Collection[str], going_on: GoingOn, *, width: int = 110) -> str:
+def describe(changes: Sequence[Change], allow: Collection[str], going_on: ResumeSummary, *, width: int = 110) -> str:
     """One line where nothing changed, else a table of everything that was compared and what follows from it."""
-    names = [rule.name for rule in (CHUNKS, *RULES, DATA)]
+    names = [rule.name for rule in (SPANS, *RULES, DATA)]
     effects = _effects(changes, going_on)
     if not changes:
         return f"preflight: nothing changed ({', '.join(names)}); " + "; ".join(
@@ -59,7 +59,7 @@ def describe(changes: Sequence[Change], allow: Collection[str], going_on: GoingO
     return "\n".join([*lines, *(f"{name}: {effect}" for name, effect in effects.items())])
 
 
-def _effects(changes: Sequence[Change], going_on: GoingOn) -> dict[str, str]:
+def _effects(changes: Sequence[Change], going_on: ResumeSummary) -> dict[str, str]:
     """What becomes of samples, rate and optimizer."""
     changed = {
         part: [change.rule.name for change in changes if change.rule.name in names] for part, names in _SHOWS_IN.items()

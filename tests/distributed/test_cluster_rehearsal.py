@@ -117,9 +117,9 @@ def test_preempted_and_requeued_by_slurm_it_ends_where_an_unbroken_run_does(
 
 
 @pytest.mark.long
-def test_a_job_that_was_cancelled_saves_and_stays_ended(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_job_that_was_canceled_saves_and_stays_ended(tmp_path: Path, overrides: list[str]) -> None:
     job = Slurm(tmp_path / "job", EXAMPLE / "train.sbatch", num_nodes=2)
-    job.state = "CANCELLED"
+    job.state = "Canceled"
     output = tmp_path / "out"
     batch = job.start([*overrides, f"output={output}"], **{**_environment(), "EXAMPLE": str(EXAMPLE)})
     wait_for_lines(output / "metrics.jsonl", 2, batch)

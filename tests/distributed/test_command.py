@@ -37,7 +37,7 @@ LONGER = f"tokens={60 * 256}"
 
 @pytest.fixture(scope="module")
 def unbroken(run_file: Path) -> Path:
-    output = run_file.parent / "never-signalled"
+    output = run_file.parent / "never-signaled"
     run_ranks(1, train_here, str(run_file), [LONGER, f"output={output}"])
     return output
 
@@ -70,11 +70,11 @@ def test_torchrun_trains_on_two_ranks(run_file: Path) -> None:
 
 def test_a_wrong_layout_is_one_message_and_writes_nothing(run_file: Path) -> None:
     output = run_file.parent / "wrong"
-    wrong = ["parallel.tensor=3", "batch.micro=3", "sources.web.path=nowhere", "phases.qa.blend.qa=-1", "colour=red"]
+    wrong = ["parallel.tensor=3", "batch.micro=3", "sources.web.path=nowhere", "phases.qa.blend.qa=-1", "color=red"]
     done = _run([*TRAIN, str(run_file), f"output={output}", *wrong])
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    for key in ("parallel.tensor: 3", "batch.micro: 3", "sources.web.path", "phases[1].blend.qa", "colour"):
+    for key in ("parallel.tensor: 3", "batch.micro: 3", "sources.web.path", "phases[1].blend.qa", "color"):
         assert key in done.stderr
     assert not output.exists()
 

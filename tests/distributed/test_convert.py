@@ -19,7 +19,7 @@ from megatron_cpt.convert.mapping.resolve import te_name
 from megatron_cpt.convert.megatron.legacy import LegacyWeights
 from megatron_cpt.convert.megatron.torch_dist_plan import Target
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
-from megatron_cpt.convert.source import open_incoming
+from megatron_cpt.convert.source import open_source_checkpoint
 from tests.helpers.hf_models import FAMILY_CONFIGS, save_hf_model
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import read_metrics, small_run, train_here, train_several
@@ -55,7 +55,7 @@ def _save_both_ways(folder: Path) -> None:
     from megatron_cpt.convert.logits import inference_run
     from megatron_cpt.model.build_model import build_model
 
-    model = open_incoming(folder / "llama" / "checkpoint").model
+    model = open_source_checkpoint(folder / "llama" / "checkpoint").model
     parallel = ParallelConfig(tensor=2, pipeline=2, sequence=False)
     with process_groups(parallel) as ranks:
         chunks = build_model(inference_run(model, 16, parallel)).chunks
@@ -92,7 +92,7 @@ def _logits_from_te_names(base: str, families: list[str]) -> dict[str, LogitsRep
     reports = {}
     for family in families:
         folder = Path(base) / family
-        source = open_incoming(folder / "hf")
+        source = open_source_checkpoint(folder / "hf")
         tensors = {te_name(name): source.read(name, 0, form.shape[0]) for name, form in source.forms.items()}
         state = {
             name: ShardedTensor.from_rank_offsets(f"model.{name}", tensor, replica_id=0)
@@ -138,7 +138,7 @@ def test_logits_at_tp2_pp2(reports: dict[str, LogitsReport], family: str) -> Non
 def test_what_megatron_core_wrote_is_what_was_imported(imported: Path, kind: str) -> None:
     """The weights went through megatron-core's loader at TP2 x PP2, and out through both of its formats."""
     written = (TorchDistWeights if kind == "torch_dist" else LegacyWeights)(imported / kind)
-    source = open_incoming(imported / "llama" / "hf")
+    source = open_source_checkpoint(imported / "llama" / "hf")
     assert set(written.tensors) == set(source.forms)
     for name, form in source.forms.items():
         assert torch.equal(written.read(name), source.read(name, 0, form.shape[0])), name
@@ -167,5 +167,5 @@ def test_there_is_no_optimizer_in_it(imported: Path, tmp_path: Path) -> None:
 
 
 def _model(checkpoint: Path) -> dict[str, Any]:
-    model: ModelConfig = open_incoming(checkpoint).model
+    model: ModelConfig = open_source_checkpoint(checkpoint).model
     return model.model_dump(mode="json")

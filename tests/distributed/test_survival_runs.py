@@ -109,8 +109,8 @@ def test_crashes_around_a_phase_switch_lose_no_sample_and_read_none_twice(
 def test_another_number_of_ranks_goes_on_with_the_same_samples(small_file: Path, quiet: Path) -> None:
     """1 process, then 2 replicas, then tensor parallel, then a pipeline, then 1 process again."""
     output = small_file.parent / "moved"
-    stretches = [(1, []), (2, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"]), (1, [])]
-    for number, (num_ranks, layout) in enumerate(stretches, start=1):
+    segments = [(1, []), (2, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"]), (1, [])]
+    for number, (num_ranks, layout) in enumerate(segments, start=1):
         overrides = [f"output={output}", f"stop_at_step={4 * number}", *layout]
         run_ranks(num_ranks, train_and_record, str(small_file), overrides)
     assert samples_of_steps(output) == samples_of_steps(quiet)
@@ -159,7 +159,7 @@ def test_fifty_kills_in_a_save_at_random_moments(tmp_path: Path) -> None:
     drill = Drill(run_file, tmp_path / "killed", [], random.Random(50), tally)
     while tally.faults["kill in a save"] < 50:
         drill.live("kill in a save")
-    end = f"stop_at_step={drill.newest_sound() + 5}"
+    end = f"stop_at_step={drill.newest_valid() + 5}"
     drill.arguments.append(end)
     assert drill.live(None) == 0
     quiet = train_quietly(run_file, tmp_path / "quiet", end)

@@ -13,7 +13,7 @@ from megatron_cpt.cli import main
 from megatron_cpt.data import TokenStream
 from megatron_cpt.data.loading import loader
 from megatron_cpt.data.loading.samples import read_samples
-from megatron_cpt.provenance.plans_file import read_segments
+from megatron_cpt.provenance.plans_file import read_plan_records
 from megatron_cpt.provenance.run_history import read_history
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import train_here
@@ -54,11 +54,11 @@ def test_trace_names_what_training_read(run_file: Path, tmp_path: Path, capsys) 
         for sample in plain["samples"]:
             assert sum(part["num_tokens"] for part in sample["documents"]) == sample["num_tokens"] == 33
             assert all(isinstance(part["text"], str) for part in sample["documents"])
-    segments = read_segments(output)
-    assert [segment.after_step for segment in segments] == [0, 8]
+    records = read_plan_records(output)
+    assert [record.after_step for record in records] == [0, 8]
     recorded, _ = read_history(output)
-    assert [one.step for one in recorded if segments[0].has(one)] == [6, 8]
-    assert [one.step for one in recorded if segments[1].has(one)] == [12, 18, 20]
+    assert [one.step for one in recorded if records[0].has(one)] == [6, 8]
+    assert [one.step for one in recorded if records[1].has(one)] == [12, 18, 20]
     assert main(["trace", str(output), "--step", "9"]) == 0
     assert "step 9, phase general: 8 samples" in capsys.readouterr().out
     assert main(["trace", str(output), "--step", "9", "--sample", "2"]) == 0

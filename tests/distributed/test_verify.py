@@ -154,9 +154,9 @@ def _find_late(run_directory: str, elsewhere: str) -> list[Any]:
 
     if dist.get_rank() == 1:
         layout.list_checkpoints = lambda folder: []
-    found: list[Any] = [load.find_sound(run_directory)]
+    found: list[Any] = [load.find_valid(run_directory)]
     try:
-        load.find_sound(elsewhere)
+        load.find_valid(elsewhere)
     except CptError as error:
         found.append((type(error).__name__, str(error)))
     return found

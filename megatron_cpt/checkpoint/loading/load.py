@@ -23,7 +23,7 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.loading.reader import in_threads
 from megatron_cpt.checkpoint.loading.tensor_aliases import nest_groups, other_names, reading_as
 from megatron_cpt.checkpoint.loading.verify_while_reading import ShardCheck
-from megatron_cpt.checkpoint.manifest import BrokenError, Verify, find_faults
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, find_faults
 from megatron_cpt.checkpoint.state import state_dicts
 from megatron_cpt.checkpoint.torchfile.unpickle import plain_types_only
 from megatron_cpt.errors import RefusedError
@@ -31,7 +31,7 @@ from megatron_cpt.errors import RefusedError
 logger = logging.getLogger(__name__)
 
 
-def newest_sound(
+def newest_valid(
     folder: Path, how: Verify = "full", broken: Mapping[Path, Sequence[str]] = MappingProxyType({})
 ) -> Path | None:
     """The newest checkpoint of a run that is sound as far as can be told before its shards are read: a collective call.
@@ -78,10 +78,10 @@ def _look(folder: Path) -> tuple[list[Path], str | None]:
     return layout.list_checkpoints(folder), latest.read_text(errors="replace").strip() if latest.exists() else None
 
 
-def find_sound(
+def find_valid(
     named: str | Path, how: Verify = "full", broken: Mapping[Path, Sequence[str]] = MappingProxyType({})
 ) -> Path:
-    """The checkpoint that a user means: a folder, or a run directory's newest that is sound; see `newest_sound`.
+    """The checkpoint that a user means: a folder, or a run directory's newest that is sound; see `newest_valid`.
 
     Raises:
         UserError: there is nothing of that name.
@@ -89,9 +89,9 @@ def find_sound(
     """
     path = on_main(lambda: layout.resolve_checkpoint(named))
     if path != Path(named):
-        return newest_sound(path.parent, how, broken) or path
+        return newest_valid(path.parent, how, broken) or path
     if faults := broken.get(path) or _faults_before_load(path, how):
-        raise BrokenError(path, faults)
+        raise CorruptCheckpointError(path, faults)
     return path
 
 
@@ -109,7 +109,7 @@ def _comparing_shards(path: Path, how: Verify) -> Iterator[ShardCheck]:
     """Around the load of a checkpoint: the ranks share its shards and compare their checksums; a collective call.
 
     Raises:
-        BrokenError: on all ranks: some differ. Whatever the load has filled is to be thrown away.
+        CorruptCheckpointError: on all ranks: some differ. Whatever the load has filled is to be thrown away.
     """
     failure = None
     with on_all(lambda: ShardCheck(path, how, part=dist.get_rank(), parts=dist.get_world_size())) as shards:
@@ -119,7 +119,7 @@ def _comparing_shards(path: Path, how: Verify) -> Iterator[ShardCheck]:
             failure = error
         faults = gathered(shards.faults())
     if faults:
-        raise BrokenError(path, faults) from failure
+        raise CorruptCheckpointError(path, faults) from failure
     if failure is not None:
         raise failure
 
@@ -137,7 +137,7 @@ def load_weights(path: Path, chunks: Sequence[DistributedDataParallel], how: Ver
         less exact, in FP8.
 
     Raises:
-        BrokenError: shards are damaged.
+        CorruptCheckpointError: shards are damaged.
         RefusedError: it cannot be read, or does not fit the model.
     """
     wanted = state_dicts.model_state(chunks, is_loading=True)

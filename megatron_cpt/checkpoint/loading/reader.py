@@ -142,7 +142,7 @@ def _stored(path: Path, place: Any, item: ReadItem) -> StoredTensor | None:
 
 
 def _divide(items: list[ReadItem], places: dict[Any, Any], num_parts: int) -> list[list[ReadItem]]:
-    """Runs of neighbours in the files, of about the same number of bytes."""
+    """Runs of neighbors in the files, of about the same number of bytes."""
 
     def place(item: ReadItem) -> Any:
         return places[item.storage_index]

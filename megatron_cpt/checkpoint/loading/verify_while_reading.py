@@ -27,7 +27,7 @@ class ShardCheck:
         Args:
             checkpoint: its folder.
             how: which shards to compare.
-            part, parts: which of how many shares this is. Neighbours in the order of writing stay together, so that a
+            part, parts: which of how many shares this is. Neighbors in the order of writing stay together, so that a
                 rank which loads in the layout of the save hashes the files that it loads.
 
         Raises:

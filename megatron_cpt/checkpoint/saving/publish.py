@@ -78,18 +78,18 @@ def publish(
     delete(path for path in layout.list_leftovers(final.parent) if path != aside)  # of runs that were killed
     outdated = [final] if final.exists() else []  # the same step once more, after a resume from an older checkpoint
     if outdated:
-        os.rename(final, layout.doomed(final))
+        os.rename(final, layout.deleted_name(final))
     os.rename(aside, final)
     sync_folder(final.parent)
     try:
         write_atomically(final.parent / layout.LATEST_FILE, f"{final.name}\n")
         for old in retention.outdated(layout.list_checkpoints(final.parent), final):
             # Renamed first: one that is half deleted must not be found under a checkpoint's name.
-            os.rename(old, layout.doomed(old))
+            os.rename(old, layout.deleted_name(old))
             outdated.append(old)
     except OSError as error:  # no reason to end the run: this one is published
         logger.warning("%s is saved, but what should follow failed: %s", final, error)
-    return [layout.doomed(old) for old in outdated]
+    return [layout.deleted_name(old) for old in outdated]
 
 
 def delete(folders: Iterable[Path]) -> None:

@@ -29,13 +29,13 @@ from megatron_cpt.checkpoint.record import Record
 from megatron_cpt.checkpoint.saving.publish import Retention, delete, publish
 from megatron_cpt.checkpoint.saving.staging import StagingBuffer
 from megatron_cpt.checkpoint.saving.torch_save import AbandonedError
-from megatron_cpt.checkpoint.saving.write_plan import Entry, plan_shards
+from megatron_cpt.checkpoint.saving.write_plan import ShardEntry, plan_shards
 from megatron_cpt.checkpoint.saving.writer import write_files
 from megatron_cpt.checkpoint.state import state_dicts
 from megatron_cpt.errors import CptError
 from megatron_cpt.files.atomic import sync_folder
 
-Files = Mapping[str, Sequence[Entry]]
+Files = Mapping[str, Sequence[ShardEntry]]
 """Name -> content."""
 
 
@@ -245,7 +245,7 @@ def _copied(files: Files, staging: StagingBuffer | None) -> Files:
     tensors = [entry.data for content in files.values() for entry in content if isinstance(entry.data, torch.Tensor)]
     copies = iter(staging.copy(tensors))
 
-    def copied(entry: Entry) -> Entry:
+    def copied(entry: ShardEntry) -> ShardEntry:
         return replace(entry, data=next(copies)) if isinstance(entry.data, torch.Tensor) else entry
 
     return {name: [copied(entry) for entry in content] for name, content in files.items()}

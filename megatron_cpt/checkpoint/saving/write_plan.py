@@ -18,7 +18,7 @@ NUM_FILES = 2  # a rank: they are written at the same time, one thread each
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry:
     """One piece of a file.
 
     Attributes:
@@ -44,7 +44,7 @@ class ShardPlan:
         metadata: the description of all ranks' tensors, without their places; on rank 0 only.
     """
 
-    files: dict[str, list[Entry]]
+    files: dict[str, list[ShardEntry]]
     metadata: Metadata | None
 
     @property
@@ -86,7 +86,7 @@ class _PlanOnly(torch_strategy.TorchDistSaveShardedStrategy):  # type: ignore[mi
         plans: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(own, plans, dst=0)
         metadata = planner.create_global_plan(plans)[1] if plans is not None else None
-        content = [Entry(item, _resolved(planner, item)) for item in own.items]
+        content = [ShardEntry(item, _resolved(planner, item)) for item in own.items]
         self.plan = ShardPlan(_divided(content, rank), metadata)
 
 
@@ -95,9 +95,9 @@ def _resolved(planner: Any, item: WriteItem) -> torch.Tensor | io.BytesIO:
     return data.detach() if isinstance(data, torch.Tensor) else data
 
 
-def _divided(entries: list[Entry], rank: int) -> dict[str, list[Entry]]:
+def _divided(entries: list[ShardEntry], rank: int) -> dict[str, list[ShardEntry]]:
     """Spread over files of about the same size, the largest first."""
-    files: list[list[Entry]] = [[] for _ in range(NUM_FILES)]
+    files: list[list[ShardEntry]] = [[] for _ in range(NUM_FILES)]
     sizes = [0] * NUM_FILES
     for entry in sorted(entries, key=lambda entry: entry.num_bytes, reverse=True):
         smallest = sizes.index(min(sizes))

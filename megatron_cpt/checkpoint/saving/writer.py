@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.manifest import FileDigest
 from megatron_cpt.checkpoint.saving.torch_save import HashedStream, save_tensor
-from megatron_cpt.checkpoint.saving.write_plan import Entry
+from megatron_cpt.checkpoint.saving.write_plan import ShardEntry
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Written:
     files: dict[str, FileDigest]
 
 
-def write_files(folder: Path, files: Mapping[str, Sequence[Entry]], abandon: threading.Event) -> Written:
+def write_files(folder: Path, files: Mapping[str, Sequence[ShardEntry]], abandon: threading.Event) -> Written:
     """Write a rank's files, a thread each; on return they are durable.
 
     Args:
@@ -58,7 +58,7 @@ def write_files(folder: Path, files: Mapping[str, Sequence[Entry]], abandon: thr
     )
 
 
-def _write_file(path: Path, entries: Sequence[Entry], abandon: threading.Event) -> Written:
+def _write_file(path: Path, entries: Sequence[ShardEntry], abandon: threading.Event) -> Written:
     places = []
     with open(path, "wb", buffering=0) as raw:
         stream = HashedStream(raw, abandon)
@@ -72,7 +72,7 @@ def _write_file(path: Path, entries: Sequence[Entry], abandon: threading.Event) 
     return Written(places, {path.name: FileDigest(stream.tell(), stream.checksum())})
 
 
-def _write_entry(entry: Entry, stream: HashedStream) -> None:
+def _write_entry(entry: ShardEntry, stream: HashedStream) -> None:
     if isinstance(entry.data, io.BytesIO):
         stream.write(entry.data.getbuffer())
         return

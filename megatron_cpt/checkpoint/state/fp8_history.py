@@ -89,7 +89,7 @@ def take_histories(model: torch.nn.Module, state: dict[str, Any]) -> None:
             scaling.amax_history.copy_(content[1:])
 
 
-def dequantise(state: dict[str, Any]) -> None:
+def dequantize(state: dict[str, Any]) -> None:
     """Weights that are kept in FP8, in the run's own type: what a checkpoint holds, whoever reads it."""
     for entry in state.values():
         if isinstance(entry, ShardedTensor) and is_float8tensor(entry.data):

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import rng_state
-from megatron_cpt.checkpoint.state.fp8_history import add_histories, dequantise, take_histories
+from megatron_cpt.checkpoint.state.fp8_history import add_histories, dequantize, take_histories
 from megatron_cpt.checkpoint.state.optimizer_shards import without_gathering
 from megatron_cpt.model.fp8_emulated import AMAX_HISTORY
 from megatron_cpt.model.kernel_options import gather_weights
@@ -45,7 +45,7 @@ def training_state(
     model = model_state(chunks, is_loading=is_loading)
     state = {**model, "optimizer": optimizer_state(optimizer, model, is_loading=is_loading)}
     for weights in model.values():  # only now: the optimizer's state is described by the parameters themselves
-        dequantise(weights)
+        dequantize(weights)
     return {**state, "rng": random_state()} if with_rng else state
 
 

@@ -110,7 +110,7 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         with io.BufferedReader(_Window(path, start, length)) as file:
             with zipfile.ZipFile(file) as archive:
                 records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            places = _Places(path, file, start, length, records)
+            places = _ArchiveRecords(path, file, start, length, records)
             if "byteorder" in records and places.read("byteorder") != b"little":
                 raise RefusedError(f"{path}: big-endian data is not supported; save it again on the usual machine")
             return _TensorUnpickler(io.BytesIO(places.read("data.pkl")), places).load()
@@ -167,7 +167,7 @@ class _Window(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class _Places:
+class _ArchiveRecords:
     """Where the records of one archive lie: its pickle and its storages.
 
     They are not read through zipfile, which holds a record against its CRC-32: torch may be told to leave that out.
@@ -213,7 +213,7 @@ class _Storage:
 class _TensorUnpickler(pickle.Unpickler):
     """Builds places in the file, plain values and inert records."""
 
-    def __init__(self, file: Any, places: _Places) -> None:
+    def __init__(self, file: Any, places: _ArchiveRecords) -> None:
         super().__init__(file, encoding="utf-8")
         self._places = places
 

@@ -2,7 +2,7 @@
 
 What a family has in its own way stands in its file under families/; sizes, RoPE in its old and new form, biases and
 sliding windows are read and written here for all of them. A config.json is not trusted: types are checked, and what the
-model here cannot compute (other RoPE scalings, windows, quantised weights) is refused, not dropped.
+model here cannot compute (other RoPE scalings, windows, quantized weights) is refused, not dropped.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _refuse_others(config: HfConfig, fields: Mapping[str, Any]) -> None:
     if window is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
         config.problems.append("layer_types: layers of one kind are understood, with full attention")
     if config.get("quantization_config") is not None:
-        config.problems.append("quantization_config: quantised weights; dequantise and save them as bf16 first")
+        config.problems.append("quantization_config: quantized weights; dequantize and save them as bf16 first")
 
 
 def _model_problems(fields: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.mapping.rules import Block, Rule
+from megatron_cpt.convert.mapping.rules import RowBlock, TensorRule
 from megatron_cpt.convert.mapping.shapes import megatron_shape
 
 
@@ -17,7 +17,7 @@ class Pattern(Protocol):
     def megatron(self) -> str:
         """The Megatron name, `*` for the layer."""
 
-    def rule(self, model: ModelConfig, layer: int | None) -> Rule:
+    def rule(self, model: ModelConfig, layer: int | None) -> TensorRule:
         """The rule for one layer (None: outside the layers)."""
 
 
@@ -29,16 +29,16 @@ class Copy:
     hf: str
     padded_vocab: bool = False
 
-    def rule(self, model: ModelConfig, layer: int | None) -> Rule:
+    def rule(self, model: ModelConfig, layer: int | None) -> TensorRule:
         """See `Pattern`."""
         shape = megatron_shape(self.megatron, model)
         hf_shape = (model.vocab, *shape[1:]) if self.padded_vocab else shape
-        return Rule(
+        return TensorRule(
             megatron=_in_layer(self.megatron, layer),
             megatron_shape=shape,
             hf=(_in_layer(self.hf, layer),),
             hf_shapes=(hf_shape,),
-            blocks=(Block(0, 0, 0, hf_shape[0]),),
+            blocks=(RowBlock(0, 0, 0, hf_shape[0]),),
             padded_vocab=self.padded_vocab,
         )
 
@@ -52,7 +52,7 @@ class Qkv:
     k: str
     v: str
 
-    def rule(self, model: ModelConfig, layer: int | None) -> Rule:
+    def rule(self, model: ModelConfig, layer: int | None) -> TensorRule:
         """See `Pattern`."""
         shape = megatron_shape(self.megatron, model)
         size, groups = model.head_size, model.num_kv_groups
@@ -61,12 +61,12 @@ class Qkv:
         for group in range(groups):
             start = group * (queries + 2 * size)
             blocks += [
-                Block(start, 0, group * queries, queries),
-                Block(start + queries, 1, group * size, size),
-                Block(start + queries + size, 2, group * size, size),
+                RowBlock(start, 0, group * queries, queries),
+                RowBlock(start + queries, 1, group * size, size),
+                RowBlock(start + queries + size, 2, group * size, size),
             ]
         rows = (groups * queries, groups * size, groups * size)
-        return Rule(
+        return TensorRule(
             megatron=_in_layer(self.megatron, layer),
             megatron_shape=shape,
             hf=tuple(_in_layer(name, layer) for name in (self.q, self.k, self.v)),
@@ -83,16 +83,16 @@ class Gated:
     gate: str
     up: str
 
-    def rule(self, model: ModelConfig, layer: int | None) -> Rule:
+    def rule(self, model: ModelConfig, layer: int | None) -> TensorRule:
         """See `Pattern`."""
         shape = megatron_shape(self.megatron, model)
         half = model.ffn_hidden
-        return Rule(
+        return TensorRule(
             megatron=_in_layer(self.megatron, layer),
             megatron_shape=shape,
             hf=(_in_layer(self.gate, layer), _in_layer(self.up, layer)),
             hf_shapes=((half, *shape[1:]), (half, *shape[1:])),
-            blocks=(Block(0, 0, 0, half), Block(half, 1, 0, half)),
+            blocks=(RowBlock(0, 0, 0, half), RowBlock(half, 1, 0, half)),
         )
 
 

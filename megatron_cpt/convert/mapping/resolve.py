@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.mapping.rules import Rule as Rule
+from megatron_cpt.convert.mapping.rules import TensorRule as TensorRule
 from megatron_cpt.convert.mapping.shapes import has_tensor
 from megatron_cpt.errors import RefusedError
 
@@ -53,7 +53,7 @@ class HasTable(Protocol):
         """Its table."""
 
 
-def resolve(family: HasTable, model: ModelConfig) -> list[Rule]:
+def resolve(family: HasTable, model: ModelConfig) -> list[TensorRule]:
     """All rules of one model, embedding first, then layer by layer, then the last norm and the output layer."""
     present = [pattern for pattern in family.weights if has_tensor(pattern.megatron, model)]
     outside = [pattern for pattern in present if "*" not in pattern.megatron]
@@ -76,7 +76,7 @@ def is_derived(name: str) -> bool:
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_tensors(rules: Iterable[Rule], tensors: Mapping[str, Any], model: ModelConfig, where: object) -> None:
+def check_tensors(rules: Iterable[TensorRule], tensors: Mapping[str, Any], model: ModelConfig, where: object) -> None:
     """Hold what a folder has against what the rules need.
 
     Args:
@@ -98,7 +98,7 @@ def check_tensors(rules: Iterable[Rule], tensors: Mapping[str, Any], model: Mode
         elif tuple(tensor.shape) != shape:
             problems.append(f"{name}: shape {tuple(tensor.shape)}, but config.json makes it {shape}")
         elif tensor.dtype not in WEIGHT_DTYPES:
-            problems.append(f"{name}: {tensor.dtype}; weights are read as fp32, bf16 or fp16 (dequantise it first)")
+            problems.append(f"{name}: {tensor.dtype}; weights are read as fp32, bf16 or fp16 (dequantize it first)")
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise RefusedError("\n".join([f"{where}: {len(problems)} tensors do not fit:", *(f"  - {p}" for p in shown)]))

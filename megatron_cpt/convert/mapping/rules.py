@@ -17,7 +17,7 @@ ReadRows = Callable[[str, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows of one Hugging Face tensor that stand together in the Megatron tensor.
 
     Attributes:
@@ -34,7 +34,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """How one global Megatron tensor corresponds to Hugging Face tensors.
 
     Attributes:
@@ -51,7 +51,7 @@ class Rule:
     megatron_shape: tuple[int, ...]
     hf: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[RowBlock, ...]
     padded_vocab: bool = False
 
     def to_megatron(self, *tensors: torch.Tensor) -> torch.Tensor:

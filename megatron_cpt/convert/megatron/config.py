@@ -192,8 +192,8 @@ def _activation(fields: Mapping[str, Any], where: object) -> str:
 def _norm(fields: Mapping[str, Any]) -> str:
     if fields.get("normalization") == "RMSNorm":
         return "rmsnorm"
-    zero_centred = fields.get("apply_layernorm_1p") or fields.get("layernorm_zero_centered_gamma")
-    return "layernorm1p" if zero_centred else "layernorm"
+    zero_centered = fields.get("apply_layernorm_1p") or fields.get("layernorm_zero_centered_gamma")
+    return "layernorm1p" if zero_centered else "layernorm"
 
 
 def _rope_scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _refuse_unknown(fields: Mapping[str, Any], where: object) -> None:
     if fields.get("normalization") == "RMSNorm" and (
         fields.get("apply_layernorm_1p") or fields.get("layernorm_zero_centered_gamma")
     ):
-        problems.append("RMSNorm with zero-centred weights")
+        problems.append("RMSNorm with zero-centered weights")
     if fields.get("softmax_type", "vanilla") != "vanilla":
         problems.append(f"softmax_type: {fields['softmax_type']}")
     window = fields.get("window_size")

@@ -51,7 +51,7 @@ ReadRows = Callable[[str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileEntry:
     """A piece in a file.
 
     Attributes:
@@ -73,7 +73,7 @@ class WrittenFile:
 
     size: int
     checksum: str
-    entries: list[Entry]
+    entries: list[FileEntry]
 
 
 def write_file(
@@ -111,7 +111,7 @@ def write_file(
                     offsets, sizes, piece = [layer, *offsets], [1, *sizes], piece[None]
                 position = out.tell()
                 save_tensor(piece, out)
-                entries.append(Entry(key, offsets, sizes, position, out.tell() - position))
+                entries.append(FileEntry(key, offsets, sizes, position, out.tell() - position))
                 advance(piece.nbytes)
         out.flush()
         close_durably(file)
@@ -128,7 +128,7 @@ def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
         for layer in range(num_layers):
             for module in _EXTRA_STATES:
                 key = f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
-                entries.append(Entry(key, None, None, out.tell(), empty.tell()))
+                entries.append(FileEntry(key, None, None, out.tell(), empty.tell()))
                 out.write(empty.getbuffer())
         out.flush()
         close_durably(file)
@@ -199,4 +199,4 @@ def _pieces(name: str, form: Form, tensor_parallel: int, read: ReadRows) -> Iter
 
 def written_from_journal(line: Mapping[str, Any]) -> WrittenFile:
     """A file's record as the journal keeps it."""
-    return WrittenFile(line["size"], line["checksum"], [Entry(**entry) for entry in line["entries"]])
+    return WrittenFile(line["size"], line["checksum"], [FileEntry(**entry) for entry in line["entries"]])

@@ -98,7 +98,7 @@ def _hash_runs(tokens: npt.NDArray[Any], n: int) -> npt.NDArray[np.uint64]:
 
 
 def _scramble(tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-    """Ids spread over 64 bits by the finaliser of SplitMix64: sums of multiples of them do not meet but by chance."""
+    """Ids spread over 64 bits by the finalizer of SplitMix64: sums of multiples of them do not meet but by chance."""
     value = tokens.astype(np.uint64) + np.uint64(_FACTOR)
     value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

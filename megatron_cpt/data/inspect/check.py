@@ -44,7 +44,7 @@ class CheckReport:
         return [finding for finding in self.findings if finding.level == "fault"]
 
     @property
-    def is_sound(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether it may be trained on."""
         return not self.faults
 
@@ -53,7 +53,7 @@ class CheckReport:
         header, documents = self.header, self.documents
         return {
             "prefix": self.prefix,
-            "sound": self.is_sound,
+            "sound": self.is_valid,
             "dtype": header and header.dtype.name,
             "documents": header and header.num_documents,
             "sequences": header and header.num_sequences,
@@ -92,15 +92,15 @@ def check_dataset(
     """
     header, findings = examine_index(prefix)
     scan, documents, digest = None, None, None
-    index_is_sound = header is not None and not findings
+    index_is_valid = header is not None and not findings
     if header is not None and header.dtype.kind in "iu":
         try:
             scan = scan_ids(f"{prefix}.bin", header.dtype, header.num_tokens, vocab_size, progress=progress)
-            findings += _outside(prefix, scan, vocab_size, index_is_sound)
+            findings += _outside(prefix, scan, vocab_size, index_is_valid)
         except RefusedError as error:
             findings.append(fault("unreadable", f"{prefix}.bin", str(error).removeprefix(f"{prefix}.bin: ")))
-            index_is_sound = False
-    if index_is_sound:
+            index_is_valid = False
+    if index_is_valid:
         dataset = IndexedDataset(prefix)
         documents = check_documents(dataset, eod_id=eod_id, duplicates=duplicates)
         findings += documents.findings
@@ -108,11 +108,11 @@ def check_dataset(
     return CheckReport(prefix, header, vocab_size, scan, documents, digest, tuple(findings))
 
 
-def _outside(prefix: str, scan: IdScan, vocab_size: int | None, index_is_sound: bool) -> list[Finding]:
+def _outside(prefix: str, scan: IdScan, vocab_size: int | None, index_is_valid: bool) -> list[Finding]:
     """Ids outside of the vocabulary, with their documents where the index can tell."""
     if not scan.num_outside:
         return []
-    dataset = IndexedDataset(prefix) if index_is_sound else None
+    dataset = IndexedDataset(prefix) if index_is_valid else None
     bound = f"outside of the vocabulary of {vocab_size}" if vocab_size is not None else "negative"
     named = []
     for offset, token in scan.first_outside:

@@ -19,7 +19,7 @@ _SEQUENCES_FOR_TYPE = 1000  # tell what the pointers count in
 
 
 @dataclass
-class _Places:
+class _BadPlaces:
     """Places of one kind of fault: all are counted, the first are remembered with their problem."""
 
     kind: str
@@ -120,7 +120,7 @@ def _examine_tables(header: IndexHeader) -> list[Finding]:
 
 def _examine_sizes(header: IndexHeader) -> Iterator[Finding]:
     idx, bin_path = f"{header.prefix}.idx", f"{header.prefix}.bin"
-    negative, total = _Places("sizes", "sequence"), 0
+    negative, total = _BadPlaces("sizes", "sequence"), 0
     for first, sizes in _table(idx, "<i4", header.sizes_offset, header.num_sequences):
         negative.add(np.flatnonzero(sizes < 0), first, sizes, "has a size of {} tokens")
         total += int(sizes.sum(dtype=np.int64))
@@ -162,7 +162,7 @@ def _examine_type(header: IndexHeader) -> Finding | None:
 def _examine_pointers(header: IndexHeader) -> Iterator[Finding]:
     """Each sequence begins where the one before ends, and the last byte of each is in the `.bin`."""
     idx, bin_bytes = f"{header.prefix}.idx", os.path.getsize(f"{header.prefix}.bin")
-    astray, beyond = _Places("pointers", "sequence"), _Places("beyond_end", "sequence")
+    astray, beyond = _BadPlaces("pointers", "sequence"), _BadPlaces("beyond_end", "sequence")
     end = 0
     all_sizes = _table(idx, "<i4", header.sizes_offset, header.num_sequences)
     all_pointers = _table(idx, "<i8", header.pointers_offset, header.num_sequences)
@@ -180,7 +180,7 @@ def _examine_pointers(header: IndexHeader) -> Iterator[Finding]:
 def _examine_boundaries(header: IndexHeader) -> Iterator[Finding]:
     """Documents begin with sequence 0, end with the last one, and never go back."""
     idx = f"{header.prefix}.idx"
-    wrong, last = _Places("documents", "document"), 0
+    wrong, last = _BadPlaces("documents", "document"), 0
     for first, boundaries in _table(idx, "<i8", header.documents_offset, header.num_documents + 1):
         before = np.concatenate([[last], boundaries[:-1]])
         bad = (boundaries < before) | (boundaries > header.num_sequences)

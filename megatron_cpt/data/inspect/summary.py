@@ -86,7 +86,7 @@ class Document:
     ids: npt.NDArray[Any]
 
 
-def summarise(dataset: IndexedDataset) -> Summary:
+def summarize(dataset: IndexedDataset) -> Summary:
     """Count a data set. Reads its `.idx` only; takes 4 bytes of memory a document.
 
     Raises:

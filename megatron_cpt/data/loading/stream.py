@@ -1,10 +1,10 @@
 """A source as an endless stream of samples that can be entered anywhere.
 
 Sample k is a pure function of (seed, source name, k) and of the token files, so the whole state of a source is one
-counter. Each epoch reads every chunk of seq_length tokens exactly once, in an order and on a grid of its own.
+counter. Each epoch reads every span of seq_length tokens exactly once, in an order and on a grid of its own.
 
-Where phases differ in sequence length, the chunks are as long as the longest samples, and shorter samples are parts of
-them: the parts of a window of chunks (`sampling/spans.py`), which follow each other in the epoch's order, in an
+Where phases differ in sequence length, the spans are as long as the longest samples, and shorter samples are parts of
+them: the parts of a window of spans (`sampling/spans.py`), which follow each other in the epoch's order, in an
 order of
 the window's own. What k counts then are samples of the length that is asked for.
 """
@@ -24,7 +24,7 @@ from megatron_cpt.data.loading.fim import FillInMiddle
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.sampling.permutation import Permutation, derive_key
-from megatron_cpt.sampling.spans import ChunkGrid
+from megatron_cpt.sampling.spans import SpanGrid
 
 
 class SampleLocation(NamedTuple):
@@ -33,8 +33,8 @@ class SampleLocation(NamedTuple):
     Attributes:
         source: name of the source.
         k: number of the sample in the source, from 0, counted over all epochs in samples of its length.
-        epoch: how often every chunk had been read before this epoch, from 0.
-        chunk: number of the chunk in the epoch's grid over all files.
+        epoch: how often every span had been read before this epoch, from 0.
+        span: number of the span in the epoch's grid over all files.
         file: number of the file in the source.
         prefix: path of the file without `.bin`.
         token_offset: the sample's first token in the `.bin`, in tokens.
@@ -44,7 +44,7 @@ class SampleLocation(NamedTuple):
     source: str
     k: int
     epoch: int
-    chunk: int
+    span: int
     file: int
     prefix: str
     token_offset: int
@@ -53,7 +53,7 @@ class SampleLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One pass over a source: the order of its chunks, and how far the grid of each file looked at is shifted."""
+    """One pass over a source: the order of its spans, and how far the grid of each file looked at is shifted."""
 
     number: int
     order: Permutation
@@ -61,9 +61,9 @@ class _Epoch:
 
 
 class TokenStream:
-    """One source: the chunks of its files in a keyed order, epoch after epoch.
+    """One source: the spans of its files in a keyed order, epoch after epoch.
 
-    A file of T tokens has n = (T - 1) // seq_length chunks. What is left over (T - 1 - n * seq_length tokens) is
+    A file of T tokens has n = (T - 1) // seq_length spans. What is left over (T - 1 - n * seq_length tokens) is
     the room in which the file's grid is shifted by a keyed offset each epoch, so that it is not the same tokens
     that are never seen, nor the same places where samples begin.
 
@@ -103,11 +103,11 @@ class TokenStream:
                     f"{dataset.prefix}.idx: source {name}: the token type is {dataset.dtype.name}, and ids of a "
                     "vocabulary are integers; is this a token file? Build it with `megatron-cpt preprocess`"
                 )
-        chunks = [max(0, dataset.num_tokens - 1) // seq_length for dataset in self.datasets]
-        self._last_chunks = list(accumulate(chunks))  # of each file: chunks up to and with it
+        spans = [max(0, dataset.num_tokens - 1) // seq_length for dataset in self.datasets]
+        self._last_spans = list(accumulate(spans))  # of each file: spans up to and with it
         self.num_tokens = sum(dataset.num_tokens for dataset in self.datasets)
-        self.samples_per_epoch = sum(chunks)
-        self.grid = ChunkGrid(seq_length, self.samples_per_epoch)
+        self.samples_per_epoch = sum(spans)
+        self.grid = SpanGrid(seq_length, self.samples_per_epoch)
         if self.samples_per_epoch == 0:
             raise UserError(
                 f"source {name}: {self.num_tokens} tokens in {len(self.datasets)} file(s) are too few for one sample "
@@ -134,18 +134,18 @@ class TokenStream:
         if k < 0:
             raise IndexError(f"source {self.name}: sample {k}; the first is 0")
         length = seq_length or self.seq_length
-        assert self.seq_length % length == 0, f"samples of {length} tokens do not fill chunks of {self.seq_length}"
+        assert self.seq_length % length == 0, f"samples of {length} tokens do not fill spans of {self.seq_length}"
         if length == self.seq_length:
             epoch, place = divmod(int(k), self.samples_per_epoch)
             part = 0
         else:
             epoch, place, part = self._find_part(int(k), length)
         current = self._enter(epoch)
-        chunk = current.order(place)
-        file = bisect_right(self._last_chunks, chunk)
-        first_chunk = self._last_chunks[file - 1] if file else 0
-        token_offset = self._shift(file, current) + self.seq_length * (chunk - first_chunk) + length * part
-        return SampleLocation(self.name, int(k), epoch, chunk, file, self.datasets[file].prefix, token_offset, length)
+        span = current.order(place)
+        file = bisect_right(self._last_spans, span)
+        first_span = self._last_spans[file - 1] if file else 0
+        token_offset = self._shift(file, current) + self.seq_length * (span - first_span) + length * part
+        return SampleLocation(self.name, int(k), epoch, span, file, self.datasets[file].prefix, token_offset, length)
 
     def read(self, k: int, seq_length: int | None = None) -> npt.NDArray[Any]:
         """The seq_length + 1 tokens of sample k that are trained on, in the file's type; arguments as of `locate`.
@@ -174,16 +174,16 @@ class TokenStream:
         return self.datasets[location.file].read(location.token_offset, location.seq_length + 1)
 
     def _find_part(self, k: int, length: int) -> tuple[int, int, int]:
-        """The epoch of a shorter sample, the place of its chunk in the epoch's order, and its part of the chunk."""
+        """The epoch of a shorter sample, the place of its span in the epoch's order, and its part of the span."""
         parts, window = self.grid.parts(length), self.grid.window
         epoch, within = divmod(k, self.samples_per_epoch * parts)
         number, place = divmod(within, window * parts)
         if self._window is None or self._window[0] != (epoch, number, length):
-            chunks = min(window, self.samples_per_epoch - number * window)
+            spans = min(window, self.samples_per_epoch - number * window)
             key = derive_key(self.seed, self.name, epoch, "window", number, length)
-            self._window = (epoch, number, length), Permutation(chunks * parts, key)
-        chunk, part = divmod(self._window[1](place), parts)
-        return epoch, number * window + chunk, part
+            self._window = (epoch, number, length), Permutation(spans * parts, key)
+        span, part = divmod(self._window[1](place), parts)
+        return epoch, number * window + span, part
 
     def _enter(self, epoch: int) -> _Epoch:
         current = self._epoch

@@ -26,7 +26,7 @@ _COPY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Layout:
+class OutputLayout:
     """What a data set is made of.
 
     Attributes:
@@ -42,7 +42,7 @@ class Layout:
     split_tokens: int | None = None
 
 
-def make_pairs(layout: Layout, sources: Sequence[str], folder: str) -> tuple[list[Rename], list[str]]:
+def make_pairs(layout: OutputLayout, sources: Sequence[str], folder: str) -> tuple[list[Rename], list[str]]:
     """Writes all pairs of a data set under names inside a work folder.
 
     Args:
@@ -71,13 +71,13 @@ def make_pairs(layout: Layout, sources: Sequence[str], folder: str) -> tuple[lis
     return renames, prefixes
 
 
-def _write_index(folder: str, sizes_name: str, idx_name: str, layout: Layout) -> None:
+def _write_index(folder: str, sizes_name: str, idx_name: str, layout: OutputLayout) -> None:
     path = os.path.join(folder, sizes_name)
     sizes = np.memmap(path, "<i4", "r") if os.path.getsize(path) else np.empty(0, "<i4")
     write_index(os.path.join(folder, idx_name), sizes, layout.dtype, empty_sequences=False)
 
 
-def _copy_pairs(layout: Layout, number: int, sources: Sequence[str], folder: str) -> list[tuple[str, str, str]]:
+def _copy_pairs(layout: OutputLayout, number: int, sources: Sequence[str], folder: str) -> list[tuple[str, str, str]]:
     with contextlib.closing(_SplitOutput(layout, number, folder)) as output:
         if layout.num_buckets is None:
             for sizes, write in _ordered_parts(sources, number, layout.dtype):
@@ -137,7 +137,7 @@ def _from_memory(tokens: npt.NDArray[Any]) -> Write:
 class _SplitOutput:
     """Writes one pair after another, each of at most `split_tokens` tokens."""
 
-    def __init__(self, layout: Layout, number: int, folder: str) -> None:
+    def __init__(self, layout: OutputLayout, number: int, folder: str) -> None:
         self._layout, self._number, self._folder = layout, number, folder
         self._num_pairs = 0
         self._tokens = 0  # of the present pair

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.preprocess import bad_lines as bad
-from megatron_cpt.data.preprocess.assemble import Layout
+from megatron_cpt.data.preprocess.assemble import OutputLayout
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.preprocess.pipeline import refuse_to_overwrite, work_folder_path
 from megatron_cpt.data.preprocess.report import PreprocessReport, publish_run
@@ -45,7 +45,7 @@ def join_shards(
     else:
         settings, states = _finished_shards(folders)
     dtype = np.dtype(settings["dtype"]).newbyteorder("<")
-    layout = Layout(settings["prefixes"], dtype, settings["num_buckets"], settings["split_tokens"])
+    layout = OutputLayout(settings["prefixes"], dtype, settings["num_buckets"], settings["split_tokens"])
     if begun is None:
         refuse_to_overwrite(layout.prefixes, overwrite)
         state = _joined_state(states)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from megatron_cpt.data.preprocess.assemble import Layout
+from megatron_cpt.data.preprocess.assemble import OutputLayout
 from megatron_cpt.data.preprocess.bad_lines import parse_max_bad
 from megatron_cpt.data.preprocess.block import BlockOptions
 from megatron_cpt.data.preprocess.buckets import count_buckets
@@ -91,7 +91,7 @@ def preprocess(
     text_bytes, keys = _text_bytes(files), _distinct_keys(key)
     tokenizer = _load_tokenizer(tokenizer_spec, append_eod)
     cut = replace(blocks or BlockOptions(()), keys=keys)
-    layout = Layout(
+    layout = OutputLayout(
         prefixes=list(prefixes or ([prefix] if len(keys) == 1 else [f"{prefix}_{name}" for name in keys])),
         dtype=best_dtype(tokenizer.vocab_size),
         num_buckets=None if shuffle is None else count_buckets(text_bytes),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_cpt.data.preprocess import bad_lines as bad
-from megatron_cpt.data.preprocess.assemble import Layout
+from megatron_cpt.data.preprocess.assemble import OutputLayout
 from megatron_cpt.data.preprocess.block import Cursor
 from megatron_cpt.data.preprocess.buckets import OrderedSink, ShuffledSink, Sink
 from megatron_cpt.data.preprocess.inputs import InputFiles, Shard
@@ -60,7 +60,7 @@ class Job:
 
     files: InputFiles
     prefix: str
-    layout: Layout
+    layout: OutputLayout
     tokenizer: Tokenizer
     encode: EncodeOptions
     shard: Shard | None
@@ -95,7 +95,7 @@ def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
     """
     if folder.state.get("fast") and plan.certificate is None:
         job.notify("begins anew: what was done before used gigatoken, which is no longer trusted with this tokenizer")
-        _begin_anew(folder)
+        _start_from_scratch(folder)
     try:
         try:
             _Run(job, plan, folder, mismatch=folder.state.get("mismatch")).encode()
@@ -103,7 +103,7 @@ def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
             assert plan.certificate is not None
             job.notify(f"{error}; everything is encoded again by the library, and gigatoken not used any more")
             revoke_certificate(plan.spec, plan.certificate, str(error))
-            _begin_anew(folder)
+            _start_from_scratch(folder)
             _Run(job, plan.without_fast(), folder, mismatch=str(error)).encode()
     except (RefusedError, UserError) as error:
         if isinstance(error, RefusedError) or not folder.state:  # a mistake met after hours costs no hours
@@ -111,7 +111,7 @@ def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
         raise
 
 
-def _begin_anew(folder: WorkFolder) -> None:
+def _start_from_scratch(folder: WorkFolder) -> None:
     folder.clear()
     folder.begin()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.data.preprocess import bad_lines as bad
-from megatron_cpt.data.preprocess.assemble import Layout, make_pairs
+from megatron_cpt.data.preprocess.assemble import OutputLayout, make_pairs
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.files.atomic import publish
 
@@ -56,7 +56,7 @@ class PreprocessReport:
 def publish_run(
     folder: WorkFolder,
     sources: Sequence[str],
-    layout: Layout,
+    layout: OutputLayout,
     prefix: str,
     input_bytes: int,
     started: float,
@@ -89,7 +89,9 @@ def publish_run(
     return report
 
 
-def sum_up(state: dict[str, Any], layout: Layout, prefix: str, input_bytes: int, started: float) -> PreprocessReport:
+def sum_up(
+    state: dict[str, Any], layout: OutputLayout, prefix: str, input_bytes: int, started: float
+) -> PreprocessReport:
     """Sums up a state."""
     counts, log = state["counts"], state["bad"]
     return PreprocessReport(

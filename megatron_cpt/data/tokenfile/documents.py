@@ -18,7 +18,7 @@ BLOCK_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class DocumentBlock:
-    """Some neighbouring documents.
+    """Some neighboring documents.
 
     Attributes:
         first: number of the first one in its data set.

@@ -1,7 +1,7 @@
 """Does a fast tokenizer give the same ids as the library it stands in for? Asked once for each tokenizer, and kept.
 
 No finite number of probes proves that two programs agree on every text. These are chosen where tokenizers differ: in
-how they class characters (each code point of the planes that text is written in, in several neighbourhoods), in how
+how they class characters (each code point of the planes that text is written in, in several neighborhoods), in how
 they split at class boundaries (every string of three of the classes' representatives, and many longer ones), in their
 merges (each piece of the vocabulary) and in special tokens. Characters and special tokens that give other ids become
 part of the certificate: a document that holds one is left to the library, as is one with a code point never probed.
@@ -113,16 +113,16 @@ def certify(slow: EncodeBatch, fast: EncodeOne, pieces: Sequence[str], special_t
 
 def _unsafe_code_points(comparison: _Comparison) -> set[int]:
     groups = [codes[i : i + _GROUP] for codes in _PROBED for i in range(0, len(codes), _GROUP)]
-    by_probe = {"".join(map(_in_neighbourhoods, group)): group for group in groups}
+    by_probe = {"".join(map(_in_neighborhoods, group)): group for group in groups}
     unsafe: set[int] = set()
     for probe in list(comparison.different(by_probe)):
         group = by_probe[probe]
-        alone = {ord(text[1]) for text in comparison.different(map(_in_neighbourhoods, group))}
+        alone = {ord(text[1]) for text in comparison.different(map(_in_neighborhoods, group))}
         unsafe.update(alone or group)
     return unsafe
 
 
-def _in_neighbourhoods(code: int) -> str:
+def _in_neighborhoods(code: int) -> str:
     c = chr(code)
     return f"a{c}a {c}1{c}{c}.{c}\n{c}"
 

@@ -13,7 +13,7 @@ from megatron_cpt.plan.cluster.step_time import Speed
 from megatron_cpt.plan.cost.memory import GIB, Memory
 from megatron_cpt.plan.cost.rank_layout import Layout
 from megatron_cpt.plan.hardware import Gpu
-from megatron_cpt.plan.timeline.segments import Stretch
+from megatron_cpt.plan.timeline.segments import Segment
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Advice:
 
     gpu: Gpu
     num_gpus: int
-    steps: Stretch
+    steps: Segment
     is_uniform: bool
     ranking: Sequence[Candidate]
     current: Candidate | None

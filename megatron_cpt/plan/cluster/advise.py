@@ -16,7 +16,7 @@ from megatron_cpt.plan.cluster.advice import Advice, Candidate, Misfit, split_na
 from megatron_cpt.plan.cluster.estimate import (
     MEMORY_MARGIN,
     fits,
-    largest_stretch,
+    largest_segment,
     overlapped_speed,
     shaped,
     step_lines,
@@ -27,7 +27,7 @@ from megatron_cpt.plan.cost.rank_layout import Layout, layout_problems
 from megatron_cpt.plan.hardware import Gpu
 from megatron_cpt.plan.run_plan import RunPlan
 from megatron_cpt.plan.timeline.phases import batch_problems
-from megatron_cpt.plan.timeline.segments import Stretch
+from megatron_cpt.plan.timeline.segments import Segment
 
 MICRO_BATCHES = (1, 2, 4, 8)
 CONTEXTS = (1, 2, 4, 8)
@@ -68,7 +68,7 @@ def advise(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Advice:
     return Advice(
         gpu=gpu,
         num_gpus=num_gpus,
-        steps=largest_stretch(plan),
+        steps=largest_segment(plan),
         is_uniform=plan.is_uniform,
         ranking=best,
         current=current,
@@ -86,7 +86,7 @@ def _with_micro_batch(config: RunConfig, plan: RunPlan, micro: int) -> RunPlan:
     phases = [
         phase
         if phase.name in own
-        else replace(phase, stretches=tuple(replace(stretch, micro_batch=micro) for stretch in phase.stretches))
+        else replace(phase, segments=tuple(replace(segment, micro_batch=micro) for segment in phase.segments))
         for phase in plan.phases
     ]
     return replace(plan, phases=phases)
@@ -156,8 +156,8 @@ def _problems(config: RunConfig, plan: RunPlan, num_gpus: int) -> list[str]:
 
 def _candidate(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Candidate:
     # Of steps that differ in nothing but their batch, those with the most micro-batches have the most in flight.
-    shapes = {(stretch.micro_batch, stretch.seq_length): stretch for stretch in sorted(plan.stretches, key=_batch)}
-    runs = [shaped(config, stretch) for stretch in (largest_stretch(plan), *shapes.values())]
+    shapes = {(segment.micro_batch, segment.seq_length): segment for segment in sorted(plan.segments, key=_batch)}
+    runs = [shaped(config, segment) for segment in (largest_segment(plan), *shapes.values())]
     layouts = [Layout.build(run, num_gpus) for run in runs]
     speed, plain = estimate_speed(runs[0], layouts[0], gpu), None
     overlap = Overlap.of(config)
@@ -167,8 +167,8 @@ def _candidate(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Can
     return Candidate(config, layouts[0], max(memories, key=lambda memory: memory.total), speed, plain, _why(speed))
 
 
-def _batch(stretch: Stretch) -> int:
-    return stretch.global_batch
+def _batch(segment: Segment) -> int:
+    return segment.global_batch
 
 
 def _why(speed: Speed) -> str:
@@ -210,7 +210,7 @@ def _with_other_batch(layouts: Sequence[tuple[RunConfig, RunPlan]], num_gpus: in
             continue
         changed = layout.model_copy(update={"batch": layout.batch.model_copy(update={"global_": nearest})})
         phases = [
-            replace(phase, stretches=tuple(replace(stretch, global_batch=nearest) for stretch in phase.stretches))
+            replace(phase, segments=tuple(replace(segment, global_batch=nearest) for segment in phase.segments))
             for phase in plan.phases
         ]
         if not _problems(changed, replace(plan, phases=phases), num_gpus):

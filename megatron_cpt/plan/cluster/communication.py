@@ -2,7 +2,7 @@
 
 Ring algorithms (Patarasu and Yuan 2009; what NCCL calls bus bandwidth): an all-gather or reduce-scatter of B bytes over
 n ranks sends B (n - 1) / n over each link. Ranks are placed as megatron-core places them by default: tensor parallel
-ranks are neighbours, then context, data and pipeline parallel ones; so in a node of 8 GPUs at TP2 four ranks of a
+ranks are neighbors, then context, data and pipeline parallel ones; so in a node of 8 GPUs at TP2 four ranks of a
 data-parallel group share the node, and its ring leaves the node over four adapters at once.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_cpt.config import RunConfig
 from megatron_cpt.plan.cost.activations import tokens_of_micro_batch
 from megatron_cpt.plan.cost.formats import format_of
-from megatron_cpt.plan.cost.memory import quantised_parameters, stage_parameters
+from megatron_cpt.plan.cost.memory import quantized_parameters, stage_parameters
 from megatron_cpt.plan.cost.parameters import key_value_size
 from megatron_cpt.plan.cost.rank_layout import Layout
 from megatron_cpt.plan.hardware import Gpu
@@ -52,7 +52,7 @@ class Links:
             tensor=_ring(parallel.tensor, 1, gpu),
             context=_ring(parallel.context, parallel.tensor, gpu),
             data=_ring(layout.data_parallel * parallel.context, parallel.tensor, gpu),
-            pipeline=_neighbours(inner * layout.data_parallel * parallel.pipeline, gpu),
+            pipeline=_neighbors(inner * layout.data_parallel * parallel.pipeline, gpu),
         )
 
 
@@ -65,7 +65,7 @@ def _ring(size: int, stride: int, gpu: Gpu) -> float:
     return min(inside, NETWORK_EFFICIENCY * gpu.network * members_in_node)
 
 
-def _neighbours(num_gpus: int, gpu: Gpu) -> float:
+def _neighbors(num_gpus: int, gpu: Gpu) -> float:
     """Bandwidth to the same place in the next stage: pipeline ranks lie farthest apart."""
     in_one_node = num_gpus <= gpu.gpus_per_node
     return NVLINK_EFFICIENCY * gpu.nvlink if in_one_node else NETWORK_EFFICIENCY * gpu.network
@@ -127,5 +127,5 @@ class GradientExchange:
             return cls(2 * reduce, 0.0)
         gathered = WEIGHT_BYTES * parameters
         if kind is not None and config.precision.has_fp8_weights:
-            gathered += (kind.gathered - WEIGHT_BYTES) * quantised_parameters(config, stage)
+            gathered += (kind.gathered - WEIGHT_BYTES) * quantized_parameters(config, stage)
         return cls(reduce, gathered * share / links.data)

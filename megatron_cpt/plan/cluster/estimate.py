@@ -16,7 +16,7 @@ from megatron_cpt.plan.cost.memory import GIB, Memory, stage_memories
 from megatron_cpt.plan.cost.rank_layout import Layout
 from megatron_cpt.plan.hardware import GPUS, Gpu
 from megatron_cpt.plan.run_plan import RunPlan
-from megatron_cpt.plan.timeline.segments import Stretch
+from megatron_cpt.plan.timeline.segments import Segment
 
 # What the allocator loses to fragmentation, and what the estimate forgets: a layout should leave this share free.
 MEMORY_MARGIN = 0.08
@@ -59,7 +59,7 @@ class Cluster:
         return self.seconds / 3600 * self.layout.num_gpus
 
     def mfu(self, flops: float) -> float:
-        """Model FLOPs utilisation for `flops` operations a token."""
+        """Model FLOPs utilization for `flops` operations a token."""
         return self.speed.tokens_per_gpu * flops / self.peak
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,35 +110,35 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
     return memory.total <= (1 - MEMORY_MARGIN) * gpu.memory_gib * GIB
 
 
-def shaped(config: RunConfig, stretch: Stretch) -> RunConfig:
-    """The run with the batch and sequence length of one stretch, as if it had no other.
+def shaped(config: RunConfig, segment: Segment) -> RunConfig:
+    """The run with the batch and sequence length of one segment, as if it had no other.
 
     Its knobs are those of the whole run: whether all phases have one shape cannot be seen any more.
     """
     batch = config.batch.model_copy(
-        update={"global_": stretch.global_batch, "micro": stretch.micro_batch, "ramp_up": None}
+        update={"global_": segment.global_batch, "micro": segment.micro_batch, "ramp_up": None}
     )
     overlaps = "tp_comm_overlap" in resolve_speed(config, GPU_CLUSTER)[0]
     speed = config.speed.model_copy(update={"tp_comm_overlap": overlaps})
-    return config.model_copy(update={"batch": batch, "seq_length": stretch.seq_length, "speed": speed})
+    return config.model_copy(update={"batch": batch, "seq_length": segment.seq_length, "speed": speed})
 
 
-def largest_stretch(plan: RunPlan) -> Stretch:
-    """The stretch of the shape that most tokens are trained in."""
+def largest_segment(plan: RunPlan) -> Segment:
+    """The segment of the shape that most tokens are trained in."""
     tokens: dict[tuple[int, int, int], int] = {}
-    for stretch in plan.stretches:
-        tokens[_shape(stretch)] = tokens.get(_shape(stretch), 0) + _tokens(stretch)
+    for segment in plan.segments:
+        tokens[_shape(segment)] = tokens.get(_shape(segment), 0) + _tokens(segment)
     most = max(tokens, key=lambda shape: tokens[shape])
-    return next(stretch for stretch in plan.stretches if _shape(stretch) == most)
+    return next(segment for segment in plan.segments if _shape(segment) == most)
 
 
 def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Cluster:
     """A planned run on GPUs; `num_gpus` left out: one replica of the model."""
-    shapes = {_shape(stretch): shaped(config, stretch) for stretch in plan.stretches}
+    shapes = {_shape(segment): shaped(config, segment) for segment in plan.segments}
     by_shape = {shape: _estimate(run, gpu, num_gpus) for shape, run in shapes.items()}
-    most = largest_stretch(plan)
+    most = largest_segment(plan)
     seconds = sum(
-        by_shape[_shape(stretch)][1].step * (stretch.last_step - stretch.first_step + 1) for stretch in plan.stretches
+        by_shape[_shape(segment)][1].step * (segment.last_step - segment.first_step + 1) for segment in plan.segments
     )
     return Cluster(
         gpu=gpu,
@@ -158,7 +158,7 @@ def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int |
     asked = with_tensor_overlap(config)
     if config.speed.tp_comm_overlap is not None or asked is config:
         return None
-    run = shaped(asked, largest_stretch(plan))
+    run = shaped(asked, largest_segment(plan))
     return estimate_speed(run, Layout.build(run, num_gpus), gpu)
 
 
@@ -185,9 +185,9 @@ def _estimate(config: RunConfig, gpu: Gpu, num_gpus: int | None) -> tuple[Sequen
     return stage_memories(config, layout, gpu=gpu), estimate_speed(config, layout, gpu)
 
 
-def _shape(stretch: Stretch) -> tuple[int, int, int]:
-    return stretch.global_batch, stretch.micro_batch, stretch.seq_length
+def _shape(segment: Segment) -> tuple[int, int, int]:
+    return segment.global_batch, segment.micro_batch, segment.seq_length
 
 
-def _tokens(stretch: Stretch) -> int:
-    return stretch.end.tokens - stretch.first_token
+def _tokens(segment: Segment) -> int:
+    return segment.end.tokens - segment.first_token

@@ -32,7 +32,7 @@ from megatron_cpt.plan.cluster.communication import (
     tensor_seconds_a_layer,
 )
 from megatron_cpt.plan.cost.activations import layers_of_stage, tokens_of_micro_batch
-from megatron_cpt.plan.cost.formats import format_of, quantised_layers
+from megatron_cpt.plan.cost.formats import format_of, quantized_layers
 from megatron_cpt.plan.cost.memory import stage_parameters
 from megatron_cpt.plan.cost.parameters import key_value_size, query_size
 from megatron_cpt.plan.cost.rank_layout import Layout
@@ -212,7 +212,7 @@ def _layer_matmul(config: RunConfig, layout: Layout, gpu: Gpu, stage: int) -> tu
     fp8 = sum(_matmul(tokens, k, n, gpu.fp8 * FP8_EFFICIENCY, 1, gpu) for k, n in linears)
     # Inputs and output gradients are read in bf16 and written in FP8, as they are and transposed; weights once a step.
     cast = sum(tokens * (k + n) + k * n / layout.num_micro_batches for k, n in linears) * (2 + 1 + 1)
-    share = quantised_layers(config, stage) / layers_of_stage(config)
+    share = quantized_layers(config, stage) / layers_of_stage(config)
     return share * fp8 + (1 - share) * bf16, share * cast / (HBM_EFFICIENCY * gpu.hbm)
 
 

@@ -62,7 +62,7 @@ def weight_bytes(kind: Format, gpu: Gpu | None) -> float:
     return (2 if has_two else 1) * kind.weight
 
 
-def quantised_layers(config: RunConfig, stage: int) -> int:
+def quantized_layers(config: RunConfig, stage: int) -> int:
     """Layers of a pipeline stage that compute in FP8 or FP4: without the `first_last_bf16` of both ends."""
     precision, parallel, layers = config.precision, config.parallel, config.model.layers
     section = precision.fp4 or precision.fp8

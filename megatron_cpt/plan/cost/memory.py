@@ -20,7 +20,7 @@ from megatron_cpt.plan.cost.activations import (
     tokens_of_micro_batch,
     working_bytes,
 )
-from megatron_cpt.plan.cost.formats import format_of, quantised_layers, weight_bytes
+from megatron_cpt.plan.cost.formats import format_of, quantized_layers, weight_bytes
 from megatron_cpt.plan.cost.parameters import count_parameters, norm_size
 from megatron_cpt.plan.cost.rank_layout import Layout
 from megatron_cpt.plan.hardware import Gpu
@@ -112,7 +112,7 @@ def stage_memory(
     if kind is not None:
         # Transformer Engine keeps them over a step, beside the bf16 weights; with `params` in their place.
         in_place_of = 2 if config.precision.has_fp8_weights else 0
-        weights += (weight_bytes(kind, gpu) - in_place_of) * quantised_parameters(config, stage)
+        weights += (weight_bytes(kind, gpu) - in_place_of) * quantized_parameters(config, stage)
     logits = logits_bytes(config) if stage == config.parallel.pipeline - 1 else 0.0
     return Memory(
         stage=stage,
@@ -137,9 +137,9 @@ def stage_parameters(config: RunConfig, stage: int) -> float:
     return sharded / config.parallel.tensor + whole
 
 
-def quantised_parameters(config: RunConfig, stage: int) -> float:
+def quantized_parameters(config: RunConfig, stage: int) -> float:
     """Those of them that a rank multiplies in FP8 or FP4."""
-    return quantised_layers(config, stage) * count_parameters(config.model).layer.matmul / config.parallel.tensor
+    return quantized_layers(config, stage) * count_parameters(config.model).layer.matmul / config.parallel.tensor
 
 
 def _reserved(config: RunConfig, layout: Layout) -> float:

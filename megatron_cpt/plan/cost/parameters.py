@@ -15,7 +15,7 @@ class LayerParameters:
         attention: weights of the query/key/value and output projections.
         mlp: weights of the MLP.
         biases: of all linear layers.
-        norms: of the two layer norms, and of queries and keys where they are normalised.
+        norms: of the two layer norms, and of queries and keys where they are normalized.
     """
 
     attention: int

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_cpt.config import SourceConfig, format_count
 from megatron_cpt.plan.problem import Problem
 from megatron_cpt.plan.timeline.schedule import SCHEDULE_KEYS
-from megatron_cpt.sampling.spans import ChunkGrid
+from megatron_cpt.sampling.spans import SpanGrid
 
 REPEAT_LIMIT = 4.0
 """Epochs up to which repeated tokens are worth almost as much as new ones (Muennighoff et al., arXiv 2305.16264)."""
@@ -44,9 +44,9 @@ class SourceTotal:
         tokens: in all of them.
         epochs: over all phases, with what a change of length passes over; None where the size is not known.
         max_epochs: the limit of run.yaml, if there is one.
-        limit: chunks after which it ends and the others share its weight; None: it does not.
-        chunk_length: tokens in its chunks, the longest samples it is read in.
-        chunks_per_epoch: chunks in one pass over it; None where the size is not known.
+        limit: spans after which it ends and the others share its weight; None: it does not.
+        span_length: tokens in its spans, the longest samples it is read in.
+        spans_per_epoch: spans in one pass over it; None where the size is not known.
     """
 
     size: int | None
@@ -55,11 +55,11 @@ class SourceTotal:
     epochs: float | None
     max_epochs: float | None
     limit: int | None
-    chunk_length: int
-    chunks_per_epoch: int | None
+    span_length: int
+    spans_per_epoch: int | None
 
 
-def normalise(blend: Mapping[str, float]) -> dict[str, float]:
+def normalize(blend: Mapping[str, float]) -> dict[str, float]:
     """Weights as shares that sum to 1."""
     # Scaled only where the sum would overflow: weights that sum to 1 stay what they are, to the bit.
     scale = 1e-300 if max(blend.values(), default=0.0) > 1e300 else 1.0
@@ -111,7 +111,7 @@ def share_out(
         over = [name for name, rest in left.items() if rest <= 0]
         if over:
             ended |= dict.fromkeys(over, done)
-            active = normalise({name: weight for name, weight in active.items() if name not in over})
+            active = normalize({name: weight for name, weight in active.items() if name not in over})
         if not active:
             break
         until_next = min((math.ceil(left[name] / active[name]) for name in left if name in active), default=samples)
@@ -122,10 +122,10 @@ def share_out(
     return counts, ended
 
 
-def chunk_limits(sources: Mapping[str, SourceConfig], grids: Mapping[str, ChunkGrid]) -> dict[str, int]:
-    """Chunks after which a source ends, for those that do and whose size is known."""
+def span_limits(sources: Mapping[str, SourceConfig], grids: Mapping[str, SpanGrid]) -> dict[str, int]:
+    """Spans after which a source ends, for those that do and whose size is known."""
     return {
-        name: math.floor(source.max_epochs * grids[name].num_chunks + 1e-6)  # 1.1 epochs of 10 are 11 chunks
+        name: math.floor(source.max_epochs * grids[name].num_spans + 1e-6)  # 1.1 epochs of 10 are 11 spans
         for name, source in sources.items()
         if source.on_exhausted == "renormalize" and source.max_epochs is not None and name in grids
     }
@@ -136,10 +136,10 @@ def samples_in_epoch(tokens: int, seq_length: int) -> int:
     return max(0, tokens - 1) // seq_length
 
 
-def size_problems(source_tokens: Mapping[str, int], grids: Mapping[str, ChunkGrid]) -> Iterator[Problem]:
-    """Sources too small for a single chunk."""
+def size_problems(source_tokens: Mapping[str, int], grids: Mapping[str, SpanGrid]) -> Iterator[Problem]:
+    """Sources too small for a single span."""
     for name, tokens in source_tokens.items():
-        if grids[name].num_chunks < 1:
+        if grids[name].num_spans < 1:
             length = grids[name].seq_length
             text = f"sources.{name}: {tokens:,} tokens are too few for one sample of seq_length + 1 = {length + 1}"
             keys = (f"sources.{name}", "seq_length", "phases[*].seq_length")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from megatron_cpt.config import PhaseConfig, RunConfig, Until, format_count
 from megatron_cpt.plan.problem import Problem
-from megatron_cpt.plan.timeline.epochs import SourceUse, chunk_limits, normalise, share_out
+from megatron_cpt.plan.timeline.epochs import SourceUse, normalize, share_out, span_limits
 from megatron_cpt.plan.timeline.schedule import LENGTH_KEYS, SCHEDULE_KEYS, Schedule
-from megatron_cpt.plan.timeline.segments import Stretch, step_of_sample, tile
-from megatron_cpt.sampling.spans import ChunkGrid
+from megatron_cpt.plan.timeline.segments import Segment, step_of_sample, tile
+from megatron_cpt.sampling.spans import SpanGrid
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PhasePlan:
         lr_last: rate of the last step.
         sources: what it reads, by source in the order of the blend.
         seq_length: tokens in its sequences.
-        stretches: its steps, by the shape they have.
+        segments: its steps, by the shape they have.
         ends: by source that has ended (`on_exhausted: renormalize`) the step, to a few, from which it gives nothing.
     """
 
@@ -41,7 +41,7 @@ class PhasePlan:
     lr_last: float
     sources: Mapping[str, SourceUse]
     seq_length: int
-    stretches: tuple[Stretch, ...]
+    segments: tuple[Segment, ...]
     ends: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -52,7 +52,7 @@ class PhasePlan:
     @property
     def first_sample(self) -> int:
         """Its first sample, counted from 0 over the whole run."""
-        return self.stretches[0].first_sample
+        return self.segments[0].first_sample
 
     @property
     def num_steps(self) -> int:
@@ -72,11 +72,11 @@ class PlannedPhases:
 
     phases: list[PhasePlan]
     problems: list[Problem]
-    places: Mapping[str, Place]
+    places: Mapping[str, SourcePosition]
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcePosition:
     """Where a source stands.
 
     Attributes:
@@ -87,31 +87,31 @@ class Place:
     seq_length: int
     k: int = 0
 
-    def turn(self, seq_length: int, grid: ChunkGrid | None) -> Place:
+    def turn(self, seq_length: int, grid: SpanGrid | None) -> SourcePosition:
         """Where it goes on with samples of another length; to a few where its size is not known."""
-        if grid is not None and grid.num_chunks:
-            return Place(seq_length, grid.turn(self.k, self.seq_length, seq_length))
-        return Place(seq_length, -(-self.k * self.seq_length // seq_length))
+        if grid is not None and grid.num_spans:
+            return SourcePosition(seq_length, grid.turn(self.k, self.seq_length, seq_length))
+        return SourcePosition(seq_length, -(-self.k * self.seq_length // seq_length))
 
 
-def plan_phases(config: RunConfig, schedule: Schedule, grids: Mapping[str, ChunkGrid]) -> PlannedPhases:
+def plan_phases(config: RunConfig, schedule: Schedule, grids: Mapping[str, SpanGrid]) -> PlannedPhases:
     """Resolve the phases of a run; without problems they tile its steps.
 
     Args:
         config: the run; its blends may name unknown sources or bad weights, which the configuration's checks report.
         schedule: its learning rates.
-        grids: the chunks of each source, as far as known.
+        grids: the spans of each source, as far as known.
     """
     planned = PlannedPhases([], [], {})
-    places: dict[str, Place] = {}
-    limits = chunk_limits(config.sources, grids)
+    places: dict[str, SourcePosition] = {}
+    limits = span_limits(config.sources, grids)
     first = 1
     for index, steps in enumerate(tile(config, schedule)):
         problem = _end_problem(config, schedule, index, first, steps.last)
         if problem is not None:
             planned.problems.append(problem)
-        if steps.stretches:
-            phase = _plan_phase(config, schedule, config.phases[index], steps.stretches, grids, places, limits)
+        if steps.segments:
+            phase = _plan_phase(config, schedule, config.phases[index], steps.segments, grids, places, limits)
             planned.problems.extend(_shortage(index, phase))
             planned.phases.append(phase)
             first = phase.last_step + 1
@@ -150,26 +150,26 @@ def _plan_phase(
     config: RunConfig,
     schedule: Schedule,
     phase: PhaseConfig,
-    stretches: tuple[Stretch, ...],
-    grids: Mapping[str, ChunkGrid],
-    places: dict[str, Place],
+    segments: tuple[Segment, ...],
+    grids: Mapping[str, SpanGrid],
+    places: dict[str, SourcePosition],
     limits: Mapping[str, int],
 ) -> PhasePlan:
     """A phase, read as if sources with a bad weight (the configuration's checks report them) were not in it.
 
     Moves the places of its sources.
     """
-    first, last, length = stretches[0], stretches[-1], stretches[0].seq_length
-    weights = normalise({name: weight for name, weight in phase.blend.items() if math.isfinite(weight) and weight > 0})
+    first, last, length = segments[0], segments[-1], segments[0].seq_length
+    weights = normalize({name: weight for name, weight in phase.blend.items() if math.isfinite(weight) and weight > 0})
     parts = {name: grids[name].parts(length) for name in weights if name in grids}
     for name in weights:
-        places[name] = places.get(name, Place(length)).turn(length, grids.get(name))
+        places[name] = places.get(name, SourcePosition(length)).turn(length, grids.get(name))
     room = {name: limit * parts[name] - places[name].k for name, limit in limits.items() if name in weights}
     samples = last.end.samples - first.first_sample
     counts, ended = share_out(weights, samples, room)
     uses = {}
     for name, count in counts.items():
-        epoch = grids[name].num_chunks * parts[name] if name in grids else 0
+        epoch = grids[name].num_spans * parts[name] if name in grids else 0
         uses[name] = SourceUse(weights[name], count, count * length, count / epoch if epoch else None)
         places[name] = replace(places[name], k=places[name].k + count)
     return PhasePlan(
@@ -182,8 +182,8 @@ def _plan_phase(
         lr_last=schedule.rate(last.last_step),
         sources=uses,
         seq_length=length,
-        stretches=stretches,
-        ends={name: step_of_sample(stretches, first.first_sample + done) for name, done in ended.items()},
+        segments=segments,
+        ends={name: step_of_sample(segments, first.first_sample + done) for name, done in ended.items()},
     )
 
 
@@ -206,7 +206,7 @@ def batch_problems(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int
         return
     for phase in phases:
         usual = (config.batch.global_, config.batch.micro)
-        own = [stretch for stretch in phase.stretches if (stretch.global_batch, stretch.micro_batch) != usual]
+        own = [segment for segment in phase.segments if (segment.global_batch, segment.micro_batch) != usual]
         odd = [s.global_batch for s in own if not _divides(config, s, num_gpus // replica)]
         if odd:
             shown = ", ".join(f"{size:,}" for size in odd[:4]) + (" ..." if len(odd) > 4 else "")
@@ -219,12 +219,12 @@ def batch_problems(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int
             )
 
 
-def _divides(config: RunConfig, stretch: Stretch, replicas: int) -> bool:
+def _divides(config: RunConfig, segment: Segment, replicas: int) -> bool:
     """Whether it does, or does not for a reason that the configuration's checks give."""
-    if stretch.global_batch % stretch.micro_batch and not (
-        stretch.is_ramp and stretch.micro_batch != config.batch.micro
+    if segment.global_batch % segment.micro_batch and not (
+        segment.is_ramp and segment.micro_batch != config.batch.micro
     ):
         return True
-    micro_batches, rest = divmod(stretch.global_batch, stretch.micro_batch * replicas)
+    micro_batches, rest = divmod(segment.global_batch, segment.micro_batch * replicas)
     is_interleaved = config.parallel.virtual_pipeline > 1
     return rest == 0 and not (is_interleaved and micro_batches % config.parallel.pipeline)

@@ -63,7 +63,7 @@ class Schedule:
     def rates(self, steps: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The rates of many steps, for plots.
 
-        Step by step through `rate` on purpose: numpy's vectorised cosine may differ from it in the last bit.
+        Step by step through `rate` on purpose: numpy's vectorized cosine may differ from it in the last bit.
         """
         return np.array([self.rate(int(step)) for step in steps], dtype=np.float64)
 

@@ -20,7 +20,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Segment:
     """Steps in a row, of one phase, that have one shape.
 
     Attributes:
@@ -75,8 +75,8 @@ def batch_size(batch: BatchConfig, samples: int) -> int:
 
 def walk(
     config: RunConfig, phase: PhaseConfig, begin: Mark, *, last_step: int | None = None, tokens: int | None = None
-) -> Iterator[Stretch]:
-    """The stretches of a phase.
+) -> Iterator[Segment]:
+    """The segments of a phase.
 
     Args:
         config: the run.
@@ -100,9 +100,9 @@ def walk(
             return
         is_ramp = own is None and size != config.batch.global_
         first, last = mark.steps + 1, mark.steps + steps
-        stretch = Stretch(first, last, mark.samples, mark.tokens, size, micro, length, is_ramp)
-        yield stretch
-        mark = stretch.end
+        segment = Segment(first, last, mark.samples, mark.tokens, size, micro, length, is_ramp)
+        yield segment
+        mark = segment.end
 
 
 def _steps_of_size(batch: BatchConfig, samples: int, size: int) -> int:
@@ -128,17 +128,17 @@ class PhaseSteps:
 
     Attributes:
         last: the step that its `until` names, wherever that lies: it may be before its first, or beyond the run.
-        stretches: those of its steps that are part of the run.
+        segments: those of its steps that are part of the run.
     """
 
     last: int
-    stretches: tuple[Stretch, ...]
+    segments: tuple[Segment, ...]
 
 
 def tile(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
-    """Cut the steps of a run into phases, and those into stretches."""
+    """Cut the steps of a run into phases, and those into segments."""
     tiled: list[PhaseSteps] = []
-    done: list[Stretch] = []
+    done: list[Segment] = []
     for phase in config.phases:
         begin = done[-1].end if done else Mark()
         if phase is config.phases[-1]:
@@ -153,21 +153,21 @@ def tile(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
             assert phase.until.tokens is not None
             ahead = walk(config, phase, begin, tokens=phase.until.tokens)
             last = step_reaching((*done, *ahead), phase.until.tokens)
-        stretches = tuple(walk(config, phase, begin, last_step=min(last, schedule.steps)))
-        done += stretches
-        tiled.append(PhaseSteps(last, stretches))
+        segments = tuple(walk(config, phase, begin, last_step=min(last, schedule.steps)))
+        done += segments
+        tiled.append(PhaseSteps(last, segments))
     return tiled
 
 
-def step_reaching(stretches: Sequence[Stretch], tokens: int) -> int:
+def step_reaching(segments: Sequence[Segment], tokens: int) -> int:
     """The first step after which a run has trained on `tokens` tokens; the last of all where it does not get there."""
-    for stretch in stretches:
-        if stretch.end.tokens >= tokens:
-            return stretch.first_step - 1 - (stretch.first_token - tokens) // stretch.tokens_per_step
-    return stretches[-1].last_step
+    for segment in segments:
+        if segment.end.tokens >= tokens:
+            return segment.first_step - 1 - (segment.first_token - tokens) // segment.tokens_per_step
+    return segments[-1].last_step
 
 
-def step_of_sample(stretches: Sequence[Stretch], sample: int) -> int:
+def step_of_sample(segments: Sequence[Segment], sample: int) -> int:
     """The step that reads a sample, counted from 0 over the whole run."""
-    stretch = next(stretch for stretch in stretches if sample < stretch.end.samples)
-    return stretch.first_step + (sample - stretch.first_sample) // stretch.global_batch
+    segment = next(segment for segment in segments if sample < segment.end.samples)
+    return segment.first_step + (sample - segment.first_sample) // segment.global_batch

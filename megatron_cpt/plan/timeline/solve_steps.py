@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.plan.timeline.schedule import Schedule, span_steps
-from megatron_cpt.plan.timeline.segments import Mark, Stretch, step_reaching, tile, walk
+from megatron_cpt.plan.timeline.segments import Mark, Segment, step_reaching, tile, walk
 
 
 def solve_schedule(config: RunConfig) -> Schedule:
@@ -63,9 +63,9 @@ def first_reaching(target: int, most: int, value: Callable[[int], int]) -> int:
     return high
 
 
-def _last(config: RunConfig, schedule: Schedule) -> Stretch:
-    """The last stretch of a run."""
-    return [stretch for phase in tile(config, schedule) for stretch in phase.stretches][-1]
+def _last(config: RunConfig, schedule: Schedule) -> Segment:
+    """The last segment of a run."""
+    return [segment for phase in tile(config, schedule) for segment in phase.segments][-1]
 
 
 def _schedule(config: RunConfig, steps: int, warmup: int | None) -> Schedule:
@@ -88,7 +88,7 @@ def _warmup_steps(config: RunConfig) -> int | None:
     tokens = config.schedule.warmup.tokens
     if tokens is None:
         return None
-    done: list[Stretch] = []
+    done: list[Segment] = []
     for phase in config.phases:
         begin = done[-1].end if done else Mark()
         until = phase.until
@@ -106,13 +106,13 @@ def _decay_steps(config: RunConfig, schedule: Schedule, warmup: int) -> int:
 
     def trained(decay: int) -> int:
         """Tokens of the last `decay` steps, phases ending as they do with that decay."""
-        stretches = [
+        segments = [
             s
             for phase in tile(config, replace(schedule, warmup_steps=warmup, decay_steps=decay))
-            for s in phase.stretches
+            for s in phase.segments
         ]
         first = schedule.steps - decay + 1
-        before = next(s for s in stretches if first <= s.last_step).after(first - 1)
-        return stretches[-1].end.tokens - before.tokens
+        before = next(s for s in segments if first <= s.last_step).after(first - 1)
+        return segments[-1].end.tokens - before.tokens
 
     return first_reaching(tokens, schedule.steps, trained)

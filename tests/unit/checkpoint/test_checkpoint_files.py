@@ -172,4 +172,4 @@ def test_leftovers_are_told_from_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step-00000009").write_text("a file")
     assert [path.name for path in layout.list_checkpoints(tmp_path)] == ["step-00000002", "step-100000000"]
     assert [path.name for path in layout.list_leftovers(tmp_path)] == [".step-00000001.deleted", ".step-00000003.tmp"]
-    assert layout.doomed(tmp_path / "step-00000001") == tmp_path / ".step-00000001.deleted"
+    assert layout.deleted_name(tmp_path / "step-00000001") == tmp_path / ".step-00000001.deleted"

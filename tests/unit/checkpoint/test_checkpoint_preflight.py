@@ -10,9 +10,9 @@ from megatron_cpt.checkpoint.preflight import ALLOWABLE, find_changes, model_sha
 from megatron_cpt.cli.train_command import ALLOW_HELP
 from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.views.preflight_table import GoingOn, describe
+from megatron_cpt.views.preflight_table import ResumeSummary, describe
 
-HERE = GoingOn(step=41, samples={"web": 200, "code": 120}, rate=4.0e-4, saved_rate=4.0e-4)
+HERE = ResumeSummary(step=41, samples={"web": 200, "code": 120}, rate=4.0e-4, saved_rate=4.0e-4)
 DATA = {"web": "a", "code": "b", "qa": "c"}
 
 
@@ -36,7 +36,7 @@ def test_nothing_changed_is_one_line_that_says_what_was_compared(run_data: dict[
 
 def test_the_table_has_what_changed_what_is_the_same_and_what_follows(run_data: dict[str, Any]) -> None:
     changes = _changes(run_data, "schedule.max_lr=2e-3", "optimizer.betas=[0.9, 0.99]")
-    text = describe(changes, ["schedule"], GoingOn(41, HERE.samples, 8.0e-4, 4.0e-4))
+    text = describe(changes, ["schedule"], ResumeSummary(41, HERE.samples, 8.0e-4, 4.0e-4))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     by_name = {row[0]: row for row in rows}
     assert by_name["schedule"][1] == "allowed"

@@ -205,8 +205,8 @@ def test_checks_leave_stand_ins_alone(run_data):
 def test_what_is_tainted(run_data):
     draft = draft_config(run_data, ["sources.web.tokens=x", "parallel=3"])
     assert draft.tainted == {"sources.web.tokens", "parallel"}
-    assert not draft.is_sound("parallel.tensor")
-    assert draft.is_sound("sources", "sources.web.path", "sources.webb")
+    assert not draft.is_valid("parallel.tensor")
+    assert draft.is_valid("sources", "sources.web.path", "sources.webb")
     assert not draft.is_untouched("sources")
     assert draft.is_untouched("sources.code", "sources.web.path")
 
@@ -248,7 +248,7 @@ FULL_RUN: dict[str, Any] = {
 }
 
 
-def test_the_run_that_is_broken_below_is_sound():
+def test_the_run_that_is_broken_below_is_valid():
     assert problems_of(FULL_RUN) == []
 
 

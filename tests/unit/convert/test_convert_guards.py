@@ -24,7 +24,7 @@ from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.megatron.config import model_fields
 from megatron_cpt.convert.megatron.torch_dist_plan import Form
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
-from megatron_cpt.convert.source import open_incoming
+from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.errors import RefusedError, UserError
 from tests.helpers.hf_models import save_hf_model
 from tests.unit.convert.megatron.test_convert_megatron import ARGUMENTS, LLAMA, save_torch_dist, stacked, weights
@@ -66,7 +66,7 @@ def test_damage_is_not_published_under_new_checksums(tmp_path: Path, checkpoint:
 def test_a_run_directory_means_its_newest_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints" / checkpoint.name)
     assert import_checkpoint(tmp_path / "run", tmp_path / "c", ImportOptions(dtype="bf16")).kind == "torch_dist"
-    assert open_incoming(tmp_path / "c").forms["output_layer.weight"].dtype is torch.bfloat16
+    assert open_source_checkpoint(tmp_path / "c").forms["output_layer.weight"].dtype is torch.bfloat16
 
 
 def test_export_does_not_make_weights_infinite(tmp_path: Path, hf: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_base_that_is_gone_is_told(tmp_path: Path, checkpoint: Path, caplog: p
     shutil.rmtree(path / "hf")
     run = yaml.safe_load((path / "run.yaml").read_text())
     (path / "run.yaml").write_text(yaml.safe_dump({**run, "init": {"from": str(tmp_path / "gone")}}))
-    assert not open_incoming(path, verify="none").side_files
+    assert not open_source_checkpoint(path, verify="none").side_files
     assert "gone, which is not there: no tokenizer files come along" in caplog.text
 
 
@@ -161,14 +161,14 @@ def test_a_bridge_config_lies_in_its_iteration(tmp_path: Path) -> None:
     model |= {"activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False}, "add_bias_linear": False}
     model |= {"rope_scaling": True, "rope_scaling_factor": 32.0}
     (folder / "run_config.yaml").write_text(json.dumps({"model": model}))
-    found = open_incoming(tmp_path).model
+    found = open_source_checkpoint(tmp_path).model
     assert found.model_copy(update={"rope_scaling": None, "max_positions": None}) == LLAMA
     assert found.max_positions == 131072
     assert found.rope_scaling is not None
     assert found.rope_scaling.factor == 32.0
     (folder / "run_config.yaml").write_text("{model: [")
     with pytest.raises(RefusedError, match=r"run_config\.yaml: not YAML"):
-        open_incoming(tmp_path)
+        open_source_checkpoint(tmp_path)
 
 
 def test_a_bridge_config_of_a_model_builder(tmp_path: Path) -> None:
@@ -190,13 +190,13 @@ def test_a_bridge_config_of_a_model_builder(tmp_path: Path) -> None:
     (folder / "run_config.yaml").write_text(json.dumps({"model": model, "train": {"train_iters": 10}}))
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    found = open_incoming(tmp_path)
+    found = open_source_checkpoint(tmp_path)
     assert found.model == LLAMA.model_copy(update={"max_positions": 64, "rotary_base": 500000})
     assert list(found.side_files) == ["tokenizer.json"]
     transformer["activation_func"] = "quick_gelu"
     (folder / "run_config.yaml").write_text(json.dumps({"model": model}))
     with pytest.raises(RefusedError, match="activation_func 'quick_gelu' is not known"):
-        open_incoming(tmp_path)
+        open_source_checkpoint(tmp_path)
 
 
 def fields_of(**changes: Any) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def test_weights_that_are_no_floats(tmp_path: Path) -> None:
     folder = save_torch_dist(tmp_path, stacked(tensors))
     torch.save({"args": argparse.Namespace(**ARGUMENTS)}, folder / "common.pt")
     with pytest.raises(RefusedError, match=r"decoder\.final_layernorm\.weight: torch\.int64"):
-        open_incoming(tmp_path)
+        open_source_checkpoint(tmp_path)
 
 
 def test_optimizer_states_under_a_chain(tmp_path: Path) -> None:

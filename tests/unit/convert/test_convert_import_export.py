@@ -24,7 +24,7 @@ from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.job import DTYPES
 from megatron_cpt.convert.megatron.torch_dist_plan import Form, Target, plan_files
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
-from megatron_cpt.convert.source import open_incoming
+from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.convert.verify import verify_tensors
 from megatron_cpt.errors import RefusedError, UserError
 from tests.helpers.checkpoints import read_tensors
@@ -283,7 +283,7 @@ def test_new_tokens(tmp_path: Path, with_tokenizer: Path, rows: str) -> None:
     state = orjson.loads((tmp_path / "c" / "state.json").read_bytes())
     assert state["imported"]["vocabulary"]["num_new"] == 2
     assert state["imported"]["vocabulary"]["known"] == ["A"]
-    incoming = open_incoming(tmp_path / "c")
+    incoming = open_source_checkpoint(tmp_path / "c")
     assert (incoming.model.vocab, incoming.model.padded_vocab) == (103, 128)
     old, new = hf_tensors(with_tokenizer), incoming.read("embedding.word_embeddings.weight", 0, 128)
     table = old["model.embed_tokens.weight"]

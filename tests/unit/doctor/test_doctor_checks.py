@@ -11,15 +11,15 @@ import pytest
 from megatron_cpt.cli.doctor_command import _render
 from megatron_cpt.config import ParallelConfig
 from megatron_cpt.doctor import disk, gpus, host, nodes, software
-from megatron_cpt.doctor.diagnosis import Diagnosis, Level, sound
-from megatron_cpt.doctor.gpus import Gpu, Gpus
+from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
+from megatron_cpt.doctor.gpus import Gpus, InstalledGpu
 from megatron_cpt.doctor.host import Port
 from megatron_cpt.doctor.run_checks import Examination, check_layout
 from megatron_cpt.doctor.software import Software
 
 RANGES = (("torch", ">=2.6"), ("megatron-core", ">=0.16.1,<0.20"))
 NODE = Software("3.12.3", "2.10.0a0+b4e4ee81d3", "0.19.2", "2.10", "0.1", "13.1", "2.28.9", RANGES)
-H100 = Gpu("NVIDIA H100 80GB HBM3", "580.95.05", 81559, 4, 1980, 0)
+H100 = InstalledGpu("NVIDIA H100 80GB HBM3", "580.95.05", 81559, 4, 1980, 0)
 EIGHT = Gpus((H100,) * 8, (18,) * 8)
 
 
@@ -208,7 +208,7 @@ def test_nodes_are_compared() -> None:
 
 def test_other_nodes_show_only_what_is_wrong_there() -> None:
     full = Diagnosis("space", Level.BLOCKS, "full", "nothing can be saved", "make room")
-    examination = Examination({"a": [sound("torch", "2.13")], "b": [sound("torch", "2.13"), full]}, [])
+    examination = Examination({"a": [passed("torch", "2.13")], "b": [passed("torch", "2.13"), full]}, [])
     assert examination.blocks
     out = io.StringIO()
     _render(examination.lines(), out)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_cpt.config.schema import WandbConfig
 from megatron_cpt.errors import CptError, UserError
-from megatron_cpt.files.jsonl_log import LineFile, drop_lines_after
+from megatron_cpt.files.jsonl_log import JsonlLog, drop_lines_after
 from megatron_cpt.hooks.anomalies_file import AnomaliesFile
 from megatron_cpt.hooks.metrics_file import MetricsFile
 from megatron_cpt.hooks.tensorboard import TensorBoardHook
@@ -49,7 +49,7 @@ def line(step):
 
 def test_a_line_that_does_not_fit_leaves_the_file_as_it_was_and_names_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    file = LineFile(path)
+    file = JsonlLog(path)
     file.append({"step": 1})
     with room(15), pytest.raises(CptError, match=r"metrics\.jsonl: cannot be written: File too large; make room"):
         file.append({"step": 2})

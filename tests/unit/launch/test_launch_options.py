@@ -8,17 +8,17 @@ import megatron_cpt.launch
 from megatron_cpt.backend.signals import STOP_SIGNALS
 from megatron_cpt.cli import main
 from megatron_cpt.errors import UserError
-from megatron_cpt.launch import check_options, report, with_defaults
+from megatron_cpt.launch import check_options, rank_report, with_defaults
 from megatron_cpt.launch.supervise import combine
 
 
 def test_one_status_for_a_node() -> None:
-    assert combine([0, 0], is_sound=True) == 0
-    assert combine([0, 75], is_sound=True) == 75
-    assert combine([75, None], is_sound=False) == 1
-    assert combine([None, 3], is_sound=False) == 3
-    assert combine([3, 2], is_sound=True) == 2
-    assert combine([1, 0], is_sound=True) == 1
+    assert combine([0, 0], is_valid=True) == 0
+    assert combine([0, 75], is_valid=True) == 75
+    assert combine([75, None], is_valid=False) == 1
+    assert combine([None, 3], is_valid=False) == 3
+    assert combine([3, 2], is_valid=True) == 2
+    assert combine([1, 0], is_valid=True) == 1
 
 
 def test_one_node_needs_no_port_of_its_own() -> None:
@@ -37,7 +37,7 @@ def test_what_the_launcher_needs_is_refused(option: str) -> None:
 
 
 def test_the_rank_knows_the_signals_that_training_handles() -> None:
-    assert set(report.STOP_SIGNALS) == set(STOP_SIGNALS)
+    assert set(rank_report.STOP_SIGNALS) == set(STOP_SIGNALS)
 
 
 def test_options_and_command_are_parted_at_the_first_double_dash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,8 @@ def test_what_a_machine_can_do(machine, override):
         (H100_WITH_CUDA_12_8, _fp8("blockwise"), "needs CUDA 12.9; "),
         (H100_OLD, _fp8("tensorwise"), "needs Transformer Engine 2.2; "),
         (H100_OLD, _fp8("blockwise"), "needs Transformer Engine 2.3; "),
-        (H100, _fp8("mxfp8"), "recipe: mxfp8: needs a Blackwell data-centre GPU .10.x.; "),
-        (RTX_5090, _fp8("mxfp8"), "needs a Blackwell data-centre GPU"),
+        (H100, _fp8("mxfp8"), "recipe: mxfp8: needs a Blackwell data-center GPU .10.x.; "),
+        (RTX_5090, _fp8("mxfp8"), "needs a Blackwell data-center GPU"),
         (H100, NVFP4, "nvfp4: needs a Blackwell GPU .10.0.; "),
     ],
 )
@@ -130,7 +130,7 @@ def test_it_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytes
         pytest.fail("data or checkpoints were looked at first")
 
     monkeypatch.setattr(setup, "_stream", never)
-    monkeypatch.setattr(setup, "newest_sound", never)
+    monkeypatch.setattr(setup, "newest_valid", never)
     monkeypatch.setattr(setup, "read_machine", lambda: A100)
     with pytest.raises(UserError, match="needs an Ada"):
         train_here(str(small_run(tmp_path)), ["precision={compute: bf16, fp8: {recipe: delayed}}"])

@@ -14,7 +14,7 @@ from megatron_cpt.model.fp8_emulated import (  # noqa: E402  # megatron-core mus
     INPUT,
     WEIGHT,
     Fp8Emulation,
-    quantise,
+    quantize,
     scale_for,
 )
 
@@ -40,13 +40,13 @@ ONE = torch.tensor(1.0)
     ],
 )
 def test_a_value_becomes_its_nearest_in_fp8(value, dtype, expected):
-    assert quantise(torch.tensor([value]), ONE, dtype).item() == expected
+    assert quantize(torch.tensor([value]), ONE, dtype).item() == expected
 
 
 def test_the_scale_moves_the_window():
     small = torch.tensor([2.0**-12])
-    assert quantise(small, ONE, E4M3).item() == 0.0
-    assert quantise(small, torch.tensor(2.0**6), E4M3).item() == 2.0**-12
+    assert quantize(small, ONE, E4M3).item() == 0.0
+    assert quantize(small, torch.tensor(2.0**6), E4M3).item() == 2.0**-12
 
 
 @given(st.floats(2.0**-60, 2.0**60), st.sampled_from([E4M3, E5M2]), st.integers(0, 4))
@@ -57,7 +57,7 @@ def test_the_largest_value_stays_and_the_rest_is_close(amax, dtype, margin):
     x = torch.linspace(-1, 1, 101) * amax
     step = 2.0**-4 if dtype is E4M3 else 2.0**-3  # half a unit in the last place, relative
     smallest = torch.finfo(dtype).smallest_normal / scale
-    error = (quantise(x, scale, dtype) - x).abs()
+    error = (quantize(x, scale, dtype) - x).abs()
     assert (error <= torch.maximum(x.abs(), smallest) * step * (1 + 1e-5)).all()
 
 

@@ -17,7 +17,7 @@ cpu.install()
 
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
-from megatron_cpt.model.initialize import initialise_weights  # noqa: E402
+from megatron_cpt.model.initialize import initialize_weights  # noqa: E402
 
 
 def _weight() -> torch.nn.Parameter:
@@ -33,6 +33,6 @@ def test_a_master_weight_is_what_was_drawn() -> None:
     model = ModelConfig(layers=1, hidden=8, ffn_hidden=16, heads=1, vocab=16)
     for parameter in (weight, plain):
         shard = ShardedTensor.from_rank_offsets("mlp.linear_fc1.weight", parameter)
-        initialise_weights([SimpleNamespace(sharded_state_dict=lambda shard=shard: {"weight": shard})], model, seed=1)
+        initialize_weights([SimpleNamespace(sharded_state_dict=lambda shard=shard: {"weight": shard})], model, seed=1)
     assert torch.equal(weight.get_high_precision_init_val(), plain)
     assert plain.float().std() > 0

@@ -10,7 +10,7 @@ import torch
 
 from megatron_cpt.backend import cpu
 from megatron_cpt.config import RunConfig, draft_config
-from megatron_cpt.config.knobs import ENVIRONMENT, KNOBS, Place, markdown_tables, resolve_speed
+from megatron_cpt.config.knobs import ENVIRONMENT, KNOBS, ComputePlace, markdown_tables, resolve_speed
 from megatron_cpt.config.speed import SpeedConfig
 from megatron_cpt.errors import UserError
 from tests.unit.model.test_capabilities import H100, H100_BARE, LAPTOP, RUN
@@ -23,8 +23,8 @@ from megatron_cpt.model.kernel_options import choose_knobs, ddp_fields  # noqa: 
 from megatron_cpt.model.transformer_config import squared_relu, transformer_config  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
-CPU, GPU, H100_TE = Place(), Place(on_gpu=True), Place(on_gpu=True, transformer_engine=True)
-CONTAINER = Place(on_gpu=True, transformer_engine=True, apex=True)
+CPU, GPU, H100_TE = ComputePlace(), ComputePlace(on_gpu=True), ComputePlace(on_gpu=True, transformer_engine=True)
+CONTAINER = ComputePlace(on_gpu=True, transformer_engine=True, apex=True)
 ANYWHERE = {"overlap_grad_reduce", "overlap_param_gather", "fused_cross_entropy"}
 
 
@@ -32,7 +32,7 @@ def _run(*overrides: str) -> RunConfig:
     return draft_config(dict(RUN), list(overrides)).finish("run.yaml")
 
 
-def _on(place: Place, *overrides: str) -> frozenset[str]:
+def _on(place: ComputePlace, *overrides: str) -> frozenset[str]:
     on, problems = resolve_speed(_run(*overrides), place)
     assert problems == []
     return on

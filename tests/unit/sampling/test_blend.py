@@ -20,7 +20,7 @@ weight_lists = st.lists(st.floats(1e-9, 1.0), min_size=1, max_size=40) | st.list
 )
 
 
-def normalised(weights) -> np.ndarray:
+def normalized(weights) -> np.ndarray:
     array = np.array(weights, np.float64)
     return array / array.sum()
 
@@ -44,7 +44,7 @@ def by_the_rule(weights: np.ndarray, count: int) -> list[int]:
 @settings(max_examples=60, deadline=None)
 @given(weights=weight_lists, count=st.integers(0, 400))
 def test_equals_megatron_core(weights, count):
-    weights = normalised(weights)
+    weights = normalized(weights)
     given = np.zeros(len(weights), np.int64)
     sources = assign(weights, given, count)
     assert sources.tolist() == by_megatron_core(weights, count)[0] == by_the_rule(weights, count)
@@ -79,14 +79,14 @@ skewed_weight_lists = st.lists(
 @given(weights=weight_lists | skewed_weight_lists)
 def test_stays_with_its_weights_at_every_sample(weights):
     # docs/decisions.md has the proof
-    ahead, behind = furthest_ahead_and_behind(normalised(weights), 600)
+    ahead, behind = furthest_ahead_and_behind(normalized(weights), 600)
     assert ahead < 1 + 1e-9
     assert behind <= sum(1 / k for k in range(1, len(weights))) + 1e-9
 
 
 def test_may_fall_more_than_two_behind_but_not_by_much():
     # found by a search: a heavy source, and light ones in levels that become due one after another
-    weights = normalised([0.868] + [0.032] * 3 + [0.004] * 6 + [0.000875] * 14)
+    weights = normalized([0.868] + [0.032] * 3 + [0.004] * 6 + [0.000875] * 14)
     ahead, behind = furthest_ahead_and_behind(weights, 4000)
     assert ahead < 1
     assert 2.3 < behind < 2.5
@@ -100,7 +100,7 @@ def test_two_equal_sources_alternate_from_the_first():
 @settings(max_examples=40, deadline=None)
 @given(weights=weight_lists, cuts=st.lists(st.integers(0, 200), max_size=6))
 def test_assigning_in_parts_changes_nothing(weights, cuts):
-    weights, given = normalised(weights), np.zeros(len(weights), np.int64)
+    weights, given = normalized(weights), np.zeros(len(weights), np.int64)
     edges = [0, *sorted(cuts), 200]
     parts = [assign(weights, given, end - start) for start, end in pairwise(edges)]
     assert np.concatenate(parts).tolist() == by_the_rule(weights, 200)

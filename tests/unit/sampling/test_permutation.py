@@ -77,7 +77,7 @@ def test_all_orders_of_four_are_equally_likely():
 
 
 def test_places_are_spread_evenly():
-    # 100 thousand places that follow each other land evenly in 100 bins, and their neighbours land independently
+    # 100 thousand places that follow each other land evenly in 100 bins, and their neighbors land independently
     n = 10**9
     values = order(n, 5, range(100_000))
     counts = np.bincount(values * 100 // n, minlength=100)

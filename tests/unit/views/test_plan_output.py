@@ -89,7 +89,7 @@ def test_a_picture_of_many_sources(run_data, tmp_path):
     draft = draft_config(run_data)
     plot_plan(build_plan(draft.config, {}), tmp_path / "plan.svg")
     picture = (tmp_path / "plan.svg").read_text()
-    assert "29 others" in picture  # 11 of 40 have a colour of their own
+    assert "29 others" in picture  # 11 of 40 have a color of their own
 
 
 def test_pictures_that_cannot_be_written(run_data, tmp_path):

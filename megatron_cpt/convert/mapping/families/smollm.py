@@ -11,7 +11,7 @@ from megatron_cpt.convert.mapping.families.llama import LLAMA
 
 def _refuse(config: Mapping[str, Any]) -> list[str]:
     if config.get("rope_interleaved"):
-        return ["rope_interleaved: true; RoPE here turns the halves of a head, not neighbours"]
+        return ["rope_interleaved: true; RoPE here turns the halves of a head, not neighbors"]
     return []
 
 

@@ -28,16 +28,16 @@ from megatron_cpt.checkpoint.manifest import digest, find_faults  # noqa: E402
 from megatron_cpt.checkpoint.saving.publish import Retention, delete, publish  # noqa: E402
 from megatron_cpt.checkpoint.saving.staging import StagingBuffer  # noqa: E402
 from megatron_cpt.checkpoint.saving.torch_save import AbandonedError, HashedStream  # noqa: E402
-from megatron_cpt.checkpoint.saving.write_plan import Entry, _divided  # noqa: E402
+from megatron_cpt.checkpoint.saving.write_plan import ShardEntry, _divided  # noqa: E402
 from megatron_cpt.checkpoint.saving.writer import write_files  # noqa: E402
 from megatron_cpt.checkpoint.state.optimizer_shards import boxes  # noqa: E402
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
 
-def _entry(name: str, data: torch.Tensor | io.BytesIO) -> Entry:
+def _entry(name: str, data: torch.Tensor | io.BytesIO) -> ShardEntry:
     kind = WriteItemType.TENSOR if isinstance(data, torch.Tensor) else WriteItemType.BYTE_IO
-    return Entry(WriteItem(MetadataIndex(name), kind), data)
+    return ShardEntry(WriteItem(MetadataIndex(name), kind), data)
 
 
 @given(SHAPES, st.data())

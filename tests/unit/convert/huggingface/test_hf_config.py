@@ -151,7 +151,7 @@ def test_rope_in_the_old_and_the_new_form():
         ("mistral", {"sliding_window": 32}, "sliding_window: 32; attention here reaches back to the start"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "sliding_window: 32"),
         ("mistral", {"sliding_window": 64, "layer_types": 5}, "layer_types: layers of one kind"),
-        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: quantised weights"),
+        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: quantized weights"),
         ("smollm", {"rope_interleaved": True}, "rope_interleaved: true"),
         ("llama", {"hidden_act": "relu"}, "hidden_act: 'relu'; known are"),
         ("llama", {"hidden_size": "48"}, "hidden_size: '48'; it must be a positive whole number"),

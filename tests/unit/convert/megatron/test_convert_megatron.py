@@ -23,7 +23,7 @@ from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.mapping.tensors import Mosaic, Piece
 from megatron_cpt.convert.megatron.legacy import LegacyWeights
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
-from megatron_cpt.convert.source import open_incoming
+from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.plan.cost.parameters import count_parameters
 
@@ -112,7 +112,7 @@ def test_torch_dist_namings(tmp_path: Path, prefix: str, naming: str, layers: st
 def test_model_of_megatron_lm_arguments(tmp_path: Path) -> None:
     folder = save_torch_dist(tmp_path / "iter_0000010", stacked(weights()))
     torch.save({"args": argparse.Namespace(**ARGUMENTS, rampup_batch_size=None)}, folder / "common.pt")
-    incoming = open_incoming(tmp_path)
+    incoming = open_source_checkpoint(tmp_path)
     assert incoming.kind == "torch_dist"
     assert incoming.model == LLAMA
 
@@ -126,22 +126,22 @@ def test_model_of_a_bridge_run_config(tmp_path: Path) -> None:
         "  activation_func: !!python/name:torch.nn.functional.silu ''\n  add_bias_linear: false\n"
         "  position_embedding_type: rope\n"
     )
-    assert open_incoming(tmp_path).model == LLAMA
+    assert open_source_checkpoint(tmp_path).model == LLAMA
     text = (tmp_path / "run_config.yaml").read_text()
     (tmp_path / "run_config.yaml").write_text(text.replace("functional.silu", "functional.mish"))
     with pytest.raises(RefusedError, match=r"activation_func .*mish"):
-        open_incoming(tmp_path)
+        open_source_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is(tmp_path: Path) -> None:
     save_torch_dist(tmp_path, stacked(weights()))
     with pytest.raises(UserError, match="--model"):
-        open_incoming(tmp_path)
+        open_source_checkpoint(tmp_path)
     (tmp_path / "model.yaml").write_text(LLAMA_YAML)
-    assert open_incoming(tmp_path, named_model=str(tmp_path / "model.yaml")).model == LLAMA
+    assert open_source_checkpoint(tmp_path, named_model=str(tmp_path / "model.yaml")).model == LLAMA
     (tmp_path / "model.yaml").write_text("{layers: 5, hidden: 32, ffn_hidden: 24, heads: 4, kv_groups: 2, vocab: 128}")
     with pytest.raises(RefusedError, match=r"decoder\.layers\.4\.input_layernorm\.weight: missing"):
-        open_incoming(tmp_path, named_model=str(tmp_path / "model.yaml"))
+        open_source_checkpoint(tmp_path, named_model=str(tmp_path / "model.yaml"))
 
 
 def test_the_padding_of_megatron_lm_is_cut_and_ours_is_added(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_the_padding_of_megatron_lm_is_cut_and_ours_is_added(tmp_path: Path) -> 
     tensors["output_layer.weight"] = torch.randn(300, 32)
     folder = save_torch_dist(tmp_path, stacked(tensors))
     torch.save({"args": argparse.Namespace(**ARGUMENTS, vocab_size=260)}, folder / "common.pt")
-    incoming = open_incoming(tmp_path)
+    incoming = open_source_checkpoint(tmp_path)
     assert (incoming.model.vocab, incoming.model.padded_vocab) == (260, 384)
     rows = incoming.read("output_layer.weight", 0, 384)
     assert torch.equal(rows[:300], tensors["output_layer.weight"])
@@ -269,7 +269,7 @@ def test_legacy_layouts(tmp_path: Path, tp: int, pp: int, vpp: int) -> None:
     save_legacy(tmp_path / "iter_0000007", tensors, tp, pp, vpp)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
     assert equal(LegacyWeights(tmp_path), tensors)
-    incoming = open_incoming(tmp_path)
+    incoming = open_source_checkpoint(tmp_path)
     assert (incoming.kind, incoming.model) == ("legacy", LLAMA)
 
 
@@ -280,7 +280,7 @@ def test_legacy_tied_embeddings(tmp_path: Path) -> None:
     tensors["output_layer.weight"] = tensors["embedding.word_embeddings.weight"]
     tied = {**ARGUMENTS, "untie_embeddings_and_output_weights": False}
     save_legacy(tmp_path, tensors, 2, 2, arguments=tied)
-    incoming = open_incoming(tmp_path)
+    incoming = open_source_checkpoint(tmp_path)
     assert incoming.model.tied_embeddings
     assert "output_layer.weight" not in incoming.forms
 
@@ -326,7 +326,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, place: str) -> None:
         torch.save(bomb, folder / "__0_0.distcp")
         (folder / "model.yaml").write_text(LLAMA_YAML)
     with pytest.raises(RefusedError, match=r"io\.open|no file of torch\.save|cut|damaged"):  # noqa: PT012
-        incoming = open_incoming(folder, named_model=str(folder / "model.yaml") if place == "piece" else None)
+        incoming = open_source_checkpoint(folder, named_model=str(folder / "model.yaml") if place == "piece" else None)
         incoming.read("output_layer.weight", 0, 1)
     assert not (tmp_path / "mark").exists()
 

@@ -86,7 +86,7 @@ def test_every_damage_is_named(sound, name):
     damage, kind, ending, place, value = {**AT_OPENING, **INSIDE}[name]
     damage(Path(f"{sound.prefix}.idx"), Path(f"{sound.prefix}.bin"))
     report = check_dataset(sound.prefix)
-    assert not report.is_sound
+    assert not report.is_valid
     assert report.fingerprint is None
     found = [finding for finding in report.faults if (finding.kind, finding.place) == (kind, place)]
     assert found, [str(finding) for finding in report.findings]
@@ -149,7 +149,7 @@ def test_missing_files(sound, ending):
 
 def test_a_sound_one(sound):
     report = check_dataset(sound.prefix, vocab_size=10)
-    assert report.is_sound
+    assert report.is_valid
     assert report.findings == ()
     assert report.scan is not None
     assert (report.scan.max_id, report.scan.num_bytes) == (9, 30)
@@ -160,7 +160,7 @@ def test_a_sound_one(sound):
 
 def test_an_empty_one(make_dataset):
     report = check_dataset(make_dataset("none", []).prefix, vocab_size=10)
-    assert report.is_sound
+    assert report.is_valid
     assert report.scan is not None
     assert report.scan.max_id is None
 
@@ -174,8 +174,8 @@ class TestIds:
             ("token 6 of document 2", 800),
         ]
         assert "id 700 is outside of the vocabulary of 100" in str(report.faults[0])
-        assert check_dataset(dataset.prefix, vocab_size=801).is_sound
-        assert check_dataset(dataset.prefix).is_sound
+        assert check_dataset(dataset.prefix, vocab_size=801).is_valid
+        assert check_dataset(dataset.prefix).is_valid
 
     def test_negative(self, make_dataset):
         dataset = make_dataset("web", [[1, -2, 9]], "<i4")
@@ -229,7 +229,7 @@ class TestIds:
 class TestDocuments:
     def test_empty_ones(self, make_dataset):
         report = check_dataset(make_dataset("web", [[], [1, 9], [], [2, 9], []]).prefix)
-        assert report.is_sound
+        assert report.is_valid
         assert report.documents is not None
         assert report.documents.num_empty == 3
         assert [one.place for one in report.findings] == ["document 0", "document 2", "document 4"]
@@ -237,7 +237,7 @@ class TestDocuments:
     def test_missing_end_of_document(self, make_dataset):
         dataset = make_dataset("web", [[1, 9], [2, 9], [3, 4], [], [5, 9]])
         report = check_dataset(dataset.prefix)
-        assert report.is_sound
+        assert report.is_valid
         (missing,) = [one for one in report.findings if one.kind == "missing_eod"]
         assert (missing.level, missing.place, missing.value) == ("warning", "document 2", 4)
         asked_for = check_dataset(dataset.prefix, eod_id=9)
@@ -247,7 +247,7 @@ class TestDocuments:
 
     def test_no_common_end(self, make_dataset):
         report = check_dataset(make_dataset("web", [[1, 2], [3, 4], [5, 6]]).prefix)
-        assert report.is_sound
+        assert report.is_valid
         assert [one.kind for one in report.findings] == ["no_eod"]
         assert report.documents is not None
         assert report.documents.num_without_eod is None
@@ -261,7 +261,7 @@ class TestDocuments:
         report = check_dataset(dataset.prefix)
         copies = [one for one in report.findings if one.kind == "duplicate_document"]
         assert [(one.place, one.value) for one in copies] == [("document 4", 0), ("document 6", 1), ("document 7", 1)]
-        assert report.is_sound
+        assert report.is_valid
         quick = check_dataset(dataset.prefix, duplicates=False)
         assert quick.documents is not None
         assert quick.documents.num_duplicates is None
@@ -286,7 +286,7 @@ class TestDocuments:
         tables = struct.pack("<3i3q4q", 2, 1, 2, 0, 4, 6, 0, 2, 2, 3)
         (tmp_path / "m.idx").write_bytes(preamble + tables)
         report = check_dataset(str(tmp_path / "m"), eod_id=9)
-        assert report.is_sound
+        assert report.is_valid
         assert [(one.kind, one.place) for one in report.findings] == [("empty_document", "document 1")]
 
 

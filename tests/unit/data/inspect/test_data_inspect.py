@@ -1,17 +1,17 @@
-"""`summarise` against plain counting; single documents; the pictures."""
+"""`summarize` against plain counting; single documents; the pictures."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from megatron_cpt.data.inspect.summary import LengthBin, draw_histogram, get_document, summarise
+from megatron_cpt.data.inspect.summary import LengthBin, draw_histogram, get_document, summarize
 from megatron_cpt.errors import UserError
 from megatron_cpt.views.lengths_plot import plot_lengths
 
 
 def test_summary_by_hand(make_dataset):
-    summary = summarise(make_dataset("web", [[1], [2, 3, 4], [], [5, 6], [7, 8, 9, 10, 11]]))
+    summary = summarize(make_dataset("web", [[1], [2, 3, 4], [], [5, 6], [7, 8, 9, 10, 11]]))
     assert (summary.documents, summary.sequences, summary.tokens, summary.bytes) == (5, 5, 11, 22)
     assert (summary.mean, summary.shortest, summary.longest) == (2.2, 0, 5)
     assert summary.percentiles[50] == 2
@@ -26,7 +26,7 @@ def test_summary_by_hand(make_dataset):
 def test_summary_of_many_blocks(make_dataset, monkeypatch):
     monkeypatch.setattr("megatron_cpt.data.tokenfile.documents.BLOCK_DOCUMENTS", 10)
     lengths = np.random.default_rng(2).integers(1, 300, 500)
-    summary = summarise(make_dataset("web", [range(length) for length in lengths]))
+    summary = summarize(make_dataset("web", [range(length) for length in lengths]))
     assert summary.mean == pytest.approx(lengths.mean())
     for percentile, value in summary.percentiles.items():
         assert (lengths < value).mean() <= percentile / 100 <= (lengths <= value).mean()
@@ -37,12 +37,12 @@ def test_summary_of_many_blocks(make_dataset, monkeypatch):
 
 
 def test_gaps_in_the_histogram_stay(make_dataset):
-    bins = summarise(make_dataset("web", [[1], range(9)])).histogram
+    bins = summarize(make_dataset("web", [[1], range(9)])).histogram
     assert [(entry.low, entry.documents) for entry in bins] == [(1, 1), (2, 0), (4, 0), (8, 1)]
 
 
 def test_nothing_in_it(make_dataset):
-    summary = summarise(make_dataset("none", []))
+    summary = summarize(make_dataset("none", []))
     assert (summary.documents, summary.mean, summary.percentiles, summary.histogram) == (0, None, {}, ())
     assert draw_histogram(summary.histogram) == []
 
@@ -67,7 +67,7 @@ def test_document(make_dataset):
 
 
 def test_plot(make_dataset, tmp_path):
-    summary = summarise(make_dataset("we$b", [[1], [2, 3], range(40)]))
+    summary = summarize(make_dataset("we$b", [[1], [2, 3], range(40)]))
     plot_lengths(summary, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"--plot .*cannot be written"):

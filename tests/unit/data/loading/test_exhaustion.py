@@ -130,17 +130,17 @@ def test_the_plan_says_what_the_cursor_does(epochs, weights):
     }
     plan = build_plan(draft_config(run, []).config, dict.fromkeys(sources, 8_000))
     assert not plan.problems
-    assert plan.chunk_limits == {name: int(limit * 124 + 1e-6) for name, limit in epochs.items()}
+    assert plan.span_limits == {name: int(limit * 124 + 1e-6) for name, limit in epochs.items()}
     phases = [
         PhaseBlend(phase.name, (phase.first_step - 1) * 8, phase.num_samples, phase.weights) for phase in plan.phases
     ]
-    cursor = BlendCursor(phases, list(sources), limits=plan.chunk_limits)
+    cursor = BlendCursor(phases, list(sources), limits=plan.span_limits)
     for phase in plan.phases:
         before = cursor.counts
         at_end = {}
         for step in range(phase.first_step, phase.last_step + 1):
             cursor.next(8)
-            for name, limit in plan.chunk_limits.items():
+            for name, limit in plan.span_limits.items():
                 if cursor.counts[name] == limit:
                     at_end.setdefault(name, step)
         read = {name: cursor.counts[name] - before[name] for name in sources}

@@ -14,15 +14,15 @@ from megatron_cpt.data.loading.fim import FillInMiddle
 from megatron_cpt.data.loading.loader import Loader
 from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.plan import ChunkGrid
+from megatron_cpt.plan import SpanGrid
 from megatron_cpt.sampling.blend import BlendCursor, PhaseBlend
 
 LONG = 16
 NAMES = ["web", "code"]
 
 
-def stream_of(make, name: str, num_chunks: int, first: int = 0, **options) -> TokenStream:
-    dataset = make(name, num_chunks * LONG + 6, first)  # six tokens of room for the grid to shift in
+def stream_of(make, name: str, num_spans: int, first: int = 0, **options) -> TokenStream:
+    dataset = make(name, num_spans * LONG + 6, first)  # six tokens of room for the grid to shift in
     return TokenStream(name, [dataset], seq_length=LONG, seed=3, **options)
 
 
@@ -51,13 +51,13 @@ def test_the_own_length_is_what_it_was(counting_dataset):
 
 
 def test_parts_of_a_chunk_do_not_follow_each_other(counting_dataset):
-    """A window of 64 chunks, four parts each: two parts of one chunk meet as often as chance has it."""
+    """A window of 64 spans, four parts each: two parts of one span meet as often as chance has it."""
     stream = stream_of(counting_dataset, "web", 64 * 64)
     assert stream.grid.window == 64
-    chunks = np.array([stream.locate(k, 4).chunk for k in range(64 * 64 * 4)])
-    expected = len(chunks) * 3 / 255
-    assert abs((chunks[1:] == chunks[:-1]).sum() - expected) < 5 * expected**0.5
-    for window in chunks.reshape(64, 256):
+    spans = np.array([stream.locate(k, 4).span for k in range(64 * 64 * 4)])
+    expected = len(spans) * 3 / 255
+    assert abs((spans[1:] == spans[:-1]).sum() - expected) < 5 * expected**0.5
+    for window in spans.reshape(64, 256):
         assert (np.unique(window, return_counts=True)[1] == 4).all()
 
 
@@ -68,24 +68,24 @@ def test_windows_and_lengths_have_orders_of_their_own(counting_dataset):
 
 
 @given(st.integers(1, 10**12))
-def test_a_window_is_at_most_a_64th_of_an_epoch(num_chunks):
-    window = ChunkGrid(LONG, num_chunks).window
+def test_a_window_is_at_most_a_64th_of_an_epoch(num_spans):
+    window = SpanGrid(LONG, num_spans).window
     assert 1 <= window <= 1024
-    assert window == 1 or window * 64 <= num_chunks
+    assert window == 1 or window * 64 <= num_spans
 
 
 @settings(max_examples=200, deadline=None)
-@given(num_chunks=st.integers(1, 5000), k=st.integers(0, 60_000), old=st.sampled_from([2, 4, 8, 16]),
+@given(num_spans=st.integers(1, 5000), k=st.integers(0, 60_000), old=st.sampled_from([2, 4, 8, 16]),
        new=st.sampled_from([2, 4, 8, 16]))  # fmt: skip
-def test_a_turn_goes_to_the_next_window_that_is_unread(num_chunks, k, old, new):
-    grid = ChunkGrid(LONG, num_chunks)
+def test_a_turn_goes_to_the_next_window_that_is_unread(num_spans, k, old, new):
+    grid = SpanGrid(LONG, num_spans)
     turned = grid.turn(k, old, new)
     if old == new:
         assert turned == k
         return
     read, start = k * old, turned * new  # in tokens
     assert read <= start < read + grid.window * LONG
-    place = start // LONG % num_chunks
+    place = start // LONG % num_spans
     assert start % LONG == 0
     assert place % grid.window == 0
 
@@ -126,14 +126,14 @@ PHASES = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(phases=PHASES, chunks=st.tuples(st.integers(1, 700), st.integers(1, 300)), cuts=st.lists(st.integers(1, 2000)))
+@given(phases=PHASES, spans=st.tuples(st.integers(1, 700), st.integers(1, 300)), cuts=st.lists(st.integers(1, 2000)))
 def test_nothing_is_read_twice_in_an_epoch_and_restarts_change_nothing(
-    tmp_path_factory, write_pair, phases, chunks, cuts
+    tmp_path_factory, write_pair, phases, spans, cuts
 ):
     folder = tmp_path_factory.mktemp("lengths")
     streams = [
         TokenStream(name, [write_pair(folder / name, [range(n * LONG + 6)], "<i4")], seq_length=LONG, seed=3)
-        for name, n in zip(NAMES, chunks, strict=True)
+        for name, n in zip(NAMES, spans, strict=True)
     ]
     run = Run(streams, phases)
     found = run.walk()
@@ -155,7 +155,7 @@ def test_nothing_is_read_twice_in_an_epoch_and_restarts_change_nothing(
                 assert not tokens & seen.setdefault(at.epoch, set())
                 seen[at.epoch] |= tokens
         if seen:
-            passed = max(seen) * chunks[number] * LONG - sum(len(tokens) for e, tokens in seen.items() if e < max(seen))
+            passed = max(seen) * spans[number] * LONG - sum(len(tokens) for e, tokens in seen.items() if e < max(seen))
         assert passed <= num_turns * stream.grid.window * LONG
 
 
@@ -238,7 +238,7 @@ def test_a_source_that_leaves_and_comes_back_goes_on_where_it_was(counting_datas
 
 @pytest.mark.parametrize("is_listed", [True, False])
 def test_a_source_that_comes_back_in_other_chunks_is_refused(counting_dataset, is_listed):
-    """It was read in chunks of 16 tokens, left all blends (with or without its entry in `sources`), and returns."""
+    """It was read in spans of 16 tokens, left all blends (with or without its entry in `sources`), and returns."""
 
     def phase(name: str, source: str) -> list[PhaseBlend]:
         return [PhaseBlend(name, 0, 90, {source: 1.0}, 4)]
@@ -247,7 +247,7 @@ def test_a_source_that_comes_back_in_other_chunks_is_refused(counting_dataset, i
         [stream_of(counting_dataset, name, 300, at) for name, at in (("web", 0), ("code", 10_000))], [(4, 40, 0.5)]
     )
     both = {stream.name: stream.grid for stream in first.streams}
-    short = ChunkGrid(4, 1200)  # of a source that no phase reads: the run's own length
+    short = SpanGrid(4, 1200)  # of a source that no phase reads: the run's own length
     cursor = first.cursor()
     cursor.next(20)
     names, grids = (NAMES, both | {"code": short}) if is_listed else (["web"], {"web": both["web"]})

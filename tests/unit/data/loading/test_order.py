@@ -18,7 +18,7 @@ S, GLOBAL = 8, 12
 NAMES = ["web", "code", "qa"]
 DIVISIONS = [(dp, micro) for dp in (1, 2, 3, 4) for micro in (1, 2, 3, 6, 12) if GLOBAL % (dp * micro) == 0]
 Blends = tuple[dict[str, float], dict[str, float]]  # of the first and of the second phase
-Segment = tuple[int, tuple[int, int], Blends]  # steps, (data-parallel size, micro-batch), blends from there on
+PlanRecord = tuple[int, tuple[int, int], Blends]  # steps, (data-parallel size, micro-batch), blends from there on
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def blends(draw: st.DrawFn) -> Blends:
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[int, list[Segment]]:
+def runs(draw: st.DrawFn) -> tuple[int, list[PlanRecord]]:
     """The first step of the second phase, and the segments between restarts; some change the blends."""
-    segments: list[Segment] = []
+    segments: list[PlanRecord] = []
     for _ in range(draw(st.integers(1, 4))):
         changes = not segments or draw(st.booleans())
         in_force = draw(blends()) if changes else segments[-1][2]
@@ -68,7 +68,7 @@ def phases_of(switch: int, steps: int, blends: Blends) -> list[PhaseBlend]:
     ]
 
 
-def by_the_rule(switch: int, segments: list[Segment]) -> Iterator[tuple[str, int]]:
+def by_the_rule(switch: int, segments: list[PlanRecord]) -> Iterator[tuple[str, int]]:
     """Source and number of every sample of the run, by the definition: sample by sample, in plain arithmetic."""
     counts = dict.fromkeys(NAMES, 0)
     blend, given = None, {}

@@ -1,4 +1,4 @@
-"""A source as a stream: every chunk once an epoch, exact reads, a pure function of (seed, name, k)."""
+"""A source as a stream: every span once an epoch, exact reads, a pure function of (seed, name, k)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ S = 16
 
 @pytest.fixture
 def stream(counting_dataset) -> TokenStream:
-    """Files of 6, 0 and 12 chunks; no token value occurs twice."""
+    """Files of 6, 0 and 12 spans; no token value occurs twice."""
     files = [counting_dataset("a", 100), counting_dataset("b", 16, 1000), counting_dataset("c", 200, 2000)]
     return TokenStream("web", files, seq_length=S, seed=1)
 
@@ -46,23 +46,23 @@ def test_a_sample_is_one_contiguous_stretch_of_its_file(stream):
 def test_every_chunk_exactly_once_an_epoch(tmp_path_factory, write_pair, lengths, seq_length, seed, epoch):
     folder = tmp_path_factory.mktemp("stream")
     files = [write_pair(folder / str(i), [range(length)]) for i, length in enumerate(lengths)]
-    chunks = [max(0, length - 1) // seq_length for length in lengths]
-    if sum(chunks) == 0:
+    spans = [max(0, length - 1) // seq_length for length in lengths]
+    if sum(spans) == 0:
         with pytest.raises(UserError, match="too few for one sample"):
             TokenStream("web", files, seq_length=seq_length, seed=seed)
         return
     stream = TokenStream("web", files, seq_length=seq_length, seed=seed)
-    assert stream.samples_per_epoch == sum(chunks)
+    assert stream.samples_per_epoch == sum(spans)
     starts: dict[str, list[int]] = {file.prefix: [] for file in files}
-    for k in range(epoch * sum(chunks), (epoch + 1) * sum(chunks)):
+    for k in range(epoch * sum(spans), (epoch + 1) * sum(spans)):
         location = stream.locate(k)
         assert location.epoch == epoch
         starts[location.prefix].append(location.token_offset)
-    for file, length, num_chunks in zip(files, lengths, chunks, strict=True):
+    for file, length, num_spans in zip(files, lengths, spans, strict=True):
         offsets = np.sort(starts[file.prefix])
-        assert len(offsets) == num_chunks
+        assert len(offsets) == num_spans
         assert (np.diff(offsets) == seq_length).all()  # a grid without gaps or overlaps
-        if num_chunks:
+        if num_spans:
             assert offsets[0] >= 0
             assert offsets[-1] + seq_length + 1 <= length  # the last label is still in the file
 
@@ -93,7 +93,7 @@ def test_a_sample_depends_on_seed_name_and_k_only(counting_dataset, stream, tmp_
 @pytest.mark.parametrize(("name", "seed"), [("web", 2), ("code", 1)])
 def test_another_seed_or_name_is_another_order(stream, name, seed):
     other = TokenStream(name, stream.datasets, seq_length=S, seed=seed)
-    assert [other.locate(k).chunk for k in range(18)] != [stream.locate(k).chunk for k in range(18)]
+    assert [other.locate(k).span for k in range(18)] != [stream.locate(k).span for k in range(18)]
 
 
 def test_far_into_a_run(stream):

@@ -236,7 +236,7 @@ class TestMaxBad:
             preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", max_bad=limit)
 
 
-class TestGoingOn:
+class TestResumeSummary:
     def test_other_settings_are_refused_unless_begun_anew(self, tmp_path, inputs, monkeypatch):
         monkeypatch.setattr(module, "SAVE_SECONDS", -1)
         with pytest.raises(StopError):

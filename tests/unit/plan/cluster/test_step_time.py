@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.adviser_accuracy import compare, markdown, summarise
+from benchmarks.adviser_accuracy import compare, markdown, summarize
 from megatron_cpt.config import draft_config
 from megatron_cpt.plan import Layout
 from megatron_cpt.plan.cluster.communication import (
@@ -45,7 +45,7 @@ def speed(run, num_gpus, gpu=H100, overlap=None):
 
 def test_published_runs_are_predicted():
     rows = compare()
-    summary = summarise(rows)
+    summary = summarize(rows)
     assert summary["held_out"] >= 30
     assert summary["fitted_worst"] < 0.01
     assert summary["held_out_mean"] < 0.05

@@ -9,7 +9,7 @@ from megatron_cpt.plan import Layout, count_parameters
 from megatron_cpt.plan.cluster.communication import GradientExchange, Links
 from megatron_cpt.plan.cluster.step_time import estimate_speed
 from megatron_cpt.plan.cost.activations import layer_activation_bytes
-from megatron_cpt.plan.cost.formats import quantised_layers
+from megatron_cpt.plan.cost.formats import quantized_layers
 from megatron_cpt.plan.cost.memory import stage_memory
 from megatron_cpt.plan.hardware import B200, H100
 
@@ -87,8 +87,8 @@ def test_layers_at_the_ends_stay_in_bf16(run_of, parallel, by_stage):
     overrides = [f"parallel={parallel}", "precision.fp8={recipe: tensorwise, first_last_bf16: 1}"]
     run, plain = run_of(*overrides), run_of(*overrides, "precision.fp8=null")
     stages = range(len(by_stage))
-    assert [quantised_layers(run, stage) for stage in stages] == by_stage
-    assert quantised_layers(plain, 0) == 0
+    assert [quantized_layers(run, stage) for stage in stages] == by_stage
+    assert quantized_layers(plain, 0) == 0
     layer = count_parameters(run.model).layer.matmul
     extra = [weights(run, stage=stage) - weights(plain, stage=stage) for stage in stages]
     assert extra == pytest.approx([2 * layers * layer for layers in by_stage])

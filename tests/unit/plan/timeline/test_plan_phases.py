@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_cpt.config import draft_config
 from megatron_cpt.plan import build_plan
-from megatron_cpt.plan.timeline.epochs import normalise, samples_in_epoch, split_samples
+from megatron_cpt.plan.timeline.epochs import normalize, samples_in_epoch, split_samples
 
 SIZES = {"web": 1_000_000, "code": 500_000, "qa": 20_000}
 
@@ -137,7 +137,7 @@ def test_phases_tile_the_run(steps, batch, ends, shape):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.integers(0, 10**9))
 def test_samples_are_shared_out_by_weight(weights, samples):
-    shares = normalise({f"s{n}": weight for n, weight in enumerate(weights)})
+    shares = normalize({f"s{n}": weight for n, weight in enumerate(weights)})
     counts = split_samples(shares, samples)
     assert sum(counts.values()) == samples
     assert all(abs(counts[name] - share * samples) < 1 + 1e-6 for name, share in shares.items())
@@ -149,9 +149,9 @@ def test_largest_remainders_come_first():
 
 
 def test_weights_may_have_any_size():
-    assert normalise({"a": 1e308, "b": 1e308}) == {"a": 0.5, "b": 0.5}
-    assert normalise({"a": 3, "b": 1}) == {"a": 0.75, "b": 0.25}
-    assert normalise({}) == {}
+    assert normalize({"a": 1e308, "b": 1e308}) == {"a": 0.5, "b": 0.5}
+    assert normalize({"a": 3, "b": 1}) == {"a": 0.75, "b": 0.25}
+    assert normalize({}) == {}
 
 
 @pytest.mark.parametrize(("tokens", "samples"), [(0, 0), (1, 0), (64, 0), (65, 1), (128, 1), (129, 2)])

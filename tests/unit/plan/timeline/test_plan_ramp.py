@@ -51,7 +51,7 @@ def test_the_ramp_of_the_recipes_pretraining():
     started = time.perf_counter()
     found = build_plan(draft_config(data).config, {})
     assert time.perf_counter() - started < 0.5
-    assert [stretch.global_batch for stretch in found.stretches] == list(range(384, 1153, 96))
+    assert [segment.global_batch for segment in found.segments] == list(range(384, 1153, 96))
     assert found.schedule.warmup_steps == -(-16_000_000_000 // (384 * 4096))  # over before the batch grows
     assert found.ramp[0].last_step == -(-97_656_250 // 8 // 384) == 31_790
     rest = 8_000_000_000_000 - found.ramp[-1].end.tokens
@@ -145,10 +145,10 @@ def test_a_plan_is_what_a_walk_step_by_step_is(ramp, untils, shapes, tokens, war
     walked = simulate(config, found.schedule)
     assert tokens_of(walked) >= tokens  # enough steps
     planned = [
-        (phase.name, stretch.global_batch, stretch.seq_length)
+        (phase.name, segment.global_batch, segment.seq_length)
         for phase in found.phases
-        for stretch in phase.stretches
-        for _ in range(stretch.first_step, stretch.last_step + 1)
+        for segment in phase.segments
+        for _ in range(segment.first_step, segment.last_step + 1)
     ]
     if not any("is step" in text for text in texts(found)):  # an `until` before the phase begins has no step
         assert planned == walked
@@ -204,7 +204,7 @@ def test_a_thousand_sizes_and_a_decay_in_tokens_take_few_looks(run_data, monkeyp
         "phases.general.until={lr: 0.5}",
         "sources.qa.max_epochs=",
     )
-    assert len(found.stretches) > 1000
+    assert len(found.segments) > 1000
     assert looks < 60
 
 
@@ -236,14 +236,14 @@ def test_a_longer_phase(run_data):
     assert texts(found) == []
     general, qa = found.phases
     assert (general.seq_length, qa.seq_length) == (64, 256)
-    assert qa.stretches[0].tokens_per_step == 512  # the tokens of a step stay
+    assert qa.segments[0].tokens_per_step == 512  # the tokens of a step stay
     assert found.steps == 100
     assert qa.first_sample == 72 * 8
     assert qa.num_samples == 28 * 2
     assert qa.sources["qa"].tokens == 256 * qa.sources["qa"].samples
-    assert found.sources["qa"].chunks_per_epoch == 19_999 // 256
-    assert found.sources["web"].chunk_length == 256
-    assert found.sources["web"].epochs * 3906 == pytest.approx(346 / 4 + 28, abs=61)  # a window of 61 chunks at most
+    assert found.sources["qa"].spans_per_epoch == 19_999 // 256
+    assert found.sources["web"].span_length == 256
+    assert found.sources["web"].epochs * 3906 == pytest.approx(346 / 4 + 28, abs=61)  # a window of 61 spans at most
     assert any("sequences of 256 tokens have positions beyond" in text for text in found.warnings)
 
 
@@ -258,8 +258,8 @@ def test_flops_and_memory_of_the_longest(run_data):
 def test_a_source_in_shorter_phases_only_keeps_its_own_chunks(run_data):
     found = plan(run_data, "phases.general.blend.math=1", "sources.math={path: math}", "phases.qa.seq_length=256",
                  "phases.qa.batch.global=2", sizes=SIZES | {"math": 6_400})  # fmt: skip
-    assert found.sources["math"].chunk_length == 64
-    assert found.sources["web"].chunk_length == 256
+    assert found.sources["math"].span_length == 64
+    assert found.sources["web"].span_length == 256
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_batches_that_do_not_divide(run_data, overrides, gpus, text):
 
 def test_a_ramp_that_the_run_does_not_finish(run_data):
     found = plan(run_data, "batch.ramp_up={start: 2, increment: 2, samples: 10K}", "sources.qa.max_epochs=")
-    assert found.ramp == found.stretches
+    assert found.ramp == found.segments
     assert any("batch.ramp_up: the run ends with a batch of " in text for text in found.warnings)
     assert not any("batch.ramp_up" in text for text in plan(run_data, RAMP).warnings)
 

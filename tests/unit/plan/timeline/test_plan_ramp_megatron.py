@@ -69,7 +69,7 @@ def test_every_step_of_a_plan_has_megatrons_batch(batch, steps):
     }
     found = build_plan(draft_config(data).config, {})
     assert found.steps == steps
-    sizes = [found.stretch_of(step).global_batch for step in range(1, steps + 1)]
+    sizes = [found.segment_of(step).global_batch for step in range(1, steps + 1)]
     assert sizes == list(itertools.islice(megatron_sizes(batch), steps))
     assert [found.after(step).samples for step in range(steps + 1)] == [0, *itertools.accumulate(sizes)]
     assert found.phases[0].num_samples == sum(sizes)
