@@ -1,0 +1,230 @@
+"""Check the language of docstrings, comments, messages and documents against a list of patterns.
+
+    python tools/dev/prose.py [PATH ...]        # the whole tree, or some files and folders
+
+Each finding names file, line, the words found and the reason. The exit status is 0 without findings, else 1. `PATTERNS` is
+the one place to add a rule to. Code in documents (fenced blocks and `inline code`) is skipped.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CHECKED = (
+    *("megatron_cpt", "tools", "benchmarks", "examples", "tests", "docs"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "setup.py", "Makefile"),
+)
+MAX_SENTENCE_WORDS = 32
+MAX_CELL_CHARACTERS = 120
+
+_COUNTED = (
+    "tokens|bytes|samples|seconds|[KMGT]i?B|files?|lines?|steps|FLOPs|documents|ranks|processes|GPUs|sequences|epochs|one"
+    "|number|threads?|modules?|numbers?|rows?|values?|tensors?|copies|copy|once|GF|minutes|hours|checkpoints?"
+)
+_UNIT = (
+    "second|step|rank|token|node|GPU|layer|file|worker|core|process|source|epoch|parameter|element|sample|document|day"
+    "|week|hour|minute|line|stage|micro-batch|block|tensor|family|command|folder|package|dimension|block|shard|run|class"
+)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A rule of the language.
+
+    Attributes:
+        regex: what is wrong; matched without regard to case unless it says otherwise.
+        reason: what to write instead, and why.
+        docstrings_only: matched at the start of docstrings alone.
+    """
+
+    regex: str
+    reason: str
+    docstrings_only: bool = False
+
+
+PATTERNS = (
+    Pattern(
+        r"\A(?-i:What|Whether|Where|Which|How|When|Of|Its|Their|The same|Those|All of|As|Also|And|Not|So)\b",
+        "a docstring starts with a verb (functions) or a noun (classes, attributes)",
+        docstrings_only=True,
+    ),
+    Pattern(
+        r"(?:\A|(?<=[.!;] ))(?-i:What|Whether|Where|Which)\b(?![^.?!]*\?)",
+        "a statement does not open with a question word: say the subject first",
+    ),
+    Pattern(rf"\b(?:{_COUNTED}) an? (?:{_UNIT})\b", "rates and shares are written with per: tokens per second"),
+    Pattern(r"\b(?:go|goes|going|gone|went) on\b", "resume or continue"),
+    Pattern(r"\banew\b", "again, or restart from scratch"),
+    Pattern(r"\bto the (?:last )?(?:bit|byte|digit)\b", "identical bit for bit, byte for byte"),
+    Pattern(r"\bequal bits\b", "identical bit for bit"),
+    Pattern(r"\b(?:un)?sound(?:ness)?\b(?! like)", "valid, invalid or corrupt"),
+    Pattern(r"\bbroken (?:ones?|checkpoints?|files?|lines?)\b", "corrupt or invalid, with the noun"),
+    Pattern(r"\bmend(?:s|ed|ing)?\b", "fix"),
+    Pattern(r"\b(?:leave|leaves|leaving|left)(?: \w+)? out\b", "skip, omit or remove"),
+    Pattern(r"\b(?:hold|holds|held|holding)(?: \w+)? against\b", "compare with"),
+    Pattern(r"\bmakes? room\b", "free some space"),
+    Pattern(r"\bpass(?:es|ed|ing)? over\b", "skip"),
+    Pattern(r"\ball the same\b", "anyway, or nothing"),
+    Pattern(r"\b(?:as it is|as they are|as it stands|as it lies)\b", "unchanged, or say the state"),
+    Pattern(r"\b(?:theirs|of the whole|the ones? before)\b", "say the noun"),
+    Pattern(r"\b(?:those|that|these) of\b", "say the noun again: 'the losses of', not 'those of'"),
+    Pattern(r"\bthe same(?=[.,;:)]|$)", "say what is the same"),
+    Pattern(r"\b(?:of|in|with|for|about) (?:it|them) all\b", "say the noun"),
+    Pattern(r"\bnothing of (?:it|them)\b", "say the noun"),
+    Pattern(r"\b(?:is|are|was|were) told\b", "reports, receives or prints"),
+    Pattern(r"\b(?:see|sees|saw) to it\b", "ensure"),
+    Pattern(r"\bway out\b", "what to do, or the fix"),
+    Pattern(r"\bat once\b(?= (?:on|in) )", "at the same time"),
+    Pattern(r"\bby (?:itself|themselves) alone\b", "alone"),
+    Pattern(r"\b(?:is|are|be) there already\b", "already exists"),
+    Pattern(r"\b(?:lies|lie|lay) (?:in|on|at|under|beside)\b", "is in, is stored in"),
+    Pattern(r"\bwhatever (?:it|they|the|is|was)\b", "any, regardless of"),
+    Pattern(r"\bdata sets?\b", "dataset"),
+    Pattern(r"\b(?:where|if) (?:there is|there are) (?:one|none|any)\b", "say the noun"),
+    Pattern(r"\b(?:has|have) to say\b", "reports"),
+    Pattern(r"\bin one piece\b", "complete, or as a single file"),
+    Pattern(r"\b(?:held|is kept|are kept) to\b(?= (?:a|the|plain))", "limited to"),
+    Pattern(
+        r"\b\w*(?:initialis|quantis|normalis|summaris|vectoris|utilis|synchronis|materialis|finalis|tokenis|serialis"
+        r"|optimis|recognis|organis|minimis|maximis|randomis|generalis|neighbour|catalogue|colour|behaviou?r(?<=our)|centre"
+        r"|centred|honour|labelled|modelled|signalled|cancelled|favour|artefact|licence)\w*",
+        "American spelling, as in torch and megatron-core",
+    ),
+)
+_DOCSTRING_PATTERNS = [(re.compile(p.regex, re.IGNORECASE), p) for p in PATTERNS if p.docstrings_only]
+_TEXT_PATTERNS = [(re.compile(p.regex, re.IGNORECASE | re.MULTILINE), p) for p in PATTERNS if not p.docstrings_only]
+
+_CODE = re.compile(r"`+[^`]*`+")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of prose of a file.
+
+    Attributes:
+        line: where it begins, from 1.
+        content: the words; inline code is blanked.
+        is_docstring: whether it documents a module, class or function.
+    """
+
+    line: int
+    content: str
+    is_docstring: bool = False
+
+
+def main(arguments: list[str]) -> int:
+    """Print every finding; return the exit status."""
+    paths = [Path(argument) for argument in arguments] or [ROOT / name for name in CHECKED]
+    count = 0
+    for path in paths:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.resolve() == Path(__file__).resolve() or "results" in file.parts or "__pycache__" in file.parts:
+                continue
+            for line, words, reason in check_file(file):
+                print(f"{file}:{line}: {words!r}: {reason}")
+                count += 1
+    print(f"{count} finding{'' if count == 1 else 's'}", file=sys.stderr)
+    return 1 if count else 0
+
+
+def check_file(file: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield line, words and reason for every finding of a file."""
+    if file.suffix == ".py":
+        texts = list(python_texts(file.read_text(encoding="utf-8")))
+    elif file.suffix == ".md":
+        content = file.read_text(encoding="utf-8")
+        texts = list(markdown_texts(content))
+        yield from check_sentences(content)
+    elif file.suffix in (".sh", ".sbatch", ".yaml", ".yml", ".toml") or file.name in ("Makefile", "Dockerfile"):
+        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        texts = [Text(number, line.partition("#")[2].strip()) for number, line in lines if "#" in line]
+    else:
+        return
+    for text in texts:
+        content = _CODE.sub(lambda found: "`" + "_" * (len(found.group()) - 2) + "`", text.content)
+        patterns = (_DOCSTRING_PATTERNS if text.is_docstring else []) + _TEXT_PATTERNS
+        for regex, pattern in patterns:
+            for found in regex.finditer(content):
+                line = text.line + content.count("\n", 0, found.start())
+                yield line, " ".join(found.group().split()), pattern.reason
+
+
+def python_texts(source: str) -> Iterator[Text]:
+    """Yield the comments, docstrings and other strings with a space in them of a Python file."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield Text(token.start[0], token.string.lstrip("#: ").strip())
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = set()
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            docstrings.add(id(node.body[0].value))  # type: ignore[attr-defined]
+        for before, after in (
+            zip(getattr(node, "body", None) or [], (getattr(node, "body", None) or [])[1:], strict=False)
+            if isinstance(getattr(node, "body", None), list)
+            else ()
+        ):
+            if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
+                docstrings.add(id(after.value))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            yield Text(node.lineno, node.value, is_docstring=id(node) in docstrings)
+
+
+def markdown_texts(content: str) -> Iterator[Text]:
+    """Yield the lines of a document outside fenced code."""
+    is_code = False
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.lstrip().startswith(("```", "~~~")):
+            is_code = not is_code
+        elif not is_code and not line.startswith("    "):
+            yield Text(number, line.strip().lstrip("#->|* "))
+
+
+def check_sentences(content: str) -> Iterator[tuple[int, str, str]]:
+    """Yield sentences that are too long, and table cells that are, outside fenced code."""
+    is_code, paragraph, start = False, [], 1
+    for number, line in enumerate([*content.splitlines(), ""], start=1):
+        stripped = line.strip()
+        if stripped.startswith(("```", "~~~")):
+            is_code = not is_code
+        ends = is_code or not stripped or stripped.startswith(("```", "~~~", "#", "|", "- ", "* ", "> ", "!["))
+        if ends or re.match(r"\d+\. ", stripped):
+            yield from _long_sentences(start, paragraph)
+            paragraph = []
+        if is_code or not stripped:
+            continue
+        if stripped.startswith("|"):
+            for cell in _CODE.sub("code", re.sub(r"\]\([^)]*\)", "]", stripped)).strip("|").split("|"):
+                if len(cell.strip()) > MAX_CELL_CHARACTERS:
+                    yield (
+                        number,
+                        f"{cell.strip()[:40]}...",
+                        f"a table cell has at most {MAX_CELL_CHARACTERS} characters",
+                    )
+        elif not stripped.startswith(("#", "![")):
+            start = number if not paragraph else start
+            paragraph.append(stripped)
+
+
+def _long_sentences(line: int, paragraph: list[str]) -> Iterator[tuple[int, str, str]]:
+    text = _CODE.sub("code", re.sub(r"\]\([^)]*\)", "]", " ".join(paragraph)))
+    for sentence in re.split(r"(?<=[.!?:;])\s+", text):
+        words = sentence.split()
+        if len(words) > MAX_SENTENCE_WORDS:
+            reason = f"a sentence of {len(words)} words; one idea per sentence, at most {MAX_SENTENCE_WORDS} words"
+            yield line, " ".join(words[:6]) + " ...", reason
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
