@@ -2,8 +2,8 @@
 
     python tools/dev/prose.py [PATH ...]        # the whole tree, or some files and folders
 
-Each finding names file, line, the words found and the reason. The exit status is 0 without findings, else 1. `PATTERNS` is
-the one place to add a rule to. Code in documents (fenced blocks and `inline code`) is skipped.
+Each finding names file, line, the words found and the reason. The exit status is 0 without findings, else 1.
+`PATTERNS` is the one place to add a rule to. Code in documents (fenced blocks and `inline code`) is skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -169,13 +170,10 @@ def python_texts(source: str) -> Iterator[Text]:
     for node in ast.walk(tree):
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
             docstrings.add(id(node.body[0].value))  # type: ignore[attr-defined]
-        for before, after in (
-            zip(getattr(node, "body", None) or [], (getattr(node, "body", None) or [])[1:], strict=False)
-            if isinstance(getattr(node, "body", None), list)
-            else ()
-        ):
+        body = getattr(node, "body", None)
+        for before, after in pairwise(body if isinstance(body, list) else []):
             if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
-                docstrings.add(id(after.value))
+                docstrings.add(id(after.value))  # the text below a field or constant
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield Text(node.lineno, node.value, is_docstring=id(node) in docstrings)
