@@ -68,7 +68,7 @@ def test_a_stopped_rank_makes_the_others_leave_their_stacks_and_end(run_file: Pa
         assert "no progress for over 4 s (resilience.hang_timeout)" in line
         (stacks,) = (output / "stacks").iterdir()
         assert str(stacks) in line
-        assert "loop.py" in stacks.read_text()
+        assert "trainer.py" in stacks.read_text()
 
 
 def test_a_stopped_rank_is_missed_before_anything_hangs_too_long(run_file: Path) -> None:
