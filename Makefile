@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,hf,eval,fast
+EXTRAS := all,docs,dev
 
 .PHONY: setup demo test test-long soak check bench gpu-test gpu-bench clean
 

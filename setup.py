@@ -1,4 +1,4 @@
-"""Package metadata; the tools' settings are in pyproject.toml."""
+"""Package metadata; pyproject.toml holds the settings of ruff, mypy, pytest and import-linter."""
 
 import re
 from pathlib import Path
@@ -8,19 +8,42 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_cpt" / "__init__.py").read_text())
 
+# `pip install .` is enough to plan a run and to check, inspect and trace its data: no torch, seconds instead of minutes.
+# megatron_cpt/cli/missing_package.py names the extra that a command lacks.
+DATA = ["sentencepiece>=0.2", "tokenizers>=0.20", "zstandard>=0.22", "pyarrow>=15"]
+PLOT = ["matplotlib>=3.8"]
+TENSORBOARD = ["tensorboard>=2.15"]
+TRAIN = [
+    "torch>=2.6",
+    "megatron-core>=0.16.1,<0.20",
+    "psutil>=5.9",  # megatron-core's checkpoint writer imports it without requiring it
+    *TENSORBOARD,  # log.tensorboard is on by default
+    *DATA,
+]
+HF = ["transformers>=4.57", "accelerate", "gguf"]  # accelerate and gguf read GGUF files, for examples/smollm2
+EVAL = ["lm-eval>=0.4.9"]
+FAST = ["gigatoken>=0.10,<0.11"]
+
 EXTRAS = {
+    "data": DATA,
+    "train": TRAIN,
+    "plot": PLOT,
+    "tensorboard": TENSORBOARD,
+    "hf": HF,
+    "eval": EVAL,
+    "fast": FAST,
+    "all": [*TRAIN, *PLOT, *HF, *EVAL, *FAST],  # every command on a CPU; the extras below need a GPU or an account
     "gpu": ["transformer-engine[pytorch]>=2.0"],
-    "hf": ["transformers>=4.57", "accelerate", "gguf"],  # the last two: GGUF files, for examples/smollm2
-    "eval": ["lm-eval>=0.4.9"],
-    "fast": ["gigatoken>=0.10,<0.11"],
-    "wandb": ["wandb"],
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
-    "cloud": ["fsspec>=2023.1"],  # and what it opens your store with: s3fs, gcsfs, adlfs
+    "wandb": ["wandb"],
+    "cloud": ["fsspec>=2023.1"],  # plus the package of the object store: s3fs, gcsfs or adlfs
+    "docs": ["mkdocs-material", "mkdocstrings[python]"],
     "dev": [
         "pytest>=8",
         "pytest-xdist",
         "hypothesis>=6.100",
         "jsonschema",
+        "safetensors>=0.4",
         "ruff>=0.11",
         "mypy>=1.14",
         "import-linter>=2",
@@ -42,25 +65,15 @@ setup(
     packages=find_packages(include=["megatron_cpt", "megatron_cpt.*"]),
     package_data={"megatron_cpt": ["py.typed", "config/presets/*.yaml"]},
     install_requires=[
-        "torch>=2.6",
-        "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
-        "sentencepiece>=0.2",
-        "tokenizers>=0.20",
-        "safetensors>=0.4",
         "pydantic>=2.7",
         "pyyaml>=6",
         "typer>=0.15",
         "rich>=13",
         "orjson>=3.9",
         "packaging>=22",
-        "zstandard>=0.22",
         "xxhash>=3.5",
-        "pyarrow>=15",
-        "psutil>=5.9",  # megatron-core's checkpoint writer needs it and does not ask for it
-        "tensorboard>=2.15",
-        "matplotlib>=3.8",
-        "jinja2>=3.1",
+        "filelock>=3.12",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-cpt = megatron_cpt.cli:main"]},

@@ -1,12 +1,24 @@
-"""Starting the ranks of a run with torchrun, so that their exit statuses and a scheduler's signals get through.
+"""Start the ranks of a run under torchrun; pass stop signals to them and return their exit status.
 
-torchrun by itself knows one kind of failure. Of a rank that ends with 75 it makes a fault: it stops the ranks that are
-still saving after 30 seconds, starts all of them again, and ends with 1. A SIGTERM makes it give its ranks 30 seconds
-too, and SIGUSR1 ends it on the spot while its ranks, in sessions of their own, live on (torch 2.13 and 2.15:
-`torch/distributed/elastic/multiprocessing/api.py`, `SubprocessContext._poll` and `_close`).
+torchrun alone mishandles a preempted job (torch 2.13 and 2.15: `torch/distributed/elastic/multiprocessing/api.py`,
+`SubprocessContext._poll` and `_close`):
 
-So torchrun is started with the stop signals blocked, each rank through `rank.py`, which tells it of faults only, and
-`supervise.py` passes the signals to the ranks and makes one status of theirs.
+| event | torchrun alone | this launcher |
+| --- | --- | --- |
+| a rank ends with 75 (stopped, saved) | a fault: kills ranks that still save after 30 s, restarts all, ends with 1 | 75 |
+| SIGTERM | the ranks get 30 s | the ranks save, however long that takes |
+| SIGUSR1 | torchrun dies, its ranks live on | as SIGTERM |
+| a rank fails | SIGTERM to the other ranks, restart | unchanged |
+
+torchrun inherits blocked stop signals, so only the launcher handles them (`supervise.py`). Each rank runs inside
+`rank.py`, which writes its exit status to a file for the launcher and shows torchrun nothing but failures.
+
+A rank that has not started training ends at once on SIGTERM. Either the job is being stopped, or torchrun is ending
+the rank because another one failed. Only the launcher knows: it creates a stop file when it receives a signal itself.
+Without that file, such an end is never reported as 75.
+
+Under plain torchrun a rank cannot tell the two apart, and need not: agreeing to stop and saving are collectives of all
+ranks, so after a failure no rank gets as far as status 75.
 """
 
 from megatron_cpt.launch.options import check_options, with_defaults

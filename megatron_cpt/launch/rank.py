@@ -1,10 +1,10 @@
-"""`python -m megatron_cpt.launch.rank MODULE ...`: one rank, between torchrun and the command.
+"""Run one rank: `python -m megatron_cpt.launch.rank MODULE ARGUMENTS ...`, started by torchrun.
 
-A rank that ends with 75, 2 or 3 has not failed: starting it again would not help, and the others must not be stopped
-for it. Such a status goes into this rank's report, and torchrun sees 0; so does the 1 of `doctor`, which has found
-something. A fault keeps its status.
+Status 75, 2 or 3 is no failure: a restart would not help, and the other ranks must not be killed for it. The rank
+writes such a status to its report, and torchrun sees 0. The same holds for `doctor`'s status 1, a finding. Any other
+status goes to both.
 
-Nothing heavy is imported here: a rank must hear signals before torch is loaded.
+This module imports nothing heavy: a rank must handle signals while torch is still being imported.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from megatron_cpt.errors import EXIT_FAILURE, EXIT_STOPPED
-from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_SIGNALS, STOPPING, TOLD, Report
+from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
+from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_FILE, STOP_SIGNALS, Report
 
 
 def main(arguments: list[str]) -> int:
-    """Run a module as `python -m` does; see above for what becomes of its status.
+    """Run a module as `python -m` does.
 
     Args:
-        arguments: its name, and its own arguments.
+        arguments: name of the module, then its own arguments.
 
     Returns:
-        What torchrun shall see.
+        Status for torchrun: 0, or that of a failure.
     """
     folder = Path(os.environ[FOLDER_VARIABLE])
     path = Report.path(folder, os.environ["LOCAL_RANK"])
@@ -41,39 +41,31 @@ def main(arguments: list[str]) -> int:
     Report(os.getpid()).write(path)
     for number in STOP_SIGNALS:
         signal.signal(number, stop_before_training)
+    status = EXIT_FAILURE
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # torchrun has them blocked; what came since comes now
-        if (folder / STOPPING).exists():
+        # torchrun has the signals blocked; a signal that arrived meanwhile is delivered by this call
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        if (folder / STOP_FILE).exists():
             stop_before_training(signal.SIGTERM, None)
-        status = _run(arguments)
-    except SystemExit as stop:
-        status = _number(stop.code)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    told = (*TOLD, EXIT_FAILURE) if arguments[1:2] == ["doctor"] else TOLD
-    if status == 0 or status in told:
-        Report(os.getpid(), status, is_early and status == EXIT_STOPPED).write(path)
-        return 0
-    return status
-
-
-def _run(arguments: list[str]) -> int:
-    sys.argv = list(arguments)
-    try:
+        sys.argv = list(arguments)
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        status = EXIT_OK
     except SystemExit as stop:
-        return _number(stop.code)
-    return 0
+        status = _exit_status(stop.code)
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        Report(os.getpid(), status, is_early and status == EXIT_STOPPED).write(path)
+    is_finding = status == EXIT_FAILURE and arguments[1:2] == ["doctor"]
+    return EXIT_OK if is_finding or status in (EXIT_USER, EXIT_REFUSED, EXIT_STOPPED) else status
 
 
-def _number(code: str | int | None) -> int:
-    """The status that Python would end with."""
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code
-    print(code, file=sys.stderr)
-    return 1
+def _exit_status(code: str | int | None) -> int:
+    """Return the status with which Python ends on `SystemExit(code)`."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        return EXIT_FAILURE
+    return code or EXIT_OK
 
 
 if __name__ == "__main__":

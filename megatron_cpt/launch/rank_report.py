@@ -1,4 +1,4 @@
-"""What a rank tells the launcher: a file each, in a folder of this launch."""
+"""Files by which the ranks of a node and the launcher inform each other, in a temporary folder of this launch."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_cpt.errors import EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
-
 FOLDER_VARIABLE = "MEGATRON_CPT_LAUNCH_FOLDER"
-STOPPING = "stopping"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # those of megatron_cpt.backend.signals
-TOLD = (EXIT_USER, EXIT_REFUSED, EXIT_STOPPED)
-"""Statuses that a rank tells the launcher instead of torchrun."""
+STOP_FILE = "stopping"
+"""Created by the launcher when it receives a stop signal; read by ranks that start after that."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # megatron_cpt.backend.signals, which imports torch, has the same two
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself.
+    """State of one rank.
 
     Attributes:
-        pid: of its process.
-        status: its exit status; None while it runs.
-        is_early: whether it was stopped before the command handled signals: nothing to save, and the others may wait
-            for it.
+        pid: process id.
+        status: exit status; None while the rank runs, and after a death by a signal.
+        is_early: stopped before the command installed its signal handlers. The rank had nothing to save, and other
+            ranks may wait for it.
     """
 
     pid: int
@@ -33,16 +30,16 @@ class Report:
 
     @staticmethod
     def path(folder: Path, local_rank: str) -> Path:
-        """Its file; a rank that is started again takes its predecessor's."""
+        """File of a rank; after a restart the new process overwrites it."""
         return folder / f"rank-{local_rank}.json"
 
     def write(self, path: Path) -> None:
-        """Replace the file at once: the launcher may be reading it."""
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(self)))
-        aside.replace(path)
+        """Replace the file atomically, because the launcher may be reading it."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self)))
+        temporary.replace(path)
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """Reports of the ranks of this node, as they are now."""
+    """Return the current reports of this node's ranks."""
     return [Report(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.json"))]

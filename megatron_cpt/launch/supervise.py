@@ -1,4 +1,4 @@
-"""torchrun with ranks that report to us: signals to the ranks, one status from theirs."""
+"""Run torchrun, pass stop signals to its ranks, and combine their exit statuses into one."""
 
 from __future__ import annotations
 
@@ -13,69 +13,75 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
-from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_SIGNALS, STOPPING, Report, read_reports
+from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_FILE, STOP_SIGNALS, Report, read_reports
 
 GRACE_SECONDS = 60.0
-"""How long the ranks of a node may stay behind one that cannot go on and has nothing to save."""
+"""Seconds that the ranks of a node may wait for a rank that has ended with nothing to save."""
 
 _POLL_SECONDS = 0.2
-_DEATH_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torchrun's own way of ending its ranks is right here
+_DEATH_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # passed on: torchrun ends its ranks on these
 
 
 def supervise(
     options: Sequence[str], command: Sequence[str], *, module: str = "megatron_cpt", grace: float = GRACE_SECONDS
 ) -> int:
-    """Run a command on all ranks of this node, to its end.
+    """Run a command on all ranks of this node until they end.
 
-    A stop signal goes to the ranks, which save and end; no rank is started again after it, and no time limit of ours
-    holds for a save. A rank that faults is started again by torchrun, with all others, as often as `--max-restarts`.
+    A stop signal goes to the ranks, which save and end; saving has no time limit here, and no rank is restarted after
+    it. If a rank fails, torchrun restarts all ranks, up to `--max-restarts` times.
 
     Args:
-        options: torchrun's.
-        command: what the ranks run: arguments of `module`.
-        module: run by `python -m`.
+        options: options of torchrun.
+        command: arguments of `module` on each rank.
+        module: run with `python -m` on each rank.
         grace: see `GRACE_SECONDS`.
 
     Returns:
-        The status of the ranks of this node: 2 or 3 if one ended so; 75 if they were stopped; 0; else 1.
+        The combined status of this node's ranks, see `combine`.
     """
     with tempfile.TemporaryDirectory(prefix="megatron-cpt-launch-") as name:
         folder = Path(name)
-        # torchrun inherits the blocked signals and never hears them: SLURM sends them to every process of a step.
+        # torchrun inherits the blocked signals and ignores them: SLURM signals every process of a job step.
         earlier = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             agent = _start(folder, options, [module, *command])
             with _forward_signals(folder, agent):
                 signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-                is_cut_off = _wait(folder, agent, grace)
+                is_failure = _wait(folder, agent, grace)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
         reports = read_reports(folder)
         if agent.returncode == EXIT_USER and not reports:
-            return EXIT_USER  # torchrun's own complaint about its options
-        return combine([report.status for report in reports], is_valid=agent.returncode == 0 or is_cut_off)
+            return EXIT_USER  # torchrun rejected its options
+        return combine(reports, is_failure=is_failure, is_stop_requested=(folder / STOP_FILE).exists())
 
 
-def combine(statuses: Sequence[int | None], *, is_valid: bool) -> int:
-    """One status for a node.
+def combine(reports: Sequence[Report], *, is_failure: bool, is_stop_requested: bool) -> int:
+    """Return one exit status for a node: 2 or 3 if a rank reported it, else 1 for a failure, else 75 or 0.
 
     Args:
-        statuses: that its ranks reported.
-        is_valid: whether torchrun saw no fault in the last attempt.
+        reports: last report of each rank.
+        is_failure: torchrun saw a rank fail in its last attempt.
+        is_stop_requested: the launcher received a stop signal. Without it, a rank that was stopped before training
+            was ended because another rank failed.
     """
-    for told in (EXIT_USER, EXIT_REFUSED, EXIT_FAILURE):
-        if told in statuses:
-            return told
-    if not is_valid:
+    statuses = {report.status for report in reports}
+    for status in (EXIT_USER, EXIT_REFUSED):
+        if status in statuses:
+            return status
+    if is_failure or statuses - {None, EXIT_OK, EXIT_STOPPED}:
+        return EXIT_FAILURE
+    if any(report.is_early for report in reports) and not is_stop_requested:
         return EXIT_FAILURE
     return EXIT_STOPPED if EXIT_STOPPED in statuses else EXIT_OK
 
 
 def _start(folder: Path, options: Sequence[str], command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start torchrun."""
     environment = {
-        "OMP_NUM_THREADS": "1",  # torchrun's own choice, without its warning
+        "OMP_NUM_THREADS": "1",  # torchrun's default, without its warning
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
         **os.environ,
         FOLDER_VARIABLE: str(folder),
@@ -87,8 +93,9 @@ def _start(folder: Path, options: Sequence[str], command: Sequence[str]) -> subp
 @contextlib.contextmanager
 def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
-        (folder / STOPPING).touch()  # for ranks that have not begun to listen; the others get the signal
-        print(f"launch: {signal.Signals(number).name}: the ranks save and end", file=sys.stderr, flush=True)
+        (folder / STOP_FILE).touch()  # for ranks that do not handle signals yet
+        message = f"launch: received {signal.Signals(number).name}; the ranks save a checkpoint and end"
+        print(message, file=sys.stderr, flush=True)
         for report in read_reports(folder):
             if report.status is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -107,31 +114,47 @@ def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[N
 
 
 def _wait(folder: Path, agent: subprocess.Popen[bytes], grace: float) -> bool:
-    """Wait for torchrun's end; whether we had to end it, for a rank that others wait for in vain."""
+    """Wait for torchrun; end it if its ranks wait in vain for a rank that has ended.
+
+    Returns:
+        True if a rank failed.
+    """
     deadline: float | None = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            agent.wait(_POLL_SECONDS)
-            return False
-        reports = read_reports(folder)
-        if not any(map(_is_final, reports)):
+            return agent.wait(_POLL_SECONDS) != 0
+        # An early end without a stop request is torchrun's reaction to a failure: it restarts the ranks, or ends soon.
+        is_stop_requested = (folder / STOP_FILE).exists()
+        is_final = any(
+            report.status in (EXIT_USER, EXIT_REFUSED) or (report.is_early and is_stop_requested)
+            for report in read_reports(folder)
+        )
+        if not is_final:
             deadline = None
         elif deadline is None:
             deadline = time.monotonic() + grace
         elif time.monotonic() > deadline:
-            _kill(agent, reports)
-            return True
+            return _kill(folder, agent)
 
 
-def _is_final(report: Report) -> bool:
-    return report.is_early or report.status in (EXIT_USER, EXIT_REFUSED)
+def _kill(folder: Path, agent: subprocess.Popen[bytes]) -> bool:
+    """Kill torchrun and the ranks that still run.
 
-
-def _kill(agent: subprocess.Popen[bytes], reports: Sequence[Report]) -> None:
-    left = [report for report in reports if report.status is None]
-    print(f"launch: {len(left)} ranks wait for one that has ended; ending them", file=sys.stderr, flush=True)
-    agent.kill()  # first, or it would start them again
+    Returns:
+        True if a rank had failed and torchrun had not noticed yet.
+    """
+    agent.send_signal(signal.SIGSTOP)  # from here on it neither starts ranks nor collects dead ones
+    os.waitid(os.P_PID, agent.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    if agent.poll() is not None:
+        return agent.returncode != 0
+    children = psutil.Process(agent.pid).children()
+    running = [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    # a rank that was killed (out of memory, a crash in CUDA) had no time to report a status
+    has_died = any(report.status is None and report.pid not in running for report in read_reports(folder))
+    print(f"launch: {len(running)} ranks wait for a rank that has ended; killing them", file=sys.stderr, flush=True)
+    agent.kill()
     agent.wait()
-    for report in left:
+    for pid in running:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(report.pid, signal.SIGKILL)  # torchrun gives each rank a session of its own
+            os.killpg(pid, signal.SIGKILL)  # torchrun starts each rank in a session of its own
+    return has_died

@@ -1,35 +1,36 @@
-"""The launcher with real torchrun agents and ranks that do as they are told: statuses, restarts, signals."""
+"""The launcher with real torchrun agents and stand-in ranks: statuses, restarts, signals."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.runs import small_run
 from tests.helpers.slurm import free_port
 
+_PATIENCE = 600  # seconds; only a hang takes so long, on however busy a machine
+
 LAUNCH = """
 import sys
 from megatron_cpt.launch import supervise
-options, told = sys.argv[2:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]
-sys.exit(supervise(["--standalone", "--nproc-per-node", "2", *options], [sys.argv[1], *told],
+options, behaviors = sys.argv[2:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]
+sys.exit(supervise(["--standalone", "--nproc-per-node", "2", *options], [sys.argv[1], *behaviors],
                    module="tests.helpers.stand_in_rank", grace=1.0))
 """
-
 
 LAUNCHER = [sys.executable, "-m", "megatron_cpt", "launch"]
 
 
-def _start(folder: Path, *told: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def _start(folder: Path, *behaviors: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(folder), *options, "--", *told],
+        [sys.executable, "-c", LAUNCH, str(folder), *options, "--", *behaviors],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -37,7 +38,7 @@ def _start(folder: Path, *told: str, options: tuple[str, ...] = ()) -> subproces
 
 
 def _wait_for_ranks(folder: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + _PATIENCE
     while len(list(folder.glob("started-*"))) < 2:
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
@@ -45,14 +46,14 @@ def _wait_for_ranks(folder: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "status"),
+    ("behaviors", "status"),
     [(("0:75", "1:75"), 75), (("0:75", "1:0"), 75), (("0:3", "1:3"), 3)],
 )
 def test_the_status_of_the_ranks_gets_through_and_nothing_is_started_again(
-    tmp_path: Path, told: tuple[str, ...], status: int
+    tmp_path: Path, behaviors: tuple[str, ...], status: int
 ) -> None:
-    process = _start(tmp_path, *told, options=("--max-restarts", "2"))
-    out, err = process.communicate(timeout=90)
+    process = _start(tmp_path, *behaviors, options=("--max-restarts", "2"))
+    out, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == status, err
     assert out.count("in attempt 0") == 2
     assert "attempt 1" not in out
@@ -60,50 +61,65 @@ def test_the_status_of_the_ranks_gets_through_and_nothing_is_started_again(
 
 def test_a_fault_is_started_again_and_the_last_attempt_counts(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:0", "1:fault", options=("--max-restarts", "1"))
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 0, err
     assert "rank 1 of 2 in attempt 1" in out
 
 
 def test_a_fault_without_restarts_is_1(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:0", "1:fault")
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 1
     assert "exitcode  : 9" in err
 
 
 def test_ranks_that_wait_for_a_mistaken_one_are_ended(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:2", "1:wait", options=("--max-restarts", "3"))
-    _, err = process.communicate(timeout=45)
+    _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 2
-    assert "1 ranks wait for one that has ended" in err
+    assert "1 ranks wait for a rank that has ended" in err
 
 
 def test_a_stop_signal_to_every_process_of_the_step_lets_the_ranks_save(tmp_path: Path) -> None:
     number = signal.SIGUSR1
     process = _start(tmp_path, "0:stop", "1:stop", options=("--max-restarts", "3"))
     _wait_for_ranks(tmp_path, process)
-    agent = _child(process.pid)
-    os.kill(agent, number)  # as SLURM does; torchrun alone would end its ranks, or itself
+    (agent,) = psutil.Process(process.pid).children()
+    agent.send_signal(number)  # as SLURM does; torchrun alone would end its ranks, or itself
     process.send_signal(number)
-    out, err = process.communicate(timeout=45)
+    out, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 75, err
     assert "in attempt 1" not in out
-    assert f"launch: {number.name}" in err
+    assert f"launch: received {number.name}" in err
 
 
 def test_a_signal_before_the_ranks_listen_ends_them_with_75(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:wait", "1:wait")
     _wait_for_ranks(tmp_path, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=45)
+    _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 75, err
 
 
-def _child(pid: int) -> int:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    assert len(children) == 1
-    return int(children[0])
+def test_a_rank_that_torchrun_ends_after_a_failure_is_not_a_requested_stop(tmp_path: Path) -> None:
+    # Rank 0 is still starting when rank 1 fails; rank 2 keeps torchrun waiting for longer than the grace period.
+    process = _start(tmp_path, "0:wait", "1:fault", "2:linger", options=("--nproc-per-node", "3"))
+    _, err = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 1, err
+    assert "ranks wait for" not in err
+
+
+def test_a_rank_that_was_killed_is_a_failure_even_if_torchrun_has_not_noticed(tmp_path: Path) -> None:
+    process = _start(tmp_path, "0:wait", "1:wait")
+    _wait_for_ranks(tmp_path, process)
+    (agent,) = psutil.Process(process.pid).children()
+    ranks = {child.environ().get("RANK"): child for child in agent.children()}
+    agent.suspend()
+    ranks["1"].kill()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 1, err
+    assert "0 ranks wait for a rank that has ended" in err
 
 
 def test_doctor_on_two_nodes_compares_them(tmp_path: Path) -> None:
@@ -139,7 +155,7 @@ def test_doctor_on_two_nodes_compares_them(tmp_path: Path) -> None:
         )
         for number, name in ((1, "small"), (0, "other"))
     ]
-    reports = [agent.communicate(timeout=120)[0] for agent in agents]
+    reports = [agent.communicate(timeout=_PATIENCE)[0] for agent in agents]
     found = json.loads(max(reports, key=len))  # of the rank 0, which need not be on the first node
     assert sorted(map(len, reports))[0] == 0
     assert len(found["nodes"]) == 2

@@ -9,16 +9,33 @@ from megatron_cpt.backend.signals import STOP_SIGNALS
 from megatron_cpt.cli import main
 from megatron_cpt.errors import UserError
 from megatron_cpt.launch import check_options, rank_report, with_defaults
+from megatron_cpt.launch.rank_report import Report
 from megatron_cpt.launch.supervise import combine
 
 
-def test_one_status_for_a_node() -> None:
-    assert combine([0, 0], is_valid=True) == 0
-    assert combine([0, 75], is_valid=True) == 75
-    assert combine([75, None], is_valid=False) == 1
-    assert combine([None, 3], is_valid=False) == 3
-    assert combine([3, 2], is_valid=True) == 2
-    assert combine([1, 0], is_valid=True) == 1
+@pytest.mark.parametrize(
+    ("statuses", "is_failure", "combined"),
+    [
+        ([0, 0], False, 0),
+        ([0, 75], False, 75),
+        ([75, None], True, 1),
+        ([75, 9], False, 1),
+        ([None, 3], True, 3),
+        ([3, 2], False, 2),
+        ([1, 0], False, 1),
+    ],
+)
+def test_one_status_for_a_node(statuses: list[int | None], is_failure: bool, combined: int) -> None:
+    reports = [Report(pid, status) for pid, status in enumerate(statuses, start=1)]
+    for is_stop_requested in (False, True):  # a run also stops for max_wall_time, or for a signal to another node
+        assert combine(reports, is_failure=is_failure, is_stop_requested=is_stop_requested) == combined
+
+
+def test_a_stop_before_training_counts_only_if_the_launcher_was_asked() -> None:
+    reports = [Report(1, 75, is_early=True), Report(2)]
+    assert combine(reports, is_failure=False, is_stop_requested=True) == 75
+    assert combine(reports, is_failure=False, is_stop_requested=False) == 1
+    assert combine(reports, is_failure=True, is_stop_requested=True) == 1
 
 
 def test_one_node_needs_no_port_of_its_own() -> None:
