@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_cpt" / "__init__.py").read_text())
 
-# `pip install .` is enough to plan a run and to check, inspect and trace its data: no torch, seconds instead of minutes.
+# `pip install .` is enough to plan a run and to check, inspect and trace its data; it takes seconds, without torch.
 # megatron_cpt/cli/missing_package.py names the extra that a command lacks.
 DATA = ["sentencepiece>=0.2", "tokenizers>=0.20", "zstandard>=0.22", "pyarrow>=15"]
 PLOT = ["matplotlib>=3.8"]

@@ -1,4 +1,4 @@
-"""`python -m megatron_cpt` is `megatron-cpt`."""
+"""Run the command line with `python -m megatron_cpt`."""
 
 import sys
 

@@ -1,7 +1,15 @@
-"""Errors that end a command, each with the exit status the contract gives it.
+"""Errors with an exit status, and the exit statuses of all commands.
 
-Anything a person can put right is a `UserError` or a `RefusedError`: the command line prints its message and nothing
-else. Every other exception is a defect of ours and keeps its traceback (exit status 1).
+| status | exception | meaning |
+| --- | --- | --- |
+| 0 | | done |
+| 1 | `CptError`, any other | a failure; an unexpected exception keeps its traceback |
+| 2 | `UserError` | the user's mistake; nothing was written |
+| 3 | `RefusedError` | a corrupt or unsuitable checkpoint or dataset |
+| 75 | | stopped after a checkpoint was saved; start the command again to resume |
+
+For a `CptError` the command line prints only the message. The message names the field or file and its value, and says
+what to do: `batch.global: 8 is not a multiple of ...; choose 9`.
 """
 
 from __future__ import annotations
@@ -12,32 +20,33 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER = 2
 EXIT_REFUSED = 3
-EXIT_STOPPED = 75  # EX_TEMPFAIL: a checkpoint was saved, a scheduler may requeue
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h; a scheduler may requeue the job
 
 
 class CptError(Exception):
-    """Base of all errors with a defined exit status."""
+    """Base class of errors that end a command with a message instead of a traceback."""
 
     exit_status = EXIT_FAILURE
 
 
 class UserError(CptError):
-    """The user's mistake: one clear message, nothing written (exit status 2)."""
+    """Mistake in the arguments or in run.yaml, found before anything was written."""
 
     exit_status = EXIT_USER
 
 
 class RefusedError(CptError):
-    """A checkpoint or a data set that must not be used as it is (exit status 3)."""
+    """Checkpoint or dataset that is corrupt or does not fit the run."""
 
     exit_status = EXIT_REFUSED
 
 
 class ConfigError(UserError):
-    """Every problem of a configuration at once.
+    """All problems of a configuration in one error.
 
     Attributes:
-        problems: one line each: the key, its value, and the way out.
+        where: path of the file.
+        problems: one line per problem: the key, its value, and what to do.
     """
 
     def __init__(self, where: str, problems: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from megatron_cpt.cli.missing_package import require_module
 from megatron_cpt.errors import UserError
 
 COMMANDS = ("train", "doctor")
@@ -31,6 +32,7 @@ def launch(
     RUN.yaml`. SIGTERM and SIGUSR1 reach the ranks, which save and end; faults are restarted, mistakes are not. Exit
     status: the ranks' own: 0, 75 (stopped after saving: start it again), 2, 3, else 1.
     """
+    require_module("torch")  # before torchrun, which would fail in a process of its own
     from megatron_cpt.launch import check_options, supervise, with_defaults
 
     at = words.index("--") if "--" in words else len(words)

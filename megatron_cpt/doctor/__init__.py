@@ -1,4 +1,4 @@
-"""Is a node fit for a run? Each check looks at facts and says what it found, what that costs, and the way out."""
+"""Checks of a node before a run. Each one reports the facts, the cost of a problem, and how to fix it."""
 
 from megatron_cpt.doctor.diagnosis import Diagnosis, Level
 from megatron_cpt.doctor.run_checks import Examination, examine

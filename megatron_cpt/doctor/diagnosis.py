@@ -1,4 +1,4 @@
-"""What a check found, and how it is shown."""
+"""Result of one check."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 
 
 class Level(enum.StrEnum):
-    """How bad it is."""
+    """Severity of a finding."""
 
     OK = "ok"
     NOTE = "note"
-    """Costs speed, or a feature."""
+    """The run is slower, or a feature is missing."""
     WARNING = "warning"
-    """Will end or spoil runs sooner or later."""
+    """The run may fail, or give wrong results."""
     BLOCKS = "blocks"
-    """No run can start."""
+    """The run cannot start."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One line of an examination.
+    """Result of one check. The field names are the keys of `doctor --json`.
 
     Attributes:
-        check: what was looked at.
-        level: how bad it is.
-        found: the facts.
-        cost: what it costs; empty where nothing is wrong.
-        way_out: what to do about it.
+        check: name of the check, such as `open files`.
+        level: severity.
+        found: the facts, such as `1,024`.
+        cost: effect on a run; empty if there is no problem.
+        way_out: how to fix the problem.
     """
 
     check: str
@@ -38,5 +38,5 @@ class Diagnosis:
 
 
 def passed(check: str, found: str) -> Diagnosis:
-    """Nothing is wrong."""
+    """Return a finding without a problem."""
     return Diagnosis(check, Level.OK, found)

@@ -1,4 +1,4 @@
-"""What a run reads and writes: its data, its output, the space and the speed of that disk."""
+"""Checks of a run's data, and of the space and speed of the disk under its output folder."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 _GB = 1e9
 _TEST_BYTES = 256 * 2**20
 _CHUNK = 8 * 2**20
-_OPTIMIZER_BYTES = 12  # a parameter's fp32 copy and Adam's two moments
-_SIGNAL_SECONDS = 600  # before the time limit, in examples/nemotron4_15b/train.sbatch; half of it should do
+_OPTIMIZER_BYTES = 12  # per parameter: fp32 copy and the two moments of Adam
+_SIGNAL_SECONDS = 600  # signal before the time limit in examples/nemotron4_15b/train.sbatch; a save may take half of it
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder that was tried.
+    """Measured space and speed under a folder.
 
     Attributes:
         free: bytes.
-        write, read: bytes/s of one process; writing to the end of fsync. Reading may come from memory.
-        problem: why it cannot be written.
+        write: bytes per second of one process, including fsync.
+        read: bytes per second of one process; the page cache may make it too high.
+        problem: reason why the folder cannot be written, or None.
     """
 
     free: int
@@ -42,31 +43,33 @@ class Disk:
 
 
 def read_run(path: str, overrides: Sequence[str]) -> tuple[PreparedRun | None, Diagnosis]:
-    """A run.yaml with its data; None, and what is wrong, where it could not start."""
+    """Prepare a run; return None instead of the run if it could not start, and the finding."""
     from megatron_cpt.prepare import prepare_run
 
     try:
         prepared = prepare_run(path, overrides, need_files=True, num_gpus=None)
     except CptError as error:
         return None, Diagnosis(
-            "run", Level.BLOCKS, str(error), "it would end with this message", "correct it; see above"
+            "run", Level.BLOCKS, str(error), "`train` ends with this message", "correct run.yaml or the files it names"
         )
     sources = len(prepared.prefixes)
     tokens = sum(prepared.source_tokens.values())
-    return prepared, passed("run", f"{prepared.config.name}: {sources} sources, {tokens / 1e9:.4g}B tokens, all here")
+    return prepared, passed(
+        "run", f"{prepared.config.name}: {sources} sources, {tokens / 1e9:.4g}B tokens; all files found"
+    )
 
 
 def checkpoint_bytes(prepared: PreparedRun) -> int:
-    """Size of one checkpoint: weights as they train, and the optimizer in fp32."""
+    """Return the size of one checkpoint: weights in the training precision, optimizer state in fp32."""
     weight = 4 if prepared.config.precision.compute == "fp32" else 2
     return prepared.plan.parameters.total * (weight + _OPTIMIZER_BYTES)
 
 
 def try_disk(folder: Path, size: int = _TEST_BYTES) -> Disk:
-    """Write a file, flush it to the disk, and read it again; it is gone afterwards.
+    """Measure a disk by writing a file with fsync and reading it; the file is deleted.
 
     Args:
-        folder: or the nearest one above it that is there.
+        folder: if it does not exist, the nearest existing parent is measured.
         size: bytes to write.
     """
     while not folder.exists() and folder != folder.parent:
@@ -74,7 +77,7 @@ def try_disk(folder: Path, size: int = _TEST_BYTES) -> Disk:
     path = folder / f".megatron-cpt-doctor-{uuid.uuid4().hex}"
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
-        return Disk(free, problem=f"{folder}: {free / _GB:.3g} GB free, too little to try")
+        return Disk(free, problem=f"{folder}: {free / _GB:.3g} GB free, too little for a test file")
     try:
         write = _write(path, size)
         read = _read(path)
@@ -87,52 +90,54 @@ def try_disk(folder: Path, size: int = _TEST_BYTES) -> Disk:
 
 
 def check_output(folder: str, disk: Disk) -> Diagnosis:
-    """Whether the output can be written."""
+    """Check that the output folder can be written; report its speed."""
     if disk.problem is not None:
-        return Diagnosis("output", Level.BLOCKS, disk.problem, "nothing can be saved", f"make {folder} writable")
-    found = f"{folder}: writes {disk.write / _GB:.3g} GB/s with fsync, reads {disk.read / _GB:.3g} GB/s, one process"
+        return Diagnosis("output", Level.BLOCKS, disk.problem, "no checkpoint can be saved", f"make {folder} writable")
+    found = (
+        f"{folder}: writes {disk.write / _GB:.3g} GB/s with fsync, reads {disk.read / _GB:.3g} GB/s with one process"
+    )
     return passed("output", found)
 
 
 def num_checkpoints(prepared: PreparedRun) -> int:
-    """How many lie on the disk at the end of the run, beside the one that is being written."""
+    """Return the number of checkpoints on the disk at the end of the run, without one being written."""
     settings, steps = prepared.config.checkpoint, prepared.plan.steps
     saved = 1 + (steps - 1) // settings.every if settings.every else 1
-    for_ever = steps // settings.keep_every if settings.keep_every else 0
-    return saved if settings.keep is None else min(saved, settings.keep + for_ever)
+    kept_forever = steps // settings.keep_every if settings.keep_every else 0
+    return saved if settings.keep is None else min(saved, settings.keep + kept_forever)
 
 
 def check_space(size: int, count: int, free: int) -> Diagnosis:
-    """Room for the checkpoints that stay, and for the one that is being written.
+    """Compare the free space with the checkpoints that are kept plus one that is being written.
 
     Args:
-        size: of one, in bytes.
-        count: that stay.
+        size: bytes per checkpoint.
+        count: number of checkpoints that are kept.
         free: bytes.
     """
     needed = size * (count + 1)
-    found = f"{free / _GB:.4g} GB free; a checkpoint takes about {size / _GB:.3g} GB, {count} of them stay"
+    found = f"{free / _GB:.4g} GB free; a checkpoint takes about {size / _GB:.3g} GB, {count} are kept"
     if free >= needed:
         return passed("space", found)
     level = Level.BLOCKS if free < 2 * size else Level.WARNING
-    cost = f"these and the one being written take {needed / _GB:.4g} GB: a save will fail"
-    return Diagnosis("space", level, found, cost, "make room, lower checkpoint.keep, or save less often")
+    cost = f"these and one being written take {needed / _GB:.4g} GB: a save will fail"
+    return Diagnosis("space", level, found, cost, "free some space, lower checkpoint.keep, or raise checkpoint.every")
 
 
 def check_save_time(size: int, disk: Disk, num_writers: int) -> Diagnosis:
-    """How long a save takes, if every rank writes as fast as this process did: shared storage may be slower."""
+    """Estimate the seconds of a save from the speed of one process; shared storage may be slower."""
     seconds = size / (disk.write * num_writers)
     found = f"about {seconds:.0f} s for {size / _GB:.3g} GB by {num_writers} ranks, if each writes as fast as this one"
     if seconds <= _SIGNAL_SECONDS / 2:
         return passed("time of a save", found)
     cost = f"a signal {_SIGNAL_SECONDS} s before the time limit may be too late"
     return Diagnosis(
-        "time of a save", Level.WARNING, found, cost, "faster storage, or an earlier signal (--signal=USR1@...)"
+        "time of a save", Level.WARNING, found, cost, "use faster storage, or an earlier signal (--signal=USR1@...)"
     )
 
 
 def _write(path: Path, size: int) -> float:
-    chunk = os.urandom(_CHUNK)  # storage that compresses must not look fast
+    chunk = os.urandom(_CHUNK)  # random bytes, because some storage compresses
     start = time.perf_counter()
     with path.open("wb") as file:
         for _ in range(size // _CHUNK):
@@ -144,7 +149,7 @@ def _write(path: Path, size: int) -> float:
 
 def _read(path: Path) -> float:
     with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, where the kernel agrees
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # drop the page cache, so that the disk is read
         start = time.perf_counter()
         while file.read(_CHUNK):
             pass

@@ -1,4 +1,4 @@
-"""The node itself: limits, shared memory, names, network cards, the rendezvous port."""
+"""Checks of a node: limits, shared memory, host name, network cards, the rendezvous port."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 
 _GIB = 2**30
-_MIN_FILES = 65536  # two a data file (.bin, .idx), a socket a peer, in every rank
-_MIN_SHM = 4 * _GIB  # what NCCL and a loader's processes share; a container has 64 MiB where nothing is said
+_MIN_FILES = 65536  # each rank opens two files per dataset (.bin, .idx) and one socket per peer
+_MIN_SHM = 4 * _GIB  # shared by NCCL and data loader processes; Docker's default is 64 MiB
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True)
 class Port:
-    """A port of a network card.
+    """Port of a network card.
 
     Attributes:
-        card: `mlx5_0`.
-        state: `ACTIVE`, `DOWN`, ...
-        rate: `400 Gb/sec (4X NDR)`.
+        card: such as `mlx5_0`.
+        state: such as `ACTIVE` or `DOWN`.
+        rate: such as `400 Gb/sec (4X NDR)`.
         kind: `InfiniBand` or `Ethernet` (RoCE).
     """
 
@@ -35,7 +35,7 @@ class Port:
 
 
 def read_ports(folder: Path = _INFINIBAND) -> tuple[Port, ...]:
-    """Ports that can do RDMA, by the kernel's own list."""
+    """List the ports that support RDMA, as the kernel reports them."""
     found = []
     for port in sorted(folder.glob("*/ports/*")):
         state, rate, kind = ((port / name).read_text().strip() for name in ("state", "rate", "link_layer"))
@@ -44,40 +44,38 @@ def read_ports(folder: Path = _INFINIBAND) -> tuple[Port, ...]:
 
 
 def check_ports(ports: Sequence[Port], *, num_nodes: int) -> Diagnosis:
-    """Cards for traffic between nodes; only a run on several nodes needs them."""
+    """Check the network cards; only a run on several nodes needs them."""
     name = "InfiniBand"
     if not ports:
         if num_nodes == 1:
             return passed(name, "none, not needed on one node")
-        cost = "gradients and pipeline stages go over TCP: many times slower"
-        return Diagnosis(name, Level.WARNING, "none", cost, "in a container, give it /dev/infiniband")
+        cost = "traffic between nodes uses TCP: many times slower"
+        return Diagnosis(name, Level.WARNING, "none", cost, "in a container, pass /dev/infiniband to it")
     down = [port.card for port in ports if port.state != "ACTIVE"]
     rates = sorted({port.rate for port in ports if port.state == "ACTIVE"})
     found = f"{len(ports) - len(down)} of {len(ports)} ports active, {', '.join(rates) or 'no rate'}"
     if down and num_nodes > 1:
-        cost = f"down: {', '.join(down)}; each carries its GPU's share of the traffic"
-        return Diagnosis(
-            name, Level.WARNING, found, cost, "have the links seen to, or leave the cards out by NCCL_IB_HCA"
-        )
+        cost = f"down: {', '.join(down)}; the GPUs of these cards lose bandwidth"
+        return Diagnosis(name, Level.WARNING, found, cost, "repair the links, or exclude the cards with NCCL_IB_HCA")
     return passed(name, found)
 
 
 def read_limit(number: int) -> int | None:
-    """A limit of this process; None: unlimited."""
+    """Return a soft limit of this process; None: unlimited."""
     soft, _ = resource.getrlimit(number)
     return None if soft == resource.RLIM_INFINITY else soft
 
 
 def check_open_files(limit: int | None) -> Diagnosis:
-    """Every rank opens all data files, and a socket to many peers."""
+    """Check the limit of open files."""
     if limit is not None and limit < _MIN_FILES:
-        cost = "a run of many data files, or on many nodes, ends with 'Too many open files'"
+        cost = "a run with many data files or nodes fails with 'Too many open files'"
         return Diagnosis("open files", Level.WARNING, f"{limit:,}", cost, f"ulimit -n {_MIN_FILES}")
     return passed("open files", "unlimited" if limit is None else f"{limit:,}")
 
 
 def check_locked_memory(limit: int | None, *, has_infiniband: bool) -> Diagnosis:
-    """Memory that a card reads and writes by itself must be locked."""
+    """Check the limit of locked memory: InfiniBand cards access only locked memory."""
     found = "unlimited" if limit is None else f"{limit / _GIB:.3g} GiB"
     if limit is None or not has_infiniband:
         return passed("locked memory", found)
@@ -87,21 +85,21 @@ def check_locked_memory(limit: int | None, *, has_infiniband: bool) -> Diagnosis
 
 
 def check_shared_memory(size: int | None) -> Diagnosis:
-    """Size of /dev/shm in bytes; None: there is none."""
+    """Check the size of /dev/shm in bytes; None: /dev/shm does not exist."""
     if size is not None and size >= _MIN_SHM:
         return passed("shared memory", f"{size / _GIB:.3g} GiB")
     found = "no /dev/shm" if size is None else f"{size / _GIB:.3g} GiB"
-    cost = "NCCL ends with a bus error where GPUs of a node talk through it"
+    cost = "NCCL crashes with a bus error if the GPUs of a node use it to communicate"
     return Diagnosis("shared memory", Level.WARNING, found, cost, "Docker: --shm-size 16g, or --ipc host")
 
 
 def read_shared_memory() -> int | None:
-    """Size of /dev/shm in bytes."""
+    """Return the size of /dev/shm in bytes."""
     return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
 
 
 def resolve(name: str) -> str | None:
-    """The address of a host; None: it has none here."""
+    """Return the IP address of a host; None if the name cannot be resolved."""
     try:
         return str(socket.getaddrinfo(name, None)[0][4][0])
     except OSError:
@@ -109,19 +107,19 @@ def resolve(name: str) -> str | None:
 
 
 def check_name(name: str, address: str | None, *, num_nodes: int) -> Diagnosis:
-    """Whether this host's own name means this host to itself, and to the others."""
+    """Check that this host's name resolves to an address that other nodes can use."""
     if address is None:
-        cost = "torchrun and gloo look it up; they fail, or wait"
-        return Diagnosis("host name", Level.BLOCKS, f"{name} has no address", cost, "enter it in DNS or /etc/hosts")
+        cost = "torchrun and gloo resolve the name; they fail or time out"
+        return Diagnosis("host name", Level.BLOCKS, f"{name} has no address", cost, "add it to DNS or /etc/hosts")
     if address.startswith("127.") and num_nodes > 1:
-        cost = "this node tells the others an address that is theirs"
-        way_out = "correct /etc/hosts, or name the interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+        cost = "other nodes would connect to themselves"
+        way_out = "correct /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface"
         return Diagnosis("host name", Level.WARNING, f"{name} is {address}", cost, way_out)
     return passed("host name", f"{name} is {address}")
 
 
 def is_port_free(port: int) -> bool:
-    """Whether a server could take a TCP port here."""
+    """Return True if a server could listen on a TCP port."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -132,8 +130,14 @@ def is_port_free(port: int) -> bool:
 
 
 def check_port(port: int, *, is_free: bool) -> Diagnosis:
-    """The port of the rendezvous, on the node that shall hold it."""
+    """Check the rendezvous port on the node that holds it."""
     if is_free:
         return passed("rendezvous port", f"{port} is free")
-    cost = "a run that meets there would meet somebody else's"
-    return Diagnosis("rendezvous port", Level.WARNING, f"{port} is taken", cost, "another PORT, or end what holds it")
+    cost = "the ranks would connect to another job"
+    return Diagnosis(
+        "rendezvous port",
+        Level.WARNING,
+        f"{port} is taken",
+        cost,
+        "choose another port, or stop the process that uses it",
+    )

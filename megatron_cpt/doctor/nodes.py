@@ -1,4 +1,4 @@
-"""Several nodes of one run: do they have the same programs, the same run, the same data, the same time?"""
+"""Comparison of the nodes of one run: software, GPUs, run.yaml, data, clocks."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ from megatron_cpt.doctor.software import Software
 if TYPE_CHECKING:
     from megatron_cpt.prepare import PreparedRun
 
-_MAX_SKEW = 2.0  # seconds; what is measured holds the way of one message, too
+_MAX_SKEW = 2.0  # seconds; the measured skew includes the latency of one message
 
 
 @dataclass(frozen=True)
 class Node:
-    """What nodes are compared by.
+    """Facts in which the nodes of a run should agree.
 
     Attributes:
-        host: its name.
-        software: its programs.
-        gpus: their kinds.
-        run: hashes of the run.yaml with its overrides, and of each source's files; None without a run.
-        clock: its time, in seconds, when all were asked at once.
+        gpus: name of each GPU.
+        run: (name, hash) of run.yaml with its overrides and of each source's files; None without a run.
+        clock: seconds since the epoch, read on all nodes at the same moment.
     """
 
     host: str
@@ -42,7 +40,7 @@ class Node:
 
 
 def run_hashes(prepared: PreparedRun) -> tuple[tuple[str, str], ...]:
-    """See `Node.run`."""
+    """Return the value of `Node.run`."""
     from megatron_cpt.data import IndexedDataset
     from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 
@@ -55,8 +53,8 @@ def run_hashes(prepared: PreparedRun) -> tuple[tuple[str, str], ...]:
 
 
 @contextmanager
-def meeting(timeout: float = 300.0) -> Iterator[int]:
-    """The launcher's ranks come together over gloo; yields their number, 1 without a launcher."""
+def connect_ranks(timeout: float = 300.0) -> Iterator[int]:
+    """Open a gloo process group of the launcher's ranks; yield their number, 1 without a launcher."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield 1
@@ -70,33 +68,34 @@ def meeting(timeout: float = 300.0) -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def gather(value: Any) -> list[Any]:
-    """Everybody's value, by rank; a collective call."""
+def gather(value: Any, num_ranks: int) -> list[Any]:
+    """Return the value of each rank; a collective call. One rank needs no torch."""
+    if num_ranks == 1:
+        return [value]
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values: list[Any] = [None] * num_ranks
     dist.all_gather_object(values, value)
     return values
 
 
-def clocks() -> list[float]:
-    """Everybody's time, taken at once as near as a barrier allows; a collective call."""
-    import torch.distributed as dist
+def read_clocks(num_ranks: int) -> list[float]:
+    """Return the time of each rank, read right after a barrier; a collective call."""
+    if num_ranks > 1:
+        import torch.distributed as dist
 
-    dist.barrier()
-    return [float(clock) for clock in gather(time.time())]
+        dist.barrier()
+    return [float(clock) for clock in gather(time.time(), num_ranks)]
 
 
 def check_alike(nodes: Sequence[Node]) -> list[Diagnosis]:
-    """Whether nodes differ in what must be the same."""
+    """Compare the nodes; one node gives no findings."""
     if len(nodes) < 2:
         return []
-    return [_software(nodes), _gpus(nodes), _run(nodes), _time(nodes)]
+    return [_compare_software(nodes), _compare_gpus(nodes), _compare_runs(nodes), _compare_clocks(nodes)]
 
 
-def _software(nodes: Sequence[Node]) -> Diagnosis:
+def _compare_software(nodes: Sequence[Node]) -> Diagnosis:
     first = asdict(nodes[0].software)
     differing = [
         f"{node.host}: {name} {value} instead of {first[name]}"
@@ -105,26 +104,26 @@ def _software(nodes: Sequence[Node]) -> Diagnosis:
         if value != first[name]
     ]
     if differing:
-        cost = "ranks may disagree on numbers, on messages and on what a checkpoint is"
+        cost = "ranks may compute different numbers, and collectives or checkpoints may be incompatible"
         return Diagnosis(
-            "same programs", Level.BLOCKS, "; ".join(differing), cost, "one container, or one environment, for all"
+            "same programs", Level.BLOCKS, "; ".join(differing), cost, "use one container or environment on all nodes"
         )
     return passed("same programs", f"on {len(nodes)} nodes")
 
 
-def _gpus(nodes: Sequence[Node]) -> Diagnosis:
+def _compare_gpus(nodes: Sequence[Node]) -> Diagnosis:
     differing = [
         f"{node.host}: {_kinds(node)} instead of {_kinds(nodes[0])}" for node in nodes if node.gpus != nodes[0].gpus
     ]
     if differing:
-        cost = "all wait for the slowest, and the smallest memory counts"
+        cost = "every rank waits for the slowest GPU, and the smallest memory limits all"
         return Diagnosis(
-            "same GPUs", Level.WARNING, "; ".join(differing), cost, "ask the scheduler for one kind (--constraint)"
+            "same GPUs", Level.WARNING, "; ".join(differing), cost, "request one kind from the scheduler (--constraint)"
         )
     return passed("same GPUs", _kinds(nodes[0]))
 
 
-def _run(nodes: Sequence[Node]) -> Diagnosis:
+def _compare_runs(nodes: Sequence[Node]) -> Diagnosis:
     if any(node.run is None for node in nodes):
         return Diagnosis("same run", Level.NOTE, "not compared: no run.yaml was given, or it has problems")
     first = dict(nodes[0].run or ())
@@ -135,20 +134,20 @@ def _run(nodes: Sequence[Node]) -> Diagnosis:
         if first.get(name) != value
     ]
     if differing:
-        cost = f"other than on {nodes[0].host}: ranks would read other text, or train another model"
+        cost = f"differs from {nodes[0].host}: ranks would read different text or train different models"
         return Diagnosis(
-            "same run", Level.BLOCKS, "; ".join(differing), cost, "put run.yaml and data where all nodes see them"
+            "same run", Level.BLOCKS, "; ".join(differing), cost, "put run.yaml and the data on shared storage"
         )
     return passed("same run", f"run.yaml and {len(first) - 1} sources, by hash")
 
 
-def _time(nodes: Sequence[Node]) -> Diagnosis:
+def _compare_clocks(nodes: Sequence[Node]) -> Diagnosis:
     earliest, latest = (pick(nodes, key=lambda node: node.clock) for pick in (min, max))
     skew = latest.clock - earliest.clock
     if skew > _MAX_SKEW:
         found = f"{latest.host} is {skew:.1f} s ahead of {earliest.host}"
-        cost = "logs cannot be put in order, and shared storage may take new files for old ones"
-        return Diagnosis("same time", Level.WARNING, found, cost, "start chrony or ntpd there")
+        cost = "log lines cannot be ordered, and file times on shared storage are wrong"
+        return Diagnosis("same time", Level.WARNING, found, cost, "start chrony or ntpd on these nodes")
     return passed("same time", f"within {skew:.2g} s")
 
 

@@ -1,4 +1,4 @@
-"""All checks of a node, and of all nodes where a launcher started more than one."""
+"""Run all checks of a node, and compare the nodes that a launcher started."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 
 @dataclass(frozen=True)
 class Examination:
-    """Findings of every node, by host, and of all together.
+    """Findings of all nodes.
 
     Attributes:
-        by_host: in the order of the nodes.
-        together: what the nodes were compared by; empty for one node.
+        by_host: findings per host, in the order of the nodes.
+        together: findings of the comparison of the nodes; empty for one node.
     """
 
     by_host: dict[str, list[Diagnosis]]
@@ -31,22 +31,22 @@ class Examination:
 
     @property
     def blocks(self) -> bool:
-        """Whether something keeps a run from starting."""
+        """True if a finding keeps a run from starting."""
         return any(finding.level is Level.BLOCKS for finding in self.lines())
 
     def lines(self) -> list[Diagnosis]:
-        """The first node in full, of the others what is wrong there, then what holds for all."""
+        """Return all findings of the first node, the problems of the other nodes, then the comparison."""
         (first, findings), *others = self.by_host.items()
-        wrong = [
+        problems = [
             dataclasses.replace(finding, found=f"{name}: {finding.found}")
             for name, found in others
             for finding in found
             if finding.level is not Level.OK and finding not in findings
         ]
-        return [passed("node", first), *findings, *wrong, *self.together]
+        return [passed("node", first), *findings, *problems, *self.together]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the value that `doctor --json` prints."""
         return {
             "blocks": self.blocks,
             "nodes": {name: [dataclasses.asdict(one) for one in found] for name, found in self.by_host.items()},
@@ -55,18 +55,18 @@ class Examination:
 
 
 def examine(run: str | None, overrides: Sequence[str], *, port: int) -> Examination:
-    """Look at this node, or at all nodes of the launcher; a collective call there.
+    """Check this node, or all nodes of the launcher; then it is a collective call.
 
     Args:
-        run: a run.yaml; left out: the node alone.
-        overrides: changes to it.
-        port: of the rendezvous; looked at where no run is meeting there, without a launcher.
+        run: path of run.yaml; None: check only the node.
+        overrides: `key=value` changes to run.yaml.
+        port: rendezvous port; checked without a launcher, which would be using it.
     """
-    with nodes.meeting() as num_ranks:
+    with nodes.connect_ranks() as num_ranks:
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         own = _examine_node(run, overrides, port) if is_first_of_node else None
-        gathered = [pair for pair in nodes.gather(own) if pair is not None]
-        times = nodes.clocks() if num_ranks > 1 else [0.0]
+        gathered = [pair for pair in nodes.gather(own, num_ranks) if pair is not None]
+        times = nodes.read_clocks(num_ranks)
     seen: list[nodes.Node] = []
     by_host: dict[str, list[Diagnosis]] = {}
     for number, (node, findings) in enumerate(gathered):
@@ -80,16 +80,16 @@ def examine(run: str | None, overrides: Sequence[str], *, port: int) -> Examinat
 def _examine_node(run: str | None, overrides: Sequence[str], port: int) -> tuple[nodes.Node, list[Diagnosis]]:
     num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     local_size = os.environ.get("LOCAL_WORLD_SIZE")
-    programs, found = software.read_software(), gpu_checks.read_gpus()
+    installed, found = software.read_software(), gpu_checks.read_gpus()
     has_gpu = bool(found.gpus)
     findings = [
-        passed("Python", programs.python),
-        *software.check_core(programs),
-        software.check_transformer_engine(programs, has_gpu=has_gpu),
-        software.check_apex(programs, has_gpu=has_gpu),
-        software.check_nccl(programs, has_gpu=has_gpu),
+        passed("Python", installed.python),
+        *software.check_core(installed),
+        software.check_transformer_engine(installed, has_gpu=has_gpu),
+        software.check_apex(installed, has_gpu=has_gpu),
+        software.check_nccl(installed, has_gpu=has_gpu),
         *gpu_checks.check_gpus(
-            found, num_ranks=int(local_size) if local_size else None, torch_sees=_torch_sees() if has_gpu else 0
+            found, num_ranks=int(local_size) if local_size else None, num_usable=_count_usable_gpus(installed)
         ),
         *_examine_host(port, num_nodes),
     ]
@@ -97,7 +97,7 @@ def _examine_node(run: str | None, overrides: Sequence[str], port: int) -> tuple
     if run is not None:
         hashes, of_run = _examine_run(run, overrides, len(found.gpus), num_nodes)
         findings += of_run
-    return nodes.Node(socket.gethostname(), programs, tuple(gpu.name for gpu in found.gpus), hashes), findings
+    return nodes.Node(socket.gethostname(), installed, tuple(gpu.name for gpu in found.gpus), hashes), findings
 
 
 def _examine_host(port: int, num_nodes: int) -> list[Diagnosis]:
@@ -134,25 +134,27 @@ def _examine_run(
 
 
 def check_layout(parallel: ParallelConfig, num_gpus: int, num_nodes: int) -> Diagnosis:
-    """Whether one replica fits the GPUs, and tensor parallelism the node.
+    """Check that the GPUs hold whole replicas, and a node a whole tensor-parallel group.
 
     Args:
-        parallel: of the run.
-        num_gpus: of a node.
-        num_nodes: that were started.
+        parallel: section of run.yaml.
+        num_gpus: GPUs per node.
+        num_nodes: nodes of the job.
     """
     replica, total = parallel.model_parallel_size, num_gpus * num_nodes
-    found = f"a replica takes {replica} GPUs, {total} are here"
+    found = f"a replica takes {replica} GPUs; the job has {total}"
     if total % replica:
         way_out = f"start a multiple of {replica}, or change parallel (`megatron-cpt plan --advise`)"
-        return Diagnosis("layout", Level.BLOCKS, found, "they do not divide", way_out)
+        return Diagnosis("layout", Level.BLOCKS, found, "the job is no multiple of a replica", way_out)
     if parallel.tensor > num_gpus:
-        cost = f"tensor {parallel.tensor} goes over nodes of {num_gpus}: its traffic leaves NVLink"
-        return Diagnosis("layout", Level.WARNING, found, cost, f"parallel.tensor={num_gpus} or less")
+        cost = f"tensor {parallel.tensor} spans nodes of {num_gpus} GPUs: its traffic leaves NVLink"
+        return Diagnosis("layout", Level.WARNING, found, cost, f"set parallel.tensor={num_gpus} or less")
     return passed("layout", found)
 
 
-def _torch_sees() -> int:
+def _count_usable_gpus(installed: software.Software) -> int:
+    if installed.cuda is None:
+        return 0
     import torch
 
     return torch.cuda.device_count()

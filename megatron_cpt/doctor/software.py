@@ -1,4 +1,4 @@
-"""The programs of a run: which are here, and do they fit each other?"""
+"""Checks of the installed packages and their versions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from packaging.version import InvalidVersion, Version
 
 from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 
-_OF_PYTHON = {"3.11": "0.16.1", "3.12": "0.19"}
-"""The megatron-core that the tests run with."""
+_TESTED_CORE = {"3.11": "0.16.1", "3.12": "0.19"}
+"""Version of megatron-core in our tests, per Python version."""
+_INSTALL = "pip install 'megatron-cpt[train]'"
 
 
 @dataclass(frozen=True)
 class Software:
-    """Versions of what is installed; None where it is not.
+    """Installed versions; None for a package that is not installed.
 
     Attributes:
-        python, torch, megatron_core, transformer_engine, apex: of the packages.
-        cuda: that torch was built for; None: a CPU build.
-        nccl: inside torch.
-        required: what our own package asks for, by name: `{"torch": ">=2.6"}`.
+        cuda: CUDA version of the torch build; None: a CPU build.
+        nccl: NCCL version of the torch build.
+        required: requirements of `megatron-cpt[train]`, such as `("torch", ">=2.6")`.
     """
 
     python: str
@@ -38,8 +38,8 @@ class Software:
 
 
 def read_software() -> Software:
-    """What this process would run with."""
-    torch_version = _version("torch")
+    """Read the versions of the packages that this process would import."""
+    torch_version = _version("torch") if importlib.util.find_spec("torch") else None
     cuda = nccl = None
     if torch_version is not None:
         import torch
@@ -47,10 +47,9 @@ def read_software() -> Software:
         cuda = torch.version.cuda
         if cuda is not None and torch.distributed.is_nccl_available():
             nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    is_installed = _version("megatron-cpt") is not None  # not where the source is only on the path
-    needs = [
-        Requirement(line) for line in (importlib.metadata.requires("megatron-cpt") if is_installed else None) or ()
-    ]
+    is_installed = _version("megatron-cpt") is not None  # False if the source is only on PYTHONPATH
+    lines = importlib.metadata.requires("megatron-cpt") if is_installed else None
+    requirements = [Requirement(line) for line in lines or ()]
     return Software(
         python=platform.python_version(),
         torch=torch_version,
@@ -59,29 +58,33 @@ def read_software() -> Software:
         apex=_version("apex"),
         cuda=cuda,
         nccl=nccl,
-        required=tuple((need.name, str(need.specifier)) for need in needs if need.marker is None),
+        required=tuple(
+            (requirement.name, str(requirement.specifier))
+            for requirement in requirements
+            if requirement.marker is None or requirement.marker.evaluate({"extra": "train"})
+        ),
     )
 
 
 def check_core(software: Software) -> list[Diagnosis]:
-    """Torch and megatron-core: here, and in the range that our package asks for."""
+    """Check that torch and megatron-core are installed in the versions that setup.py allows."""
     ranges = dict(software.required)
     findings = []
     for name, found in (("torch", software.torch), ("megatron-core", software.megatron_core)):
         if found is None:
-            findings.append(Diagnosis(name, Level.BLOCKS, "not installed", "nothing can run", f"pip install {name}"))
+            findings.append(Diagnosis(name, Level.BLOCKS, "not installed", "no run can start", _INSTALL))
         elif not _fits(found, ranges.get(name, "")):
-            cost = f"outside of {ranges[name]}, which this package is made for"
+            cost = f"outside of the supported range {ranges[name]}"
             findings.append(Diagnosis(name, Level.BLOCKS, found, cost, f"pip install '{name}{ranges[name]}'"))
         elif name == "torch":
-            findings.append(passed(name, f"{found}, CUDA {software.cuda}" if software.cuda else f"{found}, for CPUs"))
+            findings.append(passed(name, f"{found}, CUDA {software.cuda}" if software.cuda else f"{found}, CPU build"))
         else:
             findings.append(_tested_core(found, software.python))
     return findings
 
 
 def check_transformer_engine(software: Software, *, has_gpu: bool) -> Diagnosis:
-    """Transformer Engine decides about kernels and FP8; it is of no use without a GPU."""
+    """Check Transformer Engine, which gives GPUs fused kernels and FP8."""
     name = "Transformer Engine"
     if software.transformer_engine is not None:
         return passed(
@@ -93,14 +96,14 @@ def check_transformer_engine(software: Software, *, has_gpu: bool) -> Diagnosis:
         name,
         Level.NOTE,
         "not installed",
-        "the local layer spec runs: no FP8, no fused attention, no overlap of tensor-parallel communication, "
+        "the local layer spec is used: no FP8, no fused attention, no overlap of tensor-parallel communication, "
         "no context parallelism",
-        "take NVIDIA's PyTorch container (Dockerfile), or pip install 'megatron-cpt[gpu]'",
+        "use NVIDIA's PyTorch container (Dockerfile), or pip install 'megatron-cpt[gpu]'",
     )
 
 
 def check_apex(software: Software, *, has_gpu: bool) -> Diagnosis:
-    """Apex brings fused kernels that Transformer Engine has as well."""
+    """Check Apex, whose fused kernels Transformer Engine has as well."""
     if software.apex is not None:
         return passed("apex", software.apex)
     if not has_gpu or software.transformer_engine is not None:
@@ -108,29 +111,27 @@ def check_apex(software: Software, *, has_gpu: bool) -> Diagnosis:
     return Diagnosis(
         "apex",
         Level.NOTE,
-        "not installed, nor Transformer Engine",
-        "Adam runs as torch's, gradients are not added up inside the matrix product",
-        "take NVIDIA's PyTorch container, which has both",
+        "neither Apex nor Transformer Engine is installed",
+        "torch's Adam is used, and matrix products do not accumulate gradients in place",
+        "use NVIDIA's PyTorch container, which has both",
     )
 
 
 def check_nccl(software: Software, *, has_gpu: bool) -> Diagnosis:
-    """GPUs talk through NCCL."""
+    """Check NCCL, over which GPUs communicate."""
     if software.nccl is not None:
         return passed("NCCL", software.nccl)
     if not has_gpu:
-        return passed("NCCL", "none, not needed on a CPU: gloo")
-    return Diagnosis(
-        "NCCL", Level.BLOCKS, "torch has none", "GPUs cannot talk to each other", "install a CUDA build of torch"
-    )
+        return passed("NCCL", "none, not needed on a CPU, which uses gloo")
+    return Diagnosis("NCCL", Level.BLOCKS, "torch has none", "GPUs cannot communicate", "install a CUDA build of torch")
 
 
 def _tested_core(found: str, python: str) -> Diagnosis:
-    tested = _OF_PYTHON.get(".".join(python.split(".")[:2]))
+    tested = _TESTED_CORE.get(".".join(python.split(".")[:2]))
     if tested is None or found.startswith(tested):
         return passed("megatron-core", found)
-    cost = f"not tried with Python {python}: the tests run with {tested} there"
-    return Diagnosis("megatron-core", Level.NOTE, found, cost, "run `make test` once here")
+    cost = f"our tests on Python {python} use megatron-core {tested}"
+    return Diagnosis("megatron-core", Level.NOTE, found, cost, "run `make test` once on this machine")
 
 
 def _fits(found: str, wanted: str) -> bool:
@@ -139,7 +140,7 @@ def _fits(found: str, wanted: str) -> bool:
     try:
         version = Version(found)
     except InvalidVersion:
-        return True  # a build of somebody's own: not ours to judge
+        return True  # a custom build, whose version cannot be compared
     return Requirement(f"x{wanted}").specifier.contains(version, prereleases=True)
 
 

@@ -5,7 +5,7 @@ torchrun alone mishandles a preempted job (torch 2.13 and 2.15: `torch/distribut
 
 | event | torchrun alone | this launcher |
 | --- | --- | --- |
-| a rank ends with 75 (stopped, saved) | a fault: kills ranks that still save after 30 s, restarts all, ends with 1 | 75 |
+| a rank ends with 75 (stopped, saved) | a failure: kills ranks that still save after 30 s, restarts all | 75 |
 | SIGTERM | the ranks get 30 s | the ranks save, however long that takes |
 | SIGUSR1 | torchrun dies, its ranks live on | as SIGTERM |
 | a rank fails | SIGTERM to the other ranks, restart | unchanged |

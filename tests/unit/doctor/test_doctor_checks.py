@@ -1,4 +1,4 @@
-"""The checks of a node, on facts of nodes that are not here."""
+"""The checks of a node, given facts about other machines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _levels(findings: list[Diagnosis]) -> dict[str, Level]:
     return {finding.check: finding.level for finding in findings}
 
 
-def test_versions_are_held_against_what_the_package_asks_for() -> None:
+def test_versions_are_compared_with_the_requirements() -> None:
     assert set(_levels(software.check_core(NODE)).values()) == {Level.OK}
     old = dataclasses.replace(NODE, torch="2.5.1", megatron_core="0.20.0")
     assert _levels(software.check_core(old)) == {"torch": Level.BLOCKS, "megatron-core": Level.BLOCKS}
@@ -77,11 +77,11 @@ def test_nvidia_smi_is_read() -> None:
     assert gpus.parse_links(LINKS) == (2, 1)
 
 
-def test_a_sound_node_of_eight() -> None:
-    findings = gpus.check_gpus(EIGHT, num_ranks=8, torch_sees=8)
+def test_a_healthy_node_of_eight() -> None:
+    findings = gpus.check_gpus(EIGHT, num_ranks=8, num_usable=8)
     assert set(_levels(findings).values()) == {Level.OK}
     assert findings[0].found == "8 x NVIDIA H100 80GB HBM3, 80 GiB; driver 580.95.05"
-    assert findings[-1].found == "18 links a GPU"
+    assert findings[-1].found == "18 links per GPU"
 
 
 @pytest.mark.parametrize(
@@ -100,18 +100,16 @@ def test_one_bad_gpu_is_found(
 ) -> None:
     bad = dataclasses.replace(H100, **change)  # type: ignore[arg-type]
     found = Gpus((H100,) * 7 + (bad,), links or EIGHT.num_links)
-    levels = _levels(gpus.check_gpus(found, num_ranks=8, torch_sees=8))
+    levels = _levels(gpus.check_gpus(found, num_ranks=8, num_usable=8))
     assert levels.pop(check) is level
     assert set(levels.values()) == {Level.OK}
 
 
 def test_more_ranks_than_gpus_or_a_torch_for_cpus_block() -> None:
-    assert gpus.check_gpus(EIGHT, num_ranks=9, torch_sees=8)[0].level is Level.BLOCKS
-    assert gpus.check_gpus(EIGHT, num_ranks=8, torch_sees=0)[0].level is Level.BLOCKS
-    assert gpus.check_gpus(Gpus(problem="NVML: Driver/library version mismatch"), num_ranks=1, torch_sees=0)[
-        0
-    ].level is (Level.BLOCKS)
-    assert gpus.check_gpus(Gpus(), num_ranks=4, torch_sees=0)[0].level is Level.NOTE
+    assert gpus.check_gpus(EIGHT, num_ranks=9, num_usable=8)[0].level is Level.BLOCKS
+    assert gpus.check_gpus(EIGHT, num_ranks=8, num_usable=0)[0].level is Level.BLOCKS
+    assert gpus.check_gpus(Gpus(problem="NVML: mismatch"), num_ranks=1, num_usable=0)[0].level is Level.BLOCKS
+    assert gpus.check_gpus(Gpus(), num_ranks=4, num_usable=0)[0].level is Level.NOTE
 
 
 def test_network_cards_are_read_from_the_kernel(tmp_path: Path) -> None:
@@ -153,7 +151,7 @@ def test_a_taken_port_is_noticed() -> None:
         assert not host.is_port_free(server.getsockname()[1])
 
 
-def test_a_disk_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+def test_a_disk_is_measured_and_left_unchanged(tmp_path: Path) -> None:
     measured = disk.try_disk(tmp_path / "not" / "yet", size=2**24)
     assert measured.problem is None
     assert min(measured.write, measured.read) > 1e6
@@ -207,7 +205,7 @@ def test_nodes_are_compared() -> None:
 
 
 def test_other_nodes_show_only_what_is_wrong_there() -> None:
-    full = Diagnosis("space", Level.BLOCKS, "full", "nothing can be saved", "make room")
+    full = Diagnosis("space", Level.BLOCKS, "full", "no checkpoint can be saved", "free some space")
     examination = Examination({"a": [passed("torch", "2.13")], "b": [passed("torch", "2.13"), full]}, [])
     assert examination.blocks
     out = io.StringIO()

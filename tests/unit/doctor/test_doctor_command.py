@@ -22,7 +22,7 @@ def test_a_run_that_can_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     found = _found(capsys)
     assert found["run"]["level"] == "ok"
     assert "3 sources" in found["run"]["found"]
-    assert "2 of them stay" in found["space"]["found"]
+    assert "2 are kept" in found["space"]["found"]
     assert status == int(any(finding["level"] == "blocks" for finding in found.values()))
 
 
