@@ -9,7 +9,7 @@
 | 75 | | stopped after a checkpoint was saved; start the command again to resume |
 
 For a `CptError` the command line prints only the message. The message names the field or file and its value, and says
-what to do: `batch.global: 8 is not a multiple of ...; choose 9`.
+what to do: `--sample 8: the samples of a step are 0 to 7`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The only home of devices and process groups."""
+"""Devices, process groups, signals and random states. No other package opens a process group."""
 
 from megatron_cpt.backend.distributed import (
     Ranks,

@@ -1,6 +1,6 @@
-"""What ranks read from a disk that they share: all get an answer, or all end with the same error.
+"""Collective calls for work that may fail on one rank: either every rank gets a result, or every rank raises.
 
-One rank that raises by itself leaves the others waiting in the next collective call.
+If one rank raised alone, the other ranks would wait for it in their next collective.
 """
 
 from __future__ import annotations
@@ -16,38 +16,32 @@ T = TypeVar("T")
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do something on rank 0 alone; a collective call.
-
-    Returns:
-        Its result, on all ranks.
+    """Run a function on rank 0 and return its result on all ranks; a collective call.
 
     Raises:
-        CptError: what it raised, on all ranks.
-        RefusedError: the disk failed it.
+        CptError: on all ranks, if the function raised it.
+        RefusedError: on all ranks, if the function raised OSError.
     """
-    told: list[tuple[T | None, CptError | None]] = [(None, None)]
+    outcome: list[tuple[T | None, CptError | None]] = [(None, None)]
     if dist.get_rank() == 0:
         try:
-            told = [(work(), None)]
+            outcome = [(work(), None)]
         except CptError as error:
-            told = [(None, error)]
+            outcome = [(None, error)]
         except OSError as error:
-            told = [(None, RefusedError(str(error)))]
-    dist.broadcast_object_list(told, src=0)
-    result, failure = told[0]
+            outcome = [(None, RefusedError(str(error)))]
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome[0]
     if failure is not None:
         raise failure
-    return result  # type: ignore[return-value]  # without an error, it is there
+    return result  # type: ignore[return-value]  # None only beside a failure
 
 
 def on_all(work: Callable[[], T]) -> T:
-    """Do something on every rank; a collective call.
-
-    Returns:
-        This rank's result.
+    """Run a function on every rank and return this rank's result; a collective call.
 
     Raises:
-        RefusedError: it was refused on some rank, or a disk failed it; with the reasons of all such ranks.
+        RefusedError: on all ranks, if the function raised RefusedError or OSError on any; with all reasons.
     """
     result, failure = None, None
     try:
@@ -60,7 +54,7 @@ def on_all(work: Callable[[], T]) -> T:
 
 
 def gathered(lines: list[str]) -> list[str]:
-    """The lines of all ranks, sorted and each once, the same on every rank; a collective call."""
-    every: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(every, lines)
-    return sorted({line for some in every for line in some})
+    """Return the distinct lines of all ranks, sorted; a collective call."""
+    by_rank: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(by_rank, lines)
+    return sorted({line for some in by_rank for line in some})

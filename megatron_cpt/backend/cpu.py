@@ -1,20 +1,21 @@
-"""megatron-core on a CPU, over gloo.
+"""Run megatron-core on a CPU over gloo. This is the only module that changes torch for the whole process.
 
-megatron-core asks for CUDA without asking whether it is there: it calls functions of `torch.cuda`, makes tensors with
-`device="cuda"`, calls `Tensor.cuda()` and compares `Tensor.type()` with the names of CUDA types. `install` answers all
-of these with the CPU, so that the very code that runs on H100s (parallel state, pipeline schedules, DDP, the
-distributed optimizer, dist_checkpointing) also runs, and is tested, on a laptop. It does nothing where CUDA is present.
+megatron-core uses CUDA without checking that it exists. `install` makes the CPU answer instead, so the code that trains
+on H100s (parallel state, pipeline schedules, DDP, the distributed optimizer, dist_checkpointing) also runs and is tested
+on a laptop. On a machine with CUDA `install` changes nothing.
 
-What is replaced:
+| patch | reason |
+| --- | --- |
+| functions and classes of `torch.cuda` (`_CUDA_FUNCTIONS`) | megatron-core calls them; each has a correct answer on a CPU |
+| `torch.cuda.FloatTensor` and the other types | megatron-core creates tensors with these classes |
+| `torch.cuda.nvtx.range_push`, `range_pop` | they raise without CUDA; a CPU has no NVTX ranges |
+| `CpuForCuda`, a `TorchFunctionMode` of this thread | `device="cuda"`, `Tensor.cuda()`, `Tensor.to("cuda")` mean the CPU |
+| the same mode, `Tensor.type()` | optimizer/clip_grads.py looks for names such as `torch.cuda.FloatTensor` |
+| `sys.modules` of transformer_engine, apex, amp_C | megatron-core prefers their CUDA kernels wherever they import |
+| `torch.compile`, only while megatron-core is imported | it compiles fused kernels that no CPU run calls, for seconds |
+| random state accessors of megatron-core's tensor_parallel/random.py | they bypass `torch.cuda` |
 
-1. functions and names of `torch.cuda` that need no device to have an honest answer (a stream is always in order, memory
-   is always synchronized, the random state is the CPU's);
-2. requests for a CUDA device inside torch calls, by a `TorchFunctionMode` that is active in this thread;
-3. the two accessors of the random state in megatron-core's tensor_parallel/random.py, which go below `torch.cuda`;
-4. `torch.compile`, only while megatron-core is imported: it decorates its fused kernels with it, and loading the
-   compiler for kernels that a CPU run never calls costs each process seconds.
-
-`torch.cuda.is_available()` stays False: code that does ask gets the truth.
+`torch.cuda.is_available()` stays False: code that checks gets the true answer.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class _InOrder:
-    """A stream or an event of a device that runs everything in order."""
+class _InOrderStream:
+    """A stream or event of a device that runs all operations in order, so that waiting does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -47,7 +48,7 @@ class _InOrder:
     def wait_event(self, event: Any) -> None: ...
 
     def record_event(self, event: Any = None) -> Any:
-        return event or _InOrder()
+        return event or _InOrderStream()
 
     def query(self) -> bool:
         return True
@@ -60,7 +61,7 @@ def _asks_for_cuda(device: Any) -> bool:
 
 
 class CpuForCuda(TorchFunctionMode):
-    """Sends to the CPU what is asked of a CUDA device inside torch calls."""
+    """Replace a CUDA device by the CPU in the arguments of torch calls."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs:
@@ -70,7 +71,7 @@ class CpuForCuda(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1:
-            # optimizer/clip_grads.py and distrib_optimizer.py know their tensors by 'torch.cuda.FloatTensor'
+            # optimizer/clip_grads.py and distrib_optimizer.py compare with 'torch.cuda.FloatTensor'
             return func(*args).replace("torch.", "torch.cuda.")
         if func is torch.Tensor.to and _asks_for_cuda(args[1]):
             return func(args[0], CPU, *args[2:])
@@ -78,12 +79,11 @@ class CpuForCuda(TorchFunctionMode):
 
 
 def _device_properties(*_: Any) -> types.SimpleNamespace:
-    # torch.compile asks a torch without CUDA for the second name
-    names = {"name": "cpu", "gcnArchName": "cpu"}
+    names = {"name": "cpu", "gcnArchName": "cpu"}  # torch.compile reads the second on a torch without CUDA
     return types.SimpleNamespace(major=0, minor=0, multi_processor_count=1, total_memory=0, **names)
 
 
-_ANSWERS: dict[str, Any] = {
+_CUDA_FUNCTIONS: dict[str, Any] = {
     "current_device": lambda: CPU,
     "set_device": lambda *_: None,
     "device_count": lambda: 1,
@@ -91,10 +91,10 @@ _ANSWERS: dict[str, Any] = {
     "get_device_capability": lambda *_: (0, 0),
     "synchronize": lambda *_, **__: None,
     "empty_cache": lambda: None,
-    "current_stream": _InOrder,
-    "default_stream": _InOrder,
-    "Stream": _InOrder,
-    "Event": _InOrder,
+    "current_stream": _InOrderStream,
+    "default_stream": _InOrderStream,
+    "Stream": _InOrderStream,
+    "Event": _InOrderStream,
     "stream": lambda _: contextlib.nullcontext(),
     "get_rng_state": lambda *_, **__: torch.get_rng_state(),
     "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
@@ -109,51 +109,50 @@ _ANSWERS: dict[str, Any] = {
 
 _TENSOR_TYPES = ("Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool")
 
-# CUDA kernels that megatron-core takes for its optimizer and layers wherever they can be imported.
 _CUDA_LIBRARIES = ("transformer_engine", "apex", "amp_C")
 
 _mode: CpuForCuda | None = None
 
 
 def install() -> bool:
-    """Make megatron-core run on this CPU; call it before megatron-core is imported.
+    """Apply the patches of the module's table; call this before importing megatron-core.
 
     Returns:
-        True where the CPU now stands in, False where CUDA is present and nothing was touched.
+        False if CUDA is available, so that nothing was changed.
     """
     global _mode
     if torch.cuda.is_available():
         return False
     if _mode is None:
-        for name, answer in _ANSWERS.items():
-            setattr(torch.cuda, name, answer)
+        for name, replacement in _CUDA_FUNCTIONS.items():
+            setattr(torch.cuda, name, replacement)
         for name in _TENSOR_TYPES:
             setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
         torch.cuda.nvtx.range_push = lambda *_: None
         torch.cuda.nvtx.range_pop = lambda *_: None
         for name in _CUDA_LIBRARIES:
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it is an ImportError from here on
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # later imports raise ImportError
         _mode = CpuForCuda()
-        _mode.__enter__()  # type: ignore[no-untyped-call]  # for the life of the process
+        _mode.__enter__()  # type: ignore[no-untyped-call]  # stays active until the process ends
         _import_megatron_core()
         _replace_rng_accessors()
     return True
 
 
 def _import_megatron_core() -> None:
-    """Import it now: it reads torch.cuda and decorates its kernels when it is imported."""
+    """Import megatron-core, which reads torch.cuda and compiles its fused kernels at import."""
     torch_compile = torch.compile
-    torch.compile = _leave_uncompiled  # type: ignore[assignment]
+    torch.compile = _return_uncompiled  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Apex and Transformer Engine are not missed on a CPU
+            warnings.simplefilter("ignore")  # about missing Apex and Transformer Engine
             import megatron.core.models.gpt  # noqa: F401
     finally:
         torch.compile = torch_compile
 
 
-def _leave_uncompiled(function: Any = None, **_: Any) -> Any:
-    return function if function is not None else _leave_uncompiled
+def _return_uncompiled(function: Any = None, **_: Any) -> Any:
+    return function if function is not None else _return_uncompiled
 
 
 def _replace_rng_accessors() -> None:

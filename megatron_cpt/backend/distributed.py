@@ -1,4 +1,4 @@
-"""Process groups: from the launcher's variables and `parallel` to megatron-core's parallel state."""
+"""Process groups of torch.distributed and megatron-core, built from the launcher's variables and `parallel`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from megatron_cpt.config import ParallelConfig
 from megatron_cpt.errors import UserError
 
 DEFAULT_TIMEOUT = 1800.0
-"""Seconds that a collective may take."""
+"""Timeout of a collective in seconds."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands.
+    """Position of this process in the job.
 
     Attributes:
-        rank, world_size: in the whole job.
-        device: where this process computes.
-        data_parallel_rank, data_parallel_size: among the replicas.
-        tensor_rank, pipeline_rank: inside the replica.
-        is_last_stage: whether this rank computes losses (the last pipeline stage).
+        rank, world_size: over all processes.
+        device: device of this process.
+        data_parallel_rank, data_parallel_size: index of this process's replica, and number of replicas.
+        tensor_rank, pipeline_rank: position inside the replica.
+        is_last_stage: True on the last pipeline stage, which computes the loss.
     """
 
     rank: int
@@ -43,29 +43,29 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """True on the rank that writes logs and files of the run."""
         return self.rank == 0
 
 
 def launched_world_size() -> int:
-    """Number of processes that the launcher started (torchrun's variables); 1 without a launcher."""
+    """Return the number of processes of the job; 1 without a launcher."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """This process's rank in the launcher's job; 0 without a launcher."""
+    """Return the rank of this process in the job; 0 without a launcher."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", "0"))
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Replicas that fit into the job.
+    """Return the number of replicas of the model in the job.
 
     Raises:
-        UserError: when the world size is no multiple of one replica.
+        UserError: the world size is not a multiple of the size of a replica.
     """
     replica = parallel.model_parallel_size
     if world_size % replica:
@@ -80,17 +80,17 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 @contextlib.contextmanager
 def process_groups(parallel: ParallelConfig, *, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
-    """Initialize torch.distributed and megatron-core's parallel state; take both down at the end.
+    """Initialize torch.distributed and megatron-core's parallel state; destroy both on exit.
 
-    Without a launcher's variables the job is one process and needs no port. A process group that already exists (as in
-    tests) is used and left alone.
+    Without a launcher the job is one process and needs no port. An existing process group, as in tests, is used and
+    kept.
 
     Args:
-        parallel: how the model is split.
-        timeout: seconds that a collective may take.
+        parallel: section of run.yaml.
+        timeout: of a collective, in seconds.
 
     Raises:
-        UserError: when the world size does not fit `parallel`.
+        UserError: the world size does not fit `parallel`.
     """
     on_cpu = cpu.install()
     from megatron.core import parallel_state
@@ -106,7 +106,7 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = DEFAULT_TIMEOUT
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=math.ceil(timeout / 60),
     )
-    is_whole = False
+    has_finished = False
     try:
         yield Ranks(
             rank=dist.get_rank(),
@@ -118,20 +118,20 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = DEFAULT_TIMEOUT
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
             is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         )
-        is_whole = True
+        has_finished = True
     finally:
         parallel_state.destroy_model_parallel()
-        if own_group and is_whole:  # after an error the others may be in the middle of a collective: NCCL would wait
+        if own_group and has_finished:  # after an error NCCL would wait for other ranks that are inside a collective
             dist.destroy_process_group()
 
 
 def _initialize(on_cpu: bool, timeout: timedelta) -> None:
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # Checkpoints and agreements between ranks move CPU tensors also where training runs over NCCL.
+    # Training uses NCCL on GPUs; saving checkpoints and agreeing on a stop move CPU tensors, over gloo.
     backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # in memory: one process needs no port
+        store = dist.HashStore()  # type: ignore[attr-defined]  # in memory, so no port is opened
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

@@ -1,12 +1,16 @@
-"""Signs of life between the ranks of a job, beside the collectives: no rank waits for ever for one that is gone.
+"""Heartbeats between the ranks of a job: if a rank dies, the other ranks end with its name instead of waiting forever.
 
-A collective over a dead rank may raise at once (gloo), late, or never. So a thread of each rank counts up a number in
-the job's store every second. The main rank looks at all numbers, the others at the main rank's. Whoever misses one, or
-loses a connection, or ends with an error, raises the alarm: one key in the store, which every rank looks for once a
-second. Then all take a roll call, and end with the same reason.
+A collective with a dead rank may raise at once (gloo), late, or never. So each rank has a thread that increments a
+counter in the job's store once per second. The main rank reads all counters, the other ranks read the main rank's.
 
-Time is counted in looks of that thread, not by the clock: ranks that a scheduler has suspended (SIGSTOP, a frozen
-cgroup) have missed nothing when they wake up. A rank that alone is stopped is missed by those that go on looking.
+A rank raises the alarm if a counter stops, if a connection breaks, or if it ends with an error. The alarm is one key of
+the store, which every rank reads once per second. Then each rank reads all counters again (the roll call) to find the
+dead ranks, and ends with the same reason. For example, rank 2 of 4 is killed and rank 3 loses its connection:
+
+    rank 0 in step 17: rank 2 gives no sign of life; rank 3 in step 17: Connection closed by peer
+
+Timeouts count iterations of the thread, not seconds. If a scheduler suspends the whole job (SIGSTOP, a frozen cgroup),
+no rank iterates, so no timeout expires. A single suspended rank is missed by the others.
 """
 
 from __future__ import annotations
@@ -22,11 +26,11 @@ from typing import Any
 import torch.distributed as dist
 
 _BEAT_SECONDS = 1.0
-_ROLL_CALL_SECONDS = 3.0  # a living rank shows itself in it, unless something holds its interpreter so long
-_GRACE_SECONDS = 5.0  # for the main thread to end by itself, once the reason is known
+_ROLL_CALL_SECONDS = 3.0  # a living rank beats in this time, unless a C call holds the GIL
+_GRACE_SECONDS = 5.0  # for the main thread to raise the reason, before the thread ends the process
 _DONE = "done"
 
-_LOST_WORDS = (
+_CONNECTION_ERRORS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
@@ -35,19 +39,19 @@ _LOST_WORDS = (
     "Socket Timeout",
     "gloo/transport",
 )
-_jobs = itertools.count()  # ranks open jobs one after the other in the same order
+_jobs = itertools.count()  # every rank opens its jobs in the same order
 
 
 def lost_connection(error: BaseException) -> str | None:
-    """The line of an error, or of one behind it, that says that a peer does not answer; None where none does."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        is_lost = isinstance(seen, dist.DistBackendError | dist.DistNetworkError)
-        if is_lost or (isinstance(seen, RuntimeError) and any(word in text for word in _LOST_WORDS)):
-            found = [word for word in _LOST_WORDS if word in text and word != "gloo/transport"]
-            return found[0] if found else _first_line(seen)
-        seen = seen.__cause__ or seen.__context__
+    """Return the message of a broken connection in an error or its causes; None if there is none."""
+    current: BaseException | None = error
+    while current is not None:
+        text = str(current)
+        is_lost = isinstance(current, dist.DistBackendError | dist.DistNetworkError)
+        if is_lost or (isinstance(current, RuntimeError) and any(word in text for word in _CONNECTION_ERRORS)):
+            found = [word for word in _CONNECTION_ERRORS if word in text and word != "gloo/transport"]
+            return found[0] if found else _first_line(current)
+        current = current.__cause__ or current.__context__
     return None
 
 
@@ -56,10 +60,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def job_store() -> Any:
-    """A part of the job's store over a connection of its own; None where the store cannot read many keys at once.
+    """Open a private part of the job's store over a new connection; None if the store cannot read several keys at once.
 
-    Every rank must call it as often as the others do. torch keeps one connection a process, and a thread that waits on
-    it for a key keeps the others out.
+    All ranks must call this equally often. The new connection is needed because torch has one per process, which a
+    thread that waits for a key blocks for all others.
     """
     store: Any = dist.distributed_c10d._get_default_store()
     if not store.has_extended_api():
@@ -68,15 +72,15 @@ def job_store() -> Any:
 
 
 class Peers:
-    """Knows who is alive, inside a with block.
+    """Context manager that sends heartbeats and watches those of other ranks.
 
     Args:
-        store: shared by all ranks and used for nothing else; None: no signs of life.
-        rank: of this process.
-        world_size: of the job.
-        timeout: seconds without a sign of life after which a rank counts as gone; None: no signs of life.
-        doing: what this rank is doing, for messages.
-        end: ends this process with a message; called from the thread when the main thread cannot.
+        store: result of `job_store`; None: no heartbeats.
+        rank: rank of this process.
+        world_size: number of ranks of the job.
+        timeout: seconds without a heartbeat after which a rank counts as dead; None: no heartbeats.
+        doing: returns the current activity for messages, such as `step 17`.
+        end: ends this process with a message; called from the thread if the main thread is stuck.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class Peers:
         self._store = store
         self._rank, self._timeout, self._doing, self._end = rank, timeout or 0.0, doing, end
         self._others = [other for other in range(world_size) if other != rank]
-        self._alarm = ""  # raised here, and not in the store yet
+        self._alarm = ""  # raised by this rank, not yet in the store
         self._verdict = ""
         self._wake, self._stop, self._is_known = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -114,22 +118,22 @@ class Peers:
         self._wake.set()
         self._thread.join(timeout=_GRACE_SECONDS)
         if kind is None:
-            with contextlib.suppress(RuntimeError):  # the store ends with its host, which may be done before
+            with contextlib.suppress(RuntimeError):  # rank 0 hosts the store and may have ended
                 self._set(f"end/{self._rank}", _DONE)
 
     def announce(self, error: BaseException) -> None:
-        """Tell the others that this rank ends with an error of its own."""
+        """Report to the other ranks that this rank ends with an error."""
         text = f"{type(error).__name__}: {_first_line(error)}"
         self._raise_alarm(f"rank {self._rank} ended in {self._doing()}: {text}", is_ending=True)
 
     def explain(self, trouble: str) -> str:
-        """Raise the alarm and find out who is gone.
+        """Raise the alarm and wait for the roll call.
 
         Args:
-            trouble: what this rank noticed.
+            trouble: problem that this rank noticed, such as `Connection closed by peer`.
 
         Returns:
-            One line that says what happened to this rank and why.
+            One line with the dead ranks and the problem.
         """
         if self._is_watching:
             self._raise_alarm(f"rank {self._rank} in {self._doing()}: {trouble}")
@@ -139,7 +143,7 @@ class Peers:
     def _raise_alarm(self, text: str, *, is_ending: bool = False) -> None:
         if not self._is_watching:
             return
-        if is_ending:  # nobody asks this rank's thread any more: put it where the others look, at once
+        if is_ending:  # this rank's thread ends too, so write to the store here
             with contextlib.suppress(RuntimeError):
                 self._set(f"end/{self._rank}", text)
                 self._store_alarm(text)
@@ -148,15 +152,15 @@ class Peers:
         self._wake.set()
 
     def _watch(self) -> None:
-        seen = dict.fromkeys(self._watched(), (b"", 0))
-        num_failures = 0  # of the store, in a row
+        seen = dict.fromkeys(self._others if self._rank == 0 else [0], (b"", 0))
+        num_failures = 0  # consecutive errors of the store
         while not self._stop.is_set():
             self._wake.wait(_BEAT_SECONDS)
             if self._stop.is_set():
                 return
             try:
                 self._beat()
-                alarm = self._current_alarm() or self._silence(seen)
+                alarm = self._current_alarm() or self._find_silent_rank(seen)
                 num_failures = 0
             except RuntimeError as error:
                 num_failures += 1
@@ -165,25 +169,21 @@ class Peers:
             if alarm:
                 return self._answer(alarm)
 
-    def _watched(self) -> list[int]:
-        """Whom this rank looks after in peace: the main rank all others, the others the main rank."""
-        return self._others if self._rank == 0 else [0]
-
-    def _silence(self, seen: dict[int, tuple[bytes, int]]) -> str:
-        """The alarm over a rank that has not shown itself for too long; empty: all have.
+    def _find_silent_rank(self, seen: dict[int, tuple[bytes, int]]) -> str:
+        """Return an alarm if a watched rank has not beaten for too long, else an empty text.
 
         Args:
-            seen: the number that each rank showed last, and how many looks ago; brought up to date.
+            seen: last counter of each watched rank, and the number of iterations since it changed; updated.
         """
         for other, beat in zip(seen, self._read(list(seen)), strict=True):
-            num_looks = seen[other][1] + 1 if beat == seen[other][0] else 0
-            seen[other] = (beat, num_looks)
-            if self._is_too_long(num_looks) and self._farewell(other) != _DONE:
+            num_iterations = seen[other][1] + 1 if beat == seen[other][0] else 0
+            seen[other] = (beat, num_iterations)
+            if self._is_too_long(num_iterations) and self._reported_end(other) != _DONE:
                 return f"rank {other} gave no sign of life for {self._timeout:.0f} s (resilience.peer_timeout)"
         return ""
 
-    def _is_too_long(self, num_looks: int) -> bool:
-        return num_looks * _BEAT_SECONDS > self._timeout
+    def _is_too_long(self, num_iterations: int) -> bool:
+        return num_iterations * _BEAT_SECONDS > self._timeout
 
     def _current_alarm(self) -> str:
         if self._alarm:
@@ -191,23 +191,23 @@ class Peers:
         return self._get("alarm") if self._store.check(["alarm"]) else ""
 
     def _answer(self, alarm: str) -> None:
-        """Take the roll call, let the main thread end with the reason, or end it."""
+        """Take the roll call and publish the verdict; end the process if the main thread does not end by itself."""
         with contextlib.suppress(RuntimeError):
             alarm = self._store_alarm(alarm)
-        gone = self._roll_call()
+        dead = self._roll_call()
         if self._stop.is_set():
             return
-        # one that was missed for too long is named in the alarm already
-        new = [rank for rank in gone if not alarm.startswith(f"rank {rank} gave no sign of life ")]
-        who = "".join(f"rank {rank} gives no sign of life; " for rank in new)
+        # the alarm already names a rank that timed out
+        unnamed = [rank for rank in dead if not alarm.startswith(f"rank {rank} gave no sign of life ")]
+        names = "".join(f"rank {rank} gives no sign of life; " for rank in unnamed)
         alarm = alarm.removeprefix(f"rank {self._rank} in ")
-        self._verdict = f"rank {self._rank} in {self._doing()}: {who}{alarm}"
+        self._verdict = f"rank {self._rank} in {self._doing()}: {names}{alarm}"
         self._is_known.set()
         if not self._stop.wait(_GRACE_SECONDS):
             self._end(self._verdict)
 
     def _roll_call(self) -> list[int]:
-        """The ranks that do not show themselves, and did not say goodbye."""
+        """Return the ranks whose counter does not change, except those that reported their end."""
         try:
             before = self._read(self._others)
             deadline = time.monotonic() + _ROLL_CALL_SECONDS
@@ -215,27 +215,27 @@ class Peers:
                 self._beat()
             after = self._read(self._others)
             missing = [rank for rank, a, b in zip(self._others, before, after, strict=True) if a == b]
-            return [rank for rank in missing if not self._farewell(rank)]
-        except RuntimeError:  # the store is gone; the alarm is all that is known
+            return [rank for rank in missing if not self._reported_end(rank)]
+        except RuntimeError:  # the store is gone, and the alarm is all there is
             return []
 
     def _beat(self) -> None:
         self._set(f"beat/{self._rank}", str(next(self._beats)))
 
     def _read(self, ranks: Sequence[int]) -> list[bytes]:
-        """The numbers of ranks; empty for those that have not begun."""
+        """Return the counters of ranks; empty for a rank that has not started."""
         keys = [f"beat/{rank}" for rank in ranks]
         if not self._store.check(keys):
             return [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
         values: list[bytes] = self._store.multi_get(keys)
         return values
 
-    def _farewell(self, rank: int) -> str:
+    def _reported_end(self, rank: int) -> str:
         key = f"end/{rank}"
         return self._get(key) if self._store.check([key]) else ""
 
     def _store_alarm(self, text: str) -> str:
-        """Raise it for all, unless another one is raised: then that one counts."""
+        """Store an alarm unless there is one; return the alarm that is stored."""
         current: bytes = self._store.compare_set("alarm", "", text)
         return current.decode()
 

@@ -1,4 +1,4 @@
-"""Random states: one seed of the run -> torch's and megatron-core's generators, saved as plain byte tensors."""
+"""Random number generators of torch and megatron-core: seed them, and copy their states for a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import torch
 
 
 def seed_everything(seed: int, *, pipeline_rank: int) -> None:
-    """Seed this rank.
+    """Seed this rank's generators.
 
-    Tensor-parallel ranks share the default generator, so that every one makes the same whole weight and keeps its
-    part: initial weights do not depend on tensor parallelism. Pipeline stages differ, as in Megatron-LM
-    (seed + 100 x stage). Dropout inside tensor-parallel regions has megatron-core's tracker.
+    As in Megatron-LM the seed is `seed + 100 * pipeline_rank`: the same on all tensor-parallel ranks, different per
+    pipeline stage. Dropout inside tensor-parallel regions uses megatron-core's tracker, which differs per rank.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -20,7 +19,7 @@ def seed_everything(seed: int, *, pipeline_rank: int) -> None:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """Copies of the states of all generators of this rank by name, each a byte tensor."""
+    """Copy the states of all generators of this rank; each is a tensor of bytes."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     states = {"torch": torch.get_rng_state()}
@@ -32,7 +31,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(states: dict[str, torch.Tensor]) -> None:
-    """Put back what `rng_state` returned."""
+    """Restore the states that `rng_state` returned."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     torch.set_rng_state(states["torch"])

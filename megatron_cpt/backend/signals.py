@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: noted when they come, acted on at the end of a step.
+"""Signals that ask a run to stop. The handler only records them; the training loop acts at the end of a step.
 
-A second signal is noted like the first: a save that is under way is finished.
+A second signal does not interrupt the save that the first one caused.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: SLURM's usual warnin
 
 
 class StopRequest:
-    """Whether this process was asked to stop; the step makes all ranks agree."""
+    """Last stop signal of this process, or None. The training step makes all ranks agree on stopping."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
-    def note(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler; does nothing but remember."""
+    def handle_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Record a signal."""
         self.received = signal.Signals(number)
 
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
-    """Handle the stop signals inside the block; the earlier handlers come back after it."""
+    """Handle the stop signals inside the block; restore the earlier handlers after it."""
     request = StopRequest()
-    earlier = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
+    earlier = {number: signal.signal(number, request.handle_signal) for number in STOP_SIGNALS}
     try:
         yield request
     finally:
