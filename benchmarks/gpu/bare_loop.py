@@ -1,4 +1,4 @@
-"""The rival of blocks.py: megatron-core's own parts with as little as possible around them."""
+"""Baseline of blocks.py: a minimal training loop on megatron-core alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_cpt.config import RunConfig
 
 
 def bare_steps(run: RunConfig, batches: list[Any]) -> Callable[[], None]:
-    """A training step on megatron-core alone, on batches that lie on the device."""
+    """Return a training step on megatron-core alone, with batches already on the device."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,7 +21,7 @@ def bare_steps(run: RunConfig, batches: list[Any]) -> Callable[[], None]:
     from megatron_cpt.optim.group_step_adam import install_if_needed
 
     model_parallel_cuda_manual_seed(run.seed)
-    install_if_needed()  # where neither Apex nor Transformer Engine brings an Adam, both loops have the same one
+    install_if_needed()  # without Apex and Transformer Engine, both loops use the same Adam
     config, model = _model(run)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     chunk = DistributedDataParallel(config, ddp_config, Float16Module(config, model))
@@ -83,7 +83,7 @@ def _model(run: RunConfig) -> tuple[Any, Any]:
         num_query_groups=shape.num_kv_groups,
         kv_channels=shape.head_size,
         activation_func=squared_relu,
-        # its local norm knows no zero-centered weights
+        # megatron-core's local norm does not support zero-centered weights
         layernorm_zero_centered_gamma=has_te,
         add_bias_linear=False,
         hidden_dropout=0.0,

@@ -1,23 +1,21 @@
-"""Blocks of Nemotron-4 15B at true width on one GPU: tokens/s, TFLOP/s and MFU, in bf16 and FP8.
+"""Measure layers of Nemotron-4 15B at full width on one GPU: tokens/s, TFLOP/s and MFU, in bf16 and FP8.
 
     python benchmarks/gpu/blocks.py [--layers N] [--micro N] [--steps N] [--rounds N]     (make gpu-bench)
-    python benchmarks/gpu/blocks.py --rehearse       the same code on any machine at toy width; writes nothing
+    python benchmarks/gpu/blocks.py --rehearse       same code at toy width on any machine; writes nothing
 
-As many layers as fit (the first number that does not run out of memory, counting down), a vocabulary of 16,384 instead
-of 256,000 (embedding and head with their optimizer state would fill the GPU), 4,096 tokens a sequence, Adam with fp32
-master weights, weights drawn on the device. Timed in turn, in processes of their own, several rounds in one call; what
-there is after a round is printed and written down, should the time for the next one not be given:
+The model has as many layers as fit in memory, and a vocabulary of 16,384 instead of 256,000, because embedding and head
+with their optimizer state would fill the GPU. Sequences have 4,096 tokens; Adam keeps fp32 master weights. These are
+timed in turn, each in a process of its own, for several rounds; results are printed and written after each round:
 
-- ours: `train_step` as a run does it, with the default `speed` of the machine, data ready in memory;
-- bare: megatron-core's layers, DDP, schedule and optimizer, nothing of ours around them, the fewest lines that train
-  the same shapes with megatron-core's defaults and the same fused kernels;
-- both with FP8 (delayed and tensorwise scaling) where Transformer Engine is there;
-- the ceiling: matrix products of the MLP's shapes alone, torch.matmul in bf16 and torch._scaled_mm in FP8.
+- ours: `train_step` of a run with the default `speed` settings of the machine, data in memory;
+- bare: a minimal loop on megatron-core's layers, DDP, schedule and optimizer, with the same shapes and fused kernels;
+- both with FP8 (delayed and tensorwise scaling) if Transformer Engine is installed;
+- the ceiling: matrix products of the MLP's shapes, torch.matmul in bf16 and torch._scaled_mm in FP8.
 
-Convention: FLOPs are those of `megatron_cpt.plan.cost.flops`, forward and backward, no recomputation counted;
-`full` counts
-attention as if it were not causal, as Megatron-LM does. MFU is `full` over the datasheet's dense bf16 peak (FP8 too, so
-that the two can be compared); `of_ceiling` is over what the matrix products reached in the same call. Medians of steps.
+Convention: FLOPs as in `megatron_cpt.plan.cost.flops`, forward and backward, without recomputation; `full` counts
+attention as if it were not causal, as Megatron-LM does. MFU (model FLOPs utilization) is `full` over the datasheet's
+dense bf16 peak, also for FP8, so that the two can be compared; `of_ceiling` is relative to the matrix products of the
+same call. Medians over steps.
 """
 
 from __future__ import annotations
@@ -47,11 +45,11 @@ PRECISIONS = {
 }
 WIDTH = {"preset": "nemotron4_15b", "vocab": 16_384}
 TOY = {"preset": "tiny_nemotron", "vocab": 512}
-OUT_OF_MEMORY = 17  # a child's exit status
+OUT_OF_MEMORY = 17  # exit status of a child process
 
 
 def run_config(arguments: argparse.Namespace, precision: str) -> RunConfig:
-    """The run that is timed: one data-parallel rank, four micro-batches a step."""
+    """Return the timed run: one data-parallel rank, four micro-batches per step."""
     model = {**(TOY if arguments.rehearse else WIDTH), "layers": arguments.layers}
     length = 64 if arguments.rehearse else 4096
     return draft_config(
@@ -71,7 +69,7 @@ def run_config(arguments: argparse.Namespace, precision: str) -> RunConfig:
 
 
 def our_steps(run: RunConfig) -> Callable[[], None]:
-    """A step of a run: forward, backward, agreement, update."""
+    """Return a training step of a run: forward, backward, agreement of the ranks, update."""
     import torch
 
     from megatron_cpt.backend import seed_everything
@@ -83,9 +81,7 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
     from megatron_cpt.train.step import train_step
 
     seed_everything(run.seed, pipeline_rank=0)
-    build_model.initialize_weights = (
-        draw_on_device  # billions of weights by the CPU, one by one, take longer than the steps
-    )
+    build_model.initialize_weights = draw_on_device  # drawing billions of weights on the CPU takes too long
     model = build_model.build_model(run)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model.chunks)
     update = Update(optimizer, run.optimizer.weight_decay)
@@ -109,7 +105,7 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
 
 
 def draw_on_device(chunks: Any, model: ModelConfig, seed: int) -> None:
-    """Random matrices of the usual size, in the place of those that do not depend on the layout."""
+    """Fill matrices with random values on the device; replaces the initialization that is equal for all layouts."""
     import torch
 
     for chunk in chunks:
@@ -119,7 +115,7 @@ def draw_on_device(chunks: Any, model: ModelConfig, seed: int) -> None:
 
 
 def random_batches(run: RunConfig) -> list[Any]:
-    """The micro-batches of a step."""
+    """Return the micro-batches of a step."""
     import numpy as np
 
     from megatron_cpt.data.loading.batch import make_batch
@@ -130,7 +126,7 @@ def random_batches(run: RunConfig) -> list[Any]:
 
 
 def time_steps(run: RunConfig, which: str, num_steps: int) -> dict[str, Any]:
-    """Seconds of each step after three that warm up, and the most memory that was in use."""
+    """Return the seconds of each step after three for warm-up, and the peak memory."""
     import torch
 
     from megatron_cpt.backend import process_groups
@@ -148,7 +144,7 @@ def time_steps(run: RunConfig, which: str, num_steps: int) -> dict[str, Any]:
 
 
 def ceilings(*, rehearse: bool) -> dict[str, float]:
-    """TFLOP/s of matrix products of the MLP's shape: 8,192 tokens, 6,144 to 24,576."""
+    """Return the TFLOP/s of matrix products of the MLP's shape: 8,192 tokens, 6,144 to 24,576."""
     import torch
 
     m, k, n = (64, 64, 64) if rehearse else (8192, 6144, 24_576)
@@ -164,7 +160,7 @@ def ceilings(*, rehearse: bool) -> dict[str, float]:
 
 
 def _seconds(function: Callable[[], Any], device: str, repeats: int = 50) -> float:
-    """Seconds of one call, all calls queued behind each other: the best of five."""
+    """Return the seconds per call with all calls queued: the best of five measurements."""
     import torch
 
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -180,7 +176,7 @@ def _seconds(function: Callable[[], Any], device: str, repeats: int = 50) -> flo
 
 
 def child(arguments: argparse.Namespace) -> int:
-    """One of the things that are timed, as one line of JSON."""
+    """Measure in this process and print one line of JSON."""
     if arguments.child == "ceiling":
         print(json.dumps(ceilings(rehearse=arguments.rehearse)))
         return 0
@@ -198,7 +194,7 @@ def child(arguments: argparse.Namespace) -> int:
 
 
 def call(arguments: argparse.Namespace, which: str, precision: str = "bf16") -> dict[str, Any] | None:
-    """Time one thing in a process of its own; None: it ran out of memory."""
+    """Measure in a child process; return None if it ran out of memory."""
     options = [f"--{name}={getattr(arguments, name)}" for name in ("layers", "micro", "steps")]
     options += ["--rehearse"] if arguments.rehearse else []
     command = [sys.executable, __file__, f"--child={which}", f"--precision={precision}", *options]
@@ -211,17 +207,17 @@ def call(arguments: argparse.Namespace, which: str, precision: str = "bf16") -> 
 
 
 def fit_layers(arguments: argparse.Namespace, precision: str) -> None:
-    """Count down from `--layers` to a number that fits both loops in the precision that needs most memory."""
+    """Reduce `--layers` until both loops fit in memory, in the precision that needs most."""
     while arguments.layers > 0:
         if all(call(arguments, which, precision) is not None for which in ("ours", "bare")):
             return
         print(f"{arguments.layers} layers do not fit", file=sys.stderr)
         arguments.layers -= 1
-    sys.exit("not one layer fits this GPU: choose a smaller --micro")
+    sys.exit("one layer does not fit on this GPU; choose a smaller --micro")
 
 
 def summarize(run: RunConfig, rounds: list[dict[str, Any]], peak: float | None, ceiling: float) -> dict[str, Any]:
-    """Tokens/s and what follows from the median step of all rounds."""
+    """Return speed figures from the median step of all rounds."""
     seconds = statistics.median(second for one in rounds for second in one["seconds"])
     flops = flops_per_token(run.model, run.seq_length)
     tokens = run.tokens_per_step / seconds
@@ -258,7 +254,7 @@ def main() -> int:
     has_fp8 = here.transformer_engine is not None and here.capability >= (8, 9)
     precisions = list(PRECISIONS) if has_fp8 else ["bf16"]
     probe = argparse.Namespace(**{**vars(arguments), "steps": 1})
-    fit_layers(probe, precisions[-1])  # FP8 keeps copies of the weights beside them
+    fit_layers(probe, precisions[-1])  # FP8 needs most memory: it keeps copies of the weights
     arguments.layers = probe.layers
     timed: dict[str, list[dict[str, Any]]] = {
         f"{which} {name}": [] for name in precisions for which in ("ours", "bare")
@@ -269,7 +265,7 @@ def main() -> int:
         for key, rounds in timed.items():
             which, _, precision = key.partition(" ")
             one = call(arguments, which, precision)
-            assert one is not None, "it fitted a moment ago"
+            assert one is not None, "fit_layers measured that it fits"
             rounds.append(one)
         print(f"after round {number} of {arguments.rounds}, {arguments.layers} layers:")
         best = {name: max(one[name] for one in reached) for name in reached[0]}
@@ -278,7 +274,7 @@ def main() -> int:
 
 
 def report(arguments: argparse.Namespace, here: str, timed: dict[str, Any], best: dict[str, float]) -> None:
-    """Print what there is, and write it down unless it is a rehearsal."""
+    """Print the results; write them to a file unless this is a rehearsal."""
     gpu = next((gpu for gpu in GPUS.values() if gpu.name.upper() in here.split(" (")[0].upper()), None)
     results = {}
     for key, rounds in timed.items():

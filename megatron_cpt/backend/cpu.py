@@ -1,15 +1,15 @@
 """Run megatron-core on a CPU over gloo. This is the only module that changes torch for the whole process.
 
-megatron-core uses CUDA without checking that it exists. `install` makes the CPU answer instead, so the code that trains
-on H100s (parallel state, pipeline schedules, DDP, the distributed optimizer, dist_checkpointing) also runs and is tested
-on a laptop. On a machine with CUDA `install` changes nothing.
+megatron-core uses CUDA without checking that it exists. `install` makes the CPU answer instead, so the code that runs
+on H100s (parallel state, pipeline schedules, DDP, the distributed optimizer, dist_checkpointing) also runs, and is
+tested, on a laptop. On a machine with CUDA `install` changes nothing.
 
 | patch | reason |
 | --- | --- |
-| functions and classes of `torch.cuda` (`_CUDA_FUNCTIONS`) | megatron-core calls them; each has a correct answer on a CPU |
+| functions and classes of `torch.cuda` (`_CUDA_FUNCTIONS`) | megatron-core calls them; all have an answer on a CPU |
 | `torch.cuda.FloatTensor` and the other types | megatron-core creates tensors with these classes |
 | `torch.cuda.nvtx.range_push`, `range_pop` | they raise without CUDA; a CPU has no NVTX ranges |
-| `CpuForCuda`, a `TorchFunctionMode` of this thread | `device="cuda"`, `Tensor.cuda()`, `Tensor.to("cuda")` mean the CPU |
+| `CpuForCuda`, a `TorchFunctionMode` of this thread | the CPU replaces `device="cuda"` and `Tensor.cuda()` |
 | the same mode, `Tensor.type()` | optimizer/clip_grads.py looks for names such as `torch.cuda.FloatTensor` |
 | `sys.modules` of transformer_engine, apex, amp_C | megatron-core prefers their CUDA kernels wherever they import |
 | `torch.compile`, only while megatron-core is imported | it compiles fused kernels that no CPU run calls, for seconds |

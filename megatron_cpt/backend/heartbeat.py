@@ -43,7 +43,7 @@ _jobs = itertools.count()  # every rank opens its jobs in the same order
 
 
 def lost_connection(error: BaseException) -> str | None:
-    """Return the message of a broken connection in an error or its causes; None if there is none."""
+    """Return the message of a broken connection in an error or its causes; None for any other error."""
     current: BaseException | None = error
     while current is not None:
         text = str(current)
@@ -72,7 +72,7 @@ def job_store() -> Any:
 
 
 class Peers:
-    """Context manager that sends heartbeats and watches those of other ranks.
+    """Context manager that sends heartbeats and watches the other ranks.
 
     Args:
         store: result of `job_store`; None: no heartbeats.

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: arguments of the command line; None: those of this process.
+        argv: arguments of the command line; None: `sys.argv[1:]`.
 
     Returns:
         The exit status, see `megatron_cpt.errors`. An unexpected exception is not caught and keeps its traceback.

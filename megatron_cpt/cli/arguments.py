@@ -1,4 +1,4 @@
-"""Options that take several values, as in `--input a.jsonl b.jsonl`."""
+"""Options with several values, as in `--input a.jsonl b.jsonl`, which typer's parser does not support."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatron_cpt.errors import UserError
 
 @dataclass(frozen=True)
 class ManyValues:
-    """An option of a command that may be followed by more than one value.
+    """Option that may be followed by several values.
 
     Attributes:
-        option: its long name.
-        ends_before: whether a word is no value of it but the next positional argument.
+        option: long name.
+        ends_before: returns True for a word that is a positional argument instead of a value.
     """
 
     option: str
@@ -29,32 +29,32 @@ MANY_VALUES = {
     "preprocess": (ManyValues("--input"), ManyValues("--key")),
     "train": (ManyValues("--allow", _is_run_or_override),),
 }
-"""By command."""
+"""Options with several values, per command."""
 
 
 def repeat_options(argv: Sequence[str]) -> list[str]:
-    """Write `--input a b` as `--input a --input b`, the only form that the parser knows.
+    """Rewrite `--input a b` as `--input a --input b`.
 
     Raises:
-        UserError: such an option has no value.
+        UserError: an option with several values has none.
     """
     command = next((word for word in argv if not word.startswith("-")), "")
     options = {many.option: many for many in MANY_VALUES.get(command, ())}
     words: list[str] = []
     current: ManyValues | None = None
-    repeated = False
+    has_value = False
     for number, word in enumerate(argv):
         if word == "--":
             return [*words, *argv[number:]]
         if word.startswith("-") and word != "-":
-            current, repeated = options.get(word), False
+            current, has_value = options.get(word), False
             if current is not None:
                 _require_value(current.option, argv[number + 1 : number + 2])
         elif current is not None and current.ends_before(word):
             current = None
         elif current is not None:
-            words += [current.option] if repeated else []
-            repeated = True
+            words += [current.option] if has_value else []
+            has_value = True
         words.append(word)
     return words
 

@@ -1,4 +1,4 @@
-"""`megatron-cpt doctor`: is this node fit for a run?"""
+"""`megatron-cpt doctor`: check a node before a run."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK
 if TYPE_CHECKING:
     from megatron_cpt.doctor import Diagnosis
 
-DEFAULT_PORT = 29400  # torchrun's, for the c10d rendezvous
+DEFAULT_PORT = 29400  # torchrun's default for the c10d rendezvous
 
 
 def doctor(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run that shall start here.", show_default=False)
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="Also check this run.", show_default=False)
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=OVERRIDES_HELP)] = None,
-    port: Annotated[
-        int, typer.Option("--port", help="Port of the rendezvous, on the node that holds it.")
-    ] = DEFAULT_PORT,
+    port: Annotated[int, typer.Option("--port", help="Rendezvous port to check.")] = DEFAULT_PORT,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Examine a node: programs, GPUs, network, limits; with a run also its data, its output and that disk.
+    """Check a node: software, GPUs, network, limits; with a run also its data, output folder and disk.
 
-    Under `launch`, one process a node, the nodes are compared, too. Says what each finding costs. Exit status: 0, or 1
-    if something keeps a run from starting.
+    Each finding comes with its cost and a fix. With several nodes, start one process per node under `launch`; the nodes
+    are compared as well. Exit status: 0, or 1 if something keeps a run from starting.
     """
     from megatron_cpt.doctor import examine
 
@@ -47,7 +45,7 @@ def doctor(
 
 
 def _render(diagnoses: Sequence[Diagnosis], out: TextIO) -> None:
-    """Print a table of the checks, the cost and the way out below each fact."""
+    """Print a table of the checks, with cost and fix below each finding."""
     from rich.console import Console
     from rich.table import Table
 

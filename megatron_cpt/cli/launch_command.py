@@ -1,4 +1,4 @@
-"""`megatron-cpt launch`: torchrun for a run, with exit statuses and signals that get through."""
+"""`megatron-cpt launch`: torchrun that passes on exit statuses and signals."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ COMMANDS = ("train", "doctor")
 
 
 class WordsCommand(TyperCommand):
-    """A command whose words, `--` among them, reach it as they are."""
+    """Command that receives all its words unparsed, including `--`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take all words as arguments, unless help is asked for before `--`."""
+        """Treat all words as arguments, except `--help` before `--`."""
         before = args[: args.index("--")] if "--" in args else args
         return super().parse_args(ctx, args if not args or "--help" in before else ["--", *args])
 
@@ -26,17 +26,18 @@ class WordsCommand(TyperCommand):
 def launch(
     words: Annotated[list[str], typer.Argument(metavar="[torchrun options] -- train RUN.yaml ...")],
 ) -> None:
-    """Run a command on every rank of this node under torchrun, once on each node.
+    """Run a command on every rank of this node under torchrun; start it once per node.
 
-    torchrun's options stand before --, the command after it: `launch --nproc-per-node 8 --max-restarts 3 -- train
-    RUN.yaml`. SIGTERM and SIGUSR1 reach the ranks, which save and end; faults are restarted, mistakes are not. Exit
-    status: the ranks' own: 0, 75 (stopped after saving: start it again), 2, 3, else 1.
+    Give torchrun's options before -- and the command after it: `launch --nproc-per-node 8 --max-restarts 3 -- train
+    RUN.yaml`. On SIGTERM or SIGUSR1 the ranks save a checkpoint and end. If a rank fails, all ranks are restarted, up
+    to --max-restarts times. Exit status of the ranks: 0; 75: stopped after saving, start again to resume; 2 or 3: an
+    error message; 1: failure.
     """
     require_module("torch")  # before torchrun, which would fail in a process of its own
     from megatron_cpt.launch import check_options, supervise, with_defaults
 
-    at = words.index("--") if "--" in words else len(words)
-    options, command = words[:at], words[at + 1 :]
+    split = words.index("--") if "--" in words else len(words)
+    options, command = words[:split], words[split + 1 :]
     if not command or command[0] not in COMMANDS:
         raise UserError(f"launch: give the command after --: launch {' '.join(options)} -- train RUN.yaml ...")
     check_options(options)

@@ -1,4 +1,4 @@
-"""A progress bar for commands that read much: on stderr, and only where someone looks."""
+"""Progress bar of long commands, on stderr and only on a terminal."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Counts on by an amount; a total replaces the one before."""
+    """Function that advances the bar by an amount; a new total replaces the previous one."""
 
     def __call__(self, amount: int, total: int | None = None) -> None:
-        """Count on."""
+        """Advance the bar."""
 
 
 @contextmanager
 def progress_bar(what: str, total: int | None = None) -> Iterator[Advance]:
-    """Show how far a command is; stdout and log files stay clean.
+    """Show the progress of a command.
 
     Args:
-        what: what is being done, in a word or two.
-        total: of whatever is counted; None: not known yet.
+        what: label of the bar, such as `checking`.
+        total: final amount, in any unit; None: not known yet.
 
     Yields:
-        What counts on.
+        A function that advances the bar.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

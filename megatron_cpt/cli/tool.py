@@ -1,4 +1,4 @@
-"""What the scripts in tools/ share with the commands: how a mistake ends them."""
+"""Error handling for the scripts in tools/ and examples/."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_cpt.errors import EXIT_OK, CptError
 
 
 def run_tool(tool: Callable[[], None]) -> int:
-    """Run a script's work.
+    """Run a function and print a CptError as one message.
 
     Returns:
-        The exit status: see `megatron_cpt.errors`. A defect of ours is not caught and keeps its traceback.
+        The exit status, see `megatron_cpt.errors`. An unexpected exception is not caught and keeps its traceback.
     """
     try:
         tool()

@@ -13,7 +13,7 @@ torchrun alone mishandles a preempted job (torch 2.13 and 2.15: `torch/distribut
 torchrun inherits blocked stop signals, so only the launcher handles them (`supervise.py`). Each rank runs inside
 `rank.py`, which writes its exit status to a file for the launcher and shows torchrun nothing but failures.
 
-A rank that has not started training ends at once on SIGTERM. Either the job is being stopped, or torchrun is ending
+A rank that has not started training ends on SIGTERM immediately. Either the job is being stopped, or torchrun is ending
 the rank because another one failed. Only the launcher knows: it creates a stop file when it receives a signal itself.
 Without that file, such an end is never reported as 75.
 

@@ -1,4 +1,4 @@
-"""torchrun's options: what is added where nothing was said, and what cannot be passed on."""
+"""Options of torchrun: defaults, and options that the launcher does not pass on."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from collections.abc import Mapping, Sequence
 from megatron_cpt.errors import UserError
 
 _RENDEZVOUS = ("nnodes", "rdzv-backend", "rdzv-endpoint", "master-addr", "master-port", "standalone")
-_OURS = {
-    "module": "the ranks run a command of megatron-cpt, which is given after --",
-    "no-python": "the ranks run a command of megatron-cpt, which is given after --",
-    "run-path": "the ranks run a command of megatron-cpt, which is given after --",
-    "signals-to-handle": "the stop signals go to the ranks, which save and end",
+_REFUSED = {
+    "module": "the ranks run a command of megatron-cpt; give it after --",
+    "no-python": "the ranks run a command of megatron-cpt; give it after --",
+    "run-path": "the ranks run a command of megatron-cpt; give it after --",
+    "signals-to-handle": "the launcher passes stop signals to the ranks, which save a checkpoint and end",
 }
 _SHORT = {"m": "module", "t": "tee", "r": "redirects"}
 
 
 def option_names(options: Sequence[str]) -> set[str]:
-    """Long names of the options among some words: `--log_dir=x` and `--log-dir x` are both `log-dir`."""
+    """Return the long names of options: `log-dir` for `--log_dir=x` and for `--log-dir x`."""
     names = {word[2:].partition("=")[0].replace("_", "-") for word in options if word.startswith("--")}
     return names | {_SHORT[word[1]] for word in options if word[:1] == "-" and word[1:2] in _SHORT}
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Refuse options of torchrun that this launcher needs for itself.
+    """Check options of torchrun.
 
     Raises:
-        UserError: one of them is there.
+        UserError: the launcher sets this option itself.
     """
-    for name in sorted(option_names(options) & _OURS.keys()):
-        raise UserError(f"launch: --{name} is not an option here: {_OURS[name]}")
+    for name in sorted(option_names(options) & _REFUSED.keys()):
+        raise UserError(f"launch: --{name} is not supported: {_REFUSED[name]}")
 
 
 def with_defaults(options: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """Options with what a run nearly always wants.
+    """Add defaults to options of torchrun.
 
-    One node without a rendezvous gets `--standalone`, which takes a free port instead of always 29500. Where logs go to
-    a folder they are shown as well.
+    Without a rendezvous, `--standalone` is added, which chooses a free port instead of 29500. With `--log-dir`, logs
+    are also printed.
 
     Args:
-        options: torchrun's, as given.
-        environment: where Kubeflow and others give torchrun's options too (`PET_NNODES` is `--nnodes`).
+        options: options of torchrun from the command line.
+        environment: environment variables, which can hold options too: Kubeflow sets `PET_NNODES` for `--nnodes`.
     """
     names = option_names(options)
     names |= {name[4:].lower().replace("_", "-") for name in environment if name.startswith("PET_")}

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         arguments: name of the module, then its own arguments.
 
     Returns:
-        Status for torchrun: 0, or that of a failure.
+        The status for torchrun: 0 unless the rank failed.
     """
     folder = Path(os.environ[FOLDER_VARIABLE])
     path = Report.path(folder, os.environ["LOCAL_RANK"])

@@ -1,1 +1,1 @@
-"""Config -> megatron-core GPT. Install the CPU backend before importing this package where CUDA is missing."""
+"""megatron-core's GPT, built from run.yaml. Without CUDA, call `backend.cpu.install` before importing this package."""

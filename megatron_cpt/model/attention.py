@@ -1,7 +1,7 @@
 """Core attention of the local layer spec: torch's scaled-dot-product kernels.
 
-megatron-core's own `DotProductAttention` writes out the whole (heads x sequence x sequence) score matrix and copies
-keys and values for grouped queries. torch has a flash kernel on CPUs and GPUs that does neither.
+megatron-core's `DotProductAttention` stores the (heads x sequence x sequence) score matrix and copies keys and values
+for grouped queries. torch's flash kernels, on CPUs and GPUs, do neither.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import nn
 
 
 class LocalAttention(nn.Module):
-    """Causal attention of one tensor-parallel rank's heads.
+    """Causal attention over the heads of one tensor-parallel rank.
 
     Shapes: query (s, b, heads, d), key and value (s, b, groups, d), result (s, b, heads * d). `attention_mask` is None
-    (causal) or bool (b, 1, s, s) with True where a query must NOT look, megatron-core's meaning.
+    (causal) or bool (b, 1, s, s), where True masks a position, as in megatron-core and unlike torch.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LocalAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """Attend; keys and values of a group serve all its query heads."""
+        """Compute attention; the query heads of a group share its keys and values."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (b, heads, s, d)
         out = nn.functional.scaled_dot_product_attention(
             query,

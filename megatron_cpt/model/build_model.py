@@ -1,4 +1,4 @@
-"""A config -> megatron-core GPT, in the chunks that this rank holds."""
+"""Build the chunks of megatron-core's GPT that belong to this rank."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from megatron_cpt.model.transformer_config import transformer_config
 
 @dataclass(frozen=True)
 class Model:
-    """What training needs of a model.
+    """Model of one rank.
 
     Attributes:
-        chunks: DDP-wrapped model chunks, one, or one for each virtual pipeline stage.
+        chunks: model chunks in DDP: one per virtual pipeline stage.
         config: megatron-core's configuration, shared by the chunks.
         spec: name of the layer spec, `transformer_engine` or `local`.
-        layers: the same with versions, for the log.
+        layers: description of the layer spec with versions, for the log.
         packs_documents: attention takes documents as sequences packed into one row (Transformer Engine), not as a mask.
-        knobs: what of `speed` is on.
+        knobs: names of the `speed` knobs that are on.
     """
 
     chunks: Sequence[DistributedDataParallel]
@@ -46,10 +46,10 @@ class Model:
 
 
 def build_model(run: RunConfig) -> Model:
-    """Build the model with random weights from `run.seed`, the same for any layout.
+    """Build the model; its random weights depend on `run.seed` but not on the parallel layout.
 
     Raises:
-        UserError: the machine cannot do what `speed` asks for; what else it cannot do, `check_machine` says.
+        UserError: this machine does not support a `speed` setting. `check_machine` checks the other sections.
     """
     machine = read_machine()
     spec = choose_spec(qk_norm=run.model.qk_norm, precision=run.precision, machine=machine)
@@ -58,9 +58,11 @@ def build_model(run: RunConfig) -> Model:
     initialize_user_buffers(run, knobs)
     config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs)
     stages = range(run.parallel.virtual_pipeline) if run.parallel.virtual_pipeline > 1 else [None]
-    bare = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
-    initialize_weights(bare, run.model, run.seed)
-    chunks = [_wrap(chunk, config, run.parallel, run.precision, knobs, number) for number, chunk in enumerate(bare)]
+    unwrapped = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
+    initialize_weights(unwrapped, run.model, run.seed)
+    chunks = [
+        _wrap(chunk, config, run.parallel, run.precision, knobs, number) for number, chunk in enumerate(unwrapped)
+    ]
     connect_schedule(chunks, config, knobs)
     return Model(chunks, config, spec.name, spec.title, packs_documents=is_te, knobs=knobs)
 
@@ -87,7 +89,7 @@ def _build_chunk(
 
 
 def _scale_rope(chunk: GPTModel, model: ModelConfig) -> None:
-    """Llama 3.1's frequencies; GPTModel's own argument takes the factor but not the other three numbers."""
+    """Apply Llama 3.1's RoPE scaling; the argument of GPTModel takes only its factor."""
     scaling = model.rope_scaling
     assert scaling is not None
     rope = chunk.rotary_pos_emb
@@ -112,7 +114,7 @@ def _wrap(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, **ddp_fields(knobs, parallel), **_weights_in_fp8(precision)
     )
-    # The chunks after the first have whole forward and backward passes to hide behind: they need no small buckets.
+    # The other chunks reduce their gradients while the first one computes, so they need no small buckets.
     wrapped = DistributedDataParallel(config=config, ddp_config=ddp_config, module=module, disable_bucketing=number > 0)
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
@@ -122,5 +124,5 @@ def _weights_in_fp8(precision: PrecisionConfig) -> dict[str, bool]:
     fp8 = precision.fp8
     if fp8 is None or not fp8.params:
         return {}
-    # MXFP8 weights have two layouts of scales and cannot lie in one buffer; they are gathered through the gradients'.
+    # MXFP8 weights have two layouts of scales, so one buffer cannot hold them; the gradient buffer gathers them.
     return {"fp8_param_gather": True, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}

@@ -1,4 +1,4 @@
-"""What this machine can compute, and what a run asks of it: one table, looked at before anything loads."""
+"""Table of hardware and library requirements, checked before data or checkpoints are loaded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import UserError
 
 Version = tuple[int, int]
-"""Major and minor."""
+"""Major and minor version."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What counts of a machine.
+    """GPU and libraries of this machine.
 
     Attributes:
-        device: name of the GPU; None: there is none.
-        capability: its compute capability: 8.9 is Ada, 9.0 Hopper, 10.0 Blackwell.
-        cuda: the CUDA release that torch was built with.
-        transformer_engine: its version; None: it cannot be used here.
-        fault: why an installed Transformer Engine does not load.
-        apex: whether Apex's extension for weight gradients is installed.
+        device: name of the GPU, or None.
+        capability: compute capability: 8.9 is Ada, 9.0 Hopper, 10.0 Blackwell.
+        cuda: CUDA version of the torch build.
+        transformer_engine: version; None: not installed, or it does not load.
+        fault: error of an installed Transformer Engine that does not load.
+        apex: Apex's extension for weight gradients is installed.
     """
 
     device: str | None = None
@@ -48,7 +48,7 @@ class Machine:
 
 
 def read_machine() -> Machine:
-    """Look at the machine that this process runs on."""
+    """Read the capabilities of the machine of this process."""
     if not torch.cuda.is_available():
         return Machine()
     version, fault = _transformer_engine()
@@ -67,41 +67,41 @@ def _transformer_engine() -> tuple[Version | None, str | None]:
         return None, None
     try:
         import transformer_engine
-        import transformer_engine.pytorch  # its compiled part is what may not fit this torch
+        import transformer_engine.pytorch  # fails if its compiled part does not fit this torch
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
     return parse_version(transformer_engine.__version__), None
 
 
 def parse_version(text: str) -> Version:
-    """`2.8.0.dev1+abc` -> (2, 8)."""
+    """Return major and minor version: (2, 8) for `2.8.0.dev1+abc`."""
     major, minor = [*re.findall(r"\d+", text), "0", "0"][:2]
     return int(major), int(minor)
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A line of the table.
+    """Row of the table.
 
     Attributes:
-        asked: what of run.yaml asks for it, as a message names it; None: this run does not.
-        met: whether the machine has it.
-        needs: how a message says it.
+        setting: returns the setting of a run that has this requirement, such as `parallel.context: 2`, or None.
+        is_met: returns True for a machine that meets it.
+        needs: text for the message.
     """
 
-    asked: Callable[[RunConfig], str | None]
-    met: Callable[[Machine], bool]
+    setting: Callable[[RunConfig], str | None]
+    is_met: Callable[[Machine], bool]
     needs: str
 
 
 def _fp8(*recipes: str) -> Callable[[RunConfig], str | None]:
-    def asked(run: RunConfig) -> str | None:
+    def setting(run: RunConfig) -> str | None:
         fp8 = run.precision.fp8
         if fp8 is None or fp8.backend != "transformer_engine" or fp8.recipe not in recipes:
             return None
         return f"precision.fp8.recipe: {fp8.recipe}"
 
-    return asked
+    return setting
 
 
 def _fp4(run: RunConfig) -> str | None:
@@ -118,8 +118,8 @@ def _te_from(*version: int) -> Callable[[Machine], bool]:
 
 _ANY = ("delayed", "tensorwise", "blockwise", "mxfp8")
 _WITH_TE = "Transformer Engine on a GPU"
-# Capabilities and CUDA releases: `_compute_*_support` in Transformer Engine's pytorch/quantization.py (2.20); its
-# versions: `get_fp8_recipe` and `get_fp4_recipe` in megatron-core's fp8_utils.py and fp4_utils.py (0.16.1 and 0.19.2).
+# Sources: for compute capabilities and CUDA, `_compute_*_support` in Transformer Engine's pytorch/quantization.py
+# (2.20); for versions of Transformer Engine, megatron-core's fp8_utils.py and fp4_utils.py (0.16.1 and 0.19.2).
 REQUIREMENTS = (
     Requirement(_context, _te_from(0, 0), _WITH_TE),
     Requirement(_fp8(*_ANY), _te_from(0, 0), _WITH_TE),
@@ -134,27 +134,26 @@ REQUIREMENTS = (
     Requirement(_fp4, lambda m: m.capability >= (10, 0), "a Blackwell GPU (10.0)"),
     Requirement(_fp4, _te_from(2, 7), "Transformer Engine 2.7"),
 )
-"""What a run needs that not every machine has."""
 
 
 def check_machine(run: RunConfig, machine: Machine) -> None:
-    """Refuse a run that this machine cannot compute.
+    """Check a run against the table.
 
     Raises:
-        UserError: naming what asks for too much, all that is missing for it, and what is here.
+        UserError: with each unsupported setting, its requirements, and the capabilities of this machine.
     """
     missing: dict[str, list[str]] = {}
     for requirement in REQUIREMENTS:
-        asked = requirement.asked(run)
-        if asked is not None and not requirement.met(machine):
-            missing.setdefault(asked, []).append(requirement.needs)
+        setting = requirement.setting(run)
+        if setting is not None and not requirement.is_met(machine):
+            missing.setdefault(setting, []).append(requirement.needs)
     if not missing:
         return
-    # Without Transformer Engine, which release of it would be needed is of no help.
-    shown = {asked: needs[:1] if needs[0] == _WITH_TE else needs for asked, needs in missing.items()}
-    problems = [f"{asked}: needs {' and '.join(needs)}" for asked, needs in shown.items()]
+    # without Transformer Engine its required version does not matter
+    shown = {setting: needs[:1] if needs[0] == _WITH_TE else needs for setting, needs in missing.items()}
+    problems = [f"{setting}: needs {' and '.join(needs)}" for setting, needs in shown.items()]
     raise UserError(
-        f"{'; '.join(problems)}; this machine has {machine}; leave it out here (a rehearsal: parallel.context=1, "
+        f"{'; '.join(problems)}; this machine has {machine}; remove the setting (for a rehearsal: parallel.context=1, "
         "precision.fp4=null, precision.fp8=null or precision.fp8.backend=emulated)"
     )
 

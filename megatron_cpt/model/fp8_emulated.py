@@ -1,15 +1,18 @@
-"""FP8 training in numbers, on any device: linear layers whose matrix products see values that FP8 can hold.
+"""Emulated FP8 training on any device: linear layers whose matrix products use values rounded to FP8.
 
 The three operands of a linear layer (input, weight, and in the backward pass the gradient of the output) are scaled,
-cast to torch's 8-bit float types with saturation, and scaled back; products and sums stay in the precision of the run.
-So a recipe's effect on a loss, and what a resume does to its scaling factors, can be studied without the hardware; it
-is not faster. The recipes are those of Transformer Engine: `delayed` scales by the largest magnitudes of earlier steps,
-`tensorwise` by the tensor's own (current scaling).
+cast to torch's 8-bit float types with saturation, and scaled back. Products and sums keep the precision of the run.
+This shows the effect of a recipe on the loss, and of a resume on its scaling factors, without the hardware. It is not
+faster.
 
-Two differences to Transformer Engine, both so that the numbers do not depend on the parallel layout:
+The recipes are Transformer Engine's: `delayed` scales by the largest magnitude of earlier steps, `tensorwise` by the
+largest magnitude of the tensor (current scaling). For example, if the largest magnitude is 7, E4M3, whose largest
+number is 448, gets the scale 448 / 7 = 64.
 
-- delayed: a history gets one entry a step, the maximum over its micro-batches; Transformer Engine enters each of them;
-- tensorwise: the maximum over a micro-batch is taken over the tensor-parallel ranks for every operand.
+There are two differences from Transformer Engine, which make the numbers independent of the parallel layout:
+
+- delayed: a history gets one entry per step, the maximum over the micro-batches, instead of one per micro-batch;
+- tensorwise: the maximum is taken over the tensor-parallel ranks for every operand.
 
 Formats: Micikevicius et al. 2022, arXiv 2209.05433. Scaling: NVIDIA, "Using FP8 with Transformer Engine".
 """
@@ -27,19 +30,18 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 INPUT, WEIGHT, GRADIENT = range(3)
 AMAX_HISTORY = "amax_history"
-"""Last part of the name that a layer's history has in a checkpoint."""
+"""Last part of the name of a layer's history in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Fp8Emulation:
-    """A recipe.
+    """FP8 recipe.
 
     Attributes:
-        recipe: `delayed` or `tensorwise`.
         format: `hybrid` (E4M3, gradients E5M2) or `e4m3`.
-        history: delayed: steps whose maxima are kept.
-        amax_compute: delayed: scale by the `max` of the history, or by its `most_recent` entry.
-        margin: delayed: scale by 2^-margin less than would just fit.
+        history: steps whose maxima are kept (delayed).
+        amax_compute: scale by the `max` of the history or by its `most_recent` entry (delayed).
+        margin: divide the scale by 2^margin (delayed).
     """
 
     recipe: Literal["delayed", "tensorwise"]
@@ -49,40 +51,40 @@ class Fp8Emulation:
     margin: int = 0
 
     def dtype(self, operand: int) -> torch.dtype:
-        """Type of an operand's values."""
+        """Return the FP8 type of an operand."""
         return torch.float8_e5m2 if operand == GRADIENT and self.format == "hybrid" else torch.float8_e4m3fn
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values of `x` as FP8 holds them under a scaling factor: `cast(clamp(x * scale)) / scale`, in x's own type.
+    """Round `x` to FP8 and back: `cast(clamp(x * scale)) / scale`, in the type of `x`.
 
     Args:
         x: any shape.
-        scale: one number, fp32.
-        dtype: an 8-bit float type; magnitudes beyond its largest number saturate.
+        scale: fp32 scalar.
+        dtype: 8-bit float type; larger magnitudes saturate at its largest number.
     """
     limit = torch.finfo(dtype).max
     return ((x.float() * scale).clamp(-limit, limit).to(dtype).float() / scale).to(x.dtype)
 
 
 def scale_for(amax: torch.Tensor, dtype: torch.dtype, margin: int = 0) -> torch.Tensor:
-    """The factor that puts `amax` at the top of the format; 1 where nothing useful is known (0, not finite).
+    """Return the scale that maps `amax` to the largest number of the format; 1 if `amax` is 0 or not finite.
 
     Args:
         amax: largest magnitudes, fp32, any shape.
-        dtype: an 8-bit float type.
-        margin: powers of two to stay below the top.
+        dtype: 8-bit float type.
+        margin: powers of two below the largest number.
     """
     scale = torch.finfo(dtype).max / amax.float() / 2.0**margin
     return torch.where((amax > 0) & amax.isfinite() & scale.isfinite(), scale, torch.ones_like(scale))
 
 
 class EmulatedFp8(torch.nn.Module):
-    """The FP8 part of a linear layer, in front of megatron-core's class.
+    """Mixin that adds FP8 to one of megatron-core's linear layers.
 
-    `amax_history` (3, history) holds the largest magnitudes of input, weight and gradient, newest first, and 0 where
-    nothing is known. It is a buffer, so that checkpoints keep it. In a bf16 model it becomes bf16, which holds the
-    magnitudes of bf16 tensors exactly.
+    `amax_history` (3, history) holds the largest magnitudes of input, weight and gradient, newest first; unused entries
+    are 0. It is a buffer, so checkpoints contain it. In a bf16 model it becomes bf16, which holds the magnitudes of
+    bf16 tensors exactly.
     """
 
     fp8: Fp8Emulation
@@ -96,7 +98,7 @@ class EmulatedFp8(torch.nn.Module):
             self.register_buffer("step_amax", torch.zeros(3), persistent=False)
 
     def fp8_operand(self, x: torch.Tensor, operand: int) -> torch.Tensor:
-        """Quantize one operand and note its largest magnitude."""
+        """Quantize one operand and record its largest magnitude."""
         amax = x.detach().abs().amax().float()
         if self.fp8.recipe == "tensorwise":
             if parallel_state.get_tensor_model_parallel_world_size() > 1:
@@ -115,13 +117,13 @@ class EmulatedFp8(torch.nn.Module):
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
         operands = (_apply(_Quantize, input, self, INPUT), _apply(_Quantize, weight, self, WEIGHT))
-        output = super()._forward_impl(*operands, bias=None, **options)  # type: ignore[misc]  # of the class behind
+        output = super()._forward_impl(*operands, bias=None, **options)  # type: ignore[misc]  # defined by the linear layer
         output = _apply(_QuantizeGradient, output, self)
         return output if bias is None else output + bias
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> torch.Tensor:
-    result: torch.Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch has no types for it
+    result: torch.Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch has no types for apply
     return result
 
 
@@ -138,7 +140,7 @@ class _Quantize(torch.autograd.Function):
 
 
 class _QuantizeGradient(torch.autograd.Function):
-    """Identity forward, quantized backward: what both products of the backward pass see."""
+    """Identity forward, quantized backward: both products of the backward pass use the quantized gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: EmulatedFp8) -> torch.Tensor:
@@ -151,7 +153,7 @@ class _QuantizeGradient(torch.autograd.Function):
 
 
 def emulated_linears(recipe: Fp8Emulation) -> tuple[type[ColumnParallelLinear], type[RowParallelLinear]]:
-    """megatron-core's two linear layers on FP8 values: classes, because layer specs are made of classes."""
+    """Create subclasses of megatron-core's linear layers for a recipe; a layer spec consists of classes."""
 
     class EmulatedFp8ColumnParallelLinear(EmulatedFp8, ColumnParallelLinear):  # type: ignore[misc]  # megatron-core has no types
         fp8 = recipe
@@ -164,13 +166,13 @@ def emulated_linears(recipe: Fp8Emulation) -> tuple[type[ColumnParallelLinear], 
 
 @torch.no_grad()
 def end_step(chunks: Iterable[torch.nn.Module], *, keep: bool = True) -> None:
-    """Enter the step's largest magnitudes into the histories of delayed scaling; a collective call, once a step.
+    """Add the largest magnitudes of a step to the histories of delayed scaling; a collective call, once per step.
 
-    Like Transformer Engine's, they are maxima over all ranks that hold a part of the same layer or a copy of it.
+    As in Transformer Engine, a magnitude is the maximum over all ranks with a shard or a copy of the layer.
 
     Args:
-        chunks: model chunks; without emulated FP8 nothing happens.
-        keep: False for a step that was skipped: forget its magnitudes.
+        chunks: model chunks; chunks without emulated FP8 are ignored.
+        keep: False discards the magnitudes, for a step whose update was skipped.
     """
     modules = [module for chunk in chunks for module in chunk.modules()]
     layers = [module for module in modules if isinstance(module, EmulatedFp8) and module.fp8.recipe == "delayed"]

@@ -1,9 +1,9 @@
-"""Random weights that depend on the seed and the name of a weight, and on nothing else.
+"""Random weights that depend only on the seed and the name of a weight.
 
-megatron-core draws weights in the order in which modules are built, so another pipeline split is another model. Here
-every weight has a generator of its own, keyed by (seed, name, layer), and each rank keeps its part of the whole: the
-same model at any TP x PP x VPP. The names and the parts come from `sharded_state_dict`, the mapping that checkpoints
-use, so there is one truth about which rank holds what.
+megatron-core draws weights in the order in which modules are built, so a different pipeline split gives a different
+model. Here each weight has its own generator, keyed by (seed, name, layer). Each rank draws the full weight and keeps
+its shard, so the model is the same at any TP x PP x VPP (tensor, pipeline and virtual pipeline parallelism). Names and
+shards come from `sharded_state_dict`, which checkpoints use too.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialize_weights(chunks: Sequence[GPTModel], model: ModelConfig, seed: int) -> None:
-    """Fill every matrix with N(0, init_std), scaled by 1/sqrt(2 layers) where it writes to the residual stream.
+    """Fill matrices with N(0, init_std), those that write to the residual stream with N(0, init_std / sqrt(2 layers)).
 
-    Biases start at zero; norms keep the identity that they are built with.
+    Biases become zero; norms keep their initial identity.
     """
     for chunk in chunks:
         for shard in _shards(chunk.sharded_state_dict()):
@@ -34,15 +34,15 @@ def initialize_weights(chunks: Sequence[GPTModel], model: ModelConfig, seed: int
                 shard.data.zero_()
             elif shard.key.endswith("weight") and "norm" not in shard.key:
                 std = output_std(model) if shard.key.endswith(_WRITES_TO_RESIDUAL) else model.init_std
-                values = _part_of_normal(shard, seed, std)
+                values = _draw_shard(shard, seed, std)
                 shard.data.copy_(values)
-                # Of a weight in FP8 Transformer Engine keeps what it was built with, for the fp32 master weight.
+                # Transformer Engine keeps the unrounded values of an FP8 weight, from which the fp32 master is made.
                 if hasattr(shard.data, "get_high_precision_init_val"):
                     shard.data.get_high_precision_init_val().copy_(values)
 
 
 def _shards(value: Any) -> Iterator[ShardedTensor]:
-    """Every sharded tensor below a state dict; a gated MLP's factory is opened into its two halves (views)."""
+    """Yield all sharded tensors of a state dict; a gated MLP's factory gives its two halves (views)."""
     if isinstance(value, ShardedTensorFactory):
         yield from _shards(value.build())
     elif isinstance(value, ShardedTensor):
@@ -56,16 +56,16 @@ def _shards(value: Any) -> Iterator[ShardedTensor]:
             yield from _shards(entry)
 
 
-def _part_of_normal(shard: ShardedTensor, seed: int, std: float) -> torch.Tensor:
-    """This rank's part of the whole random weight, shape of `shard.data`."""
-    prepended = shard.prepend_axis_num  # leading axes of the global shape that count layers, not elements of a weight
+def _draw_shard(shard: ShardedTensor, seed: int, std: float) -> torch.Tensor:
+    """Draw the full random weight and return this rank's shard of it."""
+    prepended = shard.prepend_axis_num  # leading axes of the global shape that count layers
     layer = tuple(shard.global_offset[:prepended])
     digest = hashlib.blake2b(repr((seed, shard.key, layer)).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    whole = torch.empty(shard.global_shape[prepended:], dtype=torch.float32)
-    whole.normal_(0.0, std, generator=generator)
+    full = torch.empty(shard.global_shape[prepended:], dtype=torch.float32)
+    full.normal_(0.0, std, generator=generator)
     place = tuple(
         slice(start, start + length)
         for start, length in zip(shard.global_offset[prepended:], shard.data.shape, strict=True)
     )
-    return whole[place]
+    return full[place]

@@ -1,4 +1,4 @@
-"""The knobs that are on -> megatron-core's settings; which are on and why says the table in config/speed.py."""
+"""Translate the `speed` knobs to megatron-core's settings; config/knobs.py decides which knobs are on."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Knobs = Collection[str]
 
 
 def choose_knobs(run: RunConfig, machine: Machine, *, transformer_engine: bool) -> frozenset[str]:
-    """Which knobs are on for a run on this machine.
+    """Return the knobs that are on for a run on this machine.
 
     Args:
-        run: the run.
-        machine: where it computes.
-        transformer_engine: whether its layers are Transformer Engine's.
+        run: configuration of the run.
+        machine: result of `read_machine`.
+        transformer_engine: the layers are Transformer Engine's.
 
     Raises:
-        UserError: `speed` asks for what cannot be had here.
+        UserError: a `speed` setting is not supported here.
     """
     place = ComputePlace(on_gpu=machine.device is not None, transformer_engine=transformer_engine, apex=machine.apex)
     on, problems = resolve_speed(run, place)
@@ -37,14 +37,8 @@ def choose_knobs(run: RunConfig, machine: Machine, *, transformer_engine: bool) 
 
 
 def transformer_fields(knobs: Knobs, model: ModelConfig, activation: Any) -> dict[str, Any]:
-    """Fields of TransformerConfig.
-
-    Args:
-        knobs: those that are on.
-        model: the model.
-        activation: its activation function.
-    """
-    # megatron-core's fused GELU is the tanh approximation whatever was asked for, so SwiGLU alone goes through it.
+    """Return the fields of TransformerConfig that depend on knobs."""
+    # megatron-core's fused GELU is always the tanh approximation, so only SwiGLU uses the fused kernel.
     has_kernel = model.gated and model.activation is Activation.SILU
     fuses = "fused_activation" in knobs
     return {
@@ -61,7 +55,7 @@ def transformer_fields(knobs: Knobs, model: ModelConfig, activation: Any) -> dic
 
 
 def ddp_fields(knobs: Knobs, parallel: ParallelConfig) -> dict[str, Any]:
-    """Fields of DistributedDataParallelConfig."""
+    """Return the fields of DistributedDataParallelConfig that depend on knobs."""
     return {
         "use_distributed_optimizer": parallel.distributed_optimizer,
         "overlap_grad_reduce": "overlap_grad_reduce" in knobs,
@@ -70,17 +64,17 @@ def ddp_fields(knobs: Knobs, parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def connect_schedule(chunks: Sequence[DistributedDataParallel], config: TransformerConfig, knobs: Knobs) -> None:
-    """Let the pipeline schedule hold back the exchange of gradients until the last micro-batch."""
+    """Make the pipeline schedule delay the gradient reduction to the last micro-batch, for `overlap_grad_reduce`."""
     if "overlap_grad_reduce" in knobs:
-        held = [chunk.no_sync for chunk in chunks]
-        config.no_sync_func = held if len(held) > 1 else held[0]
+        contexts = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Bring every weight up to date on every rank, before somebody reads it outside of a forward pass; collective.
+    """Gather the updated weights on every rank before they are read outside a forward pass; a collective call.
 
-    With `overlap_param_gather` an update leaves each rank with its own share of the new weights; the next forward pass
-    gathers the rest.
+    With `overlap_param_gather` a rank holds only its own shard of the new weights after an update, until the next
+    forward pass gathers the others.
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
@@ -88,10 +82,10 @@ def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
 
 
 def initialize_user_buffers(run: RunConfig, knobs: Knobs) -> None:
-    """Make the buffers that Transformer Engine overlaps tensor-parallel communication with; a collective call.
+    """Create Transformer Engine's buffers for overlapped tensor-parallel communication; a collective call.
 
     Raises:
-        UserError: the devices cannot do it.
+        UserError: the devices do not support it.
     """
     if "tp_comm_overlap" not in knobs:
         return
@@ -100,7 +94,7 @@ def initialize_user_buffers(run: RunConfig, knobs: Knobs) -> None:
     tokens = run.seq_length * run.batch.micro // run.parallel.context
     is_fp8 = run.precision.fp8 is not None
     options: dict[str, Any] = {"use_fp8": is_fp8}
-    if hasattr(base, "UserBufferQuantizationMode"):  # from 2.8 on
+    if hasattr(base, "UserBufferQuantizationMode"):  # Transformer Engine 2.8 and newer
         modes = base.UserBufferQuantizationMode
         has_bf16_layers = run.precision.fp8 is not None and run.precision.fp8.first_last_bf16 > 0
         kinds = [modes.FP8] if is_fp8 else [modes.NONE]
@@ -115,4 +109,4 @@ def initialize_user_buffers(run: RunConfig, knobs: Knobs) -> None:
         )
     except RuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"speed.tp_comm_overlap: {first_line}; leave it out here") from error
+        raise UserError(f"speed.tp_comm_overlap: {first_line}; set it to false on this machine") from error

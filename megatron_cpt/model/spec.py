@@ -1,4 +1,4 @@
-"""Layer specs: Transformer Engine where it is installed and a GPU is present, else the local one."""
+"""Layer specs: Transformer Engine's on a GPU where it is installed, else the local one."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from megatron_cpt.model.norm import LocalNorm
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The modules a model is built from.
+    """Modules of a model.
 
     Attributes:
         name: `transformer_engine` or `local`.
-        title: the same with versions, for the log.
-        layer: one transformer layer.
-        norm: the class of the last norm.
-        end_layer: what the first and last `num_end_layers` layers of the model are instead.
-        num_end_layers: see `end_layer`.
+        title: description with versions, for the log.
+        layer: spec of a transformer layer.
+        norm: class of the final norm.
+        end_layer: spec of the first and last `num_end_layers` layers, if it differs from `layer`.
+        num_end_layers: number of such layers at each end of the model.
     """
 
     name: str
@@ -42,11 +42,11 @@ class LayerSpec:
 
     @property
     def is_transformer_engine(self) -> bool:
-        """Whether the layers are Transformer Engine's."""
+        """True if the layers are Transformer Engine's."""
         return self.name == "transformer_engine"
 
     def block(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-        """The layers of this rank's pipeline stage (and virtual stage)."""
+        """Return the layers of this rank's pipeline stage and virtual stage."""
         first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
         layers = [self._layer(number, config.num_layers) for number in numbers]
@@ -58,7 +58,7 @@ class LayerSpec:
 
 
 def choose_spec(*, qk_norm: bool, precision: PrecisionConfig, machine: Machine) -> LayerSpec:
-    """The best spec that a machine can run; emulated FP8 is always the local one's."""
+    """Return the fastest spec for a machine; emulated FP8 exists only in the local one."""
     is_emulated = precision.fp8 is not None and precision.fp8.backend == "emulated"
     if machine.transformer_engine is None or is_emulated:
         return local_spec(qk_norm=qk_norm, fp8=precision.fp8)
@@ -66,7 +66,7 @@ def choose_spec(*, qk_norm: bool, precision: PrecisionConfig, machine: Machine) 
 
 
 def transformer_engine_spec(*, qk_norm: bool) -> LayerSpec:
-    """Layers of Transformer Engine: norms fused into the linear layers, flash attention, FP8."""
+    """Return the spec of Transformer Engine: norms fused into linear layers, flash attention, FP8."""
     import transformer_engine
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -80,14 +80,14 @@ def transformer_engine_spec(*, qk_norm: bool) -> LayerSpec:
 
 
 def local_spec(*, qk_norm: bool, fp8: Fp8Config | None = None) -> LayerSpec:
-    """Layers of megatron-core and torch alone, on any device; checkpoints are interchangeable with the other spec's.
+    """Return the spec that needs only megatron-core and torch, for any device.
 
-    megatron-core's local spec already maps its weight names to those of Transformer Engine (the norm belongs to the
-    linear layer after it) when a checkpoint is written or read.
+    Checkpoints fit both specs: megatron-core saves local layers under Transformer Engine's weight names, in which a
+    norm belongs to the linear layer after it.
 
     Args:
-        qk_norm: norms on queries and keys.
-        fp8: with backend `emulated`: linear layers on FP8 values.
+        qk_norm: normalize queries and keys.
+        fp8: linear layers emulate FP8 if its backend is `emulated`.
     """
     plain = _local_layer(qk_norm=qk_norm)
     if fp8 is None or fp8.backend != "emulated":
@@ -116,7 +116,7 @@ def _local_layer(*, qk_norm: bool) -> ModuleSpec:
 
 
 def _emulate_fp8(layer: ModuleSpec, fp8: Fp8Config) -> None:
-    assert fp8.recipe in ("delayed", "tensorwise")  # the config's own check
+    assert fp8.recipe in ("delayed", "tensorwise")  # checked by config
     recipe = Fp8Emulation(fp8.recipe, fp8.format, fp8.amax_history, fp8.amax_compute, fp8.margin)
     column, row = emulated_linears(recipe)
     attention = layer.submodules.self_attention.submodules

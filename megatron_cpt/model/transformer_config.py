@@ -1,4 +1,4 @@
-"""run.yaml's model, parallel, precision and recompute sections -> megatron-core's TransformerConfig."""
+"""Translate the model, parallel, precision and recompute sections of run.yaml to TransformerConfig."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from megatron_cpt.model.kernel_options import Knobs, transformer_fields
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """relu(x)^2, the activation of Nemotron (Primer, arXiv 2109.08668)."""
+    """Return relu(x)^2, the activation of Nemotron (Primer, arXiv 2109.08668)."""
     return torch.square(functional.relu(x))
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU by its tanh approximation."""
+    """Return the tanh approximation of GELU."""
     return functional.gelu(x, approximate="tanh")
 
 
-def leave_as_is(weight: torch.Tensor) -> torch.Tensor:
-    """An init method that draws nothing."""
+def skip_initialization(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight unchanged; megatron-core's init methods have this signature."""
     return weight
 
 
@@ -45,7 +45,7 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def params_dtype(precision: PrecisionConfig) -> torch.dtype:
-    """Type of the weights that the forward pass sees."""
+    """Return the type of the weights in the forward pass."""
     return torch.bfloat16 if precision.compute == "bf16" else torch.float32
 
 
@@ -60,7 +60,7 @@ def transformer_config(
 
     Args:
         model, parallel, precision, recompute: sections of run.yaml.
-        knobs: those of `speed` that are on.
+        knobs: names of the `speed` knobs that are on.
     """
     activation = _ACTIVATIONS[model.activation]
     return TransformerConfig(
@@ -90,30 +90,29 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_std,
-        # Random weights are drawn by model/initialize.py, the same for any layout. `perform_initialization=False` would
-        # be the plain way to leave them alone, but it also leaves out the marks of tensor-parallel weights, without
-        # which the gradient norm counts the shards of one rank only.
-        "init_method": leave_as_is,
-        "output_layer_init_method": leave_as_is,
-        "embedding_init_method": leave_as_is,
+        # model/initialize.py draws the random weights. `perform_initialization=False` would skip megatron-core's too,
+        # but also the attributes of tensor-parallel weights, without which the gradient norm covers one rank's shards.
+        "init_method": skip_initialization,
+        "output_layer_init_method": skip_initialization,
+        "embedding_init_method": skip_initialization,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "calculate_per_token_loss": True,
     }
 
 
 def _parallel(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    interleaved = parallel.virtual_pipeline > 1
+    is_interleaved = parallel.virtual_pipeline > 1
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if is_interleaved else None,
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence and parallel.tensor > 1,
         "pipeline_dtype": dtype,
-        # With two stages, a batched exchange of the interleaved schedule holds two messages between the same two ranks
-        # and mixes them up without a word; Megatron-LM's rule is overlapped single messages whenever it interleaves.
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
+        # With two stages, a batched exchange of the interleaved schedule has two messages between the same two ranks
+        # and swaps them silently. Megatron-LM uses overlapped single messages for every interleaved schedule.
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": not is_interleaved,
     }
 
 
@@ -130,7 +129,7 @@ def _precision(precision: PrecisionConfig) -> dict[str, Any]:
             }
         fields |= _ends_in_bf16(fp8.first_last_bf16)
     if precision.fp4 is not None:
-        # E2M1 is the only 4-bit type there is; `recipe` says how it is scaled.
+        # E2M1 is the only 4-bit type; the recipe defines its scaling.
         fields |= {"fp4": "e2m1", "fp4_recipe": precision.fp4.recipe, **_ends_in_bf16(precision.fp4.first_last_bf16)}
     return fields
 
@@ -158,5 +157,5 @@ def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
 
 
 def output_std(model: ModelConfig) -> float:
-    """Initial standard deviation of the layers that write to the residual stream (GPT-2's scaling)."""
+    """Return the initial standard deviation of layers that write to the residual stream (GPT-2's scaling)."""
     return model.init_std / math.sqrt(2.0 * model.layers)

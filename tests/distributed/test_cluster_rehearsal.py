@@ -1,6 +1,7 @@
-"""examples/nemotron4_15b as a cluster runs it: its own run.yaml and scripts, made small by overrides only.
+"""examples/nemotron4_15b on a simulated cluster: its run.yaml and scripts, with overrides for a small model.
 
-Two nodes of two ranks each, TP 2 x PP 2, a rendezvous between two torchrun agents, the checkpoints in the background.
+Two nodes of two ranks each, TP (tensor parallelism) 2 x PP (pipeline) 2, a rendezvous of two torchrun agents,
+asynchronous checkpoints.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The example's run.yaml, small, with data for each of its sources."""
+    """Return overrides for a small run, and write data for each source."""
     folder = tmp_path_factory.mktemp("data")
     run = yaml.safe_load((EXAMPLE / "run.yaml").read_text())
     changed = list(SMALL)
@@ -70,7 +71,7 @@ def _environment(**variables: str) -> dict[str, str]:
 
 
 def _train_on_two_nodes(folder: Path, arguments: list[str], **variables: str) -> list[int]:
-    """`train.sh` by hand on each node."""
+    """Start `train.sh` on each node, as a user would by hand."""
     environment = {**os.environ, **_environment(NODES="2", HEAD="localhost", JOB="by-hand", **variables)}
     nodes = [
         subprocess.Popen(
@@ -80,9 +81,9 @@ def _train_on_two_nodes(folder: Path, arguments: list[str], **variables: str) ->
             stdout=(folder / f"node-{rank}.log").open("wb"),
             stderr=subprocess.STDOUT,
         )
-        for rank in (1, 0)  # the one that holds the rendezvous comes last, as happens
+        for rank in (1, 0)  # the node with the rendezvous starts last, which can happen
     ]
-    return [node.wait(timeout=500) for node in nodes]
+    return [node.wait(timeout=1800) for node in nodes]
 
 
 @pytest.mark.long
@@ -92,7 +93,7 @@ def test_preempted_and_requeued_by_slurm_it_ends_where_an_unbroken_run_does(
     unbroken = tmp_path / "unbroken"
     statuses = _train_on_two_nodes(tmp_path, [*overrides, f"output={unbroken}"])
     assert statuses == [0, 0], (tmp_path / "node-0.log").read_text()
-    for rank, node in enumerate((0, 0, 1, 1)):  # a file a rank, and all of them in the node's own log
+    for rank, node in enumerate((0, 0, 1, 1)):  # one file per rank, and all lines in the log of the node
         (log,) = (tmp_path / f"logs-{node}").glob(f"*/attempt_0/{rank % 2}/stderr.log")
         assert (tmp_path / f"node-{node}.log").read_text().count("[rank ") >= log.read_text().count("\n")
 
@@ -102,13 +103,13 @@ def test_preempted_and_requeued_by_slurm_it_ends_where_an_unbroken_run_does(
     batch = job.start([*overrides, f"output={output}"], **variables)
     wait_for_lines(output / "metrics.jsonl", 4, batch)
     assert job.signal_step(batch, signal.SIGUSR1) >= 8  # two launchers, two agents, four ranks
-    assert batch.wait(timeout=300) == 75, job.output()
+    assert batch.wait(timeout=1800) == 75, job.output()
     assert job.was_requeued() == 1
     stopped_at = int(newest(output).name.removeprefix("step-"))
     assert 3 <= stopped_at < STEPS
 
     batch = job.start([*overrides, f"output={output}"], **variables)
-    assert batch.wait(timeout=300) == 0, job.output()
+    assert batch.wait(timeout=1800) == 0, job.output()
     assert job.was_requeued() == 1
     assert newest(output).name == f"step-{STEPS:08d}"
     assert differing(newest(unbroken), newest(output)) == []
@@ -124,7 +125,7 @@ def test_a_job_that_was_canceled_saves_and_stays_ended(tmp_path: Path, overrides
     batch = job.start([*overrides, f"output={output}"], **{**_environment(), "EXAMPLE": str(EXAMPLE)})
     wait_for_lines(output / "metrics.jsonl", 2, batch)
     job.signal_step(batch, signal.SIGTERM)
-    assert batch.wait(timeout=300) == 75, job.output()
+    assert batch.wait(timeout=1800) == 75, job.output()
     assert job.was_requeued() == 0
     assert newest(output).exists()
 
@@ -139,7 +140,7 @@ def test_too_few_nodes_are_one_message_and_no_restart(tmp_path: Path, overrides:
             env={**os.environ, **_environment(NODES="1")},
             stdout=file,
             stderr=subprocess.STDOUT,
-            timeout=300,
+            timeout=1800,
             check=False,
         )
     text = log.read_text()

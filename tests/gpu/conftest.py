@@ -1,4 +1,4 @@
-"""What the tests of this folder ask of the machine, why they skip, and at the end what ran on which device."""
+"""Skip tests that this machine cannot run, and report at the end which tests ran on which device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = "tests/gpu/"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test here needs a device; those with `te` also Transformer Engine."""
+    """Mark the tests of this folder, and skip them without a CUDA device or, with `te`, without Transformer Engine."""
     from megatron_cpt.model.capabilities import read_machine
 
     here = [item for item in items if HERE in item.path.as_posix()]
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Device, versions, what ran and what did not: the lines that docs/gpu.md is kept with."""
+    """Print device, versions, and the tests that ran or were skipped; docs/gpu.md quotes these lines."""
     from megatron_cpt.model.capabilities import read_machine
 
     def reports(outcome: str) -> list[pytest.TestReport]:
@@ -42,18 +42,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = reports("skipped")
     if not skipped and not any(ran.values()):
         return
-    terminalreporter.section("what ran on a GPU")
+    terminalreporter.section("tests on a GPU")
     terminalreporter.line(f"{read_machine()}; {', '.join(_versions())}")
     for outcome, found in ran.items():
         for name, count in _by_test(found):
             terminalreporter.line(f"{outcome}: {name} ({count})")
-    terminalreporter.line(f"in all: {', '.join(f'{outcome} {len(found)}' for outcome, found in ran.items())}")
+    terminalreporter.line(f"total: {', '.join(f'{outcome} {len(found)}' for outcome, found in ran.items())}")
     for reason, count in Counter(_reason(report) for report in skipped).items():
         terminalreporter.line(f"skipped {count}: {reason}")
 
 
 def _by_test(reports: Sequence[pytest.TestReport]) -> list[tuple[str, int]]:
-    """Tests without their parameters, and how many of each."""
+    """Count the reports of each test over its parameters."""
     return sorted(Counter(report.nodeid.removeprefix(HERE).partition("[")[0] for report in reports).items())
 
 
@@ -72,7 +72,7 @@ def _versions() -> Iterator[str]:
 
 @pytest.fixture
 def can_compute():
-    """Skip a test whose precision this GPU lacks, in the words that a user would read."""
+    """Return a function that skips the test if this GPU does not support the overrides."""
     from megatron_cpt.config import draft_config
     from megatron_cpt.model.capabilities import check_machine, read_machine
     from tests.unit.model.test_capabilities import RUN

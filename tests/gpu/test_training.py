@@ -1,4 +1,4 @@
-"""Whole runs on one GPU: against the CPU, FP8 against bf16, resumes. `make gpu-test` runs these."""
+"""Complete runs on one GPU: GPU and CPU, FP8 and bf16, resumes. `make gpu-test` runs these tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.runs import read_metrics, small_run
 
-# FP8 wants tokens and widths in multiples of 16, and MXFP8 and FP4 of 32: tiny_nemotron at length 32 has them.
+# FP8 needs tokens and widths in multiples of 16, MXFP8 and FP4 of 32; tiny_nemotron at length 32 fits.
 BF16 = "precision.compute=bf16"
 
 
@@ -36,7 +36,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_bf16(run_file: Path) -> Path:
-    """The output of a whole run in bf16, with the knobs that are on by default."""
+    """Return the output folder of a complete run in bf16 with default knobs."""
     output = run_file.parent / "bf16"
     _train(run_file, f"output={output}", BF16)
     return output
@@ -47,7 +47,7 @@ def test_losses_on_a_gpu_are_those_on_the_cpu(run_file: Path) -> None:
     _train(run_file, f"output={folder}/cpu", hide_gpu=True)
     log = _train(run_file, f"output={folder}/gpu")
     assert "layers: " in log
-    # fp32 on both sides, but TF32 may be on and sums have another order
+    # both in fp32, but TF32 may be on, and the order of sums differs
     assert _losses(folder / "gpu") == pytest.approx(_losses(folder / "cpu"), rel=2e-3)
 
 
@@ -93,7 +93,7 @@ def test_a_resume_keeps_the_amax_history(run_file: Path, params: str, can_comput
     _train(run_file, f"output={halves}", BF16, section, "stop_at_step=10")
     log = _train(run_file, f"output={halves}", BF16, section)
     assert "starts anew" not in log
-    # Without its history step 11 would see scales of 1: the gradient's norm tells at once, the loss soon.
+    # Without the history, step 11 would use scales of 1, which changes the gradient norm at once.
     norms = [[line["grad_norm"] for line in read_metrics(output)] for output in (whole, halves)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
     assert _losses(halves) == pytest.approx(_losses(whole), rel=5e-3)
@@ -101,7 +101,7 @@ def test_a_resume_keeps_the_amax_history(run_file: Path, params: str, can_comput
 
 @pytest.mark.te
 def test_weights_in_fp8_train_like_weights_in_bf16(run_file: Path, in_bf16: Path, can_compute) -> None:
-    """From random weights and from a checkpoint: the fp32 masters are not made of what FP8 has left of them."""
+    """The fp32 masters come from the unrounded weights, random or from a checkpoint."""
     folder, section = run_file.parent, "precision.fp8={recipe: tensorwise, params: true}"
     can_compute(section)
     _train(run_file, f"output={folder}/fp8-weights", BF16, section)

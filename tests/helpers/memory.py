@@ -1,4 +1,4 @@
-"""What one training step of a real run allocates on each rank, part by part."""
+"""Measure the memory that one training step allocates on each rank."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_cpt.config import RunConfig, draft_config
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of the storages that torch operations have made and that are still alive, and the most there ever were.
+    """Current and peak bytes of the storages that torch operations create.
 
-    Storages that existed before are not counted; views count once, with the whole storage that they keep alive.
+    Earlier storages are not counted. A view counts as its storage, once.
     """
 
     def __init__(self, known: Iterable[torch.UntypedStorage]) -> None:
@@ -51,12 +51,12 @@ def measure_step(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> dict
     """Build the model and optimizer of a run on this rank, train one step on random tokens and count bytes.
 
     Args:
-        data: run.yaml.
-        overrides: changes to it.
+        data: content of run.yaml.
+        overrides: `key=value` changes.
 
     Returns:
-        Bytes on this rank: `weights`, `gradients` and `optimizer` of storages that stay; `pass`, the most that the
-        forward and backward passes had allocated at once beside them; and `stage`, the pipeline stage.
+        `stage`, the pipeline stage, and bytes on this rank: `weights`, `gradients` and `optimizer` state; `pass`, the
+        peak of the additional memory in the forward and backward passes.
     """
     from megatron_cpt.backend import process_groups
 
@@ -68,7 +68,7 @@ def measure_step(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> dict
 
 
 def measure_several(data: Mapping[str, Any], cases: Sequence[Iterable[str]]) -> list[dict[str, float]]:
-    """Several runs one after the other in the same processes."""
+    """Measure several runs in the same processes."""
     return [measure_step(data, overrides) for overrides in cases]
 
 
@@ -86,9 +86,9 @@ def _measure(config: RunConfig, data_parallel: int) -> dict[str, float]:
     buffers = _storages(buffer for chunk in model.chunks for buffer in chunk.module.buffers())
     known = [*weights.values(), *gradients.values(), *buffers.values(), *_optimizer_storages(optimizer)]
     step = _make_step(config, list(model.chunks), config.batch.global_ // config.batch.micro // data_parallel)
-    # The reduction of gradients copies whole buffers over gloo; over NCCL it works in place.
+    # gloo copies whole buffers in the gradient reduction; NCCL reduces in place.
     model.config.finalize_model_grads_func = None
-    step()  # what is made once (rotary tables, masks) is no activation
+    step()  # the first step creates lasting tensors (rotary tables, masks)
     gc.collect()
     live = LiveStorages(known)
     with live:
@@ -118,7 +118,7 @@ def _optimizer_storages(optimizer: Any) -> list[torch.UntypedStorage]:
 
 
 def _make_step(config: RunConfig, chunks: list[Any], num_micro_batches: int) -> Any:
-    """Forward and backward over the micro-batches of a step, on tokens that lie in memory."""
+    """Forward and backward over the micro-batches of a step, on random tokens."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     micro, length = config.batch.micro, config.seq_length

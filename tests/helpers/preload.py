@@ -1,4 +1,4 @@
-"""What the fork server imports once, so that every rank of every test starts with it."""
+"""Imports of the fork server, from which the ranks of all tests are forked."""
 
 import gc
 
@@ -6,11 +6,11 @@ from megatron_cpt.backend import cpu
 
 cpu.install()
 
-import torch._dynamo  # noqa: E402, F401 - every optimizer loads it, which takes each rank more than a second
+import torch._dynamo  # noqa: E402, F401 - every optimizer imports it, which takes more than a second per rank
 
 import megatron_cpt.hooks.console  # noqa: E402
 import megatron_cpt.hooks.metrics_file  # noqa: E402
 import megatron_cpt.train.trainer  # noqa: E402, F401
 
 gc.collect()
-gc.freeze()  # megatron-core collects garbage in every save: what was imported here need not be looked through again
+gc.freeze()  # megatron-core collects garbage in every save; skip the imported objects

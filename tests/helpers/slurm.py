@@ -1,8 +1,8 @@
-"""A stand-in for SLURM: `srun`, `scontrol` and `squeue` on PATH, for one job at a time on this machine.
+"""A stand-in for SLURM: scripts named `srun`, `scontrol` and `squeue` on PATH, for one job at a time.
 
-Nodes are processes of this machine. `srun` starts its command once a node with SLURM's variables, as tasks whose output
-goes to the files that `--output` names, and ends with the highest status of theirs. It ends the others when one fails
-(`--kill-on-bad-exit=1`), and some seconds after the first has ended (`--wait`).
+Nodes are processes of this machine. `srun` starts its command once per node with SLURM's variables, writes the output
+of each task to the file of `--output`, and ends with the highest exit status of the tasks. It kills the other tasks
+when one fails (`--kill-on-bad-exit=1`), or some seconds after the first one has ended (`--wait`).
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ print(os.environ["STAND_IN_STATE"])
 
 
 class Slurm:
-    """One job in its folder.
+    """One job.
 
     Attributes:
-        folder: where it was submitted.
-        state: that `squeue` shows.
-        starts: how often it ran.
+        folder: folder of submission.
+        state: state that `squeue` prints.
+        starts: number of starts so far.
     """
 
     def __init__(self, folder: Path, script: Path, *, num_nodes: int, job_id: int = 4711) -> None:
@@ -79,7 +79,7 @@ class Slurm:
             (bin_folder / name).chmod(0o755)
 
     def start(self, arguments: Sequence[str], **variables: str) -> subprocess.Popen[bytes]:
-        """Run the batch script, as SLURM does on the job's first node."""
+        """Run the batch script as SLURM does on the first node of a job."""
         environment = {
             **os.environ,
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
@@ -101,14 +101,14 @@ class Slurm:
         )
 
     def was_requeued(self) -> int:
-        """How often the script asked for another start."""
+        """Return how often the script requeued the job."""
         return self._requeued.read_text().count(str(self._job_id)) if self._requeued.exists() else 0
 
     def signal_step(self, batch: subprocess.Popen[bytes], number: signal.Signals) -> int:
-        """What `--signal=USR1@600` does: the signal to every process of the step; not to the shell, nor to srun.
+        """Send a signal to every process of the job step except the shell and srun, as `--signal=USR1@600` does.
 
         Returns:
-            How many got it.
+            The number of processes.
         """
         (srun,) = psutil.Process(batch.pid).children()
         processes = srun.children(recursive=True)
@@ -117,26 +117,26 @@ class Slurm:
         return len(processes)
 
     def output(self) -> str:
-        """All that the job wrote."""
+        """Return all output of the job."""
         logs = [self.folder / "batch.log", *sorted((self.folder / "logs").glob("*.log"))]
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in logs if log.exists())
 
 
 def free_port() -> str:
-    """A port that is free now, chosen by the operating system."""
+    """Return a free port that the operating system chose."""
     with socket.socket() as server:
         server.bind(("", 0))
         return str(server.getsockname()[1])
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[bytes], *, timeout: float = 300.0) -> None:
-    """Wait until a file has so many lines.
+    """Wait until a file has at least `count` lines.
 
     Raises:
-        AssertionError: the process ended before, or it took too long.
+        AssertionError: the process ended first, or the timeout expired.
     """
     deadline = time.monotonic() + timeout
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert process.poll() is None, f"ended early with status {process.returncode}"
-        assert time.monotonic() < deadline, f"{path} is not there, or too short"
+        assert time.monotonic() < deadline, f"{path} has fewer than {count} lines after {timeout} s"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The CPU in the place of CUDA where the libraries for CUDA are installed: on a login node, in a container."""
+"""The CPU backend on a machine where libraries for CUDA are installed, such as a login node or a container."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launcher's decisions."""
+"""Options and exit status of the launcher."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_one_node_needs_no_port_of_its_own() -> None:
 
 @pytest.mark.parametrize("option", ["-m", "--module", "--no-python", "--signals_to_handle=SIGINT"])
 def test_what_the_launcher_needs_is_refused(option: str) -> None:
-    with pytest.raises(UserError, match="is not an option here"):
+    with pytest.raises(UserError, match="is not supported"):
         check_options(["--nnodes", "2", option])
 
 

@@ -1,4 +1,4 @@
-"""The scripts that people start: shellcheck, hadolint, and what YAML they bring."""
+"""Shell scripts, Dockerfile and Kubernetes files: shellcheck, hadolint, and references between files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine cannot do is said before anything is loaded, whatever machine this is."""
+"""Unsupported settings are refused before anything is loaded; the machines are given, so any machine runs this."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ NVFP4 = "precision.fp4.recipe=nvfp4"
         (RTX_5090, NVFP4),
     ],
 )
-def test_what_a_machine_can_do(machine, override):
+def test_supported_settings(machine, override):
     check_machine(_run(override), machine)
 
 
@@ -103,12 +103,12 @@ def test_what_a_machine_can_do(machine, override):
         (H100, NVFP4, "nvfp4: needs a Blackwell GPU .10.0.; "),
     ],
 )
-def test_what_it_cannot_do_is_refused(machine, override, message):
+def test_unsupported_settings_are_refused(machine, override, message):
     with pytest.raises(UserError, match=message):
         check_machine(_run(override), machine)
 
 
-def test_all_is_said_at_once():
+def test_all_problems_come_at_once():
     with pytest.raises(UserError) as caught:
         check_machine(_run("parallel.context=2", _fp8("blockwise")), LAPTOP)
     assert "parallel.context: 2: needs" in str(caught.value)
@@ -122,12 +122,12 @@ def test_versions(text, version):
     assert parse_version(text) == version
 
 
-def test_it_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_check_comes_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from megatron_cpt.train import setup
     from tests.helpers.runs import train_here
 
     def never(*_: object, **__: object) -> None:
-        pytest.fail("data or checkpoints were looked at first")
+        pytest.fail("data or checkpoints were read first")
 
     monkeypatch.setattr(setup, "_stream", never)
     monkeypatch.setattr(setup, "newest_valid", never)

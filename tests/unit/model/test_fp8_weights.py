@@ -1,7 +1,7 @@
-"""Weights that are kept in FP8: their fp32 masters are made of what was drawn, not of what Transformer Engine rounded.
+"""FP8 weights: the fp32 master weights get the drawn values, not the values that Transformer Engine rounded to FP8.
 
-A stand-in takes the place of its parameter, with what `reset_parameters` of Transformer Engine (pytorch/module/base.py,
-2.20) puts there: the value before it was rounded, on the CPU, which megatron-core's distributed optimizer asks for.
+A stand-in replaces the FP8 parameter. Like `reset_parameters` of Transformer Engine (pytorch/module/base.py, 2.20) it
+keeps the unrounded values on the CPU, which megatron-core's distributed optimizer reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_cpt.model.initialize import initialize_weights  # noqa: E402
 
 
 def _weight() -> torch.nn.Parameter:
-    """As it is built under `leave_as_is`: memory that nobody has written to."""
+    """Return a parameter in uninitialized memory, as `skip_initialization` leaves it."""
     weight = torch.nn.Parameter(torch.full((16, 8), torch.nan, dtype=torch.bfloat16))
     kept = weight.detach().clone()
     weight.get_high_precision_init_val = lambda: kept

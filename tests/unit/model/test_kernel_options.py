@@ -1,4 +1,4 @@
-"""The table of speed knobs: what is on where, what it becomes in megatron-core, and that docs/speed.md shows it."""
+"""The table of speed knobs: defaults per machine, settings in megatron-core, and the copy in docs/speed.md."""
 
 from __future__ import annotations
 
@@ -132,13 +132,15 @@ def test_only_swiglu_goes_through_megatron_cores_fused_activation():
     on = frozenset({"fused_activation"})
     swiglu = _fields("model=tiny_llama", knobs=on)
     assert swiglu.bias_activation_fusion
-    assert swiglu.activation_func is torch.nn.functional.silu  # megatron-core asks for this very function
+    assert swiglu.activation_func is torch.nn.functional.silu  # megatron-core compares with this function
     assert not _fields("model=tiny_llama", knobs=frozenset()).bias_activation_fusion
     x = torch.linspace(-3, 3, 13)
     for name in ("squared_relu", "gelu", "gelu_tanh"):
         fused, plain = (_fields(f"model.activation={name}", knobs=knobs) for knobs in (on, frozenset()))
         assert not fused.bias_activation_fusion
-        torch.testing.assert_close(fused.activation_func(x), plain.activation_func(x))  # compiled, it rounds anew
+        torch.testing.assert_close(
+            fused.activation_func(x), plain.activation_func(x)
+        )  # the compiled kernel rounds differently
     assert _fields(knobs=frozenset()).activation_func is squared_relu
 
 

@@ -1,4 +1,4 @@
-"""Documents as packed sequences, for Transformer Engine's attention, mean what the local spec's mask means."""
+"""Packed sequences for Transformer Engine give the same attention as the mask of the local spec."""
 
 from __future__ import annotations
 
@@ -46,11 +46,7 @@ def _documents(rows: list[list[int]]) -> Any:
     [
         ([[0, 0, 0, 0]], [0, 4], 4),
         ([[0, 1, 1, 2]], [0, 1, 3, 4], 2),
-        (
-            [[0, 0, 0], [0, 0, 1]],
-            [0, 3, 5, 6],
-            3,
-        ),  # a new sample is a new sequence, whatever its first document's number
+        ([[0, 0, 0], [0, 0, 1]], [0, 3, 5, 6], 3),  # each sample starts a sequence, even with the same document number
         ([[0, 0, 1], [1, 1, 1]], [0, 2, 3, 6], 3),
     ],
 )
@@ -64,7 +60,7 @@ def test_a_sequence_begins_with_each_document_and_each_sample(rows, bounds, long
 
 
 class PackedAttention(LocalAttention):
-    """Attention over packed sequences, one after the other: the meaning of Transformer Engine's `thd` format."""
+    """Attention over packed sequences one by one, which defines Transformer Engine's `thd` format."""
 
     def forward(self, query, key, value, attention_mask, packed_seq_params=None, **_):  # type: ignore[override]
         assert attention_mask is None

@@ -1,4 +1,4 @@
-"""`precision` in megatron-core's words: every field exists in the installed version, and arrives with its value."""
+"""Translation of `precision`: each field exists in the installed megatron-core and has the right value."""
 
 from __future__ import annotations
 
