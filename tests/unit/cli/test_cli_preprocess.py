@@ -40,8 +40,8 @@ def test_another_key_no_end_and_bad_lines(texts, capsys):
     )
     assert documents("x") == [list(b"YES")]
     out = capsys.readouterr().out
-    assert "left out: 1 empty documents" in out
-    assert "left out: 1 bad lines, listed in x.bad.jsonl" in out
+    assert "skipped: 1 empty documents" in out
+    assert "skipped: 1 bad lines, listed in x.bad.jsonl" in out
 
 
 @pytest.mark.parametrize(
