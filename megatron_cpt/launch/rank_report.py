@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_cpt.errors import EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
+from megatron_cpt.files.atomic import write_atomically
 
 FOLDER_VARIABLE = "MEGATRON_CPT_LAUNCH_FOLDER"
 STOPPING = "stopping"
@@ -37,10 +38,8 @@ class Report:
         return folder / f"rank-{local_rank}.json"
 
     def write(self, path: Path) -> None:
-        """Replace the file at once: the launcher may be reading it."""
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(self)))
-        aside.replace(path)
+        """Replace the file; the launcher may read it at any moment."""
+        write_atomically(path, json.dumps(asdict(self)))
 
 
 def read_reports(folder: Path) -> list[Report]:

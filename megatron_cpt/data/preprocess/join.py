@@ -14,8 +14,9 @@ from megatron_cpt.data.preprocess.assemble import OutputLayout
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.preprocess.pipeline import refuse_to_overwrite, work_folder_path
 from megatron_cpt.data.preprocess.report import PreprocessReport, publish_run
-from megatron_cpt.data.preprocess.work_folder import WorkFolder, differences, read_finished
+from megatron_cpt.data.preprocess.work_folder import WorkFolder, read_finished
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.resumable import differing_names
 
 _COPY_BYTES = 1 << 24
 
@@ -52,8 +53,7 @@ def join_shards(
         limit.check(state["bad"]["count"], state["bad"]["num_lines"], "; ".join(state["bad"]["first"]))
     with WorkFolder(work_folder_path(prefix), settings) as folder:
         if begun is None:
-            folder.clear()
-            folder.begin()
+            folder.start_from_scratch()
             for source in folders:
                 _append_file(folder, os.path.join(source, bad.FILE))
             folder.save(state)
@@ -70,7 +70,7 @@ def _finished_shards(folders: Sequence[str]) -> tuple[dict[str, Any], list[dict[
     shards = [one for one in found if one is not None]
     first = shards[0][0] | {"shard": None}
     for folder, (settings, _) in zip(folders, shards, strict=True):
-        differ = differences(settings | {"shard": None}, first)
+        differ = differing_names(settings | {"shard": None}, first)
         if differ:
             raise UserError(f"{folder}: made with other settings than {folders[0]} ({', '.join(differ)}); run it again")
     wrong = [folder for folder, (_, state) in zip(folders, shards, strict=True) if state["mismatch"]]

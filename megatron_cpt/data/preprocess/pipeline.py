@@ -20,7 +20,7 @@ from megatron_cpt.data.preprocess.buckets import count_buckets
 from megatron_cpt.data.preprocess.inputs import InputFiles, Shard, expand_inputs
 from megatron_cpt.data.preprocess.preprocess_run import Job, Progress, encode_all
 from megatron_cpt.data.preprocess.report import PreprocessReport, publish_run, sum_up
-from megatron_cpt.data.preprocess.work_folder import WorkFolder
+from megatron_cpt.data.preprocess.work_folder import STATE_FILE, WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodeOptions
 from megatron_cpt.data.tokenfile.header import best_dtype
 from megatron_cpt.data.tokenizers.fast import Check, WhenFast, plan_tokenizer
@@ -117,7 +117,7 @@ def preprocess(
             encode_all(job, plan, folder)
         if shard is not None:
             return sum_up(folder.state, layout, prefix, files.total_bytes, started)
-        return publish_run(folder, [folder.path], layout, prefix, files.total_bytes, started)
+        return publish_run(folder, [str(folder.path)], layout, prefix, files.total_bytes, started)
 
 
 def work_folder_path(prefix: str, shard: Shard | None = None) -> str:
@@ -135,10 +135,10 @@ def refuse_to_overwrite(prefixes: Sequence[str], overwrite: bool) -> None:
 def _work_folder(job: Job, overwrite: bool, restart: bool) -> WorkFolder:
     path = work_folder_path(job.prefix, job.shard)
     # A run that was killed between its renames has a part of its output in place already.
-    if restart or not os.path.exists(os.path.join(path, "state.json")):
+    if restart or not os.path.exists(os.path.join(path, STATE_FILE)):
         split = job.layout.split_tokens is not None
         refuse_to_overwrite([f"{p}-00000" if split else p for p in job.layout.prefixes], overwrite)
-    return WorkFolder(path, job.settings(), restart=restart)
+    return WorkFolder(path, job.settings(), should_restart=restart)
 
 
 def _distinct_keys(key: str | Sequence[str]) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
     """
     if folder.state.get("fast") and plan.certificate is None:
         job.notify("begins anew: what was done before used gigatoken, which is no longer trusted with this tokenizer")
-        _start_from_scratch(folder)
+        folder.start_from_scratch()
     try:
         try:
             _Run(job, plan, folder, mismatch=folder.state.get("mismatch")).encode()
@@ -103,17 +103,12 @@ def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
             assert plan.certificate is not None
             job.notify(f"{error}; everything is encoded again by the library, and gigatoken not used any more")
             revoke_certificate(plan.spec, plan.certificate, str(error))
-            _start_from_scratch(folder)
+            folder.start_from_scratch()
             _Run(job, plan.without_fast(), folder, mismatch=str(error)).encode()
     except (RefusedError, UserError) as error:
         if isinstance(error, RefusedError) or not folder.state:  # a mistake met after hours costs no hours
             folder.remove()
         raise
-
-
-def _start_from_scratch(folder: WorkFolder) -> None:
-    folder.clear()
-    folder.begin()
 
 
 class _Run:
@@ -135,7 +130,7 @@ class _Run:
                 self._take(result)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self._flush()
-                    self._folder.save_behind(self._state(done=False))
+                    self._folder.save_in_background(self._state(done=False))
                     saved = time.monotonic()
         if self._job.shard is None:
             self._check_the_whole()

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from megatron_cpt.files.atomic import write_atomically
+
 PROBES_VERSION = 1
 _PROBED = (range(0x0, 0xD800), range(0xE000, 0x32000), range(0xE0000, 0xE0200))  # the rest is unassigned or private
 _GROUP = 64
@@ -176,15 +178,10 @@ class CertificateStore:
 
     def save(self, fingerprint: str, versions: str, certificate: Certificate) -> None:
         """Keeps a certificate; where the folder cannot be written it will be made again."""
-        path = self._path(fingerprint, versions)
-        temporary = path.with_suffix(f".tmp-{os.getpid()}")
-        try:
+        content = orjson.dumps(asdict(certificate), option=orjson.OPT_INDENT_2)
+        with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(orjson.dumps(asdict(certificate), option=orjson.OPT_INDENT_2))
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            write_atomically(self._path(fingerprint, versions), content, has_several_writers=True)
 
     def _path(self, fingerprint: str, versions: str) -> Path:
         digest = hashlib.sha256(f"{fingerprint} {versions} probes {PROBES_VERSION}".encode()).hexdigest()

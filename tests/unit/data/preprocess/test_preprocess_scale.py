@@ -241,7 +241,7 @@ class TestResumeSummary:
         monkeypatch.setattr(module, "SAVE_SECONDS", -1)
         with pytest.raises(StopError):
             preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL, progress=stop_after(3))
-        with pytest.raises(UserError, match=r"other settings \(encode\).*--restart"):
+        with pytest.raises(UserError, match=r"other settings \(different: encode\).*--restart"):
             preprocess([inputs], tmp_path / "p", "byte", append_eod=True, blocks=SMALL)
         preprocess([inputs], tmp_path / "p", "byte", append_eod=True, blocks=SMALL, restart=True)
         assert documents(tmp_path / "p")[0].endswith(b"\x00")  # 256, cut to a byte
@@ -251,12 +251,12 @@ class TestResumeSummary:
         with pytest.raises(StopError):
             preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL, progress=stop_after(3))
         os.utime(inputs / "a.jsonl", (1, 1))
-        with pytest.raises(UserError, match=r"other settings \(inputs\)"):
+        with pytest.raises(UserError, match=r"other settings \(different: inputs\)"):
             preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL)
 
     def test_two_at_once(self, tmp_path, inputs):
         def second(*_):
-            with pytest.raises(UserError, match="another process is writing there"):
+            with pytest.raises(UserError, match="another process is working on it"):
                 preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL)
             raise StopError
 
