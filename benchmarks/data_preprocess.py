@@ -159,20 +159,18 @@ def compare(kind: str, tokenizer: Path, input_path: Path, folder: Path, options:
 
 
 def time_ours(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[str, float]:
-    from megatron_cpt.data.preprocess.pipeline import preprocess
+    from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 
     marks: list[tuple[float, int, float]] = []
     cpu_seconds = CpuClock()
     started = time.perf_counter()
-    preprocess(
-        [input_path],
-        prefix,
-        spec,
+    options = PreprocessOptions(
         append_eod=True,
         workers=workers,
         overwrite=True,
         progress=lambda done, *_: marks.append((time.perf_counter(), done, cpu_seconds())),
     )
+    preprocess([input_path], prefix, tokenizer=spec, options=options)
     seconds = time.perf_counter() - started
     first_block = marks[0][0] - started
     (first, before, cpu_before), (last, after, cpu_after) = marks[len(marks) // 3], marks[-1]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_cpt.cli.encoding_progress import encoding_progress, print_report
 from megatron_cpt.cli.tool import run_tool
-from megatron_cpt.data.preprocess.pipeline import preprocess
+from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 from megatron_cpt.errors import UserError
 
 _DIRECT = {"HuggingFaceTokenizer": "huggingface", "GPTSentencePieceTokenizer": "sentencepiece"}
@@ -76,19 +76,18 @@ def encode(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: give at least 1")
     with tempfile.TemporaryDirectory() as folder, encoding_progress() as (show, notify):
-        report = preprocess(
-            [options.input],
-            options.output_prefix,
-            tokenizer_spec(options, Path(folder)),
+        preprocess_options = PreprocessOptions(
             key=options.json_keys,
             append_eod=options.append_eod,
+            keep_empty=True,
             workers=options.workers,
             prefixes=[f"{options.output_prefix}_{key}_document" for key in options.json_keys],
-            keep_empty=True,
             overwrite=True,
             progress=show,
             notify=notify,
         )
+        spec = tokenizer_spec(options, Path(folder))
+        report = preprocess([options.input], options.output_prefix, tokenizer=spec, options=preprocess_options)
     print_report(report)
 
 

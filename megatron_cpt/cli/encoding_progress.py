@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_cpt.data.preprocess.report import PreprocessReport
+    from megatron_cpt.data.preprocess.pipeline import PreprocessReport
 
 Show = Callable[[int, int, int, int], None]
 Notify = Callable[[str], None]

@@ -79,31 +79,29 @@ def preprocess(
             raise typer.BadParameter("Missing option", param_hint=option)
     import os
 
-    from megatron_cpt.data.preprocess.block import BlockOptions
     from megatron_cpt.data.preprocess.inputs import parse_shard
+    from megatron_cpt.data.preprocess.pipeline import PreprocessOptions
     from megatron_cpt.data.preprocess.pipeline import preprocess as encode
 
     part = None if shard is None else parse_shard(shard, os.environ)
     with encoding_progress() as (show, notify):
-        report = encode(
-            inputs or [],
-            output_prefix,
-            tokenizer,
-            key=key or ["text"],
+        options = PreprocessOptions(
+            key=key or "text",
             append_eod=append_eod,
             workers=workers,
-            progress=show,
+            shuffle=shuffle,
+            split_tokens=None if split_tokens is None else _count("--split-tokens", split_tokens),
+            shard=part,
             max_bad=max_bad,
+            max_line_bytes=_count("--max-line", max_line),
+            fast_tokenizer=fast_tokenizer.value,
+            tokenizer_check=tokenizer_check.value,
             overwrite=overwrite,
             restart=restart,
-            shuffle=shuffle,
-            shard=part,
-            split_tokens=None if split_tokens is None else _count("--split-tokens", split_tokens),
-            fast=fast_tokenizer.value,
-            check=tokenizer_check.value,
-            blocks=BlockOptions((), max_line_bytes=_count("--max-line", max_line)),
+            progress=show,
             notify=notify,
         )
+        report = encode(inputs or [], output_prefix, tokenizer=tokenizer, options=options)
     print_report(report)
     if part is not None:
         print(f"shard {part.index} of {part.count} is ready; when all are: --join {part.count}")

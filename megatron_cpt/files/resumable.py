@@ -5,8 +5,8 @@ Three parts make a job resumable:
 1. a lock, so that two processes never work on the same result (`ResumableFolder`);
 2. a record of the settings that the unfinished work belongs to, so that work of other settings is never continued
    (`ResumableFolder`);
-3. a progress file that says which of the work is finished and on the disk: a `DurableJournal` of finished parts, or a state
-   that is replaced as a whole (`megatron_cpt.data.preprocess.work_folder`).
+3. a progress file that says which parts of the work are finished and on the disk: a `DurableJournal`, or a state that
+   is replaced as a whole (`megatron_cpt.data.preprocess.work_folder`).
 
     with ResumableFolder(output.with_name("out.partial"), settings, progress_file="journal.jsonl") as folder:
         journal = DurableJournal(folder.path / "journal.jsonl")

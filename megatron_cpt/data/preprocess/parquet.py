@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_cpt.data.preprocess.block import Block, BlockOptions
+from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.errors import UserError
 
 _MAX_ROWS = 1 << 14

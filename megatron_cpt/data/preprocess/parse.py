@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from megatron_cpt.data.preprocess.block import Block, BlockOptions
+from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.data.preprocess.jsonl import read_range
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.preprocess.block import Block, BlockOptions
+from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.data.preprocess.parse import BadLine, parse_block
 from megatron_cpt.data.preprocess.shared_memory import Room, SharedSlots
 from megatron_cpt.data.tokenfile.header import best_dtype

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_cpt.data.preprocess.block import BlockOptions, Cursor
-from megatron_cpt.data.preprocess.inputs import InputFiles, Shard, expand_inputs, parse_shard
+from megatron_cpt.data.preprocess.inputs import BlockOptions, Cursor, InputFiles, Shard, expand_inputs, parse_shard
 from megatron_cpt.data.preprocess.parse import parse_block
 from megatron_cpt.data.preprocess.read_blocks import lines_before, read_blocks
 from megatron_cpt.errors import UserError
