@@ -209,9 +209,7 @@ class TestRetries:
 
     def test_five_failures_are_an_error_that_names_the_file(self, fail):
         requests = fail(5, OSError("reset by peer"))
-        with pytest.raises(
-            CptError, match=r"bucket/file: cannot be read, 5 attempts failed \(OSError: reset"
-        ):
+        with pytest.raises(CptError, match=r"bucket/file: cannot be read, 5 attempts failed \(OSError: reset"):
             open_ranges(self.PATH).read_into(memoryview(bytearray(3)), 0)
         assert requests == ["cat_file"] * 5
 
