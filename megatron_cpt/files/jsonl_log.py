@@ -67,8 +67,8 @@ def drop_lines_after(path: Path, step: int) -> None:
     for line in path.read_bytes().splitlines():
         try:
             if orjson.loads(line)["step"] <= step:
-                kept.append(line.decode())
+                kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
     with write_errors_as_cpt_errors(path):
-        write_atomically(path, "".join(line + "\n" for line in kept))
+        write_atomically(path, b"".join(line + b"\n" for line in kept))

@@ -201,7 +201,7 @@ class TestShuffle:
     def test_many_buckets(self, tmp_path, inputs, monkeypatch):
         preprocess([inputs], tmp_path / "one", tokenizer="byte", options=PreprocessOptions(shuffle=3, **SMALL))
         monkeypatch.setattr("megatron_cpt.data.preprocess.pipeline.count_buckets", lambda text_bytes: 64)
-        monkeypatch.setattr("megatron_cpt.data.preprocess.buckets._BUFFERED", 3000)
+        monkeypatch.setattr("megatron_cpt.data.preprocess.buckets._MAX_BUFFERED", 3000)
         preprocess([inputs], tmp_path / "many", tokenizer="byte", options=PreprocessOptions(shuffle=3, **SMALL))
         assert content(tmp_path / "one") == content(tmp_path / "many")
 
