@@ -1,41 +1,39 @@
-"""The progress bar of `preprocess`, and what it says at the end."""
+"""Progress bar and final summary of `preprocess`."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_cpt.data.preprocess.pipeline import PreprocessReport
-
-Show = Callable[[int, int, int, int], None]
-Notify = Callable[[str], None]
+    from megatron_cpt.data.preprocess.preprocess_options import Notify, Progress
 
 
 @contextlib.contextmanager
-def encoding_progress() -> Iterator[tuple[Show, Notify]]:
-    """A bar with MB/s, tokens/s and time left, on stderr where someone looks: stdout and log files stay clean.
+def encoding_progress() -> Iterator[tuple[Progress, Notify]]:
+    """Show a bar with MB/s, tokens/s and time left on stderr, if stderr is a terminal.
 
     Yields:
-        A function to call after each block with (bytes done, bytes in all, documents, tokens), and one for notes.
+        The `progress` and `notify` of `PreprocessOptions`.
     """
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from megatron_cpt.config import format_count
 
     console = Console(stderr=True, markup=False, highlight=False)
     columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}% {task.fields[found]}", markup=False),
-        TimeRemainingColumn(),
+        rich_progress.BarColumn(),
+        rich_progress.TextColumn("{task.percentage:.0f}% {task.fields[found]}", markup=False),
+        rich_progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("encoding", total=None, found="")
-        first: list[tuple[float, int, int]] = []  # when the first block came, and what a run before had done till then
+        first: list[tuple[float, int, int]] = []  # (time, bytes, tokens) after one block: a resumed run starts above 0
 
         def show(bytes_done: int, bytes_total: int, documents: int, tokens: int) -> None:
             now = time.monotonic()
@@ -51,17 +49,17 @@ def encoding_progress() -> Iterator[tuple[Show, Notify]]:
 
 
 def print_report(report: PreprocessReport) -> None:
-    """Says in a few lines what was done."""
+    """Print the totals, the written pairs and what was skipped."""
     seconds = max(report.seconds, 1e-9)
     print(
         f"{report.output_prefix}: {report.documents:,} documents, {report.tokens:,} {report.dtype} tokens "
-        f"in {report.seconds:.1f} s ({report.text_bytes / 1e6 / seconds:.1f} MB of text a second, by {report.engine})"
+        f"in {report.seconds:.1f} s ({report.text_bytes / 1e6 / seconds:.1f} MB of text per second, by {report.engine})"
     )
     if len(report.prefixes) > 1:
         print(f"written: {len(report.prefixes)} pairs, {report.prefixes[0]} to {report.prefixes[-1]}")
     if report.empty_documents:
-        print(f"left out: {report.empty_documents:,} empty documents")
+        print(f"skipped: {report.empty_documents:,} empty documents")
     if report.bad_lines:
         where = f", listed in {report.bad_path}" if report.bad_path else ""
-        print(f"left out: {report.bad_lines:,} bad lines{where}")
+        print(f"skipped: {report.bad_lines:,} bad lines{where}")
     sys.stdout.flush()

@@ -44,7 +44,7 @@ class ResumableFolder:
     system releases the lock of a killed process.
 
     Args:
-        path: the folder; created if missing. To `publish_as` a name, it must lie on the same file system.
+        path: the folder; created if missing. `publish_as` needs it on the file system of the result.
         settings: everything that decides the result, as values that JSON can hold.
         progress_file: name of the file that records progress. A folder without it holds nothing worth keeping, and
             its settings do not matter.

@@ -79,7 +79,7 @@ class ShuffledSink:
         buckets = (order >> np.uint64(self._shift)).astype(np.int64) if self._shift < 64 else np.zeros(order.size, int)
         entries = np.empty(order.size, ENTRY)
         entries["order"], entries["size"] = order, texts.lengths
-        # Group by bucket first, so that each bucket takes its documents of this block in one piece.
+        # Group by bucket first, so that each bucket takes its documents of this block with one slice.
         grouped = np.argsort(buckets, kind="stable")
         tokens = gather(texts.tokens, texts.lengths, grouped)
         entries = entries[grouped]

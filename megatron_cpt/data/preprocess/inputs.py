@@ -23,8 +23,7 @@ class InputFiles:
 
     Attributes:
         paths: in reading order.
-        starts: bytes on disk before each file, and at the end those of all files, (files + 1,). Two files of 10 and 20
-            bytes: [0, 10, 30].
+        starts: bytes on disk before each file, then the total, (files + 1,). Files of 10 and 20 bytes: [0, 10, 30].
     """
 
     paths: list[str]

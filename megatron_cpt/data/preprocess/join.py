@@ -1,4 +1,4 @@
-"""Join the shards that several nodes encoded into one dataset, identical byte for byte to that of a single run."""
+"""Join shards from several nodes into one dataset, identical byte for byte to the dataset of a single run."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ class _SentBlock:
     """Result as it goes through the pipe.
 
     Attributes:
-        result: the result, without the ids that lie in the slot.
+        result: the result, without the ids that are in the slot.
         places: (offset in the slot, bytes) of the ids per key; None: the ids did not fit and are in `result`.
     """
 

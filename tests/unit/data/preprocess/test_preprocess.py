@@ -1,4 +1,4 @@
-"""JSONL to .bin/.idx: exact, in order, whatever is wrong with the lines, all or nothing."""
+"""preprocess: exact documents in order, bad lines reported, and complete output or none."""
 
 from __future__ import annotations
 
@@ -181,11 +181,11 @@ def test_a_damaged_archive_gives_its_whole_lines(tmp_path, name, damage):
     assert kept[-1] == "next file"
     file, line, reason = bad_lines(tmp_path / "p")[-1]
     assert file == name
-    assert reason.startswith("the file is cut or damaged: ")
+    assert reason.startswith("the file is truncated or corrupt: ")
     if damage == "foreign":
         assert (len(kept), line) == (1, 1)
     elif damage == "cut":
-        assert report.bad_lines == 1  # what is left of the line that was cut is not one more
+        assert report.bad_lines == 1  # the rest of the truncated line is not a second bad line
         assert kept[:-1] == texts[: line - 1]
         assert 0.3 * len(texts) < line < 0.7 * len(texts)
 
@@ -235,7 +235,7 @@ class TestAllOrNothing:
         assert documents(tmp_path / "p") == ["old"]
         preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(overwrite=True))
         assert documents(tmp_path / "p") == ["new"]
-        assert not (tmp_path / "p.bad.jsonl").exists()  # that list was of the old data
+        assert not (tmp_path / "p.bad.jsonl").exists()  # that list belonged to the old data
 
     def test_kill_leaves_no_pair_and_no_workers(self, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(jsonl(["text " * 100] * 20_000))
@@ -332,7 +332,7 @@ def test_a_few_packed_bytes_do_not_fill_the_memory(tmp_path, name):
 
 
 def test_killed_between_the_two_renames(tmp_path, monkeypatch):
-    """No reader takes the `.bin` alone for a data set, the old `.idx` is gone, and a restart does the rest."""
+    """No reader takes the `.bin` alone for a dataset, the old `.idx` is gone, and the next run does the rest."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(["new", "text"]))
     preprocess([tmp_path / "a.jsonl"], tmp_path / "whole", tokenizer="byte")
     prefix = tmp_path / "p"

@@ -1,4 +1,4 @@
-"""What `preprocess` promises for large inputs: stops, shards, shuffles, splits; always the same bytes."""
+"""Large inputs: interrupted, sharded, shuffled and split runs of preprocess write identical bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = {"block_bytes": 2000}
 
 @pytest.fixture
 def inputs(tmp_path) -> Path:
-    """Three files with a bad line each, about 60 small blocks."""
+    """Three JSONL files with one bad line each, and a parquet file: about 60 small blocks."""
     folder = tmp_path / "in"
     folder.mkdir()
     rng = random.Random(1)
@@ -45,7 +45,7 @@ def inputs(tmp_path) -> Path:
 
 
 def content(prefix) -> dict[str, bytes]:
-    """All published files of a run, by what follows the prefix."""
+    """Return the published files of a run by their name without the prefix."""
     prefix = Path(prefix)
     return {
         path.name.removeprefix(prefix.name): path.read_bytes()
@@ -312,7 +312,7 @@ class TestResumeSummary:
 
 
 def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path):
-    """kill -9 of the command itself, with workers, from its first second to its last."""
+    """kill -9 of a run with workers, at random moments."""
     rng = random.Random(2)
     rows = [{"text": "".join(rng.choices("abc äö", k=2000))} for _ in range(3000)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -341,7 +341,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path):
         process = subprocess.Popen(command, env=environment)
         before = state.read_bytes() if state.exists() else b""
         deadline = time.monotonic() + 20
-        while process.poll() is None and time.monotonic() < deadline:  # until it has done something worth losing
+        while process.poll() is None and time.monotonic() < deadline:  # until it has saved some progress
             time.sleep(0.01)
             if state.exists() and kills < 3 and state.read_bytes() != before:
                 break
@@ -360,7 +360,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """A file of 20 MB and one of 60 MB, read by a fresh process each."""
+    """Files of 20 MB and of 60 MB, each read by a fresh process."""
     line = json.dumps({"text": "some text " * 400}).encode() + b"\n"
     peaks = []
     for megabytes in (20, 60):
@@ -380,13 +380,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_the_same_bytes_as_ever():
-    """The order that a seed gives must not change with numpy."""
+    """A seed gives the same order in every numpy version."""
     digest = hashlib.sha256(np.random.PCG64([1, 2, 3]).random_raw(4).tobytes()).hexdigest()
     assert digest == hashlib.sha256(np.random.Generator(np.random.PCG64([1, 2, 3])).bytes(32)).hexdigest()
 
 
 def test_what_does_not_fit_the_shared_memory_comes_by_the_pipe(tmp_path, inputs):
-    """Blocks of 200 bytes, some of which hold a line with ids for 20 times as many bytes."""
+    """Some blocks of 200 bytes hold a line whose ids take 20 times as many bytes."""
     long = "\n".join(json.dumps({"text": "x" * n}) for n in (3, 4000, 5, 4000, 4000, 1))
     (inputs / "e.jsonl").write_text(long)
     tiny = {"block_bytes": 200}

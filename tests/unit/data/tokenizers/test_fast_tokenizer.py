@@ -1,4 +1,4 @@
-"""gigatoken in the library's place: only where it gives the same ids, and never silently where it does not."""
+"""gigatoken replaces the library only where it gives the same ids; a difference is never silent."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class TestPlan:
     def test_bytes_have_none(self):
         plan = plan_tokenizer("byte", ByteTokenizer(), input_bytes=1 << 40)
         assert (plan.certificate, plan.engine) == (None, "byte")
-        with pytest.raises(UserError, match="there is none for this kind"):
+        with pytest.raises(UserError, match="gigatoken does not support this kind"):
             plan_tokenizer("byte", ByteTokenizer(), when="on")
 
     def test_without_the_package(self, bpe_spec, monkeypatch):
@@ -179,7 +179,7 @@ class TestPlan:
         store, tokenizer = CertificateStore(tmp_path), load_tokenizer(bpe_spec)
         assert plan_tokenizer(bpe_spec, tokenizer, input_bytes=1000, store=store).certificate is None
         assert made == []
-        for size in (1 << 40, 1000):  # the second time it is there
+        for size in (1 << 40, 1000):  # the second time the certificate exists
             plan = plan_tokenizer(bpe_spec, tokenizer, input_bytes=size, store=store)
             assert (plan.certificate, plan.engine) == (GOOD, "gigatoken")
         assert made == [1]
