@@ -116,9 +116,7 @@ class _LocalFile:
     def __enter__(self) -> _LocalFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
 
@@ -151,9 +149,7 @@ class _RemoteFile:
     def __enter__(self) -> _RemoteFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 def _with_retries(path: str, request: Callable[[], T]) -> T:

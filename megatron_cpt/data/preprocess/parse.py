@@ -64,7 +64,7 @@ def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
                 texts.append(text)
         except (ValueError, KeyError, TypeError):
             if bytes(line).strip():
-                _take_good_keys(bytes(line), block.path, number, wanted, parsed)
+                parsed.bad_lines.append(BadLine(block.path, number, _parse_bad_line(bytes(line), wanted)))
             else:
                 num_blank += 1
     num_lines = number - lines.skipped - num_blank
@@ -74,25 +74,28 @@ def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
     return ParsedBlock(parsed.texts, parsed.bad_lines, lines.num_ends, num_lines)
 
 
-def _take_good_keys(
-    line: bytes, path: str, number: int, wanted: Sequence[tuple[str, list[str]]], parsed: ParsedBlock
-) -> None:
-    """Record a bad line, and take its good texts after the first bad key; the texts before it were taken already."""
-    reason = _describe_bad_line(line, [key for key, _ in wanted])
-    parsed.bad_lines.append(BadLine(path, number, reason))
+def _parse_bad_line(line: bytes, wanted: Sequence[tuple[str, list[str]]]) -> str:
+    """Take the good texts of a bad line, and return what is wrong with it."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason} at byte {error.start} of the line"
     try:
         row = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return
+    except orjson.JSONDecodeError as error:
+        return f"not JSON: {error}"
     if not isinstance(row, dict):
-        return
-    failed = False
+        return f"not an object, but a JSON {type(row).__name__}"
+    reason = ""
     for key, texts in wanted:
-        text = row.get(key)
-        if type(text) is not str:
-            failed = True
-        elif failed:
-            texts.append(text)
+        if type(text := row.get(key)) is str:
+            if reason:  # the texts before the first bad key were taken already
+                texts.append(text)
+        elif not reason and key not in row:
+            reason = f"has no key {key!r}; it has {', '.join(map(repr, list(row)[:8])) or 'none'}"
+        elif not reason:
+            reason = _not_a_text(key, text)
+    return reason
 
 
 def _parse_rows(block: Block, options: BlockOptions) -> ParsedBlock:
@@ -120,23 +123,3 @@ def _not_a_text(key: str, value: Any) -> str:
 
 def _too_long(options: BlockOptions) -> str:
     return f"longer than {options.max_line_bytes:,} bytes"
-
-
-def _describe_bad_line(line: bytes, keys: Sequence[str]) -> str:
-    """Return why a bad line does not give every text."""
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: {error.reason} at byte {error.start} of the line"
-    try:
-        content = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return f"not JSON: {error}"
-    if not isinstance(content, dict):
-        return f"not an object, but a JSON {type(content).__name__}"
-    for key in keys:
-        if key not in content:
-            return f"has no key {key!r}; it has {', '.join(map(repr, list(content)[:8])) or 'none'}"
-        if type(content[key]) is not str:
-            return _not_a_text(key, content[key])
-    raise AssertionError("the line is good")

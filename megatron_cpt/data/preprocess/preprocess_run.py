@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout
@@ -14,13 +14,7 @@ from megatron_cpt.data.preprocess.inputs import Cursor, InputFiles, Shard
 from megatron_cpt.data.preprocess.preprocess_options import PreprocessOptions
 from megatron_cpt.data.preprocess.read_blocks import read_blocks
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
-from megatron_cpt.data.preprocess.workers import (
-    EncodedBlock,
-    EncodeOptions,
-    Encoder,
-    encode_blocks,
-    encode_blocks_in_pool,
-)
+from megatron_cpt.data.preprocess.workers import EncodedBlock, EncodeOptions, Encoder, encode_blocks_in_pool
 from megatron_cpt.data.tokenizers.fast import (
     FastTokenizerMismatchError,
     TokenizerPlan,
@@ -109,7 +103,7 @@ def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
             job.options.notify(f"{error}; everything is encoded again by the library, without gigatoken")
             revoke_certificate(plan.spec, plan.certificate, str(error))
             folder.start_from_scratch()
-            _Run(job, plan.without_fast(), folder, mismatch=str(error)).encode()
+            _Run(job, replace(plan, certificate=None), folder, mismatch=str(error)).encode()
     except (RefusedError, UserError) as error:
         # A UserError can also come from a block in the middle: then the saved progress is kept.
         if isinstance(error, RefusedError) or not folder.state:
@@ -147,7 +141,8 @@ class _Run:
         blocks = read_blocks(job.files, job.encode.blocks, job.options.shard, self._cursor)
         if job.workers > 1:
             return encode_blocks_in_pool(blocks, job.workers, self._plan, job.encode)
-        return encode_blocks(blocks, Encoder(build_tokenizer(self._plan), job.encode))
+        encoder = Encoder(build_tokenizer(self._plan), job.encode)
+        return (encoder(block) for block in blocks)
 
     def _write(self, result: EncodedBlock) -> None:
         job, counts = self._job, self._counts

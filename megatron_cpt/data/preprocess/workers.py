@@ -124,12 +124,6 @@ class Encoder:
         return EncodedTexts(tokens, lengths.astype(np.int32), text_bytes, num_empty)
 
 
-def encode_blocks(blocks: Iterable[Block], encoder: Encoder) -> Generator[EncodedBlock, None, None]:
-    """Encode blocks in this process."""
-    for block in blocks:
-        yield encoder(block)
-
-
 def encode_blocks_in_pool(
     blocks: Iterable[Block], workers: int, plan: TokenizerPlan, options: EncodeOptions
 ) -> Generator[EncodedBlock, None, None]:

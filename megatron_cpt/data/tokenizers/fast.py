@@ -63,10 +63,6 @@ class TokenizerPlan:
         """Name of the library that encodes most documents."""
         return "gigatoken" if self.certificate is not None else self.spec.partition(":")[0]
 
-    def without_fast(self) -> TokenizerPlan:
-        """Return a plan that uses the library only."""
-        return replace(self, certificate=None)
-
 
 def plan_tokenizer(
     spec: str,

@@ -65,33 +65,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise UserError(f"tokenizer {spec!r}: not a known KIND:PATH; give one of {KINDS}")
 
 
-class ByteTokenizer:
-    """Tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text; 256 ends a document."""
-
-    vocab_size = 257
-    eod_id: int | None = 256
-    fingerprint = "byte"
-
-    def encode(self, text: str) -> list[int]:
-        """Return the UTF-8 bytes of the text."""
-        return list(text.encode())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the UTF-8 bytes of each text."""
-        return [self.encode(text) for text in texts]
-
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Return the UTF-8 bytes of each text."""
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of the bytes, without ends of documents; invalid UTF-8 becomes U+FFFD."""
-        array = np.asarray(ids, np.int64)
-        return array[array < 256].astype(np.uint8).tobytes().decode(errors="replace")
-
-
 class _BatchTokenizer:
-    """Base of the two library-backed kinds: everything that follows from `encode_batch`."""
+    """Base of all kinds: the methods that follow from `encode_batch`."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many texts."""
@@ -104,6 +79,27 @@ class _BatchTokenizer:
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Return the ids of many texts, one array of unsigned integers per text."""
         return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
+
+
+class ByteTokenizer(_BatchTokenizer):
+    """Tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text; 256 ends a document."""
+
+    vocab_size = 257
+    eod_id: int | None = 256
+    fingerprint = "byte"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the UTF-8 bytes of each text."""
+        return [list(text.encode()) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Return the UTF-8 bytes of each text."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the bytes, without ends of documents; invalid UTF-8 becomes U+FFFD."""
+        array = np.asarray(ids, np.int64)
+        return array[array < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
 
 class SentencePieceTokenizer(_BatchTokenizer):
