@@ -275,7 +275,7 @@ class TestMaxBad:
 
 
 class TestResumeSummary:
-    def test_other_settings_are_refused_unless_begun_anew(self, tmp_path, inputs, monkeypatch):
+    def test_other_settings_are_refused_without_restart(self, tmp_path, inputs, monkeypatch):
         monkeypatch.setattr(module, "SAVE_SECONDS", -1)
         with pytest.raises(StopError):
             preprocess(

@@ -248,7 +248,7 @@ def test_a_difference_ends_the_trust_and_all_is_encoded_again(bpe_spec, corpus, 
     )
 
 
-def test_a_run_begun_with_trust_that_was_lost_begins_anew(bpe_spec, corpus, tmp_path, monkeypatch):
+def test_a_resumed_run_restarts_when_its_certificate_is_gone(bpe_spec, corpus, tmp_path, monkeypatch):
     small = {"block_bytes": 10_000}
     monkeypatch.setattr(preprocess_run, "SAVE_SECONDS", -1)
     plan = TokenizerPlan(bpe_spec, GOOD)
