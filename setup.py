@@ -71,6 +71,7 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "orjson>=3.9",
+        "filelock>=3.20",
         "packaging>=22",
         "xxhash>=3.5",
         "filelock>=3.12",

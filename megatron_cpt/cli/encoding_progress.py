@@ -1,43 +1,39 @@
-"""Progress bar and final report of `preprocess`."""
+"""Progress bar and final summary of `preprocess`."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_cpt.data.preprocess.report import PreprocessReport
-
-Show = Callable[[int, int, int, int], None]
-Notify = Callable[[str], None]
+    from megatron_cpt.data.preprocess.pipeline import PreprocessReport
+    from megatron_cpt.data.preprocess.preprocess_options import Notify, Progress
 
 
 @contextlib.contextmanager
-def encoding_progress() -> Iterator[tuple[Show, Notify]]:
-    """Show a bar with MB/s, tokens/s and time left, on stderr and only on a terminal.
+def encoding_progress() -> Iterator[tuple[Progress, Notify]]:
+    """Show a bar with MB/s, tokens/s and time left on stderr, if stderr is a terminal.
 
     Yields:
-        A function to call after each block with (bytes done, total bytes, documents, tokens), and one to print notes.
+        The `progress` and `notify` of `PreprocessOptions`.
     """
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from megatron_cpt.config import format_count
 
     console = Console(stderr=True, markup=False, highlight=False)
     columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}% {task.fields[found]}", markup=False),
-        TimeRemainingColumn(),
+        rich_progress.BarColumn(),
+        rich_progress.TextColumn("{task.percentage:.0f}% {task.fields[found]}", markup=False),
+        rich_progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("encoding", total=None, found="")
-        first: list[
-            tuple[float, int, int]
-        ] = []  # time, bytes and tokens at the first block; a resumed run starts above 0
+        first: list[tuple[float, int, int]] = []  # (time, bytes, tokens) after one block: a resumed run starts above 0
 
         def show(bytes_done: int, bytes_total: int, documents: int, tokens: int) -> None:
             now = time.monotonic()
@@ -53,7 +49,7 @@ def encoding_progress() -> Iterator[tuple[Show, Notify]]:
 
 
 def print_report(report: PreprocessReport) -> None:
-    """Print a summary of a finished run."""
+    """Print the totals, the written pairs and what was skipped."""
     seconds = max(report.seconds, 1e-9)
     print(
         f"{report.output_prefix}: {report.documents:,} documents, {report.tokens:,} {report.dtype} tokens "

@@ -1,4 +1,4 @@
-"""`megatron-cpt preprocess`: text in, `.bin`/`.idx` pairs out."""
+"""`megatron-cpt preprocess`: encode text files to `.bin`/`.idx` pairs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-INPUT_HELP = "JSON Lines (also .gz, .zst) and .parquet: files, globs, folders; one or more."
+INPUT_HELP = "JSON Lines (also .gz, .zst) and .parquet: one or more files, globs or folders."
 TOKENIZER_HELP = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json or byte."
-KEY_HELP = "The field that holds the text. Several: a data set each, P_KEY."
-SHARD_HELP = "Encode part i of n (i from 0), or `slurm`: the part of this task or array job. Then --join n."
-JOIN_HELP = "Join the N shards of P to one data set; needs neither --input nor --tokenizer."
-FAST_HELP = "gigatoken in the library's place: auto (where it is installed, certified and pays), on, off."
-CHECK_HELP = "What gigatoken encodes is compared with the library: sample (a text a block) or all."
+KEY_HELP = "The field that holds the text. Several keys: one dataset per key, P_KEY."
+SHARD_HELP = "Encode part i of n (i from 0); `slurm`: the part of this task or array job. Afterwards: --join n."
+JOIN_HELP = "Join the N shards of P into one dataset; needs neither --input nor --tokenizer."
+FAST_HELP = "Use gigatoken instead of the tokenizer's library: auto (if installed and certified), on, off."
+CHECK_HELP = "Compare gigatoken's ids with the library's: sample (one text per block) or all."
 
 
 class Fast(enum.StrEnum):
-    """When gigatoken is used."""
+    """Values of --fast-tokenizer."""
 
     AUTO = "auto"
     ON = "on"
@@ -25,7 +25,7 @@ class Fast(enum.StrEnum):
 
 
 class Check(enum.StrEnum):
-    """How much of gigatoken's work is compared."""
+    """Values of --tokenizer-check."""
 
     SAMPLE = "sample"
     ALL = "all"
@@ -37,39 +37,40 @@ def preprocess(
     tokenizer: Annotated[str, typer.Option("--tokenizer", metavar="KIND:PATH", help=TOKENIZER_HELP)] = "",
     key: Annotated[list[str] | None, typer.Option("--key", metavar="K ...", help=f"{KEY_HELP} [default: text]")] = None,
     append_eod: Annotated[
-        bool, typer.Option("--append-eod", help="End each document with the tokenizer's id.")
+        bool, typer.Option("--append-eod", help="End each document with the end-of-document id.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", min=1, help="Processes that encode. [default: all cores]")
+        int | None, typer.Option("--workers", metavar="N", min=1, help="Worker processes. [default: all cores]")
     ] = None,
     shuffle: Annotated[
-        int | None, typer.Option("--shuffle", metavar="SEED", min=0, help="Documents in a random order.")
+        int | None, typer.Option("--shuffle", metavar="SEED", min=0, help="Shuffle the documents.")
     ] = None,
     split_tokens: Annotated[
-        str | None, typer.Option("--split-tokens", metavar="T", help="Pairs of at most T tokens, P-00000 and so on.")
+        str | None,
+        typer.Option("--split-tokens", metavar="T", help="Pairs of at most T tokens: P-00000, P-00001 and so on."),
     ] = None,
     max_bad: Annotated[
-        str | None, typer.Option("--max-bad", metavar="N|X%", help="Fail when more lines are bad. [default: never]")
+        str | None, typer.Option("--max-bad", metavar="N|X%", help="Fail if more lines are bad. [default: never]")
     ] = None,
     max_line: Annotated[
-        str, typer.Option("--max-line", metavar="BYTES", help="A longer line is bad (64M: 64 million).")
+        str, typer.Option("--max-line", metavar="BYTES", help="Longer lines count as bad (64M: 64 million).")
     ] = "64M",
     shard: Annotated[str | None, typer.Option("--shard", metavar="i/n", help=SHARD_HELP)] = None,
     join: Annotated[int | None, typer.Option("--join", metavar="N", min=1, help=JOIN_HELP)] = None,
     fast_tokenizer: Annotated[Fast, typer.Option("--fast-tokenizer", help=FAST_HELP)] = Fast.AUTO,
     tokenizer_check: Annotated[Check, typer.Option("--tokenizer-check", help=CHECK_HELP)] = Check.SAMPLE,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was stopped before.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard earlier progress, start from scratch.")] = False,
 ) -> None:
     """Encode text for training.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    Run the same command again to resume an interrupted run.
     """
     from megatron_cpt.cli.encoding_progress import encoding_progress, print_report
 
     if join is not None:
         if inputs or tokenizer or shard:
-            raise typer.BadParameter("leave --input, --tokenizer and --shard out", param_hint="--join")
+            raise typer.BadParameter("do not combine it with --input, --tokenizer or --shard", param_hint="--join")
         from megatron_cpt.data.preprocess.join import join_shards
 
         print_report(join_shards(output_prefix, join, max_bad=max_bad, overwrite=overwrite))
@@ -79,34 +80,32 @@ def preprocess(
             raise typer.BadParameter("Missing option", param_hint=option)
     import os
 
-    from megatron_cpt.data.preprocess.block import BlockOptions
     from megatron_cpt.data.preprocess.inputs import parse_shard
+    from megatron_cpt.data.preprocess.pipeline import PreprocessOptions
     from megatron_cpt.data.preprocess.pipeline import preprocess as encode
 
     part = None if shard is None else parse_shard(shard, os.environ)
     with encoding_progress() as (show, notify):
-        report = encode(
-            inputs or [],
-            output_prefix,
-            tokenizer,
-            key=key or ["text"],
+        options = PreprocessOptions(
+            key=key or "text",
             append_eod=append_eod,
             workers=workers,
-            progress=show,
+            shuffle=shuffle,
+            split_tokens=None if split_tokens is None else _count("--split-tokens", split_tokens),
+            shard=part,
             max_bad=max_bad,
+            max_line_bytes=_count("--max-line", max_line),
+            fast_tokenizer=fast_tokenizer.value,
+            tokenizer_check=tokenizer_check.value,
             overwrite=overwrite,
             restart=restart,
-            shuffle=shuffle,
-            shard=part,
-            split_tokens=None if split_tokens is None else _count("--split-tokens", split_tokens),
-            fast=fast_tokenizer.value,
-            check=tokenizer_check.value,
-            blocks=BlockOptions((), max_line_bytes=_count("--max-line", max_line)),
+            progress=show,
             notify=notify,
         )
+        report = encode(inputs or [], output_prefix, tokenizer=tokenizer, options=options)
     print_report(report)
     if part is not None:
-        print(f"shard {part.index} of {part.count} is ready; when all are: --join {part.count}")
+        print(f"shard {part.index} of {part.count} is ready; when all shards are ready, run --join {part.count}")
 
 
 def _count(option: str, text: str) -> int:

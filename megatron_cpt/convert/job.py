@@ -58,7 +58,7 @@ def reserved(target: Path, aside: Path) -> Iterator[None]:
             raise UserError(f"{target}: another process is making it; wait for it or end it") from error
         try:
             check_target(target)
-            if aside.is_dir() and any(aside.iterdir()) and not any(aside.glob("journal.*")):
+            if aside.is_dir() and any(aside.iterdir()) and not any(aside.glob("*journal.*")):
                 raise UserError(f"{aside}: not the work of a conversion, and in its place; move it or delete it")
             yield
         except RefusedError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from megatron_cpt.files.atomic import sync_folder
+from megatron_cpt.files.atomic import write_atomically
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -68,10 +68,7 @@ class Journal:
 
     def _rewrite(self) -> None:
         """Without a line that a power cut left half written."""
-        aside = self._path.with_suffix(".tmp")
-        aside.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in (self._job, *self.lines)))
-        os.replace(aside, self._path)
-        sync_folder(self.folder)
+        write_atomically(self._path, b"".join(orjson.dumps(line) + b"\n" for line in (self._job, *self.lines)))
 
 
 def _read_lines(path: Path) -> list[Any]:

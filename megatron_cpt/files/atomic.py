@@ -1,9 +1,10 @@
-"""Files that survive a power cut, and pairs of them that are never seen half."""
+"""Files that survive a power cut, and pairs of files of which no reader ever sees only one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -11,15 +12,38 @@ from typing import IO
 Rename = tuple[str, str]
 
 
+def write_atomically(path: Path, content: str | bytes, *, has_several_writers: bool = False) -> None:
+    """Replace a small file: every reader sees the old content or the new one, also after a kill or a power cut.
+
+    Args:
+        path: the file.
+        content: its new content; text is written as UTF-8.
+        has_several_writers: several processes may write `path` at the same time, so each one needs a temporary file of
+            its own. With one writer the temporary file is always `.NAME.tmp`, and the next write replaces the one that
+            a killed process has left.
+    """
+    temporary = path.with_name(f".{path.name}{f'.{uuid.uuid4().hex}' if has_several_writers else ''}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def close_durably(file: IO[bytes]) -> None:
-    """Closes a file once its content is on the disk."""
+    """Close a file once its content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
+    """Make renames in a folder durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -28,13 +52,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(renames: Sequence[Rename]) -> None:
-    """Renames finished files to their final names; called again after a kill, it does the rest.
+    """Rename finished files to their final names; a second call after a kill makes the remaining renames.
 
-    Of a data set the `.bin` comes before the `.idx`, and an older `.idx` goes before both: every reader needs the
-    `.idx`, so none takes a half pair for a data set, nor the new `.bin` with the old `.idx`.
+    The `.bin` of a dataset comes before its `.idx`, and an older `.idx` is removed before both. Every reader opens the
+    `.idx` first, so no reader takes a `.bin` alone for a dataset, or the new `.bin` with the old `.idx`.
 
     Args:
-        renames: (from, to) in order; one whose file is no longer there was made before a restart.
+        renames: (from, to) in order. A source that no longer exists was renamed before the kill.
     """
     for source, target in renames:
         if not os.path.exists(source):
@@ -45,17 +69,3 @@ def publish(renames: Sequence[Rename]) -> None:
                 sync_folder(Path(target).parent)
         os.replace(source, target)
         sync_folder(Path(target).parent)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new content, also after a power cut.
-
-    Only one process may write it at a time: what a dead one left aside is overwritten by the next.
-    """
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync_folder(path.parent)

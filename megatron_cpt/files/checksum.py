@@ -1,10 +1,10 @@
-"""The checksum of a checkpoint's files: XXH3 of 128 bits.
+"""Checksum of a checkpoint's files: XXH3 with 128 bits.
 
-It is there to find damage, and does so at 20 GB/s a core; SHA-256 takes 1.3 to 1.8 GB/s, less than a disk, and every
-save and load would wait for it. A cryptographic one would not keep an attacker out either: whoever can change a shard
-can change the manifest beside it. What keeps a hostile file from doing harm is `unpickle.py`.
+It detects damage, at 20 GB/s per core. SHA-256 takes 1.3 to 1.8 GB/s, less than a disk, so every save and load would
+wait for it. A cryptographic checksum would not keep an attacker out either: whoever can change a shard can change the
+manifest beside it. Protection from hostile files is the task of `checkpoint/torchfile/unpickle.py`.
 
-Format: xxHash 0.8, whose XXH3 is final; `xxhsum -H2` computes the same.
+Format: xxHash 0.8, in which XXH3 is final; `xxhsum -H2` prints the same digits.
 """
 
 from __future__ import annotations
@@ -20,29 +20,26 @@ _PIECE = 1 << 20
 
 
 class Checksum:
-    """A running checksum; leaves Python's lock to other threads while it computes."""
+    """Running checksum; it releases the GIL while it computes."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
 
     def update(self, data: Any) -> None:
-        """Go on with `data`, any object with a buffer."""
+        """Add the bytes of `data`, any object that supports the buffer protocol."""
         self._state.update(data)
 
     def hexdigest(self) -> str:
-        """32 hexadecimal digits, the highest first."""
+        """Return the checksum as 32 hexadecimal digits, the most significant first."""
         return self._state.hexdigest()
 
 
 def file_checksum(path: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """The checksum of a file's content.
+    """Return the checksum of a file.
 
     Args:
         path: the file.
-        progress: told how many bytes are done, again and again.
-
-    Raises:
-        OSError: it cannot be read.
+        progress: called after each piece with the number of bytes read so far.
     """
     checksum, piece, done = Checksum(), memoryview(bytearray(_PIECE)), 0
     with open(path, "rb", buffering=0) as file:

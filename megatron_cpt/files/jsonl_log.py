@@ -1,4 +1,4 @@
-"""Files of JSON lines that a run appends to: they hold whole lines, whatever the disk does."""
+"""JSONL files that a run appends to; they hold only whole lines, even on a disk that fills up."""
 
 from __future__ import annotations
 
@@ -15,39 +15,35 @@ from megatron_cpt.files.atomic import write_atomically
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside the block, an error of the disk says which file it is about.
-
-    Raises:
-        CptError: instead of an OSError.
-    """
+def write_errors_as_cpt_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError raised in the block into a CptError that names the file and says what to do."""
     try:
         yield
     except OSError as error:
         raise CptError(
-            f"{path}: cannot be written: {error.strerror or error}; make room or mend the disk, and start the run again"
+            f"{path}: cannot be written: {error.strerror or error}; free some space or check the disk, then run again"
         ) from error
 
 
 class JsonlLog:
-    """A file that lines are appended to. One process at a time may have it open.
+    """JSONL file opened for appending, by one process at a time.
 
     Raises:
-        CptError: the file cannot be opened, here, or written, in the methods.
+        CptError: the file cannot be opened or written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with naming(path):
+        with write_errors_as_cpt_errors(path):
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close
 
     def append(self, line: dict[str, Any]) -> None:
-        """Append a line, or leave the file as it was."""
+        """Append a line; on an error the file keeps its earlier content."""
         content = orjson.dumps(line) + b"\n"
-        with naming(self._path):
+        with write_errors_as_cpt_errors(self._path):
             size = os.fstat(self._file.fileno()).st_size
             try:
-                while content:  # a disk that fills up takes a part of it first
+                while content:  # a disk that is nearly full writes a part of the line before the call that fails
                     content = content[self._file.write(content) :]
             except OSError:
                 self._file.truncate(size)
@@ -55,12 +51,12 @@ class JsonlLog:
 
     def close(self) -> None:
         """Make all lines durable and close the file."""
-        with naming(self._path), self._file:
+        with write_errors_as_cpt_errors(self._path), self._file:
             os.fsync(self._file.fileno())
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines up to a step; what a kill left of a line at the end goes too.
+    """Drop the lines after a step, and a last line that a kill cut short.
 
     Raises:
         CptError: the file cannot be written.
@@ -71,8 +67,8 @@ def drop_lines_after(path: Path, step: int) -> None:
     for line in path.read_bytes().splitlines():
         try:
             if orjson.loads(line)["step"] <= step:
-                kept.append(line.decode())
+                kept.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # the line that a crash cut
-    with naming(path):
-        write_atomically(path, "".join(line + "\n" for line in kept))
+            continue
+    with write_errors_as_cpt_errors(path):
+        write_atomically(path, b"".join(line + b"\n" for line in kept))

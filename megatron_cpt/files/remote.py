@@ -1,37 +1,59 @@
-"""Where token files lie: a local disk, or anything that fsspec opens (`s3://bucket/web`, `gs://...`, `memory://...`).
+"""Read ranges of files on a local disk or on anything that fsspec opens (`s3://bucket/web`, `gs://...`, `memory://...`).
 
-All that reading a `.bin`/`.idx` takes is its size and ranges of its bytes, so that is the whole interface; nothing is
-downloaded or cached as a whole. A path with `://` in it is remote; fsspec is loaded when the first one is opened, and
-finds credentials where it always does.
+A `.bin`/`.idx` reader needs the size of a file and ranges of its bytes, so that is the whole interface; no file is
+downloaded as a whole. A path with `://` in it is remote. fsspec is imported when the first remote path is opened, and
+finds credentials in its usual places. Requests to a store that fail are retried with growing delays.
 """
 
 from __future__ import annotations
 
 import glob
+import logging
 import os
+import random
+import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import CptError, UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRY_DELAYS: tuple[float, ...] = (2, 4, 8, 16)
+"""Mean seconds before each further attempt: 5 attempts over about 30 seconds."""
 
 _SCHEME = "://"
+_LASTING_ERRORS = (  # a further attempt would fail in the same way
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ValueError,
+    TypeError,
+    CptError,
+)
+_jitter = random.Random()  # a generator of its own: a retry must not move the global one, which runs are seeded with
 
 
 class RangeFile(Protocol):
-    """A file opened for reading ranges of it; used in a `with` block."""
+    """File opened for reading ranges of it; used in a `with` block."""
 
     @property
     def size(self) -> int:
-        """Its bytes, now."""
+        """Present size in bytes."""
 
     def read(self, offset: int, count: int) -> bytes:
-        """Bytes [offset, offset + count), fewer where the file ends."""
+        """Return the bytes [offset, offset + count), fewer at the end of the file."""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill the front of a buffer from `offset`; how many bytes were there, at least 1 unless the file ends."""
+        """Fill the front of a buffer from `offset`; return the number of bytes read, 0 only at the end of the file."""
 
     def will_read(self, offset: int, count: int) -> None:
-        """Says that these bytes are read soon: a local disk begins to fetch them, and nobody waits."""
+        """Announce a read: a local disk starts to fetch the bytes in the background."""
 
     def __enter__(self) -> RangeFile: ...
 
@@ -41,7 +63,7 @@ class RangeFile(Protocol):
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is not of the local file system."""
+    """Return whether fsspec has to open a path."""
     return _SCHEME in path
 
 
@@ -49,27 +71,30 @@ def open_ranges(path: str) -> RangeFile:
     """Open a file.
 
     Raises:
-        OSError: it is not there or may not be read; of a remote file that may also be found with the first read.
-        UserError: a remote path, but what opens it is not installed.
+        OSError: the file is missing or not readable; for a remote file the first read may raise it instead.
+        UserError: the package that opens a remote path is not installed.
+        CptError: from a read of a remote file: the store failed at every attempt.
     """
     return _RemoteFile(path) if is_remote(path) else _LocalFile(path)
 
 
 def is_file(path: str) -> bool:
-    """Whether there is such a file."""
-    return bool(_file_system(path).isfile(path)) if is_remote(path) else os.path.isfile(path)
+    """Return whether a file exists."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    return bool(_with_retries(path, lambda: _file_system(path).isfile(path)))
 
 
 def find(pattern: str) -> list[str]:
-    """Paths that match a glob, in no order."""
+    """Return the paths that match a glob, in any order."""
     if not is_remote(pattern):
         return glob.glob(pattern, recursive=True)
     file_system = _file_system(pattern)
-    return [file_system.unstrip_protocol(path) for path in file_system.glob(pattern)]
+    return [file_system.unstrip_protocol(path) for path in _with_retries(pattern, lambda: file_system.glob(pattern))]
 
 
 class _LocalFile:
-    """`pread` on a descriptor: no position to share, no lock held while the disk works."""
+    """`pread` on a descriptor: threads share no position and hold no lock while the disk works."""
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_RDONLY)
@@ -91,44 +116,66 @@ class _LocalFile:
     def __enter__(self) -> _LocalFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
 
 class _RemoteFile:
-    """One request a range; nothing is held open."""
+    """One request per range; no connection is held open."""
 
     def __init__(self, path: str) -> None:
         self._path, self._files = path, _file_system(path)
 
     @property
     def size(self) -> int:
-        return int(self._files.size(self._path))
+        return _with_retries(self._path, lambda: int(self._files.size(self._path)))
 
     def read(self, offset: int, count: int) -> bytes:
-        # object stores refuse a range that begins at or beyond the end, so the end is asked for first
+        # Object stores refuse a range that begins at the end or beyond it, so ask for the size first.
         end = min(offset + count, self.size)
         return self._range(offset, end) if offset < end else b""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        data = self._range(offset, offset + len(buffer))  # samples: whoever reads them knows where the file ends
+        data = self._range(offset, offset + len(buffer))  # no request for the size: callers know where the file ends
         buffer[: len(data)] = data
         return len(data)
 
     def will_read(self, offset: int, count: int) -> None:
-        """Nothing can be asked for ahead without keeping it."""
+        """Do nothing: bytes fetched ahead would have to be kept somewhere."""
 
     def _range(self, start: int, end: int) -> bytes:
-        return bytes(self._files.cat_file(self._path, start=start, end=end))
+        return _with_retries(self._path, lambda: bytes(self._files.cat_file(self._path, start=start, end=end)))
 
     def __enter__(self) -> _RemoteFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _with_retries(path: str, request: Callable[[], T]) -> T:
+    """Return the result of a request; retry it when it fails, after `RETRY_DELAYS` times 0.5 to 1.5.
+
+    The random factor keeps the ranks of a run, which all met the same failure, from asking again all at once.
+    """
+    attempts = len(RETRY_DELAYS) + 1
+    for attempt, delay in enumerate((*RETRY_DELAYS, None), 1):
+        try:
+            return request()
+        except _LASTING_ERRORS:
+            raise
+        except Exception as error:  # every store has exceptions of its own
+            reason = f"{type(error).__name__}: {error}"
+            if delay is None:
+                raise CptError(
+                    f"{path}: cannot be read, {attempts} attempts failed ({reason}); check the store and the network, "
+                    "then run the command again"
+                ) from error
+            seconds = delay * _jitter.uniform(0.5, 1.5)
+            logger.warning(
+                "%s: attempt %d of %d failed (%s); retrying in %.1f s", path, attempt, attempts, reason, seconds
+            )
+            time.sleep(seconds)
+    raise AssertionError("unreachable")
 
 
 def _file_system(path: str) -> Any:
@@ -136,7 +183,7 @@ def _file_system(path: str) -> Any:
     try:
         import fsspec
 
-        return fsspec.filesystem(protocol)  # kept by fsspec: the same one each time
+        return fsspec.filesystem(protocol)  # fsspec returns the same object each time
     except (ImportError, ValueError) as error:  # ValueError: a protocol that fsspec does not know
         raise UserError(
             f"{path}: {protocol}:// cannot be opened: {error}; pip install 'megatron-cpt[cloud]' and the package that "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_cpt.files.jsonl_log import naming
+from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
 from megatron_cpt.train.hook import Hook
 from megatron_cpt.train.setup import Session
 
@@ -25,7 +25,7 @@ class TensorBoardHook(Hook):
 
             first = session.state.step + 1 if session.is_resumed else None
             self._folder = session.output / "tensorboard"
-            with naming(self._folder):
+            with write_errors_as_cpt_errors(self._folder):
                 self._writer = SummaryWriter(str(self._folder), purge_step=first)
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
@@ -42,11 +42,11 @@ class TensorBoardHook(Hook):
     def on_end(self, session: Session) -> None:
         """Close the writer."""
         if self._writer is not None:
-            with naming(self._folder):
+            with write_errors_as_cpt_errors(self._folder):
                 self._writer.close()
 
     def _write(self, scalars: dict[str, float], step: int) -> None:
         if self._writer is not None:
-            with naming(self._folder):  # an error of its thread comes out at a later point
+            with write_errors_as_cpt_errors(self._folder):  # an error of its thread comes out at a later point
                 for name, value in scalars.items():
                     self._writer.add_scalar(name, value, step)

@@ -7,6 +7,8 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_cpt.files.atomic import write_atomically
+
 FOLDER_VARIABLE = "MEGATRON_CPT_LAUNCH_FOLDER"
 STOP_FILE = "stopping"
 """Created by the launcher when it receives a stop signal; read by ranks that start after that."""
@@ -34,10 +36,8 @@ class Report:
         return folder / f"rank-{local_rank}.json"
 
     def write(self, path: Path) -> None:
-        """Replace the file atomically, because the launcher may be reading it."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self)))
-        temporary.replace(path)
+        """Replace the file; the launcher may read it at any moment."""
+        write_atomically(path, json.dumps(asdict(self)))
 
 
 def read_reports(folder: Path) -> list[Report]:

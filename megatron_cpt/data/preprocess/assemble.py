@@ -1,7 +1,8 @@
-"""Finished work folders to `.bin`/`.idx` pairs under their final names.
+"""Assemble `.bin`/`.idx` pairs from finished work folders.
 
-A run's own file of tokens becomes the `.bin` by a rename. Only where shards are joined, or the output is split or
-shuffled, are tokens copied, once, by the kernel (`copy_file_range`: on file systems that share blocks, not even that).
+A run's own file of tokens becomes the `.bin` by a rename. When shards are joined or the output is split, the kernel
+copies the tokens once (`copy_file_range`; file systems that share blocks copy nothing). A shuffle reorders them in
+memory, bucket by bucket.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from megatron_cpt.data.preprocess.buckets import ordered_names, shuffled_buckets
 from megatron_cpt.data.tokenfile.writer import write_index
 from megatron_cpt.files.atomic import Rename, close_durably
 
-_TABLE_BLOCK = 1 << 20  # documents that are copied at a time
+_DOCUMENTS_PER_COPY = 1 << 20
 _COPY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """What a data set is made of.
+    """Layout of the datasets that a run makes.
 
     Attributes:
-        prefixes: where the data set of each key goes.
+        prefixes: output prefix of the dataset of each key.
         dtype: the token type.
-        num_buckets: of a shuffled run; None: documents keep their order.
-        split_tokens: tokens of a pair at most (unless one document has more); None: one pair.
+        num_buckets: buckets of a shuffled run; None: documents keep their order.
+        split_tokens: most tokens of a pair, unless a single document has more; None: one pair per key.
     """
 
     prefixes: list[str]
@@ -43,15 +44,15 @@ class OutputLayout:
 
 
 def make_pairs(layout: OutputLayout, sources: Sequence[str], folder: str) -> tuple[list[Rename], list[str]]:
-    """Writes all pairs of a data set under names inside a work folder.
+    """Write all pairs of the datasets under temporary names in a work folder.
 
     Args:
-        layout: of the data sets.
+        layout: the datasets to make.
         sources: work folders of the shards, in order.
-        folder: where to write; may be one of them.
+        folder: the folder to write to; may be one of `sources`.
 
     Returns:
-        The renames that publish the pairs, in their order, and the prefixes that will then be there.
+        The renames that publish the pairs, in order, and the prefixes of the published datasets.
     """
     renames: list[Rename] = []
     prefixes: list[str] = []
@@ -89,7 +90,7 @@ def _copy_pairs(layout: OutputLayout, number: int, sources: Sequence[str], folde
 
 
 Write = Callable[[int, int, int], None]
-"""write(fd, first, last) appends the tokens [first, last) of a part to a file."""
+"""write(fd, first, last) appends the tokens [first, last) of a part of the input to a file."""
 
 
 def _ordered_parts(sources: Sequence[str], number: int, dtype: np.dtype[Any]) -> Iterator[tuple[Any, Write]]:
@@ -100,8 +101,8 @@ def _ordered_parts(sources: Sequence[str], number: int, dtype: np.dtype[Any]) ->
         sizes = np.memmap(sizes_path, "<i4", "r")
         with open(tokens_path, "rb") as file:
             at = 0
-            for block in range(0, sizes.size, _TABLE_BLOCK):
-                part = sizes[block : block + _TABLE_BLOCK]
+            for block in range(0, sizes.size, _DOCUMENTS_PER_COPY):
+                part = sizes[block : block + _DOCUMENTS_PER_COPY]
                 yield part, _from_file(file.fileno(), at, dtype.itemsize)
                 at += int(part.sum(dtype=np.int64)) * dtype.itemsize
 
@@ -118,10 +119,10 @@ def _from_file(source: int, offset: int, itemsize: int) -> Write:
 def _copy(source: int, target: int, at: int, count: int) -> int:
     try:
         copied = os.copy_file_range(source, target, count, offset_src=at)
-    except OSError:  # some file systems cannot
+    except OSError:  # not supported by this file system
         copied = os.sendfile(target, source, at, count)
     if copied == 0:
-        raise OSError(errno.EIO, "a file of tokens is shorter than its sizes say")
+        raise OSError(errno.EIO, "a file of tokens is shorter than the sum of its sizes")
     return copied
 
 
@@ -135,27 +136,29 @@ def _from_memory(tokens: npt.NDArray[Any]) -> Write:
 
 
 class _SplitOutput:
-    """Writes one pair after another, each of at most `split_tokens` tokens."""
+    """Writer of one pair after another, each of at most `split_tokens` tokens."""
 
     def __init__(self, layout: OutputLayout, number: int, folder: str) -> None:
         self._layout, self._number, self._folder = layout, number, folder
         self._num_pairs = 0
-        self._tokens = 0  # of the present pair
+        self._tokens = 0  # in the open pair
         self._files: list[Any] = []
         self._open()
 
     def add(self, sizes: npt.NDArray[np.int32], write: Write) -> None:
-        """Appends documents of these sizes, whose tokens `write` copies."""
+        """Append documents of these sizes, whose tokens `write` copies."""
         ends = np.cumsum(sizes, dtype=np.int64)
         first, begin = 0, 0
         while first < sizes.size:
             limit = self._layout.split_tokens
-            room = int(ends[-1]) if limit is None else limit - self._tokens
-            last = int(np.searchsorted(ends, begin + room, side="right")) if limit is not None else sizes.size
+            if limit is None:
+                last = sizes.size
+            else:
+                last = int(np.searchsorted(ends, begin + limit - self._tokens, side="right"))
             if last <= first and self._tokens > 0:
                 self._open()
                 continue
-            last = max(last, first + 1)  # a document larger than a pair has one for itself
+            last = max(last, first + 1)  # a document larger than a pair gets a pair of its own
             end = int(ends[last - 1])
             write(self._files[0].fileno(), begin, end)
             self._files[1].write(np.ascontiguousarray(sizes[first:last]).astype("<i4").tobytes())
@@ -163,7 +166,7 @@ class _SplitOutput:
             first, begin = last, end
 
     def finish(self) -> list[tuple[str, str, str]]:
-        """Writes the indices; returns the names of each pair in the folder, and its final prefix."""
+        """Write the `.idx` files; return (name of the .bin, name of the .idx, final prefix) per pair."""
         pairs = []
         for pair in range(self._num_pairs):
             bin_name, sizes_name, idx_name = self._names(pair)
@@ -173,7 +176,7 @@ class _SplitOutput:
         return pairs
 
     def close(self) -> None:
-        """Forces the present pair to disk."""
+        """Close the open pair once it is on the disk."""
         for file in self._files:
             close_durably(file)
         self._files = []
@@ -181,7 +184,7 @@ class _SplitOutput:
     def _open(self) -> None:
         self.close()
         bin_name, sizes_name, _ = self._names(self._num_pairs)
-        # unbuffered: the kernel copies into it behind Python's back
+        # unbuffered: the kernel copies into the file without Python's knowledge
         self._files.append(open(os.path.join(self._folder, bin_name), "wb", buffering=0))  # noqa: SIM115
         self._files.append(open(os.path.join(self._folder, sizes_name), "wb"))  # noqa: SIM115
         self._tokens = 0

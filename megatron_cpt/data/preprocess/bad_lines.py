@@ -1,15 +1,14 @@
-"""Bad lines: written down one by one, counted, and too many of them refused."""
+"""Record bad lines one by one, count them, and refuse too many."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import orjson
 
-from megatron_cpt.data.preprocess.block import BlockOptions
+from megatron_cpt.data.preprocess.inputs import BlockOptions
 from megatron_cpt.data.preprocess.read_blocks import lines_before
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodedBlock
@@ -21,23 +20,23 @@ _SHOWN = 5  # bad lines in an error message
 
 @dataclass(frozen=True)
 class MaxBad:
-    """How many bad lines are too many: more than a number, or more than a part of all lines.
+    """Limit on bad lines; None: no limit.
 
     Attributes:
-        count: the number; None: no limit.
-        fraction: the part; None: no limit. It is looked at when all lines were read.
+        count: most bad lines.
+        fraction: largest share of all lines; it is checked once all lines are read.
     """
 
     count: int | None = None
     fraction: float | None = None
 
     def check(self, num_bad: int, num_lines: int | None, summary: str) -> None:
-        """Refuses too many.
+        """Refuse too many bad lines.
 
         Args:
             num_bad: bad lines so far.
-            num_lines: lines in all, if all were read.
-            summary: the first of them.
+            num_lines: lines in total; None until all are read.
+            summary: the first bad lines, for the message.
 
         Raises:
             RefusedError: there are too many.
@@ -51,29 +50,30 @@ class MaxBad:
 
 
 def parse_max_bad(value: str | int | None) -> MaxBad:
-    """Reads a number of lines, or a part of them with a percent sign.
+    """Read a number of lines (100) or a share of all lines ("0.1%").
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is neither.
     """
     if value is None:
         return MaxBad()
     match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)\s*%", str(value).strip())
     if match is None or (match[2] and float(match[2]) > 100):
-        raise UserError(f"max-bad {value!r}: give a number of lines, such as 100, or a part of them, such as 0.1%")
+        raise UserError(f"max-bad {value!r}: give a number of lines, such as 100, or a share of them, such as 0.1%")
     return MaxBad(int(match[1])) if match[1] else MaxBad(fraction=float(match[2]) / 100)
 
 
 @dataclass
 class BadLineLog:
-    """What was counted so far; all of it can be saved and loaded.
+    """Bad lines so far; saved with the state.
 
     Attributes:
         count: bad lines.
         num_lines: lines that are not blank, bad ones included.
-        first: the first few, as they are shown.
+        first: the first few bad lines, for messages.
         file: number of the file that was read last.
-        lines_before: line ends in that file so far; None while nobody has counted those before a shard's beginning.
+        lines_before: line ends of that file before the next block; None if unknown, as in a shard that begins in the
+            middle of the file. They are counted only when a bad line needs its number.
     """
 
     count: int = 0
@@ -83,7 +83,7 @@ class BadLineLog:
     lines_before: int | None = None
 
     def add(self, result: EncodedBlock, folder: WorkFolder, options: BlockOptions) -> None:
-        """Names and writes the bad lines of the next block."""
+        """Number the bad lines of the next block and append them to the folder's list."""
         block = result.block
         if block.file != self.file:
             self.file, self.lines_before = block.file, 0 if block.position == 0 else None
@@ -101,15 +101,11 @@ class BadLineLog:
             self.lines_before += result.num_ends
 
     def summary(self) -> str:
-        """Their number so far, and the first few."""
+        """Return the number of bad lines and the first few of them."""
         return f"{self.count} bad{': ' if self.first else ''}{'; '.join(self.first)}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self)
 
-
-def joined(logs: Sequence[BadLineLog]) -> BadLineLog:
-    """Of several shards."""
+def join_logs(logs: Sequence[BadLineLog]) -> BadLineLog:
+    """Return the totals over several shards."""
     first = [line for log in logs for line in log.first][:_SHOWN]
     return BadLineLog(sum(log.count for log in logs), sum(log.num_lines for log in logs), first)

@@ -1,4 +1,4 @@
-"""Which files are read, and which part of them this process reads."""
+"""Input files of a run, the shard of them that this process reads, and the blocks that they are cut into."""
 
 from __future__ import annotations
 
@@ -9,19 +9,122 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from megatron_cpt.data.preprocess.jsonl import Lines
 from megatron_cpt.errors import UserError
 
-JSONL_ENDINGS = tuple(f"{ending}{packed}" for ending in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
-ENDINGS = (*JSONL_ENDINGS, ".parquet")
+ENDINGS = (*(f"{ending}{packed}" for ending in (".jsonl", ".json") for packed in ("", ".gz", ".zst")), ".parquet")
+BLOCK_BYTES = 1 << 21
+MAX_LINE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """Input files, laid end to end.
+
+    Attributes:
+        paths: in reading order.
+        starts: bytes on disk before each file, then the total, (files + 1,). Files of 10 and 20 bytes: [0, 10, 30].
+    """
+
+    paths: list[str]
+    starts: list[int]
+
+    @classmethod
+    def of(cls, paths: Sequence[str]) -> InputFiles:
+        """Read the sizes from the disk."""
+        return cls(list(paths), [0, *accumulate(map(os.path.getsize, paths))])
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files on disk."""
+        return self.starts[-1]
+
+    def identity(self) -> list[list[str | int]]:
+        """Return path, size and modification time in nanoseconds per file; a changed file has another identity."""
+        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
+        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """Settings that decide how the input is cut into blocks and lines.
+
+    Attributes:
+        keys: keys of the texts; for parquet also the columns that are read.
+        block_bytes: approximate size of a block.
+        max_line_bytes: a longer line counts as bad and is never held in memory.
+    """
+
+    keys: tuple[str, ...]
+    block_bytes: int = BLOCK_BYTES
+    max_line_bytes: int = MAX_LINE_BYTES
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Place to resume at: the first block of file number `file` that begins at `position` or later.
+
+    Attributes:
+        file: number of the file.
+        position: byte of the unpacked file, or row.
+    """
+
+    file: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Small piece of a file: the unit of work, of resuming and of sharding.
+
+    Packed files come with their unpacked lines, parquet files with their rows. With neither, the worker reads the bytes
+    [position, end) itself.
+
+    Attributes:
+        file: number of the file.
+        path: path of the file.
+        position: first byte of the unpacked file, or first row.
+        end: position of the next block.
+        bytes_done: bytes on disk of all files up to the end of this block.
+        lines: lines of a packed file.
+        rows: rows of a parquet file as an Arrow stream.
+        damage: why the file cannot be read beyond this block.
+    """
+
+    file: int
+    path: str
+    position: int
+    end: int
+    bytes_done: int
+    lines: Lines | None = None
+    rows: bytes | None = None
+    damage: str | None = None
+
+    @property
+    def next_cursor(self) -> Cursor:
+        """Cursor of the next block."""
+        return Cursor(self.file, self.end)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` (from 0) of `count` parts of the input, each with the same number of bytes on disk."""
+
+    index: int = 0
+    count: int = 1
+
+    def interval(self, total_bytes: int) -> tuple[int, int]:
+        """Return the bytes [first, last) of all files laid end to end in which the blocks of this shard begin."""
+        return total_bytes * self.index // self.count, total_bytes * (self.index + 1) // self.count
 
 
 def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The files that paths, globs and folders name, in the order given; those of a glob or a folder sorted.
+    """Return the files named by paths, globs and folders: in the given order, sorted within a glob or folder.
 
-    A folder stands for every file below it whose ending is known, however deep.
+    A folder stands for every file below it, at any depth, that has a known ending.
 
     Raises:
-        UserError: a file is missing, may not be read or has an ending that is not known, or a folder or glob is empty.
+        UserError: a file is missing, unreadable or has an unknown ending, or a folder or glob is empty.
     """
     files: list[str] = []
     for name in inputs:
@@ -33,9 +136,9 @@ def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
             files += _files_of_folder(path) if os.path.isdir(path) else [path]
     for file in files:
         if not file.endswith(ENDINGS):
-            raise UserError(f"input {file}: its ending is not known; known are {', '.join(ENDINGS)}")
+            raise UserError(f"input {file}: unknown ending; known endings are {', '.join(ENDINGS)}")
         if not os.access(file, os.R_OK):
-            raise UserError(f"input {file}: may not be read; change its permissions")
+            raise UserError(f"input {file}: no permission to read it; change its permissions")
     if not files:
         raise UserError("no input is given")
     return files
@@ -43,38 +146,21 @@ def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 def _files_of_folder(folder: str) -> list[str]:
     found = sorted(
-        os.path.join(where, name)
-        for where, _, names in os.walk(folder, followlinks=True)
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if name.endswith(ENDINGS)
     )
     if not found:
-        raise UserError(f"input {folder}: a folder with no file that ends in {', '.join(ENDINGS)}")
+        raise UserError(f"input {folder}: a folder without a file that ends in {', '.join(ENDINGS)}")
     return found
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Part `index` of `count` of the input, in equal numbers of bytes on disk; the parts in order are the input.
-
-    Attributes:
-        index: from 0.
-        count: parts in all.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def interval(self, total_bytes: int) -> tuple[int, int]:
-        """The bytes [first, last) of all files together in which this part's blocks begin."""
-        return total_bytes * self.index // self.count, total_bytes * (self.index + 1) // self.count
-
-
 def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
-    """Reads `i/n` (i from 0), or with `slurm` the variables of a SLURM array job or, without one, of `srun`'s tasks.
+    """Read `i/n` (i from 0), or for `slurm` the variables of a SLURM array job, else of the tasks of `srun`.
 
     Raises:
-        UserError: neither of these, i is not below n, or SLURM's variables are not there.
+        UserError: the text is neither, i is not below n, or SLURM's variables are not set.
     """
     if text == "slurm":
         return _slurm_shard(environment)
@@ -99,31 +185,3 @@ def _slurm_shard(environment: Mapping[str, str]) -> Shard:
         return Shard(int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]))
     except KeyError as error:
         raise UserError(f"shard slurm: {error.args[0]} is not set; start it with srun or sbatch --array") from error
-
-
-@dataclass(frozen=True)
-class InputFiles:
-    """The files of a run, laid end to end.
-
-    Attributes:
-        paths: in reading order.
-        starts: bytes on disk of the files before each one, and of all of them at the end, (files + 1,).
-    """
-
-    paths: list[str]
-    starts: list[int]
-
-    @classmethod
-    def of(cls, paths: Sequence[str]) -> InputFiles:
-        """Asks the disk for the sizes."""
-        return cls(list(paths), [0, *accumulate(map(os.path.getsize, paths))])
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of all files on disk."""
-        return self.starts[-1]
-
-    def identity(self) -> list[list[str | int]]:
-        """What tells that the files are still the same: path, size, time of last change in nanoseconds."""
-        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
-        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]

@@ -1,4 +1,4 @@
-"""Lines of JSONL files: byte ranges of plain ones, streams of gzip and Zstandard ones, in bounded memory."""
+"""Read the lines of JSONL files in bounded memory: byte ranges of plain files, streams of gzip and Zstandard files."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from typing import Any, BinaryIO
 import numpy as np
 import zstandard
 
-_PACKED_READ = 1 << 18  # smaller than a block, for it grows when it is unpacked
-_ZSTD_READ = 1 << 10  # a block of a frame has at least 4 bytes and gives at most 128 KiB, so 32 MiB at a time
+_PACKED_READ = 1 << 18  # less than a block, as it grows when unpacked
+_ZSTD_READ = 1 << 10  # at least 4 bytes per Zstandard block, at most 128 KiB out of each: at most 32 MiB per read
 _UNPACKED_PIECE = 1 << 20
 _TAIL_READ = 1 << 18
-_READ_ALONG = 1 << 16  # bytes behind a range
-_MAX_WINDOW = 1 << 31  # what `zstd --long=31` needs
+_READ_AHEAD = 1 << 16  # bytes after a range
+_MAX_WINDOW = 1 << 31  # for files of `zstd --long=31`
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Whole lines.
+    """Whole lines of a range of a file: the lines that begin in the range.
+
+    Example: the file b"ab\\ncd\\nef" in ranges of 4 bytes. Range [0, 4) holds the lines ab and cd, although cd ends
+    in the next range. Range [4, 8) holds ef; its `skipped` is 1, the end of cd.
 
     Attributes:
-        data: bytes that hold the lines; what stands before `begin` and from `end` on belongs to other lines.
-        skipped: line ends of the range before the first of these lines; their lines began in an earlier range.
-        num_ends: line ends in the whole range.
-        overlong: whether these lines are followed by one that is too long and left out.
-        begin: where the first line begins.
-        end: where the last one ends, with or without its newline; None: with the data.
+        data: bytes that hold the lines; bytes before `begin` and from `end` on belong to other lines.
+        skipped: line ends of the range that belong to a line of an earlier range.
+        num_ends: line ends in the range.
+        is_overlong: whether these lines are followed by one that is too long and skipped.
+        begin: first byte of the first line.
+        end: end of the last line, with or without its newline; None: the end of the data.
     """
 
     data: bytes
     skipped: int
     num_ends: int
-    overlong: bool = False
+    is_overlong: bool = False
     begin: int = 0
     end: int | None = None
 
     def __iter__(self) -> Iterator[memoryview]:
-        """Each line without its newline, not copied."""
+        """Yield each line without its newline, not copied."""
         view, find = memoryview(self.data), self.data.find
         at, end = self.begin, len(self.data) if self.end is None else self.end
         while at < end:
@@ -53,37 +56,37 @@ class Lines:
 
 
 def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
-    """The lines of a plain file that begin in [start, end); the last of them may reach behind `end`."""
-    before = 1 if start > 0 else 0  # the byte that tells whether a line begins at `start`
+    """Read the lines of a plain file that begin in [start, end); the last one may end after `end`."""
+    before = 1 if start > 0 else 0  # read one byte more: a newline there means that a line begins at `start`
     with open(path, "rb", buffering=0) as file:
-        # What the last line is likely to need is read along: put behind it later, it would cost a copy of the block.
-        data = os.pread(file.fileno(), before + end - start + _READ_ALONG, start - before)
-        limit = min(before + end - start, len(data))  # of the range, in `data`
+        # Read ahead what the last line is likely to need: appending it later would copy the block.
+        data = os.pread(file.fileno(), before + end - start + _READ_AHEAD, start - before)
+        limit = min(before + end - start, len(data))  # end of the range in `data`
         begin = data.find(b"\n", 0, limit) + 1 if before else 0
         num_ends = _count_ends(data, before, limit)
         skipped = 1 if before and begin != 1 else 0
         if (before and begin == 0) or begin == limit:
             return Lines(b"", skipped, num_ends)
-        last = max(begin, data.rfind(b"\n", begin, limit) + 1)  # where a line begins that does not end in the range
+        last = max(begin, data.rfind(b"\n", begin, limit) + 1)  # begin of the line that does not end in the range
         if last == limit:
             return Lines(data, skipped, num_ends, begin=begin, end=limit)
         stop = data.find(b"\n", limit)
-        overlong = stop - last > max_line_bytes
+        is_overlong = stop - last > max_line_bytes
         if stop < 0:
             most = last + max_line_bytes - len(data)
-            rest, overlong = _rest_of_line(file.fileno(), start - before + len(data), most)
+            rest, is_overlong = _rest_of_line(file.fileno(), start - before + len(data), most)
             data += rest
             stop = len(data)
-    return Lines(data, skipped, num_ends, overlong, begin, last if overlong else stop)
+    return Lines(data, skipped, num_ends, is_overlong, begin, last if is_overlong else stop)
 
 
 def _count_ends(data: bytes, begin: int, end: int) -> int:
-    """Line ends in a part of the data; `bytes.count` looks at each byte alone and takes nearly twice as long."""
+    """Count line ends in a part of the data; `bytes.count` takes nearly twice as long."""
     return int(np.count_nonzero(np.frombuffer(data, np.uint8)[begin:end] == ord("\n")))
 
 
 def _rest_of_line(fd: int, start: int, most: int) -> tuple[bytes, bool]:
-    """What is left of a line from a byte on, and whether that is more than `most`."""
+    """Return the rest of a line from a byte on, and whether it is longer than `most`."""
     pieces, size = list[bytes](), 0
     while size <= most and (piece := os.pread(fd, _TAIL_READ, start + size)):
         end = piece.find(b"\n") + 1
@@ -97,7 +100,7 @@ def _rest_of_line(fd: int, start: int, most: int) -> tuple[bytes, bool]:
 
 @dataclass(frozen=True)
 class Cut:
-    """A block of a packed file: the lines of its unpacked bytes [position, end), and what is wrong behind them."""
+    """Block of a packed file: the lines of its unpacked bytes [position, end), and the damage found after them."""
 
     position: int
     end: int
@@ -106,10 +109,10 @@ class Cut:
 
 
 class PackedFile:
-    """A gzip or Zstandard file as pieces of unpacked bytes.
+    """Iterator over the unpacked bytes of a gzip or Zstandard file.
 
-    The libraries' own file objects either lose what was read before a damage (gzip) or take a cut file for a whole one
-    (zstandard).
+    The libraries' own file objects either lose the bytes read before a damaged place (gzip) or accept a truncated file
+    as complete (zstandard).
     """
 
     def __init__(self, file: BinaryIO, is_gzip: bool) -> None:
@@ -132,7 +135,7 @@ class PackedFile:
         while raw := self._file.read(self._read_bytes):
             while raw:
                 if member is None:
-                    raw = raw.lstrip(b"\0")  # gzip allows zeros to pad the end; no member and no frame begins with one
+                    raw = raw.lstrip(b"\0")  # gzip allows padding by zeros; no member and no frame begins with one
                     if not raw:
                         break
                     member = self._new_member()
@@ -144,34 +147,34 @@ class PackedFile:
             raise EOFError("it ends in the middle of compressed data")
 
     def _unpack(self, member: Any, raw: bytes) -> tuple[bytes, bytes]:
-        """Some unpacked bytes, and what was not read yet: a few packed bytes may stand for a gigabyte."""
+        """Return some unpacked bytes and the packed bytes still to unpack: a few of them may hold a gigabyte."""
         if not self._is_gzip:
             return member.decompress(raw), b""
         return member.decompress(raw, _UNPACKED_PIECE), member.unconsumed_tail
 
 
 def open_packed(path: str) -> PackedFile:
-    """Opens a .gz or .zst file of one or more members or frames."""
+    """Open a .gz or .zst file of one or more members or frames."""
     file = Path(path).open("rb", buffering=_PACKED_READ)  # noqa: SIM115 (closed by PackedFile)
     return PackedFile(file, path.endswith(".gz"))
 
 
 def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Iterator[Cut]:
-    """Cuts unpacked bytes into blocks of whole lines of about `block_bytes`; a line that is too long is one by itself.
+    """Cut unpacked bytes into blocks of whole lines of about `block_bytes`; a line that is too long is its own block.
 
-    A file that is cut or damaged gives the whole lines that could be unpacked; its last block says what is wrong, and
-    the line behind its lines is where. (A checksum is met at the end of what it is of: where only it tells of the
-    damage, the damage lies before.)
+    A truncated or corrupt file gives the whole lines before the damage, and its last block carries the error. The
+    damage counts as the line after the last good one. (If only a checksum reveals the damage, it lies earlier, because
+    a checksum follows the data it covers.)
     """
     position, pending, size = 0, list[bytes](), 0
-    open_line = 0  # bytes of the line that has not ended yet
+    open_line = 0  # bytes of the last line, which has not ended yet
     unpacked = iter(pieces)
     damage: str | None = None
     while True:
         try:
             piece = next(unpacked, None)
         except (EOFError, zlib.error, zstandard.ZstdError) as error:
-            damage = f"the file is cut or damaged: {error}"
+            damage = f"the file is truncated or corrupt: {error}"
             break
         if piece is None:
             break
@@ -180,9 +183,9 @@ def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Ite
             if ends == 0:
                 size += len(piece)
                 continue
-            yield Cut(position, position + size + ends, Lines(b"", 0, 1, overlong=True))
+            yield Cut(position, position + size + ends, Lines(b"", 0, 1, is_overlong=True))
             position, size, open_line, piece = position + size + ends, 0, 0, piece[ends:]
-        # Only the new piece is searched: a line of many blocks would else be searched again for each.
+        # Search only the new piece; otherwise a line of many blocks would be searched again for each of them.
         ends = piece.rfind(b"\n") + 1
         open_line = len(piece) - ends if ends else open_line + len(piece)
         pending.append(piece)
@@ -201,12 +204,12 @@ def _whole_lines(position: int, data: bytes) -> Cut:
     return Cut(position, position + len(data), Lines(data, 0, _count_ends(data, 0, len(data))))
 
 
-def _last_cut(position: int, size: int, data: bytes, damage: str | None, overlong: bool) -> Iterator[Cut]:
+def _last_cut(position: int, size: int, data: bytes, damage: str | None, is_overlong: bool) -> Iterator[Cut]:
     if damage is not None:
         data = data[: data.rfind(b"\n") + 1]
-        # one byte more, so that going on behind this block finds nothing
+        # one byte more, so that a run that resumes after this block finds nothing
         yield Cut(position, position + len(data) + 1, Lines(data, 0, _count_ends(data, 0, len(data))), damage)
-    elif overlong:
-        yield Cut(position, position + size, Lines(b"", 0, 0, overlong=True))
+    elif is_overlong:
+        yield Cut(position, position + size, Lines(b"", 0, 0, is_overlong=True))
     elif data:
         yield _whole_lines(position, data)

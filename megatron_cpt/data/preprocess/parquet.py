@@ -1,4 +1,4 @@
-"""Parquet files as blocks of rows, a batch of the wanted columns at a time."""
+"""Read parquet files as blocks of rows, one batch of the wanted columns at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_cpt.data.preprocess.block import Block, BlockOptions
+from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.errors import UserError
 
 _MAX_ROWS = 1 << 14
@@ -17,19 +17,18 @@ _MAX_ROWS = 1 << 14
 def parquet_blocks(
     number: int, path: str, extent: tuple[int, int], interval: tuple[int, int], options: BlockOptions, begin: int
 ) -> Iterator[Block]:
-    """The blocks of a file that begin at row `begin` or behind it, and inside an interval of bytes.
+    """Yield the blocks of a file that begin at row `begin` or later, and inside an interval of bytes.
 
-    Row groups are read one after another, a batch of about `block_bytes` unpacked bytes at a time; a row counts as
-    lying at its share of the file. A file whose footer or pages cannot be read gives what could be read
-    before, and a block that says so.
+    Row groups are read one after another, in batches of about `block_bytes` unpacked bytes. Row r of n counts as lying
+    at byte r/n of the file. If the footer or a page cannot be read, the last block carries the error.
 
     Args:
-        number: of the file.
-        path: of the file.
-        extent: where it begins and ends when all files are laid end to end.
-        interval: the bytes of all files in which blocks must begin.
+        number: number of the file.
+        path: path of the file.
+        extent: first and last byte of the file when all files are laid end to end.
+        interval: the bytes of all files, laid end to end, in which blocks must begin.
         options: the columns, and the size of a block.
-        begin: the first row that is wanted.
+        begin: the first row to read.
 
     Raises:
         UserError: a key is not a column of the file.
@@ -54,13 +53,13 @@ def parquet_blocks(
                         yield Block(number, path, row, end, place(end), rows=_pack(rows))
                     row = end
     except (pa.ArrowException, OSError) as error:
-        damage = f"the file is cut or damaged: {str(error).splitlines()[0]}"
+        damage = f"the file is truncated or corrupt: {str(error).splitlines()[0]}"
         if row >= begin and (row > 0 or interval[0] <= base < interval[1]):
             yield Block(number, path, row, row + 1, extent[1], rows=b"", damage=damage)
 
 
 def unpack_columns(rows: bytes, keys: Sequence[str]) -> list[list[Any]]:
-    """The values of each key's column, None where there is none, bytes where a text is not UTF-8."""
+    """Return the values of each key's column: None for a null, bytes for a text that is not UTF-8."""
     if not rows:
         return [[] for _ in keys]
     batch = pa.ipc.open_stream(rows).read_next_batch()
@@ -70,7 +69,7 @@ def unpack_columns(rows: bytes, keys: Sequence[str]) -> list[list[Any]]:
 def _values(column: Any) -> list[Any]:
     try:
         values = column.to_pylist()
-    except UnicodeDecodeError:  # one of them is enough; as bytes each is looked at by itself
+    except UnicodeDecodeError:  # one bad value fails the whole column; decode each value by itself
         values = column.cast(pa.large_binary()).to_pylist()
     return [_decoded(value) if type(value) is bytes else value for value in values]
 
@@ -90,7 +89,7 @@ def _pack(batch: Any) -> bytes:
 
 
 def _batches(file: Any, group: int, options: BlockOptions) -> Iterator[Any]:
-    """Record batches of a row group; their size follows from the footer, so it is the same whoever reads the file."""
+    """Yield record batches of a row group; the footer decides their size, so every reader cuts at the same rows."""
     metadata = file.metadata.row_group(group)
     columns = [metadata.column(i) for i in range(metadata.num_columns)]
     wanted = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in options.keys)
@@ -101,4 +100,6 @@ def _batches(file: Any, group: int, options: BlockOptions) -> Iterator[Any]:
 def _require_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None:
     for key in keys:
         if key not in names:
-            raise UserError(f"input {path}: has no column {key!r}; it has {', '.join(map(repr, names[:8])) or 'none'}")
+            raise UserError(
+                f"input {path}: has no column {key!r}; its columns are {', '.join(map(repr, names[:8])) or 'none'}"
+            )

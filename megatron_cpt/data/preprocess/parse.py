@@ -1,4 +1,4 @@
-"""Blocks of the input to texts, whatever is wrong with the lines."""
+"""Extract the texts of a block, and describe every line that gives no text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import orjson
 
-from megatron_cpt.data.preprocess.block import Block, BlockOptions
+from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.data.preprocess.jsonl import read_range
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line or row that gave no document, and why."""
+    """Line or row that gave no document, and the reason."""
 
     file: str
     line: int
@@ -23,11 +23,11 @@ class BadLine:
 
 @dataclass(frozen=True)
 class ParsedBlock:
-    """The texts of a block.
+    """Texts of a block.
 
     Attributes:
-        texts: by key, in the order of the keys.
-        bad_lines: numbered from the block's beginning, the first is 1.
+        texts: texts per key, in the order of the keys.
+        bad_lines: bad lines, numbered from 1 at the beginning of the block.
         num_ends: line ends in the block, or rows.
         num_lines: lines that are not blank, or rows.
     """
@@ -39,9 +39,9 @@ class ParsedBlock:
 
 
 def parse_block(block: Block, options: BlockOptions) -> ParsedBlock:
-    """The texts and the bad lines of a block; a line that lacks one of several keys is bad and gives the others."""
+    """Return the texts and the bad lines of a block; a line without one of several keys is bad and gives the others."""
     parsed = _parse_rows(block, options) if block.rows is not None else _parse_lines(block, options)
-    if block.damage is not None:  # found behind the block's last line
+    if block.damage is not None:  # found after the last line of the block
         parsed.bad_lines.append(BadLine(block.path, parsed.num_ends + 1, block.damage))
     return parsed
 
@@ -64,35 +64,38 @@ def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
                 texts.append(text)
         except (ValueError, KeyError, TypeError):
             if bytes(line).strip():
-                _take_what_is_good(bytes(line), block.path, number, wanted, parsed)
+                parsed.bad_lines.append(BadLine(block.path, number, _parse_bad_line(bytes(line), wanted)))
             else:
                 num_blank += 1
     num_lines = number - lines.skipped - num_blank
-    if lines.overlong:
+    if lines.is_overlong:
         parsed.bad_lines.append(BadLine(block.path, number + 1, _too_long(options)))
         num_lines += 1
     return ParsedBlock(parsed.texts, parsed.bad_lines, lines.num_ends, num_lines)
 
 
-def _take_what_is_good(
-    line: bytes, path: str, number: int, wanted: Sequence[tuple[str, list[str]]], parsed: ParsedBlock
-) -> None:
-    """Undoes nothing and repeats nothing: takes the keys behind the first one that failed."""
-    reason = what_is_wrong(line, [key for key, _ in wanted])
-    parsed.bad_lines.append(BadLine(path, number, reason))
+def _parse_bad_line(line: bytes, wanted: Sequence[tuple[str, list[str]]]) -> str:
+    """Take the good texts of a bad line, and return what is wrong with it."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason} at byte {error.start} of the line"
     try:
         row = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return
+    except orjson.JSONDecodeError as error:
+        return f"not JSON: {error}"
     if not isinstance(row, dict):
-        return
-    failed = False
+        return f"not an object, but a JSON {type(row).__name__}"
+    reason = ""
     for key, texts in wanted:
-        text = row.get(key)
-        if type(text) is not str:
-            failed = True
-        elif failed:  # those before the first failure were taken already
-            texts.append(text)
+        if type(text := row.get(key)) is str:
+            if reason:  # the texts before the first bad key were taken already
+                texts.append(text)
+        elif not reason and key not in row:
+            reason = f"has no key {key!r}; it has {', '.join(map(repr, list(row)[:8])) or 'none'}"
+        elif not reason:
+            reason = _not_a_text(key, text)
+    return reason
 
 
 def _parse_rows(block: Block, options: BlockOptions) -> ParsedBlock:
@@ -120,23 +123,3 @@ def _not_a_text(key: str, value: Any) -> str:
 
 def _too_long(options: BlockOptions) -> str:
     return f"longer than {options.max_line_bytes:,} bytes"
-
-
-def what_is_wrong(line: bytes, keys: Sequence[str]) -> str:
-    """Why a line does not give every text; only asked for lines that do not."""
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: {error.reason} at byte {error.start} of the line"
-    try:
-        content = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return f"not JSON: {error}"
-    if not isinstance(content, dict):
-        return f"not an object, but a JSON {type(content).__name__}"
-    for key in keys:
-        if key not in content:
-            return f"has no key {key!r}; it has {', '.join(map(repr, list(content)[:8])) or 'none'}"
-        if type(content[key]) is not str:
-            return _not_a_text(key, content[key])
-    raise AssertionError("nothing is wrong with the line")

@@ -1,167 +1,232 @@
-"""Text files to `.bin`/`.idx`, as fast as the tokenizer allows, on one machine or many, however often it is stopped.
+"""Encode text files to `.bin`/`.idx` pairs, on one machine or many; an interrupted run resumes.
 
-The input is cut into blocks (`blocks.py`). Workers (`encode.py`) read, parse and encode a block each and leave flat
-arrays in shared memory; this process (`preprocess_run.py`) appends them, in order, to files in a work folder
-(`work_folder.py`) and publishes these at the end (`publish.py`). Only a few blocks are under way at a time, so memory
-stays the same for a gigabyte and for a terabyte.
+The input is cut into blocks (`read_blocks.py`). Workers (`workers.py`) read, parse and encode one block at a time and
+return flat arrays in shared memory. This process (`preprocess_run.py`) appends the arrays, in order, to files in a work
+folder (`work_folder.py`) and publishes them at the end (`assemble.py`). Only a few blocks are in flight at a time, so a
+terabyte takes no more memory than a gigabyte.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from megatron_cpt.data.preprocess.assemble import OutputLayout
-from megatron_cpt.data.preprocess.bad_lines import parse_max_bad
-from megatron_cpt.data.preprocess.block import BlockOptions
+from megatron_cpt.data.preprocess import bad_lines as bad
+from megatron_cpt.data.preprocess.assemble import OutputLayout, make_pairs
 from megatron_cpt.data.preprocess.buckets import count_buckets
-from megatron_cpt.data.preprocess.inputs import InputFiles, Shard, expand_inputs
-from megatron_cpt.data.preprocess.preprocess_run import Job, Progress, encode_all
-from megatron_cpt.data.preprocess.report import PreprocessReport, publish_run, sum_up
-from megatron_cpt.data.preprocess.work_folder import WorkFolder
+from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, Shard, expand_inputs
+from megatron_cpt.data.preprocess.preprocess_options import PreprocessOptions
+from megatron_cpt.data.preprocess.preprocess_run import Job, encode_all
+from megatron_cpt.data.preprocess.work_folder import STATE_FILE, WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodeOptions
 from megatron_cpt.data.tokenfile.header import best_dtype
-from megatron_cpt.data.tokenizers.fast import Check, WhenFast, plan_tokenizer
-from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.data.tokenizers.fast import plan_tokenizer
+from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.atomic import publish
 
-__all__ = ["PreprocessReport", "preprocess", "work_folder_path"]
+__all__ = ["PreprocessOptions", "PreprocessReport", "preprocess"]
 
-_PACKED_GROWTH = 4  # bytes of text in a byte of a packed file, about
+_UNPACKED_PER_PACKED = 4  # approximate bytes of text per byte of a packed file
+_BLOCKS_PER_WORKER = 4  # fewer blocks than this do not pay for the start of one more worker
+
+
+@dataclass(frozen=True)
+class PreprocessReport:
+    """Result of `preprocess` or `join_shards`.
+
+    Attributes:
+        output_prefix: the output prefix of the call.
+        prefixes: prefixes of all published datasets; empty for a shard.
+        dtype: token type of the datasets.
+        documents: documents written.
+        tokens: tokens written, end-of-document ids included.
+        text_bytes: UTF-8 bytes of the documents' texts.
+        input_bytes: size of the input files on disk.
+        empty_documents: texts without a token.
+        lines: lines and rows read, bad ones included.
+        bad_lines: lines and rows skipped because they hold no text under the key.
+        bad_path: file that lists each bad line with its file, number and reason; None if there are no bad lines.
+        engine: library that encoded most documents.
+        mismatch: text on which gigatoken and the tokenizer's own library disagreed, so that the library encoded
+            everything again; None if they always agreed.
+        seconds: wall-clock time of this call.
+    """
+
+    output_prefix: str
+    prefixes: list[str]
+    dtype: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    input_bytes: int
+    empty_documents: int
+    lines: int
+    bad_lines: int
+    bad_path: str | None
+    engine: str
+    mismatch: str | None
+    seconds: float
 
 
 def preprocess(
     inputs: Sequence[str | os.PathLike[str]],
     output_prefix: str | os.PathLike[str],
-    tokenizer_spec: str,
     *,
-    key: str | Sequence[str] = "text",
-    append_eod: bool = False,
-    workers: int | None = 1,
-    progress: Progress | None = None,
-    max_bad: int | str | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    shuffle: int | None = None,
-    shard: Shard | None = None,
-    split_tokens: int | None = None,
-    fast: WhenFast = "auto",
-    check: Check = "sample",
-    prefixes: Sequence[str] | None = None,
-    keep_empty: bool = False,
-    blocks: BlockOptions | None = None,
-    notify: Callable[[str], None] = lambda text: None,
+    tokenizer: str,
+    options: PreprocessOptions = PreprocessOptions(),  # noqa: B008 - immutable
 ) -> PreprocessReport:
-    """Encodes the texts of files into a data set; unless shuffled, documents keep their order.
+    """Encode the texts of files into a dataset; without `options.shuffle`, documents keep their order.
 
-    Nothing appears under the final names until all of it is written. A call that was stopped at any moment, by whatever
-    means, goes on when it is made again, and the result is the same to the byte.
+    Nothing appears under the final names until everything is written. Call it again with the same arguments to resume
+    an interrupted call; the resulting files are identical byte for byte.
+
+        report = preprocess(["web/*.jsonl.zst"], "data/web", tokenizer="huggingface:tokenizer/",
+                            options=PreprocessOptions(append_eod=True, workers=16))
 
     Args:
-        inputs: files, globs and folders of `.jsonl` or `.json` (one JSON object a line; also with `.gz` or `.zst`) and
-            `.parquet`.
-        output_prefix: the data set is OUTPUT_PREFIX.bin and .idx; bad lines are listed in OUTPUT_PREFIX.bad.jsonl.
-        tokenizer_spec: `KIND:PATH`, see `load_tokenizer`.
-        key: the text's key in each object, or column. Several give a data set each, OUTPUT_PREFIX_KEY.
-        append_eod: end each document with the tokenizer's end-of-document id.
-        workers: processes that encode. With 1 this process does it itself; with more, a script that calls this needs
-            the `if __name__ == "__main__"` guard. None: one a core, fewer for little input.
-        progress: called after each block with (input bytes done, input bytes in all, documents, tokens).
-        max_bad: give up when there are more bad lines than this, a number or a part as in "0.1%"; None: however many.
-        overwrite: replace a data set that is already there.
-        restart: begin anew where a call was stopped before.
-        shuffle: seed of a random order of the documents; None: their own.
-        shard: encode only a part, to be joined with the others by `join.join_shards`.
-        split_tokens: write pairs of at most so many tokens, OUTPUT_PREFIX-00000 and so on; None: one pair.
-        fast: whether to use gigatoken, see `plan_tokenizer`.
-        check: how much of its work to compare.
-        prefixes: where the data set of each key goes, if not to the usual names.
-        keep_empty: keep a text without tokens as a document without sequences, as Megatron-LM's tool does.
-        blocks: other sizes of blocks and longest lines; its keys do not count.
-        notify: told in a sentence what takes long and what was decided.
+        inputs: files, globs and folders of `.jsonl` or `.json` (one JSON object per line; also with `.gz` or `.zst`)
+            and `.parquet`.
+        output_prefix: the dataset is OUTPUT_PREFIX.bin and .idx; bad lines are listed in OUTPUT_PREFIX.bad.jsonl.
+        tokenizer: `KIND:PATH`, see `load_tokenizer`.
+        options: everything else.
 
     Raises:
         UserError: a file is missing, the output exists, the tokenizer has no end of document, or no line has a text.
-        RefusedError: more bad lines than `max_bad`.
+        RefusedError: more bad lines than `options.max_bad`.
     """
     started = time.monotonic()
-    files, prefix = InputFiles.of(expand_inputs(inputs)), os.fspath(output_prefix)
-    text_bytes, keys = _text_bytes(files), _distinct_keys(key)
-    tokenizer = _load_tokenizer(tokenizer_spec, append_eod)
-    cut = replace(blocks or BlockOptions(()), keys=keys)
-    layout = OutputLayout(
-        prefixes=list(prefixes or ([prefix] if len(keys) == 1 else [f"{prefix}_{name}" for name in keys])),
-        dtype=best_dtype(tokenizer.vocab_size),
-        num_buckets=None if shuffle is None else count_buckets(text_bytes),
-        split_tokens=split_tokens,
+    files = InputFiles.of(expand_inputs(inputs))
+    text_bytes = _estimate_text_bytes(files)
+    job = _make_job(files, os.fspath(output_prefix), tokenizer, options, text_bytes)
+    folder = _work_folder(job)
+    plan = plan_tokenizer(
+        tokenizer,
+        job.tokenizer,
+        when=options.fast_tokenizer,
+        check=options.tokenizer_check,
+        input_bytes=text_bytes,
+        notify=options.notify,
     )
-    job = Job(
-        files=files,
-        prefix=prefix,
-        layout=layout,
-        tokenizer=tokenizer,
-        encode=EncodeOptions(cut, append_eod, keep_empty),
-        shard=shard,
-        seed=shuffle,
-        max_bad=parse_max_bad(max_bad),
-        workers=_count_workers(text_bytes, cut) if workers is None else workers,
-        progress=progress,
-        notify=notify,
-    )
-    folder = _work_folder(job, overwrite, restart)
-    plan = plan_tokenizer(tokenizer_spec, tokenizer, when=fast, check=check, input_bytes=text_bytes, notify=notify)
     with folder:
         if not folder.state.get("done"):
             encode_all(job, plan, folder)
-        if shard is not None:
-            return sum_up(folder.state, layout, prefix, files.total_bytes, started)
-        return publish_run(folder, [folder.path], layout, prefix, files.total_bytes, started)
+        if options.shard is not None:
+            return _report(folder.state, job.layout, job.prefix, files.total_bytes, started)
+        return publish_run(folder, [str(folder.path)], job.layout, job.prefix, files.total_bytes, started)
+
+
+def publish_run(
+    folder: WorkFolder, sources: Sequence[str], layout: OutputLayout, prefix: str, input_bytes: int, started: float
+) -> PreprocessReport:
+    """Make the pairs of a finished run, publish them, and remove the work folders.
+
+    A call after a kill does what the killed call has left.
+
+    Args:
+        folder: the run's own folder; its state counts everything that is published.
+        sources: folders that hold the tokens: `folder` itself, or the folders of the shards.
+        layout: the datasets to make.
+        prefix: output prefix of the run.
+        input_bytes: size of the input files, for the report.
+        started: `time.monotonic` at the start of the call, for the report.
+    """
+    if "renames" not in folder.state:
+        renames, prefixes = make_pairs(layout, sources, str(folder.path))
+        folder.save(folder.state | {"renames": renames, "prefixes": prefixes})
+    publish([(source, target) for source, target in folder.state["renames"]])
+    bad_path = f"{prefix}.bad.jsonl"
+    if os.path.exists(folder.file(bad.FILE)):
+        publish([(folder.file(bad.FILE), bad_path)])
+    elif not folder.state["bad"]["count"]:
+        Path(bad_path).unlink(missing_ok=True)  # belongs to the dataset that was replaced
+    report = _report(folder.state, layout, prefix, input_bytes, started)
+    for path in (*sources, str(folder.path)):
+        shutil.rmtree(path, ignore_errors=True)
+    return report
 
 
 def work_folder_path(prefix: str, shard: Shard | None = None) -> str:
-    """Where a run keeps what it has done so far."""
+    """Return the work folder of a run."""
     return f"{prefix}.preprocess" + (f"-{shard.index}-of-{shard.count}" if shard else "")
 
 
 def refuse_to_overwrite(prefixes: Sequence[str], overwrite: bool) -> None:
-    """Raises a UserError where one of the data sets is there, unless that is wanted."""
-    there = [f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx") if os.path.exists(f"{prefix}.{end}")]
-    if there and not overwrite:
-        raise UserError(f"{' and '.join(there)}: already there; choose another output prefix, or allow overwriting")
+    """Raise a UserError if one of the datasets exists, unless `overwrite`."""
+    found = [f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx") if os.path.exists(f"{prefix}.{end}")]
+    if found and not overwrite:
+        raise UserError(f"{' and '.join(found)}: already exists; choose another output prefix, or allow overwriting")
 
 
-def _work_folder(job: Job, overwrite: bool, restart: bool) -> WorkFolder:
-    path = work_folder_path(job.prefix, job.shard)
-    # A run that was killed between its renames has a part of its output in place already.
-    if restart or not os.path.exists(os.path.join(path, "state.json")):
-        split = job.layout.split_tokens is not None
-        refuse_to_overwrite([f"{p}-00000" if split else p for p in job.layout.prefixes], overwrite)
-    return WorkFolder(path, job.settings(), restart=restart)
-
-
-def _distinct_keys(key: str | Sequence[str]) -> tuple[str, ...]:
-    keys = (key,) if isinstance(key, str) else tuple(key)
+def _make_job(files: InputFiles, prefix: str, spec: str, options: PreprocessOptions, text_bytes: int) -> Job:
+    keys = (options.key,) if isinstance(options.key, str) else tuple(options.key)
     if len(set(keys)) < len(keys) or not keys:
-        raise UserError(f"key: {', '.join(keys) or 'none'}; give each key once, at least one")
-    return keys
-
-
-def _load_tokenizer(spec: str, append_eod: bool) -> Tokenizer:
+        raise UserError(f"key: {', '.join(keys) or 'none'}; give each key once, and at least one key")
     tokenizer = load_tokenizer(spec)
-    if append_eod and tokenizer.eod_id is None:
-        raise UserError(f"tokenizer {spec}: has no end-of-document id to append; leave append_eod out")
-    return tokenizer
+    if options.append_eod and tokenizer.eod_id is None:
+        raise UserError(f"tokenizer {spec}: has no end-of-document id to append; do not ask for append_eod")
+    workers = options.workers
+    if workers is None:
+        most = text_bytes // (_BLOCKS_PER_WORKER * options.block_bytes)
+        workers = max(1, min(len(os.sched_getaffinity(0)), most))
+    blocks = BlockOptions(keys, options.block_bytes, options.max_line_bytes)
+    return Job(
+        files=files,
+        prefix=prefix,
+        layout=OutputLayout(
+            prefixes=list(options.prefixes or ([prefix] if len(keys) == 1 else [f"{prefix}_{key}" for key in keys])),
+            dtype=best_dtype(tokenizer.vocab_size),
+            num_buckets=None if options.shuffle is None else count_buckets(text_bytes),
+            split_tokens=options.split_tokens,
+        ),
+        tokenizer=tokenizer,
+        encode=EncodeOptions(blocks, options.append_eod, options.keep_empty),
+        workers=workers,
+        max_bad=bad.parse_max_bad(options.max_bad),
+        options=options,
+    )
 
 
-def _text_bytes(files: InputFiles) -> int:
-    """About how much text the files hold; the same on every machine."""
+def _work_folder(job: Job) -> WorkFolder:
+    path, restart = work_folder_path(job.prefix, job.options.shard), job.options.restart
+    # A run that was killed between its renames has published a part of its own output already.
+    if restart or not os.path.exists(os.path.join(path, STATE_FILE)):
+        is_split = job.layout.split_tokens is not None
+        refuse_to_overwrite([f"{p}-00000" if is_split else p for p in job.layout.prefixes], job.options.overwrite)
+    return WorkFolder(path, job.settings(), should_restart=restart)
+
+
+def _estimate_text_bytes(files: InputFiles) -> int:
+    """Return roughly how much text the files hold; the same on every machine, as it decides the number of buckets."""
     sizes = [after - before for before, after in zip(files.starts[:-1], files.starts[1:], strict=True)]
-    plain = [path.endswith((".jsonl", ".json")) for path in files.paths]
-    return sum(size * (1 if is_plain else _PACKED_GROWTH) for size, is_plain in zip(sizes, plain, strict=True))
+    return sum(
+        size * (1 if path.endswith((".jsonl", ".json")) else _UNPACKED_PER_PACKED)
+        for path, size in zip(files.paths, sizes, strict=True)
+    )
 
 
-def _count_workers(text_bytes: int, options: BlockOptions) -> int:
-    """One a core that this process may use, but none that would only start and end."""
-    return max(1, min(len(os.sched_getaffinity(0)), text_bytes // (4 * options.block_bytes)))
+def _report(
+    state: dict[str, Any], layout: OutputLayout, prefix: str, input_bytes: int, started: float
+) -> PreprocessReport:
+    counts, log = state["counts"], state["bad"]
+    return PreprocessReport(
+        output_prefix=prefix,
+        prefixes=state.get("prefixes", []),
+        dtype=layout.dtype.name,
+        documents=sum(counts["documents"]),
+        tokens=sum(counts["tokens"]),
+        text_bytes=counts["text_bytes"],
+        input_bytes=input_bytes,
+        empty_documents=counts["empty_documents"],
+        lines=log["num_lines"],
+        bad_lines=log["count"],
+        bad_path=f"{prefix}.bad.jsonl" if log["count"] and "prefixes" in state else None,
+        engine=state["engine"],
+        mismatch=state["mismatch"],
+        seconds=time.monotonic() - started,
+    )

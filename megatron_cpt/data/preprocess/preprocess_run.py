@@ -1,26 +1,20 @@
-"""A run of `preprocess` from its first block to its last: encoded, put away, counted, saved now and then."""
+"""Encode every block of a run's input and append the results to its work folder, saving progress regularly."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
 
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout
-from megatron_cpt.data.preprocess.block import Cursor
 from megatron_cpt.data.preprocess.buckets import OrderedSink, ShuffledSink, Sink
-from megatron_cpt.data.preprocess.inputs import InputFiles, Shard
+from megatron_cpt.data.preprocess.inputs import Cursor, InputFiles, Shard
+from megatron_cpt.data.preprocess.preprocess_options import PreprocessOptions
 from megatron_cpt.data.preprocess.read_blocks import read_blocks
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
-from megatron_cpt.data.preprocess.workers import (
-    EncodedBlock,
-    EncodeOptions,
-    Encoder,
-    encode_blocks,
-    encode_blocks_in_pool,
-)
+from megatron_cpt.data.preprocess.workers import EncodedBlock, EncodeOptions, Encoder, encode_blocks_in_pool
 from megatron_cpt.data.tokenizers.fast import (
     FastTokenizerMismatchError,
     TokenizerPlan,
@@ -30,21 +24,20 @@ from megatron_cpt.data.tokenizers.fast import (
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 
-Progress = Callable[[int, int, int, int], None]
-
-SAVE_SECONDS = 10.0  # of work that a kill may lose
+SAVE_SECONDS = 10.0  # at most this much work is lost in a kill
+_SHOWN_PATHS = 5
 
 
 @dataclass
 class Counts:
-    """What was written so far; saved with the state.
+    """Totals of everything written so far; saved with the state.
 
     Attributes:
-        documents: of each key.
-        tokens: of each key, ends of documents included.
+        documents: per key.
+        tokens: per key, end-of-document ids included.
         text_bytes: UTF-8 bytes of the documents' texts.
-        empty_documents: texts that gave no token.
-        bytes_done: of the input files, on disk.
+        empty_documents: texts without a token.
+        bytes_done: bytes of the input files on disk.
     """
 
     documents: list[int]
@@ -56,29 +49,33 @@ class Counts:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the call asked for, looked up."""
+    """A call of `preprocess` with every option resolved.
+
+    Attributes:
+        workers: processes that encode.
+        max_bad: the parsed limit on bad lines.
+        options: the options as they were given.
+    """
 
     files: InputFiles
     prefix: str
     layout: OutputLayout
     tokenizer: Tokenizer
     encode: EncodeOptions
-    shard: Shard | None
-    seed: int | None
-    max_bad: bad.MaxBad
     workers: int
-    progress: Progress | None
-    notify: Callable[[str], None]
+    max_bad: bad.MaxBad
+    options: PreprocessOptions
 
     def settings(self) -> dict[str, object]:
-        """All that decides which bytes are written; the library in use does not."""
+        """Return everything that decides which bytes are written; the library that encodes does not."""
+        shard = self.options.shard
         return {
             "inputs": self.files.identity(),
             "tokenizer": self.tokenizer.fingerprint,
             "eod": self.tokenizer.eod_id,
             "encode": asdict(self.encode),
-            "shard": [self.shard.index, self.shard.count] if self.shard else None,
-            "shuffle": self.seed,
+            "shard": [shard.index, shard.count] if shard else None,
+            "shuffle": self.options.shuffle,
             "prefixes": self.layout.prefixes,
             "dtype": self.layout.dtype.name,
             "num_buckets": self.layout.num_buckets,
@@ -87,37 +84,35 @@ class Job:
 
 
 def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
-    """Encodes what the folder does not hold yet; where gigatoken is found wrong, everything by the library.
+    """Encode the rest of the input; after a mismatch of gigatoken, encode everything again with the library.
 
     Raises:
         UserError: no line has a text.
         RefusedError: too many bad lines.
     """
     if folder.state.get("fast") and plan.certificate is None:
-        job.notify("begins anew: what was done before used gigatoken, which is no longer trusted with this tokenizer")
-        _start_from_scratch(folder)
+        job.options.notify(
+            "starting from scratch: the interrupted run used gigatoken, which is no longer trusted with this tokenizer"
+        )
+        folder.start_from_scratch()
     try:
         try:
             _Run(job, plan, folder, mismatch=folder.state.get("mismatch")).encode()
         except FastTokenizerMismatchError as error:
             assert plan.certificate is not None
-            job.notify(f"{error}; everything is encoded again by the library, and gigatoken not used any more")
+            job.options.notify(f"{error}; everything is encoded again by the library, without gigatoken")
             revoke_certificate(plan.spec, plan.certificate, str(error))
-            _start_from_scratch(folder)
-            _Run(job, plan.without_fast(), folder, mismatch=str(error)).encode()
+            folder.start_from_scratch()
+            _Run(job, replace(plan, certificate=None), folder, mismatch=str(error)).encode()
     except (RefusedError, UserError) as error:
-        if isinstance(error, RefusedError) or not folder.state:  # a mistake met after hours costs no hours
+        # A UserError can also come from a block in the middle: then the saved progress is kept.
+        if isinstance(error, RefusedError) or not folder.state:
             folder.remove()
         raise
 
 
-def _start_from_scratch(folder: WorkFolder) -> None:
-    folder.clear()
-    folder.begin()
-
-
 class _Run:
-    """What is counted and where it goes, from the state of the folder on."""
+    """Loop over the blocks that the folder's state does not count yet."""
 
     def __init__(self, job: Job, plan: TokenizerPlan, folder: WorkFolder, mismatch: str | None) -> None:
         self._job, self._plan, self._folder, self._mismatch = job, plan, folder, mismatch
@@ -125,31 +120,31 @@ class _Run:
         self._counts = Counts(**state["counts"]) if state else Counts([0] * num_keys, [0] * num_keys)
         self._log = bad.BadLineLog(**state["bad"]) if state else bad.BadLineLog()
         self._cursor = Cursor(**state["cursor"]) if state else Cursor()
-        self._sinks = [_sink(job, folder, number) for number in range(num_keys)]
+        self._sinks = [_make_sink(job, folder, number) for number in range(num_keys)]
 
     def encode(self) -> None:
-        """Encodes the rest of the input."""
-        saved = time.monotonic()
+        last_save = time.monotonic()
         with contextlib.closing(self._results()) as results:
             for result in results:
-                self._take(result)
-                if time.monotonic() - saved > SAVE_SECONDS:
+                self._write(result)
+                if time.monotonic() - last_save > SAVE_SECONDS:
                     self._flush()
-                    self._folder.save_behind(self._state(done=False))
-                    saved = time.monotonic()
-        if self._job.shard is None:
-            self._check_the_whole()
+                    self._folder.save_in_background(self._state(done=False))
+                    last_save = time.monotonic()
+        if self._job.options.shard is None:
+            self._check_totals()
         self._flush()
         self._folder.save(self._state(done=True))
 
     def _results(self) -> Generator[EncodedBlock, None, None]:
         job = self._job
-        blocks = read_blocks(job.files, job.encode.blocks, job.shard, self._cursor)
+        blocks = read_blocks(job.files, job.encode.blocks, job.options.shard, self._cursor)
         if job.workers > 1:
             return encode_blocks_in_pool(blocks, job.workers, self._plan, job.encode)
-        return encode_blocks(blocks, Encoder(build_tokenizer(self._plan), job.encode))
+        encoder = Encoder(build_tokenizer(self._plan), job.encode)
+        return (encoder(block) for block in blocks)
 
-    def _take(self, result: EncodedBlock) -> None:
+    def _write(self, result: EncodedBlock) -> None:
         job, counts = self._job, self._counts
         for number, (sink, texts) in enumerate(zip(self._sinks, result.texts, strict=True)):
             sink.add(result.block, texts)
@@ -161,16 +156,18 @@ class _Run:
         self._log.add(result, self._folder, job.encode.blocks)
         job.max_bad.check(self._log.count, None, self._log.summary())
         self._cursor = result.block.next_cursor
-        if job.progress is not None:
-            first, last = (job.shard or Shard()).interval(job.files.total_bytes)
+        if job.options.progress is not None:
+            first, last = (job.options.shard or Shard()).interval(job.files.total_bytes)
             done = min(result.block.bytes_done, last) - first
-            job.progress(done, last - first, sum(counts.documents), sum(counts.tokens))
+            job.options.progress(done, last - first, sum(counts.documents), sum(counts.tokens))
 
-    def _check_the_whole(self) -> None:
-        counts, log = self._counts, self._log
+    def _check_totals(self) -> None:
+        """Refuse what only the end of the input shows; for shards, `join_shards` does it."""
+        counts, log, paths = self._counts, self._log, self._job.files.paths
         if sum(counts.documents) == 0:
-            paths = _some(self._job.files.paths)
-            raise UserError(f"no document in {paths}: {counts.empty_documents} empty, {log.summary()}")
+            names = ", ".join(paths[:_SHOWN_PATHS])
+            more = f" and {len(paths) - _SHOWN_PATHS} more" if len(paths) > _SHOWN_PATHS else ""
+            raise UserError(f"no document in {names}{more}: {counts.empty_documents} empty, {log.summary()}")
         self._job.max_bad.check(log.count, log.num_lines, log.summary())
 
     def _flush(self) -> None:
@@ -178,17 +175,18 @@ class _Run:
             sink.flush()
 
     def _state(self, done: bool) -> dict[str, object]:
-        progress = {"cursor": asdict(self._cursor), "counts": asdict(self._counts), "bad": self._log.to_dict()}
-        engine = {"fast": self._plan.certificate is not None, "engine": self._plan.engine}
-        return progress | engine | {"mismatch": self._mismatch, "done": done}
+        return {
+            "cursor": asdict(self._cursor),
+            "counts": asdict(self._counts),
+            "bad": asdict(self._log),
+            "fast": self._plan.certificate is not None,
+            "engine": self._plan.engine,
+            "mismatch": self._mismatch,
+            "done": done,
+        }
 
 
-def _sink(job: Job, folder: WorkFolder, number: int) -> Sink:
-    if job.layout.num_buckets is None:
+def _make_sink(job: Job, folder: WorkFolder, number: int) -> Sink:
+    if job.layout.num_buckets is None or job.options.shuffle is None:
         return OrderedSink(folder, number)
-    assert job.seed is not None
-    return ShuffledSink(folder, number, job.seed, job.layout.num_buckets)
-
-
-def _some(paths: Sequence[str], most: int = 5) -> str:
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+    return ShuffledSink(folder, number, job.options.shuffle, job.layout.num_buckets)

@@ -1,25 +1,24 @@
-"""The input as a sequence of blocks: small pieces of work, always cut at the same places.
+"""Input files as a sequence of blocks.
 
-A block is named by its file and position, and both follow from the files alone, not from the number of workers, nodes
-or restarts. So a run may stop after any block and go on with the next one, and nodes may take a range of blocks each.
+The places where files are cut follow from the files alone, not from the number of workers, nodes or restarts. So a run
+can stop after any block and resume with the next one, and each node can take a range of blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_cpt.data.preprocess.block import Block, BlockOptions, Cursor
-from megatron_cpt.data.preprocess.inputs import InputFiles, Shard
+from megatron_cpt.data.preprocess.inputs import Block, BlockOptions, Cursor, InputFiles, Shard
 from megatron_cpt.data.preprocess.jsonl import cut_stream, open_packed
 
 
 def read_blocks(
     files: InputFiles, options: BlockOptions, shard: Shard | None = None, start: Cursor | None = None
 ) -> Iterator[Block]:
-    """All blocks of a shard, from a cursor on.
+    """Yield the blocks of a shard, from a cursor on.
 
-    A block belongs to the shard in which it begins. Packed files are not cut: all of their blocks begin where the file
-    does.
+    A block belongs to the shard in which it begins. Packed files cannot be entered in the middle, so all their blocks
+    belong to the shard in which the file begins.
     """
     first, last = (shard or Shard()).interval(files.total_bytes)
     start = start or Cursor()
@@ -42,6 +41,7 @@ def read_blocks(
 def _plain_blocks(
     number: int, path: str, extent: tuple[int, int], interval: tuple[int, int], block_bytes: int, begin: int
 ) -> Iterator[Block]:
+    """Cut at multiples of `block_bytes`; the lines of a block are those that begin in it (`read_range`)."""
     base, file_end = extent
     low = max(begin, interval[0] - base, 0)
     for position in range(-(-low // block_bytes) * block_bytes, min(file_end, interval[1]) - base, block_bytes):
@@ -58,7 +58,7 @@ def _packed_blocks(number: int, path: str, base: int, options: BlockOptions, beg
 
 
 def lines_before(block: Block, options: BlockOptions) -> int:
-    """Line ends of a file before a block of it; only asked for when a bad line must be named and nobody has counted."""
+    """Count the line ends of a file before a block; needed only to number a bad line of a shard's first file."""
     if block.path.endswith(".parquet"):
         return block.position
     count, left = 0, block.position

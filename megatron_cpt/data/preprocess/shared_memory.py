@@ -1,6 +1,6 @@
-"""Ids from the workers of `preprocess` to the process that writes them, through memory that both see.
+"""Memory through which workers send token ids to the process that writes them.
 
-A pipe would copy each array four times. The memory is anonymous and no file of /dev/shm, which containers keep small.
+A pipe would copy each array four times. The memory is anonymous, not a file in /dev/shm, which containers keep small.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ _ALIGNMENT = 8
 
 
 class SharedSlots:
-    """Memory in equal slots, one for each block that is under way. It may be pickled for a process that is spawned.
+    """Shared memory in `count` slots of `slot_bytes` each, one slot per block in flight.
 
-    Only pages that were written to are taken from the machine.
-
-    Args:
-        count: slots.
-        slot_bytes: size of each.
+    It can be pickled for a spawned process. Only pages that were written take up memory of the machine.
     """
 
     def __init__(self, count: int, slot_bytes: int) -> None:
@@ -41,26 +37,22 @@ class SharedSlots:
         self._bytes = np.frombuffer(mmap.mmap(self._fd, 0), np.uint8)
 
     def slot(self, number: int) -> npt.NDArray[np.uint8]:
-        """The bytes of a slot."""
+        """Return the bytes of a slot."""
         return self._bytes[number * self._slot_bytes : (number + 1) * self._slot_bytes]
 
     def close(self) -> None:
-        """No other process can be given it from here on; arrays in it stay."""
+        """Close the descriptor: no further process can be given the memory; existing arrays stay valid."""
         os.close(self._fd)
 
 
-class Room:
-    """Makes arrays in a slot as long as there is room, and elsewhere when there is not.
-
-    Args:
-        slot: where.
-    """
+class SlotAllocator:
+    """Allocator of arrays inside a slot, and in ordinary memory once the slot is full."""
 
     def __init__(self, slot: npt.NDArray[np.uint8]) -> None:
         self._slot, self._used = slot, 0
 
     def empty(self, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array of `count` numbers, not initialized."""
+        """Return an uninitialized array of `count` numbers."""
         begin, num_bytes = self._used, count * dtype.itemsize
         if begin + num_bytes > self._slot.size:
             return np.empty(count, dtype)
@@ -68,6 +60,6 @@ class Room:
         return self._slot[begin : begin + num_bytes].view(dtype)
 
     def offset_of(self, array: npt.NDArray[Any]) -> int | None:
-        """Where in the slot an array begins; None if it lies elsewhere."""
+        """Return the byte of the slot where an array begins; None if it lies outside the slot."""
         offset = array.ctypes.data - self._slot.ctypes.data
         return offset if 0 <= offset < self._slot.size and array.size else None

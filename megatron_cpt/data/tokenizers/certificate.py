@@ -1,11 +1,14 @@
-"""Does a fast tokenizer give the same ids as the library it stands in for? Asked once for each tokenizer, and kept.
+"""Certificates that a fast tokenizer gives the same ids as the library it replaces; made once per tokenizer.
 
-No finite number of probes proves that two programs agree on every text. These are chosen where tokenizers differ: in
-how they class characters (each code point of the planes that text is written in, in several neighborhoods), in how
-they split at class boundaries (every string of three of the classes' representatives, and many longer ones), in their
-merges (each piece of the vocabulary) and in special tokens. Characters and special tokens that give other ids become
-part of the certificate: a document that holds one is left to the library, as is one with a code point never probed.
-A difference that this does not explain means: no certificate.
+No finite number of probes proves that two programs agree on every text. The probes are chosen where tokenizers differ:
+
+- character classes: each code point of the planes that text is written in, in several neighborhoods;
+- splits at class boundaries: every string of three representatives of the classes, and many longer strings;
+- merges: each piece of the vocabulary;
+- special tokens.
+
+Characters and special tokens that give other ids are listed in the certificate. The library encodes the documents that
+hold one of them, or a code point that was never probed. Any other difference means: not certified.
 """
 
 from __future__ import annotations
@@ -17,18 +20,24 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import orjson
 
+from megatron_cpt.files.atomic import write_atomically
+
 PROBES_VERSION = 1
-_PROBED = (range(0x0, 0xD800), range(0xE000, 0x32000), range(0xE0000, 0xE0200))  # the rest is unassigned or private
+_PROBED = (
+    range(0x0, 0xD800),
+    range(0xE000, 0x32000),
+    range(0xE0000, 0xE0200),
+)  # all other code points are unassigned or private
 _GROUP = 64
 _MOST_UNSAFE = 50_000
 _BATCH = 4096
-# One of each class that pretokenizers tell apart: blanks, line ends, cases, numbers, punctuation, scripts
+# One of each class that pretokenizers distinguish: blanks, line ends, cases, numbers, punctuation, scripts
 _REPRESENTATIVES = (
     *" \n\r\t\x00\u0085\u00a0\u2028\u3000",
     *"aAéßǅ中のไﬁ\u0301",
@@ -42,15 +51,15 @@ EncodeOne = Callable[[str], "np.typing.NDArray[np.uint32]"]
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was found out about a tokenizer.
+    """Result of the comparison for one tokenizer.
 
     Attributes:
-        certified: whether the fast one may be used for documents without anything unsafe in them.
-        reason: why not.
-        unsafe_ranges: code points [first, last] that give other ids, or were not probed; none of them ASCII.
+        certified: whether the fast tokenizer may encode documents without unsafe characters and texts.
+        reason: why it may not.
+        unsafe_ranges: code points [first, last] that give other ids or were not probed; never ASCII.
         unsafe_texts: special tokens that give other ids.
-        num_probes: strings that were compared.
-        seconds: what the comparison took.
+        num_probes: number of compared strings.
+        seconds: duration of the comparison.
     """
 
     certified: bool
@@ -61,12 +70,12 @@ class Certificate:
     seconds: float = 0.0
 
     def revoked(self, reason: str) -> Certificate:
-        """The same, no longer certified."""
-        return Certificate(False, reason, self.unsafe_ranges, self.unsafe_texts, self.num_probes, self.seconds)
+        """Return a copy that is not certified."""
+        return replace(self, certified=False, reason=reason)
 
 
 class _Comparison:
-    """Counts what is compared."""
+    """Comparison of two encoders that counts its probes."""
 
     def __init__(self, slow: EncodeBatch, fast: EncodeOne) -> None:
         self._slow = slow
@@ -74,7 +83,7 @@ class _Comparison:
         self.num_probes = 0
 
     def different(self, probes: Iterable[str]) -> Iterator[str]:
-        """The probes that give different ids."""
+        """Yield the probes that give different ids."""
         iterator = iter(probes)
         while batch := list(itertools.islice(iterator, _BATCH)):
             self.num_probes += len(batch)
@@ -84,11 +93,11 @@ class _Comparison:
 
 
 def certify(slow: EncodeBatch, fast: EncodeOne, pieces: Sequence[str], special_texts: Sequence[str]) -> Certificate:
-    """Compares two encoders.
+    """Compare two encoders.
 
     Args:
-        slow: the library's, many texts at a time; it is right by definition.
-        fast: the one to certify, one text at a time.
+        slow: the library's encoder of many texts; it is right by definition.
+        fast: the encoder to certify, one text at a time.
         pieces: the text of each piece of the vocabulary.
         special_texts: the texts of special tokens.
     """
@@ -128,7 +137,7 @@ def _in_neighborhoods(code: int) -> str:
 
 
 def _mixed_probes(unsafe: set[int]) -> Iterator[str]:
-    """Class boundaries, random text of safe characters, and real prose; always the same."""
+    """Yield class boundaries, random text of safe characters, and real prose: the same strings every time."""
     from pydoc_data.topics import topics  # Python's own manual: half a megabyte of prose, code and tables
 
     rng = random.Random(PROBES_VERSION)
@@ -143,9 +152,9 @@ def _mixed_probes(unsafe: set[int]) -> Iterator[str]:
 
 
 def _as_ranges(codes: set[int]) -> list[tuple[int, int]]:
-    """Ranges of code points, those that are never probed included."""
-    left_out = [(before.stop, after.start - 1) for before, after in itertools.pairwise(_PROBED)]
-    ranges = [*left_out, (_PROBED[-1].stop, 0x10FFFF)]
+    """Return the ranges of these code points and of all code points that are never probed."""
+    not_probed = [(before.stop, after.start - 1) for before, after in itertools.pairwise(_PROBED)]
+    ranges = [*not_probed, (_PROBED[-1].stop, 0x10FFFF)]
     for code in sorted(codes):
         if ranges and ranges[-1][1] == code - 1:
             ranges[-1] = (ranges[-1][0], code)
@@ -155,10 +164,10 @@ def _as_ranges(codes: set[int]) -> list[tuple[int, int]]:
 
 
 class CertificateStore:
-    """Certificates on the disk, one file for each tokenizer and versions of the libraries.
+    """Folder of certificates, one file per tokenizer and versions of the libraries.
 
     Args:
-        folder: where; left out: `megatron_cpt/certificates` in the user's cache folder.
+        folder: the folder; None: `megatron_cpt/certificates` in the user's cache folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -166,7 +175,7 @@ class CertificateStore:
         self._folder = folder or Path(cache, "megatron_cpt", "certificates")
 
     def load(self, fingerprint: str, versions: str) -> Certificate | None:
-        """The certificate, if there is one that can be read."""
+        """Return the certificate; None if it is missing or cannot be read."""
         try:
             content = orjson.loads(self._path(fingerprint, versions).read_bytes())
             content["unsafe_ranges"] = [(first, last) for first, last in content["unsafe_ranges"]]
@@ -175,16 +184,11 @@ class CertificateStore:
             return None
 
     def save(self, fingerprint: str, versions: str, certificate: Certificate) -> None:
-        """Keeps a certificate; where the folder cannot be written it will be made again."""
-        path = self._path(fingerprint, versions)
-        temporary = path.with_suffix(f".tmp-{os.getpid()}")
-        try:
+        """Store a certificate; if the folder cannot be written, later runs make it again."""
+        content = orjson.dumps(asdict(certificate), option=orjson.OPT_INDENT_2)
+        with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(orjson.dumps(asdict(certificate), option=orjson.OPT_INDENT_2))
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            write_atomically(self._path(fingerprint, versions), content, has_several_writers=True)
 
     def _path(self, fingerprint: str, versions: str) -> Path:
         digest = hashlib.sha256(f"{fingerprint} {versions} probes {PROBES_VERSION}".encode()).hexdigest()

@@ -1,9 +1,11 @@
-"""The gigatoken package in place of a slower library, where it was seen to give the same ids.
+"""Encode with the gigatoken package instead of a tokenizer's own slower library, if both give identical ids.
 
-Three guards stand between its speed and a wrong id. A certificate (see `certificate.py`) is needed to begin at all. A
-document that holds a character or special token in which the two are known to differ goes to the library. And in each
-block one text, at most 512 characters of it, is encoded by both: the first difference ends the run, revokes the
-certificate, and everything is encoded again by the library.
+Three guards protect against wrong ids:
+
+1. gigatoken is used only with a certificate (`certificate.py`).
+2. A document with a character or special token for which the two are known to differ is encoded by the library.
+3. In each block, up to 512 characters of one text are encoded by both. The first difference revokes the certificate,
+   and the library encodes everything again.
 """
 
 from __future__ import annotations
@@ -32,23 +34,23 @@ WhenFast = Literal["auto", "on", "off"]
 Check = Literal["sample", "all"]
 
 PAYS_FROM_BYTES = 64_000_000
-"""Of input: below, a certificate takes longer than it saves, and only one that is there already is used."""
+"""Smallest input for which a new certificate saves more time than it takes; an existing one is used for any input."""
 
 _SAMPLE_CHARACTERS = 512
 _ASCII = bytes(range(128))
 
 
 class FastTokenizerMismatchError(CptError):
-    """The fast tokenizer gave other ids than the library; the message shows the text."""
+    """gigatoken gave other ids than the library; the message shows the text."""
 
 
 @dataclass(frozen=True)
 class TokenizerPlan:
-    """How workers make their tokenizer.
+    """Instructions from which each worker builds its tokenizer.
 
     Attributes:
-        spec: its `KIND:PATH`.
-        certificate: of the fast one; None: the library encodes everything.
+        spec: `KIND:PATH` of the tokenizer.
+        certificate: the certificate of gigatoken; None: the library encodes everything.
         check: compare a sample, or every document.
     """
 
@@ -58,12 +60,8 @@ class TokenizerPlan:
 
     @property
     def engine(self) -> str:
-        """What encodes most documents."""
+        """Name of the library that encodes most documents."""
         return "gigatoken" if self.certificate is not None else self.spec.partition(":")[0]
-
-    def without_fast(self) -> TokenizerPlan:
-        """The same, with the library only."""
-        return replace(self, certificate=None)
 
 
 def plan_tokenizer(
@@ -76,19 +74,19 @@ def plan_tokenizer(
     store: CertificateStore | None = None,
     notify: Callable[[str], None] = lambda text: None,
 ) -> TokenizerPlan:
-    """Decides whether the fast tokenizer is used.
+    """Decide whether gigatoken is used.
 
     Args:
         spec: `KIND:PATH`.
-        tokenizer: what it names, loaded.
-        when: `auto`: where it is installed, certified and pays; `on`: it must be; `off`: never.
-        check: how much of its work is compared with the library's.
-        input_bytes: size of the input, to see whether a new certificate pays.
-        store: where certificates are kept.
-        notify: told what takes long, or is in the way.
+        tokenizer: the tokenizer that `spec` names.
+        when: `auto`: if gigatoken is installed and certified; `on`: always, or raise; `off`: never.
+        check: how much of gigatoken's output is compared with the library's.
+        input_bytes: size of the input; for small inputs no new certificate is made.
+        store: the store of certificates; None: the user's cache folder.
+        notify: called with a sentence before a step that takes long, and when gigatoken is not used.
 
     Raises:
-        UserError: `on`, and it cannot be used.
+        UserError: `on`, and gigatoken cannot be used.
     """
     slow = TokenizerPlan(spec, None, check)
     if when == "off" or (when == "auto" and not isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer)):
@@ -97,7 +95,7 @@ def plan_tokenizer(
     if certificate is not None and certificate.certified:
         return replace(slow, certificate=certificate)
     if certificate is not None:
-        problem = f"gigatoken is not used, for it does not agree with the library on {spec}: {certificate.reason}"
+        problem = f"gigatoken is not used, because it disagrees with the library on {spec}: {certificate.reason}"
         notify(problem)
     if when == "on":
         raise UserError(f"the fast tokenizer cannot be used for {spec}: {problem}")
@@ -108,20 +106,20 @@ def _find_certificate(
     tokenizer: Tokenizer, when: WhenFast, input_bytes: int, store: CertificateStore, notify: Callable[[str], None]
 ) -> tuple[Certificate | None, str]:
     if not isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer):
-        return None, "there is none for this kind"
+        return None, "gigatoken does not support this kind"
     versions = library_versions(tokenizer)
     if versions is None:
         return None, "the package gigatoken is not installed; pip install 'megatron-cpt[fast]'"
     certificate = store.load(tokenizer.fingerprint, versions)
     if certificate is None and (when == "on" or input_bytes >= PAYS_FROM_BYTES):
-        notify("comparing gigatoken with the tokenizer's own library, once for this tokenizer")
+        notify("comparing gigatoken with the tokenizer's own library, once per tokenizer")
         certificate = make_certificate(tokenizer)
         store.save(tokenizer.fingerprint, versions, certificate)
-    return certificate, "too little input for a certificate to pay"
+    return certificate, "the input is too small for a new certificate to pay off"
 
 
 def library_versions(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -> str | None:
-    """The versions that a certificate holds for; None if gigatoken is not installed."""
+    """Return the versions for which a certificate is valid; None if gigatoken is not installed."""
     try:
         names = ("gigatoken", tokenizer.library)
         return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
@@ -130,16 +128,16 @@ def library_versions(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -
 
 
 def make_certificate(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -> Certificate:
-    """Compares gigatoken with a tokenizer's own library; takes seconds."""
+    """Compare gigatoken with a tokenizer's own library; takes seconds."""
     try:
         fast = load_fast(tokenizer)
-    except Exception as error:  # noqa: BLE001 (it raises whatever its parser meets; any of it means: not for this one)
-        return Certificate(False, f"gigatoken does not load it: {error}")
+    except Exception as error:  # noqa: BLE001 (its parser raises many types; any error means: cannot be used)
+        return Certificate(False, f"gigatoken cannot load it: {error}")
     return certify(tokenizer.encode_batch, fast, tokenizer.pieces(), tokenizer.special_texts())
 
 
 def revoke_certificate(spec: str, certificate: Certificate, reason: str, store: CertificateStore | None = None) -> None:
-    """Remembers that the fast tokenizer was wrong after all."""
+    """Record in the store that gigatoken gave wrong ids."""
     tokenizer = load_tokenizer(spec)
     assert isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer)
     versions = library_versions(tokenizer)
@@ -148,7 +146,7 @@ def revoke_certificate(spec: str, certificate: Certificate, reason: str, store: 
 
 
 def load_fast(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -> EncodeOne:
-    """gigatoken's encoder of one text, for the same file."""
+    """Return gigatoken's encoder of one text for a tokenizer's file."""
     import gigatoken
 
     data = Path(tokenizer.file).read_bytes()
@@ -156,7 +154,7 @@ def load_fast(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -> Encod
         fast = gigatoken.Tokenizer.from_sentencepiece(data)
     else:
         fast = gigatoken.Tokenizer.from_json(data)
-    encode: EncodeOne = fast.backend.encode  # one call into it and one array a document: nothing is faster from Python
+    encode: EncodeOne = fast.backend.encode  # one call and one array per document: the fastest way from Python
     return encode
 
 
@@ -170,12 +168,12 @@ def build_tokenizer(plan: TokenizerPlan) -> Tokenizer:
 
 
 class CheckedTokenizer:
-    """Encodes with the fast tokenizer what is safe to, checks a part of it, and leaves the rest to the library.
+    """Tokenizer that encodes safe documents with gigatoken, compares some of them, and leaves the rest to the library.
 
     Args:
         slow: the library's tokenizer.
-        fast: encodes one text.
-        certificate: what is known about `fast`.
+        fast: gigatoken's encoder of one text.
+        certificate: the certificate of `fast`.
         check: compare a sample, or every document.
     """
 
@@ -184,8 +182,8 @@ class CheckedTokenizer:
         self.vocab_size, self.eod_id, self.fingerprint = slow.vocab_size, slow.eod_id, slow.fingerprint
         self.encode, self.encode_batch, self.decode = slow.encode, slow.encode_batch, slow.decode
         self._slow, self._fast, self._check = slow, fast, check
-        # `re` makes one quick table of the first 65,536 characters, but tries all ranges behind it one by one. So the
-        # quick pattern takes every character behind it for a suspect, and only then the slow one is asked.
+        # `re` looks up the first 65,536 characters in one table, but tries the ranges above one by one. So a quick
+        # pattern takes every character above for a suspect, and only texts with a suspect meet the slow pattern.
         low = [(first, min(last, 0xFFFF)) for first, last in certificate.unsafe_ranges if first <= 0xFFFF]
         self._suspect_character = _character_class([*low, (0x10000, 0x10FFFF)]).search
         self._unsafe_character = _character_class(certificate.unsafe_ranges).search
@@ -193,10 +191,10 @@ class CheckedTokenizer:
         self._unsafe_text = re.compile("|".join(map(re.escape, texts))).search if texts else None
 
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """The ids of many texts, an array of unsigned integers each.
+        """Return the ids of many texts, one array of unsigned integers per text.
 
         Raises:
-            FastTokenizerMismatchError: the two did not agree.
+            FastTokenizerMismatchError: gigatoken and the library disagree.
         """
         risky = {i for i, text in enumerate(texts) if self._is_risky(text)}
         safe = [text for i, text in enumerate(texts) if i not in risky] if risky else texts
@@ -210,15 +208,15 @@ class CheckedTokenizer:
     def _is_risky(self, text: str) -> bool:
         if self._unsafe_text is not None and self._unsafe_text(text):
             return True
-        if text.isascii():  # nothing unsafe is
+        if text.isascii():  # certificates without safe ASCII do not exist
             return False
-        others = text.encode().translate(None, _ASCII).decode()  # far quicker than to search through the ASCII as well
+        others = text.encode().translate(None, _ASCII).decode()  # far quicker than searching through the ASCII as well
         return self._suspect_character(others) is not None and self._unsafe_character(others) is not None
 
     def _compare(self, texts: Sequence[str]) -> None:
         if not texts:
             return
-        if self._check == "sample":  # which one follows from the block alone, so every run checks the same
+        if self._check == "sample":  # the choice follows from the block alone, so every run checks the same text
             chosen = texts[zlib.crc32(f"{len(texts)} {texts[0][:64]}".encode()) % len(texts)]
             start = zlib.crc32(chosen[:64].encode()) % max(1, len(chosen) - _SAMPLE_CHARACTERS)
             texts = [chosen[start : start + _SAMPLE_CHARACTERS]]
@@ -229,5 +227,5 @@ class CheckedTokenizer:
 
 def _character_class(ranges: Sequence[tuple[int, int]]) -> re.Pattern[str]:
     if not ranges:
-        return re.compile("(?!)")  # nothing
+        return re.compile("(?!)")  # matches nothing
     return re.compile("[" + "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges) + "]")

@@ -1,4 +1,4 @@
-"""Tokenizers by `KIND:PATH`. The libraries behind them are imported when a tokenizer of their kind is loaded."""
+"""Tokenizers by `KIND:PATH`. A tokenizer library is imported when a tokenizer of its kind is loaded."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_cpt.errors import UserError
 
 KINDS = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json, byte"
 
-# How the end of a document is called where no tokenizer_config.json says it: GPT-2, Llama 3, Llama 2, Gemma.
+# End-of-document tokens of GPT-2, Llama 3, Llama 2 and Gemma, for folders without a tokenizer_config.json.
 _USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 class Tokenizer(Protocol):
-    """What every kind of tokenizer can do. None of them adds an id of its own (no start, no end of document).
+    """Interface of every kind of tokenizer. No method adds an id of its own (no start, no end of document).
 
     Attributes:
-        vocab_size: all ids are below it.
+        vocab_size: every id is below it.
         eod_id: the id that ends a document; None if the vocabulary has none.
         fingerprint: sha256 of the file in hex, or "byte".
     """
@@ -33,27 +33,27 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text."""
+        """Return the ids of one text."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts."""
+        """Return the ids of many texts."""
         ...
 
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """The ids of many texts, an array of unsigned integers each."""
+        """Return the ids of many texts, one array of unsigned integers per text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """Return the text of ids."""
         ...
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Loads the tokenizer that a `KIND:PATH` names.
+    """Load the tokenizer that a `KIND:PATH` names: `sentencepiece:tokenizer.model`, `huggingface:DIR` or `byte`.
 
     Raises:
-        UserError: an unknown kind, a missing file, or a file of another kind.
+        UserError: the kind is unknown, or the file is missing or of another kind.
     """
     kind, _, path = spec.partition(":")
     if kind == "byte" and not path:
@@ -62,58 +62,51 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return SentencePieceTokenizer(Path(path))
     if kind == "huggingface" and path:
         return HuggingFaceTokenizer(Path(path))
-    raise UserError(f"tokenizer {spec!r}: not a KIND:PATH that is known; give one of {KINDS}")
+    raise UserError(f"tokenizer {spec!r}: not a known KIND:PATH; give one of {KINDS}")
 
 
-class ByteTokenizer:
-    """Ids 0 to 255 are the bytes of the UTF-8 text, 256 ends a document."""
+class _BatchTokenizer:
+    """Base of all kinds: the methods that follow from `encode_batch`."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of many texts."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Return the ids of many texts, one array of unsigned integers per text."""
+        return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
+
+
+class ByteTokenizer(_BatchTokenizer):
+    """Tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text; 256 ends a document."""
 
     vocab_size = 257
     eod_id: int | None = 256
     fingerprint = "byte"
 
-    def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of the text."""
-        return list(text.encode())
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The UTF-8 bytes of each text."""
-        return [self.encode(text) for text in texts]
+        """Return the UTF-8 bytes of each text."""
+        return [list(text.encode()) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """The UTF-8 bytes of each text."""
+        """Return the UTF-8 bytes of each text."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the bytes; ends of documents vanish, and what is not UTF-8 becomes U+FFFD."""
+        """Return the text of the bytes, without ends of documents; invalid UTF-8 becomes U+FFFD."""
         array = np.asarray(ids, np.int64)
         return array[array < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
 
-class _BatchTokenizer:
-    """What the two library-backed kinds share: everything that follows from `encode_batch`."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts."""
-        raise NotImplementedError
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of one text."""
-        return self.encode_batch([text])[0]
-
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """The ids of many texts, an array of unsigned integers each."""
-        return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
-
-
 class SentencePieceTokenizer(_BatchTokenizer):
-    """A SentencePiece `tokenizer.model`.
-
-    Args:
-        path: the model file.
+    """SentencePiece `tokenizer.model`.
 
     Raises:
-        UserError: the file is missing or is no SentencePiece model.
+        UserError: the file is missing or not a SentencePiece model.
     """
 
     library = "sentencepiece"
@@ -126,45 +119,45 @@ class SentencePieceTokenizer(_BatchTokenizer):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"tokenizer {path}: not a SentencePiece model; known are {KINDS}") from error
+            raise UserError(f"tokenizer {path}: not a SentencePiece model; give one of {KINDS}") from error
         self.vocab_size: int = self._model.vocab_size()
         eos_id: int = self._model.eos_id()
         self.eod_id = eos_id if eos_id >= 0 else None
         self.fingerprint = hashlib.sha256(data).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts, by one thread: `preprocess` runs one process a core."""
+        """Return the ids of many texts, with one thread: `preprocess` runs one process per core."""
         ids: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control ids vanish."""
+        """Return the text of ids, without control ids."""
         return str(self._model.decode([int(i) for i in ids]))
 
     def pieces(self) -> list[str]:
-        """The text of each piece, with a blank where the model writes U+2581."""
+        """Return the text of each piece, with blanks in place of U+2581."""
         return [self._model.id_to_piece(i).replace("\u2581", " ") for i in range(self.vocab_size)]
 
     def special_texts(self) -> list[str]:
-        """The pieces that stand for no text of their own."""
+        """Return the control, unknown and byte pieces, which stand for no text of their own."""
         model = self._model
         special = (i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
         return [model.id_to_piece(i) for i in special]
 
 
 class HuggingFaceTokenizer(_BatchTokenizer):
-    """A `tokenizer.json` of Hugging Face, alone or in a model's folder.
+    """Hugging Face `tokenizer.json`, alone or in a model's folder.
 
-    The truncation, padding and special tokens that the file may ask for are switched off: a document is encoded whole
-    and as it is. Text that is written like a special token, such as "</s>", becomes that token, as it does in
-    transformers and Megatron-LM. The end of document is the `eos_token` of the folder's tokenizer_config.json, else the
-    first of the usual names that the vocabulary has.
+    Truncation, padding and added special tokens that the file may ask for are switched off: a document is encoded whole
+    and unchanged. Text that is written like a special token, such as "</s>", becomes that token, as in transformers and
+    Megatron-LM. The end of document is the `eos_token` of the folder's tokenizer_config.json, else the first of the
+    usual names that the vocabulary has.
 
     Args:
         path: the file, or a folder with `tokenizer.json`.
 
     Raises:
-        UserError: the file is missing or cannot be understood, or its folder names an `eos_token` it does not have.
+        UserError: the file is missing or invalid, or the vocabulary lacks the folder's `eos_token`.
     """
 
     library = "tokenizers"
@@ -177,33 +170,34 @@ class HuggingFaceTokenizer(_BatchTokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"tokenizer {file}: not a tokenizer.json ({error}); known are {KINDS}") from error
+            raise UserError(f"tokenizer {file}: not a tokenizer.json ({error}); give one of {KINDS}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps, so their number is not enough
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # not the number of ids: they may have gaps
         names = _eos_token(path / "tokenizer_config.json") if path.is_dir() else None
         self.eod_id = next((vocabulary[name] for name in names or _USUAL_EOD if name in vocabulary), None)
         if names and self.eod_id is None:
             raise UserError(
-                f"tokenizer {path}: tokenizer_config.json names {names[0]!r}, which {file.name} does not have"
+                f"tokenizer {path}: tokenizer_config.json names {names[0]!r}, but {file.name} does not have it;"
+                " correct one of the two files"
             )
         self.fingerprint = hashlib.sha256(data).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts."""
+        """Return the ids of many texts."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ones included."""
+        """Return the text of ids, special tokens included."""
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def pieces(self) -> list[str]:
-        """The text of each id."""
+        """Return the text of each id."""
         return list(self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False))
 
     def special_texts(self) -> list[str]:
-        """The texts of added tokens."""
+        """Return the texts of added tokens."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
 
@@ -215,7 +209,7 @@ def _read(path: Path) -> bytes:
 
 
 def _eos_token(config: Path) -> tuple[str] | None:
-    """The `eos_token` of a tokenizer_config.json, which is a string or an object with its `content`."""
+    """Return the `eos_token` of a tokenizer_config.json: a string, or the `content` of an object."""
     if not config.is_file():
         return None
     try:

@@ -110,7 +110,7 @@ class TestInspect:
             (["none"], 2, "no such file"),
             (["web", "--document", "3"], 2, "no document 3; they are 0 to 2"),
             (["*"], 2, "2 data sets; give one of them: code, web"),
-            (["web", "--tokenizer", "nope"], 2, "not a KIND:PATH that is known"),
+            (["web", "--tokenizer", "nope"], 2, "not a known KIND:PATH"),
             (["wide", "--tokenizer", "byte"], 2, "id 300 is not one of the tokenizer's 257 ids"),
             (["negative", "--tokenizer", "byte"], 2, "id -7 is not one of the tokenizer's 257 ids"),
             (["cut"], 3, "cut.bin: has 2 bytes"),

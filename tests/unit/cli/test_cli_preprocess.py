@@ -1,4 +1,4 @@
-"""`megatron-cpt preprocess`: the options reach the encoder, and what happened is said."""
+"""`megatron-cpt preprocess`: the options reach the encoder, and the summary is printed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_another_key_no_end_and_bad_lines(texts, capsys):
     ("arguments", "text"),
     [
         (["--input", "none.jsonl", "--tokenizer", "byte"], "none.jsonl"),
-        (["--input", "a.jsonl", "--tokenizer", "nope:x"], "not a KIND:PATH that is known"),
+        (["--input", "a.jsonl", "--tokenizer", "nope:x"], "not a known KIND:PATH"),
         (["--input", "a.jsonl", "--tokenizer", "byte", "--workers", "0"], "Invalid value for '--workers'"),
     ],
 )
@@ -84,11 +84,14 @@ def test_too_many_bad_lines_are_refused(texts, capsys):
     [
         (["--tokenizer", "byte"], "--input"),
         (["--input", "a.jsonl"], "--tokenizer"),
-        (["--join", "2", "--input", "a.jsonl"], "leave --input, --tokenizer and --shard out"),
+        (["--join", "2", "--input", "a.jsonl"], "do not combine it with --input, --tokenizer or --shard"),
         (["--join", "2"], "x.preprocess-0-of-2"),
         (["--input", "a.jsonl", "--tokenizer", "byte", "--shard", "2/2"], "the last one of 2 is 1/2"),
         (["--input", "a.jsonl", "--tokenizer", "byte", "--split-tokens", "few"], "not a count"),
-        (["--input", "a.jsonl", "--tokenizer", "byte", "--fast-tokenizer", "on"], "there is none for this kind"),
+        (
+            ["--input", "a.jsonl", "--tokenizer", "byte", "--fast-tokenizer", "on"],
+            "does not support this kind",
+        ),
     ],
 )
 def test_mistakes_with_parts(texts, capsys, arguments, text):

@@ -1,7 +1,9 @@
-"""Sources on something that fsspec opens: the same samples, by ranges only, and clear words where it cannot be."""
+"""Sources in a store that fsspec opens: the samples of local files, ranges only, retries, clear errors."""
 
 from __future__ import annotations
 
+import logging
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes, read_header
-from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.errors import CptError, RefusedError, UserError
+from megatron_cpt.files import remote
 from megatron_cpt.files.remote import find, is_file, is_remote, open_ranges
 from megatron_cpt.prepare import prepare_run
 
@@ -43,10 +46,10 @@ def upload(memory, tmp_path: Path) -> Callable[[str], str]:
 
 def test_the_same_samples_and_fingerprint(counting_dataset, upload):
     local = [counting_dataset("a", 300), counting_dataset("b", 200, 1000)]
-    remote = [IndexedDataset(upload(name)) for name in ("a", "b")]
-    here, there = (TokenStream("web", files, seq_length=S, seed=1) for files in (local, remote))
+    stored = [IndexedDataset(upload(name)) for name in ("a", "b")]
+    here, there = (TokenStream("web", files, seq_length=S, seed=1) for files in (local, stored))
     assert [there.read(k).tolist() for k in range(80)] == [here.read(k).tolist() for k in range(80)]
-    assert fingerprint(remote) == fingerprint(local)
+    assert fingerprint(stored) == fingerprint(local)
 
 
 def test_tables_and_documents(make_dataset, upload):
@@ -153,3 +156,76 @@ def test_local_and_remote_say_the_same(tmp_path, memory):
             buffer = bytearray(4)
             assert file.read_into(memoryview(buffer), 8) == 2
             assert buffer == bytes([8, 9, 0, 0])
+
+
+class TestRetries:
+    PATH = "memory:///bucket/file"
+
+    @pytest.fixture
+    def fail(self, memory, monkeypatch):
+        """fail(n, error): the next n requests of any kind raise; returns the list of requests."""
+        memory.pipe_file(self.PATH, b"0123456789")
+        monkeypatch.setattr(remote, "RETRY_DELAYS", (0.0,) * 4)
+
+        def install(number, error):
+            requests = []
+
+            def failing(method):
+                def call(*args, **kwargs):
+                    requests.append(method.__name__)
+                    if len(requests) <= number:
+                        raise error
+                    return method(*args, **kwargs)
+
+                return call
+
+            for name in ("cat_file", "size", "isfile", "glob"):
+                monkeypatch.setattr(memory, name, failing(getattr(memory, name)), raising=False)
+            return requests
+
+        return install
+
+    @pytest.mark.parametrize("error", [OSError("reset by peer"), TimeoutError(), RuntimeError("503 Slow Down")])
+    def test_a_request_that_fails_four_times_succeeds(self, fail, error, caplog):
+        with open_ranges(self.PATH) as file:
+            requests = fail(4, error)
+            buffer = bytearray(3)
+            with caplog.at_level(logging.WARNING, remote.__name__):
+                assert file.read_into(memoryview(buffer), 2) == 3
+        assert buffer == b"234"
+        assert requests == ["cat_file"] * 5
+        messages = [record.getMessage() for record in caplog.records]
+        assert messages[0].startswith(f"{self.PATH}: attempt 1 of 5 failed ({type(error).__name__}: {error}); retrying")
+        assert len(messages) == 4
+
+    @pytest.mark.parametrize("request_of", ["size", "is_file", "find"])
+    def test_every_kind_of_request_is_retried(self, fail, request_of):
+        requests = fail(2, OSError("reset by peer"))
+        if request_of == "size":
+            assert open_ranges(self.PATH).size == 10
+        else:
+            assert {"is_file": is_file, "find": find}[request_of](self.PATH)
+        assert len(requests) >= 3
+
+    def test_five_failures_are_an_error_that_names_the_file(self, fail):
+        requests = fail(5, OSError("reset by peer"))
+        with pytest.raises(CptError, match=r"bucket/file: cannot be read, 5 attempts failed \(OSError: reset"):
+            open_ranges(self.PATH).read_into(memoryview(bytearray(3)), 0)
+        assert requests == ["cat_file"] * 5
+
+    @pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("403")])
+    def test_lasting_errors_are_not_retried(self, fail, error):
+        requests = fail(1, error)
+        with pytest.raises(type(error)):
+            open_ranges(self.PATH).read_into(memoryview(bytearray(3)), 0)
+        assert requests == ["cat_file"]
+
+    def test_delays_grow_and_leave_the_global_generator_alone(self, fail, monkeypatch):
+        slept: list[float] = []
+        fail(4, OSError("reset by peer"))
+        monkeypatch.setattr(remote, "RETRY_DELAYS", (2, 4, 8, 16))
+        monkeypatch.setattr(remote.time, "sleep", slept.append)
+        before = random.getstate()
+        assert open_ranges(self.PATH).size == 10
+        assert random.getstate() == before
+        assert all(0.5 <= seconds / mean <= 1.5 for seconds, mean in zip(slept, (2, 4, 8, 16), strict=True))

@@ -51,7 +51,7 @@ def test_a_line_that_does_not_fit_leaves_the_file_as_it_was_and_names_it(tmp_pat
     path = tmp_path / "metrics.jsonl"
     file = JsonlLog(path)
     file.append({"step": 1})
-    with room(15), pytest.raises(CptError, match=r"metrics\.jsonl: cannot be written: File too large; make room"):
+    with room(15), pytest.raises(CptError, match=r"metrics\.jsonl: cannot be written: File too large; free some space"):
         file.append({"step": 2})
     assert path.read_bytes() == b'{"step":1}\n'
     file.append({"step": 2})

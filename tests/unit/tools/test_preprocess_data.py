@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py against what Megatron-LM's tool does, with megatron-core's own builder."""
+"""tools/preprocess_data.py writes the bytes of Megatron-LM's tool, which uses megatron-core's builder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path) -> Path:
 
 
 def build_as_megatron_lm(prefix: Path, documents: list[list[int]], eod: int) -> None:
-    """Its loop: an empty document gets no end, and is added all the same."""
+    """Build a dataset with Megatron-LM's loop, which adds an empty document without an end-of-document id."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -72,7 +72,7 @@ def test_the_same_bytes(tool, folder, kind, capsys):
     [
         (["--tokenizer-type", "HuggingFaceTokenizer"], "needs --tokenizer-model"),
         (["--tokenizer-type", "Llama2Tokenizer"], "begins each document with the id of <s>"),
-        (["--tokenizer-type", "NullTokenizer"], "not known here"),
+        (["--tokenizer-type", "NullTokenizer"], "NullTokenizer: not supported"),
         (["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "none"], "--vocab-file none: no such file"),
         (["--tokenizer-type", "HuggingFaceTokenizer", "--split-sentences"], "--split-sentences: not supported"),
         (["--tokenizer-type", "HuggingFaceTokenizer", "--partitions", "2"], "--keep-sequential-samples"),

@@ -1,4 +1,4 @@
-"""Blocks: every line once, always cut alike, numbered right, whoever reads which part."""
+"""Blocks: every line exactly once, cut at the same places and numbered correctly by every reader."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_cpt.data.preprocess.block import BlockOptions, Cursor
-from megatron_cpt.data.preprocess.inputs import InputFiles, Shard, expand_inputs, parse_shard
+from megatron_cpt.data.preprocess.inputs import BlockOptions, Cursor, InputFiles, Shard, expand_inputs, parse_shard
 from megatron_cpt.data.preprocess.parse import parse_block
 from megatron_cpt.data.preprocess.read_blocks import lines_before, read_blocks
 from megatron_cpt.errors import UserError
@@ -20,7 +19,7 @@ TEXTS = [f"{i} " + "x" * (i * 37 % 90) for i in range(200)]
 
 
 def write_inputs(folder: Path) -> list[Path]:
-    """Lines of many lengths, blank ones and a last one without an end, in each kind of file."""
+    """Write lines of many lengths, blank lines and a last line without an end, in each kind of file."""
     lines = [json.dumps({"text": text}) + "\n" * (1 + i % 3) for i, text in enumerate(TEXTS)]
     data = "".join(lines).removesuffix("\n").encode()
     (folder / "a.jsonl").write_bytes(data)
@@ -132,12 +131,12 @@ class TestParquet:
         options = BlockOptions(("text",))
         (block,) = self.read(tmp_path / "a.parquet", options)
         (bad,) = parse_block(block, options).bad_lines
-        assert bad.reason.startswith("the file is cut or damaged: ")
+        assert bad.reason.startswith("the file is truncated or corrupt: ")
         assert self.read(tmp_path / "a.parquet", options, block.next_cursor) == []
 
     def test_no_such_column(self, tmp_path):
         pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
-        with pytest.raises(UserError, match=r"a\.parquet: has no column 'text'; it has 'body'"):
+        with pytest.raises(UserError, match=r"a\.parquet: has no column 'text'; its columns are 'body'"):
             self.read(tmp_path / "a.parquet", BlockOptions(("text",)))
 
 

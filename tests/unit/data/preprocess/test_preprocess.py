@@ -1,4 +1,4 @@
-"""JSONL to .bin/.idx: exact, in order, whatever is wrong with the lines, all or nothing."""
+"""preprocess: exact documents in order, bad lines reported, and complete output or none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron_cpt.data.preprocess.pipeline import preprocess
+from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 from megatron_cpt.data.rewrite.merge import folder_prefixes
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter, expand_prefixes
 from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def pack(name: str, data: bytes) -> bytes:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.zst"])
 def test_documents_and_report(tmp_path, name):
     (tmp_path / name).write_bytes(pack(name, jsonl(TEXTS)))
-    report = preprocess([tmp_path / name], tmp_path / "out" / "web", "byte")
+    report = preprocess([tmp_path / name], tmp_path / "out" / "web", tokenizer="byte")
     assert documents(tmp_path / "out" / "web") == TEXTS
     text_bytes = sum(len(text.encode()) for text in TEXTS)
     assert (report.documents, report.tokens, report.text_bytes) == (4, text_bytes, text_bytes)
@@ -62,7 +62,9 @@ def test_documents_and_report(tmp_path, name):
 
 def test_append_eod(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["ab", "", "c"]))
-    report = preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", append_eod=True)
+    report = preprocess(
+        [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(append_eod=True)
+    )
     dataset = IndexedDataset(tmp_path / "p")
     assert [dataset.document(i).tolist() for i in range(2)] == [[97, 98, 256], [99, 256]]
     assert (report.tokens, report.empty_documents) == (5, 1)
@@ -76,7 +78,9 @@ def test_a_text_that_gives_no_token_is_empty(tmp_path):
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a a", "  ", "a"]))
     spec = f"huggingface:{tmp_path}/tokenizer.json"
-    report = preprocess([tmp_path / "a.jsonl"], tmp_path / "p", spec, append_eod=True)
+    report = preprocess(
+        [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer=spec, options=PreprocessOptions(append_eod=True)
+    )
     dataset = IndexedDataset(tmp_path / "p")
     assert [dataset.document(i).tolist() for i in range(2)] == [[0, 0, 1], [0, 1]]
     assert (report.documents, report.empty_documents, report.text_bytes) == (2, 1, 4)
@@ -84,13 +88,13 @@ def test_a_text_that_gives_no_token_is_empty(tmp_path):
 
 def test_another_key(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "no", "content": "yes"}\n')
-    preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", key="content")
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(key="content"))
     assert documents(tmp_path / "p") == ["yes"]
 
 
 def test_line_ends_and_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "one"}\r\n   \n\r\n{"text": "two"}')
-    report = preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte")
+    report = preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte")
     assert documents(tmp_path / "p") == ["one", "two"]
     assert report.bad_lines == 0
 
@@ -98,7 +102,7 @@ def test_line_ends_and_blank_lines(tmp_path):
 def test_files_in_order_and_globs(tmp_path):
     for name in ("b1.jsonl", "b2.jsonl.gz", "a.jsonl"):
         (tmp_path / name).write_bytes(pack(name, jsonl([f"{name} {i}" for i in range(3)])))
-    preprocess([f"{tmp_path}/b*", tmp_path / "a.jsonl"], tmp_path / "p", "byte")
+    preprocess([f"{tmp_path}/b*", tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte")
     expected = [f"{name} {i}" for name in ("b1.jsonl", "b2.jsonl.gz", "a.jsonl") for i in range(3)]
     assert documents(tmp_path / "p") == expected
 
@@ -110,14 +114,14 @@ def test_workers_write_the_same_bytes(tmp_path):
     lines[1234] = b"{broken\n"
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
     seen: list[tuple[int, ...]] = []
-    one = preprocess([tmp_path / "a.jsonl"], tmp_path / "one", "byte", append_eod=True)
+    one = preprocess(
+        [tmp_path / "a.jsonl"], tmp_path / "one", tokenizer="byte", options=PreprocessOptions(append_eod=True)
+    )
     two = preprocess(
         [tmp_path / "a.jsonl"],
         tmp_path / "two",
-        "byte",
-        append_eod=True,
-        workers=2,
-        progress=lambda *now: seen.append(now),
+        tokenizer="byte",
+        options=PreprocessOptions(append_eod=True, workers=2, progress=lambda *now: seen.append(now)),
     )
     for ending in ("bin", "idx", "bad.jsonl"):
         assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"two.{ending}").read_bytes()
@@ -148,7 +152,7 @@ BAD = {
 def test_bad_lines_are_named_and_the_rest_is_kept(tmp_path):
     lines = [line for bad in BAD for line in (bad, b'{"text": "good"}')]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    report = preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte")
+    report = preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte")
     assert documents(tmp_path / "p") == ["good"] * len(BAD)
     assert (report.documents, report.bad_lines) == (len(BAD), len(BAD))
     assert report.bad_path == f"{tmp_path}/p.bad.jsonl"
@@ -172,16 +176,16 @@ def test_a_damaged_archive_gives_its_whole_lines(tmp_path, name, damage):
         data[:] = b"this is no archive at all"
     (tmp_path / name).write_bytes(data)
     (tmp_path / "b.jsonl").write_bytes(jsonl(["next file"]))
-    report = preprocess([tmp_path / name, tmp_path / "b.jsonl"], tmp_path / "p", "byte")
+    report = preprocess([tmp_path / name, tmp_path / "b.jsonl"], tmp_path / "p", tokenizer="byte")
     kept = documents(tmp_path / "p")
     assert kept[-1] == "next file"
     file, line, reason = bad_lines(tmp_path / "p")[-1]
     assert file == name
-    assert reason.startswith("the file is cut or damaged: ")
+    assert reason.startswith("the file is truncated or corrupt: ")
     if damage == "foreign":
         assert (len(kept), line) == (1, 1)
     elif damage == "cut":
-        assert report.bad_lines == 1  # what is left of the line that was cut is not one more
+        assert report.bad_lines == 1  # the rest of the truncated line is not a second bad line
         assert kept[:-1] == texts[: line - 1]
         assert 0.3 * len(texts) < line < 0.7 * len(texts)
 
@@ -191,7 +195,7 @@ def test_archives_of_several_members(tmp_path):
         (tmp_path / name).write_bytes(pack(name, jsonl(["one"])) + pack(name, b"") + pack(name, jsonl(["two"])))
     with (tmp_path / "a.jsonl.gz").open("ab") as file:
         file.write(bytes(512))  # gzip may be padded with zeros
-    report = preprocess([tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.zst"], tmp_path / "p", "byte")
+    report = preprocess([tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.zst"], tmp_path / "p", tokenizer="byte")
     assert documents(tmp_path / "p") == ["one", "two"] * 2
     assert report.bad_lines == 0
 
@@ -199,7 +203,7 @@ def test_archives_of_several_members(tmp_path):
 def test_a_line_much_longer_than_a_block(tmp_path):
     long = "x" * 5_000_000
     (tmp_path / "a.jsonl").write_bytes(jsonl(["before", long, "after"]))
-    preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte")
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte")
     assert [len(document) for document in documents(tmp_path / "p")] == [6, len(long), 5]
 
 
@@ -207,40 +211,46 @@ class TestAllOrNothing:
     def test_too_many_bad_lines(self, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{\n{\n{\n')
         with pytest.raises(RefusedError, match=r"more than 2 bad lines \(3 bad: .*a\.jsonl:2: not JSON"):
-            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", max_bad=2)
+            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(max_bad=2))
         assert os.listdir(tmp_path) == ["a.jsonl"]
-        assert preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", max_bad=3).bad_lines == 3
+        assert (
+            preprocess(
+                [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(max_bad=3)
+            ).bad_lines
+            == 3
+        )
 
     def test_no_document_at_all(self, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(b'{"txt": "a"}\n{"text": ""}\n')
         with pytest.raises(UserError, match=r"no document in .*: 1 empty, 1 bad: .*a\.jsonl:1: has no key 'text'"):
-            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte")
+            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte")
         assert os.listdir(tmp_path) == ["a.jsonl"]
 
     def test_does_not_overwrite(self, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(jsonl(["old"]) + b"{\n")
-        preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte")
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte")
         (tmp_path / "a.jsonl").write_bytes(jsonl(["new"]))
-        with pytest.raises(UserError, match=r"p\.bin and .*p\.idx: already there"):
-            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte")
+        with pytest.raises(UserError, match=r"p\.bin and .*p\.idx: already exists"):
+            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte")
         assert documents(tmp_path / "p") == ["old"]
-        preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", overwrite=True)
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(overwrite=True))
         assert documents(tmp_path / "p") == ["new"]
-        assert not (tmp_path / "p.bad.jsonl").exists()  # that list was of the old data
+        assert not (tmp_path / "p.bad.jsonl").exists()  # that list belonged to the old data
 
     def test_kill_leaves_no_pair_and_no_workers(self, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(jsonl(["text " * 100] * 20_000))
         script = tmp_path / "run.py"
         script.write_text(
             "import os, signal, sys\n"
-            "from megatron_cpt.data.preprocess.pipeline import preprocess\n"
+            "from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess\n"
             "def progress(*now):\n"
             "    import multiprocessing\n"
             "    with open(sys.argv[2] + '.pids', 'w') as file:\n"
             "        print(*(child.pid for child in multiprocessing.active_children()), file=file)\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
             "if __name__ == '__main__':\n"
-            "    preprocess([sys.argv[1]], sys.argv[2], 'byte', workers=2, progress=progress)\n"
+            "    options = PreprocessOptions(workers=2, progress=progress)\n"
+            "    preprocess([sys.argv[1]], sys.argv[2], tokenizer='byte', options=options)\n"
         )
         command = [sys.executable, str(script), str(tmp_path / "a.jsonl"), str(tmp_path / "p")]
         environment = os.environ | {"PYTHONPATH": os.getcwd()}
@@ -269,19 +279,19 @@ class TestMistakes:
         [
             ("none.jsonl", "no such file"),
             ("none*.jsonl", "no such file"),
-            ("folder", "a folder with no file that ends in"),
-            ("a.txt", r"its ending is not known; known are \.jsonl,"),
+            ("folder", "a folder without a file that ends in"),
+            ("a.txt", r"unknown ending; known endings are \.jsonl,"),
         ],
     )
     def test_inputs(self, tmp_path, entry, says):
         (tmp_path / "folder").mkdir()
         (tmp_path / "a.txt").touch()
         with pytest.raises(UserError, match=says):
-            preprocess([tmp_path / entry], tmp_path / "p", "byte")
+            preprocess([tmp_path / entry], tmp_path / "p", tokenizer="byte")
 
     def test_no_input(self, tmp_path):
         with pytest.raises(UserError, match="no input"):
-            preprocess([], tmp_path / "p", "byte")
+            preprocess([], tmp_path / "p", tokenizer="byte")
 
     def test_tokenizer_without_an_end_of_document(self, tmp_path):
         from tokenizers import Tokenizer, models
@@ -290,8 +300,10 @@ class TestMistakes:
         (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
         spec = f"huggingface:{tmp_path}/tokenizer.json"
         with pytest.raises(UserError, match="no end-of-document id"):
-            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", spec, append_eod=True)
-        assert preprocess([tmp_path / "a.jsonl"], tmp_path / "p", spec).tokens == 1
+            preprocess(
+                [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer=spec, options=PreprocessOptions(append_eod=True)
+            )
+        assert preprocess([tmp_path / "a.jsonl"], tmp_path / "p", tokenizer=spec).tokens == 1
 
 
 @pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.jsonl.zst"])
@@ -305,11 +317,10 @@ def test_a_few_packed_bytes_do_not_fill_the_memory(tmp_path, name):
     (tmp_path / name).write_bytes(packed)
     code = (
         "import sys, resource\n"
-        "from megatron_cpt.data.preprocess.read_blocks import BlockOptions\n"
-        "from megatron_cpt.data.preprocess.pipeline import preprocess\n"
+        "from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "blocks = BlockOptions((), max_line_bytes=1 << 22)\n"
-        "report = preprocess([sys.argv[1]], sys.argv[2], 'byte', blocks=blocks)\n"
+        "options = PreprocessOptions(max_line_bytes=1 << 22)\n"
+        "report = preprocess([sys.argv[1]], sys.argv[2], tokenizer='byte', options=options)\n"
         "print(report.documents, report.bad_lines, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / "p")]
@@ -321,9 +332,9 @@ def test_a_few_packed_bytes_do_not_fill_the_memory(tmp_path, name):
 
 
 def test_killed_between_the_two_renames(tmp_path, monkeypatch):
-    """No reader takes the `.bin` alone for a data set, the old `.idx` is gone, and a restart does the rest."""
+    """No reader takes the `.bin` alone for a dataset, the old `.idx` is gone, and the next run does the rest."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(["new", "text"]))
-    preprocess([tmp_path / "a.jsonl"], tmp_path / "whole", "byte")
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "whole", tokenizer="byte")
     prefix = tmp_path / "p"
     with IndexedDatasetWriter(prefix, "<u2") as writer:
         writer.add_document([1, 2, 3])
@@ -336,7 +347,7 @@ def test_killed_between_the_two_renames(tmp_path, monkeypatch):
     replace = os.replace
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        preprocess([tmp_path / "a.jsonl"], prefix, "byte", overwrite=True)
+        preprocess([tmp_path / "a.jsonl"], prefix, tokenizer="byte", options=PreprocessOptions(overwrite=True))
     monkeypatch.undo()
     assert Path(f"{prefix}.bin").read_bytes() == Path(tmp_path / "whole.bin").read_bytes()
     assert not Path(f"{prefix}.idx").exists()
@@ -348,7 +359,7 @@ def test_killed_between_the_two_renames(tmp_path, monkeypatch):
     shutil.copy(f"{prefix}.bin", tmp_path / "folder")
     with pytest.raises(UserError, match=r"no such file: .*p\.idx"):
         folder_prefixes(tmp_path / "folder")
-    report = preprocess([tmp_path / "a.jsonl"], prefix, "byte")
+    report = preprocess([tmp_path / "a.jsonl"], prefix, tokenizer="byte")
     assert report.documents == 2
     for end in ("bin", "idx"):
         assert Path(f"{prefix}.{end}").read_bytes() == Path(tmp_path / f"whole.{end}").read_bytes()

@@ -1,4 +1,4 @@
-"""What `preprocess` promises for large inputs: stops, shards, shuffles, splits; always the same bytes."""
+"""Large inputs: interrupted, sharded, shuffled and split runs of preprocess write identical bytes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cpt.data.preprocess import preprocess_run as module
-from megatron_cpt.data.preprocess.block import BlockOptions
 from megatron_cpt.data.preprocess.buckets import count_buckets
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.preprocess.join import join_shards
-from megatron_cpt.data.preprocess.pipeline import preprocess
+from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError, UserError
 
-SMALL = BlockOptions((), block_bytes=2000)
+SMALL = {"block_bytes": 2000}
 
 
 @pytest.fixture
 def inputs(tmp_path) -> Path:
-    """Three files with a bad line each, about 60 small blocks."""
+    """Three JSONL files with one bad line each, and a parquet file: about 60 small blocks."""
     folder = tmp_path / "in"
     folder.mkdir()
     rng = random.Random(1)
@@ -46,7 +45,7 @@ def inputs(tmp_path) -> Path:
 
 
 def content(prefix) -> dict[str, bytes]:
-    """All published files of a run, by what follows the prefix."""
+    """Return the published files of a run by their name without the prefix."""
     prefix = Path(prefix)
     return {
         path.name.removeprefix(prefix.name): path.read_bytes()
@@ -77,7 +76,12 @@ def stop_after(blocks: int):
 
 @pytest.mark.parametrize("options", [{}, {"shuffle": 5}, {"split_tokens": 20_000}, {"key": ["title", "text"]}])
 def test_stopped_often_it_gives_the_same_bytes(tmp_path, inputs, options, monkeypatch):
-    whole = preprocess([inputs], tmp_path / "whole" / "p", "byte", append_eod=True, blocks=SMALL, **options)
+    whole = preprocess(
+        [inputs],
+        tmp_path / "whole" / "p",
+        tokenizer="byte",
+        options=PreprocessOptions(append_eod=True, **SMALL, **options),
+    )
     monkeypatch.setattr(module, "SAVE_SECONDS", -1)  # after every block
     stops = 0
     while True:
@@ -85,11 +89,8 @@ def test_stopped_often_it_gives_the_same_bytes(tmp_path, inputs, options, monkey
             report = preprocess(
                 [inputs],
                 tmp_path / "cut" / "p",
-                "byte",
-                append_eod=True,
-                blocks=SMALL,
-                progress=stop_after(7),
-                **options,
+                tokenizer="byte",
+                options=PreprocessOptions(append_eod=True, **SMALL, progress=stop_after(7), **options),
             )
             break
         except StopError:
@@ -101,21 +102,34 @@ def test_stopped_often_it_gives_the_same_bytes(tmp_path, inputs, options, monkey
 
 
 def test_what_was_not_saved_is_done_again_and_not_twice(tmp_path, inputs):
-    preprocess([inputs], tmp_path / "whole" / "p", "byte", blocks=SMALL)
+    preprocess([inputs], tmp_path / "whole" / "p", tokenizer="byte", options=PreprocessOptions(**SMALL))
     for _ in range(2):  # nothing is saved within ten seconds, but something is written
         with pytest.raises(StopError):
-            preprocess([inputs], tmp_path / "cut" / "p", "byte", blocks=SMALL, progress=stop_after(9))
-    preprocess([inputs], tmp_path / "cut" / "p", "byte", blocks=SMALL)
+            preprocess(
+                [inputs],
+                tmp_path / "cut" / "p",
+                tokenizer="byte",
+                options=PreprocessOptions(**SMALL, progress=stop_after(9)),
+            )
+    preprocess([inputs], tmp_path / "cut" / "p", tokenizer="byte", options=PreprocessOptions(**SMALL))
     assert content(tmp_path / "cut" / "p") == content(tmp_path / "whole" / "p")
 
 
 @pytest.mark.parametrize("options", [{}, {"shuffle": 5}, {"split_tokens": 20_000}, {"key": ["title", "text"]}])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_joined_shards_are_the_whole(tmp_path, inputs, options, count):
-    preprocess([inputs], tmp_path / "whole" / "p", "byte", append_eod=True, blocks=SMALL, **options)
+    preprocess(
+        [inputs],
+        tmp_path / "whole" / "p",
+        tokenizer="byte",
+        options=PreprocessOptions(append_eod=True, **SMALL, **options),
+    )
     for index in reversed(range(count)):
         preprocess(
-            [inputs], tmp_path / "s" / "p", "byte", append_eod=True, blocks=SMALL, shard=Shard(index, count), **options
+            [inputs],
+            tmp_path / "s" / "p",
+            tokenizer="byte",
+            options=PreprocessOptions(append_eod=True, **SMALL, shard=Shard(index, count), **options),
         )
     assert not list((tmp_path / "s").glob("*.bin"))
     report = join_shards(tmp_path / "s" / "p", count)
@@ -126,27 +140,36 @@ def test_joined_shards_are_the_whole(tmp_path, inputs, options, count):
 
 class TestJoin:
     def test_a_shard_that_is_missing(self, tmp_path, inputs):
-        preprocess([inputs], tmp_path / "p", "byte", shard=Shard(0, 2))
-        with pytest.raises(UserError, match=r"p\.preprocess-1-of-2: not there or not finished"):
+        preprocess([inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(shard=Shard(0, 2)))
+        with pytest.raises(UserError, match=r"p\.preprocess-1-of-2: missing or not finished"):
             join_shards(tmp_path / "p", 2)
 
     def test_other_settings(self, tmp_path, inputs):
-        preprocess([inputs], tmp_path / "p", "byte", shard=Shard(0, 2))
-        preprocess([inputs], tmp_path / "p", "byte", shard=Shard(1, 2), append_eod=True)
+        preprocess([inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(shard=Shard(0, 2)))
+        preprocess(
+            [inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(shard=Shard(1, 2), append_eod=True)
+        )
         with pytest.raises(UserError, match=r"other settings than .* \(encode\)"):
             join_shards(tmp_path / "p", 2)
 
     def test_bad_lines_of_all_count(self, tmp_path, inputs):
         for index in range(2):
-            preprocess([inputs], tmp_path / "p", "byte", shard=Shard(index, 2), max_bad="0.1%")
+            preprocess(
+                [inputs],
+                tmp_path / "p",
+                tokenizer="byte",
+                options=PreprocessOptions(shard=Shard(index, 2), max_bad="0.1%"),
+            )
         with pytest.raises(RefusedError, match=r"4 of 903 lines are bad, more than 0\.1000%"):
             join_shards(tmp_path / "p", 2, max_bad="0.1%")
         assert join_shards(tmp_path / "p", 2, max_bad="1%").bad_lines == 4
 
     def test_killed_in_the_middle_of_publishing(self, tmp_path, inputs, monkeypatch):
-        preprocess([inputs], tmp_path / "whole" / "p", "byte")
+        preprocess([inputs], tmp_path / "whole" / "p", tokenizer="byte")
         for index in range(2):
-            preprocess([inputs], tmp_path / "s" / "p", "byte", shard=Shard(index, 2))
+            preprocess(
+                [inputs], tmp_path / "s" / "p", tokenizer="byte", options=PreprocessOptions(shard=Shard(index, 2))
+            )
         replace = os.replace
 
         def killed(source, target):
@@ -165,7 +188,7 @@ class TestJoin:
 class TestShuffle:
     def test_it_is_a_permutation_by_the_seed(self, tmp_path, inputs):
         for name, seed in (("none", None), ("one", 1), ("again", 1), ("two", 2)):
-            preprocess([inputs], tmp_path / name, "byte", shuffle=seed, blocks=SMALL)
+            preprocess([inputs], tmp_path / name, tokenizer="byte", options=PreprocessOptions(shuffle=seed, **SMALL))
         none, one, again, two = (documents(tmp_path / name) for name in ("none", "one", "again", "two"))
         assert one == again
         assert sorted(one) == sorted(none) == sorted(two)
@@ -176,10 +199,10 @@ class TestShuffle:
         )  # 4.5 standard deviations for 900 documents
 
     def test_many_buckets(self, tmp_path, inputs, monkeypatch):
-        preprocess([inputs], tmp_path / "one", "byte", shuffle=3, blocks=SMALL)
+        preprocess([inputs], tmp_path / "one", tokenizer="byte", options=PreprocessOptions(shuffle=3, **SMALL))
         monkeypatch.setattr("megatron_cpt.data.preprocess.pipeline.count_buckets", lambda text_bytes: 64)
-        monkeypatch.setattr("megatron_cpt.data.preprocess.buckets._BUFFERED", 3000)
-        preprocess([inputs], tmp_path / "many", "byte", shuffle=3, blocks=SMALL)
+        monkeypatch.setattr("megatron_cpt.data.preprocess.buckets._MAX_BUFFERED", 3000)
+        preprocess([inputs], tmp_path / "many", tokenizer="byte", options=PreprocessOptions(shuffle=3, **SMALL))
         assert content(tmp_path / "one") == content(tmp_path / "many")
 
     @pytest.mark.parametrize(
@@ -190,8 +213,10 @@ class TestShuffle:
 
 
 def test_split_pairs_hold_all_documents_in_order(tmp_path, inputs):
-    preprocess([inputs], tmp_path / "one", "byte", blocks=SMALL)
-    report = preprocess([inputs], tmp_path / "split", "byte", split_tokens=20_000, blocks=SMALL)
+    preprocess([inputs], tmp_path / "one", tokenizer="byte", options=PreprocessOptions(**SMALL))
+    report = preprocess(
+        [inputs], tmp_path / "split", tokenizer="byte", options=PreprocessOptions(split_tokens=20_000, **SMALL)
+    )
     assert [Path(prefix).name for prefix in report.prefixes] == [f"split-{i:05}" for i in range(len(report.prefixes))]
     assert [one for prefix in report.prefixes for one in documents(prefix)] == documents(tmp_path / "one")
     sizes = [IndexedDataset(prefix).num_tokens for prefix in report.prefixes]
@@ -203,14 +228,18 @@ def test_split_pairs_hold_all_documents_in_order(tmp_path, inputs):
 def test_a_document_larger_than_a_pair_has_one_for_itself(tmp_path):
     rows = [json.dumps({"text": "x" * n}) for n in (5, 300, 5, 5)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    report = preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", split_tokens=100)
+    report = preprocess(
+        [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(split_tokens=100)
+    )
     assert [IndexedDataset(prefix).num_tokens for prefix in report.prefixes] == [5, 300, 10]
 
 
 def test_several_keys_give_a_data_set_each(tmp_path):
     rows = [{"text": "a", "title": "t"}, {"title": "only"}, {"text": "only"}, {"text": 3, "title": "u"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", key=["text", "title"])
+    report = preprocess(
+        [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(key=["text", "title"])
+    )
     assert documents(tmp_path / "p_text") == [b"a", b"only"]
     assert documents(tmp_path / "p_title") == [b"t", b"only", b"u"]
     assert report.bad_lines == 3
@@ -223,62 +252,85 @@ class TestMaxBad:
     def test_limits(self, tmp_path, limit, passes):
         (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{\n{"text": "b"}\n{"text": "c"}\n')
         if passes:
-            assert preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", max_bad=limit).bad_lines == 1
+            assert (
+                preprocess(
+                    [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(max_bad=limit)
+                ).bad_lines
+                == 1
+            )
             return
         with pytest.raises(RefusedError, match=r"a\.jsonl:3: not JSON"):
-            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", max_bad=limit)
+            preprocess(
+                [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(max_bad=limit)
+            )
         assert os.listdir(tmp_path) == ["a.jsonl"]
 
     @pytest.mark.parametrize("limit", ["many", "-1", "101%", "1.5"])
     def test_mistakes(self, tmp_path, limit):
         (tmp_path / "a.jsonl").write_text('{"text": "a"}')
         with pytest.raises(UserError, match="give a number of lines"):
-            preprocess([tmp_path / "a.jsonl"], tmp_path / "p", "byte", max_bad=limit)
+            preprocess(
+                [tmp_path / "a.jsonl"], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(max_bad=limit)
+            )
 
 
 class TestResumeSummary:
-    def test_other_settings_are_refused_unless_begun_anew(self, tmp_path, inputs, monkeypatch):
+    def test_other_settings_are_refused_without_restart(self, tmp_path, inputs, monkeypatch):
         monkeypatch.setattr(module, "SAVE_SECONDS", -1)
         with pytest.raises(StopError):
-            preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL, progress=stop_after(3))
-        with pytest.raises(UserError, match=r"other settings \(encode\).*--restart"):
-            preprocess([inputs], tmp_path / "p", "byte", append_eod=True, blocks=SMALL)
-        preprocess([inputs], tmp_path / "p", "byte", append_eod=True, blocks=SMALL, restart=True)
+            preprocess(
+                [inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(**SMALL, progress=stop_after(3))
+            )
+        with pytest.raises(UserError, match=r"other settings \(different: encode\).*--restart"):
+            preprocess([inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(append_eod=True, **SMALL))
+        preprocess(
+            [inputs],
+            tmp_path / "p",
+            tokenizer="byte",
+            options=PreprocessOptions(append_eod=True, **SMALL, restart=True),
+        )
         assert documents(tmp_path / "p")[0].endswith(b"\x00")  # 256, cut to a byte
 
     def test_a_changed_input_is_noticed(self, tmp_path, inputs, monkeypatch):
         monkeypatch.setattr(module, "SAVE_SECONDS", -1)
         with pytest.raises(StopError):
-            preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL, progress=stop_after(3))
+            preprocess(
+                [inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(**SMALL, progress=stop_after(3))
+            )
         os.utime(inputs / "a.jsonl", (1, 1))
-        with pytest.raises(UserError, match=r"other settings \(inputs\)"):
-            preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL)
+        with pytest.raises(UserError, match=r"other settings \(different: inputs\)"):
+            preprocess([inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(**SMALL))
 
     def test_two_at_once(self, tmp_path, inputs):
         def second(*_):
-            with pytest.raises(UserError, match="another process is writing there"):
-                preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL)
+            with pytest.raises(UserError, match="another process is working on it"):
+                preprocess([inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(**SMALL))
             raise StopError
 
         with pytest.raises(StopError):
-            preprocess([inputs], tmp_path / "p", "byte", blocks=SMALL, progress=second)
+            preprocess([inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(**SMALL, progress=second))
 
 
 def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path):
-    """kill -9 of the command itself, with workers, from its first second to its last."""
+    """kill -9 of a run with workers, at random moments."""
     rng = random.Random(2)
     rows = [{"text": "".join(rng.choices("abc äö", k=2000))} for _ in range(3000)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    preprocess([tmp_path / "a.jsonl"], tmp_path / "whole" / "p", "byte", blocks=BlockOptions((), 1 << 16))
+    preprocess(
+        [tmp_path / "a.jsonl"],
+        tmp_path / "whole" / "p",
+        tokenizer="byte",
+        options=PreprocessOptions(block_bytes=1 << 16),
+    )
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
         "from megatron_cpt.data.preprocess import preprocess_run\n"
-        "from megatron_cpt.data.preprocess.pipeline import preprocess\n"
-        "from megatron_cpt.data.preprocess.read_blocks import BlockOptions\n"
+        "from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess\n"
         "preprocess_run.SAVE_SECONDS = 0.02\n"
         "if __name__ == '__main__':\n"
-        "    preprocess([sys.argv[1]], sys.argv[2], 'byte', workers=2, blocks=BlockOptions((), 1 << 16))\n"
+        "    options = PreprocessOptions(workers=2, block_bytes=1 << 16)\n"
+        "    preprocess([sys.argv[1]], sys.argv[2], tokenizer='byte', options=options)\n"
     )
     command = [sys.executable, str(script), str(tmp_path / "a.jsonl"), str(tmp_path / "cut" / "p")]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
@@ -289,7 +341,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path):
         process = subprocess.Popen(command, env=environment)
         before = state.read_bytes() if state.exists() else b""
         deadline = time.monotonic() + 20
-        while process.poll() is None and time.monotonic() < deadline:  # until it has done something worth losing
+        while process.poll() is None and time.monotonic() < deadline:  # until it has saved some progress
             time.sleep(0.01)
             if state.exists() and kills < 3 and state.read_bytes() != before:
                 break
@@ -308,7 +360,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """A file of 20 MB and one of 60 MB, read by a fresh process each."""
+    """Files of 20 MB and of 60 MB, each read by a fresh process."""
     line = json.dumps({"text": "some text " * 400}).encode() + b"\n"
     peaks = []
     for megabytes in (20, 60):
@@ -318,7 +370,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
                 file.write(line * 100)
         code = (
             "import sys, resource; from megatron_cpt.data.preprocess.pipeline import preprocess; "
-            "preprocess([sys.argv[1]], sys.argv[2], 'byte'); "
+            "preprocess([sys.argv[1]], sys.argv[2], tokenizer='byte'); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         command = [sys.executable, "-c", code, str(path), str(tmp_path / f"p{megabytes}")]
@@ -328,16 +380,18 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_the_same_bytes_as_ever():
-    """The order that a seed gives must not change with numpy."""
+    """A seed gives the same order in every numpy version."""
     digest = hashlib.sha256(np.random.PCG64([1, 2, 3]).random_raw(4).tobytes()).hexdigest()
     assert digest == hashlib.sha256(np.random.Generator(np.random.PCG64([1, 2, 3])).bytes(32)).hexdigest()
 
 
 def test_what_does_not_fit_the_shared_memory_comes_by_the_pipe(tmp_path, inputs):
-    """Blocks of 200 bytes, some of which hold a line with ids for 20 times as many bytes."""
+    """Some blocks of 200 bytes hold a line whose ids take 20 times as many bytes."""
     long = "\n".join(json.dumps({"text": "x" * n}) for n in (3, 4000, 5, 4000, 4000, 1))
     (inputs / "e.jsonl").write_text(long)
-    tiny = BlockOptions((), block_bytes=200)
-    preprocess([inputs], tmp_path / "one", "byte", append_eod=True, blocks=tiny)
-    preprocess([inputs], tmp_path / "two", "byte", append_eod=True, blocks=tiny, workers=2)
+    tiny = {"block_bytes": 200}
+    preprocess([inputs], tmp_path / "one", tokenizer="byte", options=PreprocessOptions(append_eod=True, **tiny))
+    preprocess(
+        [inputs], tmp_path / "two", tokenizer="byte", options=PreprocessOptions(append_eod=True, **tiny, workers=2)
+    )
     assert content(tmp_path / "one") == content(tmp_path / "two")

@@ -1,4 +1,4 @@
-"""gigatoken in the library's place: only where it gives the same ids, and never silently where it does not."""
+"""gigatoken replaces the library only where it gives the same ids; a difference is never silent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from megatron_cpt.data.preprocess import pipeline as preprocess_module
 from megatron_cpt.data.preprocess import preprocess_run
-from megatron_cpt.data.preprocess.pipeline import preprocess
+from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 from megatron_cpt.data.tokenizers import fast as module
 from megatron_cpt.data.tokenizers.certificate import Certificate, CertificateStore, certify
 from megatron_cpt.data.tokenizers.fast import (
@@ -162,7 +162,7 @@ class TestPlan:
     def test_bytes_have_none(self):
         plan = plan_tokenizer("byte", ByteTokenizer(), input_bytes=1 << 40)
         assert (plan.certificate, plan.engine) == (None, "byte")
-        with pytest.raises(UserError, match="there is none for this kind"):
+        with pytest.raises(UserError, match="gigatoken does not support this kind"):
             plan_tokenizer("byte", ByteTokenizer(), when="on")
 
     def test_without_the_package(self, bpe_spec, monkeypatch):
@@ -179,7 +179,7 @@ class TestPlan:
         store, tokenizer = CertificateStore(tmp_path), load_tokenizer(bpe_spec)
         assert plan_tokenizer(bpe_spec, tokenizer, input_bytes=1000, store=store).certificate is None
         assert made == []
-        for size in (1 << 40, 1000):  # the second time it is there
+        for size in (1 << 40, 1000):  # the second time the certificate exists
             plan = plan_tokenizer(bpe_spec, tokenizer, input_bytes=size, store=store)
             assert (plan.certificate, plan.engine) == (GOOD, "gigatoken")
         assert made == [1]
@@ -205,10 +205,15 @@ def test_gigatoken_itself_on_a_real_bpe(bpe_spec, corpus, tmp_path, monkeypatch)
     certificate = make_certificate(load_tokenizer(bpe_spec))
     assert certificate.certified, certificate.reason
     monkeypatch.setattr(preprocess_module, "plan_tokenizer", lambda spec, *_, **__: TokenizerPlan(spec, certificate))
-    report = preprocess([corpus], tmp_path / "fast", bpe_spec, append_eod=True)
+    report = preprocess([corpus], tmp_path / "fast", tokenizer=bpe_spec, options=PreprocessOptions(append_eod=True))
     assert (report.engine, report.mismatch) == ("gigatoken", None)
     monkeypatch.undo()
-    report = preprocess([corpus], tmp_path / "slow", bpe_spec, append_eod=True, fast="off")
+    report = preprocess(
+        [corpus],
+        tmp_path / "slow",
+        tokenizer=bpe_spec,
+        options=PreprocessOptions(append_eod=True, fast_tokenizer="off"),
+    )
     assert report.engine == "huggingface"
     assert pair(tmp_path / "fast") == pair(tmp_path / "slow")
 
@@ -220,23 +225,31 @@ def test_a_difference_ends_the_trust_and_all_is_encoded_again(bpe_spec, corpus, 
     monkeypatch.setattr(module, "load_fast", lambda tokenizer: lambda text: np.array([1, 2, 3], np.uint32))
     CertificateStore().save(tokenizer.fingerprint, "some", GOOD)
     notes: list[str] = []
-    report = preprocess([corpus], tmp_path / "p", bpe_spec, append_eod=True, notify=notes.append)
+    report = preprocess(
+        [corpus], tmp_path / "p", tokenizer=bpe_spec, options=PreprocessOptions(append_eod=True, notify=notes.append)
+    )
     assert report.mismatch is not None
     assert report.mismatch.startswith("gigatoken and the library disagree on ")
     assert report.engine == "huggingface"
     assert any("everything is encoded again by the library" in note for note in notes)
-    preprocess([corpus], tmp_path / "slow", bpe_spec, append_eod=True, fast="off")
+    preprocess(
+        [corpus],
+        tmp_path / "slow",
+        tokenizer=bpe_spec,
+        options=PreprocessOptions(append_eod=True, fast_tokenizer="off"),
+    )
     assert pair(tmp_path / "p") == pair(tmp_path / "slow")
     revoked = CertificateStore().load(tokenizer.fingerprint, "some")
     assert revoked is not None
     assert not revoked.certified
-    assert preprocess([corpus], tmp_path / "next", bpe_spec, append_eod=True).mismatch is None
+    assert (
+        preprocess([corpus], tmp_path / "next", tokenizer=bpe_spec, options=PreprocessOptions(append_eod=True)).mismatch
+        is None
+    )
 
 
-def test_a_run_begun_with_trust_that_was_lost_begins_anew(bpe_spec, corpus, tmp_path, monkeypatch):
-    from megatron_cpt.data.preprocess.block import BlockOptions
-
-    small = BlockOptions((), 10_000)
+def test_a_resumed_run_restarts_when_its_certificate_is_gone(bpe_spec, corpus, tmp_path, monkeypatch):
+    small = {"block_bytes": 10_000}
     monkeypatch.setattr(preprocess_run, "SAVE_SECONDS", -1)
     plan = TokenizerPlan(bpe_spec, GOOD)
     monkeypatch.setattr(preprocess_module, "plan_tokenizer", lambda *_, **__: plan)
@@ -248,12 +261,19 @@ def test_a_run_begun_with_trust_that_was_lost_begins_anew(bpe_spec, corpus, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        preprocess([corpus], tmp_path / "p", bpe_spec, progress=stop, blocks=small)
+        preprocess([corpus], tmp_path / "p", tokenizer=bpe_spec, options=PreprocessOptions(progress=stop, **small))
     monkeypatch.undo()
     notes: list[str] = []
-    preprocess([corpus], tmp_path / "p", bpe_spec, fast="off", blocks=small, notify=notes.append)
-    assert notes == ["begins anew: what was done before used gigatoken, which is no longer trusted with this tokenizer"]
-    preprocess([corpus], tmp_path / "whole", bpe_spec, fast="off")
+    preprocess(
+        [corpus],
+        tmp_path / "p",
+        tokenizer=bpe_spec,
+        options=PreprocessOptions(fast_tokenizer="off", **small, notify=notes.append),
+    )
+    assert notes == [
+        "starting from scratch: the interrupted run used gigatoken, which is no longer trusted with this tokenizer"
+    ]
+    preprocess([corpus], tmp_path / "whole", tokenizer=bpe_spec, options=PreprocessOptions(fast_tokenizer="off"))
     assert pair(tmp_path / "p") == pair(tmp_path / "whole")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers by KIND:PATH, with tiny ones trained here."""
+"""Tokenizers by KIND:PATH, on tiny ones trained here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sentencepiece_model(tmp_path_factory) -> Path:
 
 
 def save_bpe(file: Path, special: list[str]) -> None:
-    """A byte-level BPE whose file asks for all that `load_tokenizer` must switch off."""
+    """Save a byte-level BPE whose file asks for everything that `load_tokenizer` must switch off."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -72,13 +72,13 @@ def test_every_kind(spec):
     batch = tokenizer.encode_batch(TEXTS)
     assert batch == [tokenizer.encode(text) for text in TEXTS]
     assert [tokenizer.decode(ids) for ids in batch] == TEXTS
-    assert batch[3] == []  # nothing is added, not even to nothing
+    assert batch[3] == []  # nothing is added, not even to an empty text
     arrays = tokenizer.encode_arrays(TEXTS)
     assert [ids.tolist() for ids in arrays] == batch
     assert {ids.dtype.kind for ids in arrays} == {"u"}
     assert max(map(max, filter(None, batch))) < tokenizer.vocab_size
     assert not any(tokenizer.eod_id in ids for ids in batch)
-    assert tokenizer.decode(np.array(batch[0])) == TEXTS[0]  # ids as they come out of a data set
+    assert tokenizer.decode(np.array(batch[0])) == TEXTS[0]  # ids as a dataset returns them
 
 
 def test_nothing_to_encode(spec):
@@ -110,8 +110,8 @@ def test_sentencepiece(sentencepiece_model):
 
 def test_huggingface_encodes_whole_texts_and_adds_nothing(bpe_file):
     ids = load_tokenizer(f"huggingface:{bpe_file}").encode(TEXTS[0])
-    assert len(ids) > 5  # the file asks to cut at 5
-    assert 0 not in ids  # and to begin with <bos>
+    assert len(ids) > 5  # the file asks for truncation at 5
+    assert 0 not in ids  # and for <bos> at the beginning
 
 
 class TestHuggingFaceEndOfDocument:
