@@ -15,7 +15,7 @@ import yaml
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.logits import LogitsReport, compare_logits
-from megatron_cpt.convert.mapping.resolve import te_name
+from megatron_cpt.convert.mapping.names import te_name
 from megatron_cpt.convert.megatron.legacy import LegacyWeights
 from megatron_cpt.convert.megatron.torch_dist_plan import Target
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
@@ -93,7 +93,7 @@ def _logits_from_te_names(base: str, families: list[str]) -> dict[str, LogitsRep
     for family in families:
         folder = Path(base) / family
         source = open_source_checkpoint(folder / "hf")
-        tensors = {te_name(name): source.read(name, 0, form.shape[0]) for name, form in source.forms.items()}
+        tensors = {te_name(name): source.read(name, 0, spec.shape[0]) for name, spec in source.specs.items()}
         state = {
             name: ShardedTensor.from_rank_offsets(f"model.{name}", tensor, replica_id=0)
             for name, tensor in tensors.items()
@@ -139,9 +139,9 @@ def test_what_megatron_core_wrote_is_what_was_imported(imported: Path, kind: str
     """The weights went through megatron-core's loader at TP2 x PP2, and out through both of its formats."""
     written = (TorchDistWeights if kind == "torch_dist" else LegacyWeights)(imported / kind)
     source = open_source_checkpoint(imported / "llama" / "hf")
-    assert set(written.tensors) == set(source.forms)
-    for name, form in source.forms.items():
-        assert torch.equal(written.read(name), source.read(name, 0, form.shape[0])), name
+    assert set(written.tensors) == set(source.specs)
+    for name, spec in source.specs.items():
+        assert torch.equal(written.read(name), source.read(name, 0, spec.shape[0])), name
 
 
 def test_training_starts_from_it_in_any_layout(imported: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from megatron_cpt.backend import cpu
 from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_cpt.config.presets import preset
 from megatron_cpt.convert.mapping.families import NEMOTRON
+from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.mapping.resolve import resolve
 from megatron_cpt.convert.mapping.shapes import expected_tensors
-from megatron_cpt.convert.mapping.tensors import stored_name
-from megatron_cpt.convert.megatron.torch_dist_plan import Form, Target, plan_files, total_bytes
+from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec, plan_files, total_bytes
 from megatron_cpt.plan.cost.parameters import count_parameters
 
 MODEL = ModelConfig(**preset("nemotron4_15b"))
@@ -31,9 +31,9 @@ def test_converted_tensors_are_the_model() -> None:
     assert {rule.megatron: rule.megatron_shape for rule in rules} == expected
     assert sum(math.prod(shape) for rule in rules for shape in rule.hf_shapes) == PARAMETERS
     assert sum(math.prod(shape) for shape in expected.values()) == PARAMETERS == count_parameters(MODEL).total
-    forms = {name: Form(shape, torch.bfloat16) for name, shape in expected.items()}
-    assert total_bytes(forms) == 2 * PARAMETERS
-    files = plan_files(forms, MODEL.layers, Target(8, 4))
+    specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in expected.items()}
+    assert total_bytes(specs) == 2 * PARAMETERS
+    files = plan_files(specs, MODEL.layers, Target(8, 4))
     names = [name for file in files for name in file.tensors]
     assert sorted(names) == sorted(expected)
     assert {file.name.split("_")[2] for file in files} == {"0", "1", "2", "3"}

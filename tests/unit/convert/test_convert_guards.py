@@ -22,7 +22,7 @@ from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.huggingface.writer import HfWriter
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.megatron.config import model_fields
-from megatron_cpt.convert.megatron.torch_dist_plan import Form
+from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.errors import RefusedError, UserError
@@ -66,7 +66,7 @@ def test_damage_is_not_published_under_new_checksums(tmp_path: Path, checkpoint:
 def test_a_run_directory_means_its_newest_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints" / checkpoint.name)
     assert import_checkpoint(tmp_path / "run", tmp_path / "c", ImportOptions(dtype="bf16")).kind == "torch_dist"
-    assert open_source_checkpoint(tmp_path / "c").forms["output_layer.weight"].dtype is torch.bfloat16
+    assert open_source_checkpoint(tmp_path / "c").specs["output_layer.weight"].dtype is torch.bfloat16
 
 
 def test_export_does_not_make_weights_infinite(tmp_path: Path, hf: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_base_that_is_gone_is_told(tmp_path: Path, checkpoint: Path, caplog: p
     run = yaml.safe_load((path / "run.yaml").read_text())
     (path / "run.yaml").write_text(yaml.safe_dump({**run, "init": {"from": str(tmp_path / "gone")}}))
     assert not open_source_checkpoint(path, verify="none").side_files
-    assert "gone, which is not there: no tokenizer files come along" in caplog.text
+    assert "gone, which does not exist, so config and tokenizer files are unknown" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------- the folder beside the target
@@ -118,7 +118,7 @@ def test_one_process_at_a_time(tmp_path: Path, hf: Path, checkpoint: Path, kind:
     convert, source = (import_checkpoint, hf) if kind == "import" else (export_checkpoint, checkpoint)
     with open(tmp_path / ".out.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is making it"):
+        with pytest.raises(UserError, match="another process is writing it"):
             convert(source, tmp_path / "out")
         assert [file.name for file in tmp_path.iterdir()] == [".out.lock"]
     convert(source, tmp_path / "out")  # a lock that a killed process has left is nobody's
@@ -200,7 +200,7 @@ def test_a_bridge_config_of_a_model_builder(tmp_path: Path) -> None:
 
 
 def fields_of(**changes: Any) -> dict[str, Any]:
-    tensors = {"embedding.word_embeddings.weight": Form((128, 32), torch.float32)}
+    tensors = {"embedding.word_embeddings.weight": TensorSpec((128, 32), torch.float32)}
     return model_fields({**ARGUMENTS, **changes}, SimpleNamespace(tensors=tensors), "here")  # type: ignore[arg-type]
 
 
@@ -217,7 +217,7 @@ def test_rope_scaling_of_nemo_2() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window_size": [4096, 0]}, r"attention over a window \(\[4096, 0\]\)"),
+        ({"window_size": [4096, 0]}, r"sliding-window attention \(\[4096, 0\]\)"),
         ({"rotary_interleaved": True}, "rotary_interleaved: True"),
         ({"rotary_seq_len_interpolation_factor": 4}, "rotary_seq_len_interpolation_factor: 4"),
         ({"softmax_scale": 0.5}, "softmax_scale: 0.5"),

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from megatron_cpt.checkpoint.manifest import find_faults
 from megatron_cpt.cli import main
 from megatron_cpt.convert import importer
+from megatron_cpt.convert.dtypes import DTYPES
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
-from megatron_cpt.convert.job import DTYPES
-from megatron_cpt.convert.megatron.torch_dist_plan import Form, Target, plan_files
+from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec, plan_files
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.convert.verify import verify_tensors
@@ -85,11 +85,11 @@ def test_what_torch_reads_is_what_was_written(tmp_path: Path, folders: dict[str,
 
 
 def test_pieces_are_cut_where_the_ranks_are() -> None:
-    forms = {f"decoder.layers.{n}.mlp.linear_fc2.weight": Form((8, 64), torch.float32) for n in range(8)}
-    files = plan_files(forms, 8, Target(pipeline=4, shard_bytes=1 << 20))
+    specs = {f"decoder.layers.{n}.mlp.linear_fc2.weight": TensorSpec((8, 64), torch.float32) for n in range(8)}
+    files = plan_files(specs, 8, Target(pipeline=4, shard_bytes=1 << 20))
     assert [file.name for file in files] == [f"__{stage}_0.distcp" for stage in range(4)]
     assert files[1].tensors == ("decoder.layers.2.mlp.linear_fc2.weight", "decoder.layers.3.mlp.linear_fc2.weight")
-    small = plan_files(forms, 8, Target(pipeline=1, shard_bytes=8 * 64 * 4 * 3))
+    small = plan_files(specs, 8, Target(pipeline=1, shard_bytes=8 * 64 * 4 * 3))
     assert [len(file.tensors) for file in small] == [3, 3, 2]
 
 
@@ -158,7 +158,7 @@ def test_a_tied_model_with_another_output_layer(tmp_path: Path, folders: dict[st
     save_file({**tensors, name: tensors["model.embed_tokens.weight"].clone()}, same / "model.safetensors")
     import_checkpoint(same, tmp_path / "c")
     other = change(same, tmp_path / "other", name, lambda t: t + 1)
-    with pytest.raises(RefusedError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+    with pytest.raises(RefusedError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         import_checkpoint(other, tmp_path / "c2")
 
 

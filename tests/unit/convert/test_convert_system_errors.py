@@ -58,7 +58,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path, hf: Path, checkpoint: Path, ki
     named = "tokenizer.json" if limit == 200_000 else ".distcp" if kind == "import" else ".safetensors"
     (line,) = ended.stderr.splitlines()
     assert f"{named}: File too large; raise the limit on file sizes (ulimit -f)" in line
-    assert f"What is finished stays in {aside}; the same command goes on there" in line
+    assert f"Finished parts are kept in {aside}; run the same command again to resume" in line
     assert not (tmp_path / "out").exists()
 
     if kind == "import":
@@ -87,7 +87,9 @@ def once_begun(action: Callable[[], object]) -> Callable[[int, int], None]:
 def test_a_source_that_vanishes(tmp_path: Path, hf: Path) -> None:
     options = ImportOptions(target=Target(shard_bytes=1), workers=1)
     away = hf.with_name("away")
-    with pytest.raises(CptError, match=r"\.safetensors: No such file.*leave the folders alone.*goes on there") as error:
+    with pytest.raises(
+        CptError, match=r"\.safetensors: No such file.*do not move or delete files.*again to resume"
+    ) as error:
         import_checkpoint(hf, tmp_path / "c", options, advance=once_begun(lambda: hf.rename(away)))
     assert error.value.exit_status == 1
     away.rename(hf)

@@ -115,10 +115,10 @@ SOUND = {"a": entry("F32", [2], 0, 8), "b": entry("BF16", [2, 1], 8, 12)}
     ("changes", "data", "message"),
     [
         ({"b": entry("BF16", [2, 1], 4, 8)}, 8, "b overlaps a"),
-        ({"b": entry("BF16", [2, 1], 10, 14)}, 14, "b leaves a hole behind a"),
-        ({"a": entry("F32", [2], 4, 12), "b": entry("BF16", [2, 1], 12, 16)}, 16, "a leaves a hole behind the header"),
+        ({"b": entry("BF16", [2, 1], 10, 14)}, 14, "b leaves a gap after a"),
+        ({"a": entry("F32", [2], 4, 12), "b": entry("BF16", [2, 1], 12, 16)}, 16, "a leaves a gap after the header"),
         ({}, 11, "b ends at byte"),
-        ({}, 13, "1 bytes behind b belong to no tensor"),
+        ({}, 13, "1 bytes after b belong to no tensor"),
         ({"b": entry("BF16", [2, 2], 8, 12)}, 12, r"b: 4 bytes, but BF16 \[2, 2\] takes 8"),
         ({"b": entry("BF16", [1 << 62, 1 << 62], 8, 12)}, 12, "b: 4 bytes, but"),
         ({"b": entry("BF16", [-2, -1], 8, 12)}, 12, r"b: shape \[-2, -1\]"),

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.checkpoint.torchfile.torch_file import open_torch_file
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.mapping.resolve import te_name
+from megatron_cpt.convert.mapping.names import te_name
 from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.mapping.tensors import Mosaic, Piece
 from megatron_cpt.convert.megatron.legacy import LegacyWeights
@@ -191,9 +191,9 @@ def _piece(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece:
 @pytest.mark.parametrize(
     ("pieces", "what"),
     [
-        ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "12 of 16 elements"),
+        ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "12 of its 16 elements"),
         ([((0, 0), (3, 4)), ((2, 0), (2, 4))], "overlap"),
-        ([((0, 0), (4, 2)), ((0, 2), (4, 3))], "outside"),
+        ([((0, 0), (4, 2)), ((0, 2), (4, 3))], "exceeds its shape"),
         ([], "no pieces"),
     ],
 )
@@ -282,7 +282,7 @@ def test_legacy_tied_embeddings(tmp_path: Path) -> None:
     save_legacy(tmp_path, tensors, 2, 2, arguments=tied)
     incoming = open_source_checkpoint(tmp_path)
     assert incoming.model.tied_embeddings
-    assert "output_layer.weight" not in incoming.forms
+    assert "output_layer.weight" not in incoming.specs
 
 
 @pytest.mark.usefixtures("megatron_enum")
