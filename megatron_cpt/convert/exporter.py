@@ -20,7 +20,7 @@ from megatron_cpt.convert.huggingface.config import read_model
 from megatron_cpt.convert.huggingface.export_config import matching, to_hf_config
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE
 from megatron_cpt.convert.huggingface.untrusted_json import read_json_object
-from megatron_cpt.convert.huggingface.writer import DEFAULT_SHARD_BYTES, HfWriter, work_folder
+from megatron_cpt.convert.huggingface.writer import DEFAULT_SHARD_BYTES, HfWriter, TensorSizes, work_folder
 from megatron_cpt.convert.job import JOURNAL_FILE, Advance, no_progress, refuse_existing, run_parallel
 from megatron_cpt.convert.mapping.families import Family, by_name, detect
 from megatron_cpt.convert.mapping.resolve import resolve
@@ -124,15 +124,15 @@ def export_checkpoint(
         family = _choose_family(checkpoint, side, options.family)
         rules = resolve(family, checkpoint.model)
         dtype = find_dtype(options.dtype)
-        dtypes = {rule.megatron: dtype or checkpoint.specs[rule.megatron].dtype for rule in rules}
         tensors = {
-            name: (shape, dtypes[rule.megatron])
+            name: (shape, dtype or checkpoint.specs[rule.megatron].dtype)
             for rule in rules
             for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
         }
         with HfWriter(target, tensors, options.shard_bytes, source=repr(checkpoint.identity())) as writer:
-            _write_tensors(checkpoint, rules, dtypes, writer, options.workers, advance)
-            names = _write_side_files(writer.folder, family, checkpoint.model, side, dtypes)
+            _write_tensors(checkpoint, rules, tensors, writer, options.workers, advance)
+            config_dtype = _HF_DTYPES[next(iter(tensors.values()))[1]]
+            names = _write_side_files(writer.folder, family, checkpoint.model, side, config_dtype)
             writer.finish()
     return ExportReport(
         family=family.name,
@@ -195,21 +195,16 @@ def _choose_family(checkpoint: SourceCheckpoint, side: Mapping[str, Path], named
 def _write_tensors(
     checkpoint: SourceCheckpoint,
     rules: list[TensorRule],
-    dtypes: Mapping[str, torch.dtype],
+    tensors: TensorSizes,
     writer: HfWriter,
     workers: int,
     advance: Advance,
 ) -> None:
-    kept_bytes = sum(
-        math.prod(shape) * dtypes[rule.megatron].itemsize
-        for rule in rules
-        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
-        if name in writer.done
-    )
+    kept_bytes = sum(math.prod(tensors[name][0]) * tensors[name][1].itemsize for name in writer.done)
     advance(kept_bytes, writer.total_bytes)
 
     def write(block: TensorBlock) -> None:
-        rows = cast(block.name, read_block(checkpoint, block), dtypes[block.rule.megatron])
+        rows = cast(block.name, read_block(checkpoint, block), tensors[block.name][1])
         writer.write_rows(block.name, block.first, rows)
         advance(rows.nbytes, writer.total_bytes)
 
@@ -217,14 +212,13 @@ def _write_tensors(
 
 
 def _write_side_files(
-    folder: Path, family: Family, model: ModelConfig, side: Mapping[str, Path], dtypes: Mapping[str, torch.dtype]
+    folder: Path, family: Family, model: ModelConfig, side: Mapping[str, Path], dtype: str
 ) -> list[str]:
     """Copy tokenizer and generation files, and write a config.json that describes the exported weights.
 
     Keys of the original config.json that the model section has no field for are kept. If nothing has changed, the
     original file is copied byte for byte.
     """
-    dtype = _HF_DTYPES[next(iter(dtypes.values()))]
     config = read_json_object(side[CONFIG_FILE]) if CONFIG_FILE in side else {}
     if config and detect(config, side[CONFIG_FILE]) is not family:
         config = {}  # exported as another family, whose keys have other meanings

@@ -21,7 +21,7 @@ from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
 from megatron_cpt.convert.mapping.resolve import check_hf_tensors, refuse_wrong_tensors, resolve, tied_copies
 from megatron_cpt.convert.mapping.rules import TensorRule
 from megatron_cpt.convert.mapping.shapes import expected_tensors
-from megatron_cpt.convert.mapping.tensors import Weights
+from megatron_cpt.convert.mapping.tensors import MosaicWeights
 from megatron_cpt.convert.megatron.config import read_megatron_model
 from megatron_cpt.convert.megatron.legacy import LegacyWeights, is_legacy
 from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
@@ -150,7 +150,7 @@ def _refuse_untied_copies(folder: HfFolder, model: ModelConfig) -> None:
 
 def _from_megatron(
     kind: str,
-    weights: Weights,
+    weights: MosaicWeights,
     path: Path,
     common: Mapping[str, Any],
     named_model: str | None,
@@ -173,7 +173,7 @@ def _from_megatron(
 
 
 def _read_with_padding(
-    weights: Weights, specs: Mapping[str, TensorSpec], name: str, first: int, last: int
+    weights: MosaicWeights, specs: Mapping[str, TensorSpec], name: str, first: int, last: int
 ) -> torch.Tensor:
     """Return rows of a tensor; rows of padding that the file lacks are zero.
 

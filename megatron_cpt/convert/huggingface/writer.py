@@ -52,6 +52,10 @@ class _Place:
     def num_rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
+    @property
+    def num_bytes(self) -> int:
+        return self.row_bytes * self.num_rows
+
 
 def work_folder(path: Path) -> Path:
     """Return the folder in which the writer of `path` works until it finishes."""
@@ -89,12 +93,12 @@ class HfWriter:
         """
         self.path = Path(path)
         self.folder = work_folder(self.path)
-        shards = _assign_to_shards(tensors, shard_bytes)
-        self._headers = {file: _header(tensors, names) for file, names in shards.items()}
-        self._places = {
-            name: place for file, names in shards.items() for name, place in _places(tensors, names, file).items()
-        }
-        self.total_bytes = sum(place.row_bytes * place.num_rows for place in self._places.values())
+        self._headers: dict[str, bytes] = {}
+        self._places: dict[str, _Place] = {}
+        for file, names in _assign_to_shards(tensors, shard_bytes).items():
+            self._headers[file], places = _lay_out(tensors, names, file)
+            self._places |= places
+        self.total_bytes = sum(place.num_bytes for place in self._places.values())
         self._lock = threading.Lock()  # guards the attributes below, except _files
         self._sync_lock = threading.Lock()
         self._rows: dict[str, list[tuple[int, int]]] = {}  # rows written, of tensors that are not complete
@@ -191,7 +195,7 @@ class HfWriter:
         if not is_laid_out:
             data_bytes = dict.fromkeys(self._headers, 0)
             for place in self._places.values():
-                data_bytes[place.file] += place.row_bytes * place.num_rows
+                data_bytes[place.file] += place.num_bytes
             for file, header in self._headers.items():
                 with name_file_in_errors(self.folder / file):
                     os.pwrite(self._files[file], header, 0)
@@ -244,30 +248,19 @@ def _assign_to_shards(tensors: TensorSizes, shard_bytes: int) -> dict[str, list[
     return {f"model-{n:05}-of-{len(shards):05}.safetensors": names for n, names in enumerate(shards, start=1)}
 
 
-def _data_offsets(tensors: TensorSizes, names: list[str]) -> list[tuple[str, int, int]]:
-    """Return (name, first byte, byte after the last) in a shard's data: wide dtypes first, so that all are aligned."""
-    result, offset = [], 0
+def _lay_out(tensors: TensorSizes, names: list[str], file: str) -> tuple[bytes, dict[str, _Place]]:
+    """Return the header of a shard and the places of its tensors: wide dtypes first, so that all are aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
     for name in sorted(names, key=lambda name: -tensors[name][1].itemsize):
         shape, dtype = tensors[name]
-        size = math.prod(shape) * dtype.itemsize
-        result.append((name, offset, offset + size))
-        offset += size
-    return result
-
-
-def _header(tensors: TensorSizes, names: list[str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for name, start, stop in _data_offsets(tensors, names):
-        shape, dtype = tensors[name]
-        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _places(tensors: TensorSizes, names: list[str], file: str) -> dict[str, _Place]:
-    header_bytes = len(_header(tensors, names))
-    return {
-        name: _Place(file, header_bytes + start, tuple(tensors[name][0]), tensors[name][1])
-        for name, start, _ in _data_offsets(tensors, names)
+    header = struct.pack("<Q", len(text)) + text
+    places = {
+        name: _Place(file, len(header) + start, tuple(tensors[name][0]), tensors[name][1])
+        for name, start in starts.items()
     }
+    return header, places

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,29 +17,6 @@ import torch
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.convert.system_errors import name_file_in_errors
 from megatron_cpt.errors import RefusedError
-
-
-class Shaped(Protocol):
-    """Anything with the shape and the dtype of a tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the tensor."""
-
-
-class Weights(Protocol):
-    """Tensors by name (see `names`), read whole or a few rows at a time."""
-
-    @property
-    def tensors(self) -> Mapping[str, Shaped]:
-        """Shape and dtype of each tensor by name."""
-
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Return a tensor, or rows of it, in newly allocated memory."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +110,7 @@ class Mosaic:
 
 
 class MosaicWeights:
-    """Tensors in pieces, by name; see `Weights`.
+    """Tensors in pieces, by name (see `names`).
 
     Raises:
         RefusedError: the pieces of a tensor do not cover it.

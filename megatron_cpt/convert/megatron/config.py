@@ -18,7 +18,7 @@ from megatron_cpt.checkpoint.layout import RUN_FILE, STATE_FILE
 from megatron_cpt.config import ModelConfig, preset_names, read_mapping
 from megatron_cpt.config.presets import preset
 from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
-from megatron_cpt.convert.mapping.tensors import Weights
+from megatron_cpt.convert.mapping.tensors import MosaicWeights
 from megatron_cpt.convert.megatron.torch_dist_reader import newest_iteration
 from megatron_cpt.errors import RefusedError, UserError
 
@@ -67,7 +67,7 @@ _ACTIVATIONS = {
 
 
 def read_megatron_model(
-    path: Path, weights: Weights, common: Mapping[str, Any], named_model: str | None
+    path: Path, weights: MosaicWeights, common: Mapping[str, Any], named_model: str | None
 ) -> ModelConfig:
     """Return the model section of a checkpoint.
 
@@ -146,7 +146,7 @@ def _construct_plain(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
 _PlainLoader.add_multi_constructor("", _construct_plain)
 
 
-def model_fields(fields: Mapping[str, Any], weights: Weights, where: object) -> dict[str, Any]:
+def model_fields(fields: Mapping[str, Any], weights: MosaicWeights, where: object) -> dict[str, Any]:
     """Return the model section for arguments of Megatron-LM or fields of TransformerConfig.
 
     Args:

@@ -1,4 +1,4 @@
-"""Nemotron-4 15B as megatron-core builds it for TP8 x PP4, on the meta device, against what a conversion writes."""
+"""Nemotron-4 15B as converted, compared with the model that megatron-core builds for TP8 x PP4 on the meta device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_converted_tensors_are_the_model() -> None:
 
 
 def _shards_of_rank(rank: int) -> list[Any]:
-    """Every sharded tensor of one of the 32 ranks; no memory, no other process."""
+    """Return every sharded tensor of one of the 32 ranks, without memory or other processes."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
@@ -66,7 +66,7 @@ def _shards_of_rank(rank: int) -> list[Any]:
                 rotary_percent=MODEL.rotary_percent,
                 share_embeddings_and_output_weights=False,
             )
-        # norms ask for torch.cuda.current_device() themselves, a few kilobytes
+        # norms choose their device themselves; they take a few kilobytes
         assert all(parameter.is_meta for parameter in model.parameters() if parameter.dim() > 1)
         return list(_shards(model.sharded_state_dict()))
     finally:
@@ -75,7 +75,7 @@ def _shards_of_rank(rank: int) -> list[Any]:
 
 
 def _boxes(shards: list[Any]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Key, global shape, offset and size of what a rank writes; copies on other ranks are left out."""
+    """Yield key, global shape, offset and size of every box that a rank writes, without copies for other ranks."""
     for shard in shards:
         if not any(shard.replica_id):
             layer_axes = (1,) * shard.prepend_axis_num
@@ -84,7 +84,7 @@ def _boxes(shards: list[Any]) -> Iterator[tuple[str, tuple[int, ...], tuple[int,
 
 @pytest.mark.long
 def test_all_ranks_of_tp8_pp4() -> None:
-    """Names, shapes and the number of parameters of 32 ranks together are those of the converted checkpoint."""
+    """All 32 ranks together have the names, shapes and number of parameters of the converted checkpoint."""
     import torch.testing._internal.distributed.fake_pg  # noqa: F401 - registers the backend
 
     cpu.install()

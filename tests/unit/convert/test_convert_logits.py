@@ -1,4 +1,4 @@
-"""The same function as transformers: logits of every family's models, odd ones too."""
+"""Logits of converted models equal the logits of transformers, for every family and for odd sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.ranks import run_ranks
 
 
 def megatron_model(fields: dict[str, Any]) -> Any:
-    """A GPTModel of the local spec with random weights, inside `process_groups`."""
+    """Return a GPTModel of the local spec with random weights; call inside `process_groups`."""
     from megatron_cpt.checkpoint.state.state_dicts import unwrap
     from megatron_cpt.config import draft_config
     from megatron_cpt.model.build_model import build_model
@@ -35,7 +35,7 @@ def megatron_model(fields: dict[str, Any]) -> Any:
 
 
 def largest_difference(config: dict[str, Any]) -> float:
-    """Between the logits of transformers and of Megatron with the converted tensors, over 2 x 48 tokens."""
+    """Return the largest difference of the logits of transformers and Megatron, over 2 x 48 tokens."""
     from megatron_cpt.backend.distributed import process_groups
     from megatron_cpt.config import ParallelConfig
     from megatron_cpt.convert.huggingface import config as hf_config

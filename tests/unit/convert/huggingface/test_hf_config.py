@@ -1,4 +1,4 @@
-"""config.json: what real ones say, what cannot be computed here is refused, and transformers reads what is written."""
+"""config.json: published files are read, unsupported models are refused, transformers reads what is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_cpt.errors import RefusedError, UserError
 from tests.helpers.hf_models import FAMILY_CONFIGS, tiny_config
 from tests.helpers.odd_models import odd_configs
 
-# The keys of published config.json files, as transformers 4 wrote them.
+# Keys of published config.json files, as transformers 4 wrote them.
 SMOLLM2_135M = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -184,7 +184,7 @@ def test_what_cannot_be_computed_is_refused(family, changes, message):
     assert str(refused.value).startswith("/models/x/config.json")
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_together():
     with pytest.raises(RefusedError) as refused:
         hf_config.read_model(tiny_config("qwen3", hidden_size=0, vocab_size=None, attention_bias=True))
     assert str(refused.value).count("\n  - ") == 3
@@ -201,7 +201,7 @@ def test_windows_without_effect_are_read(family, changes):
     assert hf_config.read_model(tiny_config(family, **changes))[0].name == family
 
 
-def test_left_out_keys_mean_what_transformers_means():
+def test_missing_keys_take_the_defaults_of_transformers():
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, family in families.FAMILIES.items():
         config = {key: tiny_config(name)[key] for key in sizes} | {"num_attention_heads": 32, "hidden_size": 128}
@@ -213,7 +213,7 @@ def test_left_out_keys_mean_what_transformers_means():
         assert hf_config.read_model(config) == hf_config.read_model({**theirs, **mark}), name
 
 
-# -------------------------------------------------------------------------------------------- on the way out
+# -------------------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize(

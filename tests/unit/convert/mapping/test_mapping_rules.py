@@ -1,4 +1,4 @@
-"""The rules between Hugging Face and Megatron tensors: complete, exact inverses, right in parts."""
+"""Rules between Hugging Face and Megatron tensors: complete, exact inverses, correct for any rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def meta_tensors(config):
 
 
 def numbered(shapes):
-    """Tensors in which no two elements are equal, so that a misplaced one shows."""
+    """Return tensors in which no two elements are equal, so that a misplaced element is found."""
     start, tensors = 1, []
     for shape in shapes:
         count = torch.Size(shape).numel()
@@ -93,7 +93,7 @@ def test_the_gate_comes_first():
     assert rule.to_megatron(torch.tensor([[1], [2]]), torch.tensor([[3], [4]])).flatten().tolist() == [1, 2, 3, 4]
 
 
-def test_a_tensor_of_another_shape_is_no_part_of_a_rule():
+def test_a_rule_refuses_a_tensor_of_another_shape():
     rule = rule_of("decoder.final_layernorm.weight")
     with pytest.raises(ValueError, match="final_layernorm"):
         rule.to_megatron(torch.zeros(127))
@@ -152,7 +152,7 @@ def test_every_missing_surplus_and_misshapen_tensor_is_named():
     assert "model.layers.0.input_layernorm.weight: torch.int8" in message
 
 
-def test_what_follows_from_the_rest_may_be_there():
+def test_redundant_tensors_are_accepted():
     inv_freq = TensorInfo((8,), torch.float32, None, 0, 32)
     checked(
         "qwen2", **{"lm_head.weight": torch.zeros(101, 48), "model.layers.0.self_attn.rotary_emb.inv_freq": inv_freq}
