@@ -195,7 +195,6 @@ def _write_tensors(
             work.path / plan.name,
             plan,
             specs,
-            num_layers=source.model.layers,
             tensor_parallel=options.target.tensor,
             read=read,
             advance=lambda count: advance(count, total),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,10 @@ class HfFolder:
             weight_map = read_json_object(self._inside(index_name)).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise RefusedError(f"{index}: no weight_map in it; is the download complete?")
-            files = {name: self._inside(name, index) for name in _unique_file_names(weight_map.values(), index)}
+            for name in weight_map.values():
+                if not isinstance(name, str):
+                    raise RefusedError(f"{index}: names {name!r} as a file; is the download complete?")
+            files = {name: self._inside(name, index) for name in sorted(set(weight_map.values()))}
             return list(files.values()), {tensor: files[name] for tensor, name in weight_map.items()}
         if os.path.lexists(self.path / single_name):
             return [self._inside(single_name)], None
@@ -165,12 +167,3 @@ class HfFolder:
             for file in files
         }
         return self._merge(headers, weight_map)
-
-
-def _unique_file_names(names: Iterable[Any], index: Path) -> list[str]:
-    unique = set()
-    for name in names:
-        if not isinstance(name, str):
-            raise RefusedError(f"{index}: names {name!r} as a file; is the download complete?")
-        unique.add(name)
-    return sorted(unique)  # model-00001-of-00002, model-00002-of-00002

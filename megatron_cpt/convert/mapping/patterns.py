@@ -16,14 +16,8 @@ class Pattern(Protocol):
     def megatron(self) -> str:
         """Name of the Megatron tensor, with `*` for the number of the layer."""
 
-    def rule(self, model: ModelConfig, shape: tuple[int, ...], layer: int | None) -> TensorRule:
-        """Return the rule for the Megatron tensor of one layer.
-
-        Args:
-            model: config of the model.
-            shape: shape of the Megatron tensor.
-            layer: number of the layer; None for tensors outside the layers.
-        """
+    def rule(self, model: ModelConfig, shape: tuple[int, ...]) -> TensorRule:
+        """Return the rule for a model in which the Megatron tensor has this shape, with `*` in its names."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +32,13 @@ class Copy:
     hf: str
     padded_vocab: bool = False
 
-    def rule(self, model: ModelConfig, shape: tuple[int, ...], layer: int | None) -> TensorRule:
-        """Return the rule for one layer, see `Pattern`."""
+    def rule(self, model: ModelConfig, shape: tuple[int, ...]) -> TensorRule:
+        """See `Pattern`."""
         hf_shape = (model.vocab, *shape[1:]) if self.padded_vocab else shape
         return TensorRule(
-            megatron=_name_in_layer(self.megatron, layer),
+            megatron=self.megatron,
             megatron_shape=shape,
-            hf=(_name_in_layer(self.hf, layer),),
+            hf=(self.hf,),
             hf_shapes=(hf_shape,),
             blocks=(RowBlock(0, 0, 0, hf_shape[0]),),
             padded_vocab=self.padded_vocab,
@@ -66,8 +60,8 @@ class Qkv:
     k: str
     v: str
 
-    def rule(self, model: ModelConfig, shape: tuple[int, ...], layer: int | None) -> TensorRule:
-        """Return the rule for one layer, see `Pattern`."""
+    def rule(self, model: ModelConfig, shape: tuple[int, ...]) -> TensorRule:
+        """See `Pattern`."""
         size, groups = model.head_size, model.num_kv_groups
         query_rows = model.heads // groups * size
         blocks = []
@@ -80,9 +74,9 @@ class Qkv:
             ]
         hf_rows = (groups * query_rows, groups * size, groups * size)
         return TensorRule(
-            megatron=_name_in_layer(self.megatron, layer),
+            megatron=self.megatron,
             megatron_shape=shape,
-            hf=tuple(_name_in_layer(name, layer) for name in (self.q, self.k, self.v)),
+            hf=(self.q, self.k, self.v),
             hf_shapes=tuple((rows, *shape[1:]) for rows in hf_rows),
             blocks=tuple(blocks),
         )
@@ -100,17 +94,13 @@ class Gated:
     gate: str
     up: str
 
-    def rule(self, model: ModelConfig, shape: tuple[int, ...], layer: int | None) -> TensorRule:
-        """Return the rule for one layer, see `Pattern`."""
+    def rule(self, model: ModelConfig, shape: tuple[int, ...]) -> TensorRule:
+        """See `Pattern`."""
         half = model.ffn_hidden
         return TensorRule(
-            megatron=_name_in_layer(self.megatron, layer),
+            megatron=self.megatron,
             megatron_shape=shape,
-            hf=(_name_in_layer(self.gate, layer), _name_in_layer(self.up, layer)),
+            hf=(self.gate, self.up),
             hf_shapes=((half, *shape[1:]), (half, *shape[1:])),
             blocks=(RowBlock(0, 0, 0, half), RowBlock(half, 1, 0, half)),
         )
-
-
-def _name_in_layer(name: str, layer: int | None) -> str:
-    return name if layer is None else name.replace("*", str(layer))

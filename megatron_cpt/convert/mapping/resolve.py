@@ -25,16 +25,18 @@ def resolve(family: Family, model: ModelConfig) -> list[TensorRule]:
     are embedding, final norm and output layer.
     """
     shapes = shape_table(model)
-    patterns = [pattern for pattern in family.weights if pattern.megatron in shapes]
+    rules = [pattern.rule(model, shapes[pattern.megatron]) for pattern in family.weights if pattern.megatron in shapes]
 
-    def rules_for(prefix: str, layer: int | None = None) -> list[TensorRule]:
-        chosen = [pattern for pattern in patterns if pattern.megatron.startswith(prefix)]
-        return [pattern.rule(model, shapes[pattern.megatron], layer) for pattern in chosen]
+    def starting_with(prefix: str) -> list[TensorRule]:
+        return [rule for rule in rules if rule.megatron.startswith(prefix)]
 
-    rules = rules_for("embedding.")
-    for layer in range(model.layers):
-        rules += rules_for("decoder.layers.", layer)
-    return rules + rules_for("decoder.final_layernorm.") + rules_for("output_layer.")
+    in_layers = [rule.in_layer(layer) for layer in range(model.layers) for rule in starting_with("decoder.layers.")]
+    return [
+        *starting_with("embedding."),
+        *in_layers,
+        *starting_with("decoder.final_layernorm."),
+        *starting_with("output_layer."),
+    ]
 
 
 def tied_copies(model: ModelConfig) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,6 +59,11 @@ class TensorRule:
     hf_shapes: tuple[tuple[int, ...], ...]
     blocks: tuple[RowBlock, ...]
     padded_vocab: bool = False
+
+    def in_layer(self, layer: int) -> TensorRule:
+        """Return the rule with `*` in its names replaced by the number of a layer."""
+        megatron, *hf = (name.replace("*", str(layer)) for name in (self.megatron, *self.hf))
+        return replace(self, megatron=megatron, hf=tuple(hf))
 
     def to_megatron(self, *tensors: torch.Tensor) -> torch.Tensor:
         """Return the global Megatron tensor; a view of the Hugging Face tensor where the rule copies one whole tensor.

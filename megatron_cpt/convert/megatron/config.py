@@ -234,4 +234,6 @@ def _refuse_unsupported(fields: Mapping[str, Any], where: object) -> None:
         problems.append(f"sliding-window attention ({window})")
     problems += [f"{name}: {fields[name]}" for name in _UNSUPPORTED if fields.get(name)]
     if problems:
-        raise RefusedError(f"{where}: {', '.join(problems)}: not supported, so the model would compute something else")
+        raise RefusedError(
+            f"{where}: not supported: {', '.join(problems)}; the converted model would compute something else"
+        )

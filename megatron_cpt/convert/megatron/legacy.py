@@ -11,7 +11,6 @@ layers, PP 2, VPP 2: stage 0 holds layers 0 and 1 (model0) and 4 and 5 (model1),
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _SPLIT_ROWS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", EMBEDDING, OUTPUT_LAYER)
 _SPLIT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-
-RankState = Mapping[str, StoredTensor]
 
 
 class LegacyWeights(MosaicWeights):
@@ -120,10 +117,13 @@ def _merge(
                     global_name = f"decoder.layers.{first_layer + int(match[1])}.{match[2]}"
                 if is_tied and global_name == OUTPUT_LAYER:
                     continue  # copy of the embedding on the last stage
-                shards = [_shard(folder, chunk, name) for chunk in chunks]
+                if not all(name in chunk for chunk in chunks):
+                    raise RefusedError(
+                        f"{folder}: {name} is missing in the file of a tensor-parallel rank; copy all files again"
+                    )
                 if global_name in tensors:
                     raise RefusedError(f"{folder}: {global_name} is in two pipeline stages; do not use this checkpoint")
-                tensors[global_name] = _join(global_name, shards, is_gated)
+                tensors[global_name] = _join(global_name, [chunk[name] for chunk in chunks], is_gated)
             first_layer += num_layers
     return tensors
 
@@ -142,14 +142,6 @@ def _chunk(folder: Path, state: Mapping[str, Any], key: str) -> dict[str, Stored
         for name, tensor in model.items()
         if isinstance(tensor, StoredTensor) and "_extra_state" not in name
     }
-
-
-def _shard(folder: Path, chunk: RankState, name: str) -> StoredTensor:
-    if name not in chunk:
-        raise RefusedError(
-            f"{folder}: {name} is missing in the file of one of the tensor-parallel ranks; copy all files again"
-        )
-    return chunk[name]
 
 
 def _join(name: str, shards: list[StoredTensor], is_gated: bool) -> Mosaic:
@@ -190,10 +182,7 @@ def _piece_at(shard: StoredTensor, row: int, column: int = 0) -> Piece:
 
 
 def _check_copies(name: str, shards: list[StoredTensor]) -> None:
-    copies: dict[bytes, int] = defaultdict(int)
-    for shard in shards:
-        copies[shard.read().reshape(-1).view(torch.uint8).numpy().tobytes()] += 1
-    if len(copies) > 1:
+    if len({shard.read().reshape(-1).view(torch.uint8).numpy().tobytes() for shard in shards}) > 1:
         raise RefusedError(
             f"{name}: a copy on every tensor-parallel rank, but the copies differ; do not use this checkpoint"
         )

@@ -80,7 +80,6 @@ def write_file(
     plan: FilePlan,
     specs: Mapping[str, TensorSpec],
     *,
-    num_layers: int,
     tensor_parallel: int,
     read: ReadRows,
     advance: Callable[[int], None],
@@ -91,7 +90,6 @@ def write_file(
         path: file to write.
         plan: tensors in the file.
         specs: all tensors of the model.
-        num_layers: number of layers of the model.
         tensor_parallel: tensor-parallel size of the target.
         read: reads rows.
         advance: called with the number of bytes of every piece.
@@ -122,7 +120,7 @@ def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
     empty = io.BytesIO()
     torch.save([None], empty)
     entries = []
-    with open(path, "wb", buffering=0) as file:
+    with name_file_in_errors(path), open(path, "wb", buffering=0) as file:
         out = HashedStream(file)
         for layer in range(num_layers):
             for module in _EXTRA_STATES:
