@@ -93,6 +93,16 @@ def test_pieces_are_cut_where_the_ranks_are() -> None:
     assert [len(file.tensors) for file in small] == [3, 3, 2]
 
 
+def test_paths_may_be_strings(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    import_checkpoint(str(folders["llama"]), "base")
+    export_checkpoint("base", "back")
+    assert verify_tensors("back", "base").is_equal
+    with pytest.raises(UserError, match="dtype 'bfloat16' is not known; choose fp32, bf16, fp16"):
+        import_checkpoint(str(folders["llama"]), "other", ImportOptions(dtype="bfloat16"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "base"]
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_import_casts_to_each_dtype(tmp_path: Path, folders: dict[str, Path], dtype: str) -> None:
     import_checkpoint(folders["qwen2"], tmp_path / "c", ImportOptions(dtype=dtype))
