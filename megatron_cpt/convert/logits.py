@@ -58,7 +58,7 @@ class LogitsReport:
 
 
 def compare_logits(
-    hf: Path, checkpoint: Path, prompts: Sequence[str] | None = None, *, tensor: int = 1, pipeline: int = 1
+    hf: str | Path, checkpoint: str | Path, prompts: Sequence[str] | None = None, *, tensor: int = 1, pipeline: int = 1
 ) -> LogitsReport | None:
     """Compare the logits of a checkpoint and a Hugging Face folder; every rank of the job calls this function.
 
@@ -85,11 +85,11 @@ def compare_logits(
     model = ModelConfig.model_validate(read_run(path)["model"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of transformers and torch do not concern a reader of the report
-        ids, origin = _prompt_ids(hf, model, prompts)
+        ids, origin = _prompt_ids(Path(hf), model, prompts)
         ours = _our_logits(path, model, ids, tensor, pipeline)
         if launched_rank() != 0:
             return None
-        return _compare(ours, _hf_logits(hf, ids), f"TP {tensor} x PP {pipeline}", origin)
+        return _compare(ours, _hf_logits(Path(hf), ids), f"TP {tensor} x PP {pipeline}", origin)
 
 
 def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> tuple[list[torch.Tensor], str]:

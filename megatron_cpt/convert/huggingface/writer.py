@@ -1,8 +1,8 @@
 """Writer of safetensors shards: a tensor, or some of its rows, at a time, in any order, from any thread.
 
-All shapes are known beforehand, so the headers are written first and each tensor has a fixed place. Example:
-"a" of shape (2, 3) in fp32 and "b" of shape (4,) in bf16 make one file of 8 bytes for the header's length, the header
-(say 136 bytes), then "a" at bytes 144 to 167 and "b" at bytes 168 to 175. Row 1 of "a" goes to bytes 156 to 167.
+All shapes are known beforehand, so the headers are written first and each tensor has a fixed place. Example: "a" of
+shape (2, 3) in fp32 and "b" of shape (4,) in bf16. The file has 8 bytes for the header's length, 144 bytes of header,
+then "a" at bytes 152 to 175 and "b" at bytes 176 to 183. Row 1 of "a" goes to bytes 164 to 175.
 
 The files are in the work folder `NAME.partial` until `finish` renames it to NAME; see `convert.job`.
 """
