@@ -208,7 +208,8 @@ def verify(
         _print_json({"tensors": tensors.to_dict(), "logits": compared.to_dict() if compared else None})
     else:
         _print_verification(checkpoint, tensors, compared)
-    if not tensors.is_equal or (compared is not None and compared.max_difference > LOGITS_LIMIT):
+    do_logits_agree = compared is None or compared.max_difference <= LOGITS_LIMIT  # False for NaN
+    if not (tensors.is_equal and do_logits_agree):
         raise typer.Exit(EXIT_REFUSED)
 
 

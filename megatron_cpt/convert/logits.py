@@ -186,9 +186,9 @@ def _hf_logits(hf: Path, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _compare(ours: Sequence[torch.Tensor], hf: Sequence[torch.Tensor], layout: str, origin: str) -> LogitsReport:
-    difference, divergence, agreeing, num_tokens = 0.0, 0.0, 0, 0
+    differences, divergence, agreeing, num_tokens = [], 0.0, 0, 0
     for our_logits, hf_logits in zip(ours, hf, strict=True):
-        difference = max(difference, float((our_logits - hf_logits).abs().max()))
+        differences.append((our_logits - hf_logits).abs().max())
         log_ours, log_hf = (functional.log_softmax(logits.double(), -1) for logits in (our_logits, hf_logits))
         divergence += float(functional.kl_div(log_ours, log_hf, reduction="sum", log_target=True))
         agreeing += int((our_logits.argmax(-1) == hf_logits.argmax(-1)).sum())
@@ -198,7 +198,7 @@ def _compare(ours: Sequence[torch.Tensor], hf: Sequence[torch.Tensor], layout: s
         num_prompts=len(ours),
         num_tokens=num_tokens,
         tokens=origin,
-        max_difference=difference,
-        mean_kl=max(0.0, divergence / num_tokens),
+        max_difference=float(torch.stack(differences).max()),  # unlike Python's max, it keeps a NaN
+        mean_kl=max(divergence / num_tokens, 0.0),
         top1_agreement=agreeing / num_tokens,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -94,3 +95,14 @@ def test_logits_of_every_family_and_of_odd_models_equal_transformers():
 def test_logits_of_many_odd_models_equal_transformers(family):
     (found,) = run_ranks(1, differences_of_odd_models, [family], 60)
     assert len(found[family]) >= 60
+
+
+def test_a_logit_that_is_nan_is_a_difference() -> None:
+    from megatron_cpt.convert.logits import _compare
+
+    logits = [torch.zeros(3, 5), torch.zeros(2, 5)]
+    assert _compare(logits, logits, "TP 1 x PP 1", "random ids").max_difference == 0.0
+    logits_with_nan = [logits[0], logits[1].index_fill(1, torch.tensor([4]), float("nan"))]
+    report = _compare(logits_with_nan, logits, "TP 1 x PP 1", "random ids")
+    assert not report.max_difference <= 1e-4
+    assert math.isnan(report.mean_kl)
