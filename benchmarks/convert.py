@@ -1,15 +1,17 @@
-"""What conversion costs: against transformers on a model that fits, and against `cp` on Nemotron-4 15B itself.
+"""Cost of a conversion, compared with transformers on a model that fits in memory, and with `cp` on Nemotron-4 15B.
 
     python benchmarks/convert.py [--gb 1]              # import + export against from_pretrained + save_pretrained
     python benchmarks/convert.py --nemotron-15b [--layers 32] [--folder DIR]
 
-The first compares a random Llama of about that size: `convert import` and `convert export` one after the other, and one
-`from_pretrained` + `save_pretrained`, alternating, each in a process of its own whose peak memory is taken from the
-kernel (VmHWM; the page cache does not count). The second makes a synthetic Hugging Face folder of the 15B's shapes,
-imports it for TP8 x PP4, and exports it again; `cp` + `fsync` of the same bytes runs before and after, in the same run.
-No more than two copies of the model are on the disk at a time (62.6 GB for all layers): the weights follow from the
-tensors' names, so what was exported is compared with weights made anew, not with the source, which is gone by then.
-Nothing compresses or is sparse: all bytes are random, written and read; each step begins with a cold page cache.
+The first command measures a random Llama of about that size. It alternates `convert import` plus `convert export` with
+`from_pretrained` plus `save_pretrained`. Each runs in its own process, whose peak memory is the kernel's VmHWM, without
+the page cache.
+
+The second command creates a random Hugging Face folder with the shapes of the 15B, imports it for TP8 x PP4 and exports
+it. `cp` and `fsync` of the same bytes run before and after. The disk holds at most two copies of the model (62.6 GB for
+all layers). By the time of the comparison the source is deleted, so the export is compared with weights that are
+generated again: they follow from the names of the tensors. The bytes are random, so no file system compresses them or
+skips zeros. Each step begins with a cold page cache.
 """
 
 from __future__ import annotations
@@ -35,19 +37,19 @@ from record import machine, write_result
 if TYPE_CHECKING:
     import torch
 
-_BLOCK = 1 << 23  # elements of random bits that all weights are made of, 16 MiB
+_BLOCK = 1 << 23  # random elements that all weights are made of, 16 MiB
 _PART_BYTES = 64 << 20
 
 _PROGRAM = """
 import json, sys, threading, time
-lock, done, told = threading.Lock(), 0, 0
+lock, done, shown = threading.Lock(), 0, 0
 def advance(count, total):
-    global done, told
+    global done, shown
     with lock:
         done += count
-        if 10 * done // total > told:
-            told = 10 * done // total
-            print(f"  {{10 * told}} %", file=sys.stderr, flush=True)
+        if 10 * done // total > shown:
+            shown = 10 * done // total
+            print(f"  {{10 * shown}} %", file=sys.stderr, flush=True)
 {body}
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({{"seconds": time.perf_counter() - started, "peak_bytes": peak}}))
@@ -81,11 +83,11 @@ for path in Path({target!r}).iterdir():
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=1.0, help="size of the Llama")
+    parser.add_argument("--gb", type=float, default=1.0, help="size of the Llama in GB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--nemotron-15b", action="store_true")
-    parser.add_argument("--layers", type=int, default=32, help="fewer for a smaller disk")
-    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--layers", type=int, default=32, help="number of layers; fewer for a smaller disk")
+    parser.add_argument("--folder", type=Path, help="folder for all files; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if options.nemotron_15b:
@@ -96,7 +98,7 @@ def main() -> None:
 
 
 def run(body: str, **values: Any) -> dict[str, float]:
-    """Run a program in a process of its own; its seconds (imports not counted) and peak memory."""
+    """Run a program in its own process; return its seconds (without imports) and its peak memory."""
     program = _PROGRAM.format(body=body.format(**values))
     result = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
@@ -104,10 +106,10 @@ def run(body: str, **values: Any) -> dict[str, float]:
 
 
 def llama_config(gigabytes: float) -> dict[str, Any]:
-    """config.json of a Llama of about this size in bf16."""
+    """Return the config.json of a Llama of about this size in bf16."""
     hidden, ffn, vocab = 2048, 5504, 32_000
-    a_layer = 2 * (hidden * (hidden + 2 * 512) + hidden * hidden + 3 * hidden * ffn)
-    layers = max(1, round((gigabytes * 1e9 - 4 * vocab * hidden) / a_layer))
+    layer_bytes = 2 * (hidden * (hidden + 2 * 512) + hidden * hidden + 3 * hidden * ffn)
+    layers = max(1, round((gigabytes * 1e9 - 4 * vocab * hidden) / layer_bytes))
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -128,17 +130,17 @@ def llama_config(gigabytes: float) -> dict[str, Any]:
 
 
 def nemotron_config(layers: int) -> dict[str, Any]:
-    """config.json of Nemotron-4 15B."""
+    """Return the config.json of Nemotron-4 15B."""
     from megatron_cpt.config import ModelConfig
     from megatron_cpt.config.presets import preset
-    from megatron_cpt.convert.huggingface.config import to_hf_config
+    from megatron_cpt.convert.huggingface.export_config import to_hf_config
     from megatron_cpt.convert.mapping.families import NEMOTRON
 
     return to_hf_config(NEMOTRON, ModelConfig(**{**preset("nemotron4_15b"), "layers": layers}), "bfloat16")
 
 
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Hugging Face folder of this config."""
+    """Return the shape of every tensor of a Hugging Face folder with this config."""
     from megatron_cpt.convert.huggingface.config import read_model
     from megatron_cpt.convert.mapping.resolve import resolve
 
@@ -147,7 +149,7 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def make_folder(folder: Path, config: dict[str, Any]) -> int:
-    """A Hugging Face folder of this config with random bf16 weights, a part at a time; returns its bytes."""
+    """Write a Hugging Face folder with random bf16 weights, a part at a time; return its size in bytes."""
     import torch
 
     from megatron_cpt.convert.huggingface.writer import HfWriter
@@ -163,7 +165,7 @@ def make_folder(folder: Path, config: dict[str, Any]) -> int:
 
 
 def parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Rows [first, last) of a bf16 tensor that fit into a little memory."""
+    """Yield rows [first, last) of a bf16 tensor, in parts of at most 64 MiB."""
     step = max(1, _PART_BYTES // (2 * math.prod(shape[1:])))
     for first in range(0, shape[0], step):
         yield first, min(shape[0], first + step)
@@ -171,35 +173,35 @@ def parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 @cache
 def random_block() -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """Random bf16 numbers between 2**-63 and 2 of both signs, twice in a row so that one can begin anywhere."""
+    """Return random bf16 numbers between 2**-63 and 2 of both signs, repeated once so that any start is possible."""
     bits = np.random.default_rng(0).integers(0, 1 << 16, size=_BLOCK, dtype=np.uint16)
     return np.tile((bits & 0xBFFF) | 0x2000, 2)
 
 
 def weights(name: str, shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
-    """Rows of a tensor: the random block, begun elsewhere and with other bits flipped for every name and segment."""
+    """Return rows of a tensor: the random block, with a start and flipped bits that depend on name and segment."""
     import torch
 
     width = math.prod(shape[1:])
     bits = np.empty((last - first) * width, np.uint16)
-    at, end = first * width, last * width
-    while at < end:
-        segment, inside = divmod(at, _BLOCK)
-        count = min(_BLOCK - inside, end - at)
+    position, end = first * width, last * width
+    while position < end:
+        segment, inside = divmod(position, _BLOCK)
+        count = min(_BLOCK - inside, end - position)
         key = int.from_bytes(hashlib.blake2b(f"{name}/{segment}".encode(), digest_size=8).digest(), "little")
-        begin = inside + (key >> 16) % _BLOCK
-        # the two bits that bound the exponent stay as they are
+        start = inside + (key >> 16) % _BLOCK
+        # 0x9FFF keeps the two bits that bound the exponent
         np.bitwise_xor(
-            random_block()[begin : begin + count],
+            random_block()[start : start + count],
             np.uint16(key & 0x9FFF),
-            out=bits[at - first * width : at - first * width + count],
+            out=bits[position - first * width : position - first * width + count],
         )
-        at += count
+        position += count
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).reshape(last - first, *shape[1:])
 
 
 def measure_against_transformers(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
-    """Seconds and peak memory of both, alternating."""
+    """Measure seconds and peak memory of both, alternating."""
     config = llama_config(gigabytes)
     size = make_folder(folder / "hf", config)
     found: dict[str, list[dict[str, float]]] = {"import": [], "export": [], "transformers": []}
@@ -207,20 +209,20 @@ def measure_against_transformers(folder: Path, gigabytes: float, rounds: int) ->
         places = {"tensor": 1, "pipeline": 1}
         found["import"].append(run(_IMPORT, source=str(folder / "hf"), target=str(folder / "ckpt"), **places))
         found["export"].append(run(_EXPORT, source=str(folder / "ckpt"), target=str(folder / "back"), verify="full"))
-        found["transformers"].append(run(_TRANSFORMERS, source=str(folder / "hf"), target=str(folder / "theirs")))
-        for name in ("ckpt", "back", "theirs"):
+        found["transformers"].append(run(_TRANSFORMERS, source=str(folder / "hf"), target=str(folder / "transformers")))
+        for name in ("ckpt", "back", "transformers"):
             shutil.rmtree(folder / name)
     return {
         "machine": machine(),
         "model": f"random Llama, {config['num_hidden_layers']} layers, bf16",
         "gigabytes": size / 1e9,
         **{name: summary(runs, size) for name, runs in found.items()},
-        "note": "each in a process of its own, imports of libraries not counted, all written bytes on the disk",
+        "note": "each in its own process, imports of libraries not counted, all written bytes on the disk",
     }
 
 
 def summary(runs: list[dict[str, float]], size: int) -> dict[str, float]:
-    """The fastest run, and the largest peak."""
+    """Return the seconds of the fastest run and the largest peak."""
     seconds = min(run["seconds"] for run in runs)
     return {
         "seconds": round(seconds, 2),
@@ -230,18 +232,18 @@ def summary(runs: list[dict[str, float]], size: int) -> dict[str, float]:
 
 
 def measure_15b(folder: Path, layers: int) -> dict[str, Any]:
-    """Import for TP8 x PP4, export, and `cp` of the same bytes; two copies of the model are on the disk at most."""
+    """Measure import for TP8 x PP4, export, and `cp` of the same bytes."""
     config = nemotron_config(layers)
     size = 2 * sum(math.prod(shape) for shape in hf_shapes(config).values())
     needed, free = 2 * size + (128 << 20), shutil.disk_usage(folder).free
     if free < needed:
-        sys.exit(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; take fewer --layers")
+        sys.exit(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; choose fewer --layers")
     source, checkpoint, back, copy = (folder / name for name in ("hf", "ckpt", "back", "copy"))
     result: dict[str, Any] = {"machine": machine(), "layers": layers, "gigabytes": size / 1e9}
     disk = [0.0]
 
     def step(title: str, action: Any) -> Any:
-        """Do it with a cold page cache; says what it took."""
+        """Run an action with a cold page cache and report its seconds."""
         forget(folder)
         started = time.perf_counter()
         done = action()
@@ -275,17 +277,17 @@ def measure_15b(folder: Path, layers: int) -> dict[str, Any]:
         "times_cp": {name: round(result[name]["seconds"] / mean, 2) for name in names},
         "peak_disk_gigabytes": round(disk[0], 2),
         "note": "cp with fsync, once before and once after; each step from a cold page cache; imports of "
-        "libraries not counted; export compares the checkpoint's checksums on the way",
+        "libraries not counted; export verifies the checkpoint's checksums while it reads",
     }
 
 
 def report(line: str) -> None:
-    """Progress, on stderr."""
+    """Print a line of progress to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def copy_folder(source: Path, target: Path) -> dict[str, float]:
-    """`cp` and what it takes until the bytes are on the disk."""
+    """Measure `cp` until the bytes are on the disk."""
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     sync_files(target)
@@ -297,7 +299,7 @@ def copy_folder(source: Path, target: Path) -> dict[str, float]:
 
 
 def is_equal(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a folder holds the weights of `make_folder` and no others to the bit; read by the safetensors package."""
+    """Return True if a folder holds exactly the weights of `make_folder`, as read by the safetensors package."""
     import torch
     from safetensors import safe_open
 
@@ -310,20 +312,22 @@ def is_equal(folder: Path, config: dict[str, Any]) -> bool:
                 if name not in shapes or tuple(shard.get_slice(name).get_shape()) != shapes[name]:
                     return False
                 for first, last in parts(shapes[name]):
-                    there = shard.get_slice(name)[first:last]
-                    here = weights(name, shapes[name], first, last)
-                    if there.dtype != here.dtype or not torch.equal(there.view(torch.int16), here.view(torch.int16)):
+                    found = shard.get_slice(name)[first:last]
+                    expected = weights(name, shapes[name], first, last)
+                    if found.dtype != expected.dtype:
+                        return False
+                    if not torch.equal(found.view(torch.int16), expected.view(torch.int16)):
                         return False
     return sorted(seen) == sorted(shapes)
 
 
 def folder_bytes(folder: Path) -> int:
-    """What the files of a folder take on the disk."""
+    """Return the disk space of the files in a folder."""
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
 def forget(folder: Path) -> None:
-    """Drop these files from the page cache: the next one begins with a cold disk, as `cp` did."""
+    """Drop the files of a folder from the page cache."""
     sync_files(folder)
     for path in folder.rglob("*"):
         if path.is_file():
@@ -333,7 +337,7 @@ def forget(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Wait until these files, and no others of the machine, are on the disk."""
+    """Wait until the files of a folder are on the disk; unlike `sync`, no other files."""
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)

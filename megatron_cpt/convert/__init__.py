@@ -1,6 +1,6 @@
-"""Checkpoints of other projects <-> ours: one declarative table a family, a tensor at a time.
+"""Conversion of checkpoints: import, export and verification, a tensor at a time.
 
-The Hugging Face side: `safetensors_folder.HfFolder` reads, `hf_writer.HfWriter` writes, `families` know config.json and
-the table of weights, `mapping.resolve` turns a table into rules between Hugging Face tensors and the global tensors of
-Megatron.
+`importer`, `exporter` and `verify` have the functions to call. `source` opens a checkpoint in any format. `mapping` has
+one table of weights per model family and turns it into rules between Hugging Face tensors and Megatron tensors.
+`huggingface` and `megatron` read and write the formats.
 """

@@ -1,13 +1,11 @@
-"""A checkpoint -> a Hugging Face folder: streamed, resumable, published by one rename."""
+"""Export of a checkpoint as a Hugging Face folder: streamed, resumable, published by one rename."""
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,43 +15,40 @@ import torch
 
 from megatron_cpt.checkpoint.manifest import Verify
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.huggingface.config import matching, read_model, to_hf_config
-from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, read_json_object
-from megatron_cpt.convert.huggingface.writer import DEFAULT_SHARD_BYTES, HfWriter, work_folder
-from megatron_cpt.convert.job import (
-    DTYPES,
-    Advance,
-    cast,
-    check_space,
-    check_target,
-    os_errors_as_cpt_errors,
-    reserved,
-    run_parallel,
-    silent,
-)
+from megatron_cpt.convert.dtypes import cast, find_dtype
+from megatron_cpt.convert.huggingface.config import read_model
+from megatron_cpt.convert.huggingface.export_config import matching, to_hf_config
+from megatron_cpt.convert.huggingface.folder import CONFIG_FILE
+from megatron_cpt.convert.huggingface.untrusted_json import read_json_object
+from megatron_cpt.convert.huggingface.writer import DEFAULT_SHARD_BYTES, HfWriter, TensorSizes, work_folder
+from megatron_cpt.convert.job import JOURNAL_FILE, Advance, no_progress, refuse_existing, run_parallel
 from megatron_cpt.convert.mapping.families import Family, by_name, detect
-from megatron_cpt.convert.mapping.resolve import TensorRule, resolve
-from megatron_cpt.convert.source import SourceCheckpoint, find_side_files, open_source_checkpoint
+from megatron_cpt.convert.mapping.resolve import resolve
+from megatron_cpt.convert.mapping.rules import TensorRule
+from megatron_cpt.convert.side_files import find_side_files
+from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
+from megatron_cpt.convert.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.errors import RefusedError, UserError
 
 BLOCK_BYTES = 16 << 20
-"""Rows that are in memory at a time, a thread; see `torch_dist_plan.MAX_PIECE_BYTES`."""
+"""Bytes of a tensor that one thread holds in memory; see `torch_dist_plan.MAX_PIECE_BYTES`."""
 
 _HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """How to export.
+    """Options of an export; the defaults suit every checkpoint that was imported from Hugging Face.
 
     Attributes:
-        dtype: `fp32`, `bf16` or `fp16`; None: as it is.
-        shard_bytes: of a safetensors file.
-        workers: threads; 0: all cores.
-        family: where neither the checkpoint nor the model says it.
-        files: a folder with config, tokenizer and generation files; None: those that an import kept.
-        model: a preset or file that says what a checkpoint of Megatron is.
-        verify: how much of the checkpoint's checksums to compare, each before its file is read: full, sampled or none.
+        dtype: `fp32`, `bf16` or `fp16`; None: keep the dtype of each tensor.
+        shard_bytes: size of a safetensors file.
+        workers: number of threads; 0: one per core.
+        family: family to export as; None: the family that the model was imported as, or the first that fits it.
+        files: folder with config, tokenizer and generation files; None: the files that the import kept.
+        model: a preset, or a YAML file with a model section, for Megatron checkpoints without a usable config.
+        verify: share of the checkpoint's checksums to compare, each before its file is read: `full`, `sampled` or
+            `none`.
     """
 
     dtype: str | None = None
@@ -67,14 +62,14 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
-        family: that it was exported as.
-        num_tensors, num_bytes: written.
-        num_kept: tensors of an earlier call that were kept.
-        side_files: names of the files that came along.
-        seconds: it took.
+        family: family that the model was exported as.
+        num_tensors, num_bytes: size of the model as written.
+        num_kept: number of tensors that an interrupted earlier call had written.
+        side_files: names of the config, tokenizer and generation files.
+        seconds: duration.
     """
 
     family: str
@@ -85,13 +80,13 @@ class ExportReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the report as plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class TensorBlock:
-    """Rows of a Hugging Face tensor, the unit of work."""
+    """Rows [first, last) of a Hugging Face tensor: the unit of work of an export."""
 
     rule: TensorRule
     name: str
@@ -100,80 +95,72 @@ class TensorBlock:
 
 
 def export_checkpoint(
-    source: Path, target: Path, options: ExportOptions | None = None, *, advance: Advance = silent
+    source: str | Path, target: str | Path, options: ExportOptions | None = None, *, advance: Advance = no_progress
 ) -> ExportReport:
-    """Export a checkpoint of ours, a run's newest one, or a checkpoint of Megatron.
+    """Export a checkpoint as a Hugging Face folder.
+
+    The target appears only when it is complete and on the disk. Call the function again with the same arguments to
+    resume an interrupted export. Example:
+
+        export_checkpoint("runs/my-run", "hf/my-model", ExportOptions(dtype="bf16"))
+
+    Args:
+        source: a checkpoint, a run directory (its newest checkpoint), or a Megatron checkpoint.
+        target: the folder to create; it must not exist.
+        options: see `ExportOptions`.
+        advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: the source is not there, the target is, or the disk is too small.
-        RefusedError: the source is damaged, or no model of the family.
-        CptError: the system fails in the middle: a full disk, a limit, a file that is gone.
+        UserError: the source does not exist, the target does, or the disk is too small.
+        RefusedError: the source is corrupt, or no family can express its model.
+        CptError: the operating system failed, for example with a full disk.
     """
-    options = options or ExportOptions()
-    check_target(target)
-    with os_errors_as_cpt_errors(work_folder(target)):
-        return _export(source, target, options, advance)
-
-
-def _export(source: Path, target: Path, options: ExportOptions, advance: Advance) -> ExportReport:
-    started = time.perf_counter()
-    incoming = open_source(source, model=options.model, verify=options.verify)
-    side = find_side_files(options.files) if options.files is not None else dict(incoming.side_files)
-    family = find_family(incoming, side, options.family)
-    rules = resolve(family, incoming.model)
-    dtypes = {rule.megatron: _final_dtype(incoming, rule, options.dtype) for rule in rules}
-    shapes = {
-        name: (shape, dtypes[rule.megatron])
-        for rule in rules
-        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
-    }
-    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
-    aside = work_folder(target)
-    with reserved(target, aside):
-        check_space(target.parent, total, aside)
-        with closing(HfWriter(target, shapes, options.shard_bytes, source=repr(incoming.identity()))) as writer:
-            _write_tensors(incoming, rules, dtypes, writer, options.workers or os.cpu_count() or 1, advance)
-            names = _write_side_files(writer.folder, family, incoming.model, side, dtypes)
+    source, target, options = Path(source), Path(target), options or ExportOptions()
+    refuse_existing(target)
+    with os_errors_as_cpt_errors(work_folder(target) / JOURNAL_FILE):
+        started = time.perf_counter()
+        checkpoint = open_checkpoint(source, model=options.model, verify=options.verify)
+        side = find_side_files(Path(options.files)) if options.files is not None else dict(checkpoint.side_files)
+        family = _choose_family(checkpoint, side, options.family)
+        rules = resolve(family, checkpoint.model)
+        dtype = find_dtype(options.dtype)
+        tensors = {
+            name: (shape, dtype or checkpoint.specs[rule.megatron].dtype)
+            for rule in rules
+            for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+        }
+        with HfWriter(target, tensors, options.shard_bytes, source=repr(checkpoint.identity())) as writer:
+            _write_tensors(checkpoint, rules, tensors, writer, options.workers, advance)
+            config_dtype = _HF_DTYPES[next(iter(tensors.values()))[1]]
+            names = _write_side_files(writer.folder, family, checkpoint.model, side, config_dtype)
             writer.finish()
-    return ExportReport(family.name, len(shapes), total, len(writer.done), names, time.perf_counter() - started)
+    return ExportReport(
+        family=family.name,
+        num_tensors=len(tensors),
+        num_bytes=writer.total_bytes,
+        num_kept=len(writer.done),
+        side_files=names,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def open_source(path: Path, *, model: str | None = None, verify: Verify = "full") -> SourceCheckpoint:
-    """Open a checkpoint; one of ours is verified first.
+def open_checkpoint(path: Path, *, model: str | None = None, verify: Verify = "full") -> SourceCheckpoint:
+    """Open a checkpoint to export or compare; see `open_source_checkpoint`.
 
     Raises:
-        UserError: there is nothing like that.
-        RefusedError: it is damaged.
+        UserError: it does not exist, or is a Hugging Face folder.
+        RefusedError: it is corrupt.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint or run directory")
-    incoming = open_source_checkpoint(path, named_model=model, verify=verify)
-    if incoming.kind == "huggingface":
-        raise UserError(f"{path}: a Hugging Face folder already; give a checkpoint")
-    return incoming
-
-
-def find_family(incoming: SourceCheckpoint, side: Mapping[str, Path], named: str | None) -> Family:
-    """The family to export as: the named one, the one it was imported from, or the first that can express it.
-
-    Raises:
-        UserError: the name is not known.
-        RefusedError: no family can express the model.
-    """
-    if named is not None:
-        return by_name(named)
-    if CONFIG_FILE in side:
-        return read_model(read_json_object(side[CONFIG_FILE]), side[CONFIG_FILE])[0]
-    if incoming.family is not None:
-        return by_name(incoming.family)
-    found = matching(incoming.model)
-    if not found:
-        raise RefusedError("no Hugging Face family has this model's norm, activation and biases; name one: --family")
-    return found[0]
+    checkpoint = open_source_checkpoint(path, named_model=model, verify=verify)
+    if checkpoint.kind == "huggingface":
+        raise UserError(f"{path}: a Hugging Face folder already; give a checkpoint or a run directory")
+    return checkpoint
 
 
 def blocks(rules: list[TensorRule], itemsize: int = 4) -> Iterator[TensorBlock]:
-    """All rows of all Hugging Face tensors, in parts that fit into memory."""
+    """Yield all rows of all Hugging Face tensors, in parts of at most `BLOCK_BYTES`."""
     for rule in rules:
         for name, shape in zip(rule.hf, rule.hf_shapes, strict=True):
             step = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
@@ -181,48 +168,61 @@ def blocks(rules: list[TensorRule], itemsize: int = 4) -> Iterator[TensorBlock]:
                 yield TensorBlock(rule, name, first, min(shape[0], first + step))
 
 
-def read_block(incoming: SourceCheckpoint, block: TensorBlock) -> torch.Tensor:
-    """The rows of a Hugging Face tensor, put together from a checkpoint."""
+def read_block(checkpoint: SourceCheckpoint, block: TensorBlock) -> torch.Tensor:
+    """Return rows of a Hugging Face tensor, assembled from a checkpoint."""
     return block.rule.hf_rows(
-        block.name, block.first, block.last, lambda name, rows: incoming.read(name, rows.start, rows.stop)
+        block.name, block.first, block.last, lambda name, rows: checkpoint.read(name, rows.start, rows.stop)
     )
 
 
-def _final_dtype(incoming: SourceCheckpoint, rule: TensorRule, dtype: str | None) -> torch.dtype:
-    return DTYPES[dtype] if dtype is not None else incoming.forms[rule.megatron].dtype
+def _choose_family(checkpoint: SourceCheckpoint, side: Mapping[str, Path], named: str | None) -> Family:
+    """Return the named family, the family that the model was imported as, or the first that can express it."""
+    if named is not None:
+        return by_name(named)
+    if CONFIG_FILE in side:
+        return read_model(read_json_object(side[CONFIG_FILE]), side[CONFIG_FILE])[0]
+    if checkpoint.family is not None:
+        return by_name(checkpoint.family)
+    found = matching(checkpoint.model)
+    if not found:
+        raise RefusedError(
+            "model: no Hugging Face family has its combination of norm, activation and biases, so transformers could "
+            "not load an export; --family NAME shows what differs from a family"
+        )
+    return found[0]
 
 
 def _write_tensors(
-    incoming: SourceCheckpoint,
+    checkpoint: SourceCheckpoint,
     rules: list[TensorRule],
-    dtypes: Mapping[str, torch.dtype],
+    tensors: TensorSizes,
     writer: HfWriter,
     workers: int,
     advance: Advance,
 ) -> None:
-    kept = [
-        math.prod(shape) * dtypes[rule.megatron].itemsize
-        for rule in rules
-        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
-        if name in writer.done
-    ]
-    advance(sum(kept), writer.total_bytes)
+    kept_bytes = sum(math.prod(tensors[name][0]) * tensors[name][1].itemsize for name in writer.done)
+    advance(kept_bytes, writer.total_bytes)
 
-    def work(block: TensorBlock) -> None:
-        rows = cast(block.name, read_block(incoming, block), dtypes[block.rule.megatron])
+    def write(block: TensorBlock) -> None:
+        rows = cast(block.name, read_block(checkpoint, block), tensors[block.name][1])
         writer.write_rows(block.name, block.first, rows)
         advance(rows.nbytes, writer.total_bytes)
 
-    run_parallel(work, [block for block in blocks(rules) if block.name not in writer.done], workers)
+    run_parallel(write, [block for block in blocks(rules) if block.name not in writer.done], workers)
 
 
 def _write_side_files(
-    folder: Path, family: Family, model: ModelConfig, side: Mapping[str, Path], dtypes: Mapping[str, torch.dtype]
+    folder: Path, family: Family, model: ModelConfig, side: Mapping[str, Path], dtype: str
 ) -> list[str]:
-    """Tokenizer and generation files as they came, and a config.json that says what the weights are now."""
-    dtype = _HF_DTYPES[next(iter(dtypes.values()))]
-    config = _kept_config(family, side)
-    if config and _still_true(config, side[CONFIG_FILE], model, dtype):
+    """Copy tokenizer and generation files, and write a config.json that describes the exported weights.
+
+    Keys of the original config.json that the model section has no field for are kept. If nothing has changed, the
+    original file is copied byte for byte.
+    """
+    config = read_json_object(side[CONFIG_FILE]) if CONFIG_FILE in side else {}
+    if config and detect(config, side[CONFIG_FILE]) is not family:
+        config = {}  # exported as another family, whose keys have other meanings
+    if config and _is_up_to_date(config, side[CONFIG_FILE], model, dtype):
         shutil.copyfile(side[CONFIG_FILE], folder / CONFIG_FILE)
     else:
         config |= to_hf_config(family, model, dtype)
@@ -234,16 +234,10 @@ def _write_side_files(
     return sorted({*side, CONFIG_FILE})
 
 
-def _kept_config(family: Family, side: Mapping[str, Path]) -> dict[str, Any]:
-    """The config.json that came along, unless the model is exported as another family."""
-    config = read_json_object(side[CONFIG_FILE]) if CONFIG_FILE in side else {}
-    return config if config and detect(config, side[CONFIG_FILE]) is family else {}
-
-
-def _still_true(config: dict[str, Any], file: Path, model: ModelConfig, dtype: str) -> bool:
-    _, there = read_model(config, file)
-    notes = {"preset", "init_std", "attention_dropout", "hidden_dropout"}
-    if model.max_positions is None:  # the run does not say it
-        notes.add("max_positions")
-    same = there.model_dump(exclude=notes) == model.model_dump(exclude=notes)
-    return same and config.get("dtype", config.get("torch_dtype", dtype)) == dtype
+def _is_up_to_date(config: dict[str, Any], file: Path, model: ModelConfig, dtype: str) -> bool:
+    _, original = read_model(config, file)
+    ignored = {"preset", "init_std", "attention_dropout", "hidden_dropout"}
+    if model.max_positions is None:
+        ignored.add("max_positions")
+    is_same_model = original.model_dump(exclude=ignored) == model.model_dump(exclude=ignored)
+    return is_same_model and config.get("dtype", config.get("torch_dtype", dtype)) == dtype

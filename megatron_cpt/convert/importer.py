@@ -1,10 +1,7 @@
-"""Anything -> a checkpoint of ours: streamed, checked, resumable, published by one rename."""
+"""Import of a Hugging Face folder or a Megatron checkpoint: streamed, checked, resumable, published by one rename."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,57 +9,48 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 
 from megatron_cpt import __version__
-from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.manifest import FileDigest, digest, manifest_text
-from megatron_cpt.config import dump_yaml
-from megatron_cpt.convert.job import (
-    DTYPES,
-    Advance,
-    cast,
-    check_finite,
-    check_space,
-    check_target,
-    os_errors_as_cpt_errors,
-    publish,
-    reserved,
-    run_parallel,
-    silent,
-    sync_file,
+from megatron_cpt.convert.checkpoint_files import write_checkpoint_files
+from megatron_cpt.convert.dtypes import cast, check_finite, find_dtype
+from megatron_cpt.convert.job import JOURNAL_FILE, Advance, JobFolder, no_progress, refuse_existing, run_parallel
+from megatron_cpt.convert.megatron.torch_dist_plan import (
+    FilePlan,
+    Target,
+    TensorSpec,
+    file_bytes,
+    plan_files,
+    total_bytes,
 )
-from megatron_cpt.convert.journal import Journal
-from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, Form, Target, file_bytes, plan_files, total_bytes
 from megatron_cpt.convert.megatron.torch_dist_writer import (
     WrittenFile,
     write_extra_states,
     write_file,
-    write_metadata,
     written_from_journal,
 )
-from megatron_cpt.convert.source import HF_FOLDER, SourceCheckpoint, open_source_checkpoint
+from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
+from megatron_cpt.convert.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.convert.vocabulary import VocabularyReport, extend_vocabulary
-from megatron_cpt.files.atomic import sync_folder, write_atomically
 
 _EXTRA_STATE_FILE = "__extra_0.distcp"
-_SPARE_BYTES = 64 << 20  # for what is written beside the tensors
+_SPARE_BYTES = 64 << 20  # for the files besides the tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """How to import.
+    """Options of an import; the defaults suit most models.
 
     Attributes:
-        dtype: `fp32`, `bf16` or `fp16`; None: as it is.
-        target: the layout that the pieces are cut for.
-        workers: threads; each holds a piece of a tensor in memory, or a row-parallel matrix.
-        model: a preset or file that says what a checkpoint of Megatron is.
-        allow_pickle: read `.bin` weights of a Hugging Face folder.
-        allow_nan: take weights that are not finite.
-        new_tokens: to be added to the vocabulary.
-        init_rows: where their rows come from: `pieces` of the old tokenizer, or the `mean` of all rows.
+        dtype: `fp32`, `bf16` or `fp16`; None: keep the dtype of each tensor.
+        target: tensor- and pipeline-parallel sizes that load fastest; every layout can load the checkpoint.
+        workers: number of threads; 0: one per core. Each holds up to 16 MiB of a tensor in memory.
+        model: a preset, or a YAML file with a model section, for Megatron checkpoints without a usable config.
+        allow_pickle: also read pickled `.bin` weights of a Hugging Face folder; tensors only, no code is run.
+        allow_nan: import weights that are NaN or infinite.
+        new_tokens: tokens to add to the vocabulary.
+        init_rows: initial embeddings of new tokens: `pieces` (mean over the old tokenizer's pieces of the token) or
+            `mean` (mean over all tokens).
     """
 
     dtype: str | None = None
@@ -74,23 +62,19 @@ class ImportOptions:
     new_tokens: tuple[str, ...] = ()
     init_rows: str = "pieces"
 
-    @property
-    def num_workers(self) -> int:
-        """Threads, resolved."""
-        return self.workers or os.cpu_count() or 1
-
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was imported.
+    """Result of an import.
 
     Attributes:
-        kind, family: of the source.
-        num_tensors, num_parameters, num_bytes: of the model as it was written, padding included.
-        num_files: of tensors.
-        num_kept: files of an earlier call that were kept.
-        seconds: it took.
-        vocabulary: what became of it, where tokens were added.
+        kind: format of the source: `huggingface`, `torch_dist` or `legacy`.
+        family: family of the model, if known.
+        num_tensors, num_parameters, num_bytes: size of the model as written, padding included.
+        num_files: number of files with tensors.
+        num_kept: number of these files that an interrupted earlier call had written.
+        seconds: duration.
+        vocabulary: changes to the vocabulary, if tokens were added.
     """
 
     kind: str
@@ -104,78 +88,68 @@ class ImportReport:
     vocabulary: VocabularyReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the report as plain values."""
         return asdict(self)
 
 
 def import_checkpoint(
-    source: Path, target: Path, options: ImportOptions | None = None, *, advance: Advance = silent
+    source: str | Path, target: str | Path, options: ImportOptions | None = None, *, advance: Advance = no_progress
 ) -> ImportReport:
-    """Import a Hugging Face folder or a checkpoint of Megatron.
+    """Import a Hugging Face folder or a Megatron checkpoint as a checkpoint that training can start from.
 
-    A call that was killed is gone on with by the same call. Nothing appears under the target's name before all of it is
-    there and on the disk.
+    The target appears only when it is complete and on the disk. Call the function again with the same arguments to
+    resume an interrupted import. Example:
+
+        import_checkpoint("hf/nemotron", "ckpt/base", ImportOptions(dtype="bf16"))
+
+    Args:
+        source: the folder to import.
+        target: the checkpoint to create; it must not exist.
+        options: see `ImportOptions`.
+        advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: the source is not there, the target is, or the disk is too small.
-        RefusedError: the source is damaged, hostile, or a model that cannot be trained here.
-        CptError: the system fails in the middle: a full disk, a limit, a file that is gone.
+        UserError: the source does not exist, the target does, or the disk is too small.
+        RefusedError: the source is corrupt or unsafe, or is a model that cannot be trained here.
+        CptError: the operating system failed, for example with a full disk.
     """
-    options = options or ImportOptions()
-    check_target(target)
-    with os_errors_as_cpt_errors(_aside(target)), tempfile.TemporaryDirectory() as scratch:
-        incoming = open_source_checkpoint(source, named_model=options.model, allow_pickle=options.allow_pickle)
+    source, target, options = Path(source), Path(target), options or ImportOptions()
+    refuse_existing(target)
+    work_path = target.with_name(f".{target.name}.tmp")
+    with os_errors_as_cpt_errors(work_path / JOURNAL_FILE), tempfile.TemporaryDirectory() as scratch:
+        opened = open_source_checkpoint(source, named_model=options.model, allow_pickle=options.allow_pickle)
         vocabulary = None
         if options.new_tokens:
-            incoming, vocabulary = extend_vocabulary(incoming, options.new_tokens, options.init_rows, Path(scratch))
-        return _import(source, target, options, advance, incoming, vocabulary)
-
-
-def _import(
-    source: Path,
-    target: Path,
-    options: ImportOptions,
-    advance: Advance,
-    incoming: SourceCheckpoint,
-    vocabulary: VocabularyReport | None,
-) -> ImportReport:
-    started = time.perf_counter()
-    forms = _final_forms(incoming, options.dtype)
-    files = plan_files(forms, incoming.model.layers, options.target)
-    aside = _aside(target)
-    with reserved(target, aside):
-        check_space(target.parent, total_bytes(forms) + _SPARE_BYTES, aside)
-        journal = Journal(aside, _job(incoming, options))
-        written = _written_before(journal)
-        num_kept = len(written)
-        _write_tensors(incoming, forms, files, options, journal, written, advance)
-        _finish(aside, _state(source, incoming, vocabulary), incoming, forms, written, journal)
-        publish(aside, target)
+            opened, vocabulary = extend_vocabulary(opened, options.new_tokens, options.init_rows, Path(scratch))
+        started = time.perf_counter()
+        dtype = find_dtype(options.dtype)
+        specs = {name: TensorSpec(spec.shape, dtype or spec.dtype) for name, spec in opened.specs.items()}
+        num_bytes = total_bytes(specs)
+        plans = plan_files(specs, opened.model.layers, options.target)
+        with JobFolder(work_path, target, _job(opened, options), needed_bytes=num_bytes + _SPARE_BYTES) as work:
+            written = _files_written_before(work)
+            num_kept = len(written)
+            _write_tensors(opened, specs, plans, options, work, written, advance)
+            write_checkpoint_files(work.path, target.name, source, opened, specs, written, vocabulary)
+            work.publish()
     return ImportReport(
-        incoming.kind,
-        incoming.family,
-        len(forms),
-        sum(form.num_bytes // form.dtype.itemsize for form in forms.values()),
-        total_bytes(forms),
-        len(files),
-        num_kept,
-        time.perf_counter() - started,
-        vocabulary,
+        kind=opened.kind,
+        family=opened.family,
+        num_tensors=len(specs),
+        num_parameters=sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values()),
+        num_bytes=num_bytes,
+        num_files=len(plans),
+        num_kept=num_kept,
+        seconds=time.perf_counter() - started,
+        vocabulary=vocabulary,
     )
 
 
-def _final_forms(incoming: SourceCheckpoint, dtype: str | None) -> dict[str, Form]:
-    return {
-        name: Form(form.shape, DTYPES[dtype] if dtype is not None else form.dtype)
-        for name, form in incoming.forms.items()
-    }
-
-
-def _job(incoming: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
+def _job(source: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
     return {
         "software": __version__,
-        "sources": incoming.identity(),
-        "model": incoming.model.model_dump(mode="json"),
+        "sources": source.identity(),
+        "model": source.model.model_dump(mode="json"),
         "dtype": options.dtype,
         "target": asdict(options.target),
         "allow_nan": options.allow_nan,
@@ -183,107 +157,52 @@ def _job(incoming: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
     }
 
 
-def _aside(target: Path) -> Path:
-    return target.parent / f".{target.name}.tmp"
-
-
-def _written_before(journal: Journal) -> dict[str, WrittenFile]:
-    """The files that an earlier call has finished, and that are still there."""
-    written = {line["file"]: written_from_journal(line) for line in journal.lines}
+def _files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
+    """Return the files that an interrupted call has finished and that still exist."""
+    written = {record["file"]: written_from_journal(record) for record in work.records}
     return {
         name: file
         for name, file in written.items()
-        if (path := journal.folder / name).is_file() and path.stat().st_size == file.size
+        if (path := work.path / name).is_file() and path.stat().st_size == file.size
     }
 
 
 def _write_tensors(
-    incoming: SourceCheckpoint,
-    forms: Mapping[str, Form],
-    files: list[FilePlan],
+    source: SourceCheckpoint,
+    specs: Mapping[str, TensorSpec],
+    plans: list[FilePlan],
     options: ImportOptions,
-    journal: Journal,
+    work: JobFolder,
     written: dict[str, WrittenFile],
     advance: Advance,
 ) -> None:
-    """All files that are not yet there, in parallel; `written` gains a record a file."""
-    total = total_bytes(forms)
-    advance(sum(file_bytes(plan, forms) for plan in files if plan.name in written), total)
+    """Write the files that are not in `written`, in parallel, and add them to it."""
+    total = total_bytes(specs)
+    advance(sum(file_bytes(plan, specs) for plan in plans if plan.name in written), total)
 
     def read(name: str, first: int, last: int) -> torch.Tensor:
-        origin, rows = incoming.origin(name), incoming.read(name, first, last)
+        origin, rows = source.origin(name), source.read(name, first, last)
         if not options.allow_nan:
             check_finite(origin, rows)
-        return cast(origin, rows, forms[name].dtype)
+        return cast(origin, rows, specs[name].dtype)
 
-    def work(plan: FilePlan) -> None:
-        result = write_file(
-            journal.folder / plan.name,
+    def record(name: str, file: WrittenFile) -> None:
+        work.record({"file": name, **asdict(file)})
+        written[name] = file
+
+    def write(plan: FilePlan) -> None:
+        file = write_file(
+            work.path / plan.name,
             plan,
-            forms,
-            num_layers=incoming.model.layers,
+            specs,
             tensor_parallel=options.target.tensor,
             read=read,
             advance=lambda count: advance(count, total),
         )
-        journal.record({"file": plan.name, **asdict(result)})
-        written[plan.name] = result
+        record(plan.name, file)
 
-    left = [plan for plan in files if plan.name not in written]
-    left.sort(key=lambda plan: file_bytes(plan, forms), reverse=True)  # an embedding begun last would be waited for
-    run_parallel(work, left, options.num_workers)
+    missing = [plan for plan in plans if plan.name not in written]
+    missing.sort(key=lambda plan: file_bytes(plan, specs), reverse=True)  # a large file at the end would run alone
+    run_parallel(write, missing, options.workers)
     if _EXTRA_STATE_FILE not in written:
-        result = write_extra_states(journal.folder / _EXTRA_STATE_FILE, incoming.model.layers)
-        journal.record({"file": _EXTRA_STATE_FILE, **asdict(result)})
-        written[_EXTRA_STATE_FILE] = result
-
-
-def _finish(
-    aside: Path,
-    state: Mapping[str, Any],
-    incoming: SourceCheckpoint,
-    forms: Mapping[str, Form],
-    written: Mapping[str, WrittenFile],
-    journal: Journal,
-) -> None:
-    """Everything beside the tensors; the manifest last."""
-    names = write_metadata(aside, forms, incoming.model.layers, written)
-    (aside / layout.STATE_FILE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
-    run = {"name": aside.name.removeprefix(".").removesuffix(".tmp"), "model": incoming.model.model_dump(mode="json")}
-    (aside / layout.RUN_FILE).write_text(dump_yaml(run), encoding="utf-8")
-    names += [layout.STATE_FILE, layout.RUN_FILE]
-    shutil.rmtree(aside / HF_FOLDER, ignore_errors=True)  # of an earlier call that came as far as here
-    for name, file in incoming.side_files.items():
-        (aside / HF_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(file, aside / HF_FOLDER / name)
-        names.append(f"{HF_FOLDER}/{name}")
-    for name in names:
-        sync_file(aside / name)
-    if incoming.side_files:
-        sync_folder(aside / HF_FOLDER)
-    digests = {name: FileDigest(result.size, result.checksum) for name, result in written.items()}
-    digests |= {name: digest(aside / name) for name in names}
-    write_atomically(aside / layout.MANIFEST_FILE, manifest_text(digests))
-    journal.remove()
-
-
-def _state(source: Path, incoming: SourceCheckpoint, vocabulary: VocabularyReport | None) -> dict[str, Any]:
-    """state.json of a checkpoint that no run has written: nothing is trained, nothing is read."""
-    return {
-        "format_version": layout.FORMAT_VERSION,
-        "content": "weights",
-        "train": {"step": 0, "tokens": 0, "samples_by_source": {}, "data": None},
-        "layout": {"world_size": 1, "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1},
-        "data_fingerprints": {},
-        "layer_spec": "local",
-        "imported": {
-            "from": str(source.resolve()),
-            "kind": incoming.kind,
-            "family": incoming.family,
-            "vocabulary": asdict(vocabulary) if vocabulary is not None else None,
-        },
-        "versions": {
-            "megatron_cpt": __version__,
-            **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")},
-        },
-    }
+        record(_EXTRA_STATE_FILE, write_extra_states(work.path / _EXTRA_STATE_FILE, source.model.layers))

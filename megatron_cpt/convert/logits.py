@@ -1,7 +1,7 @@
-"""Our model's logits against those of `transformers`, on prompts, at any TP x PP: a collective job.
+"""Comparison of our model's logits with the logits of transformers, at any TP x PP; run by all ranks of a job.
 
-The checkpoint is loaded into megatron-core's GPT as training loads it, and runs through its pipeline schedule; rank 0
-holds the result against the Hugging Face model. Both compute in fp32.
+The checkpoint is loaded into megatron-core's GPT as in training, and runs through its pipeline schedule. Rank 0 then
+runs the Hugging Face model and compares. Both compute in fp32.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _RANDOM_LENGTHS = (5, 17, 32)
 
 @dataclass(frozen=True)
 class LogitsReport:
-    """How far the two are apart.
+    """Differences between the logits of both models.
 
     Attributes:
-        layout: TP x PP.
-        num_prompts, num_tokens: compared.
-        tokens: where the prompts' ids come from: `tokenizer` or `random ids`.
-        max_difference: of any logit.
-        mean_kl: Kullback-Leibler divergence of ours from transformers' in nats, mean over positions.
-        top1_agreement: share of positions where both put the same token first.
+        layout: layout of our model, such as `TP 2 x PP 2`.
+        num_prompts, num_tokens: number of prompts and tokens that were compared.
+        tokens: origin of the prompts' ids: `tokenizer` or `random ids`.
+        max_difference: largest absolute difference of any logit.
+        mean_kl: Kullback-Leibler divergence of our distribution from transformers', in nats, mean over positions.
+        top1_agreement: share of positions where both models rank the same token first.
     """
 
     layout: str
@@ -53,43 +53,43 @@ class LogitsReport:
     top1_agreement: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the report as plain values."""
         return asdict(self)
 
 
 def compare_logits(
-    hf: Path, checkpoint: Path, prompts: Sequence[str] | None = None, *, tensor: int = 1, pipeline: int = 1
+    hf: str | Path, checkpoint: str | Path, prompts: Sequence[str] | None = None, *, tensor: int = 1, pipeline: int = 1
 ) -> LogitsReport | None:
-    """Compare the logits; every rank of the job calls it.
+    """Compare the logits of a checkpoint and a Hugging Face folder; every rank of the job calls this function.
 
     Args:
         hf: a Hugging Face folder.
-        checkpoint: of ours.
-        prompts: texts; None: a few of our own. Without a tokenizer in the folder, random ids stand in for our own.
-        tensor, pipeline: the layout; as many processes as their product.
+        checkpoint: a checkpoint of this package.
+        prompts: texts. None: `PROMPTS`, or random ids if the folder has no tokenizer.
+        tensor, pipeline: tensor- and pipeline-parallel sizes; their product is the number of processes.
 
     Returns:
-        The report on rank 0, None on the others.
+        The report on rank 0, None on the other ranks.
 
     Raises:
-        UserError: the number of processes does not fit, or there is no tokenizer for the prompts that were named.
+        UserError: the number of processes is another one, or the folder has no tokenizer to encode `prompts`.
     """
     if launched_world_size() != tensor * pipeline:
         raise UserError(
             f"--logits: TP {tensor} x PP {pipeline} takes {tensor * pipeline} processes, but {launched_world_size()} "
-            f"started; torchrun --nproc-per-node {tensor * pipeline} -m megatron_cpt convert verify ..."
+            f"started; run torchrun --nproc-per-node {tensor * pipeline} -m megatron_cpt convert verify ..."
         )
     path = resolve_checkpoint(checkpoint)
     if not is_checkpoint(path) or not (path / RUN_FILE).is_file():
-        raise UserError(f"{checkpoint}: --logits needs a checkpoint of this software; import it first")
+        raise UserError(f"{checkpoint}: --logits needs a checkpoint of this package; import it first")
     model = ModelConfig.model_validate(read_run(path)["model"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the libraries below warn about is not for the reader of a report
-        ids, origin = _prompt_ids(hf, model, prompts)
+        warnings.simplefilter("ignore")  # warnings of transformers and torch do not concern a reader of the report
+        ids, origin = _prompt_ids(Path(hf), model, prompts)
         ours = _our_logits(path, model, ids, tensor, pipeline)
         if launched_rank() != 0:
             return None
-        return _compare(ours, _hf_logits(hf, ids), f"TP {tensor} x PP {pipeline}", origin)
+        return _compare(ours, _hf_logits(Path(hf), ids), f"TP {tensor} x PP {pipeline}", origin)
 
 
 def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> tuple[list[torch.Tensor], str]:
@@ -101,7 +101,7 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
         texts = prompts or PROMPTS
         return [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts], "tokenizer"
     if prompts:
-        raise UserError(f"--prompts: {hf} has no tokenizer to encode them; leave them out for random ids")
+        raise UserError(f"--prompts: {hf} has no tokenizer to encode them; omit --prompts to compare on random ids")
     generator = torch.Generator().manual_seed(1234)
     return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS], "random ids"
 
@@ -109,11 +109,11 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
 def _our_logits(
     path: Path, model: ModelConfig, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int
 ) -> list[torch.Tensor]:
-    """(length, vocab) float32 for each prompt, the same on every rank."""
+    """Return (length, vocab) float32 logits per prompt, on every rank."""
     longest = max(len(ids) for ids in prompts)
     run = inference_run(model, longest, ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=False))
     with process_groups(run.parallel) as ranks:
-        # megatron-core reads torch.cuda when it is imported, and the process groups put the CPU in its place
+        # imported here: megatron-core reads torch.cuda on import, and process_groups replaces it on a CPU
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -131,8 +131,8 @@ def _our_logits(
             return chunk(tokens, positions, None), collect
 
         def collect(logits: torch.Tensor, **_: Any) -> torch.Tensor:
-            whole: torch.Tensor = gather_from_tensor_model_parallel_region(logits)
-            return whole[0, :, : model.vocab].float().cpu()
+            gathered: torch.Tensor = gather_from_tensor_model_parallel_region(logits)
+            return gathered[0, :, : model.vocab].float().cpu()
 
         results = []
         for ids in prompts:
@@ -147,14 +147,14 @@ def _our_logits(
                     forward_only=True,
                     collect_non_loss_data=True,
                 )
-            answer: list[Any] = [found[0] if found else None]
-            dist.broadcast_object_list(answer, src=dist.get_world_size() - 1)  # the last rank is on the last stage
-            results.append(answer[0])
+            shared: list[Any] = [found[0] if found else None]
+            dist.broadcast_object_list(shared, src=dist.get_world_size() - 1)  # the last rank is on the last stage
+            results.append(shared[0])
         return results
 
 
 def inference_run(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> RunConfig:
-    """A run of this model; what it would train on does not matter, nothing is opened."""
+    """Return a run of this model that only computes logits; its sources are placeholders that are never opened."""
     return RunConfig.model_validate(
         {
             "name": "logits",
@@ -185,14 +185,20 @@ def _hf_logits(hf: Path, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [model(ids[None]).logits[0].float() for ids in prompts]
 
 
-def _compare(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], layout: str, origin: str) -> LogitsReport:
-    difference, divergence, agreeing, num_tokens = 0.0, 0.0, 0, 0
-    for our, their in zip(ours, theirs, strict=True):
-        difference = max(difference, float((our - their).abs().max()))
-        log_ours, log_theirs = functional.log_softmax(our.double(), -1), functional.log_softmax(their.double(), -1)
-        divergence += float(functional.kl_div(log_ours, log_theirs, reduction="sum", log_target=True))
-        agreeing += int((our.argmax(-1) == their.argmax(-1)).sum())
-        num_tokens += len(our)
+def _compare(ours: Sequence[torch.Tensor], hf: Sequence[torch.Tensor], layout: str, origin: str) -> LogitsReport:
+    differences, divergence, agreeing, num_tokens = [], 0.0, 0, 0
+    for our_logits, hf_logits in zip(ours, hf, strict=True):
+        differences.append((our_logits - hf_logits).abs().max())
+        log_ours, log_hf = (functional.log_softmax(logits.double(), -1) for logits in (our_logits, hf_logits))
+        divergence += float(functional.kl_div(log_ours, log_hf, reduction="sum", log_target=True))
+        agreeing += int((our_logits.argmax(-1) == hf_logits.argmax(-1)).sum())
+        num_tokens += len(our_logits)
     return LogitsReport(
-        layout, len(ours), num_tokens, origin, difference, max(0.0, divergence / num_tokens), agreeing / num_tokens
+        layout=layout,
+        num_prompts=len(ours),
+        num_tokens=num_tokens,
+        tokens=origin,
+        max_difference=float(torch.stack(differences).max()),  # unlike Python's max, it keeps a NaN
+        mean_kl=max(divergence / num_tokens, 0.0),
+        top1_agreement=agreeing / num_tokens,
     )

@@ -1,7 +1,7 @@
-"""The checksums of a checkpoint of ours, compared on the way: each file before anything of it is used.
+"""Comparison of a checkpoint's checksums while it is read: each file before any part of it is used.
 
-Verifying everything first reads a checkpoint that is larger than memory from the disk twice. Here a file is hashed when
-it is first asked for, and the files after it meanwhile: what is then read of it comes out of the page cache.
+Verifying everything first would read a checkpoint that is larger than memory from the disk twice. Here a file is hashed
+when it is first requested, and the next files in the background. Later reads of a hashed file hit the page cache.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, compare, find_faults, shards_to_compare
 
-_THREADS = 2  # that hash; the files after the one that is asked for are as many
+_THREADS = 2  # threads that hash, and number of files that are hashed ahead of the requested one
 
 
 class FirstRead:
-    """Called with a file of tensors before it is read; the small files are compared at once."""
+    """Callable that takes a file and returns when the file is verified."""
 
     def __init__(self, checkpoint: Path, how: Verify) -> None:
-        """Are all files there, and the small ones sound?
+        """Verify that all files exist, and compare the small files.
 
         Args:
-            checkpoint: its folder.
-            how: full: the checksum of every file that is read; sampled: of those that a sampled verification takes.
+            checkpoint: folder of the checkpoint.
+            how: share of the shards to compare; see `megatron_cpt.checkpoint.manifest`.
 
         Raises:
-            RefusedError: a file is missing, of another size or damaged.
+            RefusedError: a file is missing, has another size, or is corrupt.
         """
         self._checkpoint = checkpoint
         if faults := find_faults(checkpoint, how, with_shards=False):
@@ -38,16 +38,16 @@ class FirstRead:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="verify")
 
     def __call__(self, path: Path) -> None:
-        """Wait until a file is known to be sound.
+        """Wait until a file is verified; may be called from several threads.
 
         Raises:
-            RefusedError: it is damaged.
+            RefusedError: the file is corrupt.
         """
         if path.name not in self._expected:
             return
-        at = self._order.index(path.name)
+        position = self._order.index(path.name)
         with self._lock:
-            for name in self._order[at : at + 1 + _THREADS]:
+            for name in self._order[position : position + 1 + _THREADS]:
                 if name not in self._compared:
                     self._compared[name] = self._threads.submit(compare, self._checkpoint, name, self._expected[name])
         if fault := self._compared[path.name].result():

@@ -1,8 +1,7 @@
-"""Is a checkpoint the same model as a Hugging Face folder? Every tensor accounted for, every byte compared."""
+"""Comparison of a checkpoint with a Hugging Face folder: every tensor is accounted for, every byte compared."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -13,28 +12,31 @@ from typing import Any
 import torch
 
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.exporter import TensorBlock, blocks, open_source, read_block
+from megatron_cpt.convert.exporter import TensorBlock, blocks, open_checkpoint, read_block
 from megatron_cpt.convert.huggingface.config import read_model
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, HfFolder
-from megatron_cpt.convert.job import Advance, os_errors_as_cpt_errors, run_parallel
-from megatron_cpt.convert.mapping.resolve import check_tensors, resolve
+from megatron_cpt.convert.job import Advance, no_progress, run_parallel
+from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
+from megatron_cpt.convert.mapping.resolve import check_hf_tensors, resolve
 from megatron_cpt.convert.source import SourceCheckpoint
+from megatron_cpt.convert.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.errors import RefusedError
 
-_NOTES = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout", "vocab_multiple"}
+# Fields that do not change what a model computes, or change only its padding
+_IGNORED_FIELDS = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout", "vocab_multiple"}
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What a comparison found.
+    """Result of a comparison.
 
     Attributes:
-        family: of the folder.
-        num_tensors: Hugging Face tensors that were compared.
-        num_bytes: of them, as the checkpoint holds them.
-        num_cast: tensors of another type in the checkpoint; compared as the narrower of the two.
+        family: family of the Hugging Face model.
+        num_tensors: number of Hugging Face tensors that were compared.
+        num_bytes: size of these tensors in the checkpoint.
+        num_cast: number of tensors with another dtype in the checkpoint; compared in the narrower of both dtypes.
         differing: tensor -> number of elements that differ in at least one bit.
-        padding: rows of padding in the checkpoint that are not zero, by tensor; harmless, and worth a word.
+        padding: tensor -> number of rows of padding in the checkpoint that are not zero; they do no harm.
     """
 
     family: str
@@ -46,103 +48,107 @@ class TensorReport:
 
     @property
     def is_equal(self) -> bool:
-        """Whether every byte is as it should be."""
+        """True if no element differs."""
         return not self.differing
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the report as plain values."""
         return {"equal": self.is_equal, **asdict(self)}
 
 
 def verify_tensors(
-    hf: Path,
-    checkpoint: Path,
+    hf: str | Path,
+    checkpoint: str | Path,
     *,
     workers: int = 0,
     allow_pickle: bool = False,
     model: str | None = None,
-    advance: Advance,
+    advance: Advance = no_progress,
 ) -> TensorReport:
-    """Compare a checkpoint with a Hugging Face folder as its export would be, a part of a tensor at a time.
+    """Compare a checkpoint, as it would be exported, with a Hugging Face folder, a part of a tensor at a time.
 
     Args:
-        hf: the folder.
-        checkpoint: of ours, a run's newest, or one of Megatron.
-        workers: threads; 0: all cores.
-        allow_pickle: read `.bin` weights.
-        model: a preset or file that says what a checkpoint of Megatron is.
-        advance: told of the bytes compared.
+        hf: the Hugging Face folder.
+        checkpoint: a checkpoint, a run directory (its newest checkpoint), or a Megatron checkpoint.
+        workers: number of threads; 0: one per core.
+        allow_pickle: also read pickled `.bin` weights.
+        model: a preset, or a YAML file with a model section, for Megatron checkpoints without a usable config.
+        advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: one of them is not there.
-        RefusedError: one is damaged, or they are different models: tensors missing, surplus or of another shape.
-        CptError: the system fails in the middle.
+        UserError: the folder or the checkpoint does not exist.
+        RefusedError: one of them is corrupt, or they are different models: tensors are missing, unknown or of another
+            shape.
+        CptError: the operating system failed, for example with a block that cannot be read.
     """
+    hf, checkpoint = Path(hf), Path(checkpoint)
     with os_errors_as_cpt_errors():
-        return _verify(hf, checkpoint, workers or os.cpu_count() or 1, allow_pickle, model, advance)
+        folder = HfFolder(hf, allow_pickle=allow_pickle)
+        family, hf_model = read_model(folder.config, hf / CONFIG_FILE)
+        rules = resolve(family, hf_model)
+        check_hf_tensors(rules, folder.tensors, hf_model, hf)
+        opened = open_checkpoint(checkpoint, model=model)
+        _refuse_other_model(hf, hf_model, checkpoint, opened.model)
+        differing: Counter[str] = Counter()
+        lock = threading.Lock()
+        total = sum(spec.num_bytes for spec in opened.specs.values())
+        advance(0, total)
 
+        def compare(block: TensorBlock) -> None:
+            ours = read_block(opened, block)
+            theirs = folder.read(block.name, slice(block.first, block.last))
+            narrower = theirs.dtype if theirs.itemsize < ours.itemsize else ours.dtype
+            count = num_different(theirs.to(narrower), ours.to(narrower))
+            if count:
+                with lock:
+                    differing[block.name] += count
+            advance(ours.nbytes, total)
 
-def _verify(
-    hf: Path, checkpoint: Path, workers: int, allow_pickle: bool, model: str | None, advance: Advance
-) -> TensorReport:
-    folder = HfFolder(hf, allow_pickle=allow_pickle)
-    family, wanted = read_model(folder.config, hf / CONFIG_FILE)
-    rules = resolve(family, wanted)
-    check_tensors(rules, folder.tensors, wanted, hf)
-    incoming = open_source(checkpoint, model=model)
-    _check_model(hf, wanted, checkpoint, incoming.model)
-    differing: Counter[str] = Counter()
-    lock = threading.Lock()
-    total = sum(form.num_bytes for form in incoming.forms.values())
-    advance(0, total)
-
-    def work(block: TensorBlock) -> None:
-        there = read_block(incoming, block)
-        here = folder.read(block.name, slice(block.first, block.last))
-        narrow = here.dtype if here.itemsize < there.itemsize else there.dtype
-        count = num_different(here.to(narrow), there.to(narrow))
-        if count:
-            with lock:
-                differing[block.name] += count
-        advance(there.nbytes, total)
-
-    run_parallel(work, list(blocks(rules)), workers)
-    cast = [
-        name for rule in rules for name in rule.hf if folder.tensors[name].dtype != incoming.forms[rule.megatron].dtype
-    ]
-    return TensorReport(
-        family.name,
-        sum(len(rule.hf) for rule in rules),
-        total,
-        len(cast),
-        dict(sorted(differing.items())),
-        _padding_rows(incoming),
-    )
+        run_parallel(compare, list(blocks(rules)), workers)
+        dtypes = [(folder.tensors[name].dtype, opened.specs[rule.megatron].dtype) for rule in rules for name in rule.hf]
+        return TensorReport(
+            family=family.name,
+            num_tensors=len(dtypes),
+            num_bytes=total,
+            num_cast=sum(hf_dtype != our_dtype for hf_dtype, our_dtype in dtypes),
+            differing=dict(sorted(differing.items())),
+            padding=_count_nonzero_padding(opened),
+        )
 
 
 def num_different(first: torch.Tensor, second: torch.Tensor) -> int:
-    """Elements that are not the same to the bit (NaN equals the same NaN, 0 is not -0)."""
+    """Return the number of elements that differ in at least one bit. A NaN equals itself, 0.0 differs from -0.0."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[first.dtype.itemsize]
     a, b = first.contiguous().view(integer), second.contiguous().view(integer)
     return 0 if torch.equal(a, b) else int((a != b).sum())
 
 
-def _check_model(hf: Path, wanted: ModelConfig, checkpoint: Path, found: ModelConfig) -> None:
-    here, there = wanted.model_dump(mode="json", exclude=_NOTES), found.model_dump(mode="json", exclude=_NOTES)
-    for plain, model in ((here, wanted), (there, found)):
-        plain |= {"kv_groups": model.num_kv_groups, "head_dim": model.head_size}
-    wrong = [f"{key}: {here[key]} there, {there[key]} in the checkpoint" for key in here if here[key] != there[key]]
-    if wrong:
-        raise RefusedError("\n".join([f"{hf} and {checkpoint} are different models:", *(f"  - {w}" for w in wrong)]))
+def _refuse_other_model(hf: Path, hf_model: ModelConfig, checkpoint: Path, model: ModelConfig) -> None:
+    theirs, ours = (
+        {
+            **config.model_dump(mode="json", exclude=_IGNORED_FIELDS),
+            "kv_groups": config.num_kv_groups,
+            "head_dim": config.head_size,
+        }
+        for config in (hf_model, model)
+    )
+    problems = [
+        f"{key}: {theirs[key]} in the Hugging Face folder, {ours[key]} in the checkpoint"
+        for key in theirs
+        if theirs[key] != ours[key]
+    ]
+    if problems:
+        lines = [f"{hf} and {checkpoint} are different models:", *(f"  - {problem}" for problem in problems)]
+        raise RefusedError("\n".join(lines))
 
 
-def _padding_rows(incoming: SourceCheckpoint) -> dict[str, int]:
-    """Padding of embedding and output layer that is not zero: training moves it a little where it is trained at all."""
-    vocab, padded = incoming.model.vocab, incoming.model.padded_vocab
+def _count_nonzero_padding(checkpoint: SourceCheckpoint) -> dict[str, int]:
+    """Count rows of padding that are not zero; training may change them."""
+    vocab, padded = checkpoint.model.vocab, checkpoint.model.padded_vocab
     found = {}
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        if name in incoming.forms and padded > vocab:
-            rows = int(incoming.read(name, vocab, padded).abs().sum(dim=1).count_nonzero())
-            if rows:
-                found[name] = rows
+    for name in (EMBEDDING, OUTPUT_LAYER):
+        if name in checkpoint.specs and padded > vocab:
+            count = int(checkpoint.read(name, vocab, padded).abs().sum(dim=1).count_nonzero())
+            if count:
+                found[name] = count
     return found

@@ -1,8 +1,9 @@
-"""New tokens for a continued run: rows of embedding and output layer that begin where the model can use them.
+"""New tokens for continued pretraining: initial rows of embedding and output layer.
 
-A row from random numbers is far from everything that the model has learned. A new token's rows begin as the mean of
-the rows of the pieces that the old tokenizer makes of its text (what the model would have seen in its place), or as the
-mean of all rows (Hewitt, *Initializing New Word Embeddings for Pretrained Language Models*, 2021).
+Random rows would be unlike everything that the model has learned. Therefore the row of a new token is the mean of the
+rows of the pieces that the old tokenizer splits it into, or the mean of all rows (Hewitt, *Initializing New Word
+Embeddings for Pretrained Language Models*, 2021). Example: the old tokenizer splits "megatron" into ids 17 and 403, so
+its row is (row 17 + row 403) / 2.
 """
 
 from __future__ import annotations
@@ -16,29 +17,31 @@ from typing import Any
 import torch
 
 from megatron_cpt.config import ModelConfig
+from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
 from megatron_cpt.convert.mapping.shapes import expected_tensors
-from megatron_cpt.convert.mapping.tensors import EMBEDDING, OUTPUT_LAYER
-from megatron_cpt.convert.megatron.torch_dist_plan import Form
+from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
 from megatron_cpt.convert.source import SourceCheckpoint
 from megatron_cpt.errors import RefusedError, UserError
 
 _BLOCK_ROWS = 8192
-_NEAR_ZERO = 0.05  # of the median norm of a row
+_NEAR_ZERO = 0.05  # share of the median norm of all rows
+_MAX_SHOWN = 8
 
 Read = Callable[[str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class VocabularyReport:
-    """What became of the vocabulary.
+    """Changes to a vocabulary.
 
     Attributes:
-        before, after: sizes.
-        num_new: tokens that were added.
-        from_pieces: of these, how many began from the pieces of the old tokenizer.
-        known: tokens of the list that the tokenizer had already; left out.
-        near_zero: rows of the old embedding with a norm under 5 % of the median: ids that were hardly trained.
-        near_zero_ids: the first of them.
+        before, after: number of tokens before and after.
+        num_new: number of added tokens.
+        from_pieces: number of added tokens whose row is the mean over pieces of the old tokenizer.
+        known: tokens of the list that the tokenizer already had, which were skipped.
+        near_zero: number of rows of the old embedding with a norm under 5 % of the median; their ids were hardly
+            trained.
+        near_zero_ids: the first 8 of these ids.
     """
 
     before: int
@@ -50,16 +53,17 @@ class VocabularyReport:
     near_zero_ids: list[int]
 
     def __str__(self) -> str:
-        known = f"; {len(self.known)} were known already" if self.known else ""
+        skipped = f"; {len(self.known)} skipped, already known" if self.known else ""
         ids = f" (ids {', '.join(map(str, self.near_zero_ids))}...)" if self.near_zero else ""
         return (
-            f"{self.before:,} -> {self.after:,}: {self.num_new} new, {self.from_pieces} from their pieces{known}; "
+            f"{self.before:,} -> {self.after:,}: {self.num_new} new, "
+            f"{self.from_pieces} initialized from their pieces{skipped}; "
             f"{self.near_zero} old rows are near zero{ids}"
         )
 
 
 def read_new_tokens(file: Path) -> tuple[str, ...]:
-    """One token a line, each once.
+    """Return the tokens in a file with one token per line, without duplicates.
 
     Raises:
         UserError: the file cannot be read or is empty.
@@ -70,121 +74,134 @@ def read_new_tokens(file: Path) -> tuple[str, ...]:
         raise UserError(f"--add-tokens {file}: cannot be read ({error})") from error
     tokens = tuple(dict.fromkeys(line for line in lines if line))
     if not tokens:
-        raise UserError(f"--add-tokens {file}: no tokens in it")
+        raise UserError(f"--add-tokens {file}: empty; write one token per line")
     return tokens
 
 
 def extend_vocabulary(
-    incoming: SourceCheckpoint, tokens: Sequence[str], init_rows: str, scratch: Path
+    source: SourceCheckpoint, tokens: Sequence[str], init_rows: str, scratch: Path
 ) -> tuple[SourceCheckpoint, VocabularyReport]:
-    """A model with rows for new tokens, and a tokenizer that knows them.
+    """Add tokens to a model and to its tokenizer.
 
     Args:
-        incoming: the model; its side files must have a tokenizer.
-        tokens: the new ones.
-        init_rows: `pieces` or `mean`.
-        scratch: a folder for the old and the new tokenizer's files.
+        source: the model; its side files must include a tokenizer.
+        tokens: tokens to add.
+        init_rows: `pieces` or `mean`, see `ImportOptions`.
+        scratch: empty folder for the files of the old and the new tokenizer.
 
     Returns:
-        The larger model, whose side files are the new tokenizer's.
+        The larger model with the files of the new tokenizer, and the changes.
 
     Raises:
-        UserError: there is no tokenizer, or all tokens are known.
-        RefusedError: the tokenizer cannot be loaded, or does not number new tokens one after the other.
+        UserError: the source has no tokenizer, or it already knows all tokens.
+        RefusedError: the tokenizer cannot be loaded, or gives the new tokens ids with gaps.
     """
-    tokenizer = _load_tokenizer(incoming, scratch / "old")
-    vocab, vocabulary = incoming.model.vocab, tokenizer.get_vocab()
+    tokenizer = _load_tokenizer(source, scratch / "old")
+    vocab, vocabulary = source.model.vocab, tokenizer.get_vocab()
     known = [token for token in tokens if token in vocabulary]
     new = [token for token in tokens if token not in vocabulary]
     if not new:
-        raise UserError("--add-tokens: the tokenizer knows all of them already")
+        raise UserError("--add-tokens: the tokenizer already knows all of them; omit the option")
     pieces = [tokenizer(token, add_special_tokens=False).input_ids if init_rows == "pieces" else [] for token in new]
     tokenizer.add_tokens(list(new))
     ids = [tokenizer.convert_tokens_to_ids(token) for token in new]
     first_id = ids[0]
     if ids != list(range(first_id, first_id + len(new))):
-        raise RefusedError(f"--add-tokens: the tokenizer gives them the ids {ids[:8]}..., not one after the other")
+        raise RefusedError(
+            f"--add-tokens: the tokenizer gives them the ids {ids[:_MAX_SHOWN]}..., which are not consecutive; add "
+            "them to the tokenizer in another way"
+        )
     tokenizer.save_pretrained(scratch / "new")
 
-    model = ModelConfig.model_validate({**incoming.model.model_dump(mode="json"), "vocab": max(vocab, ids[-1] + 1)})
+    model = ModelConfig.model_validate({**source.model.model_dump(mode="json"), "vocab": max(vocab, ids[-1] + 1)})
     rows = {
-        name: _new_rows(incoming.read, name, incoming.forms[name].shape[1], vocab, pieces)
+        name: _new_rows(source.read, name, source.specs[name].shape[1], vocab, pieces)
         for name in (EMBEDDING, OUTPUT_LAYER)
-        if name in incoming.forms
+        if name in source.specs
     }
-    small, count = _near_zero(incoming.read, EMBEDDING, vocab)
-    report = VocabularyReport(vocab, model.vocab, len(new), sum(bool(p) for p in pieces), known, count, small)
+    near_zero = _near_zero_rows(source.read, EMBEDDING, vocab)
+    report = VocabularyReport(
+        before=vocab,
+        after=model.vocab,
+        num_new=len(new),
+        from_pieces=sum(bool(token_pieces) for token_pieces in pieces),
+        known=known,
+        near_zero=len(near_zero),
+        near_zero_ids=near_zero[:_MAX_SHOWN],
+    )
     shapes = expected_tensors(model)
     larger = replace(
-        incoming,
+        source,
         model=model,
-        forms={name: Form(shapes[name], form.dtype) for name, form in incoming.forms.items()},
-        read=_extended(incoming, rows, first_id),
+        specs={name: TensorSpec(shapes[name], spec.dtype) for name, spec in source.specs.items()},
+        read=_read_with_new_rows(source, rows, first_id),
         side_files={
-            **incoming.side_files,
+            **source.side_files,
             **{file.name: file for file in sorted((scratch / "new").iterdir()) if file.is_file()},
         },
     )
     return larger, report
 
 
-def _load_tokenizer(incoming: SourceCheckpoint, folder: Path) -> Any:
-    """The tokenizer, from a copy of its files: in the Hugging Face cache they lie under other names."""
-    if not any(name.startswith("tokenizer") for name in incoming.side_files):
-        raise UserError("--add-tokens: the source has no tokenizer files (tokenizer.json, tokenizer_config.json)")
+def _load_tokenizer(source: SourceCheckpoint, folder: Path) -> Any:
+    """Load the tokenizer from a copy of its files, since the Hugging Face cache stores them under other names."""
+    if not any(name.startswith("tokenizer") for name in source.side_files):
+        raise UserError(
+            "--add-tokens: the source has no tokenizer files (tokenizer.json, tokenizer_config.json); add "
+            "them to its folder"
+        )
     folder.mkdir()
-    for name, file in incoming.side_files.items():
+    for name, file in source.side_files.items():
         shutil.copyfile(file, folder / name)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many kinds
+    except Exception as error:  # transformers and tokenizers raise many types
         raise RefusedError(f"--add-tokens: the source's tokenizer cannot be loaded: {error}") from error
 
 
 def _new_rows(read: Read, name: str, width: int, vocab: int, pieces: Sequence[Sequence[int]]) -> torch.Tensor:
-    """(len(pieces), width) float32: the mean of each token's pieces, or of all rows."""
+    """Return (len(pieces), width) float32 rows: the mean over a token's pieces, or over all rows if it has none."""
     if all(pieces):
-        everything = torch.zeros(width)
+        mean = torch.zeros(width)
     else:
-        everything = torch.zeros(width, dtype=torch.float64)
+        mean = torch.zeros(width, dtype=torch.float64)
         for first in range(0, vocab, _BLOCK_ROWS):
-            everything += read(name, first, min(vocab, first + _BLOCK_ROWS)).double().sum(dim=0)
-        everything = (everything / vocab).float()
+            mean += read(name, first, min(vocab, first + _BLOCK_ROWS)).double().sum(dim=0)
+        mean = (mean / vocab).float()
     rows = [
-        torch.stack([read(name, piece, piece + 1)[0].float() for piece in token]).mean(dim=0) if token else everything
+        torch.stack([read(name, piece, piece + 1)[0].float() for piece in token]).mean(dim=0) if token else mean
         for token in pieces
     ]
     return torch.stack(rows)
 
 
-def _near_zero(read: Read, name: str, vocab: int) -> tuple[list[int], int]:
-    """The first ids of rows that are much shorter than the others, and how many there are."""
+def _near_zero_rows(read: Read, name: str, vocab: int) -> list[int]:
     norms = torch.cat(
         [
             read(name, first, min(vocab, first + _BLOCK_ROWS)).float().norm(dim=1)
             for first in range(0, vocab, _BLOCK_ROWS)
         ]
     )
-    small = (norms < _NEAR_ZERO * norms.median()).nonzero().flatten()
-    return small[:8].tolist(), len(small)
+    ids: list[int] = (norms < _NEAR_ZERO * norms.median()).nonzero().flatten().tolist()
+    return ids
 
 
-def _extended(incoming: SourceCheckpoint, rows: dict[str, torch.Tensor], first_id: int) -> Read:
-    """Reads the old rows, and the new ones in their places; a tokenizer may be smaller than its model's embedding."""
+def _read_with_new_rows(source: SourceCheckpoint, rows: dict[str, torch.Tensor], first_id: int) -> Read:
+    """Return a `read` that overlays the new rows; their ids may be inside the old embedding, if it was larger."""
 
     def read(name: str, first: int, last: int) -> torch.Tensor:
         if name not in rows:
-            return incoming.read(name, first, last)
-        form = incoming.forms[name]
-        old = form.shape[0]
-        out = torch.zeros((last - first, *form.shape[1:]), dtype=form.dtype)
-        if first < old:
-            out[: min(last, old) - first] = incoming.read(name, first, min(last, old))
+            return source.read(name, first, last)
+        spec = source.specs[name]
+        old_rows = spec.shape[0]
+        out = torch.zeros((last - first, *spec.shape[1:]), dtype=spec.dtype)
+        if first < old_rows:
+            out[: min(last, old_rows) - first] = source.read(name, first, min(last, old_rows))
         begin, end = max(first, first_id), min(last, first_id + len(rows[name]))
         if begin < end:
-            out[begin - first : end - first] = rows[name][begin - first_id : end - first_id].to(form.dtype)
+            out[begin - first : end - first] = rows[name][begin - first_id : end - first_id].to(spec.dtype)
         return out
 
     return read

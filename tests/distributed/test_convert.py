@@ -1,4 +1,4 @@
-"""Imported checkpoints in real jobs: logits of transformers at TP2 x PP2, any layout, and Megatron-LM's own files."""
+"""Imported checkpoints in jobs of several ranks: logits at TP2 x PP2, training in any layout, Megatron-LM's files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.logits import LogitsReport, compare_logits
-from megatron_cpt.convert.mapping.resolve import te_name
+from megatron_cpt.convert.mapping.names import te_name
 from megatron_cpt.convert.megatron.legacy import LegacyWeights
 from megatron_cpt.convert.megatron.torch_dist_plan import Target
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
@@ -27,7 +27,7 @@ from tests.helpers.runs import read_metrics, small_run, train_here, train_severa
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FAMILY/hf and FAMILY/checkpoint of every family, cut for TP 2 x PP 2."""
+    """Create FAMILY/hf and FAMILY/checkpoint for every family, cut for TP 2 x PP 2."""
     base = tmp_path_factory.mktemp("convert")
     for family in FAMILY_CONFIGS:
         hf = save_hf_model(base / family / "hf", family, num_hidden_layers=4, vocab_size=259)
@@ -36,7 +36,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _job_of_four(base: str) -> dict[str, Any]:
-    """Logits of every family; then a model of our own, saved by megatron-core and as Megatron-LM does."""
+    """Compare logits of every family, then save one model in megatron-core's and in Megatron-LM's format."""
     folder = Path(base)
     reports = {
         family: compare_logits(folder / family / "hf", folder / family / "checkpoint", tensor=2, pipeline=2)
@@ -59,7 +59,7 @@ def _save_both_ways(folder: Path) -> None:
     parallel = ParallelConfig(tensor=2, pipeline=2, sequence=False)
     with process_groups(parallel) as ranks:
         chunks = build_model(inference_run(model, 16, parallel)).chunks
-        # megatron-core's own loader, not ours: what was imported is a checkpoint of its format
+        # megatron-core's loader, not ours, to show that an import is a checkpoint in its format
         state = dist_checkpointing.load(model_state(chunks), str(folder / "llama" / "checkpoint"))
         unwrap(chunks[0]).load_state_dict(state["model0"], strict=False)
         rank_folder = folder / "legacy" / f"mp_rank_{ranks.tensor_rank:02d}_{ranks.pipeline_rank:03d}"
@@ -77,13 +77,13 @@ def _save_by_megatron_core(state: dict[str, Any], folder: Path) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if getattr(filesystem_async, "_results_queue", False) is None:
-        # else megatron-core starts a process for the queue of results, seconds of imports that outlive the test
+        # megatron-core would start a process for this queue, whose imports outlive the test
         filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(folder))
 
 
 def _logits_from_te_names(base: str, families: list[str]) -> dict[str, LogitsReport | None]:
-    """Saved by megatron-core under Transformer Engine's names, layer by layer, as a run of its TE spec holds them."""
+    """Import checkpoints that megatron-core saved under Transformer Engine's names, layer by layer; compare logits."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     from megatron_cpt.backend import process_groups
@@ -93,7 +93,7 @@ def _logits_from_te_names(base: str, families: list[str]) -> dict[str, LogitsRep
     for family in families:
         folder = Path(base) / family
         source = open_source_checkpoint(folder / "hf")
-        tensors = {te_name(name): source.read(name, 0, form.shape[0]) for name, form in source.forms.items()}
+        tensors = {te_name(name): source.read(name, 0, spec.shape[0]) for name, spec in source.specs.items()}
         state = {
             name: ShardedTensor.from_rank_offsets(f"model.{name}", tensor, replica_id=0)
             for name, tensor in tensors.items()
@@ -136,15 +136,15 @@ def test_logits_at_tp2_pp2(reports: dict[str, LogitsReport], family: str) -> Non
 @pytest.mark.usefixtures("reports")
 @pytest.mark.parametrize("kind", ["torch_dist", "legacy"])
 def test_what_megatron_core_wrote_is_what_was_imported(imported: Path, kind: str) -> None:
-    """The weights went through megatron-core's loader at TP2 x PP2, and out through both of its formats."""
+    """Weights are unchanged after megatron-core has loaded them at TP2 x PP2 and saved them in both of its formats."""
     written = (TorchDistWeights if kind == "torch_dist" else LegacyWeights)(imported / kind)
     source = open_source_checkpoint(imported / "llama" / "hf")
-    assert set(written.tensors) == set(source.forms)
-    for name, form in source.forms.items():
-        assert torch.equal(written.read(name), source.read(name, 0, form.shape[0])), name
+    assert set(written.tensors) == set(source.specs)
+    for name, spec in source.specs.items():
+        assert torch.equal(written.read(name), source.read(name, 0, spec.shape[0])), name
 
 
-def test_training_starts_from_it_in_any_layout(imported: Path, tmp_path: Path) -> None:
+def test_training_starts_from_an_import_in_any_layout(imported: Path, tmp_path: Path) -> None:
     checkpoint = imported / "nemotron" / "checkpoint"
     run = small_run(tmp_path, model=_model(checkpoint), init={"from": str(checkpoint)})
     layouts = {
@@ -158,7 +158,7 @@ def test_training_starts_from_it_in_any_layout(imported: Path, tmp_path: Path) -
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
-def test_there_is_no_optimizer_in_it(imported: Path, tmp_path: Path) -> None:
+def test_an_import_has_no_optimizer_state(imported: Path, tmp_path: Path) -> None:
     checkpoint = imported / "nemotron" / "checkpoint"
     init = {"from": str(checkpoint), "load": "weights+optimizer"}
     run = small_run(tmp_path, model=_model(checkpoint), init=init)

@@ -14,7 +14,7 @@ _SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,  # unlike hidden / heads
+    "head_dim": 16,  # differs from hidden / heads
     "max_position_embeddings": 64,
 }
 
@@ -36,16 +36,16 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
     "smollm": {"model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "tie_word_embeddings": True},
 }
-"""What each family's config.json has beside the sizes; families whose real models tie their embeddings do so here."""
+"""Keys of each family's config.json besides the sizes; embeddings are tied where real models tie them."""
 
 
 def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
-    """Keys of a small config.json; `changes` win."""
+    """Return the keys of a small config.json; `changes` have precedence."""
     return {**_SIZES, **FAMILY_CONFIGS[family], **changes}
 
 
 def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
-    """A transformers model in fp32 whose weights (norms and biases too) are all random."""
+    """Return a transformers model in fp32 whose weights, norms and biases included, are all random."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = dict(config)
@@ -60,7 +60,7 @@ def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
 
 
 def hf_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors that `save_pretrained` would write: shared weights once."""
+    """Return the tensors that `save_pretrained` writes: shared weights once."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
@@ -74,15 +74,15 @@ def save_hf_model(
     max_shard_size: str = "5GB",
     **changes: Any,
 ) -> Path:
-    """Write a tiny model as transformers does; returns the folder.
+    """Write a tiny model with transformers and return its folder.
 
     Args:
-        folder: where to; made if need be.
+        folder: folder to write; created if needed.
         family: a key of `FAMILY_CONFIGS`.
-        seed: of the weights.
-        dtype: of the weights.
-        max_shard_size: such as "20KB", for several shards with an index.
-        changes: keys of config.json.
+        seed: seed of the random weights.
+        dtype: dtype of the weights.
+        max_shard_size: "20KB", for example, gives several shards with an index.
+        changes: changed keys of config.json.
     """
     model = build_hf_model(tiny_config(family, **changes), seed).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

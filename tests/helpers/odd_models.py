@@ -1,4 +1,4 @@
-"""Random small and odd config.json files of every family, for property tests."""
+"""Random small config.json files with odd sizes, of every family, for property tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.hf_models import FAMILY_CONFIGS, tiny_config
 
 @st.composite
 def odd_configs(draw: st.DrawFn, family: str | None = None) -> tuple[str, dict[str, Any]]:
-    """(family, config.json): head sizes unlike hidden / heads, 1 group, odd vocabularies, tied and untied, biases."""
+    """Draw (family, config.json) with unusual head sizes, 1 to 3 groups, odd vocabularies, tied or untied, biases."""
     family = family or draw(st.sampled_from(sorted(FAMILY_CONFIGS)))
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     heads = groups * per_group

@@ -1,1 +1,1 @@
-"""Hugging Face folders: config.json, safetensors and pickled weights."""
+"""Hugging Face folders: config.json, safetensors shards and pickled weights."""

@@ -1,26 +1,27 @@
-"""The header of a safetensors file, believed in nothing.
+"""Header of a safetensors file, checked completely before any of it is used.
 
-The safetensors package checks it too, but names no tensor in its errors, gives no byte ranges and reads through a
-memory map, whose pages count as this process's memory.
+The safetensors package checks headers too, but its errors name no tensor, it gives no byte ranges, and it reads through
+a memory map, whose pages count as memory of this process.
 
-Format: 8 bytes little-endian length of the header; the header, JSON: name -> {dtype, shape, data_offsets}; the data,
-without holes (https://github.com/huggingface/safetensors, README, "Format").
+Format (https://github.com/huggingface/safetensors, README, "Format"): 8 bytes with the length of the header, little
+endian; the header, a JSON object; the data of all tensors without gaps. Example of a header:
+
+    {"w": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_cpt.convert.job import named
+from megatron_cpt.convert.huggingface.untrusted_json import parse_json_object
+from megatron_cpt.convert.system_errors import name_file_in_errors
 from megatron_cpt.errors import RefusedError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -37,20 +38,18 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
-_MAX_PLAIN_JSON = 64_000_000  # config.json and the index; a 1,000-layer model's index is under 2 MB
+_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors package
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is.
+    """Shape, dtype and place of a tensor.
 
     Attributes:
-        shape: its dimensions.
-        dtype: its type.
-        file: the shard, symbolic links resolved.
-        start: offset of its first byte in the file; 0 in a pickled shard.
-        stop: offset after its last byte.
+        shape, dtype: shape and dtype.
+        file: the shard, with symbolic links resolved.
+        start: offset of the first byte in the file; 0 in a pickled shard.
+        stop: offset after the last byte.
     """
 
     shape: tuple[int, ...]
@@ -61,36 +60,36 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Size of its data."""
+        """Size of the data in bytes."""
         return self.stop - self.start
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file.
+    """Return the tensors of one safetensors file, in the order of their data.
 
     Raises:
-        RefusedError: the header is malformed, or does not describe the bytes behind it exactly.
+        RefusedError: the header is malformed, or does not describe exactly the bytes that follow it.
     """
     size = file.stat().st_size
     prefix = bytearray(8)
     if size < 8:
-        raise RefusedError(f"{file}: {size} bytes, too short for a safetensors file")
+        raise RefusedError(f"{file}: {size} bytes, too short for a safetensors file; is the download complete?")
     pread_into(file, 0, memoryview(prefix), "its header")
     (length,) = struct.unpack("<Q", prefix)
-    if length > min(size - 8, _MAX_HEADER):
+    if length > min(size - 8, _MAX_HEADER_BYTES):
         raise RefusedError(f"{file}: says its header has {length} bytes, of a file of {size}; not a safetensors file?")
     text = bytearray(length)
     pread_into(file, 8, memoryview(text), "its header")
-    header = parse_object(bytes(text), f"{file}: its header")
+    header = parse_json_object(bytes(text), f"{file}: its header")
     header.pop("__metadata__", None)
     tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
-    _check_cover(file, tensors, 8 + length, size)
+    _check_no_gaps(file, tensors, 8 + length, size)
     return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
-def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
-    def refuse(what: str) -> RefusedError:
-        return RefusedError(f"{file}: {name}: {what}")
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    def refuse(problem: str) -> RefusedError:
+        return RefusedError(f"{file}: {name}: {problem}; do not use this file")
 
     if not isinstance(entry, dict):
         raise refuse("its entry in the header is not an object")
@@ -99,79 +98,53 @@ def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise refuse(f"dtype {dtype!r}; known are {', '.join(DTYPES)}")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if not _are_counts(shape):
-        raise refuse(f"shape {shape!r}")
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"data_offsets {offsets!r}")
+    if not _are_natural_numbers(shape):
+        raise refuse(f"shape {shape!r}, which must be a list of whole numbers")
+    if not _are_natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"data_offsets {offsets!r}, which must be a start and an end")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise refuse(f"{offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes {needed}")
-    return TensorInfo(tuple(shape), DTYPES[dtype], file, base + offsets[0], base + offsets[1])
+    return TensorInfo(tuple(shape), DTYPES[dtype], file, data_start + offsets[0], data_start + offsets[1])
 
 
-def _are_counts(values: Any) -> bool:
+def _are_natural_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _check_cover(file: Path, tensors: dict[str, TensorInfo], base: int, size: int) -> None:
-    """The tensors lie side by side and end with the file."""
-    end, last = base, "the header"
+def _check_no_gaps(file: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
+    end, previous = data_start, "the header"
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:
-            kind = "overlaps" if info.start < end else "leaves a hole behind"
-            raise RefusedError(f"{file}: {name} {kind} {last}")
+            kind = "overlaps" if info.start < end else "leaves a gap after"
+            raise RefusedError(f"{file}: {name} {kind} {previous}; do not use this file")
         if info.stop > size:
-            raise RefusedError(f"{file}: {name} ends at byte {info.stop} of {size}: the file is cut off")
-        end, last = info.stop, name
+            raise RefusedError(f"{file}: {name} ends at byte {info.stop} of {size}: the file is cut off; copy it again")
+        end, previous = info.stop, name
     if end != size:
-        raise RefusedError(f"{file}: {size - end} bytes behind {last} belong to no tensor")
+        raise RefusedError(f"{file}: {size - end} bytes after {previous} belong to no tensor; do not use this file")
 
 
 def pread_into(file: Path, offset: int, view: memoryview, what: str) -> None:
-    """Fill `view` from the file, without a map; `what` names it in a `RefusedError` where the file ends before."""
+    """Fill `view` from a file, without a memory map.
+
+    Args:
+        file: the file.
+        offset: first byte.
+        view: memory to fill.
+        what: description of the bytes for the message.
+
+    Raises:
+        RefusedError: the file ends too early.
+    """
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         done = 0
         while done < view.nbytes:
-            with named(file):
+            with name_file_in_errors(file):
                 count = os.preadv(fd, [view[done:]], offset + done)
             if count == 0:
-                raise RefusedError(f"{file}: ends inside {what}: it was cut off after it was opened")
+                raise RefusedError(f"{file}: ends inside {what}: it was cut off after it was opened; copy it again")
             done += count
     finally:
         os.close(fd)
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A file with one JSON object and no key twice.
-
-    Raises:
-        RefusedError: it is missing, too large, or something else.
-    """
-    try:
-        size = file.stat().st_size
-        text = file.read_bytes() if size <= _MAX_PLAIN_JSON else b""
-    except OSError as error:
-        raise RefusedError(f"{file}: cannot be read: {error.strerror}") from error
-    if size > _MAX_PLAIN_JSON:
-        raise RefusedError(f"{file}: {size} bytes of JSON; refused above {_MAX_PLAIN_JSON}")
-    return parse_object(text, str(file))
-
-
-def parse_object(text: bytes, what: str) -> dict[str, Any]:
-    """One JSON object and no key twice; `what` names it in a `RefusedError`."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-            raise RefusedError(f"{what}: has {name} twice")
-        return result
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(f"{what}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise RefusedError(f"{what}: not a JSON object")
-    return value

@@ -1,4 +1,4 @@
-"""pytorch_model.bin: pickled shards, tensors only, one shard mapped at a time."""
+"""Pickled weights (pytorch_model.bin), read without running code from the file, one shard at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_cpt.errors import RefusedError
 class PickledShards:
     """Tensors of pickled shards.
 
-    torch's `weights_only` loading builds tensors and plain containers and calls nothing else. The storages are mapped,
-    and only the shard that was asked for last stays open, so that mapped pages never add up to the whole model.
+    `torch.load(weights_only=True)` builds tensors and plain containers, and calls nothing else. Storages are memory
+    maps, and only the latest shard stays open, so that mapped pages never add up to the whole model.
     """
 
     def __init__(self) -> None:
@@ -24,10 +24,10 @@ class PickledShards:
         self._lock = threading.Lock()
 
     def open(self, file: Path) -> dict[str, torch.Tensor]:
-        """The tensors of one shard.
+        """Return the tensors of one shard.
 
         Raises:
-            RefusedError: it is damaged, asks for code, or holds something else.
+            RefusedError: the shard is corrupt, needs code to load, or holds something other than tensors.
         """
         if file != self._file:
             self._file, self._tensors = None, {}
@@ -36,7 +36,7 @@ class PickledShards:
         return self._tensors
 
     def read(self, file: Path, name: str, rows: slice | None) -> torch.Tensor:
-        """A tensor of a shard, or rows of it, in memory of its own."""
+        """Return a copy of a tensor of a shard, or of some of its rows."""
         with self._lock:
             tensor = self.open(file)[name]
         part = tensor if rows is None else tensor[rows]
@@ -50,13 +50,15 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6: no zip
+            state = torch.load(file, map_location="cpu", weights_only=True)  # not a zip file: torch before 1.6
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
-        raise RefusedError(f"{file}: holds more than tensors, or is damaged ({reason}): refused") from error
+        raise RefusedError(
+            f"{file}: holds more than tensors, or is corrupt ({reason}); use a safetensors version of the model"
+        ) from error
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise RefusedError(f"{file}: cannot be read: {reason}") from error
+        raise RefusedError(f"{file}: cannot be read: {reason}; copy the file again") from error
     if not isinstance(state, dict):
         raise RefusedError(f"{file}: holds a {type(state).__name__}, not tensors by name")
     for name, tensor in state.items():

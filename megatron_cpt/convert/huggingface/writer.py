@@ -1,8 +1,10 @@
-"""safetensors shards written in place, a tensor (or some rows of one) at a time, in any order, by any thread.
+"""Writer of safetensors shards: a tensor, or some of its rows, at a time, in any order, from any thread.
 
-All shapes are known before, so every header is written first and each tensor has its place. The work lies in
-`NAME.partial` beside the final folder; `finish` publishes it by one rename. What is on the disk for good is in a
-journal: a writer that is started again with the same plan tells what is done and goes on.
+All shapes are known beforehand, so the headers are written first and each tensor has a fixed place. Example: "a" of
+shape (2, 3) in fp32 and "b" of shape (4,) in bf16. The file has 8 bytes for the header's length, 144 bytes of header,
+then "a" at bytes 152 to 175 and "b" at bytes 176 to 183. Row 1 of "a" goes to bytes 164 to 175.
+
+The files are in the work folder `NAME.partial` until `finish` renames it to NAME; see `convert.job`.
 """
 
 from __future__ import annotations
@@ -15,23 +17,27 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from megatron_cpt.convert.huggingface.folder import DTYPES, INDEX_FILE, SINGLE_FILE
-from megatron_cpt.convert.job import check_target, named, publish, sync_file
-from megatron_cpt.convert.journal import JOURNAL_FILE, Journal
+from megatron_cpt.convert.huggingface.folder import INDEX_FILE, SINGLE_FILE
+from megatron_cpt.convert.huggingface.header import DTYPES
+from megatron_cpt.convert.job import JOURNAL_FILE, JobFolder
+from megatron_cpt.convert.system_errors import name_file_in_errors
 from megatron_cpt.files.atomic import sync_folder
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SYNC_BYTES = 256 << 20  # how much may be written before it is forced to disk and noted in the journal
+TensorSizes = Mapping[str, tuple[Sequence[int], torch.dtype]]
+"""Name -> (shape, dtype), in the order in which the tensors are to be stored."""
+
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SYNC_BYTES = 256 << 20  # bytes between two calls of fdatasync, each followed by a line in the journal
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor goes."""
+    """Place of a tensor; `start` is the offset of its first byte in the file."""
 
     file: str
     start: int
@@ -46,60 +52,76 @@ class _Place:
     def num_rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
+    @property
+    def num_bytes(self) -> int:
+        return self.row_bytes * self.num_rows
+
 
 def work_folder(path: Path) -> Path:
-    """Where a folder lies until it is finished."""
+    """Return the folder in which the writer of `path` works until it finishes."""
     return path.with_name(f"{path.name}.partial")
 
 
 class HfWriter:
-    """Writes the weights of one Hugging Face folder.
+    """Writer of the weights of one Hugging Face folder.
 
     Attributes:
-        path: the folder's final name.
-        folder: where it lies until `finish`; put config.json and the tokenizer's files here.
-        done: names that an earlier, interrupted writer has finished.
-        total_bytes: of all tensors.
+        path: final name of the folder.
+        folder: work folder; put config.json and the tokenizer's files here before `finish`.
+        done: names of tensors that an earlier, interrupted writer has finished.
+        total_bytes: size of all tensors.
     """
 
     def __init__(
         self,
         path: str | Path,
-        tensors: Mapping[str, tuple[Sequence[int], torch.dtype]],
+        tensors: TensorSizes,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         *,
         source: str = "",
     ) -> None:
-        """Lay out the shards; go on with an interrupted writer's work where its plan was the same.
+        """Lay out the shards, or resume if an interrupted writer had the same plan and source.
 
         Args:
-            path: the folder to make; it must not exist, or be empty.
-            tensors: name -> (shape, dtype), in the order in which they are to lie.
-            shard_bytes: most bytes of tensors in one file; a larger tensor has a file for itself.
-            source: what the tensors come from; work from another source is thrown away, not continued.
+            path: the folder to create; it must not exist, or be empty.
+            tensors: sizes of all tensors.
+            shard_bytes: largest number of bytes of tensors in one file. A larger tensor gets a file of its own.
+            source: identity of the source. If it differs from the interrupted writer's, its work is discarded.
 
         Raises:
-            UserError: there is something under that name.
+            UserError: the folder exists, another process is writing it, or the disk is too small.
         """
         self.path = Path(path)
-        check_target(self.path)
         self.folder = work_folder(self.path)
-        shards = _share_out(tensors, shard_bytes)
-        self._headers = {file: _header(tensors, names) for file, names in shards.items()}
-        self._places = {
-            name: place for file, names in shards.items() for name, place in _places(tensors, names, file).items()
-        }
-        self.total_bytes = sum(place.row_bytes * place.num_rows for place in self._places.values())
-        self._lock = threading.Lock()  # of the lists below
+        self._headers: dict[str, bytes] = {}
+        self._places: dict[str, _Place] = {}
+        for file, names in _assign_to_shards(tensors, shard_bytes).items():
+            self._headers[file], places = _lay_out(tensors, names, file)
+            self._places |= places
+        self.total_bytes = sum(place.num_bytes for place in self._places.values())
+        self._lock = threading.Lock()  # guards the attributes below, except _files
         self._sync_lock = threading.Lock()
-        self._rows: dict[str, list[tuple[int, int]]] = {}  # of tensors that are partly written
-        self._files: dict[str, int] = {}
-        self._unsynced: list[str] = []
+        self._rows: dict[str, list[tuple[int, int]]] = {}  # rows written, of tensors that are not complete
+        self._unsynced: list[str] = []  # complete tensors that may not be on the disk
         self._unsynced_bytes = 0
+        self._files: dict[str, int] = {}
         job = [source, {file: header.hex() for file, header in self._headers.items()}]
-        self._journal = Journal(self.folder, job)
-        self.done = self._open()
+        self._work = JobFolder(self.folder, self.path, job, needed_bytes=self.total_bytes)
+        try:
+            self.done = self._open_files()
+        except BaseException:
+            self.close()
+            raise
         self._finished = set(self.done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._close_files()
+        finally:
+            self._work.__exit__(kind, error, trace)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor."""
@@ -114,35 +136,41 @@ class HfWriter:
         assert not place.shape or tuple(tensor.shape[1:]) == place.shape[1:], f"{name}: rows of another shape"
         stop = start + tensor.shape[0]
         assert 0 <= start <= stop <= place.num_rows, f"{name}: rows [{start}, {stop}) of {place.num_rows}"
-        flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        view = memoryview(flat)
+        numbers: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        view = memoryview(numbers)
         offset, done = place.start + start * place.row_bytes, 0
         fd = self._files[place.file]
-        with named(self.folder / place.file):
+        with name_file_in_errors(self.folder / place.file):
             while done < view.nbytes:
                 done += os.pwrite(fd, view[done:], offset + done)
-        os.posix_fadvise(fd, offset, view.nbytes, os.POSIX_FADV_DONTNEED)  # begins to write it to the disk
-        self._note(name, place, start, stop)
+        os.posix_fadvise(fd, offset, view.nbytes, os.POSIX_FADV_DONTNEED)  # starts writing to the disk
+        self._note_rows(name, place, start, stop)
 
     def finish(self) -> Path:
-        """Force everything to disk, write the index and give the folder its name.
+        """Write the index, wait until everything is on the disk, and publish the folder.
 
         Returns:
             The final folder.
         """
         missing = [name for name in self._places if name not in self._finished]
         assert not missing, f"not written: {missing[:5]}"
-        self.close()
+        self._close_files()
         if SINGLE_FILE not in self._headers:
-            (self.folder / INDEX_FILE).write_text(self._index(), encoding="utf-8")
-        self._journal.remove()
-        for file in self.folder.iterdir():  # the index, and what the caller has put beside the weights
-            sync_file(file)
-        publish(self.folder, self.path)
+            weight_map = {name: self._places[name].file for name in sorted(self._places)}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        self._work.publish()
+        self._work.close()
         return self.path
 
     def close(self) -> None:
-        """Note what is finished and close the files; the work can be continued."""
+        """Record finished tensors and close the files; a later writer can resume."""
+        try:
+            self._close_files()
+        finally:
+            self._work.close()
+
+    def _close_files(self) -> None:
         try:
             self._sync(self._unsynced)
         finally:
@@ -150,33 +178,35 @@ class HfWriter:
                 os.close(fd)
             self._files, self._unsynced = {}, []
 
-    # ---------------------------------------------------------------------------------- the journal
-
-    def _open(self) -> frozenset[str]:
-        """Open the files of an interrupted writer with the same plan, or fresh ones."""
+    def _open_files(self) -> frozenset[str]:
+        """Open the files of the interrupted writer, or create new ones; return the names of finished tensors."""
         names = [*self._headers, JOURNAL_FILE]
-        # the first line is written when all files are laid out
-        is_known = bool(self._journal.lines) and all((self.folder / name).is_file() for name in names)
-        if is_known:
-            for other in self.folder.iterdir():  # beside the weights, of an earlier call that came as far as `finish`
+        # the first record is written when all files have their final size
+        is_laid_out = bool(self._work.records) and all((self.folder / name).is_file() for name in names)
+        if is_laid_out:
+            for other in self.folder.iterdir():  # config.json and the like, if the earlier call came that far
                 if other.name not in names:
                     other.unlink()
         else:
-            self._journal.restart()
-        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if is_known else os.O_CREAT | os.O_EXCL)
-        self._files = {file: os.open(self.folder / file, flags, 0o644) for file in self._headers}
-        if not is_known:
+            self._work.restart()
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if is_laid_out else os.O_CREAT | os.O_EXCL)
+        for file in self._headers:
+            self._files[file] = os.open(self.folder / file, flags, 0o644)
+        if not is_laid_out:
+            data_bytes = dict.fromkeys(self._headers, 0)
+            for place in self._places.values():
+                data_bytes[place.file] += place.num_bytes
             for file, header in self._headers.items():
-                with named(self.folder / file):
+                with name_file_in_errors(self.folder / file):
                     os.pwrite(self._files[file], header, 0)
-                    os.ftruncate(self._files[file], len(header) + _data_bytes(self._places, file))
+                    os.ftruncate(self._files[file], len(header) + data_bytes[file])
                     os.fsync(self._files[file])
             sync_folder(self.folder)
-            self._journal.record([])
-        return frozenset(name for line in self._journal.lines for name in line if name in self._places)
+            self._work.record([])
+        return frozenset(name for record in self._work.records for name in record if name in self._places)
 
-    def _note(self, name: str, place: _Place, start: int, stop: int) -> None:
-        """Remember which rows are written; note finished tensors in the journal once they are on the disk."""
+    def _note_rows(self, name: str, place: _Place, start: int, stop: int) -> None:
+        """Remember which rows are written, and record finished tensors once they are on the disk."""
         with self._lock:
             rows = self._rows.setdefault(name, [])
             assert all(stop <= first or last <= start for first, last in rows), f"{name}: rows written twice"
@@ -189,25 +219,21 @@ class HfWriter:
             if self._unsynced_bytes < _SYNC_BYTES:
                 return
             names, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
-        self._sync(names)  # the other threads go on meanwhile
+        self._sync(names)  # outside the lock, so that other threads continue to write
 
     def _sync(self, names: list[str]) -> None:
-        """Data first, then the line that says it is there."""
+        """Write the data to the disk first, then the journal's line about it."""
         with self._sync_lock:
             for file, fd in self._files.items():
-                with named(self.folder / file):
+                with name_file_in_errors(self.folder / file):
                     os.fdatasync(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             if names:
-                self._journal.record(names)
-
-    def _index(self) -> str:
-        weight_map = {name: self._places[name].file for name in sorted(self._places)}
-        return json.dumps({"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
+                self._work.record(names)
 
 
-def _share_out(tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], shard_bytes: int) -> dict[str, list[str]]:
-    """Names of each shard file: in order, a new file when the next tensor would not fit."""
+def _assign_to_shards(tensors: TensorSizes, shard_bytes: int) -> dict[str, list[str]]:
+    """Return the names per shard file: in order, with a new file when the next tensor would not fit."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, (shape, dtype) in tensors.items():
@@ -222,34 +248,19 @@ def _share_out(tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], shard_b
     return {f"model-{n:05}-of-{len(shards):05}.safetensors": names for n, names in enumerate(shards, start=1)}
 
 
-def _lie(tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], names: list[str]) -> list[tuple[str, int, int]]:
-    """(name, first byte, byte after the last) in a shard's data: wide types first, so that all are aligned."""
-    result, at = [], 0
+def _lay_out(tensors: TensorSizes, names: list[str], file: str) -> tuple[bytes, dict[str, _Place]]:
+    """Return the header of a shard and the places of its tensors: wide dtypes first, so that all are aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
     for name in sorted(names, key=lambda name: -tensors[name][1].itemsize):
         shape, dtype = tensors[name]
-        size = math.prod(shape) * dtype.itemsize
-        result.append((name, at, at + size))
-        at += size
-    return result
-
-
-def _header(tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], names: list[str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for name, start, stop in _lie(tensors, names):
-        shape, dtype = tensors[name]
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _places(tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], names: list[str], file: str) -> dict[str, _Place]:
-    base = len(_header(tensors, names))
-    return {
-        name: _Place(file, base + start, tuple(tensors[name][0]), tensors[name][1])
-        for name, start, _ in _lie(tensors, names)
+    header = struct.pack("<Q", len(text)) + text
+    places = {
+        name: _Place(file, len(header) + start, tuple(tensors[name][0]), tensors[name][1])
+        for name, start in starts.items()
     }
-
-
-def _data_bytes(places: Mapping[str, _Place], file: str) -> int:
-    return sum(place.row_bytes * place.num_rows for place in places.values() if place.file == file)
+    return header, places

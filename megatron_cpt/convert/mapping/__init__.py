@@ -1,1 +1,1 @@
-"""Rules from the tensors of one format to those of another."""
+"""Rules that turn Hugging Face tensors into Megatron tensors and back."""

@@ -1,104 +1,104 @@
-"""Names of both layer specs, and the rules that tie the Megatron tensors of a model to Hugging Face tensors.
-
-A family's table is a tuple of patterns (patterns.py). `resolve` turns it into the rules for one model, and
-`check_tensors` holds a folder against them.
-"""
+"""Rules for all tensors of one model, made from its family's table, and the check that a source has these tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.mapping.rules import TensorRule as TensorRule
-from megatron_cpt.convert.mapping.shapes import has_tensor
+from megatron_cpt.convert.mapping.families.base import Family
+from megatron_cpt.convert.mapping.rules import TensorRule
+from megatron_cpt.convert.mapping.shapes import shape_table
 from megatron_cpt.errors import RefusedError
 
-if TYPE_CHECKING:
-    from megatron_cpt.convert.mapping.patterns import Pattern
-
-TE_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
-}
-"""Ends of names: the local layer spec's -> Transformer Engine's, which fuses a norm into the linear layer after it."""
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_SHOWN = 20
 
 
-def te_name(name: str) -> str:
-    """A local spec's name as Transformer Engine's spec (and megatron-core's checkpoints) have it."""
-    return _swap_end(name, TE_NAMES)
+def resolve(family: Family, model: ModelConfig) -> list[TensorRule]:
+    """Return the rules of one model: embedding, layer by layer, final norm, output layer.
 
+    Lines of the table whose tensor the model lacks are skipped. Example: a Llama of 2 layers without biases has
+    15 rules. Per layer they are linear_qkv, linear_proj, linear_fc1, linear_fc2 and two norms; outside the layers they
+    are embedding, final norm and output layer.
+    """
+    shapes = shape_table(model)
+    rules = [pattern.rule(model, shapes[pattern.megatron]) for pattern in family.weights if pattern.megatron in shapes]
 
-def local_name(name: str) -> str:
-    """A Transformer Engine spec's name as the local spec has it."""
-    return _swap_end(name, {te: local for local, te in TE_NAMES.items()})
+    def starting_with(prefix: str) -> list[TensorRule]:
+        return [rule for rule in rules if rule.megatron.startswith(prefix)]
 
-
-def _swap_end(name: str, ends: Mapping[str, str]) -> str:
-    for old, new in ends.items():
-        if name.endswith(f".{old}"):
-            return name[: -len(old)] + new
-    return name
-
-
-class HasTable(Protocol):
-    """What `resolve` needs of a family."""
-
-    @property
-    def weights(self) -> Sequence[Pattern]:
-        """Its table."""
-
-
-def resolve(family: HasTable, model: ModelConfig) -> list[TensorRule]:
-    """All rules of one model, embedding first, then layer by layer, then the last norm and the output layer."""
-    present = [pattern for pattern in family.weights if has_tensor(pattern.megatron, model)]
-    outside = [pattern for pattern in present if "*" not in pattern.megatron]
-    rules = [pattern.rule(model, None) for pattern in outside if pattern.megatron.startswith("embedding.")]
-    for layer in range(model.layers):
-        rules += [pattern.rule(model, layer) for pattern in present if "*" in pattern.megatron]
-    return rules + [pattern.rule(model, None) for pattern in outside if not pattern.megatron.startswith("embedding.")]
+    in_layers = [rule.in_layer(layer) for layer in range(model.layers) for rule in starting_with("decoder.layers.")]
+    return [
+        *starting_with("embedding."),
+        *in_layers,
+        *starting_with("decoder.final_layernorm."),
+        *starting_with("output_layer."),
+    ]
 
 
 def tied_copies(model: ModelConfig) -> dict[str, str]:
-    """Hugging Face names that a tied model's files may repeat -> the tensor they must equal."""
+    """Return Hugging Face names that a tied model's files may repeat -> the tensor that each must equal."""
     return {"lm_head.weight": "model.embed_tokens.weight"} if model.tied_embeddings else {}
 
 
-def is_derived(name: str) -> bool:
-    """Whether a Hugging Face tensor follows from the config (files of 2023 carry RoPE's frequencies)."""
-    return name.endswith(".rotary_emb.inv_freq")
-
-
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_tensors(rules: Iterable[TensorRule], tensors: Mapping[str, Any], model: ModelConfig, where: object) -> None:
-    """Hold what a folder has against what the rules need.
+def check_hf_tensors(
+    rules: Iterable[TensorRule], tensors: Mapping[str, Any], model: ModelConfig, where: object
+) -> None:
+    """Compare the tensors of a Hugging Face folder with the tensors that the rules need.
 
     Args:
-        rules: of the model.
-        tensors: name -> anything with `shape` and `dtype`, e.g. `HfFolder.tensors`.
-        model: its config.
-        where: for the message.
+        rules: rules of the model.
+        tensors: name -> anything with `shape` and `dtype`, such as `HfFolder.tensors`.
+        model: config of the model.
+        where: folder, for the message.
 
     Raises:
-        RefusedError: naming every tensor that is missing, too many, of another shape or not of floating point.
+        RefusedError: a tensor is missing, unknown, of another shape, or not of a floating-point type that is read here.
     """
     expected = {name: shape for rule in rules for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)}
-    repeated = {name: expected[original] for name, original in tied_copies(model).items()}
+    optional = {name: expected[original] for name, original in tied_copies(model).items()}
+    # RoPE's frequencies follow from config.json; files of 2023 carry them anyway
+    known = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
+    refuse_wrong_tensors(where, known, expected, optional)
+
+
+def refuse_wrong_tensors(
+    where: object,
+    tensors: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] | None = None,
+    padded: Iterable[str] = (),
+) -> None:
+    """Raise unless a source has exactly the tensors of its model.
+
+    Args:
+        where: the source, for the message.
+        tensors: name -> anything with `shape` and `dtype`.
+        expected: shapes of the tensors that must exist.
+        optional: shapes of tensors that may exist besides.
+        padded: names whose number of rows may differ, because another program padded the vocabulary differently.
+
+    Raises:
+        RefusedError: with every tensor that is wrong, at most 20 of them by name.
+    """
     problems = [f"{name}: missing" for name in expected if name not in tensors]
+    allowed = {**(optional or {}), **expected}
     for name, tensor in tensors.items():
-        shape = expected.get(name) or repeated.get(name)
+        shape, found = allowed.get(name), tuple(tensor.shape)
         if shape is None:
-            problems += [] if is_derived(name) else [f"{name}: not a tensor of this model"]
-        elif tuple(tensor.shape) != shape:
-            problems.append(f"{name}: shape {tuple(tensor.shape)}, but config.json makes it {shape}")
+            problems.append(f"{name}: not a tensor of this model")
+        elif found[1:] != shape[1:] or (found[:1] != shape[:1] and name not in padded):
+            problems.append(f"{name}: shape {found}, but the model's config makes it {shape}")
         elif tensor.dtype not in WEIGHT_DTYPES:
-            problems.append(f"{name}: {tensor.dtype}; weights are read as fp32, bf16 or fp16 (dequantize it first)")
+            problems.append(
+                f"{name}: {tensor.dtype}; weights are read as fp32, bf16 or fp16; dequantize or cast it first"
+            )
     if problems:
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise RefusedError("\n".join([f"{where}: {len(problems)} tensors do not fit:", *(f"  - {p}" for p in shown)]))
+        shown = problems[:_MAX_SHOWN]
+        if len(problems) > _MAX_SHOWN:
+            shown.append(f"and {len(problems) - _MAX_SHOWN} more")
+        lines = [f"{where}: {len(problems)} tensors do not fit the model:", *(f"  - {problem}" for problem in shown)]
+        raise RefusedError("\n".join(lines))

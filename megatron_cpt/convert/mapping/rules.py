@@ -1,30 +1,32 @@
-"""How one global Megatron tensor is made of Hugging Face tensors, and they of it: blocks of rows that stand together.
+"""Rule between one global Megatron tensor and the Hugging Face tensors that it is made of, as blocks of rows.
 
-Import, export and the streaming of a part of a tensor are one piece of code each for every kind of tensor, and exact
-inverses by construction.
+Import, export and reading of a few rows use the same blocks, so an export is the exact inverse of an import.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 ReadRows = Callable[[str, slice], torch.Tensor]
-"""read(name, slice(first, last)): rows of a tensor, e.g. `HfFolder.read`."""
+"""read(name, slice(first, last)) returns rows of a tensor, like `HfFolder.read`."""
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows of one Hugging Face tensor that stand together in the Megatron tensor.
+    """Contiguous rows of one Hugging Face tensor inside the Megatron tensor.
+
+    Example: `RowBlock(start=16, source=1, first=0, rows=8)` says that rows 16 to 23 of the Megatron tensor are rows
+    0 to 7 of the rule's second Hugging Face tensor.
 
     Attributes:
         start: first row in the Megatron tensor.
-        source: which of the rule's Hugging Face tensors.
-        first: first row there.
-        rows: how many.
+        source: index of the Hugging Face tensor in the rule's `hf`.
+        first: first row in the Hugging Face tensor.
+        rows: number of rows.
     """
 
     start: int
@@ -35,16 +37,20 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """How one global Megatron tensor corresponds to Hugging Face tensors.
+    """Correspondence between one global Megatron tensor and one or more Hugging Face tensors.
+
+    Example: a gated MLP with `ffn_hidden` 24 has `hf=("...gate_proj.weight", "...up_proj.weight")` and the blocks
+    (0, 0, 0, 24) and (24, 1, 0, 24). `megatron_rows(20, 28, read)` then reads rows 20 to 23 of gate_proj and rows 0 to
+    3 of up_proj.
 
     Attributes:
-        megatron: name in the local layer spec.
-        megatron_shape: of the global tensor.
+        megatron: name of the Megatron tensor in the local layer spec.
+        megatron_shape: shape of the global Megatron tensor.
         hf: names of the Hugging Face tensors.
-        hf_shapes: theirs.
-        blocks: in the order of the Megatron tensor's rows; together they cover every Hugging Face row once, and all
-            Megatron rows but padding.
-        padded_vocab: whether padding rows (zeros) follow the last block.
+        hf_shapes: shapes of the Hugging Face tensors, in the order of `hf`.
+        blocks: blocks in the order of the Megatron tensor's rows. They cover each Hugging Face row once, and all
+            Megatron rows except padding.
+        padded_vocab: whether rows of padding (zeros) follow the last block.
     """
 
     megatron: str
@@ -54,21 +60,24 @@ class TensorRule:
     blocks: tuple[RowBlock, ...]
     padded_vocab: bool = False
 
+    def in_layer(self, layer: int) -> TensorRule:
+        """Return the rule with `*` in its names replaced by the number of a layer."""
+        megatron, *hf = (name.replace("*", str(layer)) for name in (self.megatron, *self.hf))
+        return replace(self, megatron=megatron, hf=tuple(hf))
+
     def to_megatron(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """The global Megatron tensor; where it is one whole Hugging Face tensor, that tensor itself (no copy).
+        """Return the global Megatron tensor; a view of the Hugging Face tensor where the rule copies one whole tensor.
 
         Args:
-            tensors: in the order of `hf`, of shapes `hf_shapes` and one dtype.
+            tensors: Hugging Face tensors in the order of `hf`, of one dtype.
         """
         if [tuple(tensor.shape) for tensor in tensors] != list(self.hf_shapes):
             raise ValueError(f"{self.megatron}: shapes {[tuple(t.shape) for t in tensors]}, not {self.hf_shapes}")
-        if self._is_copy:
-            return tensors[0]
         by_name = dict(zip(self.hf, tensors, strict=True))
         return self.megatron_rows(0, self.megatron_shape[0], lambda name, rows: by_name[name][rows])
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The Hugging Face tensors; padding rows are cut off. Contiguous parts are views of `tensor`."""
+        """Return the Hugging Face tensors, without rows of padding. Contiguous parts are views of `tensor`."""
         if tuple(tensor.shape) != self.megatron_shape:
             raise ValueError(f"{self.megatron}: shape {tuple(tensor.shape)}, not {self.megatron_shape}")
         return tuple(
@@ -77,17 +86,17 @@ class TensorRule:
         )
 
     def megatron_rows(self, start: int, stop: int, read: ReadRows) -> torch.Tensor:
-        """Rows [start, stop) of the global Megatron tensor, read from rows of the Hugging Face tensors.
+        """Return rows [start, stop) of the global Megatron tensor.
 
         Args:
             start: first row.
-            stop: the row after the last.
-            read: gives rows of a Hugging Face tensor by name.
+            stop: row after the last.
+            read: reads rows of a Hugging Face tensor by name.
         """
         assert 0 <= start < stop <= self.megatron_shape[0], f"{self.megatron}: no rows [{start}, {stop})"
         pieces = []
-        at = max(bisect_right(self.blocks, start, key=lambda block: block.start) - 1, 0)
-        for block in self.blocks[at:]:
+        first_block = max(bisect_right(self.blocks, start, key=lambda block: block.start) - 1, 0)
+        for block in self.blocks[first_block:]:
             if block.start >= stop:
                 break
             low, high = max(start, block.start), min(stop, block.start + block.rows)
@@ -103,13 +112,13 @@ class TensorRule:
         return rows
 
     def hf_rows(self, name: str, start: int, stop: int, read: ReadRows) -> torch.Tensor:
-        """Rows [start, stop) of a Hugging Face tensor, read from rows of the global Megatron tensor.
+        """Return rows [start, stop) of a Hugging Face tensor.
 
         Args:
             name: one of `hf`.
             start: first row.
-            stop: the row after the last.
-            read: gives rows of the Megatron tensor, called with the name `megatron`.
+            stop: row after the last.
+            read: reads rows of the Megatron tensor; called with the name `megatron`.
         """
         source = self.hf.index(name)
         assert 0 <= start < stop <= self.hf_shapes[source][0], f"{name}: no rows [{start}, {stop})"
@@ -120,7 +129,3 @@ class TensorRule:
                 first = block.start + low - block.first
                 pieces.append(read(self.megatron, slice(first, first + high - low)))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    @property
-    def _is_copy(self) -> bool:
-        return len(self.blocks) == 1 and self.blocks[0].rows == self.megatron_shape[0]

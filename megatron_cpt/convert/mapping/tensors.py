@@ -1,61 +1,31 @@
-"""Weights by their global names, wherever they lie: what a conversion reads.
+"""Tensors of a source, read in parts: each is a mosaic of pieces that are stored in files.
 
-One name a tensor and layer, those of megatron-core's local layer spec (`decoder.layers.3.input_layernorm.weight`). Each
-tensor is a mosaic: pieces in files, together the whole.
+Example: `linear_qkv.weight` of shape (64, 128), saved by two tensor-parallel ranks, is a `Mosaic` of two pieces with
+offsets (0, 0) and (32, 0), each of sizes (32, 128). `read(slice(24, 40))` takes rows 24 to 31 from the first piece's
+file and rows 0 to 7 from the second piece's file.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
-from megatron_cpt.convert.job import named
-from megatron_cpt.convert.mapping.resolve import te_name
+from megatron_cpt.convert.system_errors import name_file_in_errors
 from megatron_cpt.errors import RefusedError
-
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT_LAYER = "output_layer.weight"
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-
-
-class Shaped(Protocol):
-    """A tensor that can be read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its type."""
-
-
-class Weights(Protocol):
-    """Named tensors, read whole or some rows at a time."""
-
-    @property
-    def tensors(self) -> Mapping[str, Shaped]:
-        """All of them."""
-
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """One of them, or some of its rows, in memory of its own."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a tensor.
+    """Box of a tensor.
 
     Attributes:
-        offsets, sizes: of the box.
-        open: finds its bytes.
+        offsets, sizes: position and shape of the box in the tensor.
+        open: finds the bytes of the box.
     """
 
     offsets: tuple[int, ...]
@@ -65,12 +35,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Mosaic:
-    """A tensor in pieces.
+    """Tensor in pieces.
 
     Attributes:
-        name: for messages.
-        shape, dtype: of the whole.
-        pieces: boxes that cover it, each element once.
+        name: name for messages.
+        shape, dtype: shape and dtype of the complete tensor.
+        pieces: boxes that cover each element once.
     """
 
     name: str
@@ -79,34 +49,37 @@ class Mosaic:
     pieces: Sequence[Piece]
 
     def check(self) -> None:
-        """Do the pieces cover the whole, each element once?
+        """Raise unless the pieces cover each element of the tensor once.
 
         Raises:
-            RefusedError: there is a hole, an overlap, or a piece that sticks out.
+            RefusedError: there is a hole or an overlap, or a piece exceeds the shape.
         """
         if not self.pieces or len(self.pieces[0].offsets) != len(self.shape):
-            raise RefusedError(f"{self.name}: no pieces of shape {self.shape}; the checkpoint is incomplete")
+            raise RefusedError(
+                f"{self.name}: no pieces of shape {self.shape}; the checkpoint is incomplete, copy all of its files"
+            )
         starts = np.array([piece.offsets for piece in self.pieces], np.int64).reshape(len(self.pieces), len(self.shape))
         sizes = np.array([piece.sizes for piece in self.pieces], np.int64).reshape(starts.shape)
         ends = starts + sizes
         if (starts < 0).any() or (sizes < 0).any() or (ends > np.array(self.shape, np.int64)).any():
-            raise RefusedError(f"{self.name}: a piece lies outside of its shape {self.shape}")
+            raise RefusedError(f"{self.name}: a piece exceeds its shape {self.shape}; do not use this checkpoint")
         for number in range(len(self.pieces) - 1):
-            meets = (starts[number] < ends[number + 1 :]) & (starts[number + 1 :] < ends[number])
-            if meets.all(axis=1).any():
-                raise RefusedError(f"{self.name}: two pieces overlap at {self.pieces[number].offsets}")
+            overlaps = (starts[number] < ends[number + 1 :]) & (starts[number + 1 :] < ends[number])
+            if overlaps.all(axis=1).any():
+                offsets = self.pieces[number].offsets
+                raise RefusedError(f"{self.name}: two pieces overlap at {offsets}; do not use this checkpoint")
         covered = sum(math.prod(piece.sizes) for piece in self.pieces)
         if covered != math.prod(self.shape):
             raise RefusedError(
-                f"{self.name}: {covered:,} of {math.prod(self.shape):,} elements are there; "
-                "a piece is missing: are all files of the checkpoint copied?"
+                f"{self.name}: the files hold {covered:,} of its {math.prod(self.shape):,} elements; "
+                "a piece is missing: copy all files of the checkpoint"
             )
 
     def read(self, rows: slice | None = None) -> torch.Tensor:
-        """The whole tensor, or rows of it.
+        """Return the tensor, or rows of it.
 
         Raises:
-            RefusedError: a file does not hold what it should.
+            RefusedError: a file does not hold the tensor that the checkpoint's description says.
         """
         if not self.shape:
             return self._stored(self.pieces[0]).read()
@@ -117,9 +90,9 @@ class Mosaic:
             if first >= last:
                 continue
             part = self._stored(piece).rows(first - piece.offsets[0], last - piece.offsets[0])
-            others = [slice(at, at + size) for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True)]
-            target = out[(slice(first - start, last - start), *others)]
-            with named(part.path):
+            other_axes = [slice(at, at + size) for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True)]
+            target = out[(slice(first - start, last - start), *other_axes)]
+            with name_file_in_errors(part.path):
                 if target.is_contiguous():
                     part.read_into(target)
                 else:
@@ -130,13 +103,18 @@ class Mosaic:
         stored = piece.open()
         if stored.shape != piece.sizes or stored.dtype != self.dtype:
             raise RefusedError(
-                f"{self.name}: {stored.path} holds {stored.dtype} {stored.shape}, should be {self.dtype} {piece.sizes}"
+                f"{stored.path}: holds {stored.dtype} {stored.shape} for {self.name}, but the checkpoint's description "
+                f"says {self.dtype} {piece.sizes}; copy the checkpoint again"
             )
         return stored
 
 
 class MosaicWeights:
-    """Tensors in pieces, by name."""
+    """Tensors in pieces, by name (see `names`).
+
+    Raises:
+        RefusedError: the pieces of a tensor do not cover it.
+    """
 
     def __init__(self, tensors: Mapping[str, Mosaic]) -> None:
         self.tensors = tensors
@@ -144,25 +122,5 @@ class MosaicWeights:
             mosaic.check()
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """One tensor, or some of its rows.
-
-        Raises:
-            RefusedError: its bytes are not what they should be.
-        """
+        """Return a tensor, or rows of it; see `Mosaic.read`."""
         return self.tensors[name].read(rows)
-
-
-def stored_name(name: str) -> tuple[str, int | None]:
-    """Where megatron-core stores a tensor: Transformer Engine's names, and all layers in one tensor.
-
-    Returns:
-        The key, and the layer, which is the place along an additional first dimension; None outside of the layers.
-    """
-    match = _LAYER.fullmatch(te_name(name))
-    return (f"decoder.layers.{match[2]}", int(match[1])) if match else (name, None)
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to; None outside of the layers."""
-    match = _LAYER.fullmatch(name)
-    return int(match[1]) if match else None

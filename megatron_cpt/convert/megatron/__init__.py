@@ -1,1 +1,1 @@
-"""Checkpoints of Megatron-LM, Megatron-Bridge and NeMo."""
+"""Checkpoints of Megatron-LM, Megatron-Bridge and NeMo 2."""

@@ -1,9 +1,8 @@
-"""What model a checkpoint of Megatron is: from its own record, or from what the user says.
+"""Model section for a Megatron checkpoint, from the config stored with it or from the user.
 
-Our checkpoints say it in run.yaml. Megatron-LM keeps its arguments (`args` in common.pt or in model_optim_rng.pt),
-Megatron-Bridge a run_config.yaml (with its model builders: a `transformer` section in it), NeMo 2 a context/model.yaml,
-all with the fields of megatron-core's TransformerConfig. Fields are read as plain values, nothing is built from them;
-sizes are held against the tensors.
+Our checkpoints have a run.yaml. Megatron-LM stores its arguments (`args` in common.pt or model_optim_rng.pt),
+Megatron-Bridge a run_config.yaml (whose model builders nest a `transformer` section), NeMo 2 a context/model.yaml. All
+have the fields of megatron-core's TransformerConfig. They are read as plain values, and no Python object is built.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from pydantic import ValidationError
 from megatron_cpt.checkpoint.layout import RUN_FILE, STATE_FILE
 from megatron_cpt.config import ModelConfig, preset_names, read_mapping
 from megatron_cpt.config.presets import preset
-from megatron_cpt.convert.mapping.tensors import EMBEDDING, OUTPUT_LAYER, Weights
+from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
+from megatron_cpt.convert.mapping.tensors import MosaicWeights
 from megatron_cpt.convert.megatron.torch_dist_reader import newest_iteration
 from megatron_cpt.errors import RefusedError, UserError
 
-_PLACES = ("run_config.yaml", "../run_config.yaml", "context/model.yaml", "../context/model.yaml")
+_CONFIG_FILES = ("run_config.yaml", "../run_config.yaml", "context/model.yaml", "../context/model.yaml")
 _SIZES = {
     "num_layers": "layers",
     "hidden_size": "hidden",
@@ -41,8 +41,8 @@ _OPTIONAL = {
     "add_qkv_bias": "qkv_bias",
     "add_bias_linear": "linear_bias",
 }
-# Arguments that change what the model computes and leave no trace in its tensors.
-_OTHER_FUNCTIONS = (
+# Arguments that change the computation without a trace in the tensors; a model that sets one is refused.
+_UNSUPPORTED = (
     "rotary_interleaved",
     "rotary_seq_len_interpolation_factor",
     "seq_len_interpolation_factor",
@@ -54,7 +54,7 @@ _OTHER_FUNCTIONS = (
     "activation_func_clamp_value",
     "use_mup",
 )
-# By the names of functions in megatron-core, torch, NeMo 2, and the short ones that Megatron-Bridge writes.
+# Names of functions in megatron-core, torch and NeMo 2, and short names that Megatron-Bridge writes.
 _ACTIVATIONS = {
     "squared_relu": "squared_relu",
     "relu2": "squared_relu",
@@ -67,73 +67,75 @@ _ACTIVATIONS = {
 
 
 def read_megatron_model(
-    path: Path, weights: Weights, common: Mapping[str, Any], named_model: str | None
+    path: Path, weights: MosaicWeights, common: Mapping[str, Any], named_model: str | None
 ) -> ModelConfig:
-    """The model of a checkpoint.
+    """Return the model section of a checkpoint.
 
     Args:
-        path: its folder, as the user named it.
-        weights: its tensors.
-        common: what it has beside them.
-        named_model: a preset or a YAML file with the model section; it wins.
+        path: folder of the checkpoint, as the user named it.
+        weights: tensors of the checkpoint.
+        common: entries besides the tensors.
+        named_model: a preset or a YAML file with a model section; it has precedence over the stored config.
 
     Raises:
-        UserError: nothing says what it is, or `named_model` is not known.
-        RefusedError: the record is one of a model that this software cannot train.
+        UserError: the checkpoint has no config, or `named_model` does not exist.
+        RefusedError: the config describes a model that cannot be trained here.
     """
     if named_model is not None:
-        return _named(named_model)
+        return _named_model(named_model)
     if (path / STATE_FILE).is_file() and (path / RUN_FILE).is_file():
-        return _build(read_mapping(path / RUN_FILE).get("model"), path / RUN_FILE)
+        return _validate(read_mapping(path / RUN_FILE).get("model"), path / RUN_FILE)
     arguments = common.get("args")
     fields = arguments if isinstance(arguments, Mapping) else getattr(arguments, "state", None)
     where: object = f"{path}: args"
     if not isinstance(fields, Mapping):
         where, fields = _find_config(path)
-    return _build(model_fields(fields, weights, where), where)
+    return _validate(model_fields(fields, weights, where), where)
 
 
-def _named(name: str) -> ModelConfig:
+def _named_model(name: str) -> ModelConfig:
     if name in preset_names():
         return ModelConfig.model_validate({"preset": name, **preset(name)})
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"--model {name}: neither a file nor a preset; presets are {', '.join(preset_names())}")
+        raise UserError(f"--model {name}: neither a file nor a preset; known presets are {', '.join(preset_names())}")
     fields = read_mapping(path)
-    return _build(fields.get("model", fields), path)
+    return _validate(fields.get("model", fields), path)
 
 
-def _build(fields: Any, where: object) -> ModelConfig:
+def _validate(fields: Any, where: object) -> ModelConfig:
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise RefusedError(f"{where}: no model that can be converted: {problems}") from error
+        raise RefusedError(
+            f"{where}: this model cannot be converted: {problems}; correct it, or name the model: --model"
+        ) from error
 
 
 def _find_config(path: Path) -> tuple[Path, Mapping[str, Any]]:
     folders = [folder for folder in (newest_iteration(path), path) if folder is not None]
-    for file in (folder / name for folder in folders for name in _PLACES):
+    for file in (folder / name for folder in folders for name in _CONFIG_FILES):
         if file.is_file():
             try:
                 data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
             except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-                raise RefusedError(f"{file}: not YAML that can be read: {error}") from error
+                raise RefusedError(f"{file}: not YAML: {error}; name the model instead: --model FILE.yaml") from error
             for key in ("model", "config", "transformer"):
                 if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
                     data = {**data, **data[key]}
             if isinstance(data, Mapping):
                 return file, data
-    raise UserError(f"{path}: does not say what model it is; name it: --model PRESET or --model FILE.yaml")
+    raise UserError(f"{path}: stores no config, so its model is unknown; name it: --model PRESET or --model FILE.yaml")
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads tags of Python objects as the plain value below them."""
+    """Loader that replaces a tagged Python object by the plain value below the tag, and builds no object."""
 
 
-def _plain(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
+def _construct_plain(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
     if ":python/name:" in tag:
-        return tag.rpartition(":")[2]  # a function, by its name
+        return tag.rpartition(":")[2]  # a function becomes its name
     if isinstance(node, yaml.MappingNode):
         return loader.construct_mapping(node, deep=True)
     if isinstance(node, yaml.SequenceNode):
@@ -141,28 +143,34 @@ def _plain(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
     return node.value
 
 
-_PlainLoader.add_multi_constructor("", _plain)
+_PlainLoader.add_multi_constructor("", _construct_plain)
 
 
-def model_fields(fields: Mapping[str, Any], weights: Weights, where: object) -> dict[str, Any]:
-    """Megatron's fields (arguments of Megatron-LM or of TransformerConfig) -> the model section of run.yaml.
+def model_fields(fields: Mapping[str, Any], weights: MosaicWeights, where: object) -> dict[str, Any]:
+    """Return the model section for arguments of Megatron-LM or fields of TransformerConfig.
+
+    Args:
+        fields: the arguments or fields.
+        weights: tensors, which show the padded vocabulary and whether embeddings are tied.
+        where: origin of the fields, for messages.
 
     Raises:
-        RefusedError: a size is missing, or the model has parts that this software does not know.
+        RefusedError: a size is missing, or the model has parts that are not supported here.
     """
     if EMBEDDING not in weights.tensors:
-        raise RefusedError(f"{where}: the checkpoint has no {EMBEDDING}")
-    _refuse_unknown(fields, where)
+        raise RefusedError(
+            f"{where}: the checkpoint has no {EMBEDDING}, so it is not a complete GPT model; copy all of its files"
+        )
+    _refuse_unsupported(fields, where)
     missing = [name for name in _SIZES if name != "kv_channels" and not isinstance(fields.get(name), int)]
     if missing:
-        raise RefusedError(f"{where}: does not say {', '.join(missing)}; name the model: --model FILE.yaml")
-    found = {ours: fields[theirs] for theirs, ours in _SIZES.items() if fields.get(theirs) is not None}
-    found |= {ours: fields[theirs] for theirs, ours in _OPTIONAL.items() if fields.get(theirs) is not None}
+        raise RefusedError(f"{where}: {', '.join(missing)}: missing; name the model: --model FILE.yaml")
+    found = {field: fields[name] for name, field in (_SIZES | _OPTIONAL).items() if fields.get(name) is not None}
     if "max_positions" not in found and fields.get("seq_length") is not None:
         found["max_positions"] = fields["seq_length"]
     rows = weights.tensors[EMBEDDING].shape[0]
     vocab = fields.get("vocab_size")
-    is_grouped = fields.get("group_query_attention", True)  # Megatron-LM's num_query_groups counts only with this flag
+    is_grouped = fields.get("group_query_attention", True)  # Megatron-LM ignores num_query_groups without it
     return {
         **found,
         "kv_groups": (fields.get("num_query_groups") if is_grouped else None) or found["heads"],
@@ -183,7 +191,7 @@ def _activation(fields: Mapping[str, Any], where: object) -> str:
     function = fields.get("activation_func")
     name = str(function.get("_target_") if isinstance(function, Mapping) else function).rpartition(".")[2]
     if function is None and "add_bias_linear" in fields:
-        return "gelu"  # Megatron-LM without a flag
+        return "gelu"  # default of Megatron-LM
     if name not in _ACTIVATIONS:
         raise RefusedError(f"{where}: activation_func {function!r} is not known; name the model: --model FILE.yaml")
     return _ACTIVATIONS[name]
@@ -197,17 +205,17 @@ def _norm(fields: Mapping[str, Any]) -> str:
 
 
 def _rope_scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
-    if fields.get("old_context_len"):  # NeMo 2 scales the frequencies of Llama 3.1 itself
+    if fields.get("old_context_len"):  # NeMo 2, which computes Llama 3.1's RoPE scaling itself
         factors = {"factor": "scale_factor", "original_max_positions": "old_context_len"}
         factors |= {name: name for name in ("low_freq_factor", "high_freq_factor")}
-        return {"rope_scaling": {ours: fields[theirs] for ours, theirs in factors.items() if theirs in fields}}
+        return {"rope_scaling": {field: fields[name] for field, name in factors.items() if name in fields}}
     if not (fields.get("use_rope_scaling") or fields.get("rope_scaling")):
         return {}
     factor = fields.get("rope_scaling_factor")
     return {"rope_scaling": {"factor": float(factor) if isinstance(factor, int | float) else 8.0}}
 
 
-def _refuse_unknown(fields: Mapping[str, Any], where: object) -> None:
+def _refuse_unsupported(fields: Mapping[str, Any], where: object) -> None:
     problems = []
     if fields.get("num_experts") or fields.get("num_moe_experts"):
         problems.append("a mixture of experts")
@@ -223,7 +231,9 @@ def _refuse_unknown(fields: Mapping[str, Any], where: object) -> None:
         problems.append(f"softmax_type: {fields['softmax_type']}")
     window = fields.get("window_size")
     if window and not (isinstance(window, Sequence) and set(window) == {-1}):
-        problems.append(f"attention over a window ({window})")
-    problems += [f"{name}: {fields[name]}" for name in _OTHER_FUNCTIONS if fields.get(name)]
+        problems.append(f"sliding-window attention ({window})")
+    problems += [f"{name}: {fields[name]}" for name in _UNSUPPORTED if fields.get(name)]
     if problems:
-        raise RefusedError(f"{where}: {', '.join(problems)}: not a model that this software trains")
+        raise RefusedError(
+            f"{where}: not supported: {', '.join(problems)}; the converted model would compute something else"
+        )

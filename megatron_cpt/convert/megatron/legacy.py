@@ -1,18 +1,17 @@
-"""Megatron-LM's own layout: one `mp_rank_XX(_YYY)/model_optim_rng.pt` a rank of TP x PP, merged to global tensors.
+"""Reader of Megatron-LM's older layout: `mp_rank_XX(_YYY)/model_optim_rng.pt`, one file per rank of TP x PP.
 
-The files are pickles of `torch.save`; `torch_file` reads their description and executes nothing. Tensors stay on the
-disk until their rows are asked for, so a rank's optimizer state costs nothing.
+The ranks' tensors are merged to global ones. The files are pickles of `torch.save`; `torch_file` reads their structure
+without running code. Tensors stay on the disk until their rows are read, so a rank's optimizer state costs nothing.
 
-Where each rank's rows belong: megatron-core's tensor_parallel/layers.py and transformer/mlp.py; which layers:
-transformer/transformer_block.py (pipeline stages, virtual stages interleaved).
+The row cuts follow megatron-core's tensor_parallel/layers.py and transformer/mlp.py. The layers per pipeline stage
+follow transformer/transformer_block.py: with virtual stages, `model0` of all stages comes before `model1`. Example: 8
+layers, PP 2, VPP 2: stage 0 holds layers 0 and 1 (model0) and 4 and 5 (model1), stage 1 holds 2, 3, 6 and 7.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,29 @@ import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.checkpoint.torchfile.torch_file import open_torch_file
-from megatron_cpt.convert.mapping.resolve import local_name
-from megatron_cpt.convert.mapping.tensors import EMBEDDING, OUTPUT_LAYER, Mosaic, MosaicWeights, Piece
+from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER, local_name
+from megatron_cpt.convert.mapping.tensors import Mosaic, MosaicWeights, Piece
 from megatron_cpt.convert.megatron.torch_dist_reader import newest_iteration
 from megatron_cpt.errors import RefusedError
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_CUT_ROWS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", EMBEDDING, OUTPUT_LAYER)
-_CUT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-
-RankState = Mapping[str, StoredTensor]
+_SPLIT_ROWS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", EMBEDDING, OUTPUT_LAYER)
+_SPLIT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 class LegacyWeights(MosaicWeights):
-    """The weights of such a checkpoint.
+    """Weights of a checkpoint in this layout.
 
     Attributes:
-        folder: that of the iteration.
-        files: of all ranks.
-        arguments: Megatron-LM's, as plain values.
-        tensors: by the local layer spec's names, one for each layer.
+        folder: folder of the iteration.
+        files: files of all ranks.
+        arguments: Megatron-LM's arguments, as plain values.
+        tensors: tensors by the local layer spec's names, one per layer.
 
     Raises:
-        RefusedError: a rank is missing, or the files do not fit each other.
+        RefusedError: a rank is missing, or the files do not belong together.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,8 +51,10 @@ class LegacyWeights(MosaicWeights):
         states = {rank: open_torch_file(file) for rank, file in ranks.items()}
         for rank, state in states.items():
             if not isinstance(state, Mapping):
-                raise RefusedError(f"{ranks[rank]}: holds no checkpoint of Megatron-LM")
-        self.arguments = _arguments(next(iter(states.values())))
+                raise RefusedError(f"{ranks[rank]}: holds no checkpoint of Megatron-LM; copy the file again")
+        namespace = next(iter(states.values())).get("args")  # read as the dictionary that it holds
+        arguments = getattr(namespace, "state", None)
+        self.arguments: Mapping[str, Any] = arguments if isinstance(arguments, Mapping) else {}
         num_tensor, num_pipeline = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
         missing = [
             f"mp_rank_{t:02d}_{p:03d}" for t in range(num_tensor) for p in range(num_pipeline) if (t, p) not in ranks
@@ -68,7 +67,7 @@ class LegacyWeights(MosaicWeights):
 
 
 def is_legacy(path: Path) -> bool:
-    """Whether a folder, or its newest `iter_*`, is of this layout."""
+    """Return whether a folder, or its newest `iter_*`, has this layout."""
     return _find(path) is not None
 
 
@@ -92,12 +91,6 @@ def _ranks(folder: Path) -> dict[tuple[int, int], Path]:
     return ranks
 
 
-def _arguments(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`args`: a Namespace, which is read as the dictionary that it holds."""
-    found = getattr(state.get("args"), "state", None)
-    return found if isinstance(found, Mapping) else {}
-
-
 def _merge(
     folder: Path,
     states: Mapping[tuple[int, int], Mapping[str, Any]],
@@ -106,28 +99,31 @@ def _merge(
     is_gated: bool,
     is_tied: bool,
 ) -> dict[str, Mosaic]:
-    """Global tensors from the chunks of all ranks, in the order in which the pipeline runs them."""
+    """Return global tensors from the model chunks of all ranks, in the order in which the pipeline runs them."""
     chunk_keys = [key for key in ("model", *(f"model{n}" for n in range(64))) if key in states[0, 0]]
     if not chunk_keys:
-        raise RefusedError(f"{folder}: no model in {_FILE}")
+        raise RefusedError(f"{folder}: no model in {_FILE}; the checkpoint holds no weights")
     tensors: dict[str, Mosaic] = {}
     first_layer = 0
-    for key in chunk_keys:  # virtual stage by virtual stage, each through all pipeline stages
+    for key in chunk_keys:
         for stage in range(num_pipeline):
             chunks = [_chunk(folder, states[rank, stage], key) for rank in range(num_tensor)]
             num_layers = 0
             for name in chunks[0]:
                 match = _LAYER.fullmatch(name)
-                single = name
+                global_name = name
                 if match is not None:
                     num_layers = max(num_layers, int(match[1]) + 1)
-                    single = f"decoder.layers.{first_layer + int(match[1])}.{match[2]}"
-                if is_tied and single == OUTPUT_LAYER:
-                    continue  # the last stage's copy of the embedding
-                shards = [_shard(folder, chunk, name) for chunk in chunks]
-                if single in tensors:
-                    raise RefusedError(f"{folder}: {single} is in two pipeline stages")
-                tensors[single] = _join(single, shards, is_gated)
+                    global_name = f"decoder.layers.{first_layer + int(match[1])}.{match[2]}"
+                if is_tied and global_name == OUTPUT_LAYER:
+                    continue  # copy of the embedding on the last stage
+                if not all(name in chunk for chunk in chunks):
+                    raise RefusedError(
+                        f"{folder}: {name} is missing in the file of a tensor-parallel rank; copy all files again"
+                    )
+                if global_name in tensors:
+                    raise RefusedError(f"{folder}: {global_name} is in two pipeline stages; do not use this checkpoint")
+                tensors[global_name] = _join(global_name, [chunk[name] for chunk in chunks], is_gated)
             first_layer += num_layers
     return tensors
 
@@ -136,11 +132,11 @@ def _chunk(folder: Path, state: Mapping[str, Any], key: str) -> dict[str, Stored
     model = state.get(key)
     if isinstance(model, Mapping) and "language_model" in model:
         raise RefusedError(
-            f"{folder}: a checkpoint from before megatron-core (language_model.encoder...); convert it with "
-            "Megatron-LM's tools/checkpoint/convert.py --saver core first"
+            f"{folder}: a checkpoint from before megatron-core (language_model.encoder...); first convert it with "
+            "Megatron-LM's tools/checkpoint/convert.py --saver core"
         )
     if not isinstance(model, Mapping):
-        raise RefusedError(f"{folder}: no {key} in the file of one of the ranks")
+        raise RefusedError(f"{folder}: no {key} in the file of one of the ranks; copy the files of all ranks again")
     return {
         local_name(name.removeprefix("module.")): tensor
         for name, tensor in model.items()
@@ -148,55 +144,45 @@ def _chunk(folder: Path, state: Mapping[str, Any], key: str) -> dict[str, Stored
     }
 
 
-def _shard(folder: Path, chunk: RankState, name: str) -> StoredTensor:
-    if name not in chunk:
-        raise RefusedError(f"{folder}: {name} is missing in the file of one of the tensor-parallel ranks")
-    return chunk[name]
-
-
 def _join(name: str, shards: list[StoredTensor], is_gated: bool) -> Mosaic:
-    """One global tensor from the shards of the tensor-parallel ranks.
+    """Return one global tensor from the shards of the tensor-parallel ranks.
 
     Raises:
-        RefusedError: they are of different shapes or types, or copies that differ.
+        RefusedError: the shards have different shapes or dtypes, or are copies that differ.
     """
     first = shards[0]
     shape: tuple[int, ...]
     if any(shard.shape != first.shape or shard.dtype != first.dtype for shard in shards):
-        raise RefusedError(f"{name}: the ranks have different shapes or types")
-    if name.endswith(_CUT_COLUMNS):
+        found = ", ".join(f"{shard.dtype} {shard.shape}" for shard in shards)
+        raise RefusedError(f"{name}: the tensor-parallel ranks hold {found}; copy the files of one checkpoint")
+    if name.endswith(_SPLIT_COLUMNS):
         shape = (first.shape[0], sum(shard.shape[1] for shard in shards))
-        pieces = [_at(shard, 0, number * first.shape[1]) for number, shard in enumerate(shards)]
-    elif name.endswith(_CUT_ROWS):
+        pieces = [_piece_at(shard, 0, number * first.shape[1]) for number, shard in enumerate(shards)]
+    elif name.endswith(_SPLIT_ROWS):
         rows = first.shape[0]
         shape = (rows * len(shards), *first.shape[1:])
         if is_gated and ".linear_fc1." in name:
-            half = rows // 2  # each rank holds [its gate; its up], the whole is [all gate; all up]
+            half = rows // 2  # a rank holds [its gate; its up], the global tensor is [all gates; all ups]
             pieces = [
-                _at(shard.rows(part * half, (part + 1) * half), part * half * len(shards) + number * half)
+                _piece_at(shard.rows(part * half, (part + 1) * half), part * half * len(shards) + number * half)
                 for part in (0, 1)
                 for number, shard in enumerate(shards)
             ]
         else:
-            pieces = [_at(shard, number * rows) for number, shard in enumerate(shards)]
+            pieces = [_piece_at(shard, number * rows) for number, shard in enumerate(shards)]
     else:
         _check_copies(name, shards)
-        shape, pieces = first.shape, [_at(first, 0)]
+        shape, pieces = first.shape, [_piece_at(first, 0)]
     return Mosaic(name, shape, first.dtype, pieces)
 
 
-def _at(shard: StoredTensor, row: int, column: int = 0) -> Piece:
+def _piece_at(shard: StoredTensor, row: int, column: int = 0) -> Piece:
     offsets = (row, column)[: len(shard.shape)]
-    return Piece(offsets, shard.shape, partial(_itself, shard))
-
-
-def _itself(shard: StoredTensor) -> StoredTensor:
-    return shard
+    return Piece(offsets, shard.shape, lambda: shard)
 
 
 def _check_copies(name: str, shards: list[StoredTensor]) -> None:
-    copies: dict[bytes, int] = defaultdict(int)
-    for shard in shards:
-        copies[shard.read().reshape(-1).view(torch.uint8).numpy().tobytes()] += 1
-    if len(copies) > 1:
-        raise RefusedError(f"{name}: a copy on every tensor-parallel rank, and they differ; do not use this checkpoint")
+    if len({shard.read().reshape(-1).view(torch.uint8).numpy().tobytes() for shard in shards}) > 1:
+        raise RefusedError(
+            f"{name}: a copy on every tensor-parallel rank, but the copies differ; do not use this checkpoint"
+        )

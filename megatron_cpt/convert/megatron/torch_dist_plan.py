@@ -1,4 +1,4 @@
-"""Which file of a checkpoint holds which tensors, and where tensors are cut, for the layout that will load it."""
+"""Plan of a torch_dist checkpoint: its files, the tensors in each, and where tensors are cut into pieces."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_cpt.convert.mapping.tensors import EMBEDDING, OUTPUT_LAYER, layer_of
+from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER, layer_of
 
 MAX_PIECE_BYTES = 16 << 20
-"""A piece is read and loaded whole: this bounds the memory of a thread, here and in whoever loads it.
+"""Largest piece of a tensor. A piece is read and loaded whole, so this bounds the memory per thread.
 
-Up to 32 MiB the C library keeps freed memory for the next piece. Larger ones come from the system page by page each
-time, which takes ten times as long as the read itself.
+Up to 32 MiB the C library keeps freed memory for the next piece. Larger blocks are mapped page by page each time, which
+takes ten times as long as the read itself.
 """
 
 _COLUMN_PARALLEL = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
@@ -22,25 +22,25 @@ _ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 
 
 @dataclass(frozen=True)
-class Form:
-    """A tensor to write: its global shape and type."""
+class TensorSpec:
+    """Shape and dtype of a global tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Target:
-    """Which ranks will load the checkpoint; a matter of speed only.
+    """Parallel layout that loads the checkpoint fastest. Every other layout can load it too.
 
     Attributes:
-        tensor, pipeline: sizes of the parallel groups.
-        shard_bytes: size of a file; more where a single tensor needs it. Files are written and verified in parallel.
+        tensor, pipeline: tensor- and pipeline-parallel sizes.
+        shard_bytes: size of a file; more if a single tensor is larger. Files are written and verified in parallel.
     """
 
     tensor: int = 1
@@ -50,73 +50,81 @@ class Target:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file and the tensors in it."""
+    """One file and the names of the tensors in it."""
 
     name: str
     tensors: tuple[str, ...]
 
 
-def plan_files(forms: Mapping[str, Form], num_layers: int, target: Target) -> list[FilePlan]:
-    """Share the tensors out to files, stage by stage of the target's pipeline."""
-    files: list[FilePlan] = []
-    per_stage = math.ceil(num_layers / target.pipeline)
+def plan_files(specs: Mapping[str, TensorSpec], num_layers: int, target: Target) -> list[FilePlan]:
+    """Assign tensors to files so that no file holds tensors of two pipeline stages.
+
+    Example: with 4 layers, 2 stages and files large enough, `__0_0.distcp` holds the embedding and layers 0 and 1,
+    `__1_0.distcp` holds layers 2 and 3, the final norm and the output layer.
+    """
+    plans: list[FilePlan] = []
+    layers_per_stage = math.ceil(num_layers / target.pipeline)
     for stage in range(target.pipeline):
-        bins: list[list[str]] = []
-        room = 0
-        for name in _in_order(forms, stage, per_stage, target.pipeline):
-            if not bins or forms[name].num_bytes > room:
-                bins.append([])
-                room = target.shard_bytes
-            bins[-1].append(name)
-            room -= forms[name].num_bytes
-        files += [FilePlan(f"__{stage}_{number}.distcp", tuple(names)) for number, names in enumerate(bins)]
-    return files
+        files: list[list[str]] = []
+        free_bytes = 0
+        for name in _tensors_of_stage(specs, stage, layers_per_stage, target.pipeline):
+            if not files or specs[name].num_bytes > free_bytes:
+                files.append([])
+                free_bytes = target.shard_bytes
+            files[-1].append(name)
+            free_bytes -= specs[name].num_bytes
+        plans += [FilePlan(f"__{stage}_{number}.distcp", tuple(names)) for number, names in enumerate(files)]
+    return plans
 
 
-def _in_order(forms: Mapping[str, Form], stage: int, per_stage: int, num_stages: int) -> list[str]:
-    """The tensors of one stage by layer: a file is read from front to back."""
+def _tensors_of_stage(specs: Mapping[str, TensorSpec], stage: int, layers_per_stage: int, num_stages: int) -> list[str]:
+    """Return the tensors of one stage in the order of the layers, so that a rank reads a file from front to back."""
 
-    def place(name: str) -> tuple[int, int]:
+    def stage_and_position(name: str) -> tuple[int, int]:
         layer = layer_of(name)
         if layer is not None:
-            return min(layer // per_stage, num_stages - 1), layer
-        return (0, -1) if name.startswith("embedding.") else (num_stages - 1, len(forms))
+            return min(layer // layers_per_stage, num_stages - 1), layer
+        return (0, -1) if name.startswith("embedding.") else (num_stages - 1, len(specs))
 
-    return sorted((name for name in forms if place(name)[0] == stage), key=lambda name: place(name)[1])
+    names = [name for name in specs if stage_and_position(name)[0] == stage]
+    return sorted(names, key=lambda name: stage_and_position(name)[1])
 
 
-def row_cuts(name: str, form: Form, tensor_parallel: int) -> list[int]:
-    """Where rows are cut: at the ranks, and so that no piece is too large."""
-    rows = form.shape[0]
+def row_cuts(name: str, spec: TensorSpec, tensor_parallel: int) -> list[int]:
+    """Return the rows at which a tensor is cut: between tensor-parallel ranks, and so that no piece is too large.
+
+    Example: `linear_qkv` with 256 rows for TP 2 is cut at [0, 128, 256]. `linear_fc1` is cut twice as often, at
+    [0, 64, 128, 192, 256]: if the MLP is gated, each rank needs its part of the gate and its part of the other half.
+    """
+    num_rows = spec.shape[0]
     parts = 1
     if name.endswith(_COLUMN_PARALLEL) or name in (EMBEDDING, OUTPUT_LAYER):
-        # A gated MLP is [gate; up] and each rank has its part of both: twice as many cuts serve the plain one too.
         parts = 2 * tensor_parallel if ".linear_fc1." in name else tensor_parallel
-    while rows % parts:  # a layout that does not divide: it will be loaded by another one
+    while num_rows % parts:  # the target cannot load this model anyway; another layout will
         parts -= 1
-    step = rows // parts
-    most = max(1, MAX_PIECE_BYTES // max(1, form.num_bytes // max(1, rows)))
+    step = num_rows // parts
+    max_rows = max(1, MAX_PIECE_BYTES // max(1, spec.num_bytes // max(1, num_rows)))
     cuts = [0]
-    for start in range(0, rows, step):
-        pieces = math.ceil(step / most)
+    for start in range(0, num_rows, step):
+        pieces = math.ceil(step / max_rows)
         cuts += [start + step * number // pieces for number in range(1, pieces + 1)]
     return cuts
 
 
-def column_cuts(name: str, form: Form, tensor_parallel: int) -> list[int]:
-    """Where columns are cut: at the ranks of a row-parallel matrix."""
-    if len(form.shape) < 2:
+def column_cuts(name: str, spec: TensorSpec, tensor_parallel: int) -> list[int]:
+    """Return the columns at which a tensor is cut: between tensor-parallel ranks, for row-parallel matrices."""
+    if len(spec.shape) < 2:
         return [0, 0]
-    columns = form.shape[1]
+    columns = spec.shape[1]
     parts = tensor_parallel if name.endswith(_ROW_PARALLEL) and columns % tensor_parallel == 0 else 1
     return [columns * number // parts for number in range(parts + 1)]
 
 
-def total_bytes(forms: Mapping[str, Form]) -> int:
-    """Size of all tensors."""
-    return sum(form.num_bytes for form in forms.values())
+def total_bytes(specs: Mapping[str, TensorSpec]) -> int:
+    """Return the size of all tensors."""
+    return sum(spec.num_bytes for spec in specs.values())
 
 
-def file_bytes(plan: FilePlan, forms: Mapping[str, Form]) -> int:
-    """Size of a file's tensors."""
-    return sum(forms[name].num_bytes for name in plan.tensors)
+def file_bytes(plan: FilePlan, specs: Mapping[str, TensorSpec]) -> int:
+    """Return the size of the tensors in a file."""
+    return sum(specs[name].num_bytes for name in plan.tensors)

@@ -1,12 +1,11 @@
-"""Writes tensors as a torch_dist checkpoint of megatron-core, a file at a time and without process groups.
+"""Writer of megatron-core's torch_dist checkpoints, a file at a time and without process groups.
 
-What comes out is what `checkpoint/saving/saver.py` makes of a model: the names of Transformer Engine's spec, all
-layers stacked
-along a first dimension, pieces in `__N_M.distcp`. Pieces are cut where the target's tensor-parallel ranks are cut,
-files end where its pipeline stages end: every rank reads its own part and nothing else; other layouts can load it too.
+The result equals a checkpoint that `checkpoint/saving` makes of a model: Transformer Engine's names, all layers stacked
+along a first dimension, pieces in `__N_M.distcp`. Pieces are cut at the boundaries of the target's tensor-parallel
+ranks and files end with its pipeline stages, so every rank reads only its own part. Other layouts can load it too.
 
-Every piece goes through memory once: read, hashed, written. Files are independent of each other, so they are written in
-parallel, and a finished one need not be written again.
+Each piece passes through memory once: it is read, hashed and written. Files are independent, so they are written in
+parallel, and an interrupted import keeps finished files.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cpt.checkpoint.saving.torch_save import HashedStream, save_tensor
-from megatron_cpt.convert.job import named
-from megatron_cpt.convert.mapping.tensors import stored_name
-from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, Form, column_cuts, row_cuts
+from megatron_cpt.convert.mapping.names import stored_name
+from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, TensorSpec, column_cuts, row_cuts
+from megatron_cpt.convert.system_errors import name_file_in_errors
 from megatron_cpt.files.atomic import close_durably
 
-# Transformer Engine's FP8 state; a converted model has none, but megatron-core asks for the entries.
+# Modules with FP8 state in Transformer Engine. A converted model has none, but megatron-core expects the entries.
 _EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -47,17 +46,17 @@ _EXTRA_STATES = (
 )
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
-"""read(name, first, last): rows of a global tensor, in its final type."""
+"""read(name, first, last) returns rows [first, last) of a global tensor, in the dtype to write."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A piece in a file.
+    """Piece of a tensor in a file.
 
     Attributes:
-        key: megatron-core's name.
-        offsets, sizes: of the piece in the stored tensor; None for an entry that is no tensor.
-        position, length: of its bytes in the file.
+        key: name in the checkpoint.
+        offsets, sizes: box of the piece in the stored tensor; None for an entry that is not a tensor.
+        position, length: bytes of the piece in the file.
     """
 
     key: str
@@ -69,7 +68,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What was written, as the journal and the manifest want it."""
+    """Size, checksum and pieces of a written file, for the journal and the manifest."""
 
     size: int
     checksum: str
@@ -79,33 +78,31 @@ class WrittenFile:
 def write_file(
     path: Path,
     plan: FilePlan,
-    forms: Mapping[str, Form],
+    specs: Mapping[str, TensorSpec],
     *,
-    num_layers: int,
     tensor_parallel: int,
     read: ReadRows,
     advance: Callable[[int], None],
 ) -> WrittenFile:
-    """Write one file of the checkpoint and make it durable.
+    """Write one file of the checkpoint and wait until it is on the disk.
 
     Args:
-        path: where.
-        plan: what.
-        forms: the model's tensors.
-        num_layers: of the model.
-        tensor_parallel: of the target.
-        read: gives the rows.
-        advance: told of every piece's bytes.
+        path: file to write.
+        plan: tensors in the file.
+        specs: all tensors of the model.
+        tensor_parallel: tensor-parallel size of the target.
+        read: reads rows.
+        advance: called with the number of bytes of every piece.
 
     Raises:
-        OSError: the disk is full, a limit is reached, and the like.
+        OSError: the disk is full, a limit is reached, or the like.
     """
     entries = []
-    with named(path), open(path, "wb", buffering=0) as file:
+    with name_file_in_errors(path), open(path, "wb", buffering=0) as file:
         out = HashedStream(file)
         for name in plan.tensors:
             key, layer = stored_name(name)
-            for offsets, piece in _pieces(name, forms[name], tensor_parallel, read):
+            for offsets, piece in _pieces(name, specs[name], tensor_parallel, read):
                 sizes = list(piece.shape)
                 if layer is not None:
                     offsets, sizes, piece = [layer, *offsets], [1, *sizes], piece[None]
@@ -119,11 +116,11 @@ def write_file(
 
 
 def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
-    """The empty entries that megatron-core asks for besides the tensors."""
+    """Write the empty entries of FP8 state that megatron-core expects besides the tensors."""
     empty = io.BytesIO()
     torch.save([None], empty)
     entries = []
-    with open(path, "wb", buffering=0) as file:
+    with name_file_in_errors(path), open(path, "wb", buffering=0) as file:
         out = HashedStream(file)
         for layer in range(num_layers):
             for module in _EXTRA_STATES:
@@ -136,14 +133,14 @@ def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
 
 
 def write_metadata(
-    folder: Path, forms: Mapping[str, Form], num_layers: int, files: Mapping[str, WrittenFile]
+    folder: Path, specs: Mapping[str, TensorSpec], num_layers: int, files: Mapping[str, WrittenFile]
 ) -> list[str]:
-    """Write `.metadata`, `metadata.json` and `common.pt`: what megatron-core looks at first.
+    """Write `.metadata`, `metadata.json` and `common.pt`, which megatron-core reads first.
 
     Returns:
-        The names of these files.
+        The names of the files.
     """
-    _write_tensor_index(folder, forms, num_layers, files)
+    _write_tensor_index(folder, specs, num_layers, files)
     (folder / "metadata.json").write_bytes(
         orjson.dumps(
             {
@@ -159,14 +156,14 @@ def write_metadata(
 
 
 def _write_tensor_index(
-    folder: Path, forms: Mapping[str, Form], num_layers: int, files: Mapping[str, WrittenFile]
+    folder: Path, specs: Mapping[str, TensorSpec], num_layers: int, files: Mapping[str, WrittenFile]
 ) -> None:
     described: dict[str, Any] = {}
     places = {}
     shapes = {}
-    for name, form in forms.items():
+    for name, spec in specs.items():
         key, layer = stored_name(name)
-        shapes[key] = (form.shape if layer is None else (num_layers, *form.shape), form.dtype)
+        shapes[key] = (spec.shape if layer is None else (num_layers, *spec.shape), spec.dtype)
     for file, written in files.items():
         for entry in written.entries:
             info = _StorageInfo(file, entry.position, entry.length)
@@ -184,19 +181,21 @@ def _write_tensor_index(
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(described, None, places)))
 
 
-def _pieces(name: str, form: Form, tensor_parallel: int, read: ReadRows) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """A tensor's pieces with their offsets."""
-    columns = column_cuts(name, form, tensor_parallel)
-    cuts = row_cuts(name, form, tensor_parallel)
+def _pieces(
+    name: str, spec: TensorSpec, tensor_parallel: int, read: ReadRows
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield the pieces of a tensor with their offsets."""
+    columns = column_cuts(name, spec, tensor_parallel)
+    cuts = row_cuts(name, spec, tensor_parallel)
     for first, last in pairwise(cuts):
         rows = read(name, first, last)
-        assert tuple(rows.shape) == (last - first, *form.shape[1:]), f"{name}: {tuple(rows.shape)}"
-        assert rows.dtype == form.dtype, f"{name}: {rows.dtype}"
+        assert tuple(rows.shape) == (last - first, *spec.shape[1:]), f"{name}: {tuple(rows.shape)}"
+        assert rows.dtype == spec.dtype, f"{name}: {rows.dtype}"
         for left, right in pairwise(columns):
-            piece = rows[:, left:right] if len(form.shape) > 1 else rows
-            yield [first, left][: len(form.shape)], piece
+            piece = rows[:, left:right] if len(spec.shape) > 1 else rows
+            yield [first, left][: len(spec.shape)], piece
 
 
 def written_from_journal(line: Mapping[str, Any]) -> WrittenFile:
-    """A file's record as the journal keeps it."""
+    """Return the file that a journal's record describes."""
     return WrittenFile(line["size"], line["checksum"], [FileEntry(**entry) for entry in line["entries"]])

@@ -1,4 +1,4 @@
-"""Nemotron-4 15B as megatron-core builds it for TP8 x PP4, on the meta device, against what a conversion writes."""
+"""Nemotron-4 15B as converted, compared with the model that megatron-core builds for TP8 x PP4 on the meta device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_cpt.backend import cpu
 from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_cpt.config.presets import preset
 from megatron_cpt.convert.mapping.families import NEMOTRON
+from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.mapping.resolve import resolve
 from megatron_cpt.convert.mapping.shapes import expected_tensors
-from megatron_cpt.convert.mapping.tensors import stored_name
-from megatron_cpt.convert.megatron.torch_dist_plan import Form, Target, plan_files, total_bytes
+from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec, plan_files, total_bytes
 from megatron_cpt.plan.cost.parameters import count_parameters
 
 MODEL = ModelConfig(**preset("nemotron4_15b"))
@@ -31,16 +31,16 @@ def test_converted_tensors_are_the_model() -> None:
     assert {rule.megatron: rule.megatron_shape for rule in rules} == expected
     assert sum(math.prod(shape) for rule in rules for shape in rule.hf_shapes) == PARAMETERS
     assert sum(math.prod(shape) for shape in expected.values()) == PARAMETERS == count_parameters(MODEL).total
-    forms = {name: Form(shape, torch.bfloat16) for name, shape in expected.items()}
-    assert total_bytes(forms) == 2 * PARAMETERS
-    files = plan_files(forms, MODEL.layers, Target(8, 4))
+    specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in expected.items()}
+    assert total_bytes(specs) == 2 * PARAMETERS
+    files = plan_files(specs, MODEL.layers, Target(8, 4))
     names = [name for file in files for name in file.tensors]
     assert sorted(names) == sorted(expected)
     assert {file.name.split("_")[2] for file in files} == {"0", "1", "2", "3"}
 
 
 def _shards_of_rank(rank: int) -> list[Any]:
-    """Every sharded tensor of one of the 32 ranks; no memory, no other process."""
+    """Return every sharded tensor of one of the 32 ranks, without memory or other processes."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
@@ -66,7 +66,7 @@ def _shards_of_rank(rank: int) -> list[Any]:
                 rotary_percent=MODEL.rotary_percent,
                 share_embeddings_and_output_weights=False,
             )
-        # norms ask for torch.cuda.current_device() themselves, a few kilobytes
+        # norms choose their device themselves; they take a few kilobytes
         assert all(parameter.is_meta for parameter in model.parameters() if parameter.dim() > 1)
         return list(_shards(model.sharded_state_dict()))
     finally:
@@ -75,7 +75,7 @@ def _shards_of_rank(rank: int) -> list[Any]:
 
 
 def _boxes(shards: list[Any]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Key, global shape, offset and size of what a rank writes; copies on other ranks are left out."""
+    """Yield key, global shape, offset and size of every box that a rank writes, without copies for other ranks."""
     for shard in shards:
         if not any(shard.replica_id):
             layer_axes = (1,) * shard.prepend_axis_num
@@ -84,7 +84,7 @@ def _boxes(shards: list[Any]) -> Iterator[tuple[str, tuple[int, ...], tuple[int,
 
 @pytest.mark.long
 def test_all_ranks_of_tp8_pp4() -> None:
-    """Names, shapes and the number of parameters of 32 ranks together are those of the converted checkpoint."""
+    """All 32 ranks together have the names, shapes and number of parameters of the converted checkpoint."""
     import torch.testing._internal.distributed.fake_pg  # noqa: F401 - registers the backend
 
     cpu.install()

@@ -1,4 +1,4 @@
-"""What a conversion must not do: publish what is damaged, touch what is not its own, change a model in silence."""
+"""Conversions never publish corrupt data, overwrite foreign files or change a model silently."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.huggingface.writer import HfWriter
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.megatron.config import model_fields
-from megatron_cpt.convert.megatron.torch_dist_plan import Form
+from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.errors import RefusedError, UserError
@@ -66,7 +66,7 @@ def test_damage_is_not_published_under_new_checksums(tmp_path: Path, checkpoint:
 def test_a_run_directory_means_its_newest_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints" / checkpoint.name)
     assert import_checkpoint(tmp_path / "run", tmp_path / "c", ImportOptions(dtype="bf16")).kind == "torch_dist"
-    assert open_source_checkpoint(tmp_path / "c").forms["output_layer.weight"].dtype is torch.bfloat16
+    assert open_source_checkpoint(tmp_path / "c").specs["output_layer.weight"].dtype is torch.bfloat16
 
 
 def test_export_does_not_make_weights_infinite(tmp_path: Path, hf: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path: Path, hf: 
 def test_config_json_says_what_the_model_is_now(tmp_path: Path, checkpoint: Path) -> None:
     path = shutil.copytree(checkpoint, tmp_path / "c")
     run = yaml.safe_load((path / "run.yaml").read_text())
-    run["model"]["max_positions"] = 4096  # trained further on longer samples
+    run["model"]["max_positions"] = 4096  # training continued on longer samples
     (path / "run.yaml").write_text(yaml.safe_dump(run))
     export_checkpoint(path, tmp_path / "longer", ExportOptions(verify="none"))
     config = json.loads((tmp_path / "longer" / "config.json").read_text())
@@ -101,13 +101,13 @@ def test_config_json_says_what_the_model_is_now(tmp_path: Path, checkpoint: Path
     assert (config["model_type"], config["architectures"]) == ("mistral", ["MistralForCausalLM"])
 
 
-def test_a_base_that_is_gone_is_told(tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_base_is_reported(tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = shutil.copytree(checkpoint, tmp_path / "c")
     shutil.rmtree(path / "hf")
     run = yaml.safe_load((path / "run.yaml").read_text())
     (path / "run.yaml").write_text(yaml.safe_dump({**run, "init": {"from": str(tmp_path / "gone")}}))
     assert not open_source_checkpoint(path, verify="none").side_files
-    assert "gone, which is not there: no tokenizer files come along" in caplog.text
+    assert "gone, which does not exist, so config and tokenizer files are unknown" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------- the folder beside the target
@@ -118,15 +118,15 @@ def test_one_process_at_a_time(tmp_path: Path, hf: Path, checkpoint: Path, kind:
     convert, source = (import_checkpoint, hf) if kind == "import" else (export_checkpoint, checkpoint)
     with open(tmp_path / ".out.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is making it"):
+        with pytest.raises(UserError, match="another process is writing it"):
             convert(source, tmp_path / "out")
         assert [file.name for file in tmp_path.iterdir()] == [".out.lock"]
-    convert(source, tmp_path / "out")  # a lock that a killed process has left is nobody's
+    convert(source, tmp_path / "out")  # the lock file of a killed process locks nothing
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", ["import", "export"])
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, hf: Path, checkpoint: Path, kind: str) -> None:
+def test_a_foreign_work_folder_is_not_touched(tmp_path: Path, hf: Path, checkpoint: Path, kind: str) -> None:
     convert, source = (import_checkpoint, hf) if kind == "import" else (export_checkpoint, checkpoint)
     theirs = tmp_path / (".out.tmp" if kind == "import" else "out.partial")
     theirs.mkdir()
@@ -141,7 +141,7 @@ def test_a_writer_killed_while_it_laid_out_its_files_starts_over(tmp_path: Path)
     writer = HfWriter(tmp_path / "model", plan)
     writer.close()
     journal, data = writer.folder / "journal.jsonl", writer.folder / "model.safetensors"
-    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])  # the plan alone
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])  # only the identity of the job
     data.write_bytes(b"")
     (writer.folder / "tokenizer.json").touch()
     writer = HfWriter(tmp_path / "model", plan)
@@ -151,10 +151,10 @@ def test_a_writer_killed_while_it_laid_out_its_files_starts_over(tmp_path: Path)
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]
 
 
-# ---------------------------------------------------------------------------------------- what Megatron says and means
+# ------------------------------------------------------------------ configs of Megatron, Bridge and NeMo
 
 
-def test_a_bridge_config_lies_in_its_iteration(tmp_path: Path) -> None:
+def test_bridge_config_inside_its_iteration(tmp_path: Path) -> None:
     folder = save_torch_dist(tmp_path / "iter_0000010", stacked(weights()))
     model = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 24, "num_attention_heads": 4, "kv_channels": 8}
     model |= {"num_query_groups": 2, "gated_linear_unit": True, "normalization": "RMSNorm", "seq_length": 131072}
@@ -171,8 +171,8 @@ def test_a_bridge_config_lies_in_its_iteration(tmp_path: Path) -> None:
         open_source_checkpoint(tmp_path)
 
 
-def test_a_bridge_config_of_a_model_builder(tmp_path: Path) -> None:
-    """`model` of Megatron-Bridge's builders keeps TransformerConfig's fields in a section of their own."""
+def test_bridge_config_of_a_model_builder(tmp_path: Path) -> None:
+    """Megatron-Bridge's model builders nest the fields of TransformerConfig in a section `transformer`."""
     folder = save_torch_dist(tmp_path / "iter_0000010", stacked(weights()))
     (folder / "modelopt_state").mkdir()
     transformer = {
@@ -200,7 +200,7 @@ def test_a_bridge_config_of_a_model_builder(tmp_path: Path) -> None:
 
 
 def fields_of(**changes: Any) -> dict[str, Any]:
-    tensors = {"embedding.word_embeddings.weight": Form((128, 32), torch.float32)}
+    tensors = {"embedding.word_embeddings.weight": TensorSpec((128, 32), torch.float32)}
     return model_fields({**ARGUMENTS, **changes}, SimpleNamespace(tensors=tensors), "here")  # type: ignore[arg-type]
 
 
@@ -217,7 +217,7 @@ def test_rope_scaling_of_nemo_2() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window_size": [4096, 0]}, r"attention over a window \(\[4096, 0\]\)"),
+        ({"window_size": [4096, 0]}, r"sliding-window attention \(\[4096, 0\]\)"),
         ({"rotary_interleaved": True}, "rotary_interleaved: True"),
         ({"rotary_seq_len_interpolation_factor": 4}, "rotary_seq_len_interpolation_factor: 4"),
         ({"softmax_scale": 0.5}, "softmax_scale: 0.5"),
@@ -228,7 +228,7 @@ def test_rope_scaling_of_nemo_2() -> None:
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
     ],
 )
-def test_what_leaves_no_trace_in_the_tensors_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_arguments_that_change_the_computation_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         fields_of(**changes)
 
@@ -237,7 +237,7 @@ def test_arguments_without_effect_are_read() -> None:
     assert fields_of(window_size=[-1, -1], rotary_interleaved=False, softmax_scale=None) == fields_of()
 
 
-def test_weights_that_are_no_floats(tmp_path: Path) -> None:
+def test_integer_weights_are_refused(tmp_path: Path) -> None:
     tensors = weights()
     tensors["decoder.final_layernorm.weight"] = torch.ones(32, dtype=torch.int64)
     folder = save_torch_dist(tmp_path, stacked(tensors))
@@ -252,7 +252,7 @@ def test_optimizer_states_under_a_chain(tmp_path: Path) -> None:
     assert set(TorchDistWeights(tmp_path).tensors) == set(weights())
 
 
-# ---------------------------------------------------------------------------------------- hostile descriptions
+# ---------------------------------------------------------------------------------------- hostile metadata
 
 
 @pytest.mark.parametrize("field", ["relative_path", "offset", "length"])

@@ -1,4 +1,4 @@
-"""HF -> ours -> HF to the byte, what is refused on the way, and a conversion that is killed in the middle."""
+"""Round trip Hugging Face -> checkpoint -> Hugging Face, refused sources, and resuming a killed conversion."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from megatron_cpt.checkpoint.manifest import find_faults
 from megatron_cpt.cli import main
 from megatron_cpt.convert import importer
+from megatron_cpt.convert.dtypes import DTYPES
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
-from megatron_cpt.convert.job import DTYPES
-from megatron_cpt.convert.megatron.torch_dist_plan import Form, Target, plan_files
+from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec, plan_files
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.convert.verify import verify_tensors
@@ -32,18 +32,18 @@ from tests.helpers.hf_models import FAMILY_CONFIGS, save_hf_model
 
 
 def quiet(_: int, __: int) -> None:
-    """No progress bar."""
+    """Ignore progress."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny Hugging Face folder of every family."""
+    """Create a tiny Hugging Face folder per family."""
     base = tmp_path_factory.mktemp("hf")
     return {family: save_hf_model(base / family, family, max_shard_size="60KB") for family in FAMILY_CONFIGS}
 
 
 def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """As the safetensors package reads them."""
+    """Return all tensors, read by the safetensors package."""
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
@@ -65,11 +65,11 @@ def test_round_trip_of_every_family(tmp_path: Path, folders: dict[str, Path], fa
     assert same_tensors(folders[family], back)
     assert filecmp.cmp(folders[family] / "config.json", back / "config.json", shallow=False)
     assert len(list(back.glob("*.safetensors"))) > 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "checkpoint"]  # nothing half-made is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "checkpoint"]  # no work folder and no lock
 
 
 def test_what_torch_reads_is_what_was_written(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """torch's own reader, on pieces that were cut for TP 2 x PP 2."""
+    """Read pieces that were cut for TP 2 x PP 2 with torch's reader."""
     import_checkpoint(folders["llama"], tmp_path / "c", ImportOptions(target=Target(2, 2, 50_000)))
     theirs, hf = read_tensors(tmp_path / "c"), hf_tensors(folders["llama"])
     layer = "model.layers.1.mlp."
@@ -85,16 +85,26 @@ def test_what_torch_reads_is_what_was_written(tmp_path: Path, folders: dict[str,
 
 
 def test_pieces_are_cut_where_the_ranks_are() -> None:
-    forms = {f"decoder.layers.{n}.mlp.linear_fc2.weight": Form((8, 64), torch.float32) for n in range(8)}
-    files = plan_files(forms, 8, Target(pipeline=4, shard_bytes=1 << 20))
+    specs = {f"decoder.layers.{n}.mlp.linear_fc2.weight": TensorSpec((8, 64), torch.float32) for n in range(8)}
+    files = plan_files(specs, 8, Target(pipeline=4, shard_bytes=1 << 20))
     assert [file.name for file in files] == [f"__{stage}_0.distcp" for stage in range(4)]
     assert files[1].tensors == ("decoder.layers.2.mlp.linear_fc2.weight", "decoder.layers.3.mlp.linear_fc2.weight")
-    small = plan_files(forms, 8, Target(pipeline=1, shard_bytes=8 * 64 * 4 * 3))
+    small = plan_files(specs, 8, Target(pipeline=1, shard_bytes=8 * 64 * 4 * 3))
     assert [len(file.tensors) for file in small] == [3, 3, 2]
 
 
+def test_paths_may_be_strings(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    import_checkpoint(str(folders["llama"]), "base")
+    export_checkpoint("base", "back")
+    assert verify_tensors("back", "base").is_equal
+    with pytest.raises(UserError, match="dtype 'bfloat16' is not known; choose fp32, bf16, fp16"):
+        import_checkpoint(str(folders["llama"]), "other", ImportOptions(dtype="bfloat16"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "base"]
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_types(tmp_path: Path, folders: dict[str, Path], dtype: str) -> None:
+def test_import_casts_to_each_dtype(tmp_path: Path, folders: dict[str, Path], dtype: str) -> None:
     import_checkpoint(folders["qwen2"], tmp_path / "c", ImportOptions(dtype=dtype))
     wanted = DTYPES[dtype]
     source = hf_tensors(folders["qwen2"])
@@ -111,7 +121,7 @@ def test_types(tmp_path: Path, folders: dict[str, Path], dtype: str) -> None:
 
 
 def change(folder: Path, out: Path, name: str, edit: Any) -> Path:
-    """A copy of a folder with one tensor changed, in one file."""
+    """Return a copy of a folder with one tensor changed, in one file."""
     tensors = hf_tensors(folder)
     tensors[name] = edit(tensors[name])
     out.mkdir()
@@ -139,7 +149,7 @@ def test_too_large_for_fp16(tmp_path: Path, folders: dict[str, Path]) -> None:
         import_checkpoint(large, tmp_path / "c", ImportOptions(dtype="fp16"))
 
 
-def test_one_bit_is_found(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_verify_finds_one_differing_bit(tmp_path: Path, folders: dict[str, Path]) -> None:
     import_checkpoint(folders["llama"], tmp_path / "c")
     flipped = change(folders["llama"], tmp_path / "f", NORM, lambda t: (t.view(torch.int32) ^ 1).view(torch.float32))
     assert verify_tensors(flipped, tmp_path / "c", advance=quiet).differing == {NORM: 48}
@@ -158,11 +168,11 @@ def test_a_tied_model_with_another_output_layer(tmp_path: Path, folders: dict[st
     save_file({**tensors, name: tensors["model.embed_tokens.weight"].clone()}, same / "model.safetensors")
     import_checkpoint(same, tmp_path / "c")
     other = change(same, tmp_path / "other", name, lambda t: t + 1)
-    with pytest.raises(RefusedError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+    with pytest.raises(RefusedError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         import_checkpoint(other, tmp_path / "c2")
 
 
-def test_hostile_side_files(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_side_files_that_are_links_out_of_the_folder_are_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
     folder = shutil.copytree(folders["llama"], tmp_path / "hf")
     (tmp_path / "secret").write_text("{}")
     (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
@@ -178,7 +188,7 @@ def test_hostile_side_files(tmp_path: Path, folders: dict[str, Path]) -> None:
     assert find_faults(tmp_path / "c") == ["../secret: not a file of this folder"]
 
 
-def test_names_that_are_taken_and_disks_that_are_full(
+def test_existing_targets_and_full_disks_are_refused(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "c").mkdir()
@@ -194,7 +204,7 @@ def test_names_that_are_taken_and_disks_that_are_full(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
 
 
-def test_export_of_a_broken_checkpoint(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_export_refuses_a_corrupt_checkpoint(tmp_path: Path, folders: dict[str, Path]) -> None:
     import_checkpoint(folders["llama"], tmp_path / "c")
     file = tmp_path / "c" / "__0_0.distcp"
     data = bytearray(file.read_bytes())
@@ -221,7 +231,7 @@ def _import_until_killed(source: str, target: str, num_files: int) -> None:
     import_checkpoint(Path(source), Path(target), ImportOptions(target=Target(shard_bytes=1), workers=1))
 
 
-def test_an_import_that_is_killed_goes_on(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_killed_import_is_resumed(tmp_path: Path, folders: dict[str, Path]) -> None:
     options = ImportOptions(target=Target(shard_bytes=1))
     import_checkpoint(folders["llama"], tmp_path / "whole", options)
     process = multiprocessing.get_context("fork").Process(
@@ -246,7 +256,7 @@ def _same_weights(first: Path, second: Path) -> bool:
     return set(a.tensors) == set(b.tensors) and all(torch.equal(a.read(name), b.read(name)) for name in a.tensors)
 
 
-def test_another_source_begins_anew(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_another_source_restarts_from_scratch(tmp_path: Path, folders: dict[str, Path]) -> None:
     options = ImportOptions(target=Target(shard_bytes=1))
     process = multiprocessing.get_context("fork").Process(
         target=_import_until_killed, args=(str(folders["llama"]), str(tmp_path / "c"), 5)
@@ -263,7 +273,7 @@ def test_another_source_begins_anew(tmp_path: Path, folders: dict[str, Path]) ->
 
 @pytest.fixture(scope="module")
 def with_tokenizer(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with a tokenizer of its 101 ids: single letters and marks."""
+    """Create the tiny Llama with a tokenizer for its 101 ids: single letters and marks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -283,15 +293,15 @@ def test_new_tokens(tmp_path: Path, with_tokenizer: Path, rows: str) -> None:
     state = orjson.loads((tmp_path / "c" / "state.json").read_bytes())
     assert state["imported"]["vocabulary"]["num_new"] == 2
     assert state["imported"]["vocabulary"]["known"] == ["A"]
-    incoming = open_source_checkpoint(tmp_path / "c")
-    assert (incoming.model.vocab, incoming.model.padded_vocab) == (103, 128)
-    old, new = hf_tensors(with_tokenizer), incoming.read("embedding.word_embeddings.weight", 0, 128)
+    opened = open_source_checkpoint(tmp_path / "c")
+    assert (opened.model.vocab, opened.model.padded_vocab) == (103, 128)
+    old, new = hf_tensors(with_tokenizer), opened.read("embedding.word_embeddings.weight", 0, 128)
     table = old["model.embed_tokens.weight"]
     assert torch.equal(new[:101], table)
     abc = table[[ord(letter) - 33 for letter in "abc"]].mean(dim=0) if rows == "pieces" else table.mean(dim=0)
     assert torch.allclose(new[101], abc, atol=1e-6)
     assert not new[103:].any()
-    head = incoming.read("output_layer.weight", 101, 102)[0]
+    head = opened.read("output_layer.weight", 101, 102)[0]
     assert torch.allclose(head, old["lm_head.weight"].mean(dim=0), atol=1e-6) == (rows == "mean")
     export_checkpoint(tmp_path / "c", tmp_path / "back", advance=quiet)
     from transformers import AutoTokenizer

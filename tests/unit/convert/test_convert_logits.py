@@ -1,7 +1,8 @@
-"""The same function as transformers: logits of every family's models, odd ones too."""
+"""Logits of converted models equal the logits of transformers, for every family and for odd sizes."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.helpers.ranks import run_ranks
 
 
 def megatron_model(fields: dict[str, Any]) -> Any:
-    """A GPTModel of the local spec with random weights, inside `process_groups`."""
+    """Return a GPTModel of the local spec with random weights; call inside `process_groups`."""
     from megatron_cpt.checkpoint.state.state_dicts import unwrap
     from megatron_cpt.config import draft_config
     from megatron_cpt.model.build_model import build_model
@@ -35,7 +36,7 @@ def megatron_model(fields: dict[str, Any]) -> Any:
 
 
 def largest_difference(config: dict[str, Any]) -> float:
-    """Between the logits of transformers and of Megatron with the converted tensors, over 2 x 48 tokens."""
+    """Return the largest difference of the logits of transformers and Megatron, over 2 x 48 tokens."""
     from megatron_cpt.backend.distributed import process_groups
     from megatron_cpt.config import ParallelConfig
     from megatron_cpt.convert.huggingface import config as hf_config
@@ -94,3 +95,14 @@ def test_logits_of_every_family_and_of_odd_models_equal_transformers():
 def test_logits_of_many_odd_models_equal_transformers(family):
     (found,) = run_ranks(1, differences_of_odd_models, [family], 60)
     assert len(found[family]) >= 60
+
+
+def test_a_logit_that_is_nan_is_a_difference() -> None:
+    from megatron_cpt.convert.logits import _compare
+
+    logits = [torch.zeros(3, 5), torch.zeros(2, 5)]
+    assert _compare(logits, logits, "TP 1 x PP 1", "random ids").max_difference == 0.0
+    logits_with_nan = [logits[0], logits[1].index_fill(1, torch.tensor([4]), float("nan"))]
+    report = _compare(logits_with_nan, logits, "TP 1 x PP 1", "random ids")
+    assert not report.max_difference <= 1e-4
+    assert math.isnan(report.mean_kl)

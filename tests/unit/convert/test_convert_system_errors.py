@@ -1,4 +1,4 @@
-"""What the system refuses in the middle of a conversion: one message, no traceback, and the work goes on."""
+"""Errors of the operating system during a conversion: one message without traceback, and the work can be resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.hf_models import save_hf_model
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in several shards, with a tokenizer's file that is larger than any of its tensors."""
+    """Create a tiny model in several shards, with a tokenizer file that is larger than any of its tensors."""
     folder = save_hf_model(tmp_path_factory.mktemp("hf") / "llama", "llama", max_shard_size="60KB")
     (folder / "tokenizer.json").write_text(" " * 300_000)
     return folder
@@ -37,7 +37,7 @@ def checkpoint(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_limited(limit: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`megatron-cpt convert` in a process that may write no file larger than `limit` bytes."""
+    """Run `megatron-cpt convert` in a process that may write no file larger than `limit` bytes."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_cpt", "convert", *arguments],
         check=False,
@@ -50,7 +50,7 @@ def run_limited(limit: int, *arguments: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize("kind", ["import", "export"])
 @pytest.mark.parametrize("limit", [10_000, 200_000], ids=["weights", "tokenizer"])
-def test_a_file_that_may_not_grow(tmp_path: Path, hf: Path, checkpoint: Path, kind: str, limit: int) -> None:
+def test_a_limit_on_file_sizes(tmp_path: Path, hf: Path, checkpoint: Path, kind: str, limit: int) -> None:
     source, aside = (hf, tmp_path / ".out.tmp") if kind == "import" else (checkpoint, tmp_path / "out.partial")
     arguments = (kind, str(source), str(tmp_path / "out"), "--shard-size", "30KB")
     ended = run_limited(limit, *arguments)
@@ -58,7 +58,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path, hf: Path, checkpoint: Path, ki
     named = "tokenizer.json" if limit == 200_000 else ".distcp" if kind == "import" else ".safetensors"
     (line,) = ended.stderr.splitlines()
     assert f"{named}: File too large; raise the limit on file sizes (ulimit -f)" in line
-    assert f"What is finished stays in {aside}; the same command goes on there" in line
+    assert f"Finished parts are kept in {aside}; run the same command again to resume" in line
     assert not (tmp_path / "out").exists()
 
     if kind == "import":
@@ -72,13 +72,13 @@ def test_a_file_that_may_not_grow(tmp_path: Path, hf: Path, checkpoint: Path, ki
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def once_begun(action: Callable[[], object]) -> Callable[[int, int], None]:
-    """A progress bar that does something when some of the work is done."""
-    told = []
+def call_after_12_steps(action: Callable[[], object]) -> Callable[[int, int], None]:
+    """Return a progress callback that runs `action` at its 12th call."""
+    calls = []
 
     def advance(count: int, _: int) -> None:
-        told.append(count)
-        if len(told) == 12:
+        calls.append(count)
+        if len(calls) == 12:
             action()
 
     return advance
@@ -87,8 +87,10 @@ def once_begun(action: Callable[[], object]) -> Callable[[int, int], None]:
 def test_a_source_that_vanishes(tmp_path: Path, hf: Path) -> None:
     options = ImportOptions(target=Target(shard_bytes=1), workers=1)
     away = hf.with_name("away")
-    with pytest.raises(CptError, match=r"\.safetensors: No such file.*leave the folders alone.*goes on there") as error:
-        import_checkpoint(hf, tmp_path / "c", options, advance=once_begun(lambda: hf.rename(away)))
+    with pytest.raises(
+        CptError, match=r"\.safetensors: No such file.*do not move or delete files.*again to resume"
+    ) as error:
+        import_checkpoint(hf, tmp_path / "c", options, advance=call_after_12_steps(lambda: hf.rename(away)))
     assert error.value.exit_status == 1
     away.rename(hf)
     assert import_checkpoint(hf, tmp_path / "c", options).num_kept > 5
@@ -97,11 +99,11 @@ def test_a_source_that_vanishes(tmp_path: Path, hf: Path) -> None:
 
 @pytest.mark.parametrize("side", ["hf", "checkpoint"])
 def test_a_block_that_cannot_be_read(hf: Path, checkpoint: Path, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's error names no file; ours does."""
+    """The kernel's error names no file, our message does."""
     bad, real = (".safetensors" if side == "hf" else ".distcp"), os.preadv
 
     def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
-        is_rows = buffers[0].nbytes % (48 * 4) == 0  # of 48 numbers; descriptions have other sizes
+        is_rows = buffers[0].nbytes % (48 * 4) == 0  # rows of 48 numbers; headers and metadata have other sizes
         if is_rows and os.readlink(f"/proc/self/fd/{fd}").endswith(bad):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(fd, buffers, offset)

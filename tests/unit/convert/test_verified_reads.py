@@ -1,4 +1,4 @@
-"""Checksums compared on the way: no file is used before its own, damage is found whenever it is reached."""
+"""Checksums compared while reading: no file is used before it is verified."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def damage(file: Path) -> None:
     file.write_bytes(b"x" * file.stat().st_size)
 
 
-def test_damage_is_found_in_its_file_and_at_once_in_small_ones(checkpoint: Path) -> None:
+def test_damage_is_found_in_its_file_and_immediately_in_small_files(checkpoint: Path) -> None:
     damage(checkpoint / "__0_10.distcp")
     before_read = FirstRead(checkpoint, "full")
     with ThreadPoolExecutor(4) as threads:
@@ -40,7 +40,7 @@ def test_damage_is_found_in_its_file_and_at_once_in_small_ones(checkpoint: Path)
         FirstRead(checkpoint, "full")
 
 
-def test_a_file_that_is_missing_is_told_before_anything_is_read(checkpoint: Path) -> None:
+def test_a_missing_file_is_reported_before_anything_is_read(checkpoint: Path) -> None:
     (checkpoint / "__0_3.distcp").unlink()
     (checkpoint / "__0_4.distcp").write_bytes(b"short")
     with pytest.raises(RefusedError, match=r"__0_3\.distcp: missing; __0_4\.distcp: 5 bytes, should be 1000"):

@@ -1,7 +1,7 @@
-"""The model families that can be converted, one file each.
+"""Model families that can be converted, one file per family.
 
-A new family is a file with a `Family` (its table of weights made of `common`'s lines and its own) and a name in
-`FAMILIES`; docs/families.md goes through it.
+To add a family, write a file with a `Family` and add it to `FAMILIES`. Its table of weights is made of the lines in
+`common` and of its own lines; docs/families.md has an example.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from megatron_cpt.convert.mapping.families.smollm import SMOLLM
 from megatron_cpt.errors import RefusedError, UserError
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (NEMOTRON, LLAMA, SMOLLM, MISTRAL, QWEN2, QWEN3)}
-"""By name; a model that several could express goes to the first of them."""
+"""Families by name. If several families can express a model, an export chooses the first."""
 
 __all__ = ["FAMILIES", "Family", "by_name", "detect"]
 
 
 def by_name(name: str) -> Family:
-    """A family by its name.
+    """Return a family by its name.
 
     Raises:
-        UserError: there is none.
+        UserError: no family has this name.
     """
     if name not in FAMILIES:
         raise UserError(f"family {name!r} is not known; known are {', '.join(FAMILIES)}")
@@ -36,10 +36,10 @@ def by_name(name: str) -> Family:
 
 
 def detect(config: Mapping[str, Any], where: object = "config.json") -> Family:
-    """The family of a config.json, by `model_type` and the marks of its relatives.
+    """Return the family of a config.json, by its `model_type` and the families' `mark` keys.
 
     Raises:
-        RefusedError: none that is known.
+        RefusedError: the model type is not known.
     """
     kind = config.get("model_type")
     of_kind = [family for family in FAMILIES.values() if family.model_type == kind]
@@ -47,4 +47,6 @@ def detect(config: Mapping[str, Any], where: object = "config.json") -> Family:
         if family.mark is None or config.get(family.mark):
             return family
     known = ", ".join(sorted({family.model_type for family in FAMILIES.values()}))
-    raise RefusedError(f"{where}: model_type {kind!r} is not known; known are {known}")
+    raise RefusedError(
+        f"{where}: model_type {kind!r} is not known, so its weights cannot be converted; known are {known}"
+    )

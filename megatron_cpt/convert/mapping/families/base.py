@@ -1,4 +1,4 @@
-"""What a model family is: a few facts about its config.json and a table of its weights."""
+"""Model family: a few facts about its config.json, and a table of its weights."""
 
 from __future__ import annotations
 
@@ -10,29 +10,24 @@ from megatron_cpt.config import Activation
 from megatron_cpt.convert.mapping.patterns import Pattern
 
 
-def refuse_nothing(_: Mapping[str, Any]) -> list[str]:
-    """For families without traps of their own."""
-    return []
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Models that share a table of weights and the meaning of a config.json.
+    """Models that share a table of weights and the meaning of the keys in config.json.
 
     Attributes:
-        name: as the command line has it.
-        model_type: of config.json.
-        architecture: class in transformers.
-        weights: the table.
-        fixed: fields of `ModelConfig` that are the same in every model of the family.
-        activations: those the family's models are made with.
-        defaults: of transformers' config class, for keys that a config.json may leave out.
-        norm_eps_key: how config.json calls the norms' epsilon.
+        name: name on the command line.
+        model_type: `model_type` in config.json.
+        architecture: class of the model in transformers.
+        weights: table of the weights. A line whose tensor a model lacks (a bias, an output layer) is skipped.
+        fixed: fields of `ModelConfig` that all models of the family share.
+        activations: activations that transformers' class supports.
+        defaults: values that transformers' config class takes for keys that are missing in config.json.
+        norm_eps_key: key of config.json with the epsilon of the norms.
         has_linear_bias: whether config.json can ask for biases in all linear layers.
-        has_partial_rope: whether RoPE may turn a part of each head.
-        extra: keys that config.json must have beside the model's shape.
-        mark: a key of config.json that tells the family from another of the same `model_type`.
-        refuse: problems of a config.json that only this family knows.
+        has_partial_rope: whether RoPE may rotate only a part of each head.
+        extra: keys that an exported config.json has besides the model's shape.
+        mark: key of config.json that distinguishes this family from another one with this `model_type`.
+        find_problems: returns why a config.json of this family cannot be used, for reasons that no other family has.
     """
 
     name: str
@@ -47,7 +42,7 @@ class Family:
     has_partial_rope: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
     mark: str | None = None
-    refuse: Callable[[Mapping[str, Any]], list[str]] = refuse_nothing
+    find_problems: Callable[[Mapping[str, Any]], list[str]] | None = None
 
 
 COMMON_DEFAULTS = {
@@ -58,4 +53,4 @@ COMMON_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-"""What the config classes of transformers agree on."""
+"""Defaults that most config classes of transformers share."""

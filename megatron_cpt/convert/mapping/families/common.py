@@ -1,4 +1,4 @@
-"""Lines that the tables of several families share; a line counts where the model has its tensor (expected.py)."""
+"""Lines that the tables of several families share. Lines whose tensor a model lacks (see `shapes`) are skipped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MLP, _HF_MLP = "decoder.layers.*.mlp", "model.layers.*.mlp"
 
 
 def qkv(kind: str) -> Qkv:
-    """`weight` or `bias` of the fused projection."""
+    """Return the line for the `weight` or `bias` of the fused projection of queries, keys and values."""
     q, k, v = (f"{_HF_ATTENTION}.{letter}_proj.{kind}" for letter in "qkv")
     return Qkv(f"{_ATTENTION}.linear_qkv.{kind}", q=q, k=k, v=v)
 

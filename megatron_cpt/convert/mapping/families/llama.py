@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x (arXiv 2307.09288, 2407.21783), and all that calls itself `llama`."""
+"""Llama 2 and 3.x (arXiv 2307.09288, 2407.21783), and other models with the model type `llama`."""
 
 from __future__ import annotations
 

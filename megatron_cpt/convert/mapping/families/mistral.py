@@ -1,4 +1,4 @@
-"""Mistral (arXiv 2310.06825): Llama's weights; the window of the first version is refused unless it has no effect."""
+"""Mistral (arXiv 2310.06825): Llama's weights. Sliding windows (version 0.1) are refused if they matter."""
 
 from __future__ import annotations
 

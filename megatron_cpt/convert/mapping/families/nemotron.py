@@ -1,6 +1,6 @@
 """Nemotron-4 and Minitron (arXiv 2402.16819, 2407.14679): squared ReLU, LayerNorm1P, RoPE over half of each head.
 
-The norm's weight is w - 1 on both sides, so it copies one to one.
+Both sides store a norm's weight minus 1, so norms are copied unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Qwen3, dense (arXiv 2505.09388): Llama with RMSNorm over each query and key head, and a head size of its own."""
+"""Qwen3, dense (arXiv 2505.09388): Llama with RMSNorm over each query and key head, and a separate `head_dim`."""
 
 from __future__ import annotations
 

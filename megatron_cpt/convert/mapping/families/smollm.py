@@ -1,4 +1,7 @@
-"""SmolLM and SmolLM2 (arXiv 2502.02737): small Llamas, mostly tied; their config.json says `is_llama_config`."""
+"""SmolLM and SmolLM2 (arXiv 2502.02737): small Llamas, most with tied embeddings.
+
+Their config.json has `is_llama_config`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any
 from megatron_cpt.convert.mapping.families.llama import LLAMA
 
 
-def _refuse(config: Mapping[str, Any]) -> list[str]:
+def _find_problems(config: Mapping[str, Any]) -> list[str]:
     if config.get("rope_interleaved"):
-        return ["rope_interleaved: true; RoPE here turns the halves of a head, not neighbors"]
+        return ["rope_interleaved: true; RoPE here rotates halves of a head, not neighboring elements"]
     return []
 
 
@@ -20,5 +23,5 @@ SMOLLM = replace(
     name="smollm",
     mark="is_llama_config",
     extra={"is_llama_config": True, "rope_interleaved": False},
-    refuse=_refuse,
+    find_problems=_find_problems,
 )

@@ -1,4 +1,4 @@
-"""config.json: what real ones say, what cannot be computed here is refused, and transformers reads what is written."""
+"""config.json: published files are read, unsupported models are refused, transformers reads what is written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import AutoConfig
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.config.presets import preset
 from megatron_cpt.convert.huggingface import config as hf_config
-from megatron_cpt.convert.huggingface.config import to_hf_config
+from megatron_cpt.convert.huggingface.export_config import matching, to_hf_config
 from megatron_cpt.convert.mapping import families
 from megatron_cpt.errors import RefusedError, UserError
 from tests.helpers.hf_models import FAMILY_CONFIGS, tiny_config
 from tests.helpers.odd_models import odd_configs
 
-# The keys of published config.json files, as transformers 4 wrote them.
+# Keys of published config.json files, as transformers 4 wrote them.
 SMOLLM2_135M = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -102,7 +102,7 @@ def test_what_is_written_is_what_was_read(chosen):
     family, model = hf_config.read_model(config)
     written = json.loads(json.dumps(to_hf_config(family, model, "float16")))
     assert hf_config.read_model(written) == (family, model)
-    assert family in hf_config.matching(model)
+    assert family in matching(model)
 
     parsed = dict(written)
     theirs = AutoConfig.for_model(parsed.pop("model_type"), **parsed)
@@ -145,12 +145,16 @@ def test_rope_in_the_old_and_the_new_form():
         ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type: 'linear'"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one flat object"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, "factor: '8'; it must be a number"),
-        ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor: 0.5; models of"),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5, "rope_parameters": None},
+            "partial_rotary_factor: 0.5; in this family",
+        ),
         ("llama", {"attention_bias": True}, "attention_bias: True with mlp_bias: False"),
         ("qwen3", {"attention_bias": True}, "attention_bias: true; Megatron"),
-        ("mistral", {"sliding_window": 32}, "sliding_window: 32; attention here reaches back to the start"),
+        ("mistral", {"sliding_window": 32}, "sliding_window: 32; attention here sees all earlier tokens"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "sliding_window: 32"),
-        ("mistral", {"sliding_window": 64, "layer_types": 5}, "layer_types: layers of one kind"),
+        ("mistral", {"sliding_window": 64, "layer_types": 5}, "layer_types: only models whose layers"),
         ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: quantized weights"),
         ("smollm", {"rope_interleaved": True}, "rope_interleaved: true"),
         ("llama", {"hidden_act": "relu"}, "hidden_act: 'relu'; known are"),
@@ -160,12 +164,16 @@ def test_rope_in_the_old_and_the_new_form():
         ("llama", {"num_hidden_layers": 1 << 40}, "num_hidden_layers: 1099511627776"),
         ("llama", {"num_hidden_layers": None}, "num_hidden_layers: None"),
         ("llama", {"num_key_value_heads": 3}, "4 is not a multiple of 3 key/value heads"),
-        ("llama", {"head_dim": 15}, "15 of 15 is no even number"),
-        ("nemotron", {"head_dim": 2}, "1 of 2 is no even number"),
+        ("llama", {"head_dim": 15}, "rotate 15 of 15 elements per head, not a positive even number"),
+        ("nemotron", {"head_dim": 2}, "rotate 1 of 2 elements per head, not a positive even number"),
         ("llama", {"rms_norm_eps": -1.0}, "norm_eps: -1.0: "),
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps: nan; it must be a number"),
         ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings: 'yes'; it must be true or false"),
-        ("llama", {"model_type": "gpt2"}, "model_type 'gpt2' is not known; known are llama, mistral, nemotron"),
+        (
+            "llama",
+            {"model_type": "gpt2"},
+            "model_type 'gpt2' is not known, so its weights cannot be converted; known are llama, mistral, nemotron",
+        ),
         ("llama", {"model_type": None}, "model_type None is not known"),
     ],
 )
@@ -176,7 +184,7 @@ def test_what_cannot_be_computed_is_refused(family, changes, message):
     assert str(refused.value).startswith("/models/x/config.json")
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_together():
     with pytest.raises(RefusedError) as refused:
         hf_config.read_model(tiny_config("qwen3", hidden_size=0, vocab_size=None, attention_bias=True))
     assert str(refused.value).count("\n  - ") == 3
@@ -193,7 +201,7 @@ def test_windows_without_effect_are_read(family, changes):
     assert hf_config.read_model(tiny_config(family, **changes))[0].name == family
 
 
-def test_left_out_keys_mean_what_transformers_means():
+def test_missing_keys_take_the_defaults_of_transformers():
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name, family in families.FAMILIES.items():
         config = {key: tiny_config(name)[key] for key in sizes} | {"num_attention_heads": 32, "hidden_size": 128}
@@ -205,7 +213,7 @@ def test_left_out_keys_mean_what_transformers_means():
         assert hf_config.read_model(config) == hf_config.read_model({**theirs, **mark}), name
 
 
-# -------------------------------------------------------------------------------------------- on the way out
+# -------------------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize(
@@ -223,7 +231,7 @@ def test_left_out_keys_mean_what_transformers_means():
 )
 def test_families_of_a_model(preset_name, changes, names):
     model = ModelConfig.model_validate({**preset(preset_name), **changes})
-    assert [family.name for family in hf_config.matching(model)] == names
+    assert [family.name for family in matching(model)] == names
 
 
 def test_a_model_that_a_family_cannot_express():

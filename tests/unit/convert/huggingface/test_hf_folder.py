@@ -1,4 +1,4 @@
-"""Reading Hugging Face folders: right bytes from sound ones, a named refusal for every broken or hostile one."""
+"""Reading Hugging Face folders: correct bytes from valid folders, a refusal that names the file otherwise."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def refusal(folder, **options):
 
 
 def opened(folder):
-    """The folder, or None and the refusal."""
+    """Return the folder, or None and the message of the refusal."""
     try:
         return HfFolder(folder), ""
     except RefusedError as refused:
         return None, str(refused)
 
 
-# ------------------------------------------------------------------------------------------- sound folders
+# ------------------------------------------------------------------------------------------- valid folders
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_the_hub_cache_of_links_is_read(tmp_path):
     assert HfFolder(snapshot).read("w").tolist() == [1, 1]
 
 
-def test_memory_is_that_of_the_rows_read(tmp_path):
+def test_memory_grows_only_by_the_rows_that_are_read(tmp_path):
     rows, width = 128, 1 << 18  # 128 MiB, a hole in a sparse file
     file = tmp_path / "model.safetensors"
     write_raw(file, {"w": entry("F32", [rows, width], 0, rows * width * 4)})
@@ -106,19 +106,19 @@ def test_memory_is_that_of_the_rows_read(tmp_path):
     assert most - before < 32 << 20
 
 
-# ------------------------------------------------------------------------------------------ broken headers
+# ------------------------------------------------------------------------------------------ malformed headers
 
-SOUND = {"a": entry("F32", [2], 0, 8), "b": entry("BF16", [2, 1], 8, 12)}
+VALID = {"a": entry("F32", [2], 0, 8), "b": entry("BF16", [2, 1], 8, 12)}
 
 
 @pytest.mark.parametrize(
     ("changes", "data", "message"),
     [
         ({"b": entry("BF16", [2, 1], 4, 8)}, 8, "b overlaps a"),
-        ({"b": entry("BF16", [2, 1], 10, 14)}, 14, "b leaves a hole behind a"),
-        ({"a": entry("F32", [2], 4, 12), "b": entry("BF16", [2, 1], 12, 16)}, 16, "a leaves a hole behind the header"),
+        ({"b": entry("BF16", [2, 1], 10, 14)}, 14, "b leaves a gap after a"),
+        ({"a": entry("F32", [2], 4, 12), "b": entry("BF16", [2, 1], 12, 16)}, 16, "a leaves a gap after the header"),
         ({}, 11, "b ends at byte"),
-        ({}, 13, "1 bytes behind b belong to no tensor"),
+        ({}, 13, "1 bytes after b belong to no tensor"),
         ({"b": entry("BF16", [2, 2], 8, 12)}, 12, r"b: 4 bytes, but BF16 \[2, 2\] takes 8"),
         ({"b": entry("BF16", [1 << 62, 1 << 62], 8, 12)}, 12, "b: 4 bytes, but"),
         ({"b": entry("BF16", [-2, -1], 8, 12)}, 12, r"b: shape \[-2, -1\]"),
@@ -133,7 +133,7 @@ SOUND = {"a": entry("F32", [2], 0, 8), "b": entry("BF16", [2, 1], 8, 12)}
     ],
 )
 def test_a_header_that_lies_is_refused_by_tensor(tmp_path, changes, data, message):
-    write_raw(tmp_path / "model.safetensors", {**SOUND, **changes}, b"\0" * data)
+    write_raw(tmp_path / "model.safetensors", {**VALID, **changes}, b"\0" * data)
     with pytest.raises(RefusedError, match=f"model.safetensors: .*{message}"):
         HfFolder(tmp_path)
 
@@ -185,7 +185,7 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path_factory, data):
         assert 0 < info.start <= info.stop <= len(content)
 
 
-# ------------------------------------------------------------------------------------------- broken folders
+# ------------------------------------------------------------------------------------------- invalid folders
 
 
 def two_shards(folder):
@@ -237,10 +237,10 @@ def test_links_out_of_the_folder_are_refused(tmp_path, name):
     (folder / name).symlink_to("../secret")
     assert "leads out of the folder" in refusal(folder)
     os.unlink(tmp_path / "secret")
-    assert "leads out of the folder" in refusal(folder)  # a dangling one too
+    assert "leads out of the folder" in refusal(folder)  # also a dangling link
 
 
-def test_a_fifo_is_not_waited_for(tmp_path):
+def test_a_fifo_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     assert "not a regular file" in refusal(tmp_path)
 

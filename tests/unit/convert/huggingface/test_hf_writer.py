@@ -1,4 +1,4 @@
-"""Writing Hugging Face folders: what others read back, shards, threads, and going on after a crash."""
+"""Writing Hugging Face folders: read back by safetensors and transformers, shards, threads, resuming after a crash."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plan_of(tensors):
 
 
 def read_by_safetensors(folder):
-    """Every tensor, through the package that everybody else reads with."""
+    """Return every tensor, read by the safetensors package."""
     tensors = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as shard:
@@ -111,7 +111,7 @@ def test_names_and_index_are_those_that_transformers_reads(tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
-def test_one_file_where_all_fits(tmp_path):
+def test_a_small_model_is_one_file(tmp_path):
     writer = HfWriter(tmp_path / "model", {"w": ((2,), torch.float32)})
     writer.write("w", torch.ones(2))
     writer.finish()
@@ -130,9 +130,9 @@ def test_an_unfinished_folder_is_not_published(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_what_is_there_is_not_overwritten(tmp_path):
+def test_an_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "model").mkdir()
-    writer = HfWriter(tmp_path / "model", {"w": ((1,), torch.float32)})  # an empty folder may be
+    writer = HfWriter(tmp_path / "model", {"w": ((1,), torch.float32)})  # an empty folder is accepted
     writer.write("w", torch.ones(1))
     writer.finish()
     with pytest.raises(UserError, match="exists"):
@@ -158,7 +158,7 @@ def test_threads_share_a_writer(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-# ------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------ resuming
 
 KILLED = """
 import os, signal, sys, torch
@@ -184,7 +184,7 @@ def work_of_a_killed_process(tmp_path_factory):
 
 @pytest.fixture
 def killed(work_of_a_killed_process, tmp_path):
-    """The folder of a writer that was killed after four and a half of six tensors, and the tensors."""
+    """Return the target of a writer that was killed after 4.5 of 6 tensors, and the tensors."""
     shutil.copytree(work_of_a_killed_process, tmp_path / "model.partial")
     torch.manual_seed(0)
     return tmp_path / "model", {f"t{n}": torch.randn(n + 1, 3) for n in range(6)}
@@ -202,13 +202,13 @@ def test_a_killed_writer_is_continued(killed):
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_work_of_another_plan_or_source_is_thrown_away(killed):
+def test_work_of_another_plan_or_source_is_discarded(killed):
     path, tensors = killed
     assert HfWriter(path, plan_of(tensors), 100, source="b").done == frozenset()
     assert HfWriter(path, plan_of(tensors), 200, source="b").done == frozenset()
 
 
-def test_a_journal_cut_in_a_line_counts_up_to_there(killed, monkeypatch):
+def test_an_incomplete_line_of_the_journal_is_ignored(killed, monkeypatch):
     monkeypatch.setattr(hf_writer, "_SYNC_BYTES", 1)
     path, tensors = killed
     journal = path.with_name("model.partial") / "journal.jsonl"
@@ -223,7 +223,7 @@ def test_a_journal_cut_in_a_line_counts_up_to_there(killed, monkeypatch):
     assert HfWriter(path, plan_of(tensors), 100, source="a").done == tensors.keys()
 
 
-def test_a_shard_that_is_gone_starts_over(killed):
+def test_a_missing_shard_restarts_from_scratch(killed):
     path, tensors = killed
     os.unlink(next(path.with_name("model.partial").glob("*.safetensors")))
     assert HfWriter(path, plan_of(tensors), 100, source="a").done == frozenset()

@@ -1,4 +1,4 @@
-"""The rules between Hugging Face and Megatron tensors: complete, exact inverses, right in parts."""
+"""Rules between Hugging Face and Megatron tensors: complete, exact inverses, correct for any rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.config.presets import preset
 from megatron_cpt.convert.huggingface import config as hf_config
-from megatron_cpt.convert.huggingface.folder import TensorInfo
+from megatron_cpt.convert.huggingface.header import TensorInfo
 from megatron_cpt.convert.mapping import families, resolve
-from megatron_cpt.convert.mapping.shapes import megatron_shape
+from megatron_cpt.convert.mapping.names import local_name, te_name
+from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.plan import count_parameters
 from tests.helpers.hf_models import FAMILY_CONFIGS, build_hf_model, hf_tensors, tiny_config
@@ -28,7 +29,7 @@ def meta_tensors(config):
 
 
 def numbered(shapes):
-    """Tensors in which no two elements are equal, so that a misplaced one shows."""
+    """Return tensors in which no two elements are equal, so that a misplaced element is found."""
     start, tensors = 1, []
     for shape in shapes:
         count = torch.Size(shape).numel()
@@ -45,12 +46,12 @@ def test_rules_cover_transformers_models_and_are_exact_inverses(chosen, data):
     assert family.name == name
     rules = resolve.resolve(family, model)
     tensors = meta_tensors(config)
-    resolve.check_tensors(rules, tensors, model, "here")
+    resolve.check_hf_tensors(rules, tensors, model, "here")
     assert sorted(name for rule in rules for name in rule.hf) == sorted(tensors)
     assert count_parameters(model).total == sum(tensor.numel() for tensor in tensors.values())
 
     rule = data.draw(st.sampled_from(rules))
-    assert megatron_shape(rule.megatron, model) == rule.megatron_shape
+    assert expected_tensors(model)[rule.megatron] == rule.megatron_shape
     parts = numbered(rule.hf_shapes)
     whole = rule.to_megatron(*parts)
     assert tuple(whole.shape) == rule.megatron_shape
@@ -92,7 +93,7 @@ def test_the_gate_comes_first():
     assert rule.to_megatron(torch.tensor([[1], [2]]), torch.tensor([[3], [4]])).flatten().tolist() == [1, 2, 3, 4]
 
 
-def test_a_tensor_of_another_shape_is_no_part_of_a_rule():
+def test_a_rule_refuses_a_tensor_of_another_shape():
     rule = rule_of("decoder.final_layernorm.weight")
     with pytest.raises(ValueError, match="final_layernorm"):
         rule.to_megatron(torch.zeros(127))
@@ -114,8 +115,8 @@ def test_the_15b_has_the_count_of_its_paper_and_no_padding():
 def test_names_translate_to_transformer_engine_and_back(family):
     _, model = hf_config.read_model(tiny_config(family))
     names = [rule.megatron for rule in resolve.resolve(families.FAMILIES[family], model)]
-    translated = [resolve.te_name(name) for name in names]
-    assert [resolve.local_name(name) for name in translated] == names
+    translated = [te_name(name) for name in names]
+    assert [local_name(name) for name in translated] == names
     assert len(set(translated)) == len(names)
     assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in translated
     assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in translated
@@ -130,7 +131,7 @@ def checked(family="llama", drop=(), **changed):
     _, model = hf_config.read_model(tiny_config(family))
     tensors = hf_tensors(build_hf_model(tiny_config(family)))
     tensors = {name: tensor for name, tensor in {**tensors, **changed}.items() if name not in drop}
-    resolve.check_tensors(resolve.resolve(families.FAMILIES[family], model), tensors, model, "folder")
+    resolve.check_hf_tensors(resolve.resolve(families.FAMILIES[family], model), tensors, model, "folder")
 
 
 def test_every_missing_surplus_and_misshapen_tensor_is_named():
@@ -146,12 +147,12 @@ def test_every_missing_surplus_and_misshapen_tensor_is_named():
     message = str(refused.value)
     assert message.startswith("folder: 4 tensors do not fit")
     assert "model.norm.weight: missing" in message
-    assert "lm_head.weight: shape (101, 47), but config.json makes it (101, 48)" in message
+    assert "lm_head.weight: shape (101, 47), but the model's config makes it (101, 48)" in message
     assert "model.layers.2.mlp.up_proj.weight: not a tensor of this model" in message
     assert "model.layers.0.input_layernorm.weight: torch.int8" in message
 
 
-def test_what_follows_from_the_rest_may_be_there():
+def test_redundant_tensors_are_accepted():
     inv_freq = TensorInfo((8,), torch.float32, None, 0, 32)
     checked(
         "qwen2", **{"lm_head.weight": torch.zeros(101, 48), "model.layers.0.self_attn.rotary_emb.inv_freq": inv_freq}

@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron as they are found: torch_dist under any naming, mp_rank_* files, broken and hostile ones."""
+"""Megatron checkpoints in the wild: torch_dist under any naming, mp_rank_* files, corrupt and hostile files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.checkpoint.torchfile.torch_file import open_torch_file
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.mapping.resolve import te_name
+from megatron_cpt.convert.mapping.names import te_name
 from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.mapping.tensors import Mosaic, Piece
 from megatron_cpt.convert.megatron.legacy import LegacyWeights
@@ -65,7 +65,7 @@ def weights(model: ModelConfig = LLAMA) -> dict[str, torch.Tensor]:
 
 
 def save_torch_dist(folder: Path, state: dict[str, Any]) -> Path:
-    """As torch writes it, in one process."""
+    """Save tensors with torch's writer, in one process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=folder, no_dist=True)
@@ -73,7 +73,7 @@ def save_torch_dist(folder: Path, state: dict[str, Any]) -> Path:
 
 
 def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Layers along a first dimension, the layout of homogeneous models."""
+    """Stack layers along a first dimension, as megatron-core does for homogeneous models."""
     found: dict[str, list[torch.Tensor]] = {}
     for name, tensor in tensors.items():
         key = name if ".layers." not in name else "decoder.layers." + name.split(".", 3)[3]
@@ -112,9 +112,9 @@ def test_torch_dist_namings(tmp_path: Path, prefix: str, naming: str, layers: st
 def test_model_of_megatron_lm_arguments(tmp_path: Path) -> None:
     folder = save_torch_dist(tmp_path / "iter_0000010", stacked(weights()))
     torch.save({"args": argparse.Namespace(**ARGUMENTS, rampup_batch_size=None)}, folder / "common.pt")
-    incoming = open_source_checkpoint(tmp_path)
-    assert incoming.kind == "torch_dist"
-    assert incoming.model == LLAMA
+    opened = open_source_checkpoint(tmp_path)
+    assert opened.kind == "torch_dist"
+    assert opened.model == LLAMA
 
 
 def test_model_of_a_bridge_run_config(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_model_of_a_bridge_run_config(tmp_path: Path) -> None:
         open_source_checkpoint(tmp_path)
 
 
-def test_a_checkpoint_that_does_not_say_what_it_is(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_config(tmp_path: Path) -> None:
     save_torch_dist(tmp_path, stacked(weights()))
     with pytest.raises(UserError, match="--model"):
         open_source_checkpoint(tmp_path)
@@ -150,12 +150,12 @@ def test_the_padding_of_megatron_lm_is_cut_and_ours_is_added(tmp_path: Path) -> 
     tensors["output_layer.weight"] = torch.randn(300, 32)
     folder = save_torch_dist(tmp_path, stacked(tensors))
     torch.save({"args": argparse.Namespace(**ARGUMENTS, vocab_size=260)}, folder / "common.pt")
-    incoming = open_source_checkpoint(tmp_path)
-    assert (incoming.model.vocab, incoming.model.padded_vocab) == (260, 384)
-    rows = incoming.read("output_layer.weight", 0, 384)
+    opened = open_source_checkpoint(tmp_path)
+    assert (opened.model.vocab, opened.model.padded_vocab) == (260, 384)
+    rows = opened.read("output_layer.weight", 0, 384)
     assert torch.equal(rows[:300], tensors["output_layer.weight"])
     assert not rows[300:].any()
-    assert not incoming.read("output_layer.weight", 310, 320).any()
+    assert not opened.read("output_layer.weight", 310, 320).any()
 
 
 @pytest.mark.parametrize("fault", ["cut", "missing", "chunk", "link", "climbs"])
@@ -191,13 +191,13 @@ def _piece(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece:
 @pytest.mark.parametrize(
     ("pieces", "what"),
     [
-        ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "12 of 16 elements"),
+        ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "12 of its 16 elements"),
         ([((0, 0), (3, 4)), ((2, 0), (2, 4))], "overlap"),
-        ([((0, 0), (4, 2)), ((0, 2), (4, 3))], "outside"),
+        ([((0, 0), (4, 2)), ((0, 2), (4, 3))], "exceeds its shape"),
         ([], "no pieces"),
     ],
 )
-def test_pieces_must_cover_the_whole(pieces: list[Any], what: str) -> None:
+def test_pieces_must_cover_each_element_once(pieces: list[Any], what: str) -> None:
     with pytest.raises(RefusedError, match=what):
         Mosaic("w", (4, 4), torch.float32, [_piece(*piece) for piece in pieces]).check()
 
@@ -206,7 +206,7 @@ def test_pieces_must_cover_the_whole(pieces: list[Any], what: str) -> None:
 
 
 class Backend(enum.Enum):
-    """Stands for an enum of megatron-core."""
+    """Stand-in for an enum of megatron-core."""
 
     FLASH = 1
 
@@ -214,7 +214,7 @@ class Backend(enum.Enum):
 def save_legacy(
     folder: Path, tensors: dict[str, torch.Tensor], tp: int, pp: int, vpp: int = 1, arguments: Any = ARGUMENTS
 ) -> Path:
-    """Cut global tensors as Megatron-LM's ranks hold them: every rank's part spelled out."""
+    """Write global tensors as the files of Megatron-LM's ranks, with every rank's rows computed here."""
     layers_a_chunk = LLAMA.layers // (pp * vpp)
     for p in range(pp):
         for t in range(tp):
@@ -255,7 +255,7 @@ def _shard(name: str, tensor: torch.Tensor, rank: int, size: int) -> torch.Tenso
 
 @pytest.fixture
 def megatron_enum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The enum as a class of a module that the reader's process does not have."""
+    """Put the enum into a module that the reader cannot import."""
     module = types.ModuleType("megatron.training.made_up")
     Backend.__module__ = "megatron.training.made_up"
     module.Backend = Backend  # type: ignore[attr-defined]
@@ -269,8 +269,8 @@ def test_legacy_layouts(tmp_path: Path, tp: int, pp: int, vpp: int) -> None:
     save_legacy(tmp_path / "iter_0000007", tensors, tp, pp, vpp)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
     assert equal(LegacyWeights(tmp_path), tensors)
-    incoming = open_source_checkpoint(tmp_path)
-    assert (incoming.kind, incoming.model) == ("legacy", LLAMA)
+    opened = open_source_checkpoint(tmp_path)
+    assert (opened.kind, opened.model) == ("legacy", LLAMA)
 
 
 @pytest.mark.usefixtures("megatron_enum")
@@ -280,9 +280,9 @@ def test_legacy_tied_embeddings(tmp_path: Path) -> None:
     tensors["output_layer.weight"] = tensors["embedding.word_embeddings.weight"]
     tied = {**ARGUMENTS, "untie_embeddings_and_output_weights": False}
     save_legacy(tmp_path, tensors, 2, 2, arguments=tied)
-    incoming = open_source_checkpoint(tmp_path)
-    assert incoming.model.tied_embeddings
-    assert "output_layer.weight" not in incoming.forms
+    opened = open_source_checkpoint(tmp_path)
+    assert opened.model.tied_embeddings
+    assert "output_layer.weight" not in opened.specs
 
 
 @pytest.mark.usefixtures("megatron_enum")
@@ -301,7 +301,7 @@ def test_legacy_copies_that_differ_and_missing_ranks(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Object whose unpickling creates a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -326,8 +326,8 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, place: str) -> None:
         torch.save(bomb, folder / "__0_0.distcp")
         (folder / "model.yaml").write_text(LLAMA_YAML)
     with pytest.raises(RefusedError, match=r"io\.open|no file of torch\.save|cut|damaged"):  # noqa: PT012
-        incoming = open_source_checkpoint(folder, named_model=str(folder / "model.yaml") if place == "piece" else None)
-        incoming.read("output_layer.weight", 0, 1)
+        opened = open_source_checkpoint(folder, named_model=str(folder / "model.yaml") if place == "piece" else None)
+        opened.read("output_layer.weight", 0, 1)
     assert not (tmp_path / "mark").exists()
 
 

@@ -1,0 +1,76 @@
+"""Files of an imported checkpoint besides its tensors: descriptions, records, tokenizer, manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+
+from megatron_cpt import __version__
+from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.manifest import FileDigest, digest, manifest_text
+from megatron_cpt.config import dump_yaml
+from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
+from megatron_cpt.convert.megatron.torch_dist_writer import WrittenFile, write_metadata
+from megatron_cpt.convert.side_files import HF_FOLDER
+from megatron_cpt.convert.source import SourceCheckpoint
+from megatron_cpt.convert.vocabulary import VocabularyReport
+from megatron_cpt.files.atomic import write_atomically
+
+
+def write_checkpoint_files(
+    folder: Path,
+    name: str,
+    source_path: Path,
+    source: SourceCheckpoint,
+    specs: Mapping[str, TensorSpec],
+    written: Mapping[str, WrittenFile],
+    vocabulary: VocabularyReport | None,
+) -> None:
+    """Write all files besides the tensors; the manifest with all checksums comes last.
+
+    Args:
+        folder: work folder of the import.
+        name: name of the checkpoint.
+        source_path: folder that was imported, for the record.
+        source: the opened source.
+        specs: tensors as written.
+        written: files of tensors.
+        vocabulary: changes to the vocabulary, for the record.
+    """
+    names = write_metadata(folder, specs, source.model.layers, written)
+    # state.json of a checkpoint that no run has written: no step is trained, no sample is read
+    state = {
+        "format_version": layout.FORMAT_VERSION,
+        "content": "weights",
+        "train": {"step": 0, "tokens": 0, "samples_by_source": {}, "data": None},
+        "layout": {"world_size": 1, "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1},
+        "data_fingerprints": {},
+        "layer_spec": "local",
+        "imported": {
+            "from": str(source_path.resolve()),
+            "kind": source.kind,
+            "family": source.family,
+            "vocabulary": asdict(vocabulary) if vocabulary is not None else None,
+        },
+        "versions": {
+            "megatron_cpt": __version__,
+            **{package: importlib.metadata.version(package) for package in ("torch", "megatron-core", "numpy")},
+        },
+    }
+    (folder / layout.STATE_FILE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
+    run = {"name": name, "model": source.model.model_dump(mode="json")}
+    (folder / layout.RUN_FILE).write_text(dump_yaml(run), encoding="utf-8")
+    names += [layout.STATE_FILE, layout.RUN_FILE]
+    shutil.rmtree(folder / HF_FOLDER, ignore_errors=True)  # from an earlier call that was interrupted below
+    for file_name, file in source.side_files.items():
+        (folder / HF_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / HF_FOLDER / file_name)
+        names.append(f"{HF_FOLDER}/{file_name}")
+    digests = {file_name: FileDigest(file.size, file.checksum) for file_name, file in written.items()}
+    digests |= {file_name: digest(folder / file_name) for file_name in names}
+    write_atomically(folder / layout.MANIFEST_FILE, manifest_text(digests))

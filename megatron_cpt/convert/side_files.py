@@ -1,0 +1,80 @@
+"""Config, tokenizer and generation files that accompany a model through import, training and export."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_cpt.checkpoint.layout import RUN_FILE, resolve_checkpoint
+from megatron_cpt.config import read_mapping
+from megatron_cpt.convert.megatron.torch_dist_reader import newest_iteration
+from megatron_cpt.errors import RefusedError
+
+logger = logging.getLogger(__name__)
+
+HF_FOLDER = "hf"
+"""Folder of a checkpoint that keeps these files."""
+_TOKENIZER_FOLDERS = ("tokenizer", "context/nemo_tokenizer", "../context/nemo_tokenizer")
+_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_MAX_BYTES = 256 << 20
+_MAX_ANCESTORS = 8  # runs that started from runs; also ends a cycle of `init.from`
+
+
+def find_side_files(path: Path) -> dict[str, Path]:
+    """Return config, tokenizer and generation files of a Hugging Face folder by name; never weights, never code.
+
+    Raises:
+        RefusedError: a file is a link that leads out of the folder.
+    """
+    homes = {path.resolve(), path.resolve().parent.parent / "blobs"}  # the cache links snapshots/REVISION/NAME to blobs
+    found = {}
+    for file in sorted(path.iterdir()):
+        if not file.name.endswith(_SUFFIXES) or file.name.endswith(".index.json") or file.name.startswith("."):
+            continue
+        real = Path(os.path.realpath(file))
+        if real.parent not in homes:
+            raise RefusedError(
+                f"{file}: a link that leads out of the folder, to {real}; replace the link by a copy of the file"
+            )
+        if real.is_file() and real.stat().st_size <= _MAX_BYTES:
+            found[file.name] = real
+    return found
+
+
+def side_files_of_checkpoint(path: Path) -> dict[str, Path]:
+    """Return the files that belong to a checkpoint.
+
+    They are in its `hf` folder, or in the checkpoint that its run started from, or in the places where Megatron-Bridge
+    and NeMo 2 keep a tokenizer.
+    """
+    return _side_files_of_import(path) or _tokenizer_of_bridge_or_nemo(path)
+
+
+def _side_files_of_import(path: Path) -> dict[str, Path]:
+    for _ in range(_MAX_ANCESTORS):
+        if (path / HF_FOLDER).is_dir():
+            return find_side_files(path / HF_FOLDER)
+        init = read_mapping(path / RUN_FILE).get("init") if (path / RUN_FILE).is_file() else None
+        ancestor = init.get("from") if isinstance(init, Mapping) else None
+        if not isinstance(ancestor, str):
+            return {}
+        if not Path(ancestor).is_dir():
+            logger.warning(
+                "%s: its run started from %s, which does not exist, so config and tokenizer files are unknown; name "
+                "a folder with these files: --files DIR",
+                path,
+                ancestor,
+            )
+            return {}
+        path = resolve_checkpoint(ancestor)
+    return {}
+
+
+def _tokenizer_of_bridge_or_nemo(path: Path) -> dict[str, Path]:
+    folders = [folder for folder in (newest_iteration(path), path) if folder is not None]
+    for folder in (folder / name for folder in folders for name in _TOKENIZER_FOLDERS):
+        if folder.is_dir():
+            return find_side_files(folder)
+    return {}

@@ -1,0 +1,52 @@
+"""Errors of the operating system as messages: which file, what failed, and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_cpt.errors import CptError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space on the disk",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write smaller files (--shard-size)",
+    errno.EIO: "the disk does not read or write this file: check the kernel's log, and copy the file from elsewhere",
+    errno.ENOENT: "it existed when the conversion started: do not move or delete files while it runs",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+
+
+@contextlib.contextmanager
+def name_file_in_errors(path: Path) -> Iterator[None]:
+    """Add a file's name to an `OSError` that has none, because the failed call knew only a file descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def os_errors_as_cpt_errors(journal: Path | None = None) -> Iterator[None]:
+    """Turn an `OSError` inside the block into one message: which file, what failed, what to do, what is kept.
+
+    Args:
+        journal: journal of the work folder, if the block writes into a work folder.
+
+    Raises:
+        CptError: exit status 1, because neither the user nor the source is at fault.
+    """
+    try:
+        yield
+    except OSError as error:
+        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        message = f"{files or 'operating system'}: {error.strerror or error}"
+        if error.errno in _ADVICE:
+            message += f"; {_ADVICE[error.errno]}"
+        if journal is not None and journal.is_file():
+            message += f". Finished parts are kept in {journal.parent}; run the same command again to resume"
+        raise CptError(message) from error
