@@ -21,7 +21,7 @@ from megatron_cpt.convert.huggingface.export_config import matching, to_hf_confi
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE
 from megatron_cpt.convert.huggingface.untrusted_json import read_json_object
 from megatron_cpt.convert.huggingface.writer import DEFAULT_SHARD_BYTES, HfWriter, TensorSizes, work_folder
-from megatron_cpt.convert.job import JOURNAL_FILE, Advance, no_progress, refuse_existing, run_parallel
+from megatron_cpt.convert.job import Advance, no_progress, refuse_existing, run_parallel
 from megatron_cpt.convert.mapping.families import Family, by_name, detect
 from megatron_cpt.convert.mapping.resolve import resolve
 from megatron_cpt.convert.mapping.rules import TensorRule
@@ -117,7 +117,7 @@ def export_checkpoint(
     """
     source, target, options = Path(source), Path(target), options or ExportOptions()
     refuse_existing(target)
-    with os_errors_as_cpt_errors(work_folder(target) / JOURNAL_FILE):
+    with os_errors_as_cpt_errors(work_folder(target)):
         started = time.perf_counter()
         checkpoint = open_checkpoint(source, model=options.model, verify=options.verify)
         side = find_side_files(Path(options.files)) if options.files is not None else dict(checkpoint.side_files)

@@ -14,7 +14,7 @@ import torch
 from megatron_cpt import __version__
 from megatron_cpt.convert.checkpoint_files import write_checkpoint_files
 from megatron_cpt.convert.dtypes import cast, check_finite, find_dtype
-from megatron_cpt.convert.job import JOURNAL_FILE, Advance, JobFolder, no_progress, refuse_existing, run_parallel
+from megatron_cpt.convert.job import Advance, JobFolder, no_progress, refuse_existing, run_parallel
 from megatron_cpt.convert.megatron.torch_dist_plan import (
     FilePlan,
     Target,
@@ -116,7 +116,7 @@ def import_checkpoint(
     source, target, options = Path(source), Path(target), options or ImportOptions()
     refuse_existing(target)
     work_path = target.with_name(f".{target.name}.tmp")
-    with os_errors_as_cpt_errors(work_path / JOURNAL_FILE), tempfile.TemporaryDirectory() as scratch:
+    with os_errors_as_cpt_errors(work_path), tempfile.TemporaryDirectory() as scratch:
         opened = open_source_checkpoint(source, named_model=options.model, allow_pickle=options.allow_pickle)
         vocabulary = None
         if options.new_tokens:
@@ -159,7 +159,7 @@ def _job(source: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
 
 def _files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
     """Return the files that an interrupted call has finished and that still exist."""
-    written = {record["file"]: written_from_journal(record) for record in work.records}
+    written = {record["file"]: written_from_journal(record) for record in work.journal.lines}
     return {
         name: file
         for name, file in written.items()
@@ -187,7 +187,7 @@ def _write_tensors(
         return cast(origin, rows, specs[name].dtype)
 
     def record(name: str, file: WrittenFile) -> None:
-        work.record({"file": name, **asdict(file)})
+        work.journal.record({"file": name, **asdict(file)})
         written[name] = file
 
     def write(plan: FilePlan) -> None:

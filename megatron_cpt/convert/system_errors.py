@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_cpt.errors import CptError
+from megatron_cpt.files.resumable import SETTINGS_FILE
 
 _ADVICE = {
     errno.ENOSPC: "free some space on the disk",
@@ -31,11 +32,11 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def os_errors_as_cpt_errors(journal: Path | None = None) -> Iterator[None]:
+def os_errors_as_cpt_errors(work_folder: Path | None = None) -> Iterator[None]:
     """Turn an `OSError` inside the block into one message: which file, what failed, what to do, what is kept.
 
     Args:
-        journal: journal of the work folder, if the block writes into a work folder.
+        work_folder: folder of a resumable conversion that the block writes into.
 
     Raises:
         CptError: exit status 1, because neither the user nor the source is at fault.
@@ -47,6 +48,6 @@ def os_errors_as_cpt_errors(journal: Path | None = None) -> Iterator[None]:
         message = f"{files or 'operating system'}: {error.strerror or error}"
         if error.errno in _ADVICE:
             message += f"; {_ADVICE[error.errno]}"
-        if journal is not None and journal.is_file():
-            message += f". Finished parts are kept in {journal.parent}; run the same command again to resume"
+        if work_folder is not None and (work_folder / SETTINGS_FILE).is_file():
+            message += f". Finished parts are kept in {work_folder}; run the same command again to resume"
         raise CptError(message) from error

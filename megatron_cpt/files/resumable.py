@@ -91,7 +91,7 @@ class ResumableFolder:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._release()
 
     def start_from_scratch(self) -> None:

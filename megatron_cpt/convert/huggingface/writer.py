@@ -26,6 +26,7 @@ from megatron_cpt.convert.huggingface.header import DTYPES
 from megatron_cpt.convert.job import JOURNAL_FILE, JobFolder
 from megatron_cpt.convert.system_errors import name_file_in_errors
 from megatron_cpt.files.atomic import sync_folder
+from megatron_cpt.files.resumable import SETTINGS_FILE
 
 TensorSizes = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Name -> (shape, dtype), in the order in which the tensors are to be stored."""
@@ -105,8 +106,9 @@ class HfWriter:
         self._unsynced: list[str] = []  # complete tensors that may not be on the disk
         self._unsynced_bytes = 0
         self._files: dict[str, int] = {}
-        job = [source, {file: header.hex() for file, header in self._headers.items()}]
+        job = {"source": source, "headers": {file: header.hex() for file, header in self._headers.items()}}
         self._work = JobFolder(self.folder, self.path, job, needed_bytes=self.total_bytes)
+        self._work.__enter__()
         try:
             self.done = self._open_files()
         except BaseException:
@@ -160,7 +162,7 @@ class HfWriter:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         self._work.publish()
-        self._work.close()
+        self._work.__exit__(None, None, None)
         return self.path
 
     def close(self) -> None:
@@ -168,7 +170,7 @@ class HfWriter:
         try:
             self._close_files()
         finally:
-            self._work.close()
+            self._work.__exit__(None, None, None)
 
     def _close_files(self) -> None:
         try:
@@ -180,15 +182,15 @@ class HfWriter:
 
     def _open_files(self) -> frozenset[str]:
         """Open the files of the interrupted writer, or create new ones; return the names of finished tensors."""
-        names = [*self._headers, JOURNAL_FILE]
+        names = [*self._headers, JOURNAL_FILE, SETTINGS_FILE]
         # the first record is written when all files have their final size
-        is_laid_out = bool(self._work.records) and all((self.folder / name).is_file() for name in names)
+        is_laid_out = bool(self._work.journal.lines) and all((self.folder / name).is_file() for name in names)
         if is_laid_out:
             for other in self.folder.iterdir():  # config.json and the like, if the earlier call came that far
                 if other.name not in names:
                     other.unlink()
         else:
-            self._work.restart()
+            self._work.start_from_scratch()
         flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if is_laid_out else os.O_CREAT | os.O_EXCL)
         for file in self._headers:
             self._files[file] = os.open(self.folder / file, flags, 0o644)
@@ -202,8 +204,8 @@ class HfWriter:
                     os.ftruncate(self._files[file], len(header) + data_bytes[file])
                     os.fsync(self._files[file])
             sync_folder(self.folder)
-            self._work.record([])
-        return frozenset(name for record in self._work.records for name in record if name in self._places)
+            self._work.journal.record([])
+        return frozenset(name for record in self._work.journal.lines for name in record if name in self._places)
 
     def _note_rows(self, name: str, place: _Place, start: int, stop: int) -> None:
         """Remember which rows are written, and record finished tensors once they are on the disk."""
@@ -229,7 +231,7 @@ class HfWriter:
                     os.fdatasync(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             if names:
-                self._work.record(names)
+                self._work.journal.record(names)
 
 
 def _assign_to_shards(tensors: TensorSizes, shard_bytes: int) -> dict[str, list[str]]:

@@ -60,7 +60,7 @@ class WorkFolder(ResumableFolder):
                 raise
         finally:
             self._saver.shutdown()
-            super().__exit__()
+            super().__exit__(None, None, None)
 
     def file(self, name: str) -> str:
         """Return the path of one of the folder's files."""
