@@ -157,7 +157,7 @@ class TestCursor:
 
     def test_asking_beyond_the_end(self):
         cursor = BlendCursor([GENERAL], NAMES)
-        with pytest.raises(AssertionError, match="61 samples asked for, 60 left"):
+        with pytest.raises(AssertionError, match="61 samples requested, 60 left"):
             cursor.next(61)
 
     def test_a_source_outside_of_the_phase_gets_nothing(self):

@@ -53,7 +53,7 @@ def test_the_own_length_is_what_it_was(counting_dataset):
 def test_parts_of_a_chunk_do_not_follow_each_other(counting_dataset):
     """A window of 64 spans, four parts each: two parts of one span meet as often as chance has it."""
     stream = stream_of(counting_dataset, "web", 64 * 64)
-    assert stream.grid.window == 64
+    assert stream.grid.window_spans == 64
     spans = np.array([stream.locate(k, 4).span for k in range(64 * 64 * 4)])
     expected = len(spans) * 3 / 255
     assert abs((spans[1:] == spans[:-1]).sum() - expected) < 5 * expected**0.5
@@ -69,7 +69,7 @@ def test_windows_and_lengths_have_orders_of_their_own(counting_dataset):
 
 @given(st.integers(1, 10**12))
 def test_a_window_is_at_most_a_64th_of_an_epoch(num_spans):
-    window = SpanGrid(LONG, num_spans).window
+    window = SpanGrid(LONG, num_spans).window_spans
     assert 1 <= window <= 1024
     assert window == 1 or window * 64 <= num_spans
 
@@ -79,15 +79,15 @@ def test_a_window_is_at_most_a_64th_of_an_epoch(num_spans):
        new=st.sampled_from([2, 4, 8, 16]))  # fmt: skip
 def test_a_turn_goes_to_the_next_window_that_is_unread(num_spans, k, old, new):
     grid = SpanGrid(LONG, num_spans)
-    turned = grid.turn(k, old, new)
+    turned = grid.first_unread(k, old, new)
     if old == new:
         assert turned == k
         return
     read, start = k * old, turned * new  # in tokens
-    assert read <= start < read + grid.window * LONG
+    assert read <= start < read + grid.window_spans * LONG
     place = start // LONG % num_spans
     assert start % LONG == 0
-    assert place % grid.window == 0
+    assert place % grid.window_spans == 0
 
 
 class Run:
@@ -156,7 +156,7 @@ def test_nothing_is_read_twice_in_an_epoch_and_restarts_change_nothing(
                 seen[at.epoch] |= tokens
         if seen:
             passed = max(seen) * spans[number] * LONG - sum(len(tokens) for e, tokens in seen.items() if e < max(seen))
-        assert passed <= num_turns * stream.grid.window * LONG
+        assert passed <= num_turns * stream.grid.window_spans * LONG
 
 
 @settings(max_examples=40, deadline=None)

@@ -121,3 +121,12 @@ def test_opening_reads_headers_only(counting_dataset, tmp_path):
     os.unlink(tmp_path / "a.idx")
     stream = TokenStream("web", [dataset], seq_length=S, seed=1)
     assert stream.locate(7).epoch == 1
+
+
+def test_open_and_index(counting_dataset, stream, tmp_path):
+    web = TokenStream.open("web", [str(tmp_path / "[a-c]")], seq_length=S, seed=1)
+    assert [web[k].tolist() for k in range(40)] == [stream.read(k).tolist() for k in range(40)]
+    one = TokenStream.open("web", str(tmp_path / "a"), seq_length=S, seed=1)
+    assert one.samples_per_epoch == 6
+    with pytest.raises(UserError, match=r"no such file: .*none\.idx"):
+        TokenStream.open("web", str(tmp_path / "none"), seq_length=S, seed=1)
