@@ -18,8 +18,11 @@ from megatron_cpt.cli.convert_command import app as convert_app
 from megatron_cpt.cli.doctor_command import doctor
 from megatron_cpt.cli.inspect_command import inspect
 from megatron_cpt.cli.launch_command import WordsCommand, launch
+from megatron_cpt.cli.merge_command import merge
+from megatron_cpt.cli.overlap_command import overlap
 from megatron_cpt.cli.plan_command import plan
 from megatron_cpt.cli.preprocess_command import preprocess
+from megatron_cpt.cli.split_command import split
 from megatron_cpt.cli.trace_command import trace
 from megatron_cpt.cli.train_command import train
 from megatron_cpt.errors import CptError
@@ -41,6 +44,9 @@ app.command()(doctor)
 app.command()(preprocess)
 app.command()(check)
 app.command()(inspect)
+app.command()(merge)
+app.command()(split)
+app.command()(overlap)
 app.command()(trace)
 app.add_typer(convert_app)
 
