@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_cpt.data.tokenfile.documents import DocumentBlock
     from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
 
-HELD_OUT_HELP = "What to find: prefixes of .bin/.idx, globs, or .jsonl and .json files as benchmarks have."
+HELD_OUT_HELP = "Documents to find: prefixes of .bin/.idx, globs, or .jsonl and .json files as benchmarks have."
 TOKENIZER_HELP = "Tokenizer of the training data, required for JSON Lines."
 KEY_HELP = "Fields of JSON Lines that hold text; each field is a document. [default: text]"
 EOD_HELP = "Id removed from the end of documents before they are compared. [default: the tokenizer's]"

@@ -41,7 +41,7 @@ class TestCheck:
         assert "web: valid\n  3 documents, 82 uint16 tokens\n" in out
         assert "largest id 256, of a vocabulary of 257" in out
         assert "end-of-document id: 256; empty: 0; duplicates: 1" in out
-        assert "warning: web.bin: document 2: is the same as document 1" in out
+        assert "warning: web.bin: document 2: is a duplicate of document 1" in out
         assert "code: valid" in out
 
     def test_invalid(self, folder, capsys):

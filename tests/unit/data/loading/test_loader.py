@@ -148,7 +148,7 @@ def test_a_file_cut_during_the_run(streams, tmp_path):
     with Loader(streams, BlendCursor(PHASES, NAMES), global_batch=GLOBAL, micro_batch=1, prefetch=1) as loader:
         loader.next_step()
         os.truncate(tmp_path / "code.bin", 100)
-        with pytest.raises(RefusedError, match=r"code\.bin: was cut from 600 to 100 bytes"):
+        with pytest.raises(RefusedError, match=r"code\.bin: was truncated from 600 to 100 bytes"):
             list(loader)
 
 

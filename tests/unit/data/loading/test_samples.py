@@ -69,5 +69,5 @@ def test_a_file_that_was_cut_is_named(tmp_path, write_pair):
     stream = TokenStream("web", [dataset], seq_length=S, seed=3)
     with open(f"{dataset.prefix}.bin", "r+b") as file:
         file.truncate(50)
-    with pytest.raises(RefusedError, match=r"web\.bin.*cut from 200 to 50 bytes"):
+    with pytest.raises(RefusedError, match=r"web\.bin.*truncated from 200 to 50 bytes"):
         read_samples([stream], np.zeros(12, np.int64), np.arange(12))

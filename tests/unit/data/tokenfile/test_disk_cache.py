@@ -115,7 +115,7 @@ def test_a_file_that_was_cut_is_refused(prefix, tmp_path):
     dataset = cached(prefix, tmp_path / "cache")
     os.truncate(f"{prefix}.bin", 6 * BLOCK_BYTES)
     assert dataset.read(0, 100).size == 100
-    with pytest.raises(RefusedError, match=r"source\.bin.* cut from 400012 to 98304 bytes"):
+    with pytest.raises(RefusedError, match=r"source\.bin.* truncated from 400012 to 98304 bytes"):
         dataset.read(5 * BLOCK_BYTES // 4, 3 * BLOCK_BYTES // 4)
 
 
