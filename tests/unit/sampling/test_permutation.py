@@ -1,4 +1,4 @@
-"""The keyed permutation: a bijection, random, and for ever the same."""
+"""Keyed permutation: a bijection, random, and fixed across versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`check_dataset`: every kind of damage is named with file, place and value, and what opens is what is sound."""
+"""`check_dataset`: every kind of damage is reported with file, place and value; valid datasets can be opened."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ class TestDocuments:
         assert find_duplicates(make_dataset("web", documents)) == expected
 
     def test_documents_of_several_sequences(self, tmp_path):
-        """Written by hand: document 0 has two sequences, document 1 none, document 2 one."""
+        """A handwritten index: document 0 has two sequences, document 1 none, document 2 one."""
         ids = np.array([1, 2, 9, 3, 9], "<u2")
         (tmp_path / "m.bin").write_bytes(ids.tobytes())
         preamble = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 3, 4)

@@ -1,4 +1,4 @@
-"""Micro-batches: the same masks and positions as megatron-core."""
+"""Micro-batches: masks and positions equal megatron-core's."""
 
 from __future__ import annotations
 

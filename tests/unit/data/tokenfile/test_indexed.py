@@ -1,4 +1,4 @@
-"""The .bin/.idx pair: the same bytes as megatron-core, exact reads, and nothing damaged is accepted."""
+"""Datasets in .bin/.idx: byte for byte equal to megatron-core's, exact reads, and damage is refused."""
 
 from __future__ import annotations
 
