@@ -47,7 +47,8 @@ def overlap(
 
     Two documents overlap if --ngram consecutive ids are equal. Each held-out document is "exact" (training has a copy),
     "near" (one training document has 80 % of its n-grams, see --near), "partial" (training has at least one of its
-    n-grams), "clean", or "short" (fewer ids than an n-gram, and no copy). The exit status is 0 in all cases.
+    n-grams), "clean", or "short" (fewer ids than an n-gram, and no copy). The exit status is 0
+    whether or not documents overlap.
     """
 
     from megatron_cpt.data.contamination.held_out import held_out_documents

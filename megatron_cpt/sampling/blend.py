@@ -258,9 +258,9 @@ def _check_phases(phases: tuple[PhaseBlend, ...], source_names: tuple[str, ...])
     assert len({phase.name for phase in phases}) == len(phases), "two phases of one name"
     expected = 0
     for phase in phases:
-        assert phase.first_sample == expected, f"phase {phase.name} begins at {phase.first_sample}, not at {expected}"
-        assert phase.num_samples >= 0, f"phase {phase.name} has {phase.num_samples} samples"
-        assert set(phase.weights) <= set(source_names), f"phase {phase.name} names a source that the run does not have"
-        assert all(weight > 0 for weight in phase.weights.values()), f"phase {phase.name} has a weight of zero or less"
-        assert abs(sum(phase.weights.values()) - 1) < 1e-6, f"the weights of phase {phase.name} do not add up to 1"
+        assert phase.first_sample == expected, f"{phase}: must start at sample {expected}"
+        assert phase.num_samples >= 0, f"{phase}: negative number of samples"
+        assert set(phase.weights) <= set(source_names), f"{phase}: a source is not in the run"
+        assert all(weight > 0 for weight in phase.weights.values()), f"{phase}: a weight is zero or negative"
+        assert abs(sum(phase.weights.values()) - 1) < 1e-6, f"{phase}: the weights do not add up to 1"
         expected = phase.end_sample
