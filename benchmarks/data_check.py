@@ -1,12 +1,12 @@
-"""How fast `check` looks at every id of a file, against numpy's plain maximum over the same file in memory.
+"""Speed at which `check` scans all ids of a file, compared with numpy's maximum over the file.
 
     python benchmarks/data_check.py [--gigabytes 2] [--repeat 7]
 
-The file is uint16 ids below a vocabulary of 50,000 and lies in the page cache. Theirs is `np.memmap(...).max()`, one
-call of one thread: no more than the largest id. Ours has the kernel map each block first, so that a bad sector is an
-error and not a SIGBUS, runs a thread a core, and knows the place of every id outside of the vocabulary. Rounds take
-turns with the two and with numpy's maximum of an array that lies in memory already; figures are medians. Also timed:
-the whole check with all that it looks for in the index and the documents.
+The file has uint16 ids below a vocabulary of 50,000 and is in the page cache. numpy runs `np.memmap(...).max()`, one
+call in one thread, which finds only the largest id. The scan maps each block first, so that a bad sector is an error
+instead of SIGBUS, runs one thread per core, and finds the position of every id outside the vocabulary. Both take turns
+with numpy's maximum of an array in memory; the results are medians. The complete check of index and documents is timed
+as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_cpt.data.tokenfile.header import read_header
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
 
 VOCABULARY, MEAN_DOCUMENT = 50_000, 1000
-PIECE = 1 << 24  # tokens written at a time
+TOKENS_PER_WRITE = 1 << 24
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         rounds = time_all(prefix, options.repeat)
         begin = time.perf_counter()
         report = check_dataset(prefix, vocab_size=VOCABULARY)
-        whole_seconds = time.perf_counter() - begin
+        check_seconds = time.perf_counter() - begin
     assert report.is_valid, [str(finding) for finding in report.findings]
     num_bytes = report.scan.num_bytes
     speeds = {name: num_bytes / 1e9 / statistics.median(seconds) for name, seconds in rounds.items()}
@@ -50,16 +50,16 @@ def main() -> None:
     print(f"{'':40}{'GB/s':>8}")
     for name, speed in speeds.items():
         print(f"{name:40}{speed:8.2f}")
-    print(f"{'whole check':40}{num_bytes / 1e9 / whole_seconds:8.2f}")
+    print(f"{'complete check':40}{num_bytes / 1e9 / check_seconds:8.2f}")
     print(f"speed of the scan: {ratios['memmap_max']:.2f} x memmap max, {ratios['memory_max']:.2f} x max in memory")
     write_result(
         "data_check",
         {
-            "what": "every id of a .bin held against the vocabulary; numpy's max of the same file",
+            "what": "every id of a .bin compared with the vocabulary; numpy's max of the file",
             "machine": machine(),
             "bytes": num_bytes,
             "documents": report.header.num_documents,
-            "gigabytes_per_second": {**speeds, "whole_check": num_bytes / 1e9 / whole_seconds},
+            "gigabytes_per_second": {**speeds, "whole_check": num_bytes / 1e9 / check_seconds},
             "seconds": rounds,
             "scan_speed_over": ratios,
         },
@@ -68,25 +68,27 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the file; it must fit into memory twice")
-    parser.add_argument("--repeat", type=int, default=7, help="rounds; medians count")
-    parser.add_argument("--folder", help="where to put the file")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the file, at most half of the memory")
+    parser.add_argument("--repeat", type=int, default=7, help="number of rounds")
+    parser.add_argument("--folder", help="folder for the file")
     return parser.parse_args()
 
 
 def write_data(prefix: str, num_bytes: int) -> None:
-    """Random ids in documents of random lengths, all of which end with id 0."""
+    """Write random ids in documents of random lengths that end with id 0."""
     rng = np.random.default_rng(0)
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for _ in range(max(1, num_bytes // (2 * PIECE))):
-            tokens = rng.integers(1, VOCABULARY, PIECE, dtype=np.uint16)
-            ends = np.unique(np.append(rng.integers(1, PIECE, PIECE // MEAN_DOCUMENT), PIECE))
+        for _ in range(max(1, num_bytes // (2 * TOKENS_PER_WRITE))):
+            tokens = rng.integers(1, VOCABULARY, TOKENS_PER_WRITE, dtype=np.uint16)
+            ends = np.unique(
+                np.append(rng.integers(1, TOKENS_PER_WRITE, TOKENS_PER_WRITE // MEAN_DOCUMENT), TOKENS_PER_WRITE)
+            )
             tokens[ends - 1] = 0
             writer.add_documents(tokens, np.diff(ends, prepend=0))
 
 
 def time_all(prefix: str, repeat: int) -> dict[str, list[float]]:
-    """Seconds of each round; all three must find the same largest id."""
+    """Return the seconds of each round; all tasks must find the same largest id."""
     header = read_header(prefix)
     path, dtype = f"{prefix}.bin", header.dtype
     in_memory = np.fromfile(path, dtype)  # also brings the file into the page cache

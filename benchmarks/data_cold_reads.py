@@ -1,18 +1,18 @@
-"""Random samples a second from a cold disk and from the page cache, against megatron-core's IndexedDataset.
+"""Random samples per second from a cold disk and from the page cache, compared with megatron-core's IndexedDataset.
 
     python benchmarks/data_cold_reads.py [--gigabytes 4] [--samples 4096] [--rounds 3] [--folder /fast/disk]
 
-All read the same samples of 4,096 tokens (int32, 16 KiB) in the same shuffled order out of one `.bin`:
+All readers read identical samples of 4,096 tokens (int32, 16 KiB) in one shuffled order from one `.bin`:
 
-    loader              ours: a worker thread that tells the disk all samples of a step before it reads the first
-    loader_in_turn      ours without that: the worker reads one sample after the other
-    pread, mmap         ours in the process itself, by `pread` (as it is) and out of a memory map
+    loader              our loader: its thread announces all samples of a step to the disk before it reads the first
+    loader_in_turn      our loader without the announcement: it reads one sample after the other
+    pread, mmap         our stream in the process itself, with `pread` (the default) and from a memory map
     their_pread, their_mmap     megatron-core's `IndexedDataset.get`, with `mmap=False` and with `mmap=True`
 
-Each measurement is a fresh process; they take turns, and the figures are medians over the rounds. Cold: before each one
-the file is forced to disk and dropped from the page cache, and `mincore` must then find less than 1 % of it there, or
-the benchmark ends. A virtual machine's host may still hold it: what is cold is this kernel. Warm: the same samples once
-more in the same process.
+Each measurement is a fresh process. The readers take turns; the results are medians over the rounds. Cold: the file
+is flushed and dropped from the page cache before each measurement, and `mincore` must find less than 1 % of it there,
+or the benchmark stops. Only this kernel is cold; the host of a virtual machine may still cache the file. Warm: that
+process reads the samples again.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ MOST_RESIDENT = 0.01
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4, help="size of the .bin")
-    parser.add_argument("--samples", type=int, default=4096, help="read in each measurement")
+    parser.add_argument("--samples", type=int, default=4096, help="samples per measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where to put the data set: a disk, not a tmpfs")
+    parser.add_argument("--folder", help="folder for the dataset, on a disk, not a tmpfs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="data_cold_reads.", dir=options.folder) as folder:
         prefix = make_source(Path(folder) / "source", int(options.gigabytes * 1e9) // (4 * DOCUMENT))
@@ -54,7 +54,7 @@ def main() -> None:
         ]
     readers = {reader: summary([each[reader] for each in rounds]) for reader in READERS}
     result = {
-        "what": "shuffled samples a second of one process, from a cold page cache and then from a warm one; medians",
+        "what": "shuffled samples per second of one process, with a cold page cache and then a warm one; medians",
         "machine": machine(),
         "job": {
             "bin_gigabytes": options.gigabytes,
@@ -92,7 +92,7 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def make_source(prefix: Path, num_documents: int) -> str:
-    """Random tokens, which neither a disk nor its host can pack."""
+    """Write random tokens, which neither a disk nor its host can compress."""
     rng = np.random.default_rng(SEED)
     with IndexedDatasetWriter(prefix, "<i4") as writer:
         for _ in range(num_documents):
@@ -102,12 +102,14 @@ def make_source(prefix: Path, num_documents: int) -> str:
 
 def measure(reader: str, prefix: str, num_samples: int) -> dict[str, float]:
     """Time one reader in this process."""
-    import torch  # noqa: F401 (loaded before the clock starts, on all sides)
+    import torch  # noqa: F401 (loaded for all readers before the timer starts)
 
     read, figures = READERS[reader](prefix, num_samples), {}
     resident = drop_from_cache(f"{prefix}.bin")
     if resident > MOST_RESIDENT:
-        raise SystemExit(f"{resident:.1%} of the file stayed in the page cache: nothing cold to measure")
+        raise SystemExit(
+            f"{resident:.1%} of the file stayed in the page cache: the reads are not cold; choose another --folder"
+        )
     for state in ("cold", "warm"):
         started = time.perf_counter()
         seen = sum(read())
@@ -116,7 +118,7 @@ def measure(reader: str, prefix: str, num_samples: int) -> dict[str, float]:
 
 
 def drop_from_cache(path: str) -> float:
-    """Drop a file from the page cache; returns which part of it is there nevertheless."""
+    """Drop a file from the page cache, and return the share of it that is still there."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -142,18 +144,18 @@ def in_process(dataset: IndexedDataset, num_samples: int) -> Read:
     stream = stream_of(dataset)
 
     def read() -> Iterator[int]:
-        for k in range(num_samples):
-            assert stream.read(k).size == SEQ_LENGTH + 1
+        for index in range(num_samples):
+            assert stream.read(index).size == SEQ_LENGTH + 1
             yield 1
 
     return read
 
 
 class UnannouncedDataset(IndexedDataset):
-    """A data set that does not tell the disk what is read next."""
+    """Dataset that does not announce its reads to the disk."""
 
     def will_read(self, starts: Sequence[int], count: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def by_loader(dataset: IndexedDataset, num_samples: int) -> Read:
@@ -172,12 +174,12 @@ def theirs(prefix: str, num_samples: int, *, mapped: bool) -> Read:
     from megatron.core.datasets.indexed_dataset import IndexedDataset as TheirDataset
 
     dataset, stream = TheirDataset(prefix, mmap=mapped), stream_of(IndexedDataset(prefix))
-    places = [divmod(stream.locate(k).token_offset, DOCUMENT) for k in range(num_samples)]
+    positions = [divmod(stream.locate(k).token_offset, DOCUMENT) for k in range(num_samples)]
 
     def read() -> Iterator[int]:
-        for document, offset in places:  # the few samples at the end of a document are cut there
+        for document, offset in positions:  # samples that cross the end of a document are shortened
             tokens = dataset.get(document, offset, min(SEQ_LENGTH + 1, DOCUMENT - offset))
-            assert np.array(tokens).size > 0  # a memory map is read only here
+            assert np.array(tokens).size > 0  # reads the memory map
             yield 1
 
     return read

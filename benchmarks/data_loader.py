@@ -1,20 +1,19 @@
-"""Tokens a second that one process gets out of the loader, against megatron-core's GPTDataset and torch's DataLoader.
+"""Tokens per second of the loader in one process, compared with megatron-core's GPTDataset and torch's DataLoader.
 
     python benchmarks/data_loader.py [--rounds 5] [--samples 8192] [--folder /fast/disk]
 
-All read one data set of int32 tokens that lies in the page cache, in samples of 4,096 tokens and micro-batches of 8,
-and hand tensors to the process that would train:
+All readers read one dataset of int32 tokens from the page cache, in samples of 4,096 tokens and micro-batches of 8, and
+return tensors in the process that would train:
 
-    pread               the loader as it is: one thread, one `pread` a sample, every id compared with the vocabulary
-    mmap                the same, but copying out of a memory map
+    pread               our loader: one thread, one `pread` per sample, every id compared with the vocabulary
+    mmap                our loader, but copying from a memory map
     dataset_in_process  megatron-core's GPTDataset, sample by sample in the process itself: no batches, no overlap
-    dataloader          the same behind torch's DataLoader with one worker, as Megatron-LM reads
+    dataloader          GPTDataset behind torch's DataLoader with one worker, as in Megatron-LM
 
-megatron-core is spared what it can do without: no attention mask, no resets, its index files are there already, and it
-does not look at the ids. Each measurement is a fresh process; the four take turns, so drift of the machine meets all of
-them, and the figures are medians of the ratios of one round. Memory is the peak of the process over what it is after
-the imports, and what a worker holds for itself; of a memory map the kernel counts the pages of the page cache that were
-touched, too.
+megatron-core is configured for its best speed: no attention mask, no resets, existing index files, no check of ids.
+Each measurement is a fresh process. The four readers take turns, so that drift of the machine affects all of them; the
+results are medians over the rounds. Memory is the growth of the process's peak after the imports, plus the private
+memory of workers. With a memory map, the kernel also counts touched pages of the page cache.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ from record import machine, write_result
 from megatron_cpt.data import BlendCursor, IndexedDataset, IndexedDatasetWriter, Loader, PhaseBlend, TokenStream
 
 SEQ_LENGTH, MICRO, GLOBAL, VOCAB, SEED = 4096, 8, 64, 256_000, 1234
-WARM_UP = 256  # samples before the clock starts: the worker's start, the first page faults
-PARTS = 5000  # documents written at a time
+WARM_UP = 256  # samples before the timer starts, to exclude the start of the worker and first page faults
+DOCUMENTS_PER_WRITE = 5000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=8192, help="timed in each measurement")
-    parser.add_argument("--tokens", type=int, default=64_000_000, help="size of the data set")
-    parser.add_argument("--folder", help="where to put the data set")
+    parser.add_argument("--samples", type=int, default=8192, help="samples per measurement")
+    parser.add_argument("--tokens", type=int, default=64_000_000, help="tokens in the dataset")
+    parser.add_argument("--folder", help="folder for the dataset")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="data_loader.", dir=options.folder) as folder:
         prefix = make_source(Path(folder) / "source", options.tokens)
@@ -56,7 +55,7 @@ def main() -> None:
             for _ in range(options.rounds)
         ]
     result = {
-        "what": "tokens a second of one process, page cache warm; medians over the rounds",
+        "what": "tokens per second of one process, warm page cache; medians over the rounds",
         "machine": machine(),
         "job": {
             "seq_length": SEQ_LENGTH,
@@ -92,13 +91,13 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def make_source(prefix: Path, num_tokens: int) -> str:
-    """Random tokens in documents of about a thousand, with the long tail that text has."""
+    """Write random tokens in documents of about 1,000 tokens, with a long tail as in text."""
     rng = np.random.default_rng(SEED)
     lengths = np.minimum(rng.lognormal(6.5, 1.0, num_tokens // 400).astype(int) + 10, 20_000)
     lengths = lengths[: np.searchsorted(lengths.cumsum(), num_tokens)]
     with IndexedDatasetWriter(prefix, "<i4") as writer:
-        for first in range(0, len(lengths), PARTS):
-            part = lengths[first : first + PARTS]
+        for first in range(0, len(lengths), DOCUMENTS_PER_WRITE):
+            part = lengths[first : first + DOCUMENTS_PER_WRITE]
             writer.add_documents(rng.integers(0, VOCAB, part.sum()), part)
     return str(prefix)
 
@@ -110,7 +109,7 @@ def in_fresh_process(function: Callable[..., dict[str, float]], *arguments: Any)
 
 def measure(reader: str, prefix: str, num_samples: int) -> dict[str, float]:
     """Time one reader in this process."""
-    import torch  # noqa: F401 (both sides have it loaded when memory is first looked at)
+    import torch  # noqa: F401 (loaded for all readers before memory is measured)
     from megatron.core.datasets import gpt_dataset  # noqa: F401
 
     before = peak_memory_mib()
@@ -132,12 +131,12 @@ def measure(reader: str, prefix: str, num_samples: int) -> dict[str, float]:
 
 
 def peak_memory_mib() -> float:
-    """The largest resident set so far."""
+    """Return the largest resident set so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class MappedDataset(IndexedDataset):
-    """A data set whose tokens are copied out of a memory map."""
+    """Dataset that copies tokens from a memory map."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__(prefix)
@@ -150,7 +149,7 @@ class MappedDataset(IndexedDataset):
 
 
 def read_ours(dataset: IndexedDataset, num_samples: int) -> Iterator[int]:
-    """Samples in each micro-batch that the loader gave."""
+    """Yield the number of samples of each micro-batch of the loader."""
     import torch
 
     stream = TokenStream("source", [dataset], seq_length=SEQ_LENGTH, seed=SEED)
@@ -165,13 +164,13 @@ def read_ours(dataset: IndexedDataset, num_samples: int) -> Iterator[int]:
 
 
 class Tokenizer:
-    """What GPTDataset asks a tokenizer for."""
+    """Attributes of a tokenizer that GPTDataset needs."""
 
     vocab_size, eod, pad, unique_identifiers = VOCAB, 0, -1, {"name": "none"}
 
 
 def read_theirs(prefix: str, num_samples: int, *, in_process: bool) -> Iterator[int]:
-    """Samples in each micro-batch that the DataLoader gave; of the bare data set one each."""
+    """Yield the number of samples of each micro-batch of the DataLoader; 1 per sample of the dataset in process."""
     import torch
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset as TheirDataset
@@ -191,14 +190,16 @@ def read_theirs(prefix: str, num_samples: int, *, in_process: bool) -> Iterator[
     )
     indexed = TheirDataset(prefix)
     documents = np.arange(len(indexed), dtype=np.int32)
-    dataset = GPTDataset(indexed, prefix, documents, 1 << 16, Split.train, config)  # one index for every length
+    dataset = GPTDataset(
+        indexed, prefix, documents, 1 << 16, Split.train, config
+    )  # as many samples as any --samples needs
     assert num_samples <= len(dataset), "--samples: more than the index of 65,536"
     if in_process:
         for sample in range(num_samples):
             assert dataset[sample]["tokens"].shape == (SEQ_LENGTH,)
             yield 1
         return
-    fork = "fork"  # torch's own choice on Linux; here the process was spawned, and would spawn
+    fork = "fork"  # torch's default on Linux, but not in this process, which was spawned
     for batch in torch.utils.data.DataLoader(dataset, batch_size=MICRO, num_workers=1, multiprocessing_context=fork):
         assert batch["tokens"].shape == (MICRO, SEQ_LENGTH)
         yield MICRO

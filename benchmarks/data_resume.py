@@ -1,13 +1,13 @@
-"""How long a run over 2,000 sources and 15T tokens takes to its first batch, from the start and at step 10 million.
+"""Time to the first batch of a run over 2,000 sources and 15T tokens, at the start and on a resume at step 10 million.
 
     python benchmarks/data_resume.py [--repeat 7] [--folder /fast/disk]
 
-A fresh process (numpy loaded) reads the blend's state from a JSON file as a checkpoint holds it, imports
-`megatron_cpt.data`, opens every source, builds streams and blend, and reads the first global batch. Nothing is replayed
-and nothing was indexed before, so the two must cost the same; the counts after the batch must be those before it and
-what the batch holds, or the benchmark fails.
+A fresh process (numpy loaded) reads the blend's state from a JSON file, as in a checkpoint, imports
+`megatron_cpt.data`, opens every source, builds streams and blend, and reads the first global batch. There is no replay
+and no index, so both times must be equal. The counts must grow by exactly the samples of the batch, or the benchmark
+fails.
 
-The sources are sparse files of zeros, so the disk itself is not measured.
+The sources are sparse files of zeros, so the disk is not measured.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TARGET_SECONDS, TARGET_MB = 2.0, 300
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=7, help="runs of each; the median counts")
-    parser.add_argument("--folder", help="where to put the sparse files (60 TB of apparent size, a few MB of real)")
+    parser.add_argument("--repeat", type=int, default=7, help="runs of each kind; the median is reported")
+    parser.add_argument("--folder", help="folder for the sparse files (60 TB apparent size, a few MB on disk)")
     options = parser.parse_args()
     names = [f"source{i:04}" for i in range(NUM_SOURCES)]
     shares = np.random.default_rng(SEED).dirichlet(np.ones(NUM_SOURCES))
@@ -79,7 +79,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_source(prefix: Path, num_tokens: int) -> None:
-    """A data set of one document of zeros; sizes are int32 in the format, so it takes several sequences."""
+    """Write a dataset of one document of zeros, in several sequences because the format has int32 sizes."""
     limit = 2**31 - 1
     sizes = [min(limit, num_tokens - start) for start in range(0, num_tokens, limit)]
     pointers = [4 * start for start in range(0, num_tokens, limit)]
@@ -90,9 +90,9 @@ def make_source(prefix: Path, num_tokens: int) -> None:
 
 
 def state_after(weights: dict[str, float], step: int) -> dict[str, Any]:
-    """The blend's state after so many steps; which source got the last sample of a share makes no difference here."""
+    """Return a state of the blend after a step, with rounded shares: exact counts make no difference here."""
     from megatron_cpt.plan.timeline.epochs import (
-        split_samples,  # not at the top: the processes that are timed import all anew
+        split_samples,  # imported here, because the timed processes must not import it with this module
     )
 
     return {
@@ -105,7 +105,7 @@ def state_after(weights: dict[str, float], step: int) -> dict[str, Any]:
 
 
 def time_first_batch(folder: str, state_file: str, weights: dict[str, float]) -> dict[str, Any]:
-    """All that a process does before it can train."""
+    """Time everything that a process does before it can train."""
     marks = [time.perf_counter()]
     from megatron_cpt.data import BlendCursor, IndexedDataset, Loader, PhaseBlend, TokenStream
 
@@ -124,7 +124,7 @@ def time_first_batch(folder: str, state_file: str, weights: dict[str, float]) ->
         marks.append(time.perf_counter())
     read = Counter(list(weights)[source] for batch in step.micro_batches for source in batch.sources.tolist())
     if Counter(step.counts) - Counter(state["counts"]) != read:
-        raise SystemExit("the counts after the batch are not those before it and what it holds")
+        raise SystemExit("the counts did not grow by the samples of the batch")
     parts = dict(zip(["import", "sources", "state", "first_batch"], np.diff(marks).tolist(), strict=True))
     return {"seconds": marks[-1] - marks[0], "parts": parts} | peak_memory()
 

@@ -1,16 +1,15 @@
-"""How long a run over 1,000 sources and 1T tokens takes to its first batch, against megatron-core's blending index.
+"""Time to the first batch of a run over 1,000 sources and 1T tokens, compared with megatron-core's blending index.
 
-Ours: a fresh process (numpy loaded) imports `megatron_cpt.data`, opens every source, builds the streams and the blend,
-and reads the first global batch (1,152 samples of 4,096 tokens). Theirs: a fresh process runs `build_blending_indices`
-for the samples of the same run with the same weights, which megatron-core does on rank 0 before a run over a new blend
-starts; its imports and the indices that it also builds for each source are not counted. Our first batch must take its
-samples from the sources that their index names, or the benchmark fails.
+    python benchmarks/data_startup.py            # megatron-core on 1/20 of the run, extrapolated (its time is linear)
+    python benchmarks/data_startup.py --full     # megatron-core on the full run: about six minutes and 2.5 GiB
 
-The sources are sparse files of zeros, so the disk itself is not measured: reading 1,152 samples from a cold disk takes
-the time of 1,152 random reads on top.
+megatron_cpt: a fresh process (numpy loaded) imports `megatron_cpt.data`, opens every source, builds the streams and the
+blend, and reads the first global batch (1,152 samples of 4,096 tokens). megatron-core: a fresh process runs
+`build_blending_indices` for the samples of that run with equal weights, which rank 0 does before a run with a new blend
+starts; its imports and its indices per source are not included. The first batch must come from the sources that the
+index of megatron-core names, or the benchmark fails.
 
-    python benchmarks/data_startup.py            # theirs on a twentieth of the run, extrapolated (they are linear)
-    python benchmarks/data_startup.py --full     # theirs in full: about six minutes and 2.5 GiB
+The sources are sparse files of zeros, so the disk is not measured: on a cold disk, 1,152 random reads come on top.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from record import machine
 
 RESULT = Path(__file__).parent / "results" / "data_startup.json"
 GLOBAL_BATCH, SEQ_LENGTH, SEED = 1152, 4096, 1234
-SLICE = 20  # without --full, theirs is timed on one part in so many
+SLICE = 20  # without --full, megatron-core is timed on 1/20 of the run
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
     ours = min(runs, key=lambda run: abs(run["seconds"] - statistics.median(r["seconds"] for r in runs)))
     scale = num_samples / timed
     result = {
-        "what": "seconds from the start to the first batch; theirs: build_blending_indices alone",
+        "what": "seconds from the start to the first batch; megatron-core: only build_blending_indices",
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "job": {
@@ -89,19 +88,19 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="time megatron-core on the whole run, not on a slice of it")
+    parser.add_argument("--full", action="store_true", help="time megatron-core on the full run, not on 1/20")
     parser.add_argument("--sources", type=int, default=1000)
     parser.add_argument("--tokens-per-source", type=int, default=10**9, help="at most 2^31 - 1")
-    parser.add_argument("--repeat", type=int, default=7, help="runs of ours; the median counts")
-    parser.add_argument("--folder", help="where to put the sparse files (4 TB of apparent size, a few MB of real)")
+    parser.add_argument("--repeat", type=int, default=7, help="runs of megatron_cpt; the median is reported")
+    parser.add_argument("--folder", help="folder for the sparse files (4 TB apparent size, a few MB on disk)")
     parser.add_argument(
-        "--output", type=Path, help=f"the result as JSON; with --full results/{RESULT.name} where not given"
+        "--output", type=Path, help=f"JSON file for the result [default with --full: results/{RESULT.name}]"
     )
     return parser.parse_args()
 
 
 def make_source(prefix: Path, num_tokens: int) -> str:
-    """A data set of one document of zeros that takes no room on the disk."""
+    """Write a dataset of one document of zeros that takes no disk space."""
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(4 * num_tokens)
     preamble = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, 1, 2)
@@ -141,9 +140,9 @@ def time_ours(prefixes: list[str], weights: np.ndarray, num_samples: int) -> dic
 def time_theirs(weights: np.ndarray, num_samples: int) -> dict[str, Any]:
     from megatron.core.datasets import helpers_cpp
 
-    sources, ks = np.zeros(num_samples, np.int16), np.zeros(num_samples, np.int64)
+    sources, indices = np.zeros(num_samples, np.int16), np.zeros(num_samples, np.int64)
     wall, cpu = time.perf_counter(), time.process_time()
-    helpers_cpp.build_blending_indices(sources, ks, weights, len(weights), num_samples, False)
+    helpers_cpp.build_blending_indices(sources, indices, weights, len(weights), num_samples, False)
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     first = sources[:GLOBAL_BATCH].tolist()
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "sources": first} | peak_memory()
@@ -152,7 +151,9 @@ def time_theirs(weights: np.ndarray, num_samples: int) -> dict[str, Any]:
 def check_same_job(runs: list[dict[str, Any]], theirs: dict[str, Any]) -> None:
     for run in runs:
         if run["sources"] != theirs["sources"]:
-            raise SystemExit("the two do not take the first batch from the same sources: nothing to compare")
+            raise SystemExit(
+                "the first batch of megatron_cpt and megatron-core differs in its sources: the times are not comparable"
+            )
 
 
 def peak_memory() -> dict[str, int]:
@@ -169,7 +170,7 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"{'megatron_cpt':24}{ours['seconds']:12.3f}{ours['peak_memory_mib']:12}")
     print(f"{'megatron-core':24}{theirs['seconds']:12.3f}{theirs['peak_memory_mib']:12}{note}")
     by_cpu = result["times_faster_by_their_cpu_time"]
-    print(f"{result['times_faster']:.0f} times faster ({by_cpu:.0f} by their CPU time); ours: {ours['parts']}")
+    print(f"{result['times_faster']:.0f} times faster ({by_cpu:.0f} by CPU time); megatron_cpt: {ours['parts']}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""run.yaml and the files it names -> a configuration and a plan, or everything that is wrong with them at once."""
+"""Preparation of a run: read run.yaml, find the files it names, and plan the steps; report all problems together."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, read_mapping
+from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, load_config, read_mapping
 from megatron_cpt.data.tokenfile.reader import expand_prefixes, read_header
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.plan import RunPlan, build_plan
 from megatron_cpt.plan.timeline.epochs import listed
 
-_SIZE_TOLERANCE = 0.01  # of the declared size, before a plan made with it is worth a warning
+_SIZE_TOLERANCE = 0.01  # relative difference between declared and actual tokens that needs no warning
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that may start, or be shown.
+    """Run whose configuration and plan have no problems.
 
     Attributes:
-        config: the configuration, without problems.
-        plan: its plan, without problems.
-        source_tokens: tokens of each source.
-        prefixes: the data sets of each source, as far as its files are there.
+        config: the configuration.
+        plan: the plan.
+        source_tokens: tokens per source.
+        prefixes: dataset prefixes per source; sources whose files are missing have no entry.
     """
 
     config: RunConfig
@@ -35,46 +35,87 @@ class PreparedRun:
 
 @dataclass
 class _Files:
-    """What was found on the disk, by source, and lines about what was not."""
+    """Facts about the files of each source, and messages about missing and damaged ones."""
 
     tokens: dict[str, int] = field(default_factory=dict)
     samples_per_epoch: dict[str, int] = field(default_factory=dict)
     prefixes: dict[str, list[str]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     declared: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run.yaml and check its values; the files that it names may be missing.
+
+    Example:
+        >>> load_run("run.yaml", ["parallel.tensor=2"]).parallel.tensor
+        2
+
+    Args:
+        path: the run.yaml.
+        overrides: `key=value` entries that replace values of the file, by dotted path.
+
+    Raises:
+        UserError: the file cannot be read.
+        ConfigError: lists every problem of the values.
+    """
+    return load_config(path, overrides)
+
+
+def plan_run(run: RunConfig, *, num_gpus: int | None = None) -> RunPlan:
+    """Plan a run: steps, phases, learning rates, epochs, memory and FLOPs. Imports no torch.
+
+    A source whose files are missing is planned with its declared `tokens`.
+
+    Example:
+        >>> [(phase.name, phase.last_step) for phase in plan_run(load_run("run.yaml")).phases]
+        [('general', 45225), ('qa', 63579)]
+
+    Args:
+        run: the run, from `load_run`.
+        num_gpus: number of ranks that the run must fit; None: any number.
+
+    Raises:
+        ConfigError: lists every problem of the plan and of missing files.
+        RefusedError: the plan has no problem, but a dataset is damaged.
+    """
+    return _prepare(run.name, Draft(run), need_files=False, num_gpus=num_gpus).plan
 
 
 def prepare_run(
     path: str | Path, overrides: Sequence[str] = (), *, need_files: bool, num_gpus: int | None = None
 ) -> PreparedRun:
-    """Read a run.yaml, look its files up and plan it.
+    """Read a run.yaml, find its files and plan the run.
 
     Args:
         path: the run.yaml.
-        overrides: `key=value` each.
-        need_files: whether every file that training reads must be there. If not, a source whose files are missing is
-            planned with its declared `tokens`.
-        num_gpus: ranks that it must fit; left out: any number.
+        overrides: `key=value` entries that replace values of the file, by dotted path.
+        need_files: require every file that training reads. If False, a source whose files are missing is planned with
+            its declared `tokens`.
+        num_gpus: number of ranks that the run must fit; None: any number.
 
     Raises:
         UserError: the run.yaml cannot be read.
-        ConfigError: with the problems of the configuration, of the files and of the plan.
-        RefusedError: nothing is wrong but that a data set is broken.
+        ConfigError: lists every problem of the configuration, the files and the plan.
+        RefusedError: there is no such problem, but a dataset is damaged.
     """
-    draft = draft_config(read_mapping(path), overrides)
+    return _prepare(str(path), draft_config(read_mapping(path), overrides), need_files, num_gpus)
+
+
+def _prepare(name: str, draft: Draft, need_files: bool, num_gpus: int | None) -> PreparedRun:
     if draft.config is None:
-        raise ConfigError(str(path), draft.problems)
+        raise ConfigError(name, draft.problems)
     config, files = draft.config, _find_files(draft, draft.config, need_files)
     plan = build_plan(config, files.tokens, samples_per_epoch=files.samples_per_epoch, num_gpus=num_gpus)
-    # Where a value was a stand-in, what the plan says about it would be a false alarm.
-    planned = [problem.text for problem in plan.problems if draft.is_untouched(*problem.keys)]
-    problems = [*draft.problems, *files.missing, *planned]
+    # A plan made with a stand-in for an invalid value reports false problems of that value.
+    plan_problems = [problem.text for problem in plan.problems if draft.is_untouched(*problem.keys)]
+    problems = [*draft.problems, *files.missing, *plan_problems]
     if problems:
-        raise ConfigError(str(path), [*problems, *files.broken])
-    if files.broken:
-        raise RefusedError("\n".join(files.broken))
+        raise ConfigError(name, [*problems, *files.damaged])
+    if files.damaged:
+        raise RefusedError("\n".join(files.damaged))
     plan = replace(plan, warnings=(*files.notes, *plan.warnings))
     return PreparedRun(config, plan, files.tokens, files.prefixes)
 
@@ -88,7 +129,7 @@ def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
         _find_validation(files, draft, config)
         files.missing += _missing_start(draft, config)
     if files.declared:
-        files.notes.insert(0, f"planned with declared sizes, for the files are not here: {listed(files.declared)}")
+        files.notes.insert(0, f"planned with declared sizes, because the files are missing: {listed(files.declared)}")
     return files
 
 
@@ -101,13 +142,13 @@ def _find_source(files: _Files, name: str, source: SourceConfig, seq_length: int
         if need_files:
             files.missing.append(_line(f"{key}.path", error))
         elif source.tokens is None:
-            files.missing.append(f"{_line(f'{key}.path', error)}; to plan without the files give {key}.tokens")
+            files.missing.append(f"{_line(f'{key}.path', error)}; to plan without the files, set {key}.tokens")
         else:
             files.tokens[name] = source.tokens
             files.declared.append(name)
         return
     except RefusedError as error:
-        files.broken.append(_line(f"{key}.path", error))
+        files.damaged.append(_line(f"{key}.path", error))
         return
     tokens = sum(sizes)
     files.prefixes[name], files.tokens[name] = prefixes, tokens
@@ -115,7 +156,7 @@ def _find_source(files: _Files, name: str, source: SourceConfig, seq_length: int
     if source.tokens is not None and abs(tokens - source.tokens) > _SIZE_TOLERANCE * source.tokens:
         files.notes.append(
             f"source {name}: its files hold {format_count(tokens)} tokens, not the declared "
-            f"{format_count(source.tokens)}; planned with what they hold"
+            f"{format_count(source.tokens)}; the plan uses the files"
         )
 
 
@@ -130,22 +171,22 @@ def _find_validation(files: _Files, draft: Draft, config: RunConfig) -> None:
         except UserError as error:
             files.missing.append(_line(key, error))
         except RefusedError as error:
-            files.broken.append(_line(key, error))
+            files.damaged.append(_line(key, error))
 
 
 def _missing_start(draft: Draft, config: RunConfig) -> Iterator[str]:
-    """The checkpoint and the tokenizer, where they are named but not there."""
+    """Yield a message if the named checkpoint or tokenizer does not exist."""
     start = config.init.from_
     if start is not None and draft.is_untouched("init") and not os.path.exists(start) and not _has_started(config):
-        way_out = "give a checkpoint or a run directory, or leave it out for random weights"
-        yield f"init.from: {start}: no such checkpoint; {way_out}"
+        fix = "give a checkpoint or a run directory, or remove it to start from random weights"
+        yield f"init.from: {start}: no such checkpoint; {fix}"
     kind, _, path = (config.tokenizer or "").partition(":")
     if path and draft.is_untouched("tokenizer") and not os.path.exists(path):
-        yield f"tokenizer: {kind}:{path}: no such file; give KIND:PATH of the tokenizer that the data were made with"
+        yield f"tokenizer: {kind}:{path}: no such file; give KIND:PATH of the tokenizer that the data was made with"
 
 
 def _has_started(config: RunConfig) -> bool:
-    """Whether the run goes on from checkpoints of its own, so that `init` no longer counts."""
+    """Return whether the run has checkpoints of its own; it resumes from them and ignores `init`."""
     return any(Path(config.output, "checkpoints").glob("step-*"))
 
 

@@ -20,9 +20,12 @@ from megatron_cpt.cli.convert_command import app as convert_app
 from megatron_cpt.cli.doctor_command import doctor
 from megatron_cpt.cli.inspect_command import inspect
 from megatron_cpt.cli.launch_command import WordsCommand, launch
+from megatron_cpt.cli.merge_command import merge
 from megatron_cpt.cli.missing_package import describe_missing_package
+from megatron_cpt.cli.overlap_command import overlap
 from megatron_cpt.cli.plan_command import plan
 from megatron_cpt.cli.preprocess_command import preprocess
+from megatron_cpt.cli.split_command import split
 from megatron_cpt.cli.trace_command import trace
 from megatron_cpt.cli.train_command import train
 from megatron_cpt.errors import EXIT_USER, CptError
@@ -41,6 +44,9 @@ app.command(rich_help_panel=PLAN)(plan)
 app.command(rich_help_panel=DATA)(preprocess)
 app.command(rich_help_panel=DATA)(check)
 app.command(rich_help_panel=DATA)(inspect)
+app.command(rich_help_panel=DATA)(merge)
+app.command(rich_help_panel=DATA)(split)
+app.command(rich_help_panel=DATA)(overlap)
 app.command(rich_help_panel=DATA)(trace)
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)

@@ -27,6 +27,9 @@ def _is_run_or_override(word: str) -> bool:
 
 MANY_VALUES = {
     "preprocess": (ManyValues("--input"), ManyValues("--key")),
+    "merge": (ManyValues("--input"),),
+    "split": (ManyValues("--input"),),
+    "overlap": (ManyValues("--train"), ManyValues("--held-out"), ManyValues("--key")),
     "train": (ManyValues("--allow", _is_run_or_override),),
 }
 """Options with several values, per command."""

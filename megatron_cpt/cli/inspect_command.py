@@ -1,4 +1,4 @@
-"""`megatron-cpt inspect`: what is in a data set."""
+"""Command `inspect`: show the size, document lengths and documents of a dataset."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ if TYPE_CHECKING:
     from megatron_cpt.data.inspect.summary import Document, Summary
     from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 
-TOKENIZER_HELP = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json or byte; to show text."
+TOKENIZER_HELP = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json or byte, to show text."
 _SHOWN_DOCUMENTS = 3
-_SHOWN_TOKENS = 64  # of each
+_SHOWN_TOKENS = 64  # per document
 
 
 def inspect(
-    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="A data set: a prefix of .bin/.idx.")],
+    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="Dataset: prefix of .bin/.idx.")],
     document: Annotated[int | None, typer.Option("--document", metavar="N", help="Show document N (from 0).")] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="KIND:PATH", help=TOKENIZER_HELP)] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw the lengths.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also plot the document lengths.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count a data set and show how long its documents are; with --document show one of them.
+    """Show the size of a dataset and the lengths of its documents, or a single document with --document.
 
-    With --tokenizer documents are decoded; without --document the first few, from their start.
+    With --tokenizer, documents are decoded; without --document, the start of the first few is shown.
     """
     from megatron_cpt.data.inspect.summary import get_document, summarize
     from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
 
     names = expand_prefixes(prefix)
     if len(names) > 1:
-        raise UserError(f"{prefix}: {len(names)} data sets; give one of them: {', '.join(names[:5])}")
+        raise UserError(f"{prefix}: {len(names)} datasets; give one of them: {', '.join(names[:5])}")
     dataset = IndexedDataset(names[0])
-    codec = _load(tokenizer)
+    codec = _load_tokenizer(tokenizer)
     if document is not None:
         shown = get_document(dataset, document)
         if as_json:
@@ -64,7 +66,7 @@ def inspect(
         _print_document(one, codec, most=_SHOWN_TOKENS)
 
 
-def _load(spec: str | None) -> Tokenizer | None:
+def _load_tokenizer(spec: str | None) -> Tokenizer | None:
     if spec is None:
         return None
     from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
@@ -73,16 +75,21 @@ def _load(spec: str | None) -> Tokenizer | None:
 
 
 def decode(codec: Tokenizer, ids: Sequence[int], where: str) -> str:
-    """The text of ids.
+    """Decode ids.
+
+    Args:
+        codec: the tokenizer.
+        ids: the ids.
+        where: file or document of the ids, for the message.
 
     Raises:
-        UserError: an id is not one of the tokenizer's.
+        UserError: the tokenizer does not have one of the ids.
     """
-    foreign = next((i for i in ids if not 0 <= i < codec.vocab_size), None)
-    if foreign is not None:
+    unknown = next((i for i in ids if not 0 <= i < codec.vocab_size), None)
+    if unknown is not None:
         raise UserError(
-            f"{where}: id {foreign} is not one of the tokenizer's {codec.vocab_size} ids; give the tokenizer that the "
-            "data were made with"
+            f"{where}: id {unknown} is not one of the tokenizer's {codec.vocab_size} ids; give the tokenizer that the "
+            "data was made with"
         )
     return codec.decode(ids)
 
@@ -94,7 +101,7 @@ def _print_summary(summary: Summary) -> None:
     print(f"{summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} {summary.dtype} tokens")
     print(f"  {format_count(summary.bytes)} bytes, {summary.sequences:,} sequences, fingerprint {summary.fingerprint}")
     if summary.mean is not None:
-        print(f"  tokens of a document: {summary.shortest:,} to {summary.longest:,}, mean {summary.mean:,.1f}")
+        print(f"  tokens per document: {summary.shortest:,} to {summary.longest:,}, mean {summary.mean:,.1f}")
         print("  " + ", ".join(f"p{key} {value:,}" for key, value in summary.percentiles.items()))
         print()
         for line in draw_histogram(summary.histogram):

@@ -1,4 +1,4 @@
-"""Token files, streams, blends and batches. Plain numpy: importing it loads neither torch nor a tokenizer library."""
+"""Token files, streams, blends and batches, in plain numpy. Importing it loads no torch and no tokenizer library."""
 
 from megatron_cpt.data.loading.batch import Batch, DocumentOptions, make_batch
 from megatron_cpt.data.loading.loader import Loader, StepData, validation_batches

@@ -40,7 +40,7 @@ def samples_of(run_directory: Path, step: int) -> dict[str, Any]:
     samples = [
         {
             "source": sample.source,
-            "k": sample.k,
+            "k": sample.sample_index,
             "epoch": sample.epoch,
             "prefix": sample.prefix,
             "documents": [part.document for part in sample.documents],

@@ -1,1 +1,1 @@
-"""Which documents a step has read, and what a run was made of. Imports no torch."""
+"""Provenance: the documents that a step has read, and the plans a run has followed. Imports no torch."""

@@ -1,7 +1,8 @@
-"""plans.jsonl: after which step a run went on under which run.yaml, plan and files. What any step read follows from it.
+"""plans.jsonl: every run.yaml, plan and set of data files that a run has followed, and from which step on.
 
-A line is added when a process goes on with something else than the one before it, and then holds the state of the blend
-as well; so the file stays small, and no checkpoint has to be kept for the sake of the past. Imports no torch.
+A line is added only when a run starts or resumes with something changed. It includes the state of the blend at that
+step, so the samples of every step can be found without keeping old checkpoints. Example: a run that changes its blend
+after step 8 has two lines, with after_step 0 and 8.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "plans.jsonl"
 
-_OF_PLAN = ("steps", "phases", "sources")  # what decides the samples; the rest also depends on the number of ranks
+_PLAN_KEYS = ("steps", "phases", "sources")  # they decide the samples; the others also depend on the number of ranks
 
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """Steps that one plan decided.
+    """Consecutive steps that followed one plan.
 
     Attributes:
-        after_step: the step before the first of them.
-        state: of the blend after that step; None: the start of the run.
+        after_step: the plan's first step is after_step + 1.
+        state: the blend's state after step `after_step`; None: the start of the run.
         blends: the plan.
-        fingerprints: which files the sources were.
-        end: what was written down about its last step; None: that is not known, or still to come.
+        fingerprints: fingerprint of each source's files.
+        end: recorded state after the plan's last step; None for the newest plan.
     """
 
     after_step: int
@@ -44,9 +45,12 @@ class PlanRecord:
     end: Witness | None = None
 
     def has(self, checkpoint: Recorded) -> bool:
-        """Whether a checkpoint was written in one of its steps, and not in one of that number which was done again."""
-        is_in_time = checkpoint.step > self.after_step and (self.end is None or checkpoint.step <= self.end.step)
-        return is_in_time and (checkpoint.run, checkpoint.fingerprints) == (self.blends.run, self.fingerprints)
+        """Return whether a checkpoint was saved under this plan.
+
+        A checkpoint of a step in the range may be older: from before the run was rolled back and changed.
+        """
+        is_in_range = checkpoint.step > self.after_step and (self.end is None or checkpoint.step <= self.end.step)
+        return is_in_range and (checkpoint.run, checkpoint.fingerprints) == (self.blends.run, self.fingerprints)
 
 
 def note_plan(
@@ -58,25 +62,25 @@ def note_plan(
     state: Mapping[str, Any] | None,
     fingerprints: Mapping[str, str],
 ) -> None:
-    """Write down how a run goes on, unless it goes on as it did.
+    """Record the plan that a run follows from now on, unless it equals the plan so far.
 
-    Lines of later steps are dropped: these steps will be done again.
+    Lines of later steps are dropped, because those steps will run again.
 
     Args:
-        run_directory: of the run.
-        step: the last step that is done.
+        run_directory: the run directory.
+        step: the last completed step.
         run: the resolved run.yaml.
-        plan: what plan.json holds.
-        state: of the blend after the step.
-        fingerprints: which files the sources are.
+        plan: content of plan.json.
+        state: the blend's state after the step.
+        fingerprints: fingerprint of each source's files.
     """
     try:
         before = _read_lines(run_directory)
-    except RefusedError as error:  # it must not keep a run from going on
-        logger.warning("%s; what earlier steps read can no longer be traced", error)
+    except RefusedError as error:  # a damaged record must not prevent training
+        logger.warning("%s; the samples of earlier steps can no longer be traced", error)
         before = []
     lines = [line for line in before if line["after_step"] < step]
-    now = {"run": run, "plan": {key: plan[key] for key in _OF_PLAN}, "data_fingerprints": fingerprints}
+    now = {"run": run, "plan": {key: plan[key] for key in _PLAN_KEYS}, "data_fingerprints": fingerprints}
     now = orjson.loads(orjson.dumps(now))
     if not lines or any(lines[-1].get(key) != value for key, value in now.items()):
         lines.append({"after_step": step, "state": state, **now})
@@ -86,14 +90,16 @@ def note_plan(
 
 
 def read_plan_records(run_directory: Path) -> list[PlanRecord]:
-    """The past of a run, oldest first.
+    """Return the plans of a run, oldest first.
 
     Raises:
         RefusedError: the file is missing or damaged.
     """
-    records = [_segment(run_directory, line) for line in _read_lines(run_directory)]
+    records = [_parse_record(run_directory, line) for line in _read_lines(run_directory)]
     if not records:
-        raise RefusedError(f"{run_directory / FILE_NAME}: missing: without it nobody knows which blend a step had")
+        raise RefusedError(
+            f"{run_directory / FILE_NAME}: missing: without it the blend of a step is unknown; restore it from a copy"
+        )
     ends = [*(_end_before(record) for record in records[1:]), None]
     return [replace(record, end=end) for record, end in zip(records, ends, strict=True)]
 
@@ -105,24 +111,24 @@ def _read_lines(run_directory: Path) -> list[dict[str, Any]]:
     try:
         lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
         if any(not isinstance(line["after_step"], int) for line in lines):
-            raise ValueError("a line without its step")
+            raise ValueError("a line without after_step")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{path}: damaged ({error!r})") from error
+        raise RefusedError(f"{path}: damaged ({error!r}); restore it from a copy") from error
     return lines
 
 
-def _segment(run_directory: Path, line: Mapping[str, Any]) -> PlanRecord:
+def _parse_record(run_directory: Path, line: Mapping[str, Any]) -> PlanRecord:
     step = int(line["after_step"])
     origin = f"{run_directory / FILE_NAME}, after step {step}"
     try:
         blends = parse_blends(line["run"], line["plan"], origin)
         return PlanRecord(step, line["state"], blends, line["data_fingerprints"])
     except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f"{origin}: not the plan of a run ({error!r})") from error
+        raise RefusedError(f"{origin}: not the plan of a run ({error!r}); restore the file from a copy") from error
 
 
 def _end_before(record: PlanRecord) -> Witness:
-    """What was written down about the last step before a record."""
+    """Return the recorded state before a plan, which is the end of the previous plan."""
     assert record.state is not None, "only the start of a run has no state"
     step, state = record.after_step, record.state
     return Witness(f"{FILE_NAME}, step {step}", step, drop_zeros(state["counts"]), state)

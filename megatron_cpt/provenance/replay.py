@@ -1,8 +1,9 @@
-"""What step N read, as (source, number in the source): the blend replayed, and held against what was recorded.
+"""Replay of the blend up to a step, to find its samples, and comparison of the result with what the run recorded.
 
-The samples of a step are a pure function of the plan in force and of the blend's state at some step before it, as long
-as both belong to the same record of the run's past (`plans_file.py`). Checkpoints and lines of metrics.jsonl only make
-the way shorter, and confirm what is found. Nothing is told that the records contradict.
+The samples of a step follow from the plan it was in (`plans_file.py`) and from the blend's state at any earlier step of
+that plan. Checkpoints and lines of metrics.jsonl make the replay shorter and confirm its result; a result that a record
+contradicts is refused. Example, for step 17 of a run with checkpoints at steps 10 and 20: the replay starts from the
+state at step 10, notes the samples of step 17, continues to step 20, and must arrive at the state of that checkpoint.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from megatron_cpt.errors import RefusedError
 from megatron_cpt.provenance.plans_file import PlanRecord
 from megatron_cpt.provenance.run_history import Blends, Recorded, Witness
 
-_REPLAY_SAMPLES = 1 << 16  # handed out between two looks at the progress
+_REPLAY_SAMPLES = 1 << 16  # samples between two calls of `progress`
 
 Progress = Callable[[int, int], None]
-"""Called with the samples replayed so far, and how many there are."""
+"""Callback with the number of samples replayed so far and their total."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A place from where a step can be reached.
+    """Starting point of a replay.
 
     Attributes:
-        step: a step before it.
-        state: of the blend after that step; None: the start of the run.
+        step: the replay starts after this step.
+        state: the blend's state after that step; None: the start of the run.
     """
 
     step: int
@@ -39,50 +40,50 @@ class Start:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a step read.
+    """Result of a replay: the samples of a step.
 
     Attributes:
-        start: where the replay began.
-        phase: the phase of the step.
-        sources: int64 (global_batch,), the source of each sample: a place in the plan's sources.
-        ks: int64 (global_batch,), its number in the source.
-        seq_length: tokens in each of them.
-        data: the state of the blend at the end of the replay.
+        start: starting point.
+        phase: name of the step's phase.
+        sources: int64 (global_batch,), index of each sample's source in the plan's sources.
+        sample_indices: int64 (global_batch,), index of each sample in its source.
+        seq_length: tokens that each sample trains on.
+        data: the blend's state at the end of the replay.
     """
 
     start: Start
     phase: str
     sources: npt.NDArray[np.int64]
-    ks: npt.NDArray[np.int64]
+    sample_indices: npt.NDArray[np.int64]
     seq_length: int
     data: Mapping[str, Any]
 
 
 def possible_starts(record: PlanRecord, recorded: Sequence[Recorded], line: Witness | None, step: int) -> list[Start]:
-    """From where the step can be reached, the shortest way first.
+    """Return the starting points for a replay of a step, nearest first.
 
     Args:
-        record: the one that the step belongs to.
-        recorded: its checkpoints, oldest first.
-        line: the last counts of metrics.jsonl in the record before the step.
+        record: the plan that the step belongs to.
+        recorded: the plan's checkpoints, oldest first.
+        line: the plan's last counts in metrics.jsonl before the step.
         step: the step.
     """
     starts = [Start(record.after_step, record.state)]
     starts += [Start(one.step, one.data) for one in recorded if one.step < step][-1:]
     after = next((one for one in recorded if one.step >= step), None)
     if after is not None:
-        begun = _blend_start(after, record.blends)
-        if begun is not None and record.after_step < begun.step < step:
-            starts.append(begun)
-        if begun is not None and line is not None and begun.step < line.step:
-            starts += _continued(after, line, record.blends)
+        blend_start = _blend_start(after, record.blends)
+        if blend_start is not None and record.after_step < blend_start.step < step:
+            starts.append(blend_start)
+        if blend_start is not None and line is not None and blend_start.step < line.step:
+            starts += _start_from_line(after, line, record.blends)
     return sorted(starts, key=lambda start: -start.step)
 
 
 def _blend_start(after: Recorded, blends: Blends) -> Start | None:
-    """Where the blend began that was in force when a checkpoint was written: its counts are part of the state.
+    """Return the start of the blend that a later checkpoint was in: its state has the counts at that point.
 
-    None where that is not the end of a step.
+    Returns None if the blend did not start at the end of a step.
     """
     data = after.data
     at_start = {name: int(count) for name, count in data["counts_at_blend_start"].items()}
@@ -91,34 +92,34 @@ def _blend_start(after: Recorded, blends: Blends) -> Start | None:
     step = blends.step_at(sample)
     if step is None:
         return None
-    counts = {**data["counts"], **at_start}  # a source that has left the run gave nothing since
-    # no phase has an empty name, so the cursor begins its blend anew here, as it did; lengths only change where a blend
-    # begins, so they were then what they are now
+    counts = {**data["counts"], **at_start}  # a source that has left the run has given nothing since
+    # No phase has an empty name, so the cursor starts a new blend here, as the run did. Sample lengths change only at
+    # the start of a blend, so the checkpoint's lengths are valid here too.
     return Start(step, {**data, "sample": sample, "counts": counts, "phase": "", "weights": {}})
 
 
-def _continued(after: Recorded, line: Witness, blends: Blends) -> Iterator[Start]:
-    """The blend of a checkpoint at an earlier step whose counts were written down; they are taken at their word."""
+def _start_from_line(after: Recorded, line: Witness, blends: Blends) -> Iterator[Start]:
+    """Yield the state of a later checkpoint's blend at a line of metrics.jsonl, if the line's counts are possible."""
     at_start, sample = after.data["counts_at_blend_start"], blends.samples_after(line.step)
-    is_whole = sum(line.counts.values()) == sample
-    if is_whole and all(count <= line.counts.get(name, 0) for name, count in at_start.items()):
+    is_complete = sum(line.counts.values()) == sample
+    if is_complete and all(count <= line.counts.get(name, 0) for name, count in at_start.items()):
         yield Start(line.step, {**after.data, "sample": sample, "counts": line.counts})
 
 
 def find_replay(
     starts: Sequence[Start], blends: Blends, step: int, witness: Witness | None, progress: Progress | None
 ) -> Replay:
-    """The first replay that agrees with what was recorded.
+    """Return the first replay that agrees with what the run recorded.
 
     Args:
-        starts: from where to try.
-        blends: the plan in force.
+        starts: starting points, in the order to try.
+        blends: the step's plan.
         step: the step.
-        witness: a record at or after it; None: the first one is taken.
-        progress: called with the samples replayed so far and how many there are.
+        witness: recorded state at or after the step; None: the first replay is returned.
+        progress: called during the replay.
 
     Raises:
-        RefusedError: none agrees.
+        RefusedError: no replay agrees.
     """
     for start in starts:
         replay = _replay(start, blends, step, witness.step if witness is not None else step, progress)
@@ -127,31 +128,30 @@ def find_replay(
     assert witness is not None
     tried = ", or one ".join(f"from step {start.step}" for start in starts)
     raise RefusedError(
-        f"step {step}: what it read cannot be known: {witness.origin} is at odds with a replay {tried} "
+        f"step {step}: its samples cannot be determined: {witness.origin} contradicts a replay {tried} "
         f"under {blends.origin}"
     )
 
 
 def _replay(start: Start, blends: Blends, step: int, until: int, progress: Progress | None) -> Replay:
-    """Walk the blend from a start through a step up to a later one."""
     cursor = blends.cursor()
     if start.state is not None:
         cursor.load_state_dict(start.state)
     first, expected = cursor.sample, blends.samples_after(start.step)
     total = min(blends.samples_after(until), cursor.num_samples) - first
     if first != expected:
-        raise RefusedError(f"step {start.step}: its state is that of {first} samples, not of {expected}")
+        raise RefusedError(f"step {start.step}: its state has read {first} samples, but the plan reads {expected}")
 
-    def walk(end: int) -> None:
+    def advance(end: int) -> None:
         while cursor.sample < end:
             cursor.next(min(_REPLAY_SAMPLES, end - cursor.sample))
             if progress is not None:
                 progress(cursor.sample - first, total)
 
     before = blends.samples_after(step - 1)
-    walk(before)
-    sources, ks = cursor.next(blends.samples_after(step) - before)
+    advance(before)
+    sources, sample_indices = cursor.next(blends.samples_after(step) - before)
     phase, length = str(cursor.state_dict()["phase"]), cursor.seq_length
     assert length is not None
-    walk(first + total)
-    return Replay(start, phase, sources, ks, length, cursor.state_dict())
+    advance(first + total)
+    return Replay(start, phase, sources, sample_indices, length, cursor.state_dict())

@@ -1,4 +1,4 @@
-"""What a run directory says about its past: its checkpoints, and the counts in metrics.jsonl. Imports no torch."""
+"""Records of a run directory: its checkpoints, and the counts in metrics.jsonl. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Blends:
-    """A resolved run.yaml with its plan: all that the order of samples depends on.
+    """Run.yaml and plan: everything that the order of samples depends on.
 
     Attributes:
-        origin: where it was found.
-        run: run.yaml as plain values.
-        phases: the blends of the plan, in order.
+        origin: file and line that they were read from, for messages.
+        run: the resolved run.yaml as plain values.
+        phases: the plan's blends, in order.
         last_step: the plan's last step.
-        limits: spans after which a source ends, for those that do.
-        segments: the steps by their shape.
-        grids: the spans of each source.
+        limits: spans after which a source ends; a source without an entry never ends.
+        segments: consecutive steps of equal batch size and sequence length, in order.
+        grids: spans of each source.
     """
 
     origin: str
@@ -43,35 +43,35 @@ class Blends:
 
     @property
     def source_names(self) -> list[str]:
-        """In the order that decides ties."""
+        """Names of all sources, in the order that decides ties."""
         return list(self.run["sources"])
 
     def samples_after(self, step: int) -> int:
-        """Samples that the run has read after a step; beyond its end it goes on in the same way."""
+        """Return how many samples the run has read after a step; the last segment is extended past its end."""
         after = next((segment for segment in self.segments if step <= segment.last_step), self.segments[-1])
         return after.after(step).samples
 
     def step_at(self, samples: int) -> int | None:
-        """The step after which the run has read so many samples; None where that is not the end of one."""
+        """Return the step after which the run has read so many samples; None if that is inside a step."""
         at = next((segment for segment in self.segments if samples <= segment.end.samples), self.segments[-1])
-        steps, rest = divmod(samples - at.first_sample, at.global_batch)
-        return None if rest else at.first_step - 1 + steps
+        steps, remainder = divmod(samples - at.first_sample, at.global_batch)
+        return None if remainder else at.first_step - 1 + steps
 
     def cursor(self) -> BlendCursor:
-        """A cursor at the start of the run."""
+        """Return a cursor at the start of the run."""
         return BlendCursor(self.phases, self.source_names, limits=self.limits, grids=self.grids)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A checkpoint, as far as its text files go.
+    """Records in a checkpoint, without its tensors.
 
     Attributes:
-        path: its folder.
-        step: its step.
+        path: folder of the checkpoint.
+        step: step of the checkpoint.
         run: its run.yaml as plain values.
-        data: the blend's state after it.
-        fingerprints: which files the sources were.
+        data: the blend's state after the step.
+        fingerprints: fingerprint of each source's files.
     """
 
     path: Path
@@ -82,20 +82,20 @@ class Recorded:
 
     @property
     def witness(self) -> Witness:
-        """What it says about its step."""
+        """Counts and blend state that the checkpoint recorded."""
         origin = f"{self.path.name}/{layout.STATE_FILE}"
         return Witness(origin, self.step, drop_zeros(self.data["counts"]), self.data)
 
 
 @dataclass(frozen=True)
 class Witness:
-    """Counts that were written down while the run went on.
+    """Counts that the run recorded after a step.
 
     Attributes:
-        origin: where.
-        step: after which step.
-        counts: samples each source had given; those of none are left out.
-        data: the whole state of the blend, where that was written down too.
+        origin: file that has them, for messages.
+        step: they were recorded after this step.
+        counts: samples that each source had given; sources without any have no entry.
+        data: the blend's complete state, if it was recorded.
     """
 
     origin: str
@@ -104,39 +104,40 @@ class Witness:
     data: Mapping[str, Any] | None = None
 
     def agrees_with(self, data: Mapping[str, Any]) -> bool:
-        """Whether the blend may have had this state after the step."""
+        """Return whether a state of the blend after the step is consistent with this record."""
         if drop_zeros(data["counts"]) != self.counts:
             return False
         if self.data is None:
             return True
         starts = [drop_zeros(state["counts_at_blend_start"]) for state in (data, self.data)]
-        return starts[0] == starts[1] and all(data.get(k) == self.data.get(k) for k in ("phase", "weights", "lengths"))
+        keys = ("phase", "weights", "lengths")
+        return starts[0] == starts[1] and all(data.get(key) == self.data.get(key) for key in keys)
 
 
 def read_history(run_directory: Path) -> tuple[list[Recorded], list[str]]:
-    """All checkpoints whose records are sound, oldest first, and a line for each of the others.
+    """Return the valid records of all checkpoints, oldest first, and a warning for each checkpoint that was skipped.
 
     Raises:
-        UserError: there is no such directory.
+        UserError: the directory does not exist.
     """
     if not run_directory.is_dir():
-        raise UserError(f"{run_directory}: no such run directory")
+        raise UserError(f"{run_directory}: no such run directory; give the `output` of a run.yaml")
     recorded, notes = [], []
     for path in layout.list_checkpoints(layout.checkpoints_folder(run_directory)):
         try:
             recorded.append(_read_checkpoint(path))
         except CptError as error:
-            notes.append(f"passed over: {error}")
+            notes.append(f"skipped: {error}")
     return recorded, notes
 
 
 def parse_blends(run: Mapping[str, Any], plan: Mapping[str, Any], origin: str) -> Blends:
-    """A run.yaml and its plan, both as plain values; whatever they lack is a KeyError, TypeError or ValueError."""
+    """Parse a run.yaml and its plan from plain values; a KeyError, TypeError or ValueError means they are invalid."""
     segments = [tuple(Segment(**segment) for segment in phase["stretches"]) for phase in plan["phases"]]
     phases = tuple(_phase(phase, own) for phase, own in zip(plan["phases"], segments, strict=True))
-    # a limit of 0 is one: that source has ended before its first sample
-    given = {name: source.get("limit") for name, source in plan["sources"].items()}
-    limits = {name: int(limit) for name, limit in given.items() if limit is not None}
+    # a limit of 0 counts: that source ends before its first sample
+    all_limits = {name: source.get("limit") for name, source in plan["sources"].items()}
+    limits = {name: int(limit) for name, limit in all_limits.items() if limit is not None}
     grids = {
         name: SpanGrid(int(source["chunk_length"]), int(source["chunks_per_epoch"]))
         for name, source in plan["sources"].items()
@@ -147,7 +148,7 @@ def parse_blends(run: Mapping[str, Any], plan: Mapping[str, Any], origin: str) -
 
 
 def read_counts(run_directory: Path, after_step: int, step: int) -> tuple[Witness | None, Witness | None]:
-    """From metrics.jsonl the last line before a step that is later than `after_step`, and the first one from it on."""
+    """Read from metrics.jsonl the last counts before a step (but after `after_step`), and the first ones from it on."""
     before, path = None, run_directory / METRICS_FILE
     if not path.is_file():
         return None, None
@@ -156,7 +157,7 @@ def read_counts(run_directory: Path, after_step: int, step: int) -> tuple[Witnes
             try:
                 line = orjson.loads(raw)
             except ValueError:
-                continue  # the line that a kill cut
+                continue  # cut off when the process was killed
             if "samples_by_source" not in line or line["step"] <= after_step:
                 continue
             counts = drop_zeros(line["samples_by_source"])
@@ -168,7 +169,7 @@ def read_counts(run_directory: Path, after_step: int, step: int) -> tuple[Witnes
 
 
 def drop_zeros(counts: Mapping[str, Any]) -> dict[str, int]:
-    """Counts of the sources that gave something, so that a source which has not begun makes no difference."""
+    """Return the counts above 0, so that a source which gave no sample equals a source without an entry."""
     return {str(name): int(count) for name, count in counts.items() if count}
 
 
@@ -176,7 +177,7 @@ def _read_checkpoint(path: Path) -> Recorded:
     manifest = read_manifest(path)
     for name in (layout.STATE_FILE, layout.RUN_FILE):
         if not (path / name).is_file() or name not in manifest or digest(path / name) != manifest[name]:
-            raise RefusedError(f"{path / name}: missing, or not what the manifest says")
+            raise RefusedError(f"{path / name}: missing, or its checksum differs from the manifest")
     state = read_state(path)
     try:
         train = state["train"]

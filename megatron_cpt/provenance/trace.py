@@ -1,4 +1,4 @@
-"""Which documents did step N read? Its samples, found by replaying the blend, looked up in the files."""
+"""Documents that a step has read: its samples are found by replaying the blend, and looked up in the files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from megatron_cpt.data import IndexedDataset, TokenStream, expand_prefixes
+from megatron_cpt.data import IndexedDataset, TokenStream
 from megatron_cpt.data.tokenfile.documents import document_bounds
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.errors import RefusedError, UserError
@@ -22,12 +22,12 @@ from megatron_cpt.provenance.run_history import Blends, Recorded, Witness, read_
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """The part of a document that a sample holds.
+    """Part of a document that is in a sample.
 
     Attributes:
-        document: its number in the file.
-        first_token: the part's first token, counted in the `.bin`.
-        num_tokens: tokens of it in the sample.
+        document: index of the document in its file.
+        first_token: offset of the part's first token in the `.bin`, in tokens.
+        num_tokens: tokens of the document in the sample.
     """
 
     document: int
@@ -37,41 +37,45 @@ class DocumentPart:
 
 @dataclass(frozen=True)
 class TracedSample:
-    """One sample of a step.
+    """Sample of a step.
 
     Attributes:
-        sample: its place in the global batch, from 0.
-        source: where it came from.
-        k: its number in the source over the whole run.
+        sample: position in the global batch, from 0.
+        source: name of the source.
+        sample_index: index of the sample in the source, from 0, counted over all epochs.
         epoch: the source's epoch, from 0.
-        prefix: the file, without `.bin`.
-        first_token: its first token, counted in the `.bin`.
-        num_tokens: seq_length + 1: the last one is only predicted.
-        documents: what it is made of.
+        prefix: path of the file without `.bin`.
+        first_token: offset of the sample's first token in the `.bin`, in tokens.
+        num_tokens: seq_length + 1; the last token is only a label.
+        documents: the parts of documents that make up the sample, in order.
     """
 
     sample: int
     source: str
-    k: int
+    sample_index: int
     epoch: int
     prefix: str
     first_token: int
     num_tokens: int
     documents: tuple[DocumentPart, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; `sample_index` is called "k" there."""
+        return {"k" if name == "sample_index" else name: value for name, value in asdict(self).items()}
+
 
 @dataclass(frozen=True)
 class Trace:
-    """What a step read.
+    """Samples that a step has read.
 
     Attributes:
-        step: the step.
-        phase: the phase it belongs to.
-        replayed_from: the step after which the replay began; 0: the start of the run.
-        plan: where the plan that was in force is written down.
-        confirmed_by: the record at or after the step that agrees with the replay; None: nothing was recorded that far,
-            so this is what the step would read.
-        notes: what else should be known.
+        step: number of the step, from 1.
+        phase: name of the step's phase.
+        replayed_from: the replay started after this step; 0: at the start of the run.
+        plan: file and line of the plan that the step followed.
+        confirmed_by: the record at or after the step that agrees with the replay; None: no such record exists yet, so
+            these are the samples that the step will read.
+        notes: warnings, such as a checkpoint that was skipped.
         run: the run.yaml as plain values.
         samples: in the order of the global batch.
     """
@@ -86,21 +90,27 @@ class Trace:
     samples: tuple[TracedSample, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; the run.yaml itself is left out."""
-        return {key: value for key, value in asdict(self).items() if key != "run"}
+        """Return plain JSON values, without the run.yaml."""
+        plain = {key: value for key, value in asdict(self).items() if key != "run"}
+        return plain | {"samples": [sample.to_dict() for sample in self.samples]}
 
 
 def trace_step(run_directory: str | Path, step: int, *, progress: Progress | None = None) -> Trace:
-    """Find out what a step of a run read.
+    """Find the samples and documents that a step of a run has read.
+
+    Example:
+        >>> [(sample.source, sample.prefix, sample.first_token) for sample in trace_step("runs/small", 17).samples]
+        [('web', 'data/web', 40962), ('code', 'data/code', 8193), ...]
 
     Args:
-        run_directory: with plans.jsonl and, as far as there are any, metrics.jsonl and checkpoints.
-        step: from 1.
-        progress: for long replays.
+        run_directory: a run directory; plans.jsonl is required, metrics.jsonl and checkpoints shorten the replay.
+        step: number of the step, from 1.
+        progress: called during the replay.
 
     Raises:
-        UserError: no such run, no such step in it, or its data are not where run.yaml says.
-        RefusedError: it cannot be known: plans.jsonl is missing, the records contradict it, or the data were replaced.
+        UserError: the run or the step does not exist, or the data is not at the paths in run.yaml.
+        RefusedError: the samples cannot be determined: plans.jsonl is missing, records contradict it, or data files
+            were replaced.
     """
     folder = Path(run_directory)
     recorded, notes = read_history(folder)
@@ -110,7 +120,7 @@ def trace_step(run_directory: str | Path, step: int, *, progress: Progress | Non
     witness = _nearest(step, record, recorded, later_line)
     replay = find_replay(possible_starts(record, recorded, line, step), record.blends, step, witness, progress)
     if witness is None:
-        notes.append(f"nothing is recorded of step {step}: this is what it reads under {record.blends.origin}")
+        notes.append(f"nothing is recorded of step {step} yet: it will read these samples under {record.blends.origin}")
     samples, about_files = _locate(replay, record, is_done=witness is not None)
     return Trace(
         step=step,
@@ -131,14 +141,14 @@ def _record_of(step: int, records: Sequence[PlanRecord], folder: Path) -> PlanRe
     record = next((record for record in reversed(records) if record.after_step < step), None)
     if record is None:
         raise RefusedError(
-            f"step {step}: what it read cannot be known: {folder / PLANS_FILE} begins after step "
-            f"{records[0].after_step}"
+            f"step {step}: its samples cannot be determined: {folder / PLANS_FILE} begins after step "
+            f"{records[0].after_step}; only later steps can be traced"
         )
     return record
 
 
 def _nearest(step: int, record: PlanRecord, recorded: Sequence[Recorded], line: Witness | None) -> Witness | None:
-    """The first record of a record at or after a step."""
+    """Return the first recorded state at or after a step, among those that belong to the same plan."""
     found = [checkpoint.witness for checkpoint in recorded if checkpoint.step >= step][:1]
     found += [record.end] if record.end is not None else []
     found += [line] if line is not None and (record.end is None or line.step <= record.end.step) else []
@@ -146,7 +156,7 @@ def _nearest(step: int, record: PlanRecord, recorded: Sequence[Recorded], line: 
 
 
 def _locate(replay: Replay, record: PlanRecord, *, is_done: bool) -> tuple[list[TracedSample], list[str]]:
-    """From (source, k) to files and documents, and what should be known about the files."""
+    """Look the replayed samples up in the files; also return warnings about the files."""
     blends, fingerprints, notes = record.blends, record.fingerprints, []
     names = [blends.source_names[source] for source in replay.sources.tolist()]
     streams = {name: _open_source(name, blends) for name in dict.fromkeys(names)}
@@ -155,36 +165,33 @@ def _locate(replay: Replay, record: PlanRecord, *, is_done: bool) -> tuple[list[
             continue
         if is_done:
             raise RefusedError(
-                f"source {name}: its files are not those that were read: they differ from what {blends.origin} knows; "
-                "put the old ones back where run.yaml looks for them"
+                f"source {name}: its files were replaced after the step: their fingerprint differs from "
+                f"{blends.origin}; restore the old files at the paths in run.yaml"
             )
-        notes.append(f"source {name}: its files are not those that the run has read so far")
-    places = enumerate(zip(names, replay.ks.tolist(), strict=True))
-    return [_sample(place, streams[name], k, replay.seq_length) for place, (name, k) in places], notes
+        notes.append(f"source {name}: its files were replaced since the run last read them")
+    indices = enumerate(zip(names, replay.sample_indices.tolist(), strict=True))
+    return [_sample(position, streams[name], index, replay.seq_length) for position, (name, index) in indices], notes
 
 
 def _open_source(name: str, blends: Blends) -> TokenStream:
-    path = blends.run["sources"][name]["path"]
-    try:
-        datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(path)]
-    except UserError as error:
-        raise UserError(
-            f"source {name}: {error}; trace where `train` ran, for relative paths of run.yaml count from there"
-        ) from error
     grid = blends.grids.get(name)
     seq_length = grid.seq_length if grid is not None else int(blends.run["seq_length"])
-    return TokenStream(name, datasets, seq_length=seq_length, seed=int(blends.run["seed"]))
+    path, seed = blends.run["sources"][name]["path"], int(blends.run["seed"])
+    try:
+        return TokenStream.open(name, path, seq_length=seq_length, seed=seed)
+    except UserError as error:
+        raise UserError(
+            f"source {name}: {error}; relative paths of run.yaml start in the folder where `train` ran: run trace there"
+        ) from error
 
 
-def _sample(place: int, stream: TokenStream, k: int, seq_length: int) -> TracedSample:
-    found, num_tokens = stream.locate(k, seq_length), seq_length + 1
-    dataset = stream.datasets[found.file]
-    parts = tuple(_parts(dataset, found.token_offset, num_tokens))
-    return TracedSample(place, found.source, found.k, found.epoch, found.prefix, found.token_offset, num_tokens, parts)
+def _sample(position: int, stream: TokenStream, index: int, seq_length: int) -> TracedSample:
+    at, num_tokens = stream.locate(index, seq_length), seq_length + 1
+    parts = tuple(_document_parts(stream.datasets[at.file], at.token_offset, num_tokens))
+    return TracedSample(position, at.source, index, at.epoch, at.prefix, at.token_offset, num_tokens, parts)
 
 
-def _parts(dataset: IndexedDataset, start: int, num_tokens: int) -> Iterator[DocumentPart]:
-    """The documents that a segment of the `.bin` is made of."""
+def _document_parts(dataset: IndexedDataset, start: int, num_tokens: int) -> Iterator[DocumentPart]:
     end = start + num_tokens
     first, last = dataset.document_at(start), dataset.document_at(end - 1)
     bounds = document_bounds(dataset, first, last + 1).clip(start, end).tolist()
@@ -194,6 +201,6 @@ def _parts(dataset: IndexedDataset, start: int, num_tokens: int) -> Iterator[Doc
 
 
 def read_parts(sample: TracedSample) -> Sequence[npt.NDArray[Any]]:
-    """The tokens of each document of a sample."""
+    """Read the tokens of each document part of a sample."""
     tokens = IndexedDataset(sample.prefix).read(sample.first_token, sample.num_tokens)
     return [tokens[part.first_token - sample.first_token :][: part.num_tokens] for part in sample.documents]

@@ -1,1 +1,1 @@
-"""Which token comes next: permutation, spans and blend. Pure functions, no disk."""
+"""Order of training samples: which source, and which sample of that source, comes next. Pure arithmetic, no disk."""

@@ -1,10 +1,21 @@
-"""The blend: which source each sample of the run comes from. Nothing but counting.
+"""Blend: which source each sample of the run comes from.
 
-Inside a phase, sample i goes to the source that is furthest behind its share; that is the rule of megatron-core's
-`build_blending_indices` (`datasets/helpers.cpp`), computed as it goes instead of being indexed for the whole run. No
-source is ever a whole sample ahead of its share, nor more than 1 + 1/2 + ... + 1/(n - 1) behind it
-(docs/decisions.md). Its state is one counter a source, so a run can be extended, its blend changed from now on and its
-world size changed, and every source still goes on exactly where it stood.
+Within a phase, each sample goes to the source that is furthest behind its share. This is the rule of megatron-core's
+`build_blending_indices` (`datasets/helpers.cpp`), computed when needed instead of stored for the whole run. A source is
+always less than one sample ahead of its share, and at most 1 + 1/2 + ... + 1/(n - 1) samples behind it, for n sources
+(proof in docs/decisions.md).
+
+Example: the weights are 0.6 for web and 0.4 for code. Sample i goes to the larger `weight * max(i, 1) - given`:
+
+    i   web                code               goes to
+    0   0.6 - 0 =  0.6     0.4 - 0 =  0.4     web, sample 0
+    1   0.6 - 1 = -0.4     0.4 - 0 =  0.4     code, sample 0
+    2   1.2 - 1 =  0.2     0.8 - 1 = -0.2     web, sample 1
+    3   1.8 - 2 = -0.2     1.2 - 1 =  0.2     code, sample 1
+    4   2.4 - 2 =  0.4     1.6 - 2 = -0.4     web, sample 2
+
+After these 5 samples the counters are web 3 and code 2. They are the whole state: a next phase with other weights
+starts its own deficits at 0, and the first sample it takes from web is sample 3.
 """
 
 from __future__ import annotations
@@ -17,21 +28,20 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.sampling.counters import SourceCounters
 from megatron_cpt.sampling.spans import SpanGrid
-
-_NO_LIMIT = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class PhaseBlend:
-    """A segment of the run with one blend.
+    """Consecutive samples of the run that share one blend.
 
     Attributes:
         name: the phase's name, unique in the run.
-        first_sample: its first sample, counted over the whole run from 0.
-        num_samples: its length in samples.
-        weights: share of each source, summing to 1; a source that is not in the phase is left out.
-        seq_length: tokens in its samples; None: each source's own.
+        first_sample: index of the phase's first sample in the run, from 0.
+        num_samples: number of samples.
+        weights: share per source, summing to 1; sources outside the phase have no entry.
+        seq_length: tokens per sample; None: each source's own length.
     """
 
     name: str
@@ -42,57 +52,58 @@ class PhaseBlend:
 
     @property
     def end_sample(self) -> int:
-        """The first sample after the phase."""
+        """Index of the first sample after the phase."""
         return self.first_sample + self.num_samples
 
 
 def assign(weights: npt.NDArray[np.float64], given: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int32]:
-    """Hands out the next `count` samples of a phase.
+    """Choose the source of the next `count` samples of a phase.
 
-    Sample i (the first is number given.sum()) goes to the source with the largest weight * max(i, 1) - given; of
-    several, to the first.
+    Sample i = given.sum(), given.sum() + 1, ... goes to the source with the largest weight * max(i, 1) - given; the
+    first of them if several are equal.
 
     Args:
-        weights: float64 (num_sources,), summing to 1.
-        given: int64 (num_sources,), samples each source has had in this phase; updated in place.
-        count: how many samples to hand out.
+        weights: (num_sources,), summing to 1.
+        given: (num_sources,), samples that each source has given in this phase; updated in place.
+        count: number of samples to assign.
 
     Returns:
-        int32 (count,): the source of each sample.
+        (count,): index of the source per sample.
     """
     first = int(given.sum())
-    behind = np.empty(len(weights), np.float64)
-    had = given.astype(np.float64)  # exact below 2^53, and it saves a conversion a sample
-    chosen = np.empty(count, np.int32)
+    deficits = np.empty(len(weights), np.float64)
+    given_float = given.astype(np.float64)  # exact below 2^53, and avoids a conversion per sample
+    sources = np.empty(count, np.int32)
     for i in range(count):
-        # Product, then difference, each rounded to float64: what the C++ does, so ties fall the same way.
-        np.multiply(weights, float(max(first + i, 1)), out=behind)
-        np.subtract(behind, had, out=behind)
-        source = behind.argmax()
-        chosen[i] = source
-        had[source] += 1.0
-    given += np.bincount(chosen, minlength=len(given))
-    return chosen
+        # First the product, then the difference, each rounded to float64: as in the C++ code, so that ties are equal.
+        np.multiply(weights, float(max(first + i, 1)), out=deficits)
+        np.subtract(deficits, given_float, out=deficits)
+        source = deficits.argmax()
+        sources[i] = source
+        given_float[source] += 1.0
+    given += np.bincount(sources, minlength=len(given))
+    return sources
 
 
 class BlendCursor:
-    """Walks the samples of the whole run, phase after phase, and counts what each source has given.
+    """Cursor over the samples of the run, phase after phase.
 
-    A source that has given its limit has ended: from that sample on the others of the blend share its weight in
-    proportion to theirs, as a new blend that counts from there. Which sources have ended follows from the counters, so
-    they remain all of the state.
+    A source that has given its limit ends. From that sample on, the remaining sources of the blend share its weight in
+    proportion to their own, as a new blend whose deficits start at 0. Example: web 0.5, code 0.3, qa 0.2; when qa ends,
+    the blend becomes web 0.625, code 0.375. The counters tell which sources have ended, so this needs no extra state.
 
-    Where phases differ in sequence length, the number of a sample in its source counts samples of that length, and a
-    source whose length changes goes on with its next unread window (`SpanGrid.turn`). What it needs for that is two
-    numbers more a source: the length it was read in last, and what to add to its counter for the next number. All of it
-    holds for spans of one length only, so that is part of the state as well, also of a source that has left the run.
+    Phases may differ in sequence length. The sample index in a source then counts samples of the phase's length, and a
+    source whose length changes continues with its first unread window (`SpanGrid.first_unread`).
 
     Args:
         phases: in order, without gaps, the first one from sample 0.
-        source_names: every source of the run; the order decides ties.
-        limits: spans (samples of the source's own length) after which a source ends, counted over the whole run; one
-            that is left out never does.
-        grids: the spans of each source; needed where phases say how long their samples are.
+        source_names: all sources of the run; their order decides ties.
+        limits: spans (samples of the source's longest length) after which a source ends, counted over the whole run; a
+            source without an entry never ends.
+        grids: spans of each source; required if phases set `seq_length`.
+
+    Attributes:
+        sample: index of the next sample of the run.
     """
 
     def __init__(
@@ -106,226 +117,150 @@ class BlendCursor:
         self.phases = tuple(phases)
         self.source_names = tuple(source_names)
         _check_phases(self.phases, self.source_names)
-        self._span_limits = dict(limits or {})
-        self._grids = dict(grids or {})
-        read = {name for phase in self.phases for name in phase.weights}
-        self._span_lengths = {name: grid.seq_length for name, grid in self._grids.items() if name in read}
-        self._absent_span_lengths: dict[str, int] = {}
+        self._limits, self._grids = dict(limits or {}), dict(grids or {})
         self.sample = 0
-        self._counts = np.zeros(len(self.source_names), np.int64)
-        self._start_with({})
-        self._absent: dict[str, int] = {}  # what sources gave that are no longer part of the run
-        self._enter(self._phase_at(0))
+        self._counters = self._restore_counters({})
+        self._start_blend(self._phase_at(0))
 
     @property
     def num_samples(self) -> int:
-        """Samples of all phases together."""
+        """Number of samples in all phases together."""
         return self.phases[-1].end_sample
 
     @property
     def remaining(self) -> int:
-        """Samples not handed out yet."""
+        """Number of samples from the cursor to the end of the run."""
         return self.num_samples - self.sample
 
     @property
     def seq_length(self) -> int | None:
-        """Tokens in the samples that were handed out last; None: each source's own."""
+        """Tokens per sample in the current phase; None: each source's own length."""
         return self._phase.seq_length
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples each source has given since the start of the run."""
-        return dict(zip(self.source_names, self._counts.tolist(), strict=True)) | self._absent
+        """Samples that each source has given since the start of the run."""
+        return self._counters.to_dict()
 
     def next(self, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The next samples of the run.
+        """Return the next samples of the run, and advance the cursor.
 
         Args:
             count: at most `remaining`.
 
         Returns:
-            two int64 arrays (count,): the source of each sample (a place in `source_names`), and which sample of that
-            source it is, counted from 0 over the whole run in samples of the phase's length.
+            Two int64 arrays (count,): the source of each sample (index in `source_names`), and the index of the sample
+            in that source, counted from the start of the run in samples of the phase's length.
 
         Raises:
             UserError: all sources of the phase have ended.
         """
-        assert 0 <= count <= self.remaining, f"{count} samples asked for, {self.remaining} left"
-        sources, ks = np.empty(count, np.int64), np.empty(count, np.int64)
-        done = 0
-        while done < count:
-            if self.sample >= self._phase.end_sample or self._has_ended(self._active).any():
-                self._enter(self._phase_at(self.sample))
-            taken = self._take(min(count - done, self._phase.end_sample - self.sample), ks[done:])
-            sources[done : done + len(taken)] = taken
-            done += len(taken)
-        return sources, ks
+        assert 0 <= count <= self.remaining, f"{count} samples requested, {self.remaining} left"
+        sources, sample_indices = np.empty(count, np.int64), np.empty(count, np.int64)
+        start = 0
+        while start < count:
+            if self.sample >= self._phase.end_sample or (self._counters.remaining(self._active) <= 0).any():
+                self._start_blend(self._phase_at(self.sample))
+            chosen = self._choose(min(count - start, self._phase.end_sample - self.sample))
+            end = start + len(chosen)
+            sources[start:end], sample_indices[start:end] = chosen, self._counters.take(chosen)
+            self.sample += len(chosen)
+            start = end
+        return sources, sample_indices
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, in plain integers, strings and lists."""
-        state = {
+        """Return the cursor's state in plain JSON values."""
+        counters = self._counters.state_dict()
+        blend = {
             "sample": self.sample,
-            "counts": self.counts,
+            "counts": counters.pop("counts"),
             "phase": self._phase.name,
-            "weights": self._weights_in_force(),
+            "weights": self._active_weights(),
             "counts_at_blend_start": dict(zip(self.source_names, self._blend_start.tolist(), strict=True)),
         }
-        span_lengths = {name: length for name, length in self._span_lengths.items() if self.counts[name]}
-        more = {"lengths": self._lengths_in_force(), "chunk_lengths": span_lengths | self._absent_span_lengths}
-        return state | {name: value for name, value in more.items() if value}
+        return blend | counters
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state, under the phases of this cursor.
+        """Continue from a state, under the phases of this cursor.
 
-        A source the state does not know starts at 0; what a source gave that is no longer part of the run is kept. If
-        the phase's name and weights are those of the state, its blend goes on to the sample as if never interrupted;
-        if not (also because a source's limit was changed), the new blend counts from now on and does not try to make up
-        for what was read before.
+        A source that the state does not know starts at its first sample. If the phase's name and weights equal the
+        state's, its blend continues sample for sample as if it had never been interrupted. If not (also because a
+        limit changed), the new blend starts its deficits at 0 and does not make up for what was read before.
 
         Raises:
-            RefusedError: the state contradicts itself, or counts spans of another length than the phases want.
+            RefusedError: the state contradicts itself, or counts spans of another length than the phases have.
         """
-        counts = {str(name): int(number) for name, number in state["counts"].items()}
+        counts = [int(count) for count in state["counts"].values()]
         sample = int(state["sample"])
-        if sum(counts.values()) != sample or min(counts.values(), default=0) < 0:
+        if sum(counts) != sample or min(counts, default=0) < 0:
             raise RefusedError(
-                f"data state: the sources' counts add up to {sum(counts.values())}, but {sample} samples were read; "
+                f"data state: the counts per source add up to {sum(counts)}, but {sample} samples were read; "
                 "load another checkpoint"
             )
-        self._check_span_lengths({name: int(length) for name, length in state.get("chunk_lengths", {}).items()})
+        self._counters = self._restore_counters(state)
         self.sample = sample
-        self._counts = np.array([counts.pop(name, 0) for name in self.source_names], np.int64)
-        self._absent = counts
-        self._start_with(state.get("lengths", {}))
         phase = self._phase_at(sample)
-        self._enter(phase)
-        if phase.name == state["phase"] and self._weights_in_force() == dict(state["weights"]):
+        self._start_blend(phase)
+        if phase.name == state["phase"] and self._active_weights() == dict(state["weights"]):
             start = state["counts_at_blend_start"]
             self._blend_start = np.array([int(start.get(name, 0)) for name in self.source_names], np.int64)
-            if (self._blend_start > self._counts).any():
+            if (self._blend_start > self._counters.counts).any():
                 raise RefusedError(
-                    "data state: a source gave less in all than before its phase; load another checkpoint"
+                    "data state: the count of a source is lower than at the start of its blend; load another checkpoint"
                 )
 
+    def _restore_counters(self, state: Mapping[str, Any]) -> SourceCounters:
+        read_names = {name for phase in self.phases for name in phase.weights}
+        return SourceCounters(self.source_names, read_names, self._limits, self._grids, state)
+
     def _phase_at(self, sample: int) -> PhaseBlend:
-        """The phase a sample belongs to; past the end, the last."""
+        """Return the phase of a sample; past the end of the run, the last phase."""
         return next((phase for phase in self.phases if sample < phase.end_sample), self.phases[-1])
 
-    def _enter(self, phase: PhaseBlend) -> None:
-        """Begins a blend at the present sample: deficits start at 0, the sources' counters go on."""
+    def _start_blend(self, phase: PhaseBlend) -> None:
+        """Start a blend at the current sample: deficits start at 0, the sources' counters continue."""
         self._phase = phase
-        named = np.array([i for i, name in enumerate(self.source_names) if name in phase.weights], np.int64)
+        sources = np.array([i for i, name in enumerate(self.source_names) if name in phase.weights], np.int64)
         if phase.seq_length is not None:
-            self._turn(named.tolist(), phase.seq_length)
-        self._active = named[~self._has_ended(named)]
+            self._counters.set_length(sources.tolist(), phase.seq_length)
+        self._active = sources[self._counters.remaining(sources) > 0]
         self._weights = np.array([phase.weights[self.source_names[i]] for i in self._active], np.float64)
-        if 0 < len(self._active) < len(named):  # the weights of a whole blend stay what they are, to the bit
+        if 0 < len(self._active) < len(sources):  # a complete blend keeps its weights identical bit for bit
             self._weights /= self._weights.sum()
-        self._blend_start = self._counts.copy()
+        self._blend_start = self._counters.counts.copy()
 
-    def _check_span_lengths(self, before: Mapping[str, int]) -> None:
-        """Refuses spans that are not those which were counted, and keeps the lengths of sources that are not read."""
-        now = self._span_lengths
-        recut = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-        if recut:
-            raise RefusedError(
-                "data state: the longest sequences of a source cannot change once it was read: "
-                f"{', '.join(recut)} tokens; keep the length, or give the source another name in `sources`, under "
-                "which it begins anew"
-            )
-        self._absent_span_lengths = {name: length for name, length in before.items() if name not in now}
-
-    def _start_with(self, lengths: Mapping[str, Sequence[int]]) -> None:
-        """Sets what every source is read in: as a state says, and whatever it leaves out in whole spans from 0."""
-        pairs = [lengths.get(name, (self._own_length(name), 0)) for name in self.source_names]
-        self._absent_lengths = {name: list(pair) for name, pair in lengths.items() if name not in self._span_lengths}
-        self._lengths = [int(length) for length, _ in pairs]
-        self._offsets = np.array([offset for _, offset in pairs], np.int64)
-        self._limits = np.array([self._limit(i) for i in range(len(pairs))], np.int64)
-
-    def _own_length(self, name: str) -> int:
-        return self._grids[name].seq_length if name in self._grids else 0
-
-    def _turn(self, sources: Sequence[int], seq_length: int) -> None:
-        """Goes on with samples of this length: each source where nothing was read of a window."""
-        for i in sources:
-            grid = self._grids.get(self.source_names[i])
-            if grid is None or self._lengths[i] == seq_length:
-                continue
-            k = grid.turn(int(self._counts[i] + self._offsets[i]), self._lengths[i], seq_length)
-            self._lengths[i] = seq_length
-            self._offsets[i] = k - self._counts[i]
-            self._limits[i] = self._limit(i)
-
-    def _limit(self, i: int) -> int:
-        """The count at which a source ends, if it is read in its present length until then."""
-        name = self.source_names[i]
-        limit = self._span_limits.get(name)
-        if limit is None:
-            return _NO_LIMIT
-        parts = self._grids[name].parts(self._lengths[i]) if name in self._grids else 1
-        return limit * parts - int(self._offsets[i])
-
-    def _lengths_in_force(self) -> dict[str, list[int]]:
-        """By source what its length is and what its counter lacks; not those that were always read in whole spans."""
-        pairs = map(list, zip(self._lengths, self._offsets.tolist(), strict=True))
-        places = dict(zip(self.source_names, pairs, strict=True))
-        cut = {name: place for name, place in places.items() if place != [self._own_length(name), 0]}
-        return cut | self._absent_lengths
-
-    def _has_ended(self, sources: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        ended: npt.NDArray[np.bool_] = self._counts[sources] >= self._limits[sources]
-        return ended
-
-    def _weights_in_force(self) -> dict[str, float]:
-        """The present blend, without the sources that had ended when it began."""
+    def _active_weights(self) -> dict[str, float]:
+        """Return the weights of the current blend, without the sources that had ended when it started."""
         names = (self.source_names[i] for i in self._active)
         return dict(zip(names, self._weights.tolist(), strict=True))
 
-    def _take(self, count: int, ks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Hands out `count` samples of the present phase, or fewer: up to the last one of a source that ends.
-
-        Writes their numbers in the sources to the front of `ks`.
-        """
+    def _choose(self, count: int) -> npt.NDArray[np.int64]:
+        """Return the sources of the next `count` samples, or of fewer: up to the last sample of a source that ends."""
         if not len(self._active):
             raise UserError(
-                f"phase {self._phase.name}: all its sources have ended (they gave their max_epochs) at sample "
+                f"phase {self._phase.name}: all its sources have ended (they reached max_epochs) at sample "
                 f"{self.sample} of the run; raise max_epochs or give the phase another source"
             )
-        given = (self._counts - self._blend_start)[self._active]
-        sources = self._active[assign(self._weights, given, count)]
-        sources = sources[: self._first_end(sources)]
-        count = len(sources)
-        # The j-th sample of a source in this call is its number counts + offset + j: rank each among its source's.
-        order = np.argsort(sources, kind="stable")
-        taken = np.bincount(sources, minlength=len(self._counts))
-        ranks = np.arange(count) - np.repeat(np.cumsum(taken) - taken, taken)
-        ks[order] = (self._counts + self._offsets)[sources[order]] + ranks
-        self._counts += taken
-        self.sample += count
-        return sources
-
-    def _first_end(self, sources: npt.NDArray[np.int64]) -> int:
-        """How many of these samples can be handed out until one of the sources has given its last."""
-        room = self._limits[self._active] - self._counts[self._active]
-        end = len(sources)
-        for source, left in zip(self._active[room < end], room[room < end].tolist(), strict=True):
-            places = np.flatnonzero(sources[:end] == source)
-            if len(places) >= left:
-                end = int(places[left - 1]) + 1
-        return end
+        given = (self._counters.counts - self._blend_start)[self._active]
+        sources: npt.NDArray[np.int64] = self._active[assign(self._weights, given, count)]
+        end, remaining = count, self._counters.remaining(self._active)
+        for source, left in zip(self._active[remaining < end], remaining[remaining < end].tolist(), strict=True):
+            positions = np.flatnonzero(sources[:end] == source)
+            if len(positions) >= left:
+                end = int(positions[left - 1]) + 1
+        return sources[:end]
 
 
 def _check_phases(phases: tuple[PhaseBlend, ...], source_names: tuple[str, ...]) -> None:
-    """Invariants that the planner guarantees."""
+    """Assert what the planner guarantees."""
     assert phases, "no phases"
     assert len(set(source_names)) == len(source_names), "two sources of one name"
     assert len({phase.name for phase in phases}) == len(phases), "two phases of one name"
     expected = 0
     for phase in phases:
-        assert phase.first_sample == expected, f"phase {phase.name} begins at {phase.first_sample}, not at {expected}"
-        assert phase.num_samples >= 0, f"phase {phase.name} has {phase.num_samples} samples"
-        assert set(phase.weights) <= set(source_names), f"phase {phase.name} names a source that the run does not have"
-        assert all(weight > 0 for weight in phase.weights.values()), f"phase {phase.name} has a weight of zero or less"
-        assert abs(sum(phase.weights.values()) - 1) < 1e-6, f"the weights of phase {phase.name} do not add up to 1"
+        assert phase.first_sample == expected, f"{phase}: must start at sample {expected}"
+        assert phase.num_samples >= 0, f"{phase}: negative number of samples"
+        assert set(phase.weights) <= set(source_names), f"{phase}: a source is not in the run"
+        assert all(weight > 0 for weight in phase.weights.values()), f"{phase}: a weight is zero or negative"
+        assert abs(sum(phase.weights.values()) - 1) < 1e-6, f"{phase}: the weights do not add up to 1"
         expected = phase.end_sample

@@ -1,10 +1,9 @@
-"""A source cut into spans, and what happens to its place when the length of samples changes.
+"""Spans and windows of a source.
 
-The spans of a source are as long as the longest samples it is read in. Shorter samples, whose length divides that, are
-parts of spans. So that the parts of one span do not follow each other, they are taken from a window of spans at a
-time, in an order of their own (`data/loading/stream.py`). A window is read in one length: where the length changes,
-the source
-goes on with the next window of which nothing was read.
+A source is cut into spans; a span has as many tokens as the longest samples the source is read in. A shorter sample is
+a part of a span (its length divides the span's). Neighboring parts often belong to one document, so parts are shuffled
+within a window of spans (`data/loading/stream.py`). A window is read in samples of one length: when the length changes,
+reading continues with the first window that is still unread.
 """
 
 from __future__ import annotations
@@ -13,43 +12,51 @@ from dataclasses import dataclass
 
 MAX_WINDOW_SPANS = 1024
 WINDOWS_PER_EPOCH = 64
-"""A change of length passes over less than a window: at most this part of an epoch."""
+"""Least number of windows per epoch. A change of length skips less than a window, so under 1/64 of an epoch."""
 
 
 @dataclass(frozen=True)
 class SpanGrid:
-    """The spans of one source.
+    """Spans of one source.
+
+    Example: spans of 16 tokens, 640 per epoch, so a window has 640 / 64 = 10 spans. Read in samples of 4 tokens, a
+    window holds 40 samples. After 47 of them the second window (spans 10 to 19) is partly read. If samples now become
+    16 tokens long, reading continues at span 20, the start of the third window:
+
+        >>> SpanGrid(seq_length=16, num_spans=640).first_unread(47, 4, 16)
+        20
 
     Attributes:
-        seq_length: tokens in a span: the longest samples of the source.
-        num_spans: spans in one pass over it; at least 1.
+        seq_length: tokens per span.
+        num_spans: spans per epoch, at least 1.
     """
 
     seq_length: int
     num_spans: int
 
     @property
-    def window(self) -> int:
-        """Spans in a window; windows are counted from the start of each epoch, the last one may be shorter."""
+    def window_spans(self) -> int:
+        """Spans per window. Windows are counted from the start of each epoch; the last one may be shorter."""
         return min(MAX_WINDOW_SPANS, max(1, self.num_spans // WINDOWS_PER_EPOCH))
 
     def parts(self, seq_length: int) -> int:
-        """Samples of `seq_length` tokens in a span; the configuration's checks see to it that they fill it."""
+        """Return how many samples of `seq_length` tokens make a span."""
         return max(1, self.seq_length // seq_length)
 
-    def turn(self, k: int, old: int, new: int) -> int:
-        """The number of a source's next sample when its samples change from `old` to `new` tokens.
+    def first_unread(self, sample_index: int, old_length: int, new_length: int) -> int:
+        """Return the index of the next sample when samples change from `old_length` to `new_length` tokens.
 
         Args:
-            k: the number that its next sample of `old` tokens would have, counted over all epochs.
-            old: tokens a sample until now.
-            new: tokens a sample from now on.
+            sample_index: index of the next sample of the old length, counted over all epochs.
+            old_length: tokens per sample so far.
+            new_length: tokens per sample from now on.
 
         Returns:
-            The number of the first sample of `new` tokens in the first window of which nothing was read.
+            The index, in samples of the new length, of the first sample of the first window that is unread.
         """
-        if old == new:
-            return k
-        epoch, spans = divmod(-(-k // self.parts(old)), self.num_spans)
-        start = min(-(-spans // self.window) * self.window, self.num_spans)
-        return (epoch * self.num_spans + start) * self.parts(new)
+        if old_length == new_length:
+            return sample_index
+        spans_begun = -(-sample_index // self.parts(old_length))
+        epoch, spans = divmod(spans_begun, self.num_spans)
+        first_span = min(-(-spans // self.window_spans) * self.window_spans, self.num_spans)
+        return (epoch * self.num_spans + first_span) * self.parts(new_length)

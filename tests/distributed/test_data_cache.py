@@ -1,4 +1,4 @@
-"""A run whose source goes through a cache on the node's disk, which both ranks share."""
+"""Training run whose source is read through a disk cache that both ranks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megatron-cpt trace` on a run that was really trained: what it names is what the streams were asked for."""
+"""`megatron-cpt trace` on a trained run: it names exactly the samples that the loader has read."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CHANGED = (
 
 
 def train_and_listen(path: str, overrides: Sequence[str], allow: Sequence[str]) -> list[tuple[str, int]]:
-    """Train, and return (source, k) of every sample that the loader read, in order."""
+    """Train, and return (source, sample index) of every sample that the loader read, in order."""
     heard: list[tuple[str, int]] = []
 
-    def listen(streams: Sequence[TokenStream], sources: Any, ks: Any, *rest: Any) -> Any:
-        heard.extend((streams[source].name, int(k)) for source, k in zip(sources, ks, strict=True))
-        return read_samples(streams, sources, ks, *rest)
+    def listen(streams: Sequence[TokenStream], sources: Any, indices: Any, *rest: Any) -> Any:
+        heard.extend((streams[source].name, int(i)) for source, i in zip(sources, indices, strict=True))
+        return read_samples(streams, sources, indices, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "read_samples", listen)

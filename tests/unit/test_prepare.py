@@ -1,4 +1,4 @@
-"""run.yaml and its files -> a run, or everything that is wrong at once."""
+"""Preparation of a run from run.yaml and its files; all problems are reported together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from megatron_cpt.data.tokenfile.reader import IndexedDatasetWriter
 from megatron_cpt.errors import EXIT_REFUSED, EXIT_USER, ConfigError, RefusedError
-from megatron_cpt.prepare import prepare_run
+from megatron_cpt.prepare import load_run, plan_run, prepare_run
 
 SIZES = {"web": 10_000, "code": 8_000, "qa": 2_000}
 
@@ -40,7 +40,7 @@ def test_files_give_the_sizes(with_files, write_run):
 
 def test_an_epoch_of_several_files_is_what_the_stream_reads(with_files, write_run, tmp_path):
     for number in range(3):
-        write_tokens(tmp_path / "data" / f"part{number}", 100)  # one sample of 64 each, and 36 tokens that are none
+        write_tokens(tmp_path / "data" / f"part{number}", 100)  # one sample of 64 each, and 36 tokens left over
     with_files["sources"]["web"] = {"path": "data/part*"}
     prepared = prepare_run(write_run(with_files), need_files=True)
     assert prepared.prefixes["web"] == ["data/part0", "data/part1", "data/part2"]
@@ -52,6 +52,17 @@ def test_overrides_count(with_files, write_run):
     assert prepare_run(write_run(with_files), ["tokens=5120"], need_files=True).plan.steps == 10
 
 
+def test_load_and_plan(with_files, write_run):
+    path = write_run(with_files)
+    run = load_run(path, ["tokens=5120"])
+    assert plan_run(run) == prepare_run(path, ["tokens=5120"], need_files=False).plan
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, ["batch.micro=3", "sources.web=x"])
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["sources.web", "batch.micro"]
+    with pytest.raises(ConfigError, match=r"(?s)small: .*batch\.global: 8 is not a multiple"):
+        plan_run(run, num_gpus=3)
+
+
 def test_missing_files_are_declared_or_a_problem(with_files, write_run, tmp_path):
     (tmp_path / "data" / "web.bin").unlink()
     shutil.move(tmp_path / "data" / "code.idx", tmp_path / "code.idx")
@@ -60,12 +71,12 @@ def test_missing_files_are_declared_or_a_problem(with_files, write_run, tmp_path
         prepare_run(write_run(with_files), need_files=False)
     (problem,) = caught.value.problems
     assert problem.startswith("sources.web.path: no such file: data/web.bin")
-    assert problem.endswith("to plan without the files give sources.web.tokens")
+    assert problem.endswith("to plan without the files, set sources.web.tokens")
     with_files["sources"]["web"]["tokens"] = "1M"
     prepared = prepare_run(write_run(with_files), need_files=False)
     assert prepared.source_tokens == {**SIZES, "web": 1_000_000}
     assert set(prepared.prefixes) == {"qa"}
-    assert prepared.plan.warnings[0] == "planned with declared sizes, for the files are not here: web, code"
+    assert prepared.plan.warnings[0] == "planned with declared sizes, because the files are missing: web, code"
     with pytest.raises(ConfigError) as caught:
         prepare_run(write_run(with_files), need_files=True)
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["sources.web.path", "sources.code.path"]

@@ -1,1 +1,1 @@
-"""n-gram overlap between training data and held-out data."""
+"""Search for held-out data in training data by shared n-grams."""

@@ -1,4 +1,4 @@
-"""Held-out sets to compare training data with: token files, or JSON Lines as benchmarks come."""
+"""Reader of held-out documents: token files, or JSON Lines as benchmarks have."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _JSON_LINES = (".jsonl", ".json")
 def held_out_documents(
     inputs: Sequence[str], tokenizer: Tokenizer | None, keys: Sequence[str] = ("text",)
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """The documents of token files and of JSON Lines.
+    """Yield the documents of token files and JSON Lines.
 
     Args:
-        inputs: prefixes of .bin/.idx, globs of them, or files that end in .jsonl or .json.
-        tokenizer: encodes JSON Lines; it must be that of the training data.
-        keys: the fields of a line that hold text; each is a document of its own, and lines without it are passed over.
+        inputs: prefixes of .bin/.idx, globs of prefixes, or files that end in .jsonl or .json.
+        tokenizer: tokenizer of the training data, which encodes JSON Lines.
+        keys: fields of a line that hold text. Each field is a document; lines without the field are skipped.
 
     Yields:
-        name, ids: `prefix[number]` or `file:line:key`.
+        Name and ids of a document. The name is `prefix[number]` or `file:line:key`.
 
     Raises:
-        UserError: a file is missing, or there is no tokenizer to encode JSON Lines.
+        UserError: a file is missing, or JSON Lines are given without a tokenizer.
         RefusedError: a file is damaged.
     """
     for name in inputs:
@@ -43,14 +43,14 @@ def held_out_documents(
         else:
             for prefix in expand_prefixes(name):
                 for block in document_blocks(IndexedDataset(prefix)):
-                    for place in range(block.num_documents):
-                        yield f"{prefix}[{block.first + place}]", block.document(place)
+                    for index in range(block.num_documents):
+                        yield f"{prefix}[{block.first + index}]", block.document(index)
 
 
 def _json_lines(path: str, tokenizer: Tokenizer, keys: Sequence[str]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     if not os.path.isfile(path):
         raise UserError(f"no such file: {path}")
-    found = False
+    has_text = False
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
@@ -62,7 +62,7 @@ def _json_lines(path: str, tokenizer: Tokenizer, keys: Sequence[str]) -> Iterato
             for key in keys:
                 text = line.get(key) if isinstance(line, dict) else None
                 if isinstance(text, str):
-                    found = True
+                    has_text = True
                     yield f"{path}:{number}:{key}", np.array(tokenizer.encode(text), np.int64)
-    if not found:
+    if not has_text:
         raise UserError(f"{path}: no line has text under {' or '.join(keys)}; name the fields with --key")

@@ -1,4 +1,4 @@
-"""Is a data set sound? Every fault by file, place and value, and what is worth knowing about a sound one."""
+"""Validation of a dataset: every fault with its file, place and value, and warnings about the documents."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megatron_cpt.errors import RefusedError
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What is known of a data set after a check.
+    """Result of the validation of a dataset.
 
     Attributes:
-        prefix: the path without `.bin` or `.idx`.
-        header: what the `.idx` says; None where it says nothing that can be understood.
-        vocab_size: what the ids were held against; None: nothing.
-        scan: what the ids are like; None where they could not be read.
-        documents: what the documents are like; None where the index is not sound.
-        fingerprint: what a checkpoint knows this data set by; None where it is not sound.
+        prefix: path without `.bin` or `.idx`.
+        header: header of the `.idx`; None if it cannot be parsed.
+        vocab_size: size of the vocabulary that ids were compared with; None: they were not compared.
+        scan: statistics of all ids; None if they could not be read.
+        documents: statistics of all documents; None if the index is invalid.
+        fingerprint: fingerprint of the dataset, as checkpoints record it; None if the index is invalid.
         findings: faults and warnings, in the order they were found.
     """
 
@@ -40,16 +40,16 @@ class CheckReport:
 
     @property
     def faults(self) -> list[Finding]:
-        """What makes it unsound."""
+        """Findings that make the dataset invalid."""
         return [finding for finding in self.findings if finding.level == "fault"]
 
     @property
     def is_valid(self) -> bool:
-        """Whether it may be trained on."""
+        """True if there are no faults, so that the dataset can be used for training."""
         return not self.faults
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         header, documents = self.header, self.documents
         return {
             "prefix": self.prefix,
@@ -77,18 +77,17 @@ def check_dataset(
     duplicates: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
-    """Check one PREFIX.bin/PREFIX.idx pair through and through.
+    """Validate a PREFIX.bin/PREFIX.idx pair completely.
 
     Args:
         prefix: path without `.bin` or `.idx`.
-        vocab_size: ids must be below it; None: the largest is only reported.
-        eod_id: documents must end with it; None: the id that most of them end with is found out, and the others are
-            warned of.
-        duplicates: whether to look for documents that are the same.
-        progress: called with the bytes of every block of the `.bin` that was read.
+        vocab_size: ids must be below it; None: ids are not compared.
+        eod_id: documents must end with it; None: the most frequent last id is used, and other documents get a warning.
+        duplicates: search for duplicate documents.
+        progress: called with the number of bytes after each block of the `.bin`.
 
     Raises:
-        UserError: a file is missing or may not be read.
+        UserError: a file is missing or not readable.
     """
     header, findings = examine_index(prefix)
     scan, documents, digest = None, None, None
@@ -96,7 +95,7 @@ def check_dataset(
     if header is not None and header.dtype.kind in "iu":
         try:
             scan = scan_ids(f"{prefix}.bin", header.dtype, header.num_tokens, vocab_size, progress=progress)
-            findings += _outside(prefix, scan, vocab_size, index_is_valid)
+            findings += _ids_outside(prefix, scan, vocab_size, index_is_valid)
         except RefusedError as error:
             findings.append(fault("unreadable", f"{prefix}.bin", str(error).removeprefix(f"{prefix}.bin: ")))
             index_is_valid = False
@@ -108,8 +107,8 @@ def check_dataset(
     return CheckReport(prefix, header, vocab_size, scan, documents, digest, tuple(findings))
 
 
-def _outside(prefix: str, scan: IdScan, vocab_size: int | None, index_is_valid: bool) -> list[Finding]:
-    """Ids outside of the vocabulary, with their documents where the index can tell."""
+def _ids_outside(prefix: str, scan: IdScan, vocab_size: int | None, index_is_valid: bool) -> list[Finding]:
+    """Return findings for ids outside the vocabulary, with their documents if the index is valid."""
     if not scan.num_outside:
         return []
     dataset = IndexedDataset(prefix) if index_is_valid else None

@@ -1,4 +1,4 @@
-"""Every fault in the structure of a `.bin`/`.idx` pair, where opening it stops at the first."""
+"""Search for all faults in the structure of a `.bin`/`.idx` pair; opening a dataset stops at the first fault."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_cpt.data.inspect.findings import MOST_NAMED, Finding, fault, liste
 from megatron_cpt.data.tokenfile.header import DTYPE_CODES, MAGIC, PREAMBLE, VERSION, IndexHeader, read_header
 from megatron_cpt.errors import RefusedError
 
-_BLOCK = 1 << 20  # entries of a table that are looked at together
-_SEQUENCES_FOR_TYPE = 1000  # tell what the pointers count in
+_BLOCK_ENTRIES = 1 << 20  # entries of a table per block
+_SEQUENCES_FOR_TYPE = 1000  # sequences whose pointers reveal the real token size
 
 
 @dataclass
 class _BadPlaces:
-    """Places of one kind of fault: all are counted, the first are remembered with their problem."""
+    """Positions of one kind of fault: all are counted, and the first few are recorded with their problem."""
 
     kind: str
     unit: str
@@ -30,7 +30,7 @@ class _BadPlaces:
         self.named: list[tuple[str, int, str]] = []
 
     def add(self, places: npt.NDArray[np.intp], first: int, values: npt.NDArray[Any], problem: str) -> None:
-        """Count places of a block that begins at number `first`; `{}` in the problem is the value."""
+        """Add positions in a block whose first entry is number `first`; `{}` in the problem becomes the value."""
         self.total += len(places)
         for place in places[: MOST_NAMED - len(self.named)].tolist():
             value = int(values[place])
@@ -41,13 +41,13 @@ class _BadPlaces:
 
 
 def examine_index(prefix: str) -> tuple[IndexHeader | None, list[Finding]]:
-    """Look at everything in a `.idx` and at the length of its `.bin`.
+    """Examine the complete `.idx` and the length of the `.bin`.
 
     Returns:
-        The header as far as it can be made out (None: not at all, or no token type), and all faults.
+        The header (None if it cannot be parsed or has no known token type), and all faults.
 
     Raises:
-        UserError: one of the two files is missing.
+        UserError: one of the files is missing.
     """
     header, findings, refusal = None, list[Finding](), ""
     try:
@@ -60,7 +60,7 @@ def examine_index(prefix: str) -> tuple[IndexHeader | None, list[Finding]]:
             findings += _examine_tables(header)
     except OSError as error:
         findings.append(fault("unreadable", f"{prefix}.idx", f"cannot be read: {error.strerror}"))
-    if refusal and not findings:  # what the loader refuses is never called sound
+    if refusal and not findings:  # a dataset that training refuses is never valid
         findings.append(fault("refused", f"{prefix}.idx", refusal))
     return header, findings
 
@@ -74,21 +74,21 @@ def _examine_preamble(prefix: str) -> tuple[IndexHeader | None, list[Finding]]:
         return None, [fault("idx_length", idx, problem, value=idx_bytes)]
     magic, version, code, num_sequences, num_boundaries = PREAMBLE.unpack(preamble)
     if magic != MAGIC:
-        problem = f"is {magic!r}, where {MAGIC!r} makes a megatron index: a foreign file"
+        problem = f"is {magic!r}, where {MAGIC!r} makes a megatron index: it is another kind of file"
         return None, [fault("magic", idx, problem, place="bytes 0 to 8", value=repr(magic))]
     findings = []
     if version != VERSION:
         problem = f"version {version}; only version {VERSION} is known"
         findings.append(fault("version", idx, problem, place="byte 9", value=version))
     if num_boundaries < 1:
-        problem = "no document boundaries; even an empty data set has one"
+        problem = "no document boundaries; even an empty dataset has one"
         return None, [*findings, fault("documents", idx, problem, place="byte 26", value=0)]
     if code not in DTYPE_CODES:
         problem = f"token type code {code}; known are 1 to {len(DTYPE_CODES)}"
         return None, [*findings, fault("dtype", idx, problem, place="byte 17", value=code)]
     dtype, bin_bytes = DTYPE_CODES[code], os.path.getsize(bin_path)
     if dtype.kind not in "iu":
-        problem = f"token type {dtype.name}, and ids of a vocabulary are integers: no text to train on"
+        problem = f"token type {dtype.name}, but token ids are integers: this is no text dataset"
         findings.append(fault("dtype", idx, problem, place="byte 17", value=dtype.name))
     header = IndexHeader(prefix, dtype, num_sequences, num_boundaries - 1, bin_bytes // dtype.itemsize)
     if bin_bytes % dtype.itemsize:
@@ -105,7 +105,7 @@ def _examine_preamble(prefix: str) -> tuple[IndexHeader | None, list[Finding]]:
 
 
 def _examine_tables(header: IndexHeader) -> list[Finding]:
-    """Sizes, pointers and boundaries, as far as the file holds whole tables."""
+    """Examine sizes, pointers and boundaries, if the file contains their complete tables."""
     idx_bytes = os.path.getsize(f"{header.prefix}.idx")
     findings: list[Finding] = []
     if idx_bytes >= header.pointers_offset:
@@ -138,31 +138,33 @@ def _examine_sizes(header: IndexHeader) -> Iterator[Finding]:
     if total > 0 and fitting:
         problem += f"; tokens of type {' or '.join(fitting)} would fit: the type in the .idx is wrong"
     elif total * itemsize > bin_bytes:
-        problem += ": it was cut, or the two are not a pair"
+        problem += ": it was truncated, or the two files are not a pair"
     else:
-        problem += ": the two are not a pair"
+        problem += ": the two files are not a pair"
     yield fault("bin_length", bin_path, problem, value=bin_bytes)
 
 
 def _examine_type(header: IndexHeader) -> Finding | None:
-    """Whether the pointers are those of tokens of another size: then every one is wrong, and only the type is."""
+    """Return a fault if all pointers fit another token size: then the token type is wrong, not the pointers."""
     idx, count = f"{header.prefix}.idx", min(_SEQUENCES_FOR_TYPE, header.num_sequences)
     sizes = np.fromfile(idx, "<i4", count, offset=header.sizes_offset)[:-1].astype(np.int64)
-    steps = np.diff(np.fromfile(idx, "<i8", count, offset=header.pointers_offset))
-    if not sizes.any() or (steps == sizes * header.dtype.itemsize).all():
+    distances = np.diff(np.fromfile(idx, "<i8", count, offset=header.pointers_offset))
+    if not sizes.any() or (distances == sizes * header.dtype.itemsize).all():
         return None
     for itemsize in sorted({dtype.itemsize for dtype in DTYPE_CODES.values()}):
-        if (steps == sizes * itemsize).all():
+        if (distances == sizes * itemsize).all():
             name = header.dtype.name
-            problem = f"token type {name}, {header.dtype.itemsize} bytes, but the pointers are of tokens of {itemsize}"
+            problem = (
+                f"token type {name}, {header.dtype.itemsize} bytes, but the pointers fit tokens of {itemsize} bytes"
+            )
             return fault("dtype", idx, problem, place="byte 17", value=name)
     return None
 
 
 def _examine_pointers(header: IndexHeader) -> Iterator[Finding]:
-    """Each sequence begins where the one before ends, and the last byte of each is in the `.bin`."""
+    """Check that each sequence starts at the end of the previous one and ends inside the `.bin`."""
     idx, bin_bytes = f"{header.prefix}.idx", os.path.getsize(f"{header.prefix}.bin")
-    astray, beyond = _BadPlaces("pointers", "sequence"), _BadPlaces("beyond_end", "sequence")
+    misplaced, beyond = _BadPlaces("pointers", "sequence"), _BadPlaces("beyond_end", "sequence")
     end = 0
     all_sizes = _table(idx, "<i4", header.sizes_offset, header.num_sequences)
     all_pointers = _table(idx, "<i8", header.pointers_offset, header.num_sequences)
@@ -170,23 +172,23 @@ def _examine_pointers(header: IndexHeader) -> Iterator[Finding]:
         ends = pointers + sizes.astype(np.int64) * header.dtype.itemsize
         expected = np.concatenate([[end], ends[:-1]])
         bad = np.flatnonzero(pointers != expected)
-        astray.add(bad, first, pointers, "begins at byte {}, not where the sequence before it ends")
+        misplaced.add(bad, first, pointers, "starts at byte {}, not at the end of the previous sequence")
         beyond.add(np.flatnonzero(ends > bin_bytes), first, ends, f"ends at byte {{}} of a .bin of {bin_bytes}")
         end = int(ends[-1])
-    yield from astray.findings(idx)
+    yield from misplaced.findings(idx)
     yield from beyond.findings(idx)
 
 
 def _examine_boundaries(header: IndexHeader) -> Iterator[Finding]:
-    """Documents begin with sequence 0, end with the last one, and never go back."""
+    """Check that documents start with sequence 0, end with the last sequence, and are in ascending order."""
     idx = f"{header.prefix}.idx"
     wrong, last = _BadPlaces("documents", "document"), 0
     for first, boundaries in _table(idx, "<i8", header.documents_offset, header.num_documents + 1):
-        before = np.concatenate([[last], boundaries[:-1]])
-        bad = (boundaries < before) | (boundaries > header.num_sequences)
+        previous = np.concatenate([[last], boundaries[:-1]])
+        bad = (boundaries < previous) | (boundaries > header.num_sequences)
         if first == 0 and boundaries[0] != 0:
             bad[0] = True
-        problem = f"begins at sequence {{}}: out of order, or not one of {header.num_sequences}"
+        problem = f"starts at sequence {{}}: out of order, or not below {header.num_sequences}"
         wrong.add(np.flatnonzero(bad), first, boundaries, problem)
         last = int(boundaries[-1])
     yield from wrong.findings(idx)
@@ -196,7 +198,7 @@ def _examine_boundaries(header: IndexHeader) -> Iterator[Finding]:
 
 
 def _table(path: str, dtype: str, offset: int, count: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """A table of the `.idx` in blocks: the number of the first entry, and the entries."""
+    """Yield a table of the `.idx` in blocks: number of the first entry, and the entries."""
     itemsize = np.dtype(dtype).itemsize
-    for first in range(0, count, _BLOCK):
-        yield first, np.fromfile(path, dtype, min(_BLOCK, count - first), offset=offset + first * itemsize)
+    for first in range(0, count, _BLOCK_ENTRIES):
+        yield first, np.fromfile(path, dtype, min(_BLOCK_ENTRIES, count - first), offset=offset + first * itemsize)

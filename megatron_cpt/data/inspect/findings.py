@@ -1,4 +1,4 @@
-"""What `check` has to say about a data set, one line each."""
+"""Findings of the validation of a dataset, one line per finding."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 MOST_NAMED = 5
-"""Places that are named one by one; the rest are counted."""
+"""Findings of one kind that are listed one by one; the others are only counted."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or worth knowing.
+    """Fault or warning about a dataset.
 
     Attributes:
-        level: a `fault` makes the data set unsound; a `warning` does not.
-        kind: what sort of thing, for programs.
-        file: which file.
-        place: where in it, such as `sequence 17`; empty: the file as a whole.
-        value: what was found there; None where there is no one value.
-        problem: what is wrong with it.
+        level: a `fault` makes the dataset invalid; a `warning` does not.
+        kind: short identifier of the kind of problem, for programs.
+        file: path of the file.
+        place: position in the file, such as `sequence 17`; empty: the complete file.
+        value: invalid value at that position; None if there is no single value.
+        problem: description of the problem.
     """
 
     level: Literal["fault", "warning"]
@@ -31,22 +31,17 @@ class Finding:
     problem: str
 
     def __str__(self) -> str:
-        where = f"{self.file}: {self.place}" if self.place else self.file
-        return f"{where}: {self.problem}"
+        position = f"{self.file}: {self.place}" if self.place else self.file
+        return f"{position}: {self.problem}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         return asdict(self)
 
 
 def fault(kind: str, file: str, problem: str, *, place: str = "", value: int | str | None = None) -> Finding:
-    """A finding that makes the data set unsound."""
+    """Return a finding that makes the dataset invalid."""
     return Finding("fault", kind, file, place, value, problem)
-
-
-def warning(kind: str, file: str, problem: str, *, place: str = "", value: int | str | None = None) -> Finding:
-    """A finding that is worth knowing."""
-    return Finding("warning", kind, file, place, value, problem)
 
 
 def listed(
@@ -56,18 +51,16 @@ def listed(
     total: int,
     named: Iterable[tuple[str, int, str]],
 ) -> Iterator[Finding]:
-    """Many findings of one kind: the first few by place, the others by number.
+    """Yield the findings of one kind: the first few one by one, and one finding with the number of the others.
 
     Args:
-        level: see `Finding`.
-        kind: see `Finding`.
-        file: see `Finding`.
-        total: how many there are.
-        named: place, value and problem of the first ones.
+        level: see `Finding`, as for `kind` and `file`.
+        total: number of findings.
+        named: place, value and problem of the first few.
     """
     count = 0
     for place, value, problem in named:
         count += 1
         yield Finding(level, kind, file, place, value, problem)
     if total > count:
-        yield Finding(level, kind, file, "", total, f"the same in {total - count:,} more places, {total:,} in all")
+        yield Finding(level, kind, file, "", total, f"{total - count:,} more of this kind, {total:,} in total")

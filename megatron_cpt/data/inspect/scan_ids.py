@@ -1,4 +1,4 @@
-"""All ids of a `.bin` at the speed of memory: the largest one, and those outside of the vocabulary."""
+"""Scan of all ids in a `.bin` at memory speed: the largest id, and ids outside the vocabulary."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ import numpy.typing as npt
 
 from megatron_cpt.errors import RefusedError
 
-_BLOCK_BYTES = 1 << 23  # whole pages, and enough of them for Python's share of the time to vanish
+_BLOCK_BYTES = 1 << 23  # a multiple of the page size, and large enough to make Python's overhead negligible
 _MOST_THREADS = 8
-# madvise(2), Linux 5.14 and newer: map pages in, and answer with an error where a plain access would raise SIGBUS
+# madvise(2) of Linux 5.14 and newer: map the pages, and return an error in cases where an access would raise SIGBUS
 _MADV_POPULATE_READ = 22
 MOST_NAMED = 5
-"""Places that are remembered."""
+"""Positions of invalid ids that are recorded; the others are only counted."""
 
 
 @dataclass(frozen=True)
 class IdScan:
-    """What all ids of a file are like.
+    """Statistics of all ids of a file.
 
     Attributes:
-        max_id: the largest; None of an empty file.
-        num_outside: how many are negative or not below the vocabulary's size.
-        first_outside: (token offset, id) of the first of them.
+        max_id: largest id; None for an empty file.
+        num_outside: number of ids that are negative or not below the vocabulary size.
+        first_outside: (token offset, id) of the first of these ids.
         num_bytes: bytes read.
-        seconds: time it took.
+        seconds: duration of the scan.
     """
 
     max_id: int | None
@@ -46,12 +46,12 @@ class IdScan:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Speed, in 10^9 bytes a second."""
+        """Speed in 10^9 bytes per second."""
         return self.num_bytes / 1e9 / max(self.seconds, 1e-9)
 
 
 class _Tally:
-    """What the threads have found so far."""
+    """Partial result of a scan."""
 
     def __init__(self) -> None:
         self.max_id: int | None = None
@@ -74,20 +74,20 @@ def scan_ids(
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> IdScan:
-    """Look at every id of a file.
+    """Scan every id of a file.
 
     Args:
-        path: the `.bin`.
-        dtype: its token type, an integer.
-        num_tokens: tokens to look at, from its start.
-        vocab_size: ids must be below it; None: they only must not be negative.
-        num_threads: left out: one a core, at most 8.
-        progress: called with the bytes of each block that is done, from any thread, one call at a time.
+        path: path of the `.bin`.
+        dtype: token type, an integer.
+        num_tokens: number of tokens to scan, from the start of the file.
+        vocab_size: ids must be below it; None: ids must only not be negative.
+        num_threads: None: one per core, at most 8.
+        progress: called with the number of bytes after each block, from any thread, one call at a time.
 
     Raises:
         RefusedError: a part of the file cannot be read.
     """
-    assert dtype.kind in "iu", f"{dtype} is no type of an id"
+    assert dtype.kind in "iu", f"{dtype} is not an integer type"
     if num_threads is None:
         num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     num_bytes = num_tokens * dtype.itemsize
@@ -99,7 +99,7 @@ def scan_ids(
         def work(number: int) -> None:
             for offset in range(number * _BLOCK_BYTES, num_bytes, num_threads * _BLOCK_BYTES):
                 with blocks.read(offset, dtype) as tokens:
-                    found = _look(tokens, offset // dtype.itemsize, vocab_size)
+                    found = _scan_block(tokens, offset // dtype.itemsize, vocab_size)
                     with lock:
                         total.add(found)
                         if progress is not None:
@@ -110,31 +110,31 @@ def scan_ids(
         else:
             with ThreadPoolExecutor(num_threads) as pool:
                 list(pool.map(work, range(num_threads)))
-        blocks.require_whole()
+        blocks.require_size()
     seconds = time.perf_counter() - begin
     return IdScan(total.max_id, total.num_outside, tuple(total.first_outside), num_bytes, seconds)
 
 
 class _Blocks:
-    """A file a block at a time, out of a memory map: the ids are not copied.
+    """Blocks of a file in a memory map, so that ids are not copied.
 
-    A sector that cannot be read, or a file that is cut meanwhile, kills a process that meets it in a memory map. So the
-    kernel is asked to map each block first, and says if it cannot; one that is too old for that copies the block.
+    Accessing an unreadable sector or a truncated file through a memory map kills the process. Therefore each block is
+    first mapped with MADV_POPULATE_READ, which returns an error instead. On kernels without it, blocks are copied.
     """
 
     def __init__(self, fd: int, path: str, num_bytes: int) -> None:
         self._fd, self._path, self._num_bytes = fd, path, num_bytes
-        self.require_whole()
+        self.require_size()
         self._map = mmap.mmap(fd, num_bytes, access=mmap.ACCESS_READ) if num_bytes else None
 
-    def require_whole(self) -> None:
-        """Refuse a file that is shorter than it should be: in its last page a map shows zeros."""
+    def require_size(self) -> None:
+        """Refuse a file that is shorter than expected; a memory map would show zeros in its last page."""
         if os.fstat(self._fd).st_size < self._num_bytes:
             raise self._problem(self._num_bytes, None)
 
     @contextmanager
     def read(self, offset: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
-        """The tokens of the block that begins at this byte; they are gone afterwards."""
+        """Yield the tokens of the block at this byte offset; they are valid only inside the `with` block."""
         assert self._map is not None
         size = min(_BLOCK_BYTES, self._num_bytes - offset)
         try:
@@ -145,33 +145,35 @@ class _Blocks:
             yield np.frombuffer(self._copy(offset, size), dtype)
             return
         yield np.frombuffer(self._map, dtype, size // dtype.itemsize, offset)
-        # what was looked at may leave the address space: the page tables of terabytes are gigabytes
+        # unmap the block again, because the page tables of terabytes take gigabytes
         self._map.madvise(mmap.MADV_DONTNEED, offset, size)
 
     def _copy(self, offset: int, size: int) -> bytearray:
         buffer = bytearray(size)
-        rest = memoryview(buffer)
-        while rest:
+        unread = memoryview(buffer)
+        while unread:
             try:
-                num_read = os.preadv(self._fd, [rest], offset + size - len(rest))
+                num_read = os.preadv(self._fd, [unread], offset + size - len(unread))
             except OSError as error:
                 raise self._problem(offset + size, error.strerror) from error
             if num_read == 0:
                 raise self._problem(offset + size, None)
-            rest = rest[num_read:]
+            unread = unread[num_read:]
         return buffer
 
     def _problem(self, end: int, reason: str | None) -> RefusedError:
-        """Why the bytes up to `end` could not be had."""
+        """Return the error for a file whose bytes up to `end` cannot be read."""
         size = os.fstat(self._fd).st_size
         if size < end:
-            return RefusedError(f"{self._path}: byte {size}: the file ends here now: it was cut while it was read")
+            return RefusedError(
+                f"{self._path}: byte {size}: the file ends here: it was truncated while it was read; check it again"
+            )
         begin = max(0, end - 1) // _BLOCK_BYTES * _BLOCK_BYTES
         return RefusedError(f"{self._path}: bytes {begin} to {end}: cannot be read: {reason}")
 
 
-def _look(tokens: npt.NDArray[Any], token_offset: int, vocab_size: int | None) -> _Tally:
-    """One pass where all is well: seen as unsigned numbers, negative ids are larger than any vocabulary."""
+def _scan_block(tokens: npt.NDArray[Any], token_offset: int, vocab_size: int | None) -> _Tally:
+    """Scan a block. One pass suffices if all ids are valid, because negative ids are large as unsigned numbers."""
     tally, bits = _Tally(), 8 * tokens.dtype.itemsize
     limit = 1 << (bits - 1 if tokens.dtype.kind == "i" else bits)
     if vocab_size is not None:
@@ -183,5 +185,5 @@ def _look(tokens: npt.NDArray[Any], token_offset: int, vocab_size: int | None) -
     tally.max_id = int(tokens.max())
     outside = np.flatnonzero(tokens.view(f"<u{tokens.dtype.itemsize}") >= np.uint64(limit))
     tally.num_outside = len(outside)
-    tally.first_outside = [(token_offset + int(place), int(tokens[place])) for place in outside[:MOST_NAMED]]
+    tally.first_outside = [(token_offset + int(i), int(tokens[i])) for i in outside[:MOST_NAMED]]
     return tally

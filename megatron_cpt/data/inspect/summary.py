@@ -1,4 +1,4 @@
-"""What is in a data set: counts, how long its documents are, and single documents."""
+"""Summary of a dataset: counts, lengths of documents, and single documents."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 
 @dataclass(frozen=True)
 class LengthBin:
-    """Documents of about one length.
+    """Bin of a histogram of document lengths.
 
     Attributes:
-        low: the least tokens of a document in it.
-        high: the most.
-        documents: how many there are.
-        tokens: what they hold together.
+        low: shortest length in tokens.
+        high: longest length in tokens.
+        documents: number of documents with such a length.
+        tokens: tokens in these documents.
     """
 
     low: int
@@ -36,21 +36,21 @@ class LengthBin:
 
 @dataclass(frozen=True)
 class Summary:
-    """A data set in numbers.
+    """Statistics of a dataset.
 
     Attributes:
-        prefix: the path without `.bin` or `.idx`.
+        prefix: path without `.bin` or `.idx`.
         dtype: token type.
-        documents: how many there are.
-        sequences: megatron's sequences.
+        documents: number of documents.
+        sequences: number of sequences; a document has one or more.
         tokens: tokens in the `.bin`.
         bytes: size of the `.bin`.
-        mean: mean length of a document in tokens; None without documents, as the next three.
-        shortest: least tokens of a document.
-        longest: most tokens of a document.
-        percentiles: length by percentile of the documents; each is the length of a real document.
-        histogram: lengths in powers of two, without gaps between the first and the last.
-        fingerprint: what a checkpoint knows it by.
+        mean: mean tokens per document; None without documents, like `shortest` and `longest`.
+        shortest: fewest tokens in a document.
+        longest: most tokens in a document.
+        percentiles: tokens per document by percentile; each value is the length of an existing document.
+        histogram: bins that double in length, including empty bins between the first and the last.
+        fingerprint: fingerprint of the dataset, as checkpoints record it.
     """
 
     prefix: str
@@ -67,18 +67,18 @@ class Summary:
     fingerprint: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         return asdict(self) | {"percentiles": {f"p{key}": value for key, value in self.percentiles.items()}}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document.
+    """Document of a dataset.
 
     Attributes:
-        number: its place in the data set.
-        first_token: its first token, counted in the `.bin`.
-        ids: its tokens.
+        number: index of the document in the dataset.
+        first_token: offset of its first token in the `.bin`, in tokens.
+        ids: token ids.
     """
 
     number: int
@@ -87,12 +87,12 @@ class Document:
 
 
 def summarize(dataset: IndexedDataset) -> Summary:
-    """Count a data set. Reads its `.idx` only; takes 4 bytes of memory a document.
+    """Compute the statistics of a dataset. Reads only the `.idx`; takes 4 bytes of memory per document.
 
     Raises:
         RefusedError: the index is damaged.
     """
-    # a document of more than one sequence may be longer than an int32, but nobody has one
+    # a document of several sequences may exceed 32 bits in theory
     parts = [
         np.diff(bounds).clip(max=np.iinfo(np.uint32).max).astype(np.uint32) for _, bounds in bounds_in_blocks(dataset)
     ]
@@ -115,7 +115,7 @@ def summarize(dataset: IndexedDataset) -> Summary:
 
 
 def _histogram(lengths: npt.NDArray[np.uint32]) -> tuple[LengthBin, ...]:
-    """Bins 0, 1, 2 to 3, 4 to 7, ... of sorted lengths."""
+    """Return the bins 0, 1, 2 to 3, 4 to 7, ... of sorted lengths."""
     if not len(lengths):
         return ()
     lows = [0, *(1 << power for power in range(33))]
@@ -125,40 +125,41 @@ def _histogram(lengths: npt.NDArray[np.uint32]) -> tuple[LengthBin, ...]:
         LengthBin(low, high, stop - start, int(lengths[start:stop].sum(dtype=np.int64)))
         for low, high, start, stop in zip(lows, highs, edges[:-1], edges[1:], strict=True)
     ]
-    filled = [place for place, entry in enumerate(bins) if entry.documents]
+    filled = [i for i, entry in enumerate(bins) if entry.documents]
     return tuple(bins[filled[0] : filled[-1] + 1])
 
 
 def get_document(dataset: IndexedDataset, number: int) -> Document:
-    """One document with its tokens.
+    """Read a document.
 
     Raises:
-        UserError: there is no such document.
+        UserError: the document does not exist.
         RefusedError: the index is damaged.
     """
     if not 0 <= number < dataset.num_documents:
-        known = f"they are 0 to {dataset.num_documents - 1}" if dataset.num_documents else "it has none"
+        known = f"they are 0 to {dataset.num_documents - 1}" if dataset.num_documents else "the dataset is empty"
         raise UserError(f"{dataset.prefix}: no document {number}; {known}")
     start, end = document_bounds(dataset, number, number + 1).tolist()
     return Document(number, start, dataset.read(start, end - start))
 
 
 def draw_histogram(histogram: Sequence[LengthBin], width: int = 50) -> list[str]:
-    """The histogram as lines of text: a bar of documents for each bin, and its share of the tokens.
+    """Return the histogram as lines of text: per bin its documents, its share of the tokens, and a bar.
 
     Args:
-        histogram: the bins.
+        histogram: bins, as in `Summary.histogram`.
         width: length of the longest bar in characters.
     """
-    most = max((entry.documents for entry in histogram), default=0)
+    if not histogram:
+        return []
+    most = max(entry.documents for entry in histogram)
     tokens = sum(entry.tokens for entry in histogram)
     ranges = [_range(entry) for entry in histogram]
-    lines = (
-        [f"{'tokens':>{max(map(len, [*ranges, 'tokens']))}} {'documents':>12} {'of tokens':>9}"] if histogram else []
-    )
+    label_width = max(map(len, [*ranges, "tokens"]))
+    lines = [f"{'tokens':>{label_width}} {'documents':>12} {'of tokens':>9}"]
     for name, entry in zip(ranges, histogram, strict=True):
         share = entry.tokens / tokens if tokens else 0.0
-        label = f"{name:>{max(map(len, [*ranges, 'tokens']))}} {entry.documents:>12,} {share:>9.1%} "
+        label = f"{name:>{label_width}} {entry.documents:>12,} {share:>9.1%} "
         lines.append((label + _bar(entry.documents / most, width)).rstrip())
     return lines
 
@@ -168,9 +169,9 @@ def _range(entry: LengthBin) -> str:
 
 
 def _bar(share: float, width: int) -> str:
-    """A bar in eighths of a character; what is not nothing shows."""
+    """Return a bar in steps of 1/8 character; a share above 0 is always visible."""
     eighths = round(share * width * 8)
     if share > 0:
         eighths = max(1, eighths)
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+    blocks, remainder = divmod(eighths, 8)
+    return "█" * blocks + (" ▏▎▍▌▋▊▉"[remainder] if remainder else "")

@@ -1,1 +1,1 @@
-"""From streams of samples to the micro-batches of a rank."""
+"""Streams of samples, and the micro-batches that each rank makes of them."""

@@ -1,4 +1,4 @@
-"""From samples to the arrays a training step takes."""
+"""Micro-batches: the arrays of a forward pass, made from samples."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_cpt.errors import UserError
 
 @dataclass(frozen=True)
 class DocumentOptions:
-    """What happens where one document ends and the next begins inside a sample.
+    """Treatment of the boundaries between documents inside a sample.
 
     Attributes:
-        eod_id: the id that ends a document; None if the data has none.
-        reset_attention: tokens do not see the documents before their own.
-        reset_positions: positions count from 0 in each document.
-        eod_loss: whether predicting the first token after an end of document counts in the loss.
+        eod_id: end-of-document id; None if the data has none.
+        reset_attention: tokens attend only to tokens of their own document.
+        reset_positions: position ids restart at 0 in each document.
+        eod_loss: the prediction of the first token after an end of document counts in the loss.
     """
 
     eod_id: int | None = None
@@ -29,34 +29,31 @@ class DocumentOptions:
     eod_loss: bool = True
 
     def __post_init__(self) -> None:
-        wanted = [
-            setting
-            for setting, on in (
-                ("reset_attention: true", self.reset_attention),
-                ("reset_positions: true", self.reset_positions),
-                ("eod_loss: false", not self.eod_loss),
-            )
-            if on
-        ]
-        if wanted and self.eod_id is None:
+        is_set = {
+            "reset_attention: true": self.reset_attention,
+            "reset_positions: true": self.reset_positions,
+            "eod_loss: false": not self.eod_loss,
+        }
+        needs_eod = [setting for setting, applies in is_set.items() if applies]
+        if needs_eod and self.eod_id is None:
             raise UserError(
-                f"documents: {', '.join(wanted)} needs to know the id that ends a document, and there is none; "
-                "name a tokenizer that has one, or leave the option out"
+                f"documents: {', '.join(needs_eod)} needs an end-of-document id, and none is known; "
+                "name a tokenizer that has one, or remove the option"
             )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one data-parallel rank; S is the sequence length.
+    """Micro-batch of one data-parallel rank; S is the sequence length.
 
     Attributes:
-        tokens: int64 (micro, S), the input.
+        tokens: int64 (micro, S), the inputs.
         labels: int64 (micro, S), the token that follows each input token.
-        loss_mask: float32 (micro, S), 1 where the prediction counts.
+        loss_mask: float32 (micro, S), 1 where the prediction counts, else 0.
         position_ids: int64 (micro, S).
-        sources: int64 (micro,), the source of each sample, a place in the run's list of sources.
-        attention_documents: int32 (micro, S) if attention is reset: number of the document inside the sample; a token
-            sees those of its own number only. Else None.
+        sources: int64 (micro,), index of each sample's source in the run's list of sources.
+        attention_documents: int32 (micro, S), number of each token's document inside the sample; a token attends only
+            to tokens with its own number. None unless attention is reset.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -72,20 +69,27 @@ def make_batch(
     sources: npt.ArrayLike,
     options: DocumentOptions = DocumentOptions(),
 ) -> Batch:
-    """Builds a micro-batch.
+    """Build a micro-batch.
 
     An end-of-document token belongs to the document it ends. Masks and positions follow megatron-core
-    (`datasets/gpt_dataset.py`, `_get_ltor_masks_and_position_ids`): with `eod_loss` off the place whose *input* is the
-    end of a document does not count, for what it predicts is the start of an unrelated text.
+    (`datasets/gpt_dataset.py`, `_get_ltor_masks_and_position_ids`): with `eod_loss` off, a position whose *input* is an
+    end of document does not count, because it predicts the start of an unrelated text.
+
+    Example: with eod_id 9, `eod_loss` off and both resets on, the sample [5, 6, 9, 7, 8] gives
+        tokens               5 6 9 7
+        labels               6 9 7 8
+        loss_mask            1 1 0 1
+        position_ids         0 1 2 0
+        attention_documents  0 0 0 1
 
     Args:
-        samples: (micro, S + 1) ids of any integer type, as one array or a row each.
-        sources: the source of each.
-        options: what happens at the ends of documents.
+        samples: (micro, S + 1) ids of any integer type, as one array or a sequence of rows.
+        sources: (micro,), source index per sample.
+        options: treatment of document boundaries.
     """
     samples = np.asarray(samples)
-    # copies that are contiguous (each array is handed to the device by itself), widened only now: samples are read, put
-    # together and checked in the narrower type of their files
+    # Widened only here, because samples are read and checked faster in their files' narrower type. Contiguous, because
+    # each array is copied to the device separately.
     tokens, labels = samples[:, :-1].astype(np.int64, order="C"), samples[:, 1:].astype(np.int64, order="C")
     loss_mask = np.ones(tokens.shape, np.float32)
     position_ids = np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1))
@@ -102,7 +106,7 @@ def make_batch(
 
 
 def _document_starts(ends: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """For each place the place at which its document begins; a document begins after the end of the one before."""
+    """Return, for each position, the position at which its document starts."""
     starts = np.zeros(ends.shape, np.int64)
     starts[:, 1:] = np.where(ends[:, :-1], np.arange(1, ends.shape[1]), 0)
     return np.maximum.accumulate(starts, axis=1)

@@ -1,4 +1,4 @@
-"""From streams and a blend to the micro-batches of one data-parallel rank, read ahead by a thread."""
+"""Loader of the micro-batches of one data-parallel rank; a background thread reads ahead."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from megatron_cpt.data.loading.samples import read_samples
 from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.sampling.blend import BlendCursor
 
-_POLL_SECONDS = 0.1  # how soon a worker that waits for room in the queue notices that it should stop
+_POLL_SECONDS = 0.1  # a worker that waits for a full queue checks this often whether it should stop
 
 
 @dataclass(frozen=True)
 class StepData:
-    """All that one training step reads on one rank.
+    """Data of one training step on one rank.
 
     Attributes:
-        micro_batches: global_batch / (micro_batch * data_parallel_size) of them.
-        num_tokens: tokens that all ranks together train on.
-        counts: samples each source has given since the start of the run, this step's (of all ranks) included.
-        state: the blend's state after this step, to be saved with it; what was read ahead is not in it.
+        micro_batches: global_batch / (micro_batch * data_parallel_size) micro-batches.
+        num_tokens: tokens that all ranks together train on in this step.
+        counts: samples per source that all ranks have read from the start of the run to the end of this step.
+        state: the blend's state after this step, for its checkpoint; it does not include what was read ahead.
     """
 
     micro_batches: list[Batch]
@@ -40,21 +40,24 @@ class StepData:
 class Loader:
     """Iterator over the steps of a run for one data-parallel rank.
 
-    Every rank computes the same assignment of samples and reads its own. As in Megatron, micro-batch m of a step takes
-    the samples [m * dp * micro, (m + 1) * dp * micro) and rank r the r-th run of `micro` among them; the order of
-    samples over a step is therefore the same for every way to divide it.
+    Every rank computes the same assignment of samples and reads its own share. As in Megatron-LM, the order of samples
+    in a step does not depend on how the step is divided. Example: a step of 8 samples, 2 ranks, micro-batches of 2:
+
+        samples        0 1    2 3    4 5    6 7
+        rank           0      1      0      1
+        micro-batch    0      0      1      1
 
     Args:
-        streams: one a source, in the order of the cursor's `source_names`.
-        cursor: where the run stands (its state already loaded); the loader owns it from the first step on.
-        global_batch: samples a step, of all ranks; a function where it changes: from the samples that the run has read
-            before a step to that step's.
-        micro_batch: samples a forward pass on one rank; a function likewise.
+        streams: one per source, in the order of the cursor's `source_names`.
+        cursor: position in the run, with its state loaded; only the loader may use it once reading has started.
+        global_batch: samples per step over all ranks. If it changes: a function of the number of samples that the run
+            has read before a step.
+        micro_batch: samples per forward pass on one rank; may be a function as well.
         data_parallel_rank: this rank.
-        data_parallel_size: how many there are.
-        prefetch: steps read ahead, at least 1.
-        vocab_size: refuse ids that are not below it; None: do not look.
-        documents: what happens at the ends of documents.
+        data_parallel_size: number of data-parallel ranks.
+        prefetch: steps to read ahead, at least 1.
+        vocab_size: ids must be below it; None: ids are not checked.
+        documents: treatment of document boundaries.
     """
 
     def __init__(
@@ -83,21 +86,21 @@ class Loader:
         self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
-        self._end: BaseException | None = None  # what the worker ended with, once it was passed on
+        self._end: BaseException | None = None  # the worker's error or StopIteration, once `next_step` has raised it
 
     def start(self) -> None:
-        """Begins to read ahead; the first `next_step` does it otherwise."""
+        """Start reading ahead; otherwise the first `next_step` does."""
         if self._worker is None:
             worker = threading.Thread(target=self._work, name="data-loader", daemon=True)
             worker.start()
-            self._worker = worker  # only now: `close` joins what it finds here
+            self._worker = worker  # only once it runs, because `close` joins it
 
     def next_step(self) -> StepData:
-        """The next step's data.
+        """Return the data of the next step.
 
         Raises:
             StopIteration: the last phase is over.
-            RefusedError: the data is damaged or holds ids beyond the vocabulary.
+            RefusedError: a file is damaged, or has ids outside the vocabulary.
         """
         self.start()
         if self._end is not None:
@@ -109,7 +112,7 @@ class Loader:
         raise self._end
 
     def close(self) -> None:
-        """Stops the worker and waits for it, drops what was read ahead. May be called twice, and from any thread."""
+        """Stop the worker, wait for it, and drop what it read ahead. Safe to call twice, and from any thread."""
         self._stop.set()
         if self._worker is not None:
             self._worker.join()
@@ -117,7 +120,7 @@ class Loader:
             while True:
                 self._ready.get_nowait()
         self._end = self._end or StopIteration("the loader is closed")
-        self._ready.put_nowait(None)  # wakes up a thread that waits for a step
+        self._ready.put_nowait(None)  # wakes a thread that waits in `next_step`
 
     def __iter__(self) -> Iterator[StepData]:
         return self
@@ -134,12 +137,12 @@ class Loader:
         self.close()
 
     def _work(self) -> None:
-        """The worker thread: one step after the other, then what it ended with."""
+        """Put steps into the queue until the run ends, then None; or the error that stopped the worker."""
         last: BaseException | None = None
         try:
             while self._has_step() and not self._stop.is_set():
                 self._put(self._read_step())
-        except BaseException as error:  # noqa: BLE001 (raised again by the thread that asks for the next step)
+        except BaseException as error:  # noqa: BLE001 (`next_step` raises it again)
             last = error
         self._put(last)
 
@@ -157,12 +160,11 @@ class Loader:
     def _read_step(self) -> StepData:
         global_batch, micro_batch = (size(self._cursor.sample) for size in (self._global_batch, self._micro_batch))
         assert global_batch % (micro_batch * self._size) == 0, "the global batch divides into micro-batches"
-        sources, ks = self._cursor.next(global_batch)
+        sources, indices = self._cursor.next(global_batch)
         length = self._cursor.seq_length
-        # (micro-batches, ranks, micro): the order of samples above, cut into each rank's share
-        shape = (-1, self._size, micro_batch)
-        own_sources, own_ks = sources.reshape(shape)[:, self._rank], ks.reshape(shape)[:, self._rank]
-        samples = read_samples(self._streams, own_sources.ravel(), own_ks.ravel(), self._vocab_size, length)
+        shape = (-1, self._size, micro_batch)  # (micro-batches, ranks, samples), see the example in the class
+        own_sources, own_indices = sources.reshape(shape)[:, self._rank], indices.reshape(shape)[:, self._rank]
+        samples = read_samples(self._streams, own_sources.ravel(), own_indices.ravel(), self._vocab_size, length)
         micro_batches = [
             make_batch(samples[first : first + micro_batch], micro_sources, self._documents)
             for first, micro_sources in zip(range(0, len(samples), micro_batch), own_sources, strict=True)
@@ -181,29 +183,33 @@ def validation_batches(
     vocab_size: int | None = None,
     documents: DocumentOptions = DocumentOptions(),  # noqa: B008 - frozen
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of a validation set: the same samples each time, however the work is divided.
+    """Yield this rank's micro-batches of a validation set; the set does not depend on how many ranks share it.
 
-    The set is the stream's first `num_samples` samples, or its first epoch if that is less: no sample counts twice.
-    Every rank gets the same number of micro-batches; what that takes beyond the set are the stream's next
-    samples with a loss mask of 0, so the mean over all masks is that of the set. `Batch.sources` is 0 throughout.
+    The set is the stream's first `num_samples` samples, or its first epoch if that is shorter: no sample counts twice.
+    Every rank gets the same number of micro-batches. If the set does not fill them, the stream's next samples follow,
+    with a loss mask of 0. Example: 5 samples on 2 ranks, micro-batches of 2: rank 0 gets samples 0 1 and 4 5, rank 1
+    gets 2 3 and 6 7; samples 5, 6 and 7 are masked.
 
     Args:
         stream: the validation source.
         num_samples: size of the set.
-        micro_batch: samples a forward pass on one rank.
+        micro_batch: samples per forward pass on one rank.
         data_parallel_rank: this rank.
-        data_parallel_size: how many there are.
-        vocab_size: refuse ids that are not below it; None: do not look.
-        documents: what happens at the ends of documents.
+        data_parallel_size: number of data-parallel ranks.
+        vocab_size: ids must be below it; None: ids are not checked.
+        documents: treatment of document boundaries.
+
+    Yields:
+        Micro-batches whose `sources` are all 0.
 
     Raises:
-        RefusedError: the data is damaged or holds ids beyond the vocabulary.
+        RefusedError: a file is damaged, or has ids outside the vocabulary.
     """
     num_samples = min(num_samples, stream.samples_per_epoch)
     block = micro_batch * data_parallel_size
     for first in range(data_parallel_rank * micro_batch, -(-num_samples // block) * block, block):
-        ks = np.arange(first, first + micro_batch)
-        sources = np.zeros_like(ks)
-        batch = make_batch(read_samples([stream], sources, ks, vocab_size), sources, documents)
-        batch.loss_mask[ks >= num_samples] = 0.0
+        indices = np.arange(first, first + micro_batch)
+        sources = np.zeros_like(indices)
+        batch = make_batch(read_samples([stream], sources, indices, vocab_size), sources, documents)
+        batch.loss_mask[indices >= num_samples] = 0.0
         yield batch

@@ -1,1 +1,1 @@
-"""Merging and splitting datasets."""
+"""New datasets from existing ones: merging and splitting."""

@@ -1,4 +1,4 @@
-"""Joins `.bin`/`.idx` pairs into one, by copying: nothing is decoded, and nothing grows with the size of the data."""
+"""Merge of `.bin`/`.idx` pairs into one. Files are copied without decoding, in constant memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_cpt.data.rewrite.check_paths import open_with_one_dtype, require_free
 from megatron_cpt.data.tokenfile.header import MAGIC, PREAMBLE, VERSION, dtype_code
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
@@ -18,7 +19,7 @@ from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import close_durably
 
 _COPY_BYTES = 1 << 24
-_TABLE_BLOCK = 1 << 20  # entries of an index table that are moved at a time
+_TABLE_BLOCK = 1 << 20  # entries of an index table that are copied at a time
 
 
 def merge_datasets(
@@ -28,92 +29,70 @@ def merge_datasets(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> IndexedDataset:
-    """Write the documents of several data sets, one after the other, as one.
+    """Write the documents of several datasets, one dataset after the other, as one dataset.
 
-    Byte for byte what megatron-core's `IndexedDatasetBuilder.add_index` makes of the same pairs in the same order.
-    Offsets are 64 bits wide throughout, so the result may have more than 2^31 tokens, sequences or documents.
+    The result is byte for byte equal to what megatron-core's `IndexedDatasetBuilder.add_index` makes of the same pairs
+    in the same order. Offsets have 64 bits, so there may be more than 2^31 tokens, sequences or documents.
 
     Args:
-        prefixes: what to join, in this order.
-        output_prefix: writes its `.bin` and `.idx`; aside first, published by rename.
-        overwrite: whether an existing pair may be replaced.
-        progress: called with the bytes of each piece of a `.bin` that was copied.
+        prefixes: datasets to merge, in this order.
+        output_prefix: prefix of the new `.bin` and `.idx`; they get this name only when they are complete.
+        overwrite: replace an existing pair.
+        progress: called with the number of bytes after each piece of a `.bin` was copied.
 
     Returns:
-        The new data set.
+        The new dataset.
 
     Raises:
-        UserError: a file is missing, there is nothing to join, the types differ, or the output is there or is an input.
+        UserError: no dataset is given, a file is missing, token types differ, or the output exists or is an input.
         RefusedError: an input is damaged.
     """
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    _check_inputs(datasets)
+    datasets = open_with_one_dtype(prefixes)
+    first = datasets[0]
+    for dataset in datasets:
+        if dataset.header.has_modes != first.header.has_modes:
+            raise UserError(
+                f"{dataset.prefix} and {first.prefix}: one is multimodal and one is not; they cannot be merged"
+            )
     require_free(output_prefix, prefixes, overwrite=overwrite)
-    writer = _MergeWriter(output_prefix, datasets[0].dtype)
-    with writer:
+    with _MergeWriter(output_prefix, first.dtype) as writer:
         for dataset in datasets:
             writer.append(dataset, progress)
     return IndexedDataset(output_prefix)
 
 
 def folder_prefixes(folder: str | os.PathLike[str]) -> list[str]:
-    """The data sets in a folder, in the order of their names: what Megatron-LM's merge_datasets.py joins.
+    """Return the datasets in a folder, sorted by name: the inputs of Megatron-LM's merge_datasets.py.
 
     Raises:
-        UserError: there is no such folder, it holds none, or a file lacks its other half.
+        UserError: the folder does not exist, has no dataset, or has one file of a pair without the other.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"{folder}: no such folder; give the one that holds the .bin/.idx pairs")
-    names = {file.with_suffix("") for file in path.iterdir() if file.is_file() and file.suffix in (".bin", ".idx")}
-    halves = [f"{name}{end}" for name in names for end in (".bin", ".idx") if not Path(f"{name}{end}").is_file()]
-    if halves:
-        raise UserError(f"{folder}: no such file: {', '.join(sorted(halves))}; a data set is a pair of .bin and .idx")
-    if not names:
-        raise UserError(f"{folder}: holds no .bin/.idx pair")
-    return sorted(map(str, names))
-
-
-def require_free(output_prefix: str, inputs: Sequence[str], *, overwrite: bool) -> None:
-    """Refuse an output that is one of the inputs, or that is there and may not be replaced.
-
-    Raises:
-        UserError: it is so.
-    """
-    present = [f"{output_prefix}{end}" for end in (".bin", ".idx") if os.path.exists(f"{output_prefix}{end}")]
-    if any(os.path.realpath(f"{output_prefix}.bin") == os.path.realpath(f"{prefix}.bin") for prefix in inputs):
-        raise UserError(f"{output_prefix}: is an input too; choose another output")
-    if present and not overwrite:
-        raise UserError(
-            f"{' and '.join(present)}: there already; choose another output, or replace it with --overwrite"
-        )
-
-
-def _check_inputs(datasets: Sequence[IndexedDataset]) -> None:
-    if not datasets:
-        raise UserError("no data set is given; name at least one prefix of .bin/.idx")
-    first = datasets[0]
-    for dataset in datasets:
-        if dataset.dtype != first.dtype:
-            raise UserError(
-                f"{dataset.prefix}: has {dataset.dtype.name} tokens, {first.prefix} has {first.dtype.name}; they were "
-                "made with other vocabularies: build one of them anew with `megatron-cpt preprocess`"
-            )
-        if dataset.header.has_modes != first.header.has_modes:
-            raise UserError(
-                f"{dataset.prefix} and {first.prefix}: one is multimodal and one is not; they cannot be joined"
-            )
+        raise UserError(f"{folder}: no such folder; give the folder of the .bin/.idx pairs")
+    prefixes = {file.with_suffix("") for file in path.iterdir() if file.is_file() and file.suffix in (".bin", ".idx")}
+    paths = [Path(f"{prefix}{end}") for prefix in prefixes for end in (".bin", ".idx")]
+    missing = sorted(str(path) for path in paths if not path.is_file())
+    if missing:
+        raise UserError(f"{folder}: no such file: {', '.join(missing)}; a dataset is a pair of .bin and .idx")
+    if not prefixes:
+        raise UserError(f"{folder}: contains no .bin/.idx pair; give the folder of the pairs")
+    return sorted(map(str, prefixes))
 
 
 class _MergeWriter(IndexedDatasetWriter):
-    """The writer, with an index copied from other indices; how the pair is published stays the same."""
+    """Dataset writer that copies whole datasets, including their index tables."""
 
     def __init__(self, prefix: str, dtype: np.dtype[np.generic]) -> None:
         super().__init__(prefix, dtype)
         self._datasets: list[IndexedDataset] = []
 
+    def __enter__(self) -> _MergeWriter:
+        super().__enter__()
+        return self
+
     def append(self, dataset: IndexedDataset, progress: Callable[[int], None] | None) -> None:
-        """Copy a `.bin`; remember whose index to copy."""
+        """Copy the `.bin` of a dataset; its index is copied when the writer closes."""
         assert self._bin is not None
         self._datasets.append(dataset)
         with open(f"{dataset.prefix}.bin", "rb") as source:
@@ -123,35 +102,35 @@ class _MergeWriter(IndexedDatasetWriter):
                     progress(len(piece))
 
     def _write_index(self) -> None:
-        """The tables of all inputs one after another; pointers and boundaries move by what stands before them."""
+        """Write each table of all datasets, with pointers and document boundaries moved.
+
+        Example: if the first dataset has 3 sequences and 10 uint16 tokens, all sequence pointers of the second one
+        grow by 20 bytes, and all its document boundaries by 3.
+        """
         num_sequences = sum(dataset.num_sequences for dataset in self._datasets)
         num_documents = sum(dataset.num_documents for dataset in self._datasets)
         with open(self._temporary["idx"], "wb") as idx:
             idx.write(PREAMBLE.pack(MAGIC, VERSION, dtype_code(self.dtype), num_sequences, num_documents + 1))
             for dataset in self._datasets:
                 _copy_table(idx, dataset.sizes, 0)
-            moved = 0
+            bytes_before = 0
             for dataset in self._datasets:
-                _copy_table(idx, dataset.sequence_pointers, moved)
-                moved += dataset.num_tokens * self.dtype.itemsize
+                _copy_table(idx, dataset.sequence_pointers, bytes_before)
+                bytes_before += dataset.num_tokens * self.dtype.itemsize
             idx.write(np.zeros(1, "<i8").tobytes())
-            moved = 0
+            sequences_before = 0
             for dataset in self._datasets:
-                _copy_table(idx, dataset.document_indices[1:], moved)
-                moved += dataset.num_sequences
+                _copy_table(idx, dataset.document_indices[1:], sequences_before)
+                sequences_before += dataset.num_sequences
             for dataset in self._datasets:
                 if dataset.header.has_modes:
-                    _copy_modes(idx, dataset)
+                    with open(f"{dataset.prefix}.idx", "rb") as source:
+                        source.seek(dataset.header.modes_offset)
+                        shutil.copyfileobj(source, idx)
             close_durably(idx)
 
 
-def _copy_table(idx: IO[bytes], table: npt.NDArray[np.int32] | npt.NDArray[np.int64], moved: int) -> None:
+def _copy_table(idx: IO[bytes], table: npt.NDArray[np.int32] | npt.NDArray[np.int64], added: int) -> None:
     for start in range(0, len(table), _TABLE_BLOCK):
         block = table[start : start + _TABLE_BLOCK]
-        idx.write(np.add(block, moved, dtype=block.dtype).tobytes())
-
-
-def _copy_modes(idx: IO[bytes], dataset: IndexedDataset) -> None:
-    with open(f"{dataset.prefix}.idx", "rb") as source:
-        source.seek(dataset.header.modes_offset)
-        shutil.copyfileobj(source, idx)
+        idx.write(np.add(block, added, dtype=block.dtype).tobytes())

@@ -1,8 +1,10 @@
-"""Divides documents by a hash of their content: a held-out set that never changes, or a sample.
+"""Split of datasets by a hash of each document: a held-out set that stays fixed, or a random sample.
 
-A document's side depends on its tokens and the seed alone: not on its place, on the file it is in, or on what else
-there is. Copies of a document therefore fall on the same side (a held-out document has no exact twin in training),
-and a corpus that grows keeps its held-out documents.
+The side of a document depends only on its tokens and the seed, not on its position, its file or other documents. So
+copies of a document are on the same side (no held-out document has an exact copy in training), and held-out documents
+stay held out when the corpus grows.
+
+Example: a document whose 64-bit hash is 0.004 * 2^64 is held out with fraction 0.01 and with 0.1, but not with 0.001.
 """
 
 from __future__ import annotations
@@ -16,22 +18,21 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.rewrite.merge import require_free
+from megatron_cpt.data.rewrite.check_paths import open_with_one_dtype, require_free
 from megatron_cpt.data.tokenfile.documents import DocumentBlock, document_blocks
-from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
 from megatron_cpt.errors import UserError
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What went where.
+    """Size of both sides of a split.
 
     Attributes:
-        held_out_documents: documents in the held-out set or the sample.
-        held_out_tokens: their tokens.
+        held_out_documents: documents in the held-out set or sample.
+        held_out_tokens: tokens in the held-out set or sample.
         rest_documents: all other documents, written or not.
-        rest_tokens: their tokens.
+        rest_tokens: tokens in all other documents.
     """
 
     held_out_documents: int
@@ -50,33 +51,33 @@ def split_datasets(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> SplitReport:
-    """Write a fraction of the documents to one data set, and the others to another.
+    """Write a fraction of the documents to one dataset, and the rest to another.
 
-    Order is kept; a document of several sequences becomes one of a single sequence. One block of a few megabytes (or
-    the longest document) is in memory at a time, and 4 bytes a document.
+    Documents stay in order. A document of several sequences is written as one sequence. Memory: one block of a few
+    megabytes (or the longest document), plus 4 bytes per document.
 
     Args:
-        prefixes: where the documents are; tokens of one type.
-        held_out_prefix: where the fraction goes.
-        rest_prefix: where the others go; None: nowhere, which makes a sample.
-        fraction: of the documents, above 0 and below 1. Each one is drawn by its hash, so the share comes out as of a
-            lottery: within about sqrt(fraction * documents) documents of it.
-        seed: another seed draws others.
-        overwrite: whether existing pairs may be replaced.
-        progress: called with the bytes of each block that is done.
+        prefixes: input datasets, with tokens of one type.
+        held_out_prefix: output for the fraction.
+        rest_prefix: output for the rest; None: the rest is not written, which makes the fraction a sample.
+        fraction: share of the documents, above 0 and below 1. Documents are drawn independently, so the number of
+            documents deviates by about sqrt(fraction * documents).
+        seed: a different seed draws different documents.
+        overwrite: replace existing pairs.
+        progress: called with the number of bytes after each block.
 
     Raises:
-        UserError: a file is missing, the types differ, an output is there or is an input, or the seed is too large.
+        UserError: a file is missing, token types differ, an output exists or is an input, or the seed is too large.
         RefusedError: an input is damaged.
     """
     if not 0 < fraction < 1:
         raise UserError(f"fraction: {fraction}: give a share of the documents above 0 and below 1")
     if not -(2**63) <= seed < 2**63:
-        raise UserError(f"seed: {seed}: give one of 64 bits")
+        raise UserError(f"seed: {seed}: give a signed integer of 64 bits")
     outputs = [held_out_prefix, *([] if rest_prefix is None else [rest_prefix])]
     if len(set(outputs)) != len(outputs):
-        raise UserError(f"{held_out_prefix}: is both outputs; choose two")
-    datasets = _open_alike(prefixes)
+        raise UserError(f"{held_out_prefix}: is given for both outputs; choose two different prefixes")
+    datasets = open_with_one_dtype(prefixes)
     for output in outputs:
         require_free(output, prefixes, overwrite=overwrite)
     report = SplitReport(0, 0, 0, 0)
@@ -92,7 +93,7 @@ def split_datasets(
 
 
 def content_hashes(block: DocumentBlock, seed: int) -> npt.NDArray[np.uint64]:
-    """64 bits for each document out of its ids and the seed, whatever type the ids are stored in.
+    """Hash each document's ids with the seed to 64 bits; the type that the ids are stored in makes no difference.
 
     Returns:
         uint64 (num_documents,).
@@ -105,20 +106,9 @@ def content_hashes(block: DocumentBlock, seed: int) -> npt.NDArray[np.uint64]:
 
 
 def select(block: DocumentBlock, keep: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int64]]:
-    """The tokens of some documents of a block, one after another, and the length of each."""
+    """Return the concatenated tokens of the documents to keep, and the length of each of them."""
     lengths = block.lengths
     return block.tokens[np.repeat(keep, lengths)], lengths[keep]
-
-
-def _open_alike(prefixes: Sequence[str]) -> list[IndexedDataset]:
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    if not datasets:
-        raise UserError("no data set is given; name at least one prefix of .bin/.idx")
-    other = next((dataset for dataset in datasets if dataset.dtype != datasets[0].dtype), None)
-    if other is not None:
-        types = f"{other.dtype.name} tokens, {datasets[0].prefix} has {datasets[0].dtype.name}"
-        raise UserError(f"{other.prefix}: has {types}; divide them one by one")
-    return datasets
 
 
 def _write(
@@ -128,7 +118,7 @@ def _write(
     so_far: SplitReport,
 ) -> SplitReport:
     sides = [select(block, is_held_out), select(block, ~is_held_out)]
-    for writer, (tokens, lengths) in zip(writers, sides, strict=False):  # a sample has no writer for the rest
+    for writer, (tokens, lengths) in zip(writers, sides, strict=False):  # without rest_prefix there is one writer
         writer.add_documents(tokens, lengths)
     (held_out, held_out_lengths), (rest, rest_lengths) = sides
     return SplitReport(

@@ -1,1 +1,1 @@
-"""Reading and writing Megatron's indexed datasets (.bin and .idx)."""
+"""Megatron's indexed datasets (.bin and .idx): reading, writing and caching."""

@@ -1,11 +1,11 @@
-"""A node's own disk as a cache of token files that lie in an object store or on a shared file system.
+"""Cache on a node's local disk for token files in an object store or on a shared file system.
 
-A file is kept in blocks, each with a checksum in a table beside it. A block is fetched when a sample needs it first, by
-whichever process of the node that is; a block whose checksum is wrong (a power cut, a failing disk) is fetched again.
-What is kept for one content of a file is never used for another: the name is its fingerprint.
+A file is cached in blocks; a table next to them has a checksum per block. The first process of the node that needs a
+block fetches it. A block with a wrong checksum (after a power failure or disk error) is fetched again. Cache files are
+named by the dataset's fingerprint, so a changed dataset never gets old blocks.
 
-Nothing is ever thrown out to make room. Samples come in a random order, each once an epoch, so of two blocks none is
-more likely to be wanted soon, and the best that a full cache can do is to keep what it has.
+Blocks are never evicted. Samples come in random order, each once per epoch, so every block is equally likely to be
+needed next, and a full cache can do no better than to keep its blocks.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.remote import open_ranges
 
-BLOCK_BYTES = 1 << 14  # a sample of 4,096 int32 tokens lies in two
-FETCHES = 16  # requests under way at a time
-_LEAST_FREE = 0.1  # of the disk: from there on nothing more is kept
-_ABSENT = 0
+BLOCK_BYTES = 1 << 14  # a sample of 4,096 int32 tokens spans two blocks
+FETCHES = 16  # concurrent requests
+_LEAST_FREE = 0.1  # share of the disk; with less free space no more blocks are cached
+_NOT_CACHED = 0  # entry of the checksum table
 
 
 def keep_on_disk(datasets: Sequence[IndexedDataset], folder: str) -> None:
-    """Lets data sets read their tokens through a cache in a folder of this node; all its processes may share it.
+    """Make datasets read their tokens through a cache in a local folder, which all processes of a node may share.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder is not writable.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -50,30 +50,30 @@ def keep_on_disk(datasets: Sequence[IndexedDataset], folder: str) -> None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads that fetch what is announced, one set for all files."""
+    """Return the threads that prefetch blocks, shared by all files."""
     return ThreadPoolExecutor(FETCHES, "data-cache")
 
 
 class CachedFile:
-    """The `.bin` of a data set as a `RangeFile` that fetches each block once.
+    """`RangeFile` of a dataset's `.bin` that fetches each block once.
 
-    Nothing is looked up before the first read, and no descriptor stays open: there may be thousands of files.
+    It accesses no file before the first read and keeps no descriptor open, because there may be thousands of files.
 
     Args:
-        dataset: whose tokens these are.
-        folder: where blocks are kept.
+        dataset: the dataset.
+        folder: folder of the cache.
     """
 
     def __init__(self, dataset: IndexedDataset, folder: str) -> None:
         self._dataset, self._path, self._folder = dataset, f"{dataset.prefix}.bin", folder
         self._end = dataset.num_tokens * dataset.dtype.itemsize
-        self._under_way: dict[int, Future[dict[int, bytes]]] = {}
+        self._pending: dict[int, Future[dict[int, bytes]]] = {}
         self._lock = threading.Lock()
-        self._may_keep = True
+        self._has_space = True
 
     @property
     def size(self) -> int:
-        """Bytes of the file itself, now."""
+        """Current size of the original file in bytes."""
         with open_ranges(self._path) as origin:
             return origin.size
 
@@ -83,10 +83,10 @@ class CachedFile:
 
     @functools.cached_property
     def _sums(self) -> npt.NDArray[np.uint32]:
-        """A checksum for each block that is kept, (num_blocks,)."""
+        """Checksum per cached block, (num_blocks,)."""
         num_blocks = -(-self._end // BLOCK_BYTES)
         with open(f"{self._stem}.sums", "ab") as table:
-            table.truncate(4 * num_blocks)  # zeros where nothing was written
+            table.truncate(4 * num_blocks)  # fills a new table with zeros: no block is cached
         return np.memmap(f"{self._stem}.sums", "<u4", "r+", shape=(num_blocks,))
 
     def read(self, offset: int, count: int) -> bytes:
@@ -100,28 +100,28 @@ class CachedFile:
         if count <= 0:
             return 0
         numbers = _blocks(offset, count)
-        blocks = self._arrived(numbers)
+        blocks = self._take_prefetched(numbers)
         for number in numbers:
-            if number not in blocks and (kept := self._kept(number)) is not None:
-                blocks[number] = kept
+            if number not in blocks and (cached := self._read_cached(number)) is not None:
+                blocks[number] = cached
         blocks |= self._fetch([number for number in numbers if number not in blocks])
         data = b"".join(blocks[number] for number in numbers)
-        begin = offset - numbers[0] * BLOCK_BYTES
-        part = data[begin : begin + count]
+        start = offset - numbers[0] * BLOCK_BYTES
+        part = data[start : start + count]
         buffer[: len(part)] = part
         return len(part)
 
     def will_read(self, offset: int, count: int) -> None:
-        """Begins to fetch what is not kept, several ranges at a time."""
+        """Start to fetch the blocks of a range that are not cached."""
         with self._lock:
             numbers = [
                 number
                 for number in _blocks(offset, min(count, self._end - offset))
-                if self._sums[number] == _ABSENT and number not in self._under_way
+                if self._sums[number] == _NOT_CACHED and number not in self._pending
             ]
             if numbers:
                 future = _pool().submit(self._fetch, numbers)
-                self._under_way |= dict.fromkeys(numbers, future)
+                self._pending |= dict.fromkeys(numbers, future)
 
     def __enter__(self) -> CachedFile:
         return self
@@ -130,58 +130,58 @@ class CachedFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def _arrived(self, numbers: Sequence[int]) -> dict[int, bytes]:
-        """What `will_read` asked for; waits for it."""
+    def _take_prefetched(self, numbers: Sequence[int]) -> dict[int, bytes]:
+        """Wait for and return the blocks that `will_read` has requested."""
         with self._lock:
-            futures = {future for number in numbers if (future := self._under_way.get(number)) is not None}
+            futures = {future for number in numbers if (future := self._pending.get(number)) is not None}
         blocks: dict[int, bytes] = {}
         for future in futures:
             fetched = future.result()
             blocks |= fetched
             with self._lock:
                 for number in fetched:
-                    self._under_way.pop(number, None)
+                    self._pending.pop(number, None)
         return {number: blocks[number] for number in numbers if number in blocks}
 
-    def _kept(self, number: int) -> bytes | None:
+    def _read_cached(self, number: int) -> bytes | None:
         expected = int(self._sums[number])
-        if expected == _ABSENT:
+        if expected == _NOT_CACHED:
             return None
-        with open_ranges(f"{self._stem}.blocks") as kept:
-            data = kept.read(number * BLOCK_BYTES, BLOCK_BYTES)
+        with open_ranges(f"{self._stem}.blocks") as cache:
+            data = cache.read(number * BLOCK_BYTES, BLOCK_BYTES)
         return data if _checksum(data) == expected else None
 
     def _fetch(self, numbers: Sequence[int]) -> dict[int, bytes]:
-        """Reads blocks, from the first to the last of these, with one request."""
+        """Read all blocks from the first to the last number with one request, and cache them."""
         if not numbers:
             return {}
         first, last = numbers[0], numbers[-1]
-        begin = first * BLOCK_BYTES
-        data = bytearray(min((last + 1) * BLOCK_BYTES, self._end) - begin)
+        start = first * BLOCK_BYTES
+        data = bytearray(min((last + 1) * BLOCK_BYTES, self._end) - start)
         with open_ranges(self._path) as origin:
             done = 0
-            while done < len(data) and (num_read := origin.read_into(memoryview(data)[done:], begin + done)):
+            while done < len(data) and (num_read := origin.read_into(memoryview(data)[done:], start + done)):
                 done += num_read
-        whole = done == len(data)
-        del data[done:]  # of a file that was cut since it was opened: whoever reads sees the end, and says so
+        is_complete = done == len(data)
+        del data[done:]  # the file was truncated since it was opened: the reader of the dataset reports it
         blocks = {n: bytes(data[(n - first) * BLOCK_BYTES :][:BLOCK_BYTES]) for n in range(first, last + 1)}
-        for number, block in blocks.items() if whole else ():
-            self._keep(number, block)
+        for number, block in blocks.items() if is_complete else ():
+            self._store(number, block)
         return blocks
 
-    def _keep(self, number: int, block: bytes) -> None:
-        if not self._may_keep or self._sums[number] == _checksum(block):
+    def _store(self, number: int, block: bytes) -> None:
+        if not self._has_space or self._sums[number] == _checksum(block):
             return
         disk = os.statvfs(self._folder)
         if disk.f_bavail < _LEAST_FREE * disk.f_blocks:
-            self._may_keep = False
+            self._has_space = False
             return
         fd = os.open(f"{self._stem}.blocks", os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(fd, block, number * BLOCK_BYTES)
         finally:
             os.close(fd)
-        self._sums[number] = _checksum(block)  # only now: until it is there, nobody looks at the block
+        self._sums[number] = _checksum(block)  # last, because other processes read the block once its checksum is there
 
 
 def _blocks(offset: int, count: int) -> range:
@@ -189,4 +189,4 @@ def _blocks(offset: int, count: int) -> range:
 
 
 def _checksum(block: bytes) -> int:
-    return zlib.crc32(block) or 1  # 0 stands for a block that is not there
+    return zlib.crc32(block) or 1  # 0 means that the block is not cached

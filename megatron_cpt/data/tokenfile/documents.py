@@ -1,4 +1,4 @@
-"""A data set as documents: where they begin and end, and all of them in order in bounded memory."""
+"""Documents of a dataset: their boundaries, and iteration over all documents in constant memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ BLOCK_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class DocumentBlock:
-    """Some neighboring documents.
+    """Consecutive documents of a dataset.
+
+    Example: documents [7, 8, 9] and [5] are tokens [7, 8, 9, 5] with bounds [0, 3, 4].
 
     Attributes:
-        first: number of the first one in its data set.
-        tokens: their tokens, one document after another.
-        bounds: int64 (num_documents + 1,), where each begins in `tokens`, and where the last one ends.
-        token_offset: where `tokens` begins in the `.bin`, in tokens.
+        first: index of the first document in its dataset.
+        tokens: concatenated tokens of the documents.
+        bounds: int64 (num_documents + 1,), offset of each document in `tokens`, and the end of the last one.
+        token_offset: offset of `tokens` in the `.bin`, in tokens.
     """
 
     first: int
@@ -34,38 +36,38 @@ class DocumentBlock:
 
     @property
     def num_documents(self) -> int:
-        """How many there are."""
+        """Number of documents."""
         return len(self.bounds) - 1
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each, (num_documents,)."""
+        """Tokens per document, (num_documents,)."""
         return np.diff(self.bounds)
 
-    def document(self, place: int) -> npt.NDArray[Any]:
-        """The tokens of one; `place` counts from 0 in this block."""
-        tokens: npt.NDArray[Any] = self.tokens[self.bounds[place] : self.bounds[place + 1]]
+    def document(self, index: int) -> npt.NDArray[Any]:
+        """Return the tokens of a document; `index` counts from 0 in this block."""
+        tokens: npt.NDArray[Any] = self.tokens[self.bounds[index] : self.bounds[index + 1]]
         return tokens
 
 
 def document_bounds(dataset: IndexedDataset, first: int, stop: int) -> npt.NDArray[np.int64]:
-    """Where documents [first, stop) begin in the `.bin`, in tokens, and where the last of them ends.
+    """Return the offsets of documents [first, stop) in the `.bin`, in tokens, and the end of the last one.
 
     Returns:
-        int64 (stop - first + 1,), never falling.
+        int64 (stop - first + 1,), in ascending order.
 
     Raises:
-        RefusedError: the index leads outside of the data or backwards.
+        RefusedError: the index points outside the data or backwards.
     """
     assert 0 <= first <= stop <= dataset.num_documents, f"documents [{first}, {stop}) of {dataset.num_documents}"
     sequences = np.array(dataset.document_indices[first : stop + 1], np.int64)
     if int(sequences.min()) < 0 or int(sequences.max()) > dataset.num_sequences or (np.diff(sequences) < 0).any():
         raise refuse(f"{dataset.prefix}.idx", f"has document boundaries out of order in documents [{first}, {stop})")
     starts = np.full(len(sequences), dataset.num_tokens, np.int64)
-    # a document that begins behind the last sequence is an empty one at the end
+    # documents that start after the last sequence are empty ones at the end
     inside = sequences[sequences < dataset.num_sequences]
     if inside.size:
-        # a slice is copied whole before it is indexed: numpy would copy all of a table that is not aligned
+        # copy only this slice: indexing an unaligned table would make numpy copy the complete table
         pointers = np.array(dataset.sequence_pointers[inside[0] : inside[-1] + 1], np.int64)
         starts[: inside.size] = pointers[inside - inside[0]] // dataset.dtype.itemsize
     if int(starts[0]) < 0 or int(starts[-1]) > dataset.num_tokens or (np.diff(starts) < 0).any():
@@ -74,27 +76,27 @@ def document_bounds(dataset: IndexedDataset, first: int, stop: int) -> npt.NDArr
 
 
 def bounds_in_blocks(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """The bounds of all documents, a block at a time: the number of its first document, and `document_bounds`."""
+    """Yield the bounds of all documents in blocks: index of the block's first document, and its `document_bounds`."""
     for first in range(0, dataset.num_documents, BLOCK_DOCUMENTS):
         yield first, document_bounds(dataset, first, min(first + BLOCK_DOCUMENTS, dataset.num_documents))
 
 
 def document_blocks(dataset: IndexedDataset, block_tokens: int = BLOCK_TOKENS) -> Iterator[DocumentBlock]:
-    """All documents in order.
+    """Yield all documents in order, in blocks.
 
     Args:
-        dataset: the data set.
-        block_tokens: at most so many at a time; a longer document makes a block of its own.
+        dataset: the dataset.
+        block_tokens: most tokens per block; a longer document is a block of its own.
 
     Raises:
         RefusedError: the index is damaged or the file became shorter since it was opened.
     """
     for first, bounds in bounds_in_blocks(dataset):
-        place, last = 0, len(bounds) - 1
-        while place < last:
-            fits = int(np.searchsorted(bounds, bounds[place] + block_tokens, side="right")) - 1
-            stop = min(last, max(fits, place + 1))
-            start = int(bounds[place])
-            tokens = dataset.read(start, int(bounds[stop]) - start)
-            yield DocumentBlock(first + place, tokens, bounds[place : stop + 1] - start, start)
-            place = stop
+        start, end = 0, len(bounds) - 1
+        while start < end:
+            fits = int(np.searchsorted(bounds, bounds[start] + block_tokens, side="right")) - 1
+            stop = min(end, max(fits, start + 1))
+            offset = int(bounds[start])
+            tokens = dataset.read(offset, int(bounds[stop]) - offset)
+            yield DocumentBlock(first + start, tokens, bounds[start : stop + 1] - offset, offset)
+            start = stop

@@ -1,4 +1,4 @@
-"""The header of a `.idx` file: all that planning and starting a run need to know of a token file, in a few small reads.
+"""Header of a `.idx` file. It has all that is needed to plan and start a run, and is read in a few small reads.
 
 Layout of a `.idx` (megatron-core `datasets/indexed_dataset.py`, version 1; everything little-endian):
 
@@ -6,13 +6,16 @@ Layout of a `.idx` (megatron-core `datasets/indexed_dataset.py`, version 1; ever
     uint64     version (1)
     uint8      code of the token type
     uint64     S: number of sequences
-    uint64     D: number of document boundaries, one more than there are documents
+    uint64     D: number of document boundaries, one more than the number of documents
     int32[S]   tokens of each sequence
-    int64[S]   where each sequence begins in the `.bin`, in bytes
-    int64[D]   the sequence each document begins with; the last entry is S
-    int8[S]    mode of each sequence: only in multimodal data sets
+    int64[S]   offset of each sequence in the `.bin`, in bytes
+    int64[D]   first sequence of each document; the last entry is S
+    int8[S]    mode of each sequence, only in multimodal datasets
 
-The `.bin` holds the tokens of all sequences one after another and nothing else.
+The `.bin` contains the tokens of all sequences, one after another, and nothing else.
+
+Example: documents [7, 8, 9] and [5] as uint16, one sequence each: S = 2, D = 3, lengths 3 1, offsets 0 6, first
+sequences 0 1 2. The `.bin` has 8 bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 PREAMBLE = struct.Struct("<9sQBQQ")
 
-# megatron-core's `DType` enumeration; always little-endian, so that a file means the same on every machine.
+# megatron-core's `DType` enumeration. Always little-endian, so that every machine reads the same tokens.
 DTYPE_CODES: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
@@ -43,20 +46,20 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 
-_WAY_OUT = "copy the .bin/.idx pair again from where it is whole, or build it anew with `megatron-cpt preprocess`"
+_FIX = "copy the .bin/.idx pair again from an intact source, or build it again with `megatron-cpt preprocess`"
 
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What the first bytes of a `.idx` and the two file sizes tell.
+    """Header of a dataset, from the first bytes of its `.idx` and the sizes of both files.
 
     Attributes:
-        prefix: the path without `.bin` or `.idx`.
-        dtype: type of one token.
-        num_sequences: megatron's sequences; a document has one or more.
-        num_documents: real documents (the file stores one boundary more).
-        num_tokens: tokens in the `.bin`.
-        has_modes: whether the file carries the modes of a multimodal data set.
+        prefix: path without `.bin` or `.idx`.
+        dtype: type of a token.
+        num_sequences: number of sequences; a document has one or more.
+        num_documents: number of documents.
+        num_tokens: number of tokens in the `.bin`.
+        has_modes: the dataset is multimodal: its index has a mode per sequence.
     """
 
     prefix: str
@@ -83,41 +86,41 @@ class IndexHeader:
 
     @property
     def modes_offset(self) -> int:
-        """Byte offset of what follows the document boundaries: the modes, or the end of the file."""
+        """Byte offset of the modes, or of the end of the file if it has none."""
         return self.documents_offset + 8 * (self.num_documents + 1)
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest token type megatron uses for a vocabulary: uint16 below 65,500 ids, else int32."""
+    """Return the token type that Megatron uses for a vocabulary: uint16 below 65,500 ids, else int32."""
     return DTYPE_CODES[8] if vocab_size < 65500 else DTYPE_CODES[4]
 
 
 def dtype_code(dtype: np.dtype[Any]) -> int:
-    """The code a token type has in the file.
+    """Return the code of a token type in the file.
 
     Raises:
-        UserError: megatron's format has no such token type.
+        UserError: Megatron's format does not have the token type.
     """
     for code, known in DTYPE_CODES.items():
         if known == dtype:
             return code
-    raise UserError(f"token type {dtype} cannot be stored in a .bin/.idx; known: {_dtype_names()}")
+    raise UserError(f"token type {dtype} cannot be stored in a .bin/.idx; choose one of {_dtype_names()}")
 
 
 def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
-    """Reads the header of PREFIX.idx and checks that it, the rest of the file and PREFIX.bin agree in size.
+    """Read the header of PREFIX.idx, and check that its tables and PREFIX.bin have the sizes it implies.
 
-    The cost does not depend on the size of the data: the preamble, the last entry of each table, two file sizes.
+    Reads the preamble, the first and last entries of the tables and two file sizes, regardless of the size of the data.
 
     Raises:
-        UserError: one of the two files is missing or may not be read.
-        RefusedError: a file is cut, foreign, or the two do not belong together.
+        UserError: a file is missing or not readable.
+        RefusedError: a file is truncated, has another format, or the two files do not belong together.
     """
     prefix = os.fspath(prefix)
     idx_path, bin_path = f"{prefix}.idx", f"{prefix}.bin"
     missing = [path for path in (idx_path, bin_path) if not is_file(path)]
     if missing:
-        raise UserError(f"no such file: {' and '.join(missing)}; a data set is a pair PREFIX.bin and PREFIX.idx")
+        raise UserError(f"no such file: {' and '.join(missing)}; a dataset is a pair PREFIX.bin and PREFIX.idx")
     try:
         with open_ranges(idx_path) as idx, open_ranges(bin_path) as tokens:
             bin_bytes = tokens.size
@@ -130,8 +133,8 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
 
 
 def refuse(path: str, problem: str) -> RefusedError:
-    """The error for a file that must not be used: which one, what is wrong, the way out."""
-    return RefusedError(f"{path}: {problem}; {_WAY_OUT}")
+    """Build the error for a damaged file: its path, the problem, and what to do."""
+    return RefusedError(f"{path}: {problem}; {_FIX}")
 
 
 def _dtype_names() -> str:
@@ -149,29 +152,31 @@ def _parse_preamble(prefix: str, idx_path: str, preamble: bytes, idx_bytes: int,
     if code not in DTYPE_CODES:
         raise refuse(idx_path, f"has the unknown token type code {code}; known are 1 to 8 ({_dtype_names()})")
     if num_boundaries < 1:
-        raise refuse(idx_path, "has no document boundaries; even an empty data set has one")
+        raise refuse(idx_path, "has no document boundaries; even an empty dataset has one")
     dtype = DTYPE_CODES[code]
     if bin_bytes % dtype.itemsize:
-        raise refuse(f"{prefix}.bin", f"has {bin_bytes} bytes, not a whole number of {dtype.name} tokens: it was cut")
-    plain = IndexHeader(prefix, dtype, num_sequences, num_boundaries - 1, bin_bytes // dtype.itemsize)
-    with_modes = plain.modes_offset + num_sequences
-    if idx_bytes not in (plain.modes_offset, with_modes):
+        raise refuse(
+            f"{prefix}.bin", f"has {bin_bytes} bytes, no whole number of {dtype.name} tokens: it was truncated"
+        )
+    header = IndexHeader(prefix, dtype, num_sequences, num_boundaries - 1, bin_bytes // dtype.itemsize)
+    with_modes = header.modes_offset + num_sequences
+    if idx_bytes not in (header.modes_offset, with_modes):
         raise refuse(
             idx_path,
             f"has {idx_bytes} bytes, but {num_sequences} sequences and {num_boundaries - 1} documents take "
-            f"{plain.modes_offset} (or {with_modes} with modes): it was cut or is damaged",
+            f"{header.modes_offset} (or {with_modes} with modes): it was truncated or is damaged",
         )
     has_modes = num_sequences > 0 and idx_bytes == with_modes
-    return IndexHeader(prefix, dtype, num_sequences, num_boundaries - 1, plain.num_tokens, has_modes)
+    return IndexHeader(prefix, dtype, num_sequences, num_boundaries - 1, header.num_tokens, has_modes)
 
 
 def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: str, bin_bytes: int) -> None:
-    """What the tables' first and last entries say must fit each other and lead exactly to the end of the `.bin`."""
+    """Check that the first and last table entries are consistent and end exactly at the end of the `.bin`."""
     (last_boundary,) = struct.unpack("<q", idx.read(header.modes_offset - 8, 8))
     if last_boundary != header.num_sequences:
         raise refuse(idx_path, f"ends its last document at sequence {last_boundary} of {header.num_sequences}")
     last, end = header.num_sequences - 1, 0
-    # a wrong token type makes every pointer wrong, so looking at both ends finds nearly all of those
+    # a wrong token type makes every pointer wrong, so the first and last few entries reveal it
     for sequence in sorted({0, max(0, last - 1), last}) if header.num_sequences else []:
         (size,) = struct.unpack("<i", idx.read(header.sizes_offset + 4 * sequence, 4))
         num_pointers = 2 if sequence < last else 1
@@ -182,10 +187,10 @@ def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: st
             raise refuse(
                 idx_path,
                 f"gives sequence {sequence} {size} {header.dtype.name} tokens from byte {start}"
-                + (f", and begins the next one at byte {after[0]}" if after else ""),
+                + (f", and starts the next one at byte {after[0]}" if after else ""),
             )
     if end != bin_bytes:
         raise refuse(
             bin_path,
-            f"has {bin_bytes} bytes, but its .idx describes {end}: it was cut, or the two files are not a pair",
+            f"has {bin_bytes} bytes, but its .idx describes {end}: it was truncated, or the two files are not a pair",
         )

@@ -1,9 +1,9 @@
-"""megatron's `.bin`/`.idx` token files: reading them, and finding them by prefix or glob.
+"""Reader of Megatron's `.bin`/`.idx` token files, and the search for them by prefix or glob.
 
-The `.bin` is read with `pread` and not through a memory map: a read releases the interpreter lock (the prefetching
-thread never stalls a training step on a page fault), a failing disk or a file cut underneath is an exception and not
-a SIGBUS, and no descriptor stays open, so ten thousand files fit under the usual limit of 1,024. The tables of the
-`.idx` are memory maps, made when first asked for: training never looks at them.
+The `.bin` is read with `pread` instead of a memory map, for three reasons. A read releases the interpreter lock, so the
+prefetching thread does not stall a training step on a page fault. A failing disk or a truncated file raises an
+exception instead of SIGBUS. No descriptor stays open, so ten thousand files fit under the usual limit of 1,024.
+The tables of the `.idx` are memory-mapped at first use; training does not need them.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ __all__ = [
 
 
 class IndexedDataset:
-    """A PREFIX.bin/PREFIX.idx pair. Opening it costs one header read, whatever its size.
+    """Dataset in a PREFIX.bin/PREFIX.idx pair. Opening it reads only the header, regardless of its size.
 
     Args:
         prefix: path without `.bin` or `.idx`.
 
     Attributes:
-        tokens_file: what the tokens are read through (see `cache.py`); None: the `.bin` itself, opened for each read.
+        tokens_file: file that the tokens are read from, such as a cache (see `disk_cache.py`); None: the `.bin` itself,
+            opened for each read.
 
     Raises:
         UserError: a file is missing.
-        RefusedError: the files are damaged or no pair (see `read_header`).
+        RefusedError: the files are damaged or not a pair (see `read_header`).
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -67,16 +68,16 @@ class IndexedDataset:
 
     @cached_property
     def sequence_pointers(self) -> npt.NDArray[np.int64]:
-        """Where each sequence begins in the `.bin`, in bytes, (num_sequences,)."""
+        """Offset of each sequence in the `.bin`, in bytes, (num_sequences,)."""
         return self._table("<i8", self.header.pointers_offset, self.num_sequences)
 
     @cached_property
     def document_indices(self) -> npt.NDArray[np.int64]:
-        """The sequence each document begins with, and num_sequences at the end, (num_documents + 1,)."""
+        """First sequence of each document, and num_sequences at the end, (num_documents + 1,)."""
         return self._table("<i8", self.header.documents_offset, self.num_documents + 1)
 
     def read(self, start: int, count: int) -> npt.NDArray[Any]:
-        """Tokens [start, start + count) of the `.bin`, whatever documents they belong to.
+        """Return tokens [start, start + count) of the `.bin`, regardless of document boundaries.
 
         Raises:
             IndexError: the range is not inside the file.
@@ -88,11 +89,11 @@ class IndexedDataset:
         return tokens
 
     def read_rows(self, starts: Sequence[int], rows: Sequence[npt.NDArray[Any]]) -> None:
-        """Fill each row with the tokens of the `.bin` from its start on; the file is opened once.
+        """Fill each row with consecutive tokens of the `.bin`; the file is opened once.
 
         Args:
-            starts: offsets of the first tokens.
-            rows: contiguous, of the file's type.
+            starts: offset of each row's first token.
+            rows: contiguous arrays of the file's token type.
 
         Raises:
             IndexError: a range is not inside the file.
@@ -105,39 +106,37 @@ class IndexedDataset:
         itemsize = self.dtype.itemsize
         with self._open_tokens() as file:
             for start, row in zip(starts, rows, strict=True):
-                rest, offset = row.data.cast("B"), start * itemsize
-                while rest:  # one call reads at most 2 GiB, and may be interrupted
-                    num_read = file.read_into(rest, offset)
+                unread, offset = row.data.cast("B"), start * itemsize
+                while unread:  # one call reads at most 2 GiB, and may be interrupted
+                    num_read = file.read_into(unread, offset)
                     if num_read == 0:
-                        was = self.num_tokens * itemsize
-                        raise refuse(
-                            f"{self.prefix}.bin", f"was cut from {was} to {file.size} bytes since it was opened"
-                        )
-                    rest, offset = rest[num_read:], offset + num_read
+                        sizes = f"from {self.num_tokens * itemsize} to {file.size} bytes"
+                        raise refuse(f"{self.prefix}.bin", f"was truncated {sizes} since it was opened")
+                    unread, offset = unread[num_read:], offset + num_read
 
     def will_read(self, starts: Sequence[int], count: int) -> None:
-        """Says that so many tokens from each of these on are read soon: the disk can fetch many samples at a time."""
+        """Announce that `count` tokens from each start will be read soon; the disk can then fetch them in parallel."""
         itemsize = self.dtype.itemsize
         with self._open_tokens() as file:
             for start in starts:
                 file.will_read(start * itemsize, count * itemsize)
 
     def document(self, index: int) -> npt.NDArray[Any]:
-        """All tokens of one document.
+        """Return all tokens of a document.
 
         Raises:
-            IndexError: there is no such document.
+            IndexError: the document does not exist.
         """
         start = self.document_start(index)
         end = self.num_tokens if index == self.num_documents - 1 else self.document_start(index + 1)
         return self.read(start, end - start)
 
     def document_start(self, index: int) -> int:
-        """Offset of a document's first token in the `.bin`, in tokens.
+        """Return the offset of a document's first token in the `.bin`, in tokens.
 
         Raises:
-            IndexError: there is no such document.
-            RefusedError: the index leads outside of the data.
+            IndexError: the document does not exist.
+            RefusedError: the index points outside the data.
         """
         if not 0 <= index < self.num_documents:
             raise IndexError(f"{self.prefix}: document {index} of {self.num_documents}")
@@ -145,7 +144,7 @@ class IndexedDataset:
         if sequence == self.num_sequences:  # empty documents at the end
             return self.num_tokens
         if not 0 <= sequence < self.num_sequences:
-            raise refuse(f"{self.prefix}.idx", f"begins document {index} at sequence {sequence}")
+            raise refuse(f"{self.prefix}.idx", f"starts document {index} at sequence {sequence}")
         start, remainder = divmod(int(self.sequence_pointers[sequence]), self.dtype.itemsize)
         if remainder or not 0 <= start <= self.num_tokens:
             raise refuse(
@@ -154,19 +153,19 @@ class IndexedDataset:
         return start
 
     def document_at(self, token_offset: int) -> int:
-        """The document that the token at this offset of the `.bin` belongs to (two binary searches).
+        """Return the document that contains the token at this offset of the `.bin` (two binary searches).
 
         Raises:
-            IndexError: there is no such token.
+            IndexError: the token does not exist.
         """
         if not 0 <= token_offset < self.num_tokens:
             raise IndexError(f"{self.prefix}.bin: token {token_offset} of {self.num_tokens}")
-        # bisect looks at a few entries; np.searchsorted would first copy the whole unaligned table
+        # bisect reads a few entries; np.searchsorted would first copy the complete unaligned table
         sequence = bisect_right(self.sequence_pointers, token_offset * self.dtype.itemsize) - 1
         return bisect_right(self.document_indices, sequence) - 1
 
     def close(self) -> None:
-        """Lets go of the memory maps; they come back when asked for."""
+        """Release the memory maps; they are created again at the next use."""
         for name in ("sizes", "sequence_pointers", "document_indices"):
             self.__dict__.pop(name, None)
 
@@ -187,17 +186,19 @@ class IndexedDataset:
 
 
 def expand_prefixes(path: str | list[str]) -> list[str]:
-    """The data sets that a `path` of run.yaml names.
+    """Expand the `path` of a source in run.yaml to dataset prefixes.
+
+    Example: ["data/web", "data/code-*"] becomes ["data/web", "data/code-0", "data/code-1"].
 
     Args:
-        path: a prefix, a list of prefixes, or a glob matched against `*.idx` (each match once, in sorted order).
-            A trailing `.bin` or `.idx` is accepted.
+        path: a prefix, a glob over `.idx` files (matches are sorted), or a list of both. Entries may end in `.bin` or
+            `.idx`.
 
     Returns:
-        prefixes in the order given; not checked to exist where no glob was used (`read_header` says what is missing).
+        Prefixes in the given order. A prefix without a glob may not exist; `read_header` checks that.
 
     Raises:
-        UserError: an empty list, a glob that matches nothing, or the same prefix twice.
+        UserError: the list is empty, a glob has no match, or a prefix occurs twice.
     """
     prefixes: list[str] = []
     for entry in [path] if isinstance(path, str) else path:

@@ -1,7 +1,7 @@
-"""Writes megatron's `.bin`/`.idx` pair, byte for byte what megatron-core's `IndexedDatasetBuilder` writes.
+"""Writer of Megatron's `.bin`/`.idx` pairs, byte for byte equal to megatron-core's `IndexedDatasetBuilder`.
 
-Both files are written aside, forced to disk and only then renamed, the `.bin` first: whoever finds a `.idx` under the
-final name finds a whole data set.
+Both files are written under temporary names, flushed to disk and then renamed, the `.bin` first. So if a `.idx` exists
+under its final name, the dataset is complete.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import close_durably, publish
 
 _MAX_SEQUENCE = int(np.iinfo(np.int32).max)
-_TABLE_BLOCK = 1 << 20  # documents whose entries are made and written at a time
+_TABLE_BLOCK = 1 << 20  # documents per block when the index tables are written
 _BIN_BUFFER = 1 << 22  # bytes
 
 
 class IndexedDatasetWriter:
-    """Context manager that writes PREFIX.bin and PREFIX.idx, one sequence a document.
+    """Context manager that writes PREFIX.bin and PREFIX.idx, with one sequence per document.
 
-    On a clean exit the pair is published; on an exception, or if the process dies, nothing appears under the final
-    names (an exception also removes the temporaries `PREFIX.bin.tmp-PID` and `PREFIX.idx.tmp-PID`).
+    The pair gets its final names when the block ends without an exception. After an exception, or if the process dies,
+    no file has a final name (an exception also removes the temporary `PREFIX.bin.tmp-PID` and `PREFIX.idx.tmp-PID`).
+
+    Example:
+        >>> with IndexedDatasetWriter("data/web", best_dtype(vocab_size=257)) as writer:
+        ...     writer.add_document([72, 105, 256])
 
     Args:
-        prefix: path without `.bin` or `.idx`; its folder is made if missing.
+        prefix: path without `.bin` or `.idx`; a missing folder is created.
         dtype: token type, for example `best_dtype(vocab_size)`.
 
     Raises:
-        UserError: a token type or a token that the format cannot hold, or a folder that cannot be written.
+        UserError: the format cannot store the token type or a token, or the folder is not writable.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:
@@ -43,7 +47,7 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype)
         self._code = dtype_code(self.dtype)
         self._temporary = {end: f"{self.prefix}.{end}.tmp-{os.getpid()}" for end in ("bin", "idx")}
-        self._sizes = array("i")  # of all documents so far: 4 bytes each
+        self._sizes = array("i")  # tokens per document; an array takes 4 bytes per entry
         self._bin: IO[bytes] | None = None
         self.num_documents = 0
         self.num_tokens = 0
@@ -65,23 +69,23 @@ class IndexedDatasetWriter:
                 close_durably(self._bin)
                 self._write_index()
                 publish([(self._temporary[end], f"{self.prefix}.{end}") for end in ("bin", "idx")])
-        finally:  # after a success there is nothing left to remove
+        finally:  # after a success the temporary files no longer exist
             self._bin.close()
             for path in self._temporary.values():
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Appends one document (it may be empty)."""
+        """Append a document; it may be empty."""
         flat = np.asarray(tokens)
         self.add_documents(flat, [flat.size])
 
     def add_documents(self, flat_tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Appends many documents at once.
+        """Append many documents.
 
         Args:
-            flat_tokens: the tokens of all of them, one after another.
-            lengths: tokens of each; they add up to the number of tokens.
+            flat_tokens: concatenated tokens of the documents.
+            lengths: number of tokens of each document.
         """
         assert self._bin is not None, "the writer is used inside its `with` block"
         tokens, sizes = np.asarray(flat_tokens), np.asarray(lengths, dtype=np.int64)
@@ -89,7 +93,7 @@ class IndexedDatasetWriter:
             raise ValueError(f"{sizes.size} lengths that add up to {int(sizes.sum())} for {tokens.size} tokens")
         if sizes.size and int(sizes.max()) > _MAX_SEQUENCE:
             raise UserError(
-                f"a document of {int(sizes.max())} tokens: the format holds at most {_MAX_SEQUENCE}; split it"
+                f"a document of {int(sizes.max())} tokens: the format allows at most {_MAX_SEQUENCE}; split it"
             )
         self._bin.write(self._cast(tokens).data)
         self._sizes.frombytes(sizes.astype(np.int32).tobytes())
@@ -97,13 +101,15 @@ class IndexedDatasetWriter:
         self.num_tokens += tokens.size
 
     def _cast(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The tokens in the file's type; numpy alone would wrap an id that does not fit into another one."""
+        """Convert tokens to the file's type, and refuse an id that does not fit: numpy would wrap it silently."""
         if tokens.size and tokens.dtype != self.dtype and self.dtype.kind in "iu":
             limits = np.iinfo(self.dtype)
             low, high = int(tokens.min()), int(tokens.max())
             if low < limits.min or high > limits.max:
-                bad = low if low < limits.min else high
-                raise UserError(f"{self.prefix}.bin: token id {bad} does not fit {self.dtype.name}; use a wider type")
+                bad_id = low if low < limits.min else high
+                raise UserError(
+                    f"{self.prefix}.bin: token id {bad_id} does not fit {self.dtype.name}; use a wider type"
+                )
         return np.ascontiguousarray(tokens, dtype=self.dtype)
 
     def _write_index(self) -> None:
@@ -112,14 +118,14 @@ class IndexedDatasetWriter:
 
 
 def write_index(path: str, sizes: npt.NDArray[np.int32], dtype: np.dtype[Any], *, empty_sequences: bool) -> None:
-    """Writes the `.idx` of documents of one sequence each, and forces it to disk.
+    """Write the `.idx` of documents with one sequence each, and flush it to disk.
 
     Args:
-        path: of the `.idx`.
-        sizes: tokens of each document, (num_documents,); may be a memory map, and is read in pieces.
+        path: path of the `.idx`.
+        sizes: (num_documents,), tokens per document; may be a memory map, because it is read in blocks.
         dtype: token type.
-        empty_sequences: whether a document without tokens has a sequence of none, as the builder's `add_document`
-            makes it, or no sequence at all, as Megatron-LM's `preprocess_data.py` makes it.
+        empty_sequences: give a document without tokens an empty sequence, as the builder's `add_document` does; if
+            False, no sequence, as in Megatron-LM's `preprocess_data.py`.
     """
     blocks = [slice(at, at + _TABLE_BLOCK) for at in range(0, len(sizes), _TABLE_BLOCK)]
 

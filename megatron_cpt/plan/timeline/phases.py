@@ -90,7 +90,7 @@ class SourcePosition:
     def turn(self, seq_length: int, grid: SpanGrid | None) -> SourcePosition:
         """Where it goes on with samples of another length; to a few where its size is not known."""
         if grid is not None and grid.num_spans:
-            return SourcePosition(seq_length, grid.turn(self.k, self.seq_length, seq_length))
+            return SourcePosition(seq_length, grid.first_unread(self.k, self.seq_length, seq_length))
         return SourcePosition(seq_length, -(-self.k * self.seq_length // seq_length))
 
 

@@ -1,4 +1,4 @@
-"""`check`, `inspect` and the scripts that shape data: what they print, and how they end."""
+"""Output and exit status of the data commands `check`, `inspect`, `merge`, `split`, `overlap` and their scripts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
+from megatron_cpt.cli.overlap_command import overlap
+from megatron_cpt.data.contamination.overlap import NEAR, NGRAM
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "to be or not to be", "to be or not to be"]
@@ -32,22 +35,22 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 class TestCheck:
-    def test_sound(self, folder, capsys):
+    def test_valid(self, folder, capsys):
         assert main(["check", "web", "code.idx", "--vocab-size", "257"]) == 0
         out = capsys.readouterr().out
-        assert "web: sound\n  3 documents, 82 uint16 tokens\n" in out
+        assert "web: valid\n  3 documents, 82 uint16 tokens\n" in out
         assert "largest id 256, of a vocabulary of 257" in out
         assert "end-of-document id: 256; empty: 0; duplicates: 1" in out
-        assert "warning: web.bin: document 2: is the same as document 1" in out
-        assert "code: sound" in out
+        assert "warning: web.bin: document 2: is a duplicate of document 1" in out
+        assert "code: valid" in out
 
-    def test_not_sound(self, folder, capsys):
+    def test_invalid(self, folder, capsys):
         os.truncate("code.bin", 10)
         assert main(["check", "*", "--vocab-size", "200"]) == 3
         out = capsys.readouterr().out
-        assert "code: NOT SOUND" in out
+        assert "code: INVALID" in out
         assert "fault: code.bin: has 10 bytes, but the sizes in its .idx add up to 20 uint16 tokens" in out
-        assert "web: NOT SOUND, 3 faults" in out
+        assert "web: INVALID, 3 faults" in out
         assert "fault: web.bin: token 43 of document 0: id 256 is outside of the vocabulary of 200" in out
 
     @pytest.mark.parametrize(("num_bytes", "status"), [(40, 0), (39, 3)])
@@ -79,7 +82,7 @@ class TestInspect:
         assert main(["inspect", "web", "--plot", "lengths.png"]) == 0
         out = capsys.readouterr().out
         assert "web: 3 documents, 82 uint16 tokens" in out
-        assert "tokens of a document: 19 to 44, mean 27.3" in out
+        assert "tokens per document: 19 to 44, mean 27.3" in out
         assert [line.split()[:4] for line in out.splitlines()[-2:]] == [
             ["16", "to", "31", "2"],
             ["32", "to", "63", "1"],
@@ -109,7 +112,7 @@ class TestInspect:
         [
             (["none"], 2, "no such file"),
             (["web", "--document", "3"], 2, "no document 3; they are 0 to 2"),
-            (["*"], 2, "2 data sets; give one of them: code, web"),
+            (["*"], 2, "2 datasets; give one of them: code, web"),
             (["web", "--tokenizer", "nope"], 2, "not a known KIND:PATH"),
             (["wide", "--tokenizer", "byte"], 2, "id 300 is not one of the tokenizer's 257 ids"),
             (["negative", "--tokenizer", "byte"], 2, "id -7 is not one of the tokenizer's 257 ids"),
@@ -127,14 +130,18 @@ class TestInspect:
         assert text in capsys.readouterr().err
 
 
-def test_none_of_them_loads_torch(folder):
+def test_no_data_command_loads_torch(folder):
     script = (
         "import sys; from megatron_cpt.cli import main; import megatron_cpt.provenance.trace\n"
         "print(main(['check', 'web']), main(['inspect', 'web']), main(['trace', 'none', '--step', '1']))\n"
+        "print(main('merge --input web code --output-prefix out'.split()), end=' ')\n"
+        "print(main('overlap --train web --held-out code'.split()))\n"
         "print([name for name in ('torch', 'megatron.core', 'tokenizers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-2:] == ["0 0 2", "[]"]
+    lines = done.stdout.splitlines()
+    assert "0 0 2" in lines
+    assert lines[-2:] == ["0", "[]"]
 
 
 def tool(repository: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -151,11 +158,11 @@ def test_merge_a_folder_as_megatron_does(folder, repository):
             os.rename(f"{name}{ending}", f"all/{name}{ending}")
     done = tool(repository, "merge_datasets", "--input", "all", "--output-prefix", "joined")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "joined: 2 data sets, 5 documents, 102 uint16 tokens\n"
+    assert done.stdout == "joined: 2 datasets, 5 documents, 102 uint16 tokens\n"
     assert bytes(IndexedDataset("joined").document(0)[:-1].astype("u1")) == b"def f(): pass"
     again = tool(repository, "merge_datasets", "--input", "all", "--output-prefix", "joined")
     assert again.returncode == 2
-    assert "error: joined.bin and joined.idx: there already" in again.stderr
+    assert "error: joined.bin and joined.idx: exists already" in again.stderr
     other = tool(repository, "merge_datasets", "--input", "all/web", "all/code", "--output-prefix", "other")
     assert other.returncode == 0
     assert bytes(IndexedDataset("other").document(3)[:-1].astype("u1")) == b"def f(): pass"
@@ -172,19 +179,16 @@ def test_split(folder, repository):
 
 
 def test_contamination(folder, repository):
-    Path("exam.jsonl").write_text(
-        "".join(
-            json.dumps({"text": text}) + "\n" for text in ("he quick brown fox jumps over", TEXTS[1], "nothing of it")
-        )
-    )
+    exam = ("he quick brown fox jumps over", TEXTS[1], "something unrelated")
+    Path("exam.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in exam))
     arguments = ("--train", "web", "code", "--held-out", "exam.jsonl", "--tokenizer", "byte")
     done = tool(repository, "contamination", *arguments, "--clean-prefix", "clean")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == (
-        "3 held-out documents: 1 exact, 1 near, 0 partial, 1 clean, 0 short (13 ids in a row)"
+        "3 held-out documents: 1 exact, 1 near, 0 partial, 1 clean, 0 short (n-grams of 13 ids)"
     )
-    assert "3 of 5 training documents (102 tokens) share something" in done.stdout
-    assert "exact   exam.jsonl:2:text: 6 of 6 n-grams in web document 1, 6 in all" in done.stdout
+    assert "3 of 5 training documents (102 tokens) overlap with them" in done.stdout
+    assert "exact   exam.jsonl:2:text: 6 of 6 n-grams in web document 1, 6 in all documents" in done.stdout
     assert IndexedDataset("clean").num_documents == 2
     plain = json.loads(tool(repository, "contamination", *arguments, "--json").stdout)
     assert plain["counts"] == {"exact": 1, "near": 1, "partial": 0, "clean": 1, "short": 0}
@@ -192,3 +196,103 @@ def test_contamination(folder, repository):
     bad = tool(repository, "contamination", "--train", "none", "--held-out", "web")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert "error: no such file" in bad.stderr
+
+
+@pytest.fixture
+def damaged(folder) -> None:
+    """Write a dataset whose .bin was truncated, and one of another token type."""
+    write("cut", ["ab"])
+    os.truncate("cut.bin", 2)
+    with IndexedDatasetWriter("wide", "<i4") as writer:
+        writer.add_document(np.array([65, 300]))
+
+
+class TestMerge:
+    def test_text_and_json(self, folder, capsys):
+        assert main(["merge", "--input", "web", "code", "--output-prefix", "out/joined"]) == 0
+        assert capsys.readouterr().out == "out/joined: 2 datasets, 5 documents, 102 uint16 tokens\n"
+        assert main(["merge", "--input", "*", "--output-prefix", "again", "--json"]) == 0
+        plain = json.loads(capsys.readouterr().out)
+        assert plain == {
+            "prefix": "again", "inputs": ["code", "web"], "documents": 5, "tokens": 102, "dtype": "uint16"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "text"),
+        [
+            (["--input", "web", "none", "--output-prefix", "out"], 2, "no such file: none.idx and none.bin"),
+            (["--input", "web", "wide", "--output-prefix", "out"], 2, "wide: has int32 tokens, web has uint16"),
+            (["--input", "web", "--output-prefix", "code"], 2, "code.bin and code.idx: exists already"),
+            (["--input", "--output-prefix", "out"], 2, "--input: give at least one value"),
+            (["--input", "web"], 2, "--output-prefix"),
+            (["--input", "web", "cut", "--output-prefix", "out"], 3, "cut.bin: has 2 bytes"),
+        ],
+    )
+    def test_mistakes(self, folder, damaged, capsys, arguments, status, text):
+        assert main(["merge", *arguments]) == status
+        assert text in capsys.readouterr().err
+        assert not list(folder.glob("out*"))
+
+
+class TestSplit:
+    def test_text_and_json(self, folder, capsys):
+        arguments = ["split", "--input", "web", "code", "--fraction", "0.5", "--held-out-prefix", "held"]
+        assert main(arguments) == 0
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith("held: ")
+        assert second.startswith("the rest (not written): ")
+        assert main([*arguments, "--rest-prefix", "rest", "--overwrite", "--json"]) == 0
+        plain = json.loads(capsys.readouterr().out)
+        for side, name in (("held_out", "held"), ("rest", "rest")):
+            dataset = IndexedDataset(name)
+            assert plain[side] == {"prefix": name, "documents": dataset.num_documents, "tokens": dataset.num_tokens}
+
+    @pytest.mark.parametrize(
+        ("changes", "status", "text"),
+        [
+            ({"--fraction": "1"}, 2, "fraction: 1.0: give a share"),
+            ({"--seed": str(2**63)}, 2, "give a signed integer of 64 bits"),
+            ({"--held-out-prefix": "web"}, 2, "web: is an input too"),
+            ({"--held-out-prefix": "code"}, 2, "code.bin and code.idx: exists already"),
+            ({"--input": "none"}, 2, "no such file"),
+            ({"--input": "cut"}, 3, "cut.bin: has 2 bytes"),
+        ],
+    )
+    def test_mistakes(self, folder, damaged, capsys, changes, status, text):
+        options = {"--input": "web", "--fraction": "0.5", "--held-out-prefix": "out"} | changes
+        assert main(["split", *(word for pair in options.items() for word in pair)]) == status
+        assert text in capsys.readouterr().err
+        assert not list(folder.glob("out*"))
+
+
+class TestOverlap:
+    def test_clean_training_data(self, folder, capsys):
+        write("exam", [TEXTS[1]])
+        arguments = ["overlap", "--train", "web", "code", "--held-out", "exam"]
+        assert main([*arguments, "--clean-prefix", "clean"]) == 0
+        assert "1 exact, 0 near, 0 partial, 0 clean, 0 short (n-grams of 13 ids)" in capsys.readouterr().out
+        assert IndexedDataset("clean").num_documents == 3
+        assert main([*arguments, "--json", "--ngram", "40"]) == 0
+        plain = json.loads(capsys.readouterr().out)
+        assert (plain["ngram"], plain["near"], plain["held_out"][0]["copies"]) == (40, 0.8, 2)
+
+    def test_defaults_are_those_of_the_library(self):
+        defaults = {name: parameter.default for name, parameter in signature(overlap).parameters.items()}
+        assert (defaults["ngram"], defaults["near"]) == (NGRAM, NEAR)
+
+    @pytest.mark.parametrize(
+        ("changes", "status", "text"),
+        [
+            ({"--train": "none"}, 2, "no such file"),
+            ({"--held-out": "exam.jsonl"}, 2, "exam.jsonl: text needs the tokenizer of the training data"),
+            ({"--ngram": "0"}, 2, "ngram: 0"),
+            ({"--clean-prefix": "web"}, 2, "web: is an input too"),
+            ({"--train": "cut"}, 3, "cut.bin: has 2 bytes"),
+            ({"--held-out": "cut"}, 3, "cut.bin: has 2 bytes"),
+        ],
+    )
+    def test_mistakes(self, folder, damaged, capsys, changes, status, text):
+        options = {"--train": "web", "--held-out": "code", "--clean-prefix": "out"} | changes
+        assert main(["overlap", *(word for pair in options.items() for word in pair)]) == status
+        assert text in capsys.readouterr().err
+        assert not list(folder.glob("out*"))

@@ -112,7 +112,7 @@ def test_cut_while_it_is_read(counting_dataset, upload, memory):
     counting_dataset("p", 100)
     dataset = IndexedDataset(upload("p"))
     memory.pipe_file("memory:///bucket/p.bin", b"\0" * 40)
-    with pytest.raises(RefusedError, match=r"p\.bin: was cut from 400 to 40 bytes"):
+    with pytest.raises(RefusedError, match=r"p\.bin: was truncated from 400 to 40 bytes"):
         dataset.read(5, 20)
 
 

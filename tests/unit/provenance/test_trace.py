@@ -29,7 +29,7 @@ Read = dict[int, list[tuple[str, list[int]]]]
 
 
 class Training:
-    """What `train` leaves behind, without a model: the loader, the records, the checkpoints."""
+    """Stand-in for `train` without a model: it uses the loader and writes the records and checkpoints."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.output = folder, folder / "out"
@@ -75,7 +75,7 @@ class Training:
         every: int | None = 4,
         log: bool = True,
     ) -> None:
-        """Go on from the newest checkpoint, as `train` does; in ends of `every` steps it saves."""
+        """Resume from the newest checkpoint, as `train` does, and save every `every` steps."""
         prepared = self.prepare(phases, list(sources))
         config, plan = prepared.config, prepared.plan
         streams = [
@@ -145,7 +145,7 @@ class Training:
         return layout.checkpoints_folder(self.output) / layout.checkpoint_name(step)
 
     def assert_exact(self, step: int) -> Trace:
-        """What is traced is what was read, to the token; and the documents are those that hold the tokens."""
+        """Assert that the traced tokens are exactly those that were read, and that the documents contain them."""
         trace = trace_step(self.output, step)
         assert [sample.sample for sample in trace.samples] == list(range(BATCH))
         found = []
@@ -198,7 +198,7 @@ def test_without_checkpoints_from_the_start(training):
 
 
 @pytest.mark.parametrize("kept", [[5, 10, 15, 20], [20], [10, 20]])
-def test_metrics_make_the_way_short(training, kept):
+def test_metrics_shorten_the_replay(training, kept):
     training.train(STEPS, every=5)
     lose(training, *({5, 10, 15, 20} - set(kept)))
     for step in range(1, STEPS + 1):
@@ -212,13 +212,13 @@ def test_metrics_that_are_damaged(training):
     training.train(STEPS, every=10)
     path = training.output / "metrics.jsonl"
     lines = {line["step"]: line for line in map(orjson.loads, path.read_bytes().splitlines())}
-    lines[16]["samples_by_source"]["web"] += 1  # no longer adds up: nothing can go on from here
+    lines[16]["samples_by_source"]["web"] += 1  # no longer adds up: no replay can start from here
     lines[14]["samples_by_source"]["web"] += 1
     lines[14]["samples_by_source"]["qa"] -= 1  # adds up, and is not true
     path.write_bytes(b"not json\n" + b"".join(orjson.dumps(line) + b"\n" for line in lines.values()))
     assert training.assert_exact(17).replayed_from == 11
     for step in (14, 16):
-        with pytest.raises(RefusedError, match=rf"metrics\.jsonl, step {step} is at odds with a replay from step"):
+        with pytest.raises(RefusedError, match=rf"metrics\.jsonl, step {step} contradicts a replay from step"):
             trace_step(training.output, step)
 
 
@@ -316,7 +316,7 @@ def test_the_file_of_plans_grows_with_changes_only(training):
     training.train(14, phases=OTHER)
     assert after_steps() == [0, 8]
     lose(training, 8, 12)
-    training.train(STEPS)  # goes on from step 4 as it began: what was changed after step 8 never came to be
+    training.train(STEPS)  # resumes from step 4 under the first plan: the change after step 8 is undone
     assert after_steps() == [0]
     for step in range(1, STEPS + 1):
         assert training.assert_exact(step).confirmed_by is not None
@@ -325,7 +325,7 @@ def test_the_file_of_plans_grows_with_changes_only(training):
 def test_steps_that_were_done_again_under_another_blend(training):
     training.train(STEPS, phases=OTHER, log=False)
     lose(training, 12)
-    for step in (16, 20):  # unsound, so passed over by the resume; what they say is not true of the run any more
+    for step in (16, 20):  # hidden from the resume; afterwards they contradict the run
         training.checkpoint(step).rename(training.folder / str(step))
     training.train(11, log=False)
     for step in (16, 20):
@@ -341,7 +341,7 @@ def test_a_directory_that_was_put_together_from_a_checkpoint(training):
     lose(training, 20)
     training.train(STEPS, every=5)
     assert training.assert_exact(17).replayed_from == 16
-    with pytest.raises(RefusedError, match=r"step 15: .* cannot be known: .*plans\.jsonl begins after step 15"):
+    with pytest.raises(RefusedError, match=r"step 15: .* cannot be determined: .*plans\.jsonl begins after step 15"):
         trace_step(training.output, 15)
 
 
@@ -356,7 +356,7 @@ def test_a_file_of_plans_that_is_damaged_stops_no_run(training, caplog):
     training.assert_exact(9)
 
 
-def test_a_broken_checkpoint_is_passed_over(training):
+def test_a_corrupt_checkpoint_is_skipped(training):
     training.train(STEPS)
     path = training.checkpoint(8) / layout.STATE_FILE
     path.write_bytes(path.read_bytes().replace(b'"step":8', b'"step":7'))
@@ -364,16 +364,16 @@ def test_a_broken_checkpoint_is_passed_over(training):
     trace = training.assert_exact(10)
     assert trace.replayed_from == 0
     assert len(trace.notes) == 2
-    assert "state.json: missing, or not what the manifest says" in trace.notes[1]
+    assert "state.json: missing, or its checksum differs from the manifest" in trace.notes[1]
 
 
 def test_data_that_were_replaced(training):
     training.train(10)
     training.write_source("code", SOURCES["code"], 30_000)
-    with pytest.raises(RefusedError, match="source code: its files are not those that were read"):
+    with pytest.raises(RefusedError, match="source code: its files were replaced after the step"):
         trace_step(training.output, 7)
     ahead = trace_step(training.output, 15)
-    assert any("source code: its files are not those that the run has read so far" in note for note in ahead.notes)
+    assert any("source code: its files were replaced since the run last read them" in note for note in ahead.notes)
 
 
 def test_mistakes(training):
@@ -384,7 +384,7 @@ def test_mistakes(training):
     with pytest.raises(UserError, match="no such run directory"):
         trace_step(training.folder / "none", 1)
     (training.folder / "web.bin").rename(training.folder / "gone.bin")
-    with pytest.raises(UserError, match=r"source web: no such file: .*web\.bin.*trace where `train` ran"):
+    with pytest.raises(UserError, match=r"source web: no such file: .*web\.bin.*in the folder where `train` ran"):
         trace_step(training.output, 1)
     (training.output / FILE_NAME).unlink()
     with pytest.raises(RefusedError, match=r"plans\.jsonl: missing"):
@@ -412,7 +412,7 @@ def test_a_source_that_ends_before_its_first_sample_has_ended(training: Training
 
 
 def test_a_plan_survives_being_written(training: Training) -> None:
-    """Weights come back from plan.json to the bit: a blend is decided by rounding."""
+    """Weights read back from plan.json are identical bit for bit, because rounding decides a blend."""
     blend: Callable[[int], float] = lambda n: 1 / (3 + n)  # noqa: E731
     prepared = training.prepare(
         [{"name": "only", "blend": {name: blend(n) for n, name in enumerate(SOURCES)}}], [*SOURCES]

@@ -1,4 +1,4 @@
-"""The blend: megatron-core's choice sample for sample, close to its weights, and the same however it is walked."""
+"""Blend: equal to megatron-core's for every sample, close to its weights, and independent of batches and restarts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_equals_megatron_core_over_a_long_run(num_sources, count):
 
 
 def furthest_ahead_and_behind(weights: np.ndarray, count: int) -> tuple[float, float]:
-    """Over every source and every sample of a blend: samples beyond the share, and short of it."""
+    """Return how far any source ever is ahead of its share and behind it, in samples."""
     chosen = assign(weights, np.zeros(len(weights), np.int64), count)
     given = np.cumsum(chosen[:, None] == np.arange(len(weights)), axis=0)
     behind = weights * np.arange(1, count + 1)[:, None] - given
@@ -157,7 +157,7 @@ class TestCursor:
 
     def test_asking_beyond_the_end(self):
         cursor = BlendCursor([GENERAL], NAMES)
-        with pytest.raises(AssertionError, match="61 samples asked for, 60 left"):
+        with pytest.raises(AssertionError, match="61 samples requested, 60 left"):
             cursor.next(61)
 
     def test_a_source_outside_of_the_phase_gets_nothing(self):

@@ -1,4 +1,4 @@
-"""The keyed permutation: a bijection, random, and for ever the same."""
+"""Keyed permutation: a bijection, random, and fixed across versions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_smallest_domains(n):
 
 @pytest.mark.parametrize("n", [0, -1, 2**62 + 1])
 def test_impossible_sizes(n):
-    with pytest.raises(ValueError, match="possible are"):
+    with pytest.raises(ValueError, match="size must be from 1"):
         Permutation(n, 0)
 
 

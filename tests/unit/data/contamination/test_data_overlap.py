@@ -1,4 +1,4 @@
-"""Contamination: hashes against plain n-grams, verdicts by hand, and any data against a brute-force search."""
+"""Contamination: hashes compared with plain n-grams, verdicts by hand, random data compared with brute force."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.data.contamination.held_out import held_out_documents
-from megatron_cpt.data.contamination.ngrams import HashSet, ngram_hashes, windows_inside
+from megatron_cpt.data.contamination.ngrams import HashSet, ngram_hashes, ngrams_inside
 from megatron_cpt.data.contamination.overlap import HeldOutSet, find_overlap
 from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
@@ -31,10 +31,10 @@ class TestNgrams:
         assert len(hashes) == len(plain)
         assert len(set(zip(hashes, plain, strict=True))) == len(set(hashes)) == len(set(plain))
 
-    def test_type_and_chunks_make_no_difference(self, monkeypatch):
+    def test_type_and_block_size_make_no_difference(self, monkeypatch):
         ids = np.random.default_rng(0).integers(0, 60_000, 1000)
         whole = ngram_hashes(ids, 13)
-        monkeypatch.setattr("megatron_cpt.data.contamination.ngrams._CHUNK", 7)
+        monkeypatch.setattr("megatron_cpt.data.contamination.ngrams._BLOCK_HASHES", 7)
         for dtype in ("<u2", "<i4", "<i8"):
             assert (ngram_hashes(ids.astype(dtype), 13) == whole).all()
 
@@ -43,7 +43,7 @@ class TestNgrams:
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         owner = np.repeat(np.arange(len(lengths)), lengths)
         expected = [owner[i] == owner[i + n - 1] for i in range(len(owner) - n + 1)]
-        assert windows_inside(bounds, n).tolist() == expected
+        assert ngrams_inside(bounds, n).tolist() == expected
 
     def test_hash_set(self):
         rng = np.random.default_rng(1)
@@ -59,7 +59,7 @@ class TestNgrams:
 
 def test_verdicts_by_hand(make_dataset):
     training = [
-        [*range(100, 150), 9],  # 0: holds all of h0 in the middle, and is no copy
+        [*range(100, 150), 9],  # 0: contains all of h0 in the middle, and is no copy
         [1, 2, 3, 9],  # 1: a copy of h1 but for the end
         [50, 51, 52, 53, 60, 61, 62, 63, 64, 9],  # 2: half of h2
         [54, 55, 56, 57, 9],  # 3: another part of h2
@@ -75,7 +75,7 @@ def test_verdicts_by_hand(make_dataset):
         [7, 7],  # h4
         [*range(200, 230), 9],  # h5
         [8, 8],  # h6: too short, and no copy
-        [150, 9, 1, 2],  # h7: stands in no one document
+        [150, 9, 1, 2],  # h7: not inside a single document
     ]
     dataset = make_dataset("web", training)
     report = find_overlap([dataset], held_out_set(held_out, 4, eod_id=9))

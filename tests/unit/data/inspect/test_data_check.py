@@ -1,4 +1,4 @@
-"""`check_dataset`: every kind of damage is named with file, place and value, and what opens is what is sound."""
+"""`check_dataset`: every kind of damage is reported with file, place and value; valid datasets can be opened."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_wrong_type_that_would_fit_is_said(sound):
     uneven, length, dtype = check_dataset(sound.prefix).faults
     assert "not a whole number of int64 tokens" in str(uneven)
     assert "tokens of type int16 or uint16 would fit" in str(length)
-    assert "token type int64, 8 bytes, but the pointers are of tokens of 2" in str(dtype)
+    assert "token type int64, 8 bytes, but the pointers fit tokens of 2" in str(dtype)
     cut(Path(f"{sound.prefix}.bin"), 3)  # no length fits any more, but the pointers still tell
     assert [finding.kind for finding in check_dataset(sound.prefix).faults] == ["bin_length", "bin_length", "dtype"]
     assert "would fit" not in str(check_dataset(sound.prefix).faults[1])
@@ -208,7 +208,7 @@ class TestIds:
         monkeypatch.setattr("megatron_cpt.data.inspect.scan_ids._MADV_POPULATE_READ", advice)
         path = tmp_path / "x.bin"
         path.write_bytes(bytes(1 << 15))
-        with pytest.raises(RefusedError, match=r"x\.bin: byte 4097: the file ends here now"):
+        with pytest.raises(RefusedError, match=r"x\.bin: byte 4097: the file ends here"):
             scan_ids(
                 str(path), np.dtype("<u2"), 1 << 14, num_threads=1, progress=lambda _: os.truncate(path, (1 << 12) + 1)
             )
@@ -216,13 +216,13 @@ class TestIds:
     def test_the_last_page_is_not_taken_for_zeros(self, tmp_path):
         path = tmp_path / "x.bin"
         path.write_bytes(bytes(100))
-        with pytest.raises(RefusedError, match=r"x\.bin: byte 98: the file ends here now"):
+        with pytest.raises(RefusedError, match=r"x\.bin: byte 98: the file ends here"):
             scan_ids(str(path), np.dtype("<u2"), 50, num_threads=1, progress=lambda _: os.truncate(path, 98))
 
     def test_a_file_that_is_too_short(self, tmp_path):
         path = tmp_path / "x.bin"
         path.write_bytes(bytes(100))
-        with pytest.raises(RefusedError, match=r"x\.bin: byte 100: the file ends here now"):
+        with pytest.raises(RefusedError, match=r"x\.bin: byte 100: the file ends here"):
             scan_ids(str(path), np.dtype("<u2"), 60)
 
 
@@ -279,7 +279,7 @@ class TestDocuments:
         assert find_duplicates(make_dataset("web", documents)) == expected
 
     def test_documents_of_several_sequences(self, tmp_path):
-        """Written by hand: document 0 has two sequences, document 1 none, document 2 one."""
+        """A handwritten index: document 0 has two sequences, document 1 none, document 2 one."""
         ids = np.array([1, 2, 9, 3, 9], "<u2")
         (tmp_path / "m.bin").write_bytes(ids.tobytes())
         preamble = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 3, 4)
@@ -296,7 +296,7 @@ def test_in_blocks_as_in_one(tmp_path, monkeypatch):
     with IndexedDatasetWriter(tmp_path / "x", "<u2") as writer:
         writer.add_documents(rng.integers(0, 50, lengths.sum()), lengths)
     whole = check_dataset(str(tmp_path / "x"), vocab_size=40).to_dict()
-    monkeypatch.setattr("megatron_cpt.data.inspect.check_index._BLOCK", 7)
+    monkeypatch.setattr("megatron_cpt.data.inspect.check_index._BLOCK_ENTRIES", 7)
     monkeypatch.setattr("megatron_cpt.data.tokenfile.documents.BLOCK_DOCUMENTS", 11)
     blocks = check_dataset(str(tmp_path / "x"), vocab_size=40).to_dict()
     for report in (whole, blocks):

@@ -1,4 +1,4 @@
-"""`summarize` against plain counting; single documents; the pictures."""
+"""`summarize` compared with plain counting; single documents; plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches: the same masks and positions as megatron-core."""
+"""Micro-batches: masks and positions equal megatron-core's."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def test_equals_megatron_core(reset_attention, reset_positions, eod_loss):
 
 @pytest.mark.parametrize("option", [{"reset_attention": True}, {"reset_positions": True}, {"eod_loss": False}])
 def test_options_need_an_end_of_document(option):
-    with pytest.raises(UserError, match=f"{next(iter(option))}: .* needs to know the id"):
+    with pytest.raises(UserError, match=f"{next(iter(option))}: .* needs an end-of-document id"):
         DocumentOptions(**option)

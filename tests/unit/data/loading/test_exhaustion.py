@@ -1,4 +1,4 @@
-"""Sources that end: the blend goes on without them from that sample, however the run is cut into parts."""
+"""Sources that end: the blend continues without them from that sample, independent of batches and restarts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PHASES = [
 
 
 def by_the_rule(phases: list[PhaseBlend], limits: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Source and number of every sample by the definition; ends where no source is left."""
+    """Yield source and sample index of every sample by the definition, until all sources have ended."""
     counts, blend, given = dict.fromkeys(NAMES, 0), None, {}
     for sample in range(phases[-1].end_sample):
         phase = next(phase for phase in phases if sample < phase.end_sample)
@@ -89,7 +89,7 @@ def test_all_sources_of_a_phase_have_ended():
     assert len(expected) == 50
     cursor = BlendCursor(PHASES, NAMES, limits=limits)
     assert walk(cursor, 50) == expected
-    cursor.load_state_dict(cursor.state_dict())  # a checkpoint there may be looked at
+    cursor.load_state_dict(cursor.state_dict())  # a state in which no source is left can be loaded
     with pytest.raises(UserError, match=r"phase general: all its sources have ended .* at sample 50 of the run"):
         cursor.next(1)
 
@@ -148,5 +148,5 @@ def test_the_plan_says_what_the_cursor_does(epochs, weights):
         for name, use in phase.sources.items():
             assert use.samples == pytest.approx(read[name], abs=3)  # each piece of a phase is rounded by itself
         for name, step in phase.ends.items():
-            rarity = 1 / phase.weights[name] / 8  # steps a sample of it
+            rarity = 1 / phase.weights[name] / 8  # steps per sample of it
             assert at_end.get(name, phase.last_step) == pytest.approx(step, abs=2 + 2 * rarity)

@@ -1,4 +1,4 @@
-"""Fill in the middle: of the right length, undone without the sentinels, as often as asked for, and keyed."""
+"""Fill-in-the-middle: length, reversibility, rates, and dependence on the key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALWAYS = FillInMiddle(1.0, 0.5, PREFIX, MIDDLE, SUFFIX, EOD)
 
 
 def undo(piece: list[int]) -> tuple[str, list[int]]:
-    """What a piece was made from, by the definition of the two orders; and which of them it is."""
+    """Undo a rearranged piece by the definition of the two orders; also return which order it has."""
     if not piece or piece[0] != PREFIX:
         return "plain", piece
     before, after = piece[1 : piece.index(MIDDLE)], piece[piece.index(MIDDLE) + 1 :]

@@ -1,4 +1,4 @@
-"""A sequence length that changes at a phase: nothing is read twice, and any way to cut the run gives the same order."""
+"""Sequence length that changes at a phase: nothing is read twice, and restarts do not change the order."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def test_an_epoch_of_any_length_reads_every_token_once(counting_dataset, length)
         assert {stream.locate(k, length).epoch for k in range(epoch * n, (epoch + 1) * n)} == {epoch}
 
 
-def test_shorter_samples_are_read_as_they_lie(counting_dataset):
+def test_shorter_samples_are_contiguous(counting_dataset):
     stream = stream_of(counting_dataset, "web", 100)
     for k in range(0, 800, 7):
         start = stream.locate(k, 4).token_offset
         assert stream.read(k, 4).tolist() == list(range(start, start + 5))
 
 
-def test_the_own_length_is_what_it_was(counting_dataset):
+def test_the_longest_length_is_the_default(counting_dataset):
     stream = stream_of(counting_dataset, "web", 100)
     assert [stream.locate(k, LONG) for k in range(300)] == [stream.locate(k) for k in range(300)]
 
 
-def test_parts_of_a_chunk_do_not_follow_each_other(counting_dataset):
-    """A window of 64 spans, four parts each: two parts of one span meet as often as chance has it."""
+def test_parts_of_a_span_do_not_follow_each_other(counting_dataset):
+    """With windows of 64 spans of four parts, two parts of a span are neighbors as often as by chance."""
     stream = stream_of(counting_dataset, "web", 64 * 64)
-    assert stream.grid.window == 64
+    assert stream.grid.window_spans == 64
     spans = np.array([stream.locate(k, 4).span for k in range(64 * 64 * 4)])
     expected = len(spans) * 3 / 255
     assert abs((spans[1:] == spans[:-1]).sum() - expected) < 5 * expected**0.5
@@ -69,7 +69,7 @@ def test_windows_and_lengths_have_orders_of_their_own(counting_dataset):
 
 @given(st.integers(1, 10**12))
 def test_a_window_is_at_most_a_64th_of_an_epoch(num_spans):
-    window = SpanGrid(LONG, num_spans).window
+    window = SpanGrid(LONG, num_spans).window_spans
     assert 1 <= window <= 1024
     assert window == 1 or window * 64 <= num_spans
 
@@ -77,21 +77,21 @@ def test_a_window_is_at_most_a_64th_of_an_epoch(num_spans):
 @settings(max_examples=200, deadline=None)
 @given(num_spans=st.integers(1, 5000), k=st.integers(0, 60_000), old=st.sampled_from([2, 4, 8, 16]),
        new=st.sampled_from([2, 4, 8, 16]))  # fmt: skip
-def test_a_turn_goes_to_the_next_window_that_is_unread(num_spans, k, old, new):
+def test_a_change_of_length_continues_with_the_next_unread_window(num_spans, k, old, new):
     grid = SpanGrid(LONG, num_spans)
-    turned = grid.turn(k, old, new)
+    changed = grid.first_unread(k, old, new)
     if old == new:
-        assert turned == k
+        assert changed == k
         return
-    read, start = k * old, turned * new  # in tokens
-    assert read <= start < read + grid.window * LONG
+    read, start = k * old, changed * new  # in tokens
+    assert read <= start < read + grid.window_spans * LONG
     place = start // LONG % num_spans
     assert start % LONG == 0
-    assert place % grid.window == 0
+    assert place % grid.window_spans == 0
 
 
 class Run:
-    """Phases of random lengths over two sources, and every way to walk through them."""
+    """Phases of random lengths over two sources, read with or without restarts."""
 
     def __init__(self, streams: list[TokenStream], phases: list[tuple[int, int, float]]) -> None:
         self.streams, self.phases, sample = streams, [], 0
@@ -105,7 +105,7 @@ class Run:
         return BlendCursor(self.phases, NAMES, limits=limits, grids=grids)
 
     def walk(self, cuts=(), limits=None) -> list[tuple[int, int, int]]:
-        """(source, k, length) of every sample, with a restart from plain JSON at each of the cuts."""
+        """Return (source, sample index, length) of every sample, with a restart from JSON at each cut."""
         found, state = [], self.cursor(limits).state_dict()
         total = self.phases[-1].end_sample
         ends = sorted({*cuts, *(phase.end_sample for phase in self.phases)} & set(range(1, total + 1)))
@@ -145,9 +145,9 @@ def test_nothing_is_read_twice_in_an_epoch_and_restarts_change_nothing(
     assert unbroken == found
     for number, stream in enumerate(streams):
         seen: dict[int, set[int]] = {}
-        # a source turns to the length of every phase that it is in, also of one too short to read it
-        passed, lengths = 0, [phase.seq_length for phase in run.phases if stream.name in phase.weights]
-        num_turns = sum(a != b for a, b in pairwise(lengths))
+        # a source changes to the length of every phase that it is in, even if the phase reads no sample of it
+        skipped, lengths = 0, [phase.seq_length for phase in run.phases if stream.name in phase.weights]
+        num_changes = sum(a != b for a, b in pairwise(lengths))
         for source, k, length in found:
             if source == number:
                 at = stream.locate(k, length)
@@ -155,8 +155,8 @@ def test_nothing_is_read_twice_in_an_epoch_and_restarts_change_nothing(
                 assert not tokens & seen.setdefault(at.epoch, set())
                 seen[at.epoch] |= tokens
         if seen:
-            passed = max(seen) * spans[number] * LONG - sum(len(tokens) for e, tokens in seen.items() if e < max(seen))
-        assert passed <= num_turns * stream.grid.window * LONG
+            skipped = max(seen) * spans[number] * LONG - sum(len(tokens) for e, tokens in seen.items() if e < max(seen))
+        assert skipped <= num_changes * stream.grid.window_spans * LONG
 
 
 @settings(max_examples=40, deadline=None)
@@ -237,8 +237,8 @@ def test_a_source_that_leaves_and_comes_back_goes_on_where_it_was(counting_datas
 
 
 @pytest.mark.parametrize("is_listed", [True, False])
-def test_a_source_that_comes_back_in_other_chunks_is_refused(counting_dataset, is_listed):
-    """It was read in spans of 16 tokens, left all blends (with or without its entry in `sources`), and returns."""
+def test_a_source_that_comes_back_in_other_spans_is_refused(counting_dataset, is_listed):
+    """A source was read in spans of 16 tokens, left all blends (with or without its `sources` entry), and returns."""
 
     def phase(name: str, source: str) -> list[PhaseBlend]:
         return [PhaseBlend(name, 0, 90, {source: 1.0}, 4)]

@@ -1,4 +1,4 @@
-"""The loader: one global order however it is divided, exact resume behind the prefetch, errors that arrive."""
+"""Loader: one order for any number of ranks, exact resume despite prefetching, and errors reach the caller."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PHASES = [
 
 @pytest.fixture
 def streams(counting_dataset) -> list[TokenStream]:
-    """Two sources whose token values never meet; web has less than one epoch of the run, code more than two."""
+    """Two sources without a common token; the run reads less than one epoch of web and more than two of code."""
     web = [counting_dataset("web0", 300), counting_dataset("web1", 100, 1000)]
     return [
         TokenStream("web", web, seq_length=S, seed=5),
@@ -45,7 +45,7 @@ def load(
 
 
 def expected_rows(streams: Sequence[TokenStream]) -> list[list[list[int]]]:
-    """Per step the samples of the whole global batch, straight from the blend and the streams."""
+    """Return the samples of each global batch, read directly from the blend and the streams."""
     sources, ks = BlendCursor(PHASES, NAMES).next(STEPS * GLOBAL)
     rows = [streams[source].read(k).tolist() for source, k in zip(sources, ks, strict=True)]
     return [rows[i : i + GLOBAL] for i in range(0, len(rows), GLOBAL)]
@@ -148,7 +148,7 @@ def test_a_file_cut_during_the_run(streams, tmp_path):
     with Loader(streams, BlendCursor(PHASES, NAMES), global_batch=GLOBAL, micro_batch=1, prefetch=1) as loader:
         loader.next_step()
         os.truncate(tmp_path / "code.bin", 100)
-        with pytest.raises(RefusedError, match=r"code\.bin: was cut from 600 to 100 bytes"):
+        with pytest.raises(RefusedError, match=r"code\.bin: was truncated from 600 to 100 bytes"):
             list(loader)
 
 
@@ -217,7 +217,7 @@ class TestClose:
 class TestValidation:
     @staticmethod
     def rows(stream, **kwargs) -> list[list[int]]:
-        """The samples that count, of all ranks in the order of the stream."""
+        """Return the unmasked samples of all ranks, in the order of the stream."""
         size = kwargs.get("data_parallel_size", 1)
         ranks = [list(validation_batches(stream, data_parallel_rank=rank, **kwargs)) for rank in range(size)]
         assert len({len(rank) for rank in ranks}) == 1

@@ -1,4 +1,4 @@
-"""One global order: any division into ranks, micro-batches and restarts reads it, also where the blend is changed."""
+"""Global order of samples: equal for any ranks, micro-batches and restarts, even if the blend changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PlanRecord = tuple[int, tuple[int, int], Blends]  # steps, (data-parallel size, 
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory, write_pair) -> list[TokenStream]:
-    """Sources of 40, 9 and 5 samples an epoch, so that a run goes through several; a token tells its place."""
+    """Sources of 40, 9 and 5 samples per epoch, so that a run has several epochs; each token value is unique."""
     folder = tmp_path_factory.mktemp("order")
     lengths = {"web": [200, 130], "code": [80], "qa": [45]}
     return [
@@ -51,7 +51,7 @@ def blends(draw: st.DrawFn) -> Blends:
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[int, list[PlanRecord]]:
-    """The first step of the second phase, and the segments between restarts; some change the blends."""
+    """Draw the first step of the second phase, and the segments between restarts; some change the blends."""
     segments: list[PlanRecord] = []
     for _ in range(draw(st.integers(1, 4))):
         changes = not segments or draw(st.booleans())
@@ -69,7 +69,7 @@ def phases_of(switch: int, steps: int, blends: Blends) -> list[PhaseBlend]:
 
 
 def by_the_rule(switch: int, segments: list[PlanRecord]) -> Iterator[tuple[str, int]]:
-    """Source and number of every sample of the run, by the definition: sample by sample, in plain arithmetic."""
+    """Return source and sample index of every sample of the run by the definition, in plain arithmetic."""
     counts = dict.fromkeys(NAMES, 0)
     blend, given = None, {}
     first = 0
@@ -98,7 +98,7 @@ def load(
 
 
 def in_global_order(ranks: list[list[StepData]]) -> Iterator[list[int]]:
-    """All samples of all ranks: step by step, micro-batch by micro-batch, rank by rank."""
+    """Return all samples of all ranks, ordered by step, micro-batch and rank."""
     for steps in zip(*ranks, strict=True):
         for batches in zip(*(step.micro_batches for step in steps), strict=True):
             for batch in batches:

@@ -1,4 +1,4 @@
-"""Samples of several streams read together are those that each stream reads by itself."""
+"""Samples of several streams read together equal the samples that each stream reads alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIM = FillInMiddle(1.0, 0.5, 70_001, 70_002, 70_003, eod_id=0)  # ids that need 
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory: pytest.TempPathFactory, write_pair) -> list[TokenStream]:
-    """Of 16 bits over three files, of 32 bits, and of 16 bits rearranged."""
+    """Streams: 16 bits in three files, 32 bits, and 16 bits with fill-in-the-middle."""
     folder = tmp_path_factory.mktemp("samples")
     short = [write_pair(folder / f"short-{n}", [range(100 * n + 1, 100 * n + 60)], "<u2") for n in range(3)]
     wide = [write_pair(folder / "wide", [range(100_000, 100_200)], "<i4")]
@@ -37,7 +37,7 @@ WANTED = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 200)), min_size=1,
 
 @settings(max_examples=200, deadline=None)
 @given(wanted=WANTED, length=st.sampled_from([None, S, S // 2]))
-def test_they_are_what_each_stream_reads_by_itself(streams, wanted, length):
+def test_equal_to_what_each_stream_reads_alone(streams, wanted, length):
     sources, ks = np.array(wanted).T
     samples = read_samples(streams, sources, ks, vocab_size=200_000, seq_length=length)
     assert samples.tolist() == [streams[source].read(k, length).tolist() for source, k in wanted]
@@ -69,5 +69,5 @@ def test_a_file_that_was_cut_is_named(tmp_path, write_pair):
     stream = TokenStream("web", [dataset], seq_length=S, seed=3)
     with open(f"{dataset.prefix}.bin", "r+b") as file:
         file.truncate(50)
-    with pytest.raises(RefusedError, match=r"web\.bin.*cut from 200 to 50 bytes"):
+    with pytest.raises(RefusedError, match=r"web\.bin.*truncated from 200 to 50 bytes"):
         read_samples([stream], np.zeros(12, np.int64), np.arange(12))

@@ -1,4 +1,4 @@
-"""A source as a stream: every span once an epoch, exact reads, a pure function of (seed, name, k)."""
+"""Stream of a source: every span once per epoch, exact reads, a pure function of (seed, name, sample index)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_sizes(stream):
     assert stream.num_tokens == 316
 
 
-def test_a_sample_is_one_contiguous_stretch_of_its_file(stream):
+def test_a_sample_is_contiguous_in_its_file(stream):
     for k in range(3 * stream.samples_per_epoch):
         location, tokens = stream.locate(k), stream.read(k)
         whole = IndexedDataset(location.prefix).read(0, IndexedDataset(location.prefix).num_tokens)
@@ -43,7 +43,7 @@ def test_a_sample_is_one_contiguous_stretch_of_its_file(stream):
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 3),
 )
-def test_every_chunk_exactly_once_an_epoch(tmp_path_factory, write_pair, lengths, seq_length, seed, epoch):
+def test_every_span_exactly_once_per_epoch(tmp_path_factory, write_pair, lengths, seq_length, seed, epoch):
     folder = tmp_path_factory.mktemp("stream")
     files = [write_pair(folder / str(i), [range(length)]) for i, length in enumerate(lengths)]
     spans = [max(0, length - 1) // seq_length for length in lengths]
@@ -121,3 +121,12 @@ def test_opening_reads_headers_only(counting_dataset, tmp_path):
     os.unlink(tmp_path / "a.idx")
     stream = TokenStream("web", [dataset], seq_length=S, seed=1)
     assert stream.locate(7).epoch == 1
+
+
+def test_open_and_index(counting_dataset, stream, tmp_path):
+    web = TokenStream.open("web", [str(tmp_path / "[a-c]")], seq_length=S, seed=1)
+    assert [web[k].tolist() for k in range(40)] == [stream.read(k).tolist() for k in range(40)]
+    one = TokenStream.open("web", str(tmp_path / "a"), seq_length=S, seed=1)
+    assert one.samples_per_epoch == 6
+    with pytest.raises(UserError, match=r"no such file: .*none\.idx"):
+        TokenStream.open("web", str(tmp_path / "none"), seq_length=S, seed=1)

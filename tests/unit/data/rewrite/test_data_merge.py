@@ -1,4 +1,4 @@
-"""Merging: the bytes of megatron-core's builder, 64-bit offsets, nothing half written."""
+"""Merging: byte for byte equal to megatron-core's builder, 64-bit offsets, no incomplete output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_cpt.errors import RefusedError, UserError
 
 
 def build_multimodal(prefix: Path, documents: list[list[list[int]]]) -> None:
-    """With megatron-core: documents of several sequences, each with a mode."""
+    """Build documents of several sequences, each with a mode, with megatron-core."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32, multimodal=True)
     for document in documents:
         lengths = [len(sequence) for sequence in document]
@@ -68,7 +68,7 @@ def test_an_empty_one_among_them(make_dataset, tmp_path):
 
 
 def test_offsets_beyond_32_bits(tmp_path, monkeypatch):
-    """Three sparse files of 2^31 - 1 tokens; their 12 GB of tokens are not copied, their pointers are."""
+    """Three sparse files of 2^31 - 1 tokens; only their index is merged, their 12 GB of tokens are not copied."""
     num_tokens = 2**31 - 1
     for name in "abc":
         with open(tmp_path / f"{name}.bin", "wb") as file:
@@ -109,7 +109,7 @@ def test_a_damaged_input_leaves_nothing(make_dataset, tmp_path):
 def test_what_is_there_is_not_overwritten(make_dataset, tmp_path):
     make_dataset("a", [[1, 2]])
     make_dataset("out", [[3]])
-    with pytest.raises(UserError, match=r"out\.bin and .*out\.idx: there already"):
+    with pytest.raises(UserError, match=r"out\.bin and .*out\.idx: exists already"):
         merge_datasets([str(tmp_path / "a")], str(tmp_path / "out"))
     merged = merge_datasets([str(tmp_path / "a")], str(tmp_path / "out"), overwrite=True)
     assert merged.document(0).tolist() == [1, 2]
@@ -126,7 +126,7 @@ def test_a_folder(make_dataset, tmp_path):
     with pytest.raises(UserError, match=r"no such file: .*c\.idx"):
         folder_prefixes(tmp_path / "all")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.bin/\.idx pair"):
+    with pytest.raises(UserError, match=r"contains no \.bin/\.idx pair"):
         folder_prefixes(tmp_path / "empty")
     with pytest.raises(UserError, match="no such folder"):
         folder_prefixes(tmp_path / "none")

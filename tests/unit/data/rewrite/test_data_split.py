@@ -1,4 +1,4 @@
-"""Splitting by content: copies stay together, places and growth do not matter, the share is as asked."""
+"""Splitting by content: copies stay together, order and growth make no difference, and the fraction is met."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_no_share(make_dataset, tmp_path, fraction):
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
 def test_a_seed_that_is_too_large(make_dataset, tmp_path, seed):
     web = make_dataset("web", CORPUS[:3])
-    with pytest.raises(UserError, match=f"seed: {seed}: give one of 64 bits"):
+    with pytest.raises(UserError, match=f"seed: {seed}: give a signed integer of 64 bits"):
         split_datasets([web.prefix], str(tmp_path / "x"), None, fraction=0.5, seed=seed)
     assert not list(tmp_path.glob("x*"))
     split_datasets([web.prefix], str(tmp_path / "x"), None, fraction=0.5, seed=seed - 1 if seed > 0 else seed + 1)
@@ -98,13 +98,13 @@ def test_a_seed_that_is_too_large(make_dataset, tmp_path, seed):
 def test_outputs_that_cannot_be(make_dataset, tmp_path):
     web, other = make_dataset("web", CORPUS[:3]), make_dataset("other", [[1]], "<i4")
     x, y = str(tmp_path / "x"), str(tmp_path / "y")
-    with pytest.raises(UserError, match="is both outputs"):
+    with pytest.raises(UserError, match="is given for both outputs"):
         split_datasets([web.prefix], x, x, fraction=0.5)
     with pytest.raises(UserError, match="is an input too"):
         split_datasets([web.prefix], x, web.prefix, fraction=0.5)
     with pytest.raises(UserError, match=r"other: has int32 tokens"):
         split_datasets([web.prefix, other.prefix], x, y, fraction=0.5)
     make_dataset("y", [[1]])
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="exists already"):
         split_datasets([web.prefix], x, y, fraction=0.5)
     assert not list(tmp_path.glob("x*"))

@@ -1,4 +1,4 @@
-"""Tokens through a cache on a local disk: the same ones, fetched once, whatever happens to the cache."""
+"""Cache on a local disk: correct tokens and a single fetch, even if the cache is damaged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_TOKENS = 100_003  # 25 blocks, the last one not full
 
 
 class Counted:
-    """Opens files as `open_ranges` does, and counts what is read."""
+    """Replacement of `open_ranges` that counts the bytes read."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[int, int]] = []
@@ -115,7 +115,7 @@ def test_a_file_that_was_cut_is_refused(prefix, tmp_path):
     dataset = cached(prefix, tmp_path / "cache")
     os.truncate(f"{prefix}.bin", 6 * BLOCK_BYTES)
     assert dataset.read(0, 100).size == 100
-    with pytest.raises(RefusedError, match=r"source\.bin.* cut from 400012 to 98304 bytes"):
+    with pytest.raises(RefusedError, match=r"source\.bin.* truncated from 400012 to 98304 bytes"):
         dataset.read(5 * BLOCK_BYTES // 4, 3 * BLOCK_BYTES // 4)
 
 
@@ -134,7 +134,7 @@ def test_reads_as_any_file(prefix, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_loader_gives_the_same_samples_through_it(prefix, tmp_path, ranks):
-    """Ranks of one node that share a cache read what a single rank reads without one."""
+    """Ranks of one node that share a cache read the tokens that a single rank reads without a cache."""
 
     def samples(dataset, rank, size):
         stream = TokenStream("s", [dataset], seq_length=512, seed=3)

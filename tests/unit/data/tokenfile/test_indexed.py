@@ -1,4 +1,4 @@
-"""The .bin/.idx pair: the same bytes as megatron-core, exact reads, and nothing damaged is accepted."""
+"""Datasets in .bin/.idx: byte for byte equal to megatron-core's, exact reads, and damage is refused."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def grow(path: str, data: bytes) -> None:
 
 IDX_BYTES = 34 + 5 * 4 + 5 * 8 + 6 * 8  # of DOCUMENTS
 DAMAGES = {
-    "bin cut inside a token": (lambda p: cut(f"{p}.bin", 1), ".bin", "not a whole number of uint16 tokens"),
+    "bin cut inside a token": (lambda p: cut(f"{p}.bin", 1), ".bin", "no whole number of uint16 tokens"),
     "bin cut by a token": (lambda p: cut(f"{p}.bin", 2), ".bin", "has 10 bytes, but its .idx describes 12"),
     "bin cut in half": (lambda p: cut(f"{p}.bin", 6), ".bin", "has 6 bytes"),
     "bin emptied": (lambda p: os.truncate(f"{p}.bin", 0), ".bin", "has 0 bytes"),
@@ -192,8 +192,8 @@ DAMAGES = {
     "foreign": (lambda p: Path(f"{p}.idx").write_bytes(b"TNTIDX\0\0" + bytes(60)), ".idx", "is not a megatron index"),
     "version": (lambda p: patch(f"{p}.idx", 9, struct.pack("<Q", 2)), ".idx", "has version 2"),
     "dtype unknown": (lambda p: patch(f"{p}.idx", 17, b"\x63"), ".idx", "unknown token type code 99"),
-    "dtype wrong": (lambda p: patch(f"{p}.idx", 17, b"\x04"), ".idx", "3 int32 tokens from byte 0, and begins"),
-    "count too large": (lambda p: patch(f"{p}.idx", 18, struct.pack("<Q", 2**62)), ".idx", "it was cut or is damaged"),
+    "dtype wrong": (lambda p: patch(f"{p}.idx", 17, b"\x04"), ".idx", "3 int32 tokens from byte 0, and starts"),
+    "count too large": (lambda p: patch(f"{p}.idx", 18, struct.pack("<Q", 2**62)), ".idx", "truncated or is damaged"),
     "no boundaries": (lambda p: patch(f"{p}.idx", 26, struct.pack("<Q", 0)), ".idx", "no document boundaries"),
     "last pointer": (
         lambda p: patch(f"{p}.idx", 34 + 20 + 32, struct.pack("<q", 98)),
@@ -237,7 +237,7 @@ def test_bin_cut_after_it_was_opened(tmp_path, make_dataset):
     dataset = make_dataset("p", DOCUMENTS)
     cut(f"{tmp_path}/p.bin", 4)
     assert dataset.read(0, 4).tolist() == TOKENS[:4]
-    with pytest.raises(RefusedError, match=r"p\.bin: was cut from 12 to 8 bytes"):
+    with pytest.raises(RefusedError, match=r"p\.bin: was truncated from 12 to 8 bytes"):
         dataset.read(2, 4)
 
 

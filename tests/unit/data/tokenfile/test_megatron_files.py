@@ -1,4 +1,4 @@
-"""Files that two versions of megatron-core wrote, kept as fixtures: we read them, and write the same bytes."""
+"""Fixtures written by two versions of megatron-core: the reader reads them, and the writer gives equal bytes."""
 
 from __future__ import annotations
 
