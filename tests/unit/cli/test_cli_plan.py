@@ -103,9 +103,9 @@ WRONG = {
         ["phases.general.blend.code=-0.4"],
         "blend.code (phase general): -0.4 is not a positive weight",
     ),
-    "a weight that names no source": (
+    "a weight that is not a source": (
         ["phases.qa.blend.cdoe=0.01"],
-        "blend.cdoe (phase qa): names no source; did you mean code?",
+        "blend.cdoe (phase qa): not a source; did you mean code?",
     ),
     "a source that runs out": (
         ["sources.qa.tokens=300"],
