@@ -1,4 +1,4 @@
-"""A plan as text and as a picture."""
+"""Tables and plots of plans."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_warnings_are_printed(run_data):
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        ([], "cosine 0.001 -> 1e-05, no warm-up"),
-        (["schedule.warmup=7"], "cosine 0.001 -> 1e-05, warm-up of 7 steps"),
-        (["schedule.shape=wsd"], "wsd 0.001 -> 1e-05, linear decay over the last 20 steps, no warm-up"),
-        (["schedule.shape=constant", "phases.general.until={step: 3}"], "constant 0.001, no warm-up"),
+        ([], "cosine 0.001 -> 1e-05, no warmup"),
+        (["schedule.warmup=7"], "cosine 0.001 -> 1e-05, warmup of 7 steps"),
+        (["schedule.shape=wsd"], "wsd 0.001 -> 1e-05, linear decay over the last 20 steps, no warmup"),
+        (["schedule.shape=constant", "phases.general.until={step: 3}"], "constant 0.001, no warmup"),
     ],
 )
 def test_schedules_in_words(run_data, overrides, text):
