@@ -1,4 +1,4 @@
-"""Pure functions from a configuration to what a run will do: no torch, no disk, no GPU."""
+"""Planning of a run: pure functions of its configuration, without torch, disk or GPU."""
 
 from megatron_cpt.plan.cost.flops import FlopsPerToken, flops_per_token
 from megatron_cpt.plan.cost.memory import GIB, Memory, estimate_memory

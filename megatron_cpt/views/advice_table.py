@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_cpt.plan.cluster.advice import Advice, Candidate
-from megatron_cpt.plan.cluster.advise import AS_GOOD
+from megatron_cpt.plan.cluster.advise import AS_GOOD, Advice
+from megatron_cpt.plan.cluster.candidate import Candidate
 from megatron_cpt.plan.cluster.estimate import MEMORY_MARGIN, Cluster, fits, step_lines
 from megatron_cpt.plan.cost.memory import GIB
 from megatron_cpt.views.plan_table import named_lines, print_parts

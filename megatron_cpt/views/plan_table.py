@@ -50,6 +50,7 @@ def named_lines(lines: Iterable[tuple[str, str]]) -> Table:
 
 def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     flops, layout, memory = plan.flops, plan.layout, plan.memory
+    ranks_per_replica = layout.num_gpus // layout.data_parallel
     yield (
         "run",
         f"{plan.name}: {format_count(plan.tokens)} tokens = {plan.steps:,} steps of "
@@ -66,7 +67,7 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     yield "schedule", describe_schedule(plan.schedule)
     yield (
         "layout",
-        f"{layout.num_gpus:,} ranks = {layout.data_parallel:,} replicas x {layout.num_gpus // layout.data_parallel}; "
+        f"{layout.num_gpus:,} ranks = {layout.data_parallel:,} x {ranks_per_replica} per replica; "
         f"{layout.num_micro_batches:,} micro-batches per step, {layout.bubble:.1%} pipeline bubble",
     )
     parts = ((name, gib) for name, gib in memory.to_dict().items() if name != "stage" and gib > 0)

@@ -1,4 +1,4 @@
-"""The adviser: what it must find for Nemotron-4 15B, and what it must say."""
+"""The adviser: its ranking for Nemotron-4 15B, its reasons and its texts."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def test_the_ranking_says_which_knobs_it_takes(nemotron):
     assert by_split["TP2 PP1"].plain.tokens_per_gpu < by_split["TP2 PP1"].speed.tokens_per_gpu
     assert by_split["TP1 PP2"].plain is None
     assert not any("tp_comm_overlap" in override for override in by_split["TP1 PP2"].overrides)
-    # the run's own layout is judged as it would run: the knob is off by default
+    # the estimate of the run's own layout has the knob at its default, off
     assert "tp_comm_overlap" not in advice.current.knobs
     assert advice.current_overlapped.tokens_per_gpu > advice.current.speed.tokens_per_gpu
     text = rendered(render_advice, advice)
-    assert "knobs: speed.tp_comm_overlap=true wherever TP is above 1" in text
+    assert "knobs: speed.tp_comm_overlap=true where TP is above 1" in text
     assert f"with speed.tp_comm_overlap=true {advice.current_overlapped.tokens_per_gpu:,.0f}" in " ".join(text.split())
 
 
@@ -94,7 +94,7 @@ def test_a_run_that_says_no_to_a_knob_is_ranked_without_it(nemotron):
 
 
 def test_a_knob_that_needs_one_shape_is_not_taken_where_phases_differ(nemotron):
-    """Of a phase alone one could not see it: every phase has one shape."""
+    """Check the whole run: each phase alone has a single shape."""
     run = nemotron("phases.qa.seq_length=16384", "phases.qa.batch={global: 288}", "parallel.pipeline=1")
     assert all(candidate.plain is None for candidate in advice_for(run, 64, H100).ranking)
     cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
@@ -103,7 +103,7 @@ def test_a_knob_that_needs_one_shape_is_not_taken_where_phases_differ(nemotron):
 
 
 def test_user_buffers_take_memory(nemotron):
-    """Twelve as large as the residuals of a micro-batch: 8,192 tokens of 6,144; the eight gathered ones in FP8."""
+    """Expect 12 buffers of 8,192 tokens x 6,144; with FP8 the 8 for gathers have one byte per element."""
     layout = ["parallel={tensor: 2, pipeline: 1, sequence: true}"]
     asked = [*layout, "speed.tp_comm_overlap=true"]
     for fp8, size in [([], 24), (["precision.fp8={}"], 16)]:
@@ -117,7 +117,7 @@ def test_what_is_ranked_runs_and_fits(nemotron):
     speeds = [candidate.speed.tokens_per_gpu for candidate in advice.ranking]
     assert speeds == sorted(speeds, reverse=True)
     for candidate in advice.ranking:
-        # the overrides are enough to get it: they pass every check and give the same estimate
+        # the overrides alone select the layout: they pass every check and give the same estimate
         run = nemotron(*candidate.overrides)
         memory = estimate_memory(run, Layout.build(run, 64), gpu=H100)
         assert memory.total == candidate.memory.total <= (1 - MEMORY_MARGIN) * 79.6 * GIB
@@ -145,11 +145,11 @@ def test_what_is_ranked_runs_and_fits_in_every_step(nemotron, num_gpus, shapes):
         assert plan.problems == ()
         assert fits(place_on_cluster(chosen, plan, H100, num_gpus).memory, H100)
     assert advice.other_batch is None
-    assert "speeds: of steps of 1,152 x 4,096 tokens" in rendered(render_advice, advice)
+    assert "speed: in steps of 1,152 x 4,096 tokens" in rendered(render_advice, advice)
 
 
 def test_recomputation_is_taken_whole(nemotron):
-    """What run.yaml says of full recomputation is not what was ranked."""
+    """Ranked layouts replace the recomputation of run.yaml, so their overrides must set all its fields."""
     shapes = ["seq_length=32768", "batch.global=128", "recompute={granularity: full, method: block, num_layers: 3}"]
     full = [
         candidate
@@ -196,7 +196,7 @@ def test_nothing_fits(nemotron):
     advice = advice_for(nemotron("parallel={tensor: 1, pipeline: 1}"), 1, H100)
     assert advice.ranking == []
     assert "GiB" in advice.current_problem
-    assert "none fits" in rendered(render_advice, advice)
+    assert "no layout fits" in rendered(render_advice, advice)
 
 
 def test_long_sequences_get_context_parallelism(nemotron):
@@ -207,8 +207,8 @@ def test_long_sequences_get_context_parallelism(nemotron):
 
 
 def test_gpus_that_were_not_calibrated_are_marked(nemotron):
-    assert "unchecked" in rendered(render_advice, advice_for(nemotron(), 64, B200))
-    assert "unchecked" not in rendered(render_advice, advice_for(nemotron(), 64, H100))
+    assert "not measured" in rendered(render_advice, advice_for(nemotron(), 64, B200))
+    assert "not measured" not in rendered(render_advice, advice_for(nemotron(), 64, H100))
 
 
 def test_find_gpu(run_data):
@@ -240,7 +240,7 @@ def test_time_and_gpu_hours(run_data):
     assert values["fits"] == fits(cluster.memory, H100) is True
     text = rendered(render_cluster, cluster)
     assert "fits" in text
-    assert "as on GPUs with Transformer Engine and Apex: fused_activation, " in text
+    assert "with Transformer Engine and Apex: fused_activation, " in text
 
 
 def test_a_run_of_several_shapes(run_data):

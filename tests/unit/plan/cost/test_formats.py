@@ -1,4 +1,4 @@
-"""What FP8 and FP4 take, by exact number: bytes of weights, of what is kept, of what travels."""
+"""Bytes in FP8 and FP4, by exact number: of weights, saved inputs and gathered weights."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_bytes_of_a_linear_weight_beside_two_of_bf16(run_of, precision, on_h100,
     [("fp8: {recipe: tensorwise}", 1), ("fp8: {recipe: blockwise}", 33 / 32), ("fp4: {}", 9 / 16)],
 )
 def test_bytes_of_the_inputs_that_are_kept(run_of, precision, kept):
-    """Two norms' outputs and the activation's, 2 bytes before; attention's output stays, and is there once more."""
+    """Outputs of two norms and the activation shrink from 2 bytes; attention also saves its output in FP8."""
     plain, low = run_of(), run_of(f"precision={{{precision}}}")
     saved = (2 - kept) * (2 * HIDDEN + FFN) - kept * HIDDEN
     assert layer_activation_bytes(plain) - layer_activation_bytes(low) == pytest.approx(saved * TOKENS)

@@ -1,4 +1,4 @@
-"""Steps of several shapes: batch ramp-up, phases with a batch and a sequence length of their own."""
+"""Steps of several shapes: batch ramp-up, and phases with their own batch and sequence length."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def texts(found: RunPlan) -> list[str]:
 
 
 def test_the_ramp_of_the_recipes_pretraining():
-    """384 -> 1,152 in steps of 96 over the first 5 % of 8T tokens."""
+    """Grow from 384 to 1,152 by 96 over the first 5% of 8T tokens."""
     ramp = {"start": 384, "increment": 96, "samples": "97_656_250"}  # 400B / 4,096
     data = {
         "name": "x",
@@ -59,7 +59,7 @@ def test_the_ramp_of_the_recipes_pretraining():
 
 
 def simulate(config: RunConfig, schedule: Schedule) -> list[tuple[str, int, int]]:
-    """Phase, batch and length of each step, step by step."""
+    """Return phase, batch and sequence length of each step, computed step by step."""
     sizes = itertools.repeat(config.batch.global_)
     samples = tokens = 0
     steps, remaining = [], list(config.phases)
@@ -187,7 +187,7 @@ def test_the_first_that_reaches(steps, target):
 
 
 def test_a_thousand_sizes_and_a_decay_in_tokens_take_few_looks(run_data, monkeypatch):
-    """The run is laid out about fifty times; bisection in bisection would do it hundreds of times."""
+    """Expect about fifty layouts of the run, where nested bisection would need hundreds."""
     looks = 0
 
     def counted(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
@@ -279,7 +279,7 @@ def test_a_source_in_shorter_phases_only_keeps_its_own_chunks(run_data):
                 "batch.global=16",
             ],
             8,
-            "of 4 on 4 replicas (8 ranks of 2 each), as many on each as a multiple of parallel.pipeline: 2",
+            "of 4 on 4 replicas (8 ranks of 2 each), a multiple of parallel.pipeline: 2 on each",
         ),
     ],
 )
