@@ -22,7 +22,7 @@ from megatron_cpt.plan.timeline.epochs import (
 )
 from megatron_cpt.plan.timeline.phases import PhasePlan, PlannedPhases, batch_problems, plan_phases
 from megatron_cpt.plan.timeline.schedule import Schedule, schedule_problems
-from megatron_cpt.plan.timeline.segments import Mark, Segment
+from megatron_cpt.plan.timeline.segments import RunProgress, Segment
 from megatron_cpt.plan.timeline.solve_steps import solve_schedule
 from megatron_cpt.sampling.spans import SpanGrid
 
@@ -97,9 +97,9 @@ class RunPlan:
         """Return the segment of the step that starts after `samples` samples."""
         return next(segment for segment in self.segments if samples < segment.end.samples)
 
-    def after(self, step: int) -> Mark:
+    def after(self, step: int) -> RunProgress:
         """Return steps, samples and tokens done after a step; all 0 after step 0."""
-        return self.segment_of(step).after(step) if step else Mark()
+        return self.segment_of(step).after(step) if step else RunProgress()
 
     @property
     def span_limits(self) -> dict[str, int]:
@@ -166,13 +166,13 @@ def build_plan(
     Returns:
         The plan. Its problems are in `problems`; none is raised.
     """
-    grids = _grids(config, source_tokens, samples_per_epoch or {})
+    grids = _span_grids(config, source_tokens, samples_per_epoch or {})
     schedule = solve_schedule(config)
     problems = list(schedule_problems(config.schedule, schedule))
     planned = plan_phases(config, schedule, grids)
     phases = planned.phases
     segments = [segment for phase in phases for segment in phase.segments]
-    totals = _total(config, planned, source_tokens, grids)
+    totals = _source_totals(config, planned, source_tokens, grids)
     phase_problems = [*planned.problems, *epoch_problems(totals, {phase.name: phase.sources for phase in phases})]
     # Problems that follow from an invalid schedule, such as a rate that is never reached, are not reported.
     problems += [found for found in phase_problems if not (problems and "schedule" in found.keys)]
@@ -191,7 +191,7 @@ def build_plan(
         parameters=count_parameters(config.model),
         flops=_mean_flops(config, phases),
         layout=Layout.build(config, num_gpus),
-        memory_stages=_most_memory(config, phases, num_gpus),
+        memory_stages=_largest_memory(config, phases, num_gpus),
         warnings=(
             *_schedule_warnings(config),
             *_shape_warnings(config, segments),
@@ -202,7 +202,7 @@ def build_plan(
     )
 
 
-def _grids(
+def _span_grids(
     config: RunConfig, source_tokens: Mapping[str, int], samples_per_epoch: Mapping[str, int]
 ) -> dict[str, SpanGrid]:
     """Return the grid of spans per source of known size; a source shorter than one span has an empty grid."""
@@ -222,26 +222,28 @@ def _mean_flops(config: RunConfig, phases: Sequence[PhasePlan]) -> FlopsPerToken
     return FlopsPerToken(full / tokens, causal / tokens)
 
 
-def _most_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:
+def _largest_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:
     """Return the memory of every stage in the steps that need most."""
     shapes = dict.fromkeys((s.global_batch, s.micro_batch, s.seq_length) for phase in phases for s in phase.segments)
     estimates = []
     for global_, micro, length in shapes:
         batch = config.batch.model_copy(update={"global_": global_, "micro": micro})
-        shaped = config.model_copy(update={"batch": batch, "seq_length": length})
-        estimates.append(stage_memories(shaped, Layout.build(shaped, num_gpus)))
+        run = config.model_copy(update={"batch": batch, "seq_length": length})
+        estimates.append(stage_memories(run, Layout.build(run, num_gpus)))
     return max(estimates, key=lambda stages: max(stage.total for stage in stages))
 
 
-def _total(
+def _source_totals(
     config: RunConfig, planned: PlannedPhases, source_tokens: Mapping[str, int], grids: Mapping[str, SpanGrid]
 ) -> dict[str, SourceTotal]:
     totals, limits = {}, span_limits(config.sources, grids)
     for name, source in config.sources.items():
         uses = [phase.sources[name] for phase in planned.phases if name in phase.sources]
-        grid, place, epochs = grids.get(name), planned.places.get(name), None
+        grid, position, epochs = grids.get(name), planned.positions.get(name), None
         if grid is not None and grid.num_spans:
-            epochs = place.k / (grid.num_spans * grid.parts(place.seq_length)) if place is not None else 0.0
+            epochs = 0.0
+            if position is not None:
+                epochs = position.sample_index / (grid.num_spans * grid.parts(position.seq_length))
         totals[name] = SourceTotal(
             size=source_tokens.get(name),
             samples=sum(use.samples for use in uses),

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_cpt.config import RunConfig
 from megatron_cpt.config.checks import CHECKS
 from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
-from megatron_cpt.plan.cluster.estimate import MEMORY_MARGIN, largest_segment, shaped, step_lines
+from megatron_cpt.plan.cluster.estimate import MEMORY_MARGIN, largest_segment, step_lines, with_shape
 from megatron_cpt.plan.cluster.step_time import Overlap, Speed, estimate_speed
 from megatron_cpt.plan.cost.memory import GIB, Memory, estimate_memory
 from megatron_cpt.plan.cost.rank_layout import Layout, layout_problems
@@ -43,7 +43,7 @@ class Candidate:
         # Among steps that differ only in their batch, the largest batch keeps the most micro-batches in flight.
         by_batch = sorted(plan.segments, key=lambda segment: segment.global_batch)
         shapes = {(segment.micro_batch, segment.seq_length): segment for segment in by_batch}
-        runs = [shaped(config, segment) for segment in (largest_segment(plan), *shapes.values())]
+        runs = [with_shape(config, segment) for segment in (largest_segment(plan), *shapes.values())]
         layouts = [Layout.build(run, num_gpus) for run in runs]
         speed, plain = estimate_speed(runs[0], layouts[0], gpu), None
         overlap = Overlap.of(config)

@@ -49,14 +49,14 @@ class Links:
         parallel = config.parallel
         inner = parallel.tensor * parallel.context
         return cls(
-            tensor=_ring(parallel.tensor, 1, gpu),
-            context=_ring(parallel.context, parallel.tensor, gpu),
-            data=_ring(layout.data_parallel * parallel.context, parallel.tensor, gpu),
-            pipeline=_neighbors(inner * layout.data_parallel * parallel.pipeline, gpu),
+            tensor=_ring_bandwidth(parallel.tensor, 1, gpu),
+            context=_ring_bandwidth(parallel.context, parallel.tensor, gpu),
+            data=_ring_bandwidth(layout.data_parallel * parallel.context, parallel.tensor, gpu),
+            pipeline=_next_stage_bandwidth(inner * layout.data_parallel * parallel.pipeline, gpu),
         )
 
 
-def _ring(size: int, stride: int, gpu: Gpu) -> float:
+def _ring_bandwidth(size: int, stride: int, gpu: Gpu) -> float:
     """Return the bandwidth of a ring of `size` ranks whose numbers are `stride` apart."""
     inside = NVLINK_EFFICIENCY * gpu.nvlink
     if size * stride <= gpu.gpus_per_node:
@@ -65,13 +65,13 @@ def _ring(size: int, stride: int, gpu: Gpu) -> float:
     return min(inside, NETWORK_EFFICIENCY * gpu.network * members_in_node)
 
 
-def _neighbors(num_gpus: int, gpu: Gpu) -> float:
+def _next_stage_bandwidth(num_gpus: int, gpu: Gpu) -> float:
     """Return the bandwidth to the same rank of the next stage; pipeline ranks are farthest apart."""
     in_one_node = num_gpus <= gpu.gpus_per_node
     return NVLINK_EFFICIENCY * gpu.nvlink if in_one_node else NETWORK_EFFICIENCY * gpu.network
 
 
-def _share(size: int) -> float:
+def _ring_share(size: int) -> float:
     return (size - 1) / size
 
 
@@ -84,7 +84,7 @@ def tensor_seconds_per_layer(config: RunConfig, links: Links) -> float:
     """
     size = config.parallel.tensor
     hidden = WEIGHT_BYTES * config.model.hidden * tokens_of_micro_batch(config)
-    return 8 * hidden * _share(size) / links.tensor
+    return 8 * hidden * _ring_share(size) / links.tensor
 
 
 def context_seconds_per_layer(config: RunConfig, links: Links) -> float:
@@ -124,7 +124,7 @@ class GradientExchange:
     ) -> GradientExchange:
         """Return the exchange of a stage; `gradient_bytes` is the size of a reduced gradient."""
         parameters, kind = stage_parameters(config, stage), format_of(config)
-        share = _share(layout.data_parallel * config.parallel.context)
+        share = _ring_share(layout.data_parallel * config.parallel.context)
         reduce = gradient_bytes * parameters * share / links.data
         if not config.parallel.distributed_optimizer:
             return cls(2 * reduce, 0.0)

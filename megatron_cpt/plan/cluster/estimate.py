@@ -110,7 +110,7 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
     return memory.total <= (1 - MEMORY_MARGIN) * gpu.memory_gib * GIB
 
 
-def shaped(config: RunConfig, segment: Segment) -> RunConfig:
+def with_shape(config: RunConfig, segment: Segment) -> RunConfig:
     """Return the run with the batch and sequence length of one segment in all steps.
 
     `tp_comm_overlap` is resolved before: it needs the same shape in all phases of the original run.
@@ -135,7 +135,7 @@ def largest_segment(plan: RunPlan) -> Segment:
 
 def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Cluster:
     """Estimate a planned run on GPUs; `num_gpus=None` means one replica of the model."""
-    shapes = {_shape(segment): shaped(config, segment) for segment in plan.segments}
+    shapes = {_shape(segment): with_shape(config, segment) for segment in plan.segments}
     by_shape = {shape: _estimate(run, gpu, num_gpus) for shape, run in shapes.items()}
     most = largest_segment(plan)
     seconds = sum(
@@ -159,7 +159,7 @@ def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int |
     with_overlap = with_tensor_overlap(config)
     if config.speed.tp_comm_overlap is not None or with_overlap is config:
         return None
-    run = shaped(with_overlap, largest_segment(plan))
+    run = with_shape(with_overlap, largest_segment(plan))
     return estimate_speed(run, Layout.build(run, num_gpus), gpu)
 
 

@@ -45,10 +45,10 @@ def layer_activation_bytes(config: RunConfig, *, spec: Spec | None = None, fused
         fused_attention: `te` only: attention (FlashAttention, cuDNN) does not store the seq_length x seq_length scores.
     """
     spec = spec or default_spec(config)
-    model, split, outside = config.model, config.parallel.tensor, _split_outside(config)
-    size = _size(config)
+    model, split, outside = config.model, config.parallel.tensor, _ranks_outside_matmuls(config)
+    size = _element_bytes(config)
     kind = format_of(config)
-    linear_input = kind.kept if kind is not None and spec == "te" else size
+    linear_input = kind.saved if kind is not None and spec == "te" else size
     # Both norms save their input, and the matrix products after them save the output of the norm.
     per_token = 2 * model.hidden * (_norm_input_bytes(config, spec) + linear_input) / outside
     per_token += 2 * model.hidden / outside if model.hidden_dropout else 0.0  # a mask of one byte per element
@@ -59,7 +59,7 @@ def layer_activation_bytes(config: RunConfig, *, spec: Spec | None = None, fused
 
 
 def _norm_input_bytes(config: RunConfig, spec: Spec) -> int:
-    size = _size(config)
+    size = _element_bytes(config)
     if spec == "te" or config.model.norm != Norm.RMSNORM:
         return size
     # torch's rms_norm on a CPU is composed of several operations, which save the input and the quotient in fp32.
@@ -68,7 +68,7 @@ def _norm_input_bytes(config: RunConfig, spec: Spec) -> int:
 
 def _attention_bytes(config: RunConfig, spec: Spec, fused: bool) -> float:
     """Return bytes per token saved by attention: from its first matrix product to the input of its second."""
-    model, size = config.model, _size(config)
+    model, size = config.model, _element_bytes(config)
     queries, keys_values, heads = query_size(model), key_value_size(model), model.heads
     selective = config.recompute.granularity == "selective"
     row_sums = 0.0 if selective else 4.0 * heads  # log-sum-exp per row, in fp32
@@ -76,7 +76,7 @@ def _attention_bytes(config: RunConfig, spec: Spec, fused: bool) -> float:
         kept: float = size * (queries + keys_values + queries)
         # With FP8 or FP4 the output product also saves its input in that format.
         kind = format_of(config)
-        kept += queries * kind.kept if kind is not None else 0
+        kept += queries * kind.saved if kind is not None else 0
         kept += size * (queries + keys_values / 2) if model.qk_norm else 0
         if fused:
             return kept + row_sums
@@ -112,7 +112,7 @@ def _tables_of_layer(config: RunConfig, spec: Spec) -> float:
     if spec == "te":
         return 0.0
     rotary = config.model.head_size * config.model.rotary_percent
-    return 4 * _size(config) * rotary * config.seq_length / config.parallel.context
+    return 4 * _element_bytes(config) * rotary * config.seq_length / config.parallel.context
 
 
 def tokens_of_micro_batch(config: RunConfig) -> float:
@@ -120,34 +120,34 @@ def tokens_of_micro_batch(config: RunConfig) -> float:
     return config.batch.micro * config.seq_length / config.parallel.context
 
 
-def _size(config: RunConfig) -> int:
+def _element_bytes(config: RunConfig) -> int:
     return 2 if config.precision.compute == "bf16" else 4
 
 
-def _split_outside(config: RunConfig) -> int:
+def _ranks_outside_matmuls(config: RunConfig) -> int:
     """Return the number of ranks that share tensors between matrix products; sequence parallelism splits these too."""
     return config.parallel.tensor if config.parallel.sequence else 1
 
 
 def _hidden_bytes(config: RunConfig) -> float:
     """Return bytes of the residual stream of one micro-batch on one rank."""
-    return _size(config) * config.model.hidden / _split_outside(config) * tokens_of_micro_batch(config)
+    return _element_bytes(config) * config.model.hidden / _ranks_outside_matmuls(config) * tokens_of_micro_batch(config)
 
 
-def kept_bytes(config: RunConfig, layout: Layout, stage: int, spec: Spec) -> float:
+def stage_activation_bytes(config: RunConfig, layout: Layout, stage: int, spec: Spec) -> float:
     """Return bytes of activations of one stage: of its layers for all micro-batches in flight, and of the head."""
     hidden, stages = _hidden_bytes(config), config.parallel.pipeline
-    kept = _kept_by_chunk(config, layer_activation_bytes(config, spec=spec), hidden)
+    kept = _chunk_activation_bytes(config, layer_activation_bytes(config, spec=spec), hidden)
     in_flight = _chunks_in_flight(config, layout, stage)
     if stage < stages - 1:
         # megatron-core keeps the output that a chunk has sent until its backward pass.
         return in_flight * (kept + hidden)
     # Input and output of the final norm, for one micro-batch at a time.
-    head = hidden * (1 + _norm_input_bytes(config, spec) / _size(config))
+    head = hidden * (1 + _norm_input_bytes(config, spec) / _element_bytes(config))
     return in_flight * kept + (in_flight - 1) * hidden + head
 
 
-def _kept_by_chunk(config: RunConfig, layer: float, layer_input: float) -> float:
+def _chunk_activation_bytes(config: RunConfig, layer: float, layer_input: float) -> float:
     """Return bytes that a model chunk saves of one micro-batch."""
     layers = max(1, layers_of_stage(config) // config.parallel.virtual_pipeline)
     recompute = config.recompute
@@ -166,7 +166,7 @@ def working_bytes(config: RunConfig, spec: Spec) -> float:
     """
     model, recompute = config.model, config.recompute
     num_wide = 4 if model.gated else 3  # measured: alive at the same time inside the activation
-    wide = num_wide * model.ffn_hidden / config.parallel.tensor * _size(config) * tokens_of_micro_batch(config)
+    wide = num_wide * model.ffn_hidden / config.parallel.tensor * _element_bytes(config) * tokens_of_micro_batch(config)
     working = wide + _hidden_bytes(config)
     if recompute.granularity != "full":
         return working

@@ -19,28 +19,28 @@ class Format:
 
     Attributes:
         weight: of a weight in one direction (scales along rows or columns).
-        kept: of the input of a matrix product, saved in one direction for the backward pass.
+        saved: of the input of a matrix product, saved in one direction for the backward pass.
         gathered: of a gathered weight, if `precision.fp8.params` stores weights in this format.
         has_two_directions: weights are always stored twice, with scales along rows and along columns.
     """
 
     weight: float
-    kept: float
+    saved: float
     gathered: float
     has_two_directions: bool
 
 
-_ONE_SCALE = Format(weight=1.0, kept=1.0, gathered=1.0, has_two_directions=False)
+_ONE_SCALE = Format(weight=1.0, saved=1.0, gathered=1.0, has_two_directions=False)
 FORMATS = {
     "delayed": _ONE_SCALE,
     "tensorwise": _ONE_SCALE,
     # One fp32 scale per 128 x 128 values of a weight, and per 128 values of an input.
-    "blockwise": Format(weight=1 + 4 / 128**2, kept=1 + 4 / 128, gathered=1.0, has_two_directions=True),
+    "blockwise": Format(weight=1 + 4 / 128**2, saved=1 + 4 / 128, gathered=1.0, has_two_directions=True),
     # One byte per 32 values. The two directions round differently, so weights are gathered in bf16; megatron-core uses
     # the gradient buffer for them.
-    "mxfp8": Format(weight=1 + 1 / 32, kept=1 + 1 / 32, gathered=2.0, has_two_directions=True),
+    "mxfp8": Format(weight=1 + 1 / 32, saved=1 + 1 / 32, gathered=2.0, has_two_directions=True),
     # Half a byte per value, and one byte per 16 values: 0.5625.
-    "nvfp4": Format(weight=1 / 2 + 1 / 16, kept=1 / 2 + 1 / 16, gathered=2.0, has_two_directions=True),
+    "nvfp4": Format(weight=1 / 2 + 1 / 16, saved=1 / 2 + 1 / 16, gathered=2.0, has_two_directions=True),
 }
 
 

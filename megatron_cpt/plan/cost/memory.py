@@ -17,9 +17,9 @@ from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
 from megatron_cpt.plan.cost.activations import (
     Spec,
     default_spec,
-    kept_bytes,
     layers_of_stage,
     logits_bytes,
+    stage_activation_bytes,
     tokens_of_micro_batch,
     working_bytes,
 )
@@ -121,7 +121,7 @@ def stage_memory(
         weights=weights,
         gradients=4 * parameters,
         optimizer=optimizer,
-        activations=kept_bytes(config, layout, stage, spec),
+        activations=stage_activation_bytes(config, layout, stage, spec),
         logits=logits,
         working=max(0.0, working_bytes(config, spec) - logits),
         reserved=0.0 if gpu is None else _reserved(config, layout),

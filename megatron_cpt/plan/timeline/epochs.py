@@ -90,7 +90,7 @@ def split_samples(weights: Mapping[str, float], samples: int) -> dict[str, int]:
     return counts
 
 
-def share_out(
+def divide_samples(
     weights: Mapping[str, float], samples: int, room: Mapping[str, int]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Divide samples by weight among sources that may end; the others then share the weight.

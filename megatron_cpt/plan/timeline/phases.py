@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from megatron_cpt.config import PhaseConfig, RunConfig, Until, format_count
 from megatron_cpt.plan.problem import Problem
-from megatron_cpt.plan.timeline.epochs import SourceUse, normalize, share_out, span_limits
+from megatron_cpt.plan.timeline.epochs import SourceUse, divide_samples, normalize, span_limits
 from megatron_cpt.plan.timeline.schedule import LENGTH_KEYS, SCHEDULE_KEYS, Schedule
-from megatron_cpt.plan.timeline.segments import Segment, step_of_sample, tile
+from megatron_cpt.plan.timeline.segments import Segment, split_into_segments, step_of_sample
 from megatron_cpt.sampling.spans import SpanGrid
 
 
@@ -67,12 +67,12 @@ class PlannedPhases:
     Attributes:
         phases: phases with at least one step.
         problems: problems of the ends of phases.
-        places: position of each source after the last phase that reads it.
+        positions: position of each source after the last phase that reads it.
     """
 
     phases: list[PhasePlan]
     problems: list[Problem]
-    places: Mapping[str, SourcePosition]
+    positions: Mapping[str, SourcePosition]
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,17 @@ class SourcePosition:
 
     Attributes:
         seq_length: tokens per sample in the phase that read it last.
-        k: index of its next sample of that length, counted over all epochs.
+        sample_index: index of its next sample of that length, counted over all epochs.
     """
 
     seq_length: int
-    k: int = 0
+    sample_index: int = 0
 
-    def turn(self, seq_length: int, grid: SpanGrid | None) -> SourcePosition:
+    def at_length(self, seq_length: int, grid: SpanGrid | None) -> SourcePosition:
         """Return the position for samples of another length; approximate if the size of the source is unknown."""
         if grid is not None and grid.num_spans:
-            return SourcePosition(seq_length, grid.turn(self.k, self.seq_length, seq_length))
-        return SourcePosition(seq_length, -(-self.k * self.seq_length // seq_length))
+            return SourcePosition(seq_length, grid.turn(self.sample_index, self.seq_length, seq_length))
+        return SourcePosition(seq_length, -(-self.sample_index * self.seq_length // seq_length))
 
 
 def plan_phases(config: RunConfig, schedule: Schedule, grids: Mapping[str, SpanGrid]) -> PlannedPhases:
@@ -103,19 +103,19 @@ def plan_phases(config: RunConfig, schedule: Schedule, grids: Mapping[str, SpanG
         grids: the spans of each source of known size.
     """
     planned = PlannedPhases([], [], {})
-    places: dict[str, SourcePosition] = {}
+    positions: dict[str, SourcePosition] = {}
     limits = span_limits(config.sources, grids)
     first = 1
-    for index, steps in enumerate(tile(config, schedule)):
+    for index, steps in enumerate(split_into_segments(config, schedule)):
         problem = _end_problem(config, schedule, index, first, steps.last)
         if problem is not None:
             planned.problems.append(problem)
         if steps.segments:
-            phase = _plan_phase(config, schedule, config.phases[index], steps.segments, grids, places, limits)
-            planned.problems.extend(_shortage(index, phase))
+            phase = _plan_phase(config, schedule, config.phases[index], steps.segments, grids, positions, limits)
+            planned.problems.extend(_shortage_problems(index, phase))
             planned.phases.append(phase)
             first = phase.last_step + 1
-    return replace(planned, places=places)
+    return replace(planned, positions=positions)
 
 
 def _end_problem(config: RunConfig, schedule: Schedule, index: int, first: int, last: int) -> Problem | None:
@@ -152,10 +152,10 @@ def _plan_phase(
     phase: PhaseConfig,
     segments: tuple[Segment, ...],
     grids: Mapping[str, SpanGrid],
-    places: dict[str, SourcePosition],
+    positions: dict[str, SourcePosition],
     limits: Mapping[str, int],
 ) -> PhasePlan:
-    """Return a planned phase, and advance its sources in `places`.
+    """Return a planned phase, and advance its sources in `positions`.
 
     Sources with an invalid weight, which config/checks.py reports, are skipped.
     """
@@ -163,15 +163,16 @@ def _plan_phase(
     weights = normalize({name: weight for name, weight in phase.blend.items() if math.isfinite(weight) and weight > 0})
     parts = {name: grids[name].parts(length) for name in weights if name in grids}
     for name in weights:
-        places[name] = places.get(name, SourcePosition(length)).turn(length, grids.get(name))
-    room = {name: limit * parts[name] - places[name].k for name, limit in limits.items() if name in weights}
+        positions[name] = positions.get(name, SourcePosition(length)).at_length(length, grids.get(name))
+    limited = {name: limit for name, limit in limits.items() if name in weights}
+    room = {name: limit * parts[name] - positions[name].sample_index for name, limit in limited.items()}
     samples = last.end.samples - first.first_sample
-    counts, ended = share_out(weights, samples, room)
+    counts, ended = divide_samples(weights, samples, room)
     uses = {}
     for name, count in counts.items():
         epoch = grids[name].num_spans * parts[name] if name in grids else 0
         uses[name] = SourceUse(weights[name], count, count * length, count / epoch if epoch else None)
-        places[name] = replace(places[name], k=places[name].k + count)
+        positions[name] = replace(positions[name], sample_index=positions[name].sample_index + count)
     return PhasePlan(
         name=phase.name,
         first_step=first.first_step,
@@ -187,7 +188,7 @@ def _plan_phase(
     )
 
 
-def _shortage(index: int, phase: PhasePlan) -> Iterator[Problem]:
+def _shortage_problems(index: int, phase: PhasePlan) -> Iterator[Problem]:
     """Yield the problem of a phase that continues after all its sources have ended."""
     given = sum(use.samples for use in phase.sources.values())
     if phase.ends and given < phase.num_samples:

@@ -55,7 +55,7 @@ class Schedule:
         done = step - 1
         if done < self.warmup_steps:
             return self.max_lr * (done / self.warmup_steps)
-        share = self._height(done)
+        share = self._share_of_range(done)
         # This form gives exactly max_lr at share 1 and min_lr at share 0. Between nearly equal bounds rounding could
         # leave them, hence the clamp.
         return min(self.max_lr, max(self.min_lr, share * self.max_lr + (1.0 - share) * self.min_lr))
@@ -87,7 +87,7 @@ class Schedule:
                 below = middle
         return above
 
-    def _height(self, done: int) -> float:
+    def _share_of_range(self, done: int) -> float:
         """Return the rate after `done` steps, at least the warmup, as a share between min_lr (0) and max_lr (1)."""
         if self.shape == "constant":
             return 1.0
@@ -95,11 +95,13 @@ class Schedule:
             return 0.0
         if self.shape == "wsd":
             stable_until = self.steps - self.decay_steps
-            return 1.0 if done <= stable_until else _fall(self.decay_shape, (done - stable_until) / self.decay_steps)
-        return _fall(self.shape, (done - self.warmup_steps) / (self.steps - self.warmup_steps))
+            if done <= stable_until:
+                return 1.0
+            return _decay_curve(self.decay_shape, (done - stable_until) / self.decay_steps)
+        return _decay_curve(self.shape, (done - self.warmup_steps) / (self.steps - self.warmup_steps))
 
 
-def _fall(shape: str, x: float) -> float:
+def _decay_curve(shape: str, x: float) -> float:
     """Return the curve that falls from 1 at x = 0 to 0 at x = 1."""
     if shape == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * x))

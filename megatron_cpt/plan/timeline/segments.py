@@ -11,7 +11,7 @@ from megatron_cpt.plan.timeline.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Mark:
+class RunProgress:
     """Progress between two steps: steps, samples and tokens done."""
 
     steps: int = 0
@@ -49,15 +49,15 @@ class Segment:
         return self.global_batch * self.seq_length
 
     @property
-    def end(self) -> Mark:
+    def end(self) -> RunProgress:
         """Progress after the last step."""
         return self.after(self.last_step)
 
-    def after(self, step: int) -> Mark:
+    def after(self, step: int) -> RunProgress:
         """Return the progress after a step of the segment, or after the step before its first."""
         done = step - self.first_step + 1
         samples, tokens = done * self.global_batch, done * self.tokens_per_step
-        return Mark(step, self.first_sample + samples, self.first_token + tokens)
+        return RunProgress(step, self.first_sample + samples, self.first_token + tokens)
 
 
 def batch_size(batch: BatchConfig, samples: int) -> int:
@@ -74,8 +74,13 @@ def batch_size(batch: BatchConfig, samples: int) -> int:
     return ramp.start + int(samples / (ramp.samples / num_increments)) * ramp.increment
 
 
-def walk(
-    config: RunConfig, phase: PhaseConfig, begin: Mark, *, last_step: int | None = None, tokens: int | None = None
+def phase_segments(
+    config: RunConfig,
+    phase: PhaseConfig,
+    begin: RunProgress,
+    *,
+    last_step: int | None = None,
+    tokens: int | None = None,
 ) -> Iterator[Segment]:
     """Yield the segments of a phase; exactly one of `last_step` and `tokens` decides its end.
 
@@ -136,12 +141,12 @@ class PhaseSteps:
     segments: tuple[Segment, ...]
 
 
-def tile(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
+def split_into_segments(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
     """Split the steps of a run into phases, and each phase into segments."""
     tiled: list[PhaseSteps] = []
     done: list[Segment] = []
     for phase in config.phases:
-        begin = done[-1].end if done else Mark()
+        begin = done[-1].end if done else RunProgress()
         if phase is config.phases[-1]:
             last = schedule.steps
         elif phase.until is None:
@@ -152,9 +157,9 @@ def tile(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
             last = phase.until.step
         else:
             assert phase.until.tokens is not None
-            ahead = walk(config, phase, begin, tokens=phase.until.tokens)
+            ahead = phase_segments(config, phase, begin, tokens=phase.until.tokens)
             last = step_reaching((*done, *ahead), phase.until.tokens)
-        segments = tuple(walk(config, phase, begin, last_step=min(last, schedule.steps)))
+        segments = tuple(phase_segments(config, phase, begin, last_step=min(last, schedule.steps)))
         done += segments
         tiled.append(PhaseSteps(last, segments))
     return tiled

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.plan.timeline.schedule import Schedule, span_steps
-from megatron_cpt.plan.timeline.segments import Mark, Segment, step_reaching, tile, walk
+from megatron_cpt.plan.timeline.segments import RunProgress, Segment, phase_segments, split_into_segments, step_reaching
 
 
 def solve_schedule(config: RunConfig) -> Schedule:
@@ -26,11 +26,14 @@ def solve_schedule(config: RunConfig) -> Schedule:
     smallest = min([config.batch.global_, *config.batch.ramp_sizes[:1], *(size for size in own if size)])
     most = -(-config.tokens // (smallest * min(lengths)))
     warmup = _warmup_steps(config)
-    steps = first_reaching(config.tokens, most, lambda n: _last(config, _schedule(config, n, warmup)).end.tokens)
-    return _schedule(config, steps, warmup)
+
+    def trained(steps: int) -> int:
+        return _last_segment(config, _schedule_over(config, steps, warmup)).end.tokens
+
+    return _schedule_over(config, smallest_reaching(config.tokens, most, trained), warmup)
 
 
-def first_reaching(target: int, most: int, value: Callable[[int], int]) -> int:
+def smallest_reaching(target: int, most: int, value: Callable[[int], int]) -> int:
     """Return the smallest n in 1 to `most` with value(n) >= target, or `most` if no n does.
 
     Interpolates, then checks the neighbor, then bisects. For proportional values the first guess is right and the
@@ -64,12 +67,12 @@ def first_reaching(target: int, most: int, value: Callable[[int], int]) -> int:
     return high
 
 
-def _last(config: RunConfig, schedule: Schedule) -> Segment:
+def _last_segment(config: RunConfig, schedule: Schedule) -> Segment:
     """Return the last segment of a run."""
-    return [segment for phase in tile(config, schedule) for segment in phase.segments][-1]
+    return [segment for phase in split_into_segments(config, schedule) for segment in phase.segments][-1]
 
 
-def _schedule(config: RunConfig, steps: int, warmup: int | None) -> Schedule:
+def _schedule_over(config: RunConfig, steps: int, warmup: int | None) -> Schedule:
     """Return the schedule over `steps` steps; `warmup` is its warmup in steps, if run.yaml gives it in tokens."""
     section = config.schedule
     without = Schedule(section.shape, section.max_lr, section.min_lr, steps, 0, 0, section.decay_shape)
@@ -91,12 +94,12 @@ def _warmup_steps(config: RunConfig) -> int | None:
         return None
     done: list[Segment] = []
     for phase in config.phases:
-        begin = done[-1].end if done else Mark()
+        begin = done[-1].end if done else RunProgress()
         until = phase.until
         if phase is config.phases[-1] or until is None or until.lr is not None:
-            done += walk(config, phase, begin, tokens=tokens)
+            done += phase_segments(config, phase, begin, tokens=tokens)
             break
-        done += walk(config, phase, begin, last_step=until.step, tokens=until.tokens)
+        done += phase_segments(config, phase, begin, last_step=until.step, tokens=until.tokens)
     return step_reaching(done, tokens) if tokens else 0
 
 
@@ -107,13 +110,10 @@ def _decay_steps(config: RunConfig, schedule: Schedule, warmup: int) -> int:
 
     def trained(decay: int) -> int:
         """Return the tokens of the last `decay` steps, with the phase ends that this decay gives."""
-        segments = [
-            s
-            for phase in tile(config, replace(schedule, warmup_steps=warmup, decay_steps=decay))
-            for s in phase.segments
-        ]
+        phases = split_into_segments(config, replace(schedule, warmup_steps=warmup, decay_steps=decay))
+        segments = [segment for phase in phases for segment in phase.segments]
         first = schedule.steps - decay + 1
         before = next(s for s in segments if first <= s.last_step).after(first - 1)
         return segments[-1].end.tokens - before.tokens
 
-    return first_reaching(tokens, schedule.steps, trained)
+    return smallest_reaching(tokens, schedule.steps, trained)

@@ -12,7 +12,14 @@ from megatron_cpt.config import draft_config, load_config
 from megatron_cpt.errors import UserError
 from megatron_cpt.plan import GIB, Layout, build_plan
 from megatron_cpt.plan.cluster.advise import advise
-from megatron_cpt.plan.cluster.estimate import MEMORY_MARGIN, find_gpu, fits, largest_segment, place_on_cluster, shaped
+from megatron_cpt.plan.cluster.estimate import (
+    MEMORY_MARGIN,
+    find_gpu,
+    fits,
+    largest_segment,
+    place_on_cluster,
+    with_shape,
+)
 from megatron_cpt.plan.cluster.step_time import estimate_speed
 from megatron_cpt.plan.cost.memory import estimate_memory
 from megatron_cpt.plan.hardware import A100, B200, H100, H200
@@ -251,7 +258,7 @@ def test_a_run_of_several_shapes(run_data):
     assert (most.seq_length, most.global_batch) == (64, 8)
     cluster = place_on_cluster(run, plan, H100, 1)
     steps = [phase.last_step - phase.first_step + 1 for phase in plan.phases]
-    runs = [shaped(run, phase.segments[0]) for phase in plan.phases]
+    runs = [with_shape(run, phase.segments[0]) for phase in plan.phases]
     seconds = [estimate_speed(one, Layout.build(one, 1), H100).step for one in runs]
     assert seconds[0] != seconds[1]
     assert cluster.seconds == pytest.approx(steps[0] * seconds[0] + steps[1] * seconds[1])

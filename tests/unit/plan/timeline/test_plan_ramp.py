@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.plan import RunPlan, Schedule, build_plan
 from megatron_cpt.plan.timeline import solve_steps
-from megatron_cpt.plan.timeline.segments import PhaseSteps, batch_size, tile
+from megatron_cpt.plan.timeline.segments import PhaseSteps, batch_size, split_into_segments
 from megatron_cpt.views.plan_plot import plot_plan
 from megatron_cpt.views.plan_table import render_plan
 
@@ -169,7 +169,7 @@ def bisect(target: int, most: int, value: Callable[[int], int]) -> int:
 def test_a_run_is_as_long_as_bisection_finds(ramp, untils, shapes, tokens, warmup, shape, decay):
     config = run_of(ramp, untils, shapes, tokens, warmup, shape, decay)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solve_steps, "first_reaching", bisect)
+        patch.setattr(solve_steps, "smallest_reaching", bisect)
         expected = solve_steps.solve_schedule(config)
     assert solve_steps.solve_schedule(config) == expected
 
@@ -182,7 +182,7 @@ def test_the_first_that_reaches(steps, target):
         looks.append(n)
         return values[n]
 
-    assert solve_steps.first_reaching(target, len(steps), value) == bisect(target, len(steps), values.__getitem__)
+    assert solve_steps.smallest_reaching(target, len(steps), value) == bisect(target, len(steps), values.__getitem__)
     assert len(looks) == len(set(looks)) <= 1 + 3 * len(steps).bit_length()
 
 
@@ -193,9 +193,9 @@ def test_a_thousand_sizes_and_a_decay_in_tokens_take_few_looks(run_data, monkeyp
     def counted(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
         nonlocal looks
         looks += 1
-        return tile(config, schedule)
+        return split_into_segments(config, schedule)
 
-    monkeypatch.setattr(solve_steps, "tile", counted)
+    monkeypatch.setattr(solve_steps, "split_into_segments", counted)
     found = plan(
         run_data,
         "batch={global: 1024, micro: 1, ramp_up: {start: 1, increment: 1, samples: 1M}}",
