@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TERA, GIGA = 1e12, 1e9
 
@@ -69,18 +69,13 @@ H100 = Gpu(
     needs_fp8_transposes=True,
     source="NVIDIA H100 datasheet (without sparsity); DGX H100 datasheet (8 x 400 Gb/s)",
 )
-H200 = Gpu(
+H200 = replace(
+    H100,
     name="h200",
     title="NVIDIA H200 141GB SXM",
     memory_gib=140.4,
-    bf16=989 * TERA,
-    fp8=1979 * TERA,
     hbm=4.8 * TERA,
-    nvlink=450 * GIGA,
-    network=50 * GIGA,
-    gpus_per_node=8,
     is_calibrated=False,
-    needs_fp8_transposes=True,
     source="NVIDIA H200 datasheet (without sparsity); DGX H200 datasheet (8 x 400 Gb/s)",
 )
 B200 = Gpu(

@@ -224,7 +224,7 @@ def _mean_flops(config: RunConfig, phases: Sequence[PhasePlan]) -> FlopsPerToken
 
 def _largest_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:
     """Return the memory of every stage in the steps that need most."""
-    shapes = dict.fromkeys((s.global_batch, s.micro_batch, s.seq_length) for phase in phases for s in phase.segments)
+    shapes = dict.fromkeys(segment.shape for phase in phases for segment in phase.segments)
     estimates = []
     for global_, micro, length in shapes:
         batch = config.batch.model_copy(update={"global_": global_, "micro": micro})

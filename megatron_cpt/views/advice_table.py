@@ -108,12 +108,13 @@ def _ranking(advice: Advice) -> Table:
         table.add_column(header, justify="left" if header in ("layout", "why") else "right", overflow="fold")
     best = advice.ranking[0].speed.tokens_per_gpu
     for rank, candidate in enumerate(advice.ranking[:MAX_ROWS], start=1):
+        without = f" ({candidate.plain.tokens_per_gpu:,.0f})" if candidate.plain else ""
         as_good = "~" if rank > 1 and candidate.speed.tokens_per_gpu >= AS_GOOD * best else ""
         table.add_row(
             f"{rank}{as_good}",
             _name(candidate),
             f"{candidate.layout.data_parallel:,}",
-            _tokens_per_gpu(candidate),
+            f"{candidate.speed.tokens_per_gpu:,.0f}{without}",
             f"{candidate.speed.step:.2f}",
             f"{candidate.memory.total / GIB:.1f}",
             candidate.why,
@@ -121,11 +122,6 @@ def _ranking(advice: Advice) -> Table:
     table.caption = f"~: as good as the first, within {1 - AS_GOOD:.0%}, which is about the error of the estimate"
     table.caption_justify = "left"
     return table
-
-
-def _tokens_per_gpu(candidate: Candidate) -> str:
-    plain = f" ({candidate.plain.tokens_per_gpu:,.0f})" if candidate.plain else ""
-    return f"{candidate.speed.tokens_per_gpu:,.0f}{plain}"
 
 
 def _name(candidate: Candidate) -> str:

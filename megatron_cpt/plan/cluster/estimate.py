@@ -128,28 +128,27 @@ def largest_segment(plan: RunPlan) -> Segment:
     tokens: dict[tuple[int, int, int], int] = {}
     for segment in plan.segments:
         num_tokens = segment.end.tokens - segment.first_token
-        tokens[_shape(segment)] = tokens.get(_shape(segment), 0) + num_tokens
+        tokens[segment.shape] = tokens.get(segment.shape, 0) + num_tokens
     most = max(tokens, key=lambda shape: tokens[shape])
-    return next(segment for segment in plan.segments if _shape(segment) == most)
+    return next(segment for segment in plan.segments if segment.shape == most)
 
 
 def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Cluster:
     """Estimate a planned run on GPUs; `num_gpus=None` means one replica of the model."""
-    shapes = {_shape(segment): with_shape(config, segment) for segment in plan.segments}
-    by_shape = {shape: _estimate(run, gpu, num_gpus) for shape, run in shapes.items()}
+    runs = {segment.shape: with_shape(config, segment) for segment in plan.segments}
+    layouts = {shape: Layout.build(run, num_gpus) for shape, run in runs.items()}
+    memories = [stage_memories(run, layouts[shape], gpu=gpu) for shape, run in runs.items()]
+    speeds = {shape: estimate_speed(run, layouts[shape], gpu) for shape, run in runs.items()}
     most = largest_segment(plan)
-    seconds = sum(
-        by_shape[_shape(segment)][1].step * (segment.last_step - segment.first_step + 1) for segment in plan.segments
-    )
     return Cluster(
         gpu=gpu,
-        layout=Layout.build(shapes[_shape(most)], num_gpus),
-        stages=max((stages for stages, _ in by_shape.values()), key=lambda stages: max(one.total for one in stages)),
-        speed=by_shape[_shape(most)][1],
+        layout=layouts[most.shape],
+        stages=max(memories, key=lambda stages: max(stage.total for stage in stages)),
+        speed=speeds[most.shape],
         overlapped=overlapped_speed(config, plan, gpu, num_gpus),
         knobs=resolve_speed(config, GPU_CLUSTER)[0],
         flops=flops_per_token(config.model, most.seq_length),
-        seconds=seconds,
+        seconds=sum(speeds[segment.shape].step * segment.num_steps for segment in plan.segments),
         peak=gpu.fp8 if format_of(config) is not None and gpu.fp8 is not None else gpu.bf16,
     )
 
@@ -179,12 +178,3 @@ def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
     }
     shares = {text: getattr(speed, name) / speed.step for name, text in names.items()}
     yield from sorted(shares.items(), key=lambda item: -item[1])
-
-
-def _estimate(config: RunConfig, gpu: Gpu, num_gpus: int | None) -> tuple[Sequence[Memory], Speed]:
-    layout = Layout.build(config, num_gpus)
-    return stage_memories(config, layout, gpu=gpu), estimate_speed(config, layout, gpu)
-
-
-def _shape(segment: Segment) -> tuple[int, int, int]:
-    return segment.global_batch, segment.micro_batch, segment.seq_length

@@ -116,27 +116,21 @@ def estimate_speed(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap
     longest = times[slowest].total
     bubble = (sum(time.total for time in times) - longest) / config.parallel.virtual_pipeline
 
-    def mean(part: str) -> float:
-        seconds: float = sum(getattr(time, part) for time in times)
-        return num_micro_batches * seconds / num_stages
-
+    parts = ("matmul", "attention", "memory_bound", "recompute", "communication", "total")
+    means = {part: num_micro_batches * sum(getattr(time, part) for time in times) / num_stages for part in parts}
     exchange = _exposed_exchange(config, layout, links, overlap, slowest, longest)
     optimizer = _optimizer_seconds(config, layout, gpu, slowest)
     scale = SECONDS_PER_DOUBLING * math.log2(max(1.0, layout.num_gpus / gpu.gpus_per_node))
     step = num_micro_batches * longest + bubble + exchange + optimizer + scale
     return Speed(
         step=step,
-        matmul=mean("matmul"),
-        attention=mean("attention"),
-        memory_bound=mean("memory_bound"),
-        recompute=mean("recompute"),
-        communication=mean("communication"),
-        uneven=num_micro_batches * longest - mean("total"),
+        uneven=num_micro_batches * longest - means.pop("total"),
         bubble=bubble,
         exchange=exchange,
         optimizer=optimizer,
         scale=scale,
         tokens_per_gpu=config.batch.global_ * config.seq_length / step / layout.num_gpus,
+        **means,
     )
 
 

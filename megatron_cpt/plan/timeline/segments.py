@@ -44,9 +44,19 @@ class Segment:
     is_ramp: bool = False
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Global batch, micro-batch and sequence length."""
+        return self.global_batch, self.micro_batch, self.seq_length
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens per step."""
         return self.global_batch * self.seq_length
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps."""
+        return self.last_step - self.first_step + 1
 
     @property
     def end(self) -> RunProgress:

@@ -28,7 +28,8 @@ def solve_schedule(config: RunConfig) -> Schedule:
     warmup = _warmup_steps(config)
 
     def trained(steps: int) -> int:
-        return _last_segment(config, _schedule_over(config, steps, warmup)).end.tokens
+        phases = split_into_segments(config, _schedule_over(config, steps, warmup))
+        return [segment for phase in phases for segment in phase.segments][-1].end.tokens
 
     return _schedule_over(config, smallest_reaching(config.tokens, most, trained), warmup)
 
@@ -65,11 +66,6 @@ def smallest_reaching(target: int, most: int, value: Callable[[int], int]) -> in
         evaluate(guess - 1 if high <= guess else guess + 1)
         evaluate((low + high) // 2)
     return high
-
-
-def _last_segment(config: RunConfig, schedule: Schedule) -> Segment:
-    """Return the last segment of a run."""
-    return [segment for phase in split_into_segments(config, schedule) for segment in phase.segments][-1]
 
 
 def _schedule_over(config: RunConfig, steps: int, warmup: int | None) -> Schedule:

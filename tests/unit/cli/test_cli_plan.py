@@ -211,7 +211,7 @@ def test_a_plot_of_lengths_without_matplotlib_is_one_message(tmp_path, counting_
     assert os.listdir() == []
 
 
-def test_brackets_are_printed_as_they_are(capsys):
+def test_brackets_are_printed_unchanged(capsys):
     assert main(["plan", "[bold]no/such[/bold].yaml"]) == 2
     assert "megatron-cpt: error: [bold]no/such[/bold].yaml: cannot be read" in capsys.readouterr().err
 

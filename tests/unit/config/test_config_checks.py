@@ -115,7 +115,7 @@ def test_a_batch_that_no_step_has_needs_no_divisor(run_data):
     for phase in run_data["phases"]:
         phase["batch"] = {"global": 6, "micro": 1}
     assert draft_config(run_data, ["batch.micro=3"]).problems == []
-    run_data["phases"][0]["batch"] = {"global": 8, "micro": 3}  # the same said by a phase
+    run_data["phases"][0]["batch"] = {"global": 8, "micro": 3}  # the same batch, given by a phase
     assert len(draft_config(run_data, ["batch.micro=3"]).problems) == 2
     run_data["phases"][0]["batch"] = {"global": 6, "micro": 1}
     (problem,) = draft_config(run_data, ["batch.micro=3", "validation.sources.held=data/held"]).problems
@@ -134,5 +134,5 @@ def test_a_batch_that_no_step_has_needs_no_divisor(run_data):
         ["schedule={shape: wsd, max_lr: 1, min_lr: 0, decay_shape: exponential}"],
     ],
 )
-def test_what_fits(run_data, overrides):
+def test_valid_combinations(run_data, overrides):
     assert draft_config(run_data, overrides).problems == []

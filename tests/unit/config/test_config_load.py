@@ -31,7 +31,7 @@ def test_a_valid_run(run_data):
     assert config.sources["web"].paths == ["data/web"]
 
 
-def test_drafting_leaves_the_data_alone(run_data):
+def test_drafting_does_not_change_its_input(run_data):
     before = copy.deepcopy(run_data)
     draft_config(run_data, ["parallel.tensor=2", "model=tiny_llama"])
     assert run_data == before
@@ -196,7 +196,7 @@ def test_what_is_missing_is_named_with_its_meaning():
     assert "seq_length: missing; give it a value (tokens per sequence)" in draft.problems
 
 
-def test_checks_leave_stand_ins_alone(run_data):
+def test_rules_skip_stand_ins(run_data):
     """A text where the heads should be says nothing about whether they can be split."""
     problems = problems_of(run_data, "model.heads=x", "parallel.tensor=3")
     assert any("model.heads" in problem for problem in problems)
@@ -204,7 +204,7 @@ def test_checks_leave_stand_ins_alone(run_data):
     assert any("parallel.tensor: 3 does not divide model.ffn_hidden: 512" in problem for problem in problems)
 
 
-def test_what_is_tainted(run_data):
+def test_tainted_keys(run_data):
     draft = draft_config(run_data, ["sources.web.tokens=x", "parallel=3"])
     assert draft.tainted == {"sources.web.tokens", "parallel"}
     assert not draft.is_valid("parallel.tensor")

@@ -90,14 +90,14 @@ def test_problems_of_every_kind_come_together(run_data):
     ]
 
 
-def test_a_wrong_schedule_hides_what_hangs_on_its_rates_only(run_data):
+def test_an_invalid_schedule_hides_only_problems_that_depend_on_rates(run_data):
     run_data["phases"][0]["until"] = {"lr": 0.2}
     assert [text.split(":")[0] for text in texts(plan(run_data, "schedule.warmup=100"))] == ["schedule.warmup"]
     run_data["phases"][0]["until"] = {"step": 100}
     assert len(texts(plan(run_data, "schedule.warmup=100"))) == 2
 
 
-def test_bad_weights_are_left_to_the_checks(run_data):
+def test_invalid_weights_are_reported_by_the_checks_only(run_data):
     """Plan a blend without its invalid sources, and still find all other problems."""
     for weight in (0, -1):
         run_data["phases"][1]["blend"] = {"web": weight, "code": 0.9, "qa": 0.1}
@@ -175,7 +175,7 @@ def test_a_layout_is_judged_by_the_batches_that_steps_have(run_data):
     assert problem.startswith("batch.global: 8 is not a multiple of batch.micro: 2 x 3 replicas")
 
 
-def test_the_json_has_what_scripts_stand_on(run_data):
+def test_the_json_has_the_documented_keys(run_data):
     values = json.loads(json.dumps(plan(run_data).to_dict(), allow_nan=False))
     assert values["steps"] == 100
     assert values["tokens"] == 51_200
@@ -205,7 +205,7 @@ def test_tokens_are_those_asked_for_and_those_trained(run_data):
 class TestSourcesThatEnd:
     ENDING = ("sources.qa.max_epochs=1", "sources.qa.on_exhausted=renormalize")
 
-    def test_the_others_read_what_it_no_longer_gives(self, run_data):
+    def test_other_sources_share_the_weight(self, run_data):
         found = plan(run_data, *self.ENDING, samples_per_epoch={"qa": 11})
         assert not found.problems
         phase = found.phases[1]
@@ -223,7 +223,7 @@ class TestSourcesThatEnd:
         step = found.phases[1].first_step + 110 // 8
         assert line.startswith(f"source qa: ends after 1 epochs, at about step {step} (phase qa); from then on")
 
-    def test_one_that_is_not_reached_changes_nothing(self, run_data):
+    def test_a_limit_that_is_not_reached_changes_nothing(self, run_data):
         limited = plan(run_data, *self.ENDING)
         assert not limited.phases[1].ends
         assert limited.phases == plan(run_data).phases

@@ -34,7 +34,7 @@ def test_text_for_a_file_is_plain(run_data):
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-def test_the_tables_say_what_the_plan_says(run_data):
+def test_the_tables_show_the_plan(run_data):
     lines = [line.split() for line in rendered(plan(run_data)).splitlines()]
     assert ["general", "1", "72", "72", "36.86K", "72.00%", "0.001", "0.0002016"] in lines
     assert ["general", "web", "0.6000", "346", "22.14K", "0.022"] in lines
@@ -89,7 +89,7 @@ def test_a_picture_of_many_sources(run_data, tmp_path):
     draft = draft_config(run_data)
     plot_plan(build_plan(draft.config, {}), tmp_path / "plan.svg")
     picture = (tmp_path / "plan.svg").read_text()
-    assert "29 others" in picture  # 11 of 40 have a color of their own
+    assert "29 others" in picture  # 11 of 40 have their own color
 
 
 def test_pictures_that_cannot_be_written(run_data, tmp_path):

@@ -75,7 +75,7 @@ def test_more_context_parallelism_is_ranked_where_it_buys_something(nemotron, fp
         assert all(more > 1.01 * less for less, more in pairwise(ordered))
 
 
-def test_the_ranking_says_which_knobs_it_takes(nemotron):
+def test_the_ranking_names_its_knobs(nemotron):
     advice = advice_for(nemotron(), 64, H100)
     by_split = {candidate.split: candidate for candidate in advice.ranking}
     assert "speed.tp_comm_overlap=true" in by_split["TP2 PP1"].overrides
@@ -90,7 +90,7 @@ def test_the_ranking_says_which_knobs_it_takes(nemotron):
     assert f"with speed.tp_comm_overlap=true {advice.current_overlapped.tokens_per_gpu:,.0f}" in " ".join(text.split())
 
 
-def test_a_run_that_says_no_to_a_knob_is_ranked_without_it(nemotron):
+def test_a_knob_set_to_false_stays_off_in_the_ranking(nemotron):
     advice = advice_for(nemotron("speed.tp_comm_overlap=false"), 64, H100)
     assert all(candidate.plain is None for candidate in advice.ranking)
     assert "speed.tp_comm_overlap=false" in advice.ranking[0].overrides
@@ -119,7 +119,7 @@ def test_user_buffers_take_memory(nemotron):
         assert more - less == size * 2 * 4096 * 6144
 
 
-def test_what_is_ranked_runs_and_fits(nemotron):
+def test_ranked_layouts_run_and_fit(nemotron):
     advice = advice_for(nemotron(), 64, H100)
     speeds = [candidate.speed.tokens_per_gpu for candidate in advice.ranking]
     assert speeds == sorted(speeds, reverse=True)
@@ -140,7 +140,7 @@ def test_what_is_ranked_runs_and_fits(nemotron):
         (256, ["batch.ramp_up={start: 192, increment: 192, samples: 5M}"]),
     ],
 )
-def test_what_is_ranked_runs_and_fits_in_every_step(nemotron, num_gpus, shapes):
+def test_ranked_layouts_fit_in_every_step(nemotron, num_gpus, shapes):
     run = nemotron(*shapes)
     advice = advice_for(run, num_gpus, H100)
     assert advice.ranking
@@ -155,7 +155,7 @@ def test_what_is_ranked_runs_and_fits_in_every_step(nemotron, num_gpus, shapes):
     assert "speed: in steps of 1,152 x 4,096 tokens" in rendered(render_advice, advice)
 
 
-def test_recomputation_is_taken_whole(nemotron):
+def test_overrides_set_all_fields_of_recomputation(nemotron):
     """Ranked layouts replace the recomputation of run.yaml, so their overrides must set all its fields."""
     shapes = ["seq_length=32768", "batch.global=128", "recompute={granularity: full, method: block, num_layers: 3}"]
     full = [
@@ -192,7 +192,7 @@ def test_another_batch_is_named_where_it_is_faster(nemotron):
     assert advice_for(nemotron(), 64, H100).other_batch is None
 
 
-def test_a_layout_that_does_not_divide_is_said(nemotron):
+def test_a_layout_that_does_not_divide_is_reported(nemotron):
     advice = advice_for(nemotron(), 8, H200)
     assert advice.current is None
     assert "8 ranks are not a multiple" in advice.current_problem

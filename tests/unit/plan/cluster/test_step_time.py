@@ -144,7 +144,7 @@ def test_overlap_hides_communication(big):
         (["precision.fp8={recipe: mxfp8, params: true}"], False, True, False),
     ],
 )
-def test_what_is_hidden_is_what_the_run_would_hide(big, overrides, tensor, gradients, weights):
+def test_overlap_follows_the_options_of_the_run(big, overrides, tensor, gradients, weights):
     run = config(big, "parallel={tensor: 2, sequence: true}", *overrides)
     assert Overlap.of(run) == Overlap(tensor, gradients, weights)
     assert speed(run, 64) == speed(run, 64, overlap=Overlap(tensor, gradients, weights))
@@ -162,7 +162,7 @@ def test_what_is_hidden_is_what_the_run_would_hide(big, overrides, tensor, gradi
         (["speed.tp_comm_overlap=true"], False),  # an error on one rank
     ],
 )
-def test_tensor_overlap_is_asked_for_where_it_is_possible(big, overrides, said):
+def test_tensor_overlap_is_on_if_possible(big, overrides, said):
     run = config(big, *overrides)
     assert with_tensor_overlap(run).speed.tp_comm_overlap is said
     assert with_tensor_overlap(run).model_copy(update={"speed": run.speed}) == run
@@ -183,7 +183,7 @@ def test_faster_hardware_is_faster(big):
     assert speed(fp8, 64, GPUS["a100"]).tokens_per_gpu == pytest.approx(bf16["a100"])  # it has no FP8
 
 
-def test_a_gpu_is_described_in_sound_units():
+def test_gpu_figures_have_plausible_units():
     for gpu in GPUS.values():
         assert 1e14 < gpu.bf16 < 1e16
         assert gpu.fp8 is None or gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.01)

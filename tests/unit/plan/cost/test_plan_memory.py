@@ -70,7 +70,7 @@ def test_torch_keeps_more_than_transformer_engine(run_data):
 def test_fp8_keeps_the_inputs_of_matrix_products_in_a_byte(run_data):
     plain, fp8 = config(run_data), config(run_data, "precision.fp8={}")
     ffn = plain.model.ffn_hidden
-    # two norms' outputs and the activation's are halved; attention's output stays and is there again in FP8
+    # outputs of two norms and the activation are halved; the attention output is saved in bf16 and in FP8
     saved = 2 * HIDDEN + ffn - HIDDEN
     assert layer_activation_bytes(plain) - layer_activation_bytes(fp8) == pytest.approx(saved * TOKENS)
 
@@ -167,14 +167,14 @@ def test_full_recomputation_keeps_inputs(run_data, recompute, layers_kept, input
         ("{granularity: full, method: block, num_layers: 2}", 1),
     ],
 )
-def test_layers_that_are_recomputed_are_at_work(run_data, recompute, again):
+def test_recomputed_layers_count_as_working_memory(run_data, recompute, again):
     plain, full = (config(run_data, "parallel.pipeline=2", *more) for more in ([], [f"recompute={recompute}"]))
     wide = 2 * (3 * plain.model.ffn_hidden + HIDDEN) * TOKENS
     assert stage(plain).working == pytest.approx(wide)
     assert stage(full).working == pytest.approx(wide + again * layer_activation_bytes(plain))
 
 
-def test_the_logits_make_room_for_the_layer_at_work(run_data):
+def test_logits_are_freed_before_the_layers_run_backward(run_data):
     run = config(run_data, "parallel.pipeline=2", "model.vocab=100000")
     assert stage(run, 0).working > 0
     assert stage(run, 1).working == 0
