@@ -151,8 +151,8 @@ def _check_nested_lengths(config: RunConfig) -> Iterator[str]:
         if longer % shorter:
             names = ", ".join(phase.name for phase in config.phases if config.length_of(phase) == longer)
             yield (
-                f"phases[*].seq_length: {longer} (phase {names}) is not a multiple of {shorter}; lengths of one run "
-                "must divide each other"
+                f"phases[*].seq_length: {longer} (phase {names}) is not a multiple of {shorter}; a span is cut into "
+                "samples of every length: choose lengths that divide each other"
             )
 
 
@@ -192,7 +192,7 @@ def _check_fim(config: RunConfig) -> Iterator[str]:
             if value >= config.model.vocab:
                 yield f"{key}.{id_name}: {value} is outside model.vocab: {config.model.vocab}; choose a smaller id"
         if len({*ids.values(), config.documents.eod_id}) < 4:
-            yield f"{key}: prefix_id, middle_id, suffix_id and the end-of-document id must be four different tokens"
+            yield f"{key}: prefix_id, middle_id, suffix_id and the end-of-document id must differ; choose four ids"
 
 
 def _check_phase_ends(config: RunConfig) -> Iterator[str]:

@@ -42,7 +42,7 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         ),
         (
             [f"sources.web.fim={FIM}", "documents.eod_id=251"],
-            "sources.web.fim: prefix_id, middle_id, suffix_id and the end-of-document id must be four different tokens",
+            "sources.web.fim: prefix_id, middle_id, suffix_id and the end-of-document id must differ",
         ),
         ([f"seed={2**62}"], "seed: 4611686018427387904: should be less than 4611686018427387904"),
         (["batch.micro=3"], "batch.micro: 3 does not divide batch.global: 8"),
