@@ -1,9 +1,9 @@
-"""The planner's speed model against published training runs (benchmarks/published_speeds.yaml).
+"""Error of the planner's speed model against published training runs (benchmarks/published_speeds.yaml).
 
     python benchmarks/adviser_accuracy.py [--markdown]
 
-Three of the figures set constants of the model (`fit` in the file); the errors on them and on all others are told
-apart. Nothing is measured here and no GPU is needed: it takes a second.
+Three figures set constants of the model (`fit` in the file); errors on them and on all other figures are reported
+separately. It takes a second and needs no GPU.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ def main() -> None:
     (print_markdown if options.markdown else print_rows)(rows)
     summary = summarize(rows)
     print(summary)
-    from record import write_result  # beside this script, not where tests import it from
+    from record import write_result  # importable only when this file runs as a script
 
     write_result("adviser_accuracy", {"gpu": H100.title, "summary": summary, "runs": rows})
 
 
 def compare() -> list[dict[str, Any]]:
-    """Every published run with what the model says."""
+    """Return one row per published run, with prediction and error."""
     published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     models = published.pop("models")
     return [row_of(source, run, models[run["model"]]) for source, runs in published.items() for run in runs]
 
 
 def row_of(source: str, run: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """One published run."""
+    """Return prediction and error of one published run."""
     config = config_of(run, model)
     # NVIDIA's recipes reduce gradients in bf16.
     speed = estimate_speed(config, Layout.build(config, run["gpus"]), H100, Overlap(gradient_bytes=2))
@@ -68,7 +68,7 @@ def row_of(source: str, run: dict[str, Any], model: dict[str, Any]) -> dict[str,
 
 
 def config_of(run: dict[str, Any], model: dict[str, Any]) -> RunConfig:
-    """A published run as a run.yaml."""
+    """Return the configuration of a published run."""
     tensor, length = run["tensor"], run.get("seq_length", 4096)
     data = {
         "name": run["model"],
@@ -93,7 +93,7 @@ def config_of(run: dict[str, Any], model: dict[str, Any]) -> RunConfig:
 
 
 def layout_name(config: RunConfig) -> str:
-    """Short, as people write it."""
+    """Return a short name of the layout, such as `TP2 PP4 MBS1`."""
     parallel = config.parallel
     parts = [("TP", parallel.tensor), ("PP", parallel.pipeline), ("VP", parallel.virtual_pipeline)]
     named = " ".join(f"{name}{size}" for name, size in [*parts, ("CP", parallel.context)] if size > 1 or name == "TP")
@@ -101,12 +101,12 @@ def layout_name(config: RunConfig) -> str:
 
 
 def shares(speed: Speed) -> dict[str, float]:
-    """Where the model thinks that the step goes."""
+    """Return the predicted share of each part of a step."""
     return {part: round(getattr(speed, part) / speed.step, 4) for part in PARTS}
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Errors of the figures that constants were fitted to, of the others, and of models that gave none to fit."""
+    """Return errors on fitted figures, on held-out figures, and on models without any fitted figure."""
     held_out = [abs(row["error"]) for row in rows if not row["is_fitted"]]
     fitted_models = {row["model"] for row in rows if row["is_fitted"]}
     others = [abs(row["error"]) for row in rows if row["model"] not in fitted_models]
@@ -124,11 +124,11 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        where = "  ".join(f"{part[:6]} {share:.1%}" for part, share in row["share_of_step"].items())
+        parts = "  ".join(f"{part[:6]} {share:.1%}" for part, share in row["share_of_step"].items())
         print(
             f"{row['model']:22}{row['precision']:5}{row['gpus']:5} {row['layout']:20} "
             f"{row['published']:8,.0f} {row['predicted']:8,.0f} {row['error']:+7.1%} "
-            f"{'fit' if row['is_fitted'] else '   '} {where}"
+            f"{'fit' if row['is_fitted'] else '   '} {parts}"
         )
 
 
@@ -137,7 +137,7 @@ def print_markdown(rows: list[dict[str, Any]]) -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """The lines of the table in docs/adviser.md."""
+    """Return the lines of the table in docs/adviser.md."""
     lines = ["| model | precision | H100s | layout | published | model | error | source |"]
     lines.append("| --- | --- | ---: | --- | ---: | ---: | ---: | --- |")
     for row in rows:

@@ -1,13 +1,13 @@
-"""The planner's memory model against what real runs allocate, and beside Megatron-LM's own estimate.
+"""Error of the planner's memory model against real runs, and a comparison with Megatron-LM's estimate.
 
     python benchmarks/memory_model.py [--only NAME ...]
 
-1. Small models are built and trained for a step in gloo processes, over two dozen layouts, precisions and shapes; on
-   each rank the bytes of parameters, gradient buffers and optimizer state are counted storage by storage, and those of
-   a forward and backward pass by following every storage that torch's operations make (`tests/helpers/memory.py`). The
-   model's `local` layer spec has to predict them; the aim is 10 % for every part on every stage.
-2. Nemotron-4 15B at three layouts (`te` layer spec) beside the report of Megatron-LM, whose two formulas are repeated
-   here from megatron/training/theoretical_memory_usage.py (commit 00caa53). megatron-core itself has no such report.
+1. Train small models for one step in gloo processes, over two dozen layouts, precisions and shapes. Each rank counts
+   the bytes of parameters, gradient buffers and optimizer states by storage. For a forward and backward pass it follows
+   every storage that torch's operations create (`tests/helpers/memory.py`). The estimate for the `local` layer spec
+   should be within 10% for every part on every stage.
+2. Estimate Nemotron-4 15B in three layouts (`te` layer spec) and compare with Megatron-LM's report, whose two formulas
+   are repeated here from megatron/training/theoretical_memory_usage.py (commit 00caa53). megatron-core has no report.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ NUM_GPUS = 64
 def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="these cases; nothing is written down")
+    parser.add_argument("--only", nargs="*", help="run only these cases, and write no result")
     options = parser.parse_args()
     rows = [row for num_ranks in CASES for row in measured_rows(num_ranks, options.only)]
     print_rows(rows)
@@ -99,14 +99,14 @@ def main() -> None:
     print_table(table)
     if options.only:
         return
-    from record import machine, write_result  # beside this script, not where tests import it from
+    from record import machine, write_result  # importable only when this file runs as a script
 
     write_result(
         "memory_model",
         {
             "machine": machine(),
-            "what": "layers 4, hidden 256, 2,048 ids, sequences of 256; bytes on each stage, predicted and measured",
-            "target": "within 10 % on every part",
+            "what": "4 layers, hidden 256, 2,048 ids, sequences of 256; bytes per stage, predicted and measured",
+            "target": "within 10% for every part",
             "worst_error": {part: max(abs(row["error"][part]) for row in rows) for part in rows[0]["error"]},
             "runs": rows,
             "nemotron4_15b": {"num_gpus": NUM_GPUS, "layouts": table},
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def measured_rows(num_ranks: int, only: list[str] | None) -> list[dict[str, Any]]:
-    """Prediction and measurement of every case of a number of ranks, a row for each pipeline stage."""
+    """Return prediction and measurement of every case for a number of ranks, one row per pipeline stage."""
     cases = {name: changes for name, changes in CASES[num_ranks].items() if not only or name in only}
     if not cases:
         return []
@@ -131,7 +131,7 @@ def measured_rows(num_ranks: int, only: list[str] | None) -> list[dict[str, Any]
 
 
 def row_of(name: str, config: RunConfig, layout: Layout, stage: int, measured: dict[str, float]) -> dict[str, Any]:
-    """One stage of one run."""
+    """Return prediction, measurement and error of one stage."""
     predicted = parts_of(stage_memory(config, layout, stage, spec="local"))
     measured = {part: measured[part] for part in predicted if part != "total"}
     measured["total"] = sum(measured.values())
@@ -146,7 +146,7 @@ def row_of(name: str, config: RunConfig, layout: Layout, stage: int, measured: d
 
 
 def parts_of(memory: Memory) -> dict[str, float]:
-    """The parts that a run can be asked for; what one pass needs is measured as a whole."""
+    """Return the parts that can be measured; the tensors of a pass are measured together."""
     return {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -164,19 +164,19 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def theoretical_rows() -> list[dict[str, Any]]:
-    """Nemotron-4 15B: our parts of the first and the worst stage, and Megatron-LM's report, in GiB."""
+    """Return our estimate of the first and the largest stage of Nemotron-4 15B and Megatron-LM's report, in GiB."""
     rows = []
     for name, parallel in LAYOUTS.items():
         config = load_config(NEMOTRON, [parallel])
         layout = Layout.build(config, NUM_GPUS)
         stages = stage_memories(config, layout)
-        worst = max(stages, key=lambda memory: memory.total)
+        largest = max(stages, key=lambda memory: memory.total)
         rows.append(
             {
                 "layout": name,
                 "data_parallel": layout.data_parallel,
                 "ours_first_stage": stages[0].to_dict() | {"total": stages[0].total / GIB},
-                "ours_worst_stage": worst.to_dict() | {"total": worst.total / GIB},
+                "ours_worst_stage": largest.to_dict() | {"total": largest.total / GIB},
                 "megatron_lm": megatron_lm_report(config, layout),
             }
         )
@@ -184,12 +184,12 @@ def theoretical_rows() -> list[dict[str, Any]]:
 
 
 def megatron_lm_report(config: RunConfig, layout: Layout) -> dict[str, float]:
-    """What `--log-memory-to-tensorboard`'s theoretical report says, in GiB; it knows one stage, the first.
+    """Return the theoretical report of `--log-memory-to-tensorboard` in GiB, which covers the first stage only.
 
-    States: 6 + 12 / (data-parallel size) bytes a parameter of the first stage (with the distributed optimizer).
-    Activations (sequence parallelism and selective recomputation): s b h (18 + 4 f / h) a layer for the layers of the
-    whole model, since p micro-batches of 1/p of them are in flight; 8 s b p for token ids and s b h p for the dropout
-    of the embedding; without a pipeline 4 s b h (1 + v / h) for head and loss; all over t.
+    States: 6 + 12 / (data-parallel size) bytes per parameter of the first stage (with the distributed optimizer).
+    Activations, with sequence parallelism and selective recomputation: s b h (18 + 4 f / h) per layer, for all layers
+    of the model, since p micro-batches are in flight on 1/p of the layers; 8 s b p for token ids and s b h p for
+    dropout after the embedding; without a pipeline 4 s b h (1 + v / h) for head and loss; all divided by t.
     """
     model, parallel, parts = config.model, config.parallel, count_parameters(config.model)
     tensor, pipeline = parallel.tensor, parallel.pipeline
@@ -214,18 +214,19 @@ def megatron_lm_report(config: RunConfig, layout: Layout) -> dict[str, float]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"\nNemotron-4 15B on {NUM_GPUS} GPUs, micro-batch 2, GiB a GPU")
+    print(f"\nNemotron-4 15B on {NUM_GPUS} GPUs, micro-batch 2, GiB per GPU")
     print(
-        f"{'layout':8} {'ours: states':>13} {'activations':>12} {'loss':>6} {'total':>6} {'(worst stage)':>14}", end=""
+        f"{'layout':8} {'ours: states':>13} {'activations':>12} {'loss':>6} {'total':>6} {'(largest stage)':>16}",
+        end="",
     )
     print(f" {'Megatron-LM: states':>20} {'activations':>12} {'total':>6}")
     for row in rows:
-        ours, worst, theirs = row["ours_first_stage"], row["ours_worst_stage"], row["megatron_lm"]
+        ours, largest, reference = row["ours_first_stage"], row["ours_worst_stage"], row["megatron_lm"]
         states = ours["weights"] + ours["gradients"] + ours["optimizer"]
         print(
             f"{row['layout']:8} {states:13.1f} {ours['activations'] + ours['working']:12.1f} {ours['logits']:6.1f} "
-            f"{ours['total']:6.1f} {worst['total']:8.1f} (of {worst['stage']}) "
-            f"{theirs['weights_and_optimizer']:20.1f} {theirs['activations']:12.1f} {theirs['total']:6.1f}"
+            f"{ours['total']:6.1f} {largest['total']:10.1f} (of {largest['stage']}) "
+            f"{reference['weights_and_optimizer']:20.1f} {reference['activations']:12.1f} {reference['total']:6.1f}"
         )
 
 

@@ -1,4 +1,4 @@
-"""`megatron-cpt plan`: what a run will do, before anything runs."""
+"""Command `megatron-cpt plan`: steps, epochs, memory and time of a run, computed before it starts."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ import typer
 if TYPE_CHECKING:
     from megatron_cpt.prepare import PreparedRun
 
-RUN_HELP = "The run.yaml."
-OVERRIDES_HELP = "Values that replace those of the file, by dotted path: parallel.tensor=2 phases.general.until.lr=0.1"
+RUN_HELP = "Path of run.yaml."
+OVERRIDES_HELP = "Override values of the file by dotted path: parallel.tensor=2 phases.general.until.lr=0.1"
 
 
 def plan(
     run: Annotated[Path | None, typer.Argument(metavar="RUN.yaml", help=RUN_HELP, show_default=False)] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=OVERRIDES_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw the plan; needs megatron-cpt[plot].")
+    ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", metavar="N", min=1, help="Ranks to plan for; left out: one replica.")
+        int | None,
+        typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs; default: one replica of the model."),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help="What they are: a100, h100, h200, b200.")
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help="Type of the GPUs, for speed and time: a100, h100, h200, b200."),
     ] = None,
     wants_advice: Annotated[
-        bool, typer.Option("--advise", help="Rank the layouts that fit --gpus of --gpu by their expected speed.")
+        bool,
+        typer.Option(
+            "--advise", help="Rank the layouts that fit the GPUs by their estimated speed; needs --gpus and --gpu."
+        ),
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of run.yaml, for editors.")] = False,
 ) -> None:
-    """Show a run before it starts: steps, phases, learning rates, epochs, memory, FLOPs; with --gpu also its time.
+    """Show a run before it starts: steps, phases, learning rates, epochs, memory and FLOPs; with --gpu also its time.
 
-    Needs neither a GPU nor, where sources declare their `tokens`, the data.
+    Needs no GPU, and no data if the sources declare their `tokens`.
     """
     if schema:
         from megatron_cpt.config import run_schema
@@ -47,7 +54,7 @@ def plan(
 
     if wants_advice and (gpus is None or gpu is None):
         raise typer.BadParameter("needs --gpus N and --gpu NAME", param_hint="--advise")
-    # An adviser is asked before the layout fits.
+    # With --advise the layout of run.yaml need not fit the GPUs.
     prepared = prepare_run(run, overrides or (), need_files=False, num_gpus=None if wants_advice else gpus)
     if plot is not None:
         from megatron_cpt.views.plan_plot import plot_plan

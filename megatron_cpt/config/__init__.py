@@ -1,6 +1,7 @@
-"""run.yaml -> frozen, strict models. Imports neither torch nor megatron."""
+"""Reading of run.yaml into frozen, strict models. Imports neither torch nor megatron-core."""
 
-from megatron_cpt.config.jsonschema import run_schema
+from megatron_cpt.config.compute import Fp4Config, Fp8Config, PrecisionConfig, RecomputeConfig
+from megatron_cpt.config.fields import run_schema
 from megatron_cpt.config.load_run import Draft, draft_config, load_config
 from megatron_cpt.config.model import Activation, ModelConfig, Norm, RopeScaling
 from megatron_cpt.config.presets import preset_names
@@ -9,16 +10,12 @@ from megatron_cpt.config.schema import (
     BatchConfig,
     DocumentsConfig,
     FimConfig,
-    Fp4Config,
-    Fp8Config,
     InitConfig,
     OptimizerConfig,
     ParallelConfig,
     PhaseBatchConfig,
     PhaseConfig,
-    PrecisionConfig,
     RampUpConfig,
-    RecomputeConfig,
     RunConfig,
     ScheduleConfig,
     SourceConfig,

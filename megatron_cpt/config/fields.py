@@ -1,4 +1,4 @@
-"""The schema of run.yaml as a tree, so that a problem can be told from the key it is at."""
+"""Keys of run.yaml: lookup by path, for messages, and the JSON schema."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from megatron_cpt.config.model import ACTIVATION_NAMES, GATED_ACTIVATION_NAMES, NORM_NAMES
+from megatron_cpt.config.presets import preset_names
+from megatron_cpt.config.quantities import COUNT_SCHEMA
 from megatron_cpt.config.schema import RunConfig
 
 Path = tuple[str | int, ...]
 
 
 def dotted(path: Path) -> str:
-    """A path as the user would write it: phases[0].blend.web."""
+    """Return a path as text, such as `phases[0].blend.web`."""
     text = ""
     for key in path:
         text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
@@ -24,35 +27,38 @@ def dotted(path: Path) -> str:
 
 
 def key_path(location: tuple[str | int, ...]) -> Path:
-    """The keys of run.yaml in a location of pydantic, which also names the branches of unions."""
+    """Return the keys in an error location of pydantic, without the union branches that it names.
+
+    (`sources`, `web`, `path`, `list[str]`, 1) becomes (`sources`, `web`, `path`, 1).
+    """
     path: list[str | int] = []
     annotation: Any = RunConfig
     for key in location:
-        annotation, is_key = _step(annotation, key)
+        annotation, is_key = _descend(annotation, key)
         if is_key:
             path.append(key)
     return tuple(path)
 
 
 def section_at(path: Path) -> type[BaseModel] | None:
-    """The section that a path leads to, if it leads to one."""
+    """Return the section at a path; None if the path leads to a plain value."""
     annotation: Any = RunConfig
     for key in path:
-        annotation, _ = _step(annotation, key)
+        annotation, _ = _descend(annotation, key)
     return _section(annotation)
 
 
 def key_help(path: Path) -> str:
-    """The first line of what the schema says about a key; empty where it says nothing."""
+    """Return the docstring of a key without its final period; empty if the key is unknown."""
     section = section_at(path[:-1])
     for name, info in section.model_fields.items() if section else ():
         if path[-1] in (name, info.alias) and info.description:
-            return info.description.splitlines()[0].rstrip(".")
+            return info.description.rstrip(".")
     return ""
 
 
 def nearest_key(path: Path) -> str:
-    """What a key that is not known may have been meant to be."""
+    """Return a hint for an unknown key: the nearest known key, or all keys of its section."""
     section = section_at(path[:-1])
     known = [info.alias or name for name, info in section.model_fields.items()] if section else []
     elsewhere = next((f"{name}.{key}" for name, key in _keys_of_sections() if key == path[-1]), None)
@@ -64,8 +70,27 @@ def nearest_key(path: Path) -> str:
     return f"known here: {', '.join(known)}"
 
 
-def _step(annotation: Any, key: str | int) -> tuple[Any, bool]:
-    """From the annotation of a value to that of one entry; whether `key` was a key and not the name of a branch."""
+def run_schema() -> dict[str, Any]:
+    """Return the JSON schema of run.yaml, with presets and short forms such as `300B`; editors complete with it."""
+    schema = RunConfig.model_json_schema(by_alias=True)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    sections = schema["$defs"]
+    model = sections["ModelConfig"]
+    required = model.pop("required")
+    # A preset gives every required field.
+    model["anyOf"] = [{"required": ["preset"]}, {"required": required}]
+    model["properties"]["preset"]["examples"] = list(preset_names())
+    sections["ModelConfig"] = {"anyOf": [{"enum": list(preset_names())}, model]}
+    sections["Activation"]["enum"] += [*ACTIVATION_NAMES, *GATED_ACTIVATION_NAMES]
+    sections["Norm"]["enum"] += NORM_NAMES
+    steps = {"type": "integer", "minimum": 0, "description": "steps"}
+    fraction = {"type": "number", "minimum": 0, "maximum": 1, "description": "fraction of the run"}
+    sections["Span"] = {"anyOf": [steps, fraction, COUNT_SCHEMA, sections["Span"]]}
+    return schema
+
+
+def _descend(annotation: Any, key: str | int) -> tuple[Any, bool]:
+    """Return the annotation of the entry `key`, and False if `key` only names a branch of a union."""
     section = _section(annotation)
     if section is not None:
         found = next((info for name, info in section.model_fields.items() if key in (name, info.alias)), None)
@@ -77,12 +102,11 @@ def _step(annotation: Any, key: str | int) -> tuple[Any, bool]:
             return arguments[1], True
         if origin in (list, tuple) and isinstance(key, int):
             return arguments[0], True
-    # The name of a branch such as `list[str]`: what follows is an index into it.
-    return annotation, False
+    return annotation, False  # a branch such as `list[str]`; the next key is an index into it
 
 
 def _options(annotation: Any) -> list[Any]:
-    """The branches of a union, without None; a plain annotation is its own only branch."""
+    """Return the branches of a union without None, or the annotation itself."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _options(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

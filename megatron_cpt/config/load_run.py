@@ -1,4 +1,4 @@
-"""run.yaml, overrides and presets -> a `RunConfig`, or every problem at once."""
+"""Loading of run.yaml with overrides and presets into a `RunConfig`, or into a list of all problems."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from megatron_cpt.errors import ConfigError
 
 @dataclass
 class Draft:
-    """A configuration as far as it could be read.
+    """Result of reading a configuration that may have problems.
 
     Attributes:
-        config: the configuration; where there are problems, with stand-ins for what was wrong; None where too little
-            is left.
-        problems: one line each.
-        tainted: dotted keys whose values are stand-ins, so that later checks can leave them alone.
+        config: the configuration, with stand-ins for invalid values; None if even stand-ins did not make it valid.
+        problems: one message per problem.
+        tainted: dotted keys whose values are stand-ins; later checks must skip them.
     """
 
     config: RunConfig | None
@@ -34,23 +33,29 @@ class Draft:
     tainted: set[str] = field(default_factory=set)
 
     def is_valid(self, *keys: str) -> bool:
-        """Whether none of these dotted keys (`[*]`: any entry of a list) nor what holds them is a stand-in."""
-        bad = {re.sub(r"\[\d+\]", "[*]", key) for key in self.tainted}
-        return not any(_holds(b, key) for key in keys for b in bad)
+        """Return True if neither these dotted keys nor the sections that contain them are stand-ins.
+
+        `[*]` means any entry of a list.
+        """
+        tainted = {re.sub(r"\[\d+\]", "[*]", key) for key in self.tainted}
+        return not any(_contains(bad, key) for key in keys for bad in tainted)
 
     def is_untouched(self, *keys: str) -> bool:
-        """Whether these dotted keys, what holds them and all that is below them are as the user wrote them.
+        """Return True if these keys, the sections that contain them and everything below them are free of stand-ins.
 
         `[*]` means any entry of a list.
         """
         tainted = self.tainted | {re.sub(r"\[\d+\]", "[*]", key) for key in self.tainted}
-        return not any(_holds(key, bad) or _holds(bad, key) for key in keys for bad in tainted)
+        return not any(_contains(key, bad) or _contains(bad, key) for key in keys for bad in tainted)
 
     def finish(self, where: str) -> RunConfig:
-        """The configuration, or all the problems.
+        """Return the configuration.
+
+        Args:
+            where: name of the configuration in the message, usually the path of the file.
 
         Raises:
-            ConfigError: when there are any.
+            ConfigError: with all problems, unless there are none.
         """
         if self.problems or self.config is None:
             raise ConfigError(where, self.problems)
@@ -61,14 +66,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read run.yaml and apply `key=value` overrides.
 
     Raises:
-        UserError: the file cannot be read.
-        ConfigError: with every problem.
+        UserError: if the file cannot be read.
+        ConfigError: with all problems.
     """
     return draft_config(read_mapping(path), overrides).finish(str(path))
 
 
 def draft_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Draft:
-    """Validate plain data; problems are collected, not raised."""
+    """Validate plain data; problems are collected in the result, not raised."""
     data = copy.deepcopy(data)
     problems = apply_overrides(data, overrides)
     unknown_preset = _apply_preset(data)
@@ -85,7 +90,7 @@ def draft_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Draft:
 
 
 def _apply_preset(data: dict[str, Any]) -> str | None:
-    """Put the fields of model.preset below those given beside it; the problem if there is no such preset."""
+    """Add the fields of `model.preset` that are not given, in place; return a message if the preset is unknown."""
     model = {"preset": data["model"]} if isinstance(data.get("model"), str) else data.get("model")
     if not isinstance(model, dict) or model.get("preset") is None:
         return None
@@ -98,6 +103,6 @@ def _apply_preset(data: dict[str, Any]) -> str | None:
     return None
 
 
-def _holds(outer: str, inner: str) -> bool:
-    """Whether the dotted key `outer` is `inner` or holds it."""
+def _contains(outer: str, inner: str) -> bool:
+    """Return True if the dotted key `outer` is `inner` or a section that contains it."""
     return inner == outer or inner.startswith((outer + ".", outer + "["))

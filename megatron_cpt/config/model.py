@@ -1,4 +1,4 @@
-"""The shape of the model: what decides parameters, FLOPs and which checkpoint fits."""
+"""Section `model` of run.yaml: the fields that decide parameters, FLOPs and matching checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_cpt.config.section import Section
 
 
 class Activation(StrEnum):
-    """The nonlinearity of the MLP."""
+    """Nonlinearity of the MLP."""
 
     SQUARED_RELU = "squared_relu"
     SILU = "silu"
@@ -21,28 +21,28 @@ class Activation(StrEnum):
 
 
 class Norm(StrEnum):
-    """The normalization before attention and MLP, and at the end."""
+    """Normalization before attention and MLP, and after the last layer."""
 
     LAYERNORM = "layernorm"
     LAYERNORM1P = "layernorm1p"
     RMSNORM = "rmsnorm"
 
 
-# What other projects call the same things.
+# Names of the same functions in other projects.
 ACTIVATION_NAMES = {"relu2": "squared_relu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 GATED_ACTIVATION_NAMES = {"swiglu": "silu", "geglu": "gelu"}
 NORM_NAMES = {"layer_norm": "layernorm", "layernorm_1p": "layernorm1p", "rms_norm": "rmsnorm"}
 
 
-def _plain(value: Any) -> Any:
+def _normalize(value: Any) -> Any:
     return value.lower().replace("-", "_") if isinstance(value, str) else value
 
 
 def _member_of(kind: type[StrEnum], other_names: dict[str, str]) -> Callable[[Any], StrEnum]:
-    """Reads a member by its own name or another one."""
+    """Return a validator that accepts the members of an enum by their names and by `other_names`."""
 
     def read(value: Any) -> StrEnum:
-        name = _plain(value)
+        name = _normalize(value)
         name = other_names.get(name, name) if isinstance(name, str) else name
         if name not in list(kind):
             raise ValueError(f"choose one of {', '.join(kind)}")
@@ -55,77 +55,87 @@ class RopeScaling(Section):
     """Frequency scaling of rotary embeddings as Llama 3.1 defines it."""
 
     type: Literal["llama3"] = "llama3"
+    """Scaling rule."""
     factor: float = Field(8.0, gt=0)
-    """How much longer the context becomes."""
+    """Factor by which the context grows, and by which low frequencies are divided."""
     low_freq_factor: float = Field(1.0, gt=0)
+    """Wavelengths above `original_max_positions` divided by this are scaled by the full factor."""
     high_freq_factor: float = Field(4.0, gt=0)
+    """Wavelengths below `original_max_positions` divided by this stay unchanged."""
     original_max_positions: int = Field(8192, gt=0)
+    """Context length of pretraining, in tokens."""
 
 
 class ModelConfig(Section):
-    """A GPT decoder. `preset` names a file of these fields; fields beside it win."""
+    """A GPT decoder. `preset` names a file of these fields; other fields given here override it."""
 
     preset: str | None = None
-    """The preset that the other fields came from (nemotron4_15b, llama3_8b, tiny_nemotron, ...)."""
+    """Preset of fields (nemotron4_15b, llama3_8b, tiny_nemotron, ...); null takes none."""
     layers: int = Field(gt=0)
-    """Number of transformer layers."""
+    """Transformer layers."""
     hidden: int = Field(gt=0)
     """Width of the residual stream."""
     ffn_hidden: int = Field(gt=0)
-    """Width inside the MLP (of one branch where it is gated)."""
+    """Width inside the MLP; of one branch in a gated MLP."""
     heads: int = Field(gt=0)
-    """Number of query heads."""
+    """Query heads."""
     kv_groups: int | None = Field(None, gt=0)
-    """Number of key/value groups (GQA); left out: one for each head."""
+    """Key/value groups (GQA); null means one per head."""
     head_dim: int | None = Field(None, gt=0)
-    """Size of one head; left out: hidden / heads."""
+    """Size of one head; null means hidden / heads."""
     vocab: int = Field(gt=0)
-    """Number of token ids of the tokenizer."""
+    """Token ids of the tokenizer."""
     vocab_multiple: int = Field(128, gt=0)
-    """The embedding is padded to a multiple of this, whatever the tensor-parallel size, so that checkpoints reshape."""
+    """Multiple to which the vocabulary is padded; independent of `parallel.tensor`, so checkpoints can be resharded."""
     max_positions: int | None = Field(None, gt=0)
-    """Longest sequence the model was made for; a note for conversion, RoPE itself has no limit."""
+    """Longest sequence of pretraining, for conversion and warnings only; null means unknown."""
     activation: Annotated[Activation, BeforeValidator(_member_of(Activation, ACTIVATION_NAMES))] = (
         Activation.SQUARED_RELU
     )
+    """Nonlinearity: squared_relu, silu, gelu or gelu_tanh; swiglu and geglu also set `gated`."""
     gated: bool = False
-    """Gated MLP: activation(gate(x)) * up(x), as in SwiGLU."""
+    """Use a gated MLP, activation(gate(x)) * up(x), as SwiGLU does."""
     norm: Annotated[Norm, BeforeValidator(_member_of(Norm, NORM_NAMES))] = Norm.LAYERNORM1P
-    """layernorm1p stores w - 1 (zero-centered gamma)."""
+    """Normalization: layernorm, layernorm1p or rmsnorm; layernorm1p stores w - 1 (zero-centered gamma)."""
     norm_eps: float = Field(1e-5, gt=0)
+    """Term added to the variance."""
     rotary_percent: float = Field(1.0, gt=0, le=1)
-    """Share of each head that RoPE turns."""
+    """Share of each head that RoPE rotates."""
     rotary_base: float = Field(10000.0, gt=0)
+    """Base of the RoPE frequencies."""
     rope_scaling: RopeScaling | None = None
+    """Scaling of the RoPE frequencies for longer contexts; null does not scale."""
     tied_embeddings: bool = False
-    """The output layer shares the weights of the embedding."""
+    """Share the weights of embedding and output layer."""
     linear_bias: bool = False
-    """Biases in attention output and MLP."""
+    """Use biases in attention output, MLP and the query, key and value projections."""
     qkv_bias: bool = False
-    """Biases in the query, key and value projections (also on with linear_bias)."""
+    """Use biases in the query, key and value projections; implied by `linear_bias`."""
     qk_norm: bool = False
-    """RMSNorm over each query and key head."""
+    """Apply RMSNorm to each query and key head."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of random weights; output projections are scaled by 1 / sqrt(2 layers)."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of attention weights."""
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability before each residual addition and after the embedding."""
 
     @model_validator(mode="before")
     @classmethod
     def _gated_names(cls, data: Any) -> Any:
-        name = _plain(data.get("activation")) if isinstance(data, dict) else None
+        name = _normalize(data.get("activation")) if isinstance(data, dict) else None
         if isinstance(name, str) and name in GATED_ACTIVATION_NAMES:
             return {**data, "activation": GATED_ACTIVATION_NAMES[name], "gated": True}
         return data
 
     @property
     def num_kv_groups(self) -> int:
-        """Key/value groups, resolved."""
+        """Key/value groups, with the default filled in."""
         return self.kv_groups or self.heads
 
     @property
     def head_size(self) -> int:
-        """Size of one head, resolved."""
+        """Size of one head, with the default filled in."""
         return self.head_dim or self.hidden // self.heads
 
     @property

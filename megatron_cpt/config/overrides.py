@@ -1,4 +1,4 @@
-"""`key=value` on the command line: dotted paths into run.yaml."""
+"""Overrides of run.yaml on the command line: `key=value`, with a dotted path as the key."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _INDEX = re.compile(r"\[(\d+)\]")
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]:
-    """Put each value at its dotted path, in place.
+    """Set each value at its dotted path, in place.
 
-    Lists take numbers (`phases.0.until` or `phases[0].until`); entries that have a name also take that
-    (`phases.general.until`). The value is read as YAML.
+    An entry of a list is given by index (`phases.0.until`, `phases[0].until`) or by its `name`
+    (`phases.general.until`). The value is parsed as YAML.
 
     Returns:
-        What could not be done, one line each.
+        One message per override that could not be applied.
     """
     problems = []
     for override in overrides:
@@ -42,17 +42,17 @@ def _short(override: str) -> str:
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any) -> str | None:
-    """Put a value at a path; the reason if that is not possible."""
+    """Set a value at a path and return None, or return the reason why that is not possible."""
     holder: Any = data
     for number, key in enumerate(path):
         where: str | int = key
         if isinstance(holder, list):
             index = _index(holder, key)
             if index is None:
-                return f"{'.'.join(path[:number])} has no entry {key!r}; it has {_entries(holder)}"
+                return f"{'.'.join(path[:number])} has no entry {key!r}; choose one of {_entries(holder)}"
             where = index
         elif not isinstance(holder, dict):
-            return f"{'.'.join(path[:number])} is a plain value: {holder!r}; nothing can be set below it"
+            return f"{'.'.join(path[:number])} is a plain value: {holder!r}, which has no keys; set it as a whole"
         if number == len(path) - 1:
             holder[where] = value
             return None
@@ -66,7 +66,7 @@ def _set(data: dict[str, Any], path: list[str], value: Any) -> str | None:
 
 
 def _index(entries: list[Any], key: str) -> int | None:
-    # By name first: a phase may be called 1.
+    # Names come first: a phase may be called 1.
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
     if key in names:
         return names.index(key)

@@ -1,4 +1,4 @@
-"""The model shapes that ship with the package, one YAML file each."""
+"""Model shapes that ship with the package, one YAML file per preset."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_cpt.config.yamlfile import parse_yaml
 
 @cache
 def preset_names() -> tuple[str, ...]:
-    """Names of the presets, sorted."""
+    """Return the sorted names of the presets."""
     folder = resources.files("megatron_cpt.config") / "presets"
     return tuple(sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")))
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The fields of one preset.
+    """Return the fields of a preset.
 
     Raises:
-        ValueError: when there is none of that name; names the nearest.
+        ValueError: if the name is unknown; the message names the nearest preset.
     """
     if name not in preset_names():
         near = difflib.get_close_matches(name, preset_names(), n=1)

@@ -1,4 +1,4 @@
-"""Amounts as people write them: `300B` tokens, a warm-up of `16B` tokens or 0.05 of the run, `3h50m`."""
+"""Short forms of amounts: `300B` tokens, a warmup of `16B` tokens or 0.05 of the run, a time of `3h50m`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([KMBTkmbt]?)")
 _NOT_A_COUNT = "not a count; write a number such as 300B, 2.5M, 1T or 1e9"
-_MOST = 10**18
+_MAX_COUNT = 10**18
 
 
 def parse_count(value: Any) -> int:
-    """Read a count such as `300B`, `2.5M`, `1T`, `1e9` or a plain number.
+    """Parse a count such as `300B`, `2.5M`, `1T`, `1e9` or a plain number.
 
     Args:
         value: an int, a float without a fractional part, or text with an optional K, M, B or T (powers of 1,000).
@@ -24,7 +24,7 @@ def parse_count(value: Any) -> int:
         The count as an int.
 
     Raises:
-        ValueError: when it is not a whole, non-negative count of at most 10^18.
+        ValueError: if it is not a whole, non-negative count of at most 10^18.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(_NOT_A_COUNT)
@@ -32,17 +32,17 @@ def parse_count(value: Any) -> int:
     if not match:
         raise ValueError(_NOT_A_COUNT)
     digits, suffix = match.groups()
-    # Decimal and not float: 2.5M is 2,500,000 exactly, and 1.1B has no fraction.
+    # With Decimal 2.5M is exactly 2,500,000; with float 1.1B would have a fraction.
     count = Decimal(digits.replace("_", "")) * _SUFFIXES[suffix.upper()]
-    if count > _MOST:
-        raise ValueError("larger than 10^18")
+    if count > _MAX_COUNT:
+        raise ValueError("larger than 10^18; choose a smaller count")
     if count != int(count):
-        raise ValueError("not a whole count")
+        raise ValueError("not a whole count; remove the fraction")
     return int(count)
 
 
 def format_count(count: float) -> str:
-    """Write a count the short way, such as 300B, 1.57B, 4.72M or 512; the inverse of `parse_count` to four digits."""
+    """Format a count in short form, such as 300B, 1.57B, 4.72M or 512, with up to four digits."""
     for suffix in ("T", "B", "M", "K"):
         if count >= _SUFFIXES[suffix] * 0.99995:
             return f"{count / _SUFFIXES[suffix]:.4g}{suffix}"
@@ -50,12 +50,12 @@ def format_count(count: float) -> str:
 
 
 def parse_span(value: Any) -> Any:
-    """Turn the short forms of a span into the long ones.
+    """Expand the short form of a span.
 
-    100 is {steps: 100}, `16B` is {tokens: 16B}, 0.05 is {fraction: 0.05}.
+    100 becomes {steps: 100}, `16B` {tokens: 16B} and 0.05 {fraction: 0.05}.
 
     Raises:
-        ValueError: when it is none of these.
+        ValueError: if the value has none of these forms.
     """
     if isinstance(value, bool) or value is None or (isinstance(value, str) and value.strip().isdecimal()):
         raise ValueError("not a span; write steps (100), tokens (16B) or a fraction of the run (0.05)")
@@ -74,7 +74,7 @@ COUNT_SCHEMA = {
 }
 
 TokenCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(COUNT_SCHEMA)]
-"""A positive number of tokens."""
+"""Positive number of tokens."""
 
 
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -83,7 +83,7 @@ _NOT_A_DURATION = "not a time; write days, hours, minutes and seconds in this or
 
 
 def parse_duration(value: Any) -> float:
-    """Read a length of time.
+    """Parse a length of time.
 
     Args:
         value: seconds as a number, or text such as `3h50m`, `1d12h`, `90s`.
@@ -92,7 +92,7 @@ def parse_duration(value: Any) -> float:
         Seconds, above 0.
 
     Raises:
-        ValueError: when it is neither, or not above 0.
+        ValueError: if it has another form, or is not above 0.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(_NOT_A_DURATION)
@@ -104,12 +104,12 @@ def parse_duration(value: Any) -> float:
     else:
         seconds = float(value)
     if not seconds > 0:
-        raise ValueError("a time above 0")
+        raise ValueError("not above 0; choose a longer time")
     return seconds
 
 
 def format_duration(seconds: float) -> str:
-    """Write a length of time as `parse_duration` reads it: 3h50m, 1d12h, 90.5s is 1m30.5s."""
+    """Format seconds for `parse_duration`: 13,800 becomes 3h50m, 90.5 becomes 1m30.5s."""
     text, rest = "", seconds
     for unit, size in _SECONDS.items():
         amount = rest if unit == "s" else rest // size
@@ -124,4 +124,4 @@ DURATION_SCHEMA = {
 }
 
 Duration = Annotated[float, BeforeValidator(parse_duration), WithJsonSchema(DURATION_SCHEMA)]
-"""Seconds."""
+"""Length of time in seconds."""

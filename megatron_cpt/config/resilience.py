@@ -1,4 +1,4 @@
-"""The section `resilience` of run.yaml: when a run stops by itself, and what it does about bad steps."""
+"""Section `resilience` of run.yaml: time limits, hangs, loss spikes and comparison of replicas."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ from megatron_cpt.config.section import Section
 
 
 def _word_off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML 1.1 reads a bare `off` as false
+    return "off" if value is False else value  # YAML 1.1 reads `off` without quotes as false
 
 
 class SpikeConfig(Section):
-    """What a loss far above those before it does."""
+    """Reaction to a loss far above the previous losses."""
 
     action: Annotated[Literal["off", "warn", "skip", "stop"], BeforeValidator(_word_off)] = "warn"
-    """warn: record it; skip: also leave the update out; stop: also end the run, without saving."""
+    """`warn` records the spike, `skip` also skips the update, `stop` also ends the run without saving."""
     sigma: float = Field(6.0, gt=0)
-    """Standard deviations above the mean of the window."""
+    """Threshold in standard deviations above the mean loss of the window."""
     window: int = Field(128, ge=4)
-    """Steps that mean and deviation are taken over; they start anew with each phase."""
+    """Steps over which mean and deviation are computed; each phase starts with an empty window."""
     warmup: int | None = Field(None, ge=2)
-    """Losses that must be in the window before the rule says anything; left out: half the window."""
+    """Losses that the window must hold before a spike can be found; null means half the window."""
 
     @property
     def num_needed(self) -> int:
-        """Losses before the rule says anything."""
+        """Losses needed before a spike can be found, with the default filled in."""
         return self.warmup if self.warmup is not None else self.window // 2
 
 
 class ResilienceConfig(Section):
-    """Limits, hangs, dead ranks, bad steps, silent corruption."""
+    """Time limits, hangs, dead ranks, bad steps, silent corruption."""
 
     wall_time: Duration | None = None
-    """Save and end with status 75 before this process has run so long: 3h50m, 1d12h or seconds."""
+    """Save and end with status 75 before the process has run this long (3h50m, 1d12h, 90s); null sets no limit."""
     hang_timeout: Duration | None = 1800.0
-    """No progress for so long: dump the stacks of all ranks and end with status 1; null: never."""
+    """Time without progress after which all ranks print their stacks and end with status 1; null waits forever."""
     peer_timeout: Duration | None = 120.0
-    """No sign of life of a rank for so long: the others end with status 1; null: never look."""
+    """Time without a heartbeat of a rank after which the other ranks end with status 1; null never checks."""
     stop_after: int = Field(5, gt=0)
-    """Updates left out in a row after which the run ends with status 1."""
+    """Consecutive skipped updates after which the run ends with status 1."""
     spike: SpikeConfig = Field(default_factory=SpikeConfig)
+    """Loss spikes."""
     parameter_hash_every: int | None = Field(None, gt=0)
-    """Steps between comparisons of the parameters' bits over the data-parallel replicas; also before each save."""
+    """Steps between bitwise comparisons of data-parallel replicas, also done before each save; null never compares."""
     straggler: bool = False
-    """Report slow ranks (GPUs; nvidia-resiliency-ext)."""
+    """Report slow ranks; needs GPUs and nvidia-resiliency-ext."""

@@ -1,4 +1,4 @@
-"""run.yaml as frozen, strict models: one class a section. Nothing here reads a disk or imports torch."""
+"""Frozen, strict models of run.yaml, one class per section. Nothing here reads a disk or imports torch."""
 
 from __future__ import annotations
 
@@ -6,65 +6,68 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from megatron_cpt.config.compute import PrecisionConfig, RecomputeConfig, SpeedConfig
 from megatron_cpt.config.model import ModelConfig
 from megatron_cpt.config.quantities import COUNT_SCHEMA, TokenCount, parse_count, parse_span
 from megatron_cpt.config.resilience import ResilienceConfig
 from megatron_cpt.config.section import Section
-from megatron_cpt.config.speed import SpeedConfig
 
-MOST_RAMP_SIZES = 1024
+MAX_RAMP_SIZES = 1024
 
 
 class InitConfig(Section):
-    """Where the weights come from at the first start; a start from an `output` with checkpoints ignores it."""
+    """Weights of the first start; ignored if `output` already has checkpoints."""
 
     from_: str | None = Field(None, alias="from")
-    """A checkpoint, or a run directory (its newest). Left out: random weights."""
+    """A checkpoint, or a run directory for its newest checkpoint; null starts from random weights."""
     load: Literal["weights", "weights+optimizer"] = "weights"
-    """What to take: step, data and schedule always start anew."""
+    """Parts to load; step, data position and schedule always start from the beginning."""
 
 
 class RampUpConfig(Section):
-    """A global batch that grows; the meaning is that of Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`."""
+    """A global batch that grows, as Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`."""
 
     start: int = Field(gt=0)
-    """The first global batch."""
+    """First global batch, in sequences."""
     increment: int = Field(gt=0)
-    """What it grows by, again and again, up to batch.global."""
+    """Sequences that each growth adds, until `batch.global` is reached."""
     samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(COUNT_SCHEMA)]
-    """The samples over which it grows: each size has an equal share of them."""
+    """Samples in the ramp-up, shared equally by its batch sizes."""
 
 
 class BatchConfig(Section):
     """Batch sizes in sequences."""
 
     global_: int = Field(alias="global", gt=0)
-    """Sequences in one step over all ranks."""
+    """Sequences per step over all ranks."""
     micro: int = Field(1, gt=0)
-    """Sequences in one forward pass of one rank."""
+    """Sequences per forward pass of one rank."""
     ramp_up: RampUpConfig | None = None
-    """Begin with a smaller global batch; left out: batch.global from the first step on."""
+    """Start with a smaller global batch; null uses `batch.global` from the first step."""
 
     @property
     def ramp_sizes(self) -> range:
-        """The global batches of the ramp, the full one left out; empty where nothing grows."""
+        """Global batches of the ramp-up without the full one; empty without a ramp-up."""
         ramp = self.ramp_up
         return range(0) if ramp is None else range(ramp.start, self.global_, ramp.increment)
 
     @model_validator(mode="after")
     def _few_sizes(self) -> BatchConfig:
-        if len(self.ramp_sizes) > MOST_RAMP_SIZES:  # each is checked, and planned as a segment of its own
-            raise ValueError(f"ramp_up grows through more than {MOST_RAMP_SIZES:,} sizes; choose a larger increment")
+        # Each size is checked, and is a segment of the plan.
+        if len(self.ramp_sizes) > MAX_RAMP_SIZES:
+            raise ValueError(f"ramp_up grows through more than {MAX_RAMP_SIZES:,} sizes; choose a larger increment")
         return self
 
 
 class Span(Section):
-    """A length of the run, in exactly one unit."""
+    """Part of the run, in exactly one unit."""
 
     steps: int | None = Field(None, ge=0)
+    """Length in steps."""
     tokens: Annotated[int, BeforeValidator(parse_count)] | None = Field(None, ge=0)
+    """Length in tokens."""
     fraction: float | None = Field(None, ge=0, le=1)
-    """Of the whole run."""
+    """Length as a fraction of all steps."""
 
     @model_validator(mode="after")
     def _one_unit(self) -> Span:
@@ -77,19 +80,20 @@ SpanField = Annotated[Span, BeforeValidator(parse_span)]
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the run."""
+    """Learning rate over the run."""
 
     shape: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Curve from `max_lr` to `min_lr`; `wsd` is warmup, stable, decay."""
     max_lr: float = Field(gt=0)
-    """The highest rate; for a continued run the rate that pretraining ended on."""
+    """Highest learning rate; for continued pretraining the rate at which pretraining ended."""
     min_lr: float = Field(0.0, ge=0)
-    """The rate at the end of the run."""
+    """Learning rate at the end of the run."""
     warmup: SpanField = Field(default_factory=lambda: Span(steps=0))
-    """Linear from 0 to max_lr over this span: steps (100), tokens (16B) or a fraction of the run (0.01)."""
+    """Linear increase from 0 to `max_lr` over steps (100), tokens (16B) or a fraction of the run (0.01)."""
     decay: SpanField = Field(default_factory=lambda: Span(fraction=0.2))
-    """wsd only: the span at the end over which the rate falls."""
+    """Length of the decay at the end of the run, in the units of `warmup`; shape `wsd` only."""
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
-    """wsd only: how it falls."""
+    """Curve of the decay; shape `wsd` only."""
 
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
@@ -99,59 +103,63 @@ class OptimizerConfig(Section):
     """Adam with decoupled weight decay (AdamW)."""
 
     name: Literal["adam"] = "adam"
+    """Optimizer."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
+    """Term added to the denominator of the update."""
     weight_decay: float = Field(0.1, ge=0)
-    """Not applied to biases and norms."""
+    """Decoupled weight decay of all parameters but biases and norms."""
     clip_grad: float = Field(1.0, ge=0)
-    """Global gradient norm; 0: no clipping."""
+    """Largest gradient norm over all parameters; 0 disables clipping."""
 
 
 class FimConfig(Section):
-    """Fill in the middle: pieces of documents rearranged to prefix, suffix, middle or suffix, prefix, middle."""
+    """Fill in the middle: pieces of documents are reordered to prefix, suffix, middle or suffix, prefix, middle."""
 
     rate: float = Field(0.5, gt=0, le=1)
-    """Share of the pieces that are rearranged."""
+    """Share of the pieces that are reordered."""
     spm_rate: float = Field(0.5, ge=0, le=1)
-    """Share of those that have the suffix first."""
+    """Share of the reordered pieces in which the suffix comes first."""
     prefix_id: int = Field(ge=0)
-    """The token in front of the prefix."""
+    """Token id in front of the prefix."""
     middle_id: int = Field(ge=0)
-    """The token in front of the middle."""
+    """Token id in front of the middle."""
     suffix_id: int = Field(ge=0)
-    """The token in front of the suffix."""
+    """Token id in front of the suffix."""
 
 
 class SourceConfig(Section):
     """One source of tokens."""
 
     path: str | list[str]
-    """A prefix of .bin/.idx, a list of them, or a glob."""
+    """A prefix of .bin/.idx, a list of prefixes, or a glob."""
     max_epochs: float | None = Field(None, gt=0)
-    """How often this source may be read over the run."""
+    """Largest number of epochs of this source in the run; null sets no limit."""
     on_exhausted: Literal["error", "renormalize"] = "error"
-    """At max_epochs. error: refuse the plan; renormalize: the others of the blend share its weight from there on."""
+    """Action at `max_epochs`: `error` refuses the plan, `renormalize` gives its weight to the rest of the blend."""
     fim: FimConfig | None = None
-    """Fill in the middle, for code; left out: documents as they are."""
+    """Fill in the middle, for code; null leaves documents unchanged."""
     cache: str | None = None
-    """A folder on each node's own disk that keeps what was read, where path is an object store or a shared disk."""
+    """Folder on a node-local disk that caches tokens read from an object store or shared disk; null does not cache."""
     tokens: TokenCount | None = None
-    """Its size, for planning on a machine that does not have the files; where they are, their own size counts."""
+    """Size of the source, to plan without its files; ignored if the files exist."""
 
     @property
     def paths(self) -> list[str]:
-        """The prefixes or globs as a list."""
+        """Prefixes or globs as a list."""
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
 
 class Until(Section):
-    """Where a phase ends, in exactly one unit, counted from the start of the run."""
+    """End of a phase, in exactly one unit, counted from the start of the run."""
 
     lr: float | None = Field(None, gt=0, lt=1)
-    """The last step whose rate is above this fraction of max_lr."""
+    """End with the last step whose learning rate is above this fraction of `max_lr`."""
     tokens: TokenCount | None = None
+    """End when the run has read this many tokens."""
     step: int | None = Field(None, gt=0)
-    """The last step of the phase."""
+    """Last step of the phase."""
 
     @model_validator(mode="after")
     def _one_unit(self) -> Until:
@@ -161,163 +169,110 @@ class Until(Section):
 
 
 class PhaseBatchConfig(Section):
-    """Batch sizes of a phase, where they are not the run's own."""
+    """Batch sizes of one phase, in sequences."""
 
     global_: int | None = Field(None, alias="global", gt=0)
-    """Sequences in one step over all ranks; the ramp-up has no say in this phase."""
+    """Sequences per step over all ranks, without ramp-up; null uses `batch.global` and its ramp-up."""
     micro: int | None = Field(None, gt=0)
-    """Sequences in one forward pass of one rank."""
+    """Sequences per forward pass of one rank; null uses `batch.micro`."""
 
 
 class PhaseConfig(Section):
-    """A part of the run with one blend."""
+    """Part of the run with one blend."""
 
     name: str = Field(min_length=1)
-    """What metrics and plans call it."""
+    """Name of the phase in metrics and plans."""
     blend: dict[str, float] = Field(min_length=1)
-    """Weight of each source; they need not sum to 1."""
+    """Weight per source; weights need not sum to 1."""
     until: Until | None = None
-    """Where it ends; the last phase has none and runs to the end."""
+    """End of the phase; null for the last phase, which runs to the end."""
     seq_length: int | None = Field(None, gt=0)
-    """Tokens in a sequence of this phase; left out: the run's own."""
+    """Tokens per sequence in this phase; null uses the top-level `seq_length`."""
     batch: PhaseBatchConfig | None = None
-    """Batch sizes of this phase; left out: the run's own."""
+    """Batch sizes in this phase; null uses the top-level `batch`."""
 
 
 class DocumentsConfig(Section):
-    """What happens where one document ends and the next begins inside a sample."""
+    """Treatment of the boundaries between documents inside a sample."""
 
     reset_attention: bool = False
-    """A token attends only to its own document."""
+    """Let a token attend only to its own document."""
     reset_positions: bool = False
-    """Positions start at 0 in each document."""
+    """Start positions at 0 in each document."""
     eod_loss: bool = True
-    """Count the loss of what follows an end-of-document token."""
+    """Train on the token that follows an end-of-document token."""
     eod_id: int | None = Field(None, ge=0)
-    """The end-of-document id; left out: the tokenizer's."""
+    """End-of-document token id; null uses the id of the tokenizer."""
 
 
 class ParallelConfig(Section):
-    """How the model is split; what is left of the world size is data parallel."""
+    """Split of the model over ranks; the rest of the world size is data parallel."""
 
     tensor: int = Field(1, gt=0)
+    """Tensor-parallel ranks."""
     pipeline: int = Field(1, gt=0)
+    """Pipeline-parallel ranks (stages)."""
     virtual_pipeline: int = Field(1, gt=0)
-    """Model chunks a pipeline rank; above 1: the interleaved schedule."""
+    """Model chunks per pipeline rank; above 1 selects the interleaved schedule."""
     context: int = Field(1, gt=0)
+    """Context-parallel ranks, which share each sequence."""
     sequence: bool = False
-    """Sequence parallelism in the tensor-parallel group (no effect at tensor: 1)."""
+    """Sequence parallelism within each tensor-parallel group; no effect with `tensor: 1`."""
     distributed_optimizer: bool = True
-    """Shard the optimizer over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel ranks."""
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one replica."""
+        """Ranks per replica of the model."""
         return self.tensor * self.pipeline * self.context
 
 
-class Fp8Config(Section):
-    """FP8 in the linear layers of the transformer; embedding, output layer and attention stay in `compute`."""
-
-    backend: Literal["transformer_engine", "emulated"] = "transformer_engine"
-    """emulated: the numbers of FP8 on any device, at no gain in speed; for recipes delayed and tensorwise."""
-    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    """How scaling factors come about: tensorwise is current scaling."""
-    format: Literal["hybrid", "e4m3"] = "hybrid"
-    """hybrid: E4M3, gradients E5M2."""
-    first_last_bf16: int = Field(0, ge=0)
-    """Layers at each end of the model that stay in `compute`; not with recipe delayed, as in megatron-core."""
-    amax_history: int = Field(1024, gt=0)
-    """delayed only: entries of the history of largest magnitudes."""
-    amax_compute: Literal["max", "most_recent"] = "max"
-    """delayed only: which of them sets the scale."""
-    margin: int = Field(0, ge=0)
-    """delayed only: powers of two to stay below the top of the format."""
-    params: bool = False
-    """Keep the weights of these layers in FP8 and gather them so; not for gated MLPs, nor emulated."""
-
-
-class Fp4Config(Section):
-    """FP4 in the linear layers of the transformer, by Transformer Engine on Blackwell GPUs; not beside FP8."""
-
-    recipe: Literal["nvfp4"] = "nvfp4"
-    """nvfp4: blocks of 16 values with an FP8 scale each, and one fp32 scale a tensor."""
-    first_last_bf16: int = Field(0, ge=0)
-    """Layers at each end of the model that stay in bf16."""
-
-
-class PrecisionConfig(Section):
-    """Number formats."""
-
-    compute: Literal["fp32", "bf16"] = "bf16"
-    """bf16 keeps fp32 master weights and fp32 gradients."""
-    fp8: Fp8Config | None = None
-    fp4: Fp4Config | None = None
-
-    @property
-    def uses_transformer_engine(self) -> bool:
-        """Whether matrix products run in FP8 or FP4, which takes Transformer Engine."""
-        return self.fp4 is not None or (self.fp8 is not None and self.fp8.backend == "transformer_engine")
-
-    @property
-    def has_fp8_weights(self) -> bool:
-        """Whether the weights themselves are in FP8."""
-        return self.fp8 is not None and self.fp8.params
-
-
-class RecomputeConfig(Section):
-    """Activation recomputation."""
-
-    granularity: Literal["none", "selective", "full"] = "none"
-    """selective: core attention; full: whole layers."""
-    method: Literal["uniform", "block"] = "uniform"
-    """full only."""
-    num_layers: int = Field(1, gt=0)
-    """full only: layers a unit (uniform) or layers recomputed a stage (block)."""
-
-
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many stay."""
+    """Saving, deletion and verification of checkpoints."""
 
     every: int | None = Field(None, gt=0)
-    """Steps between checkpoints; left out: only at the end and when stopped."""
+    """Steps between checkpoints; null saves only at the end and when the run is stopped."""
     keep: int | None = Field(None, gt=0)
-    """How many of the newest stay; left out: all."""
+    """Number of newest checkpoints to keep; null keeps all."""
     keep_every: int | None = Field(None, gt=0)
-    """Those whose step it divides stay for ever, beside the newest."""
+    """Keep every checkpoint whose step is a multiple of this, besides the newest; null keeps only the newest."""
     async_: bool = Field(False, alias="async")
-    """Copy the state and write it in the background while training goes on."""
+    """Copy the state, then write it in the background while training continues."""
     verify: Literal["full", "sampled", "none"] = "full"
-    """On loading: full: every checksum; sampled: one shard in 16; none: that every file is there and has its size."""
+    """Verification on loading: `full` every checksum, `sampled` 1 shard in 16, `none` only file names and sizes."""
 
 
 class ValidationConfig(Section):
-    """Held-out loss by source; also measured before the first step and after the last."""
+    """Held-out loss per source; also measured before the first step and after the last."""
 
     every: int | None = Field(None, gt=0)
-    """Steps between validations; left out: only before the first step and after the last."""
+    """Steps between validations; null validates only before the first step and after the last."""
     batches: int = Field(20, gt=0)
-    """Global batches of each source; at most one epoch of it."""
+    """Global batches per source, at most one epoch."""
     sources: dict[str, str | list[str]] = Field(min_length=1)
-    """NAME: a prefix of .bin/.idx, a list of them, or a glob."""
+    """Held-out data per name: a prefix of .bin/.idx, a list of prefixes, or a glob."""
 
 
 class WandbConfig(Section):
-    """Weights & Biases."""
+    """Logging to Weights & Biases."""
 
     project: str
-    """Where the run appears."""
+    """Project in which the run appears."""
     entity: str | None = None
+    """User or team that owns the project; null uses the account's default."""
     mode: Literal["online", "offline"] = "online"
+    """`offline` writes to disk for a later `wandb sync`."""
 
 
 class LogConfig(Section):
-    """What is written down and how often."""
+    """Logging of metrics."""
 
     every: int = Field(10, gt=0)
     """Steps between lines on the console and in metrics.jsonl."""
     tensorboard: bool = False
+    """Write TensorBoard event files to the run directory."""
     wandb: WandbConfig | None = None
+    """Log to Weights & Biases; null does not."""
 
 
 def _model_preset(value: Any) -> Any:
@@ -325,59 +280,77 @@ def _model_preset(value: Any) -> Any:
 
 
 class RunConfig(Section):
-    """A whole run.yaml."""
+    """A complete run.yaml."""
 
     name: str = Field(min_length=1)
-    """What logs and reports call it."""
+    """Name of the run in logs and reports."""
     output: str = Field(min_length=1)
-    """The run directory."""
-    seed: int = Field(1234, ge=0, lt=2**62)  # torch takes 64 bits, and ranks add to it
+    """Run directory."""
+    seed: int = Field(1234, ge=0, lt=2**62)  # torch takes 64 bits, and each rank adds to the seed
+    """Seed of data order, random weights and dropout."""
     model: Annotated[ModelConfig, BeforeValidator(_model_preset)]
+    """Shape of the model: the name of a preset, or fields, or a preset and fields that override it."""
     tokenizer: str | None = None
-    """KIND:PATH of the tokenizer the data were made with: gives the end-of-document id and is compared on resume."""
+    """KIND:PATH of the tokenizer of the data; gives the end-of-document id and is compared on resume."""
     init: InitConfig = Field(default_factory=InitConfig)
+    """Weights of the first start."""
     seq_length: int = Field(gt=0)
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     batch: BatchConfig
+    """Batch sizes."""
     tokens: TokenCount
-    """Length of the run."""
+    """Length of the run in tokens."""
     stop_at_step: int | None = Field(None, gt=0)
-    """Save there and end with status 0; a later call goes on."""
+    """Save after this step and end with status 0; the same command later continues; null runs to the end."""
     schedule: ScheduleConfig
+    """Learning rate."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """Optimizer."""
     sources: dict[str, SourceConfig] = Field(min_length=1)
+    """Sources of tokens per name."""
     phases: list[PhaseConfig] = Field(min_length=1)
+    """Phases in order, each with its blend of sources."""
     documents: DocumentsConfig = Field(default_factory=DocumentsConfig)
+    """Boundaries between documents."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """Split over ranks."""
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    """Number formats."""
     recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
+    """Activation recomputation."""
     speed: SpeedConfig = Field(default_factory=SpeedConfig)
+    """Overlapped communication and fused kernels."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Checkpoints."""
     validation: ValidationConfig | None = None
+    """Held-out loss; null never validates."""
     log: LogConfig = Field(default_factory=LogConfig)
+    """Metrics."""
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
+    """Time limits, hangs and loss spikes."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in a step of the run's own batch and length; of ramp-up and phases the plan's segments tell."""
+        """Tokens in a step of `batch.global` sequences; steps of a ramp-up or phase may differ, see the plan."""
         return self.batch.global_ * self.seq_length
 
     def length_of(self, phase: PhaseConfig) -> int:
-        """Tokens in a sequence of a phase."""
+        """Return the tokens per sequence in a phase."""
         return phase.seq_length or self.seq_length
 
+    def batch_of(self, phase: PhaseConfig) -> int:
+        """Return the sequences per step in a phase, after the ramp-up."""
+        return (phase.batch and phase.batch.global_) or self.batch.global_
+
     def micro_batch_of(self, phase: PhaseConfig) -> int:
-        """Sequences in one forward pass of one rank in a phase."""
+        """Return the sequences per forward pass of one rank in a phase."""
         return (phase.batch and phase.batch.micro) or self.batch.micro
 
     @property
     def uses_own_batch(self) -> bool:
-        """Whether some steps are of `batch.global` in micro-batches of `batch.micro`, as those of a validation are."""
+        """True if any step or validation splits `batch.global` into micro-batches of `batch.micro`."""
         own = (self.batch.global_, self.batch.micro)
-        batches = [
-            ((phase.batch and phase.batch.global_) or self.batch.global_, self.micro_batch_of(phase))
-            for phase in self.phases
-        ]
+        batches = [(self.batch_of(phase), self.micro_batch_of(phase)) for phase in self.phases]
         return self.validation is not None or own in batches
 
     @property
@@ -386,10 +359,10 @@ class RunConfig(Section):
         return max(self.length_of(phase) for phase in self.phases)
 
     def span_length(self, source: str) -> int:
-        """Tokens in the chunks that a source is cut into: the longest sequences it is read in."""
+        """Return the tokens per span of a source: the longest sequence of the phases that read it."""
         lengths = (self.length_of(phase) for phase in self.phases if source in phase.blend)
         return max(lengths, default=self.seq_length)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values under the names of run.yaml."""
+        """Return plain values under the keys of run.yaml."""
         return self.model_dump(mode="json", by_alias=True)

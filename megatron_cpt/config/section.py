@@ -1,4 +1,4 @@
-"""The base of every section of run.yaml."""
+"""Base class of every section of run.yaml."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """One section: frozen, no unknown keys, no silent conversion of types."""
+    """One section: frozen, without unknown keys or silent conversion of types."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        strict=True,  # the text "8" is no number and "true" no switch; a whole number may stand for a fraction
+        strict=True,  # "8" is not an int and "true" is not a bool; 1 is accepted where a float is expected
         allow_inf_nan=False,
         validate_by_name=False,
         use_attribute_docstrings=True,

@@ -1,8 +1,8 @@
-"""Plain data -> a `RunConfig`, with every problem in words.
+"""Validation of plain data into a `RunConfig`, with one message per problem.
 
-pydantic reports the problems of one pass, but stops at them. To find the problems between fields too, wrong values
-are replaced by stand-ins and the data are validated again; whoever judges the result must leave the stand-ins alone,
-so their keys are returned as `tainted`.
+Rules between fields need a valid `RunConfig`. Invalid values are therefore replaced by stand-ins and the data is
+validated again. The keys of the stand-ins are returned as `tainted`, so that rules which read them are skipped: with
+`model: {heads: "8", kv_groups: 3}` only the type of `heads` is reported, not that 3 does not divide it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pydantic import ValidationError
 from megatron_cpt.config.fields import Path, dotted, key_help, key_path, nearest_key
 from megatron_cpt.config.schema import RunConfig
 
-_MOST_PASSES = 8
+_MAX_PASSES = 8
 
 _MODEL = {"layers": 1, "hidden": 8, "ffn_hidden": 8, "heads": 1, "vocab": 8}
 
-# What is required has no default to fall back to. Values are such that no check between fields fails by them alone.
+# Values for required keys, which have no default. No rule between fields fails because of them alone.
 _STAND_INS: dict[str, Any] = {
     "name": "run",
     "output": "runs/run",
@@ -47,21 +47,28 @@ _STAND_INS: dict[str, Any] = {
     "validation.sources.*[*]": "source",
     "log.wandb.project": "project",
 }
-# Sections that are wrong as a whole where one entry is: without it they would mean something else.
-_WHOLE = ("batch.ramp_up", "schedule.warmup", "schedule.decay", "phases[*].until", "validation", "sources.*.fim")
+# Sections to replace as a whole if one entry is invalid: without the entry they would mean something else.
+_REPLACED_AS_A_WHOLE = (
+    "batch.ramp_up",
+    "schedule.warmup",
+    "schedule.decay",
+    "phases[*].until",
+    "validation",
+    "sources.*.fim",
+)
 
-_WAYS_OUT = {
+_REASONS = {
     "string_type": "not text; put it in quotes",
     "int_type": "not a whole number; write digits without quotes",
-    "int_from_float": "not a whole number",
+    "int_from_float": "not a whole number; remove the fraction",
     "float_type": "not a number; write it without quotes",
     "bool_type": "neither true nor false; write one of them without quotes",
-    "dict_type": "not a map of keys to values",
-    "model_type": "not a section of keys and values",
-    "list_type": "not a list; write [a, b] or one `- entry` a line",
+    "dict_type": "not a mapping; write key: value",
+    "model_type": "not a section; write key: value below it",
+    "list_type": "not a list; write [a, b] or one `- entry` per line",
     "tuple_type": "not a list; write [a, b]",
-    "finite_number": "not a finite number",
-    "too_short": "empty; give it at least one entry",
+    "finite_number": "not a finite number; choose one",
+    "too_short": "empty; add at least one entry",
     "string_too_short": "empty; give it a value",
 }
 
@@ -70,28 +77,31 @@ def validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[str], set[str
     """Validate plain data.
 
     Returns:
-        The configuration, with stand-ins where values were wrong (None where even those did not help); the problems,
-        one line each; the dotted keys of the stand-ins.
+        The configuration, with stand-ins for invalid values, or None if even stand-ins did not make it valid; one
+        message per problem; the dotted keys of the stand-ins.
     """
     problems: list[str] = []
     tainted: dict[Path, None] = {}
-    for _ in range(_MOST_PASSES):
+    for _ in range(_MAX_PASSES):
         try:
             return RunConfig.model_validate(data), problems, {dotted(path) for path in tainted}
         except ValidationError as error:
             data = copy.deepcopy(data)
             for path, details in _problems_by_path(error).items():
                 if any(path[: len(known)] == known for known in tainted):
-                    continue  # about a stand-in
+                    continue  # a problem of a stand-in
                 problems.append(_describe(path, details))
-                replaced = _replace(data, _whole(path))
+                replaced = _replace(data, _path_to_replace(path))
                 if replaced != path or details[0]["type"] != "extra_forbidden":
                     tainted[replaced] = None
     return None, problems, {dotted(path) for path in tainted}
 
 
 def _problems_by_path(error: ValidationError) -> dict[Path, list[Any]]:
-    """The details of every problem; of a union those of the branch that came furthest."""
+    """Return the details of pydantic's errors by path.
+
+    An error at a section is dropped if a key inside the section has one too, as another branch of its union.
+    """
     by_path: dict[Path, list[Any]] = {}
     for details in error.errors(include_url=False):
         by_path.setdefault(key_path(details["loc"]), []).append(details)
@@ -102,19 +112,19 @@ def _problems_by_path(error: ValidationError) -> dict[Path, list[Any]]:
     }
 
 
-def _whole(path: Path) -> Path:
-    """The path to replace when this one is wrong: itself, or a section that is nothing without it."""
+def _path_to_replace(path: Path) -> Path:
+    """Return the path, or the section around it that has to be replaced as a whole."""
     if path[:2] == ("validation", "sources") and len(path) > 2:
         return path
-    return next((path[:n] for n in range(1, len(path)) if _pattern(path[:n]) in _WHOLE), path)
+    return next((path[:n] for n in range(1, len(path)) if _pattern(path[:n]) in _REPLACED_AS_A_WHOLE), path)
 
 
 def _replace(data: Any, path: Path) -> Path:
-    """Put a stand-in at a path, or leave the key out where the schema has a default.
+    """Put a stand-in at a path, or remove the key if the schema has a default.
 
     Returns:
-        The path that was replaced: a shorter one where the data have no such entry, as in the short form
-        `warmup: -1` of `warmup: {steps: -1}`.
+        The path that was replaced. It is shorter than `path` if the data has no such entry: `warmup: -1` is short for
+        `warmup: {steps: -1}`, so the path `schedule.warmup.steps` becomes `schedule.warmup`.
     """
     *parents, key = path
     holder = data
@@ -137,7 +147,7 @@ def _has(holder: Any, key: str | int) -> bool:
 
 
 def _pattern(path: Path) -> str:
-    """A path with the names of sources, and the numbers of entries, as stars."""
+    """Return a path as text with stars for names of sources and list indices: `phases[*].blend.*`."""
     keys: list[str | int] = list(path)
     if keys[0] == "sources" and len(keys) > 1:
         keys[1] = "*"
@@ -149,7 +159,7 @@ def _pattern(path: Path) -> str:
 
 
 def _describe(path: Path, details: list[Any]) -> str:
-    """One line: the key, its value, what is wrong, the way out."""
+    """Return the message: key, value, problem and what to do."""
     key, first = dotted(path) or "run.yaml", details[0]
     if first["type"] == "extra_forbidden":
         return f"{key}: not a known key; {nearest_key(path)}"
@@ -160,13 +170,13 @@ def _describe(path: Path, details: list[Any]) -> str:
         return f"{key}: missing; give it a value" + (f" ({meaning})" if meaning else "")
     reasons = [_reason(detail) for detail in details]
     if {detail["type"] for detail in details} == {"string_type", "list_type"}:
-        reasons = ["neither text nor a list of texts; quote what YAML reads as something else"]
+        reasons = ["neither text nor a list of texts; put it in quotes"]
     return f"{key}: {_shown(first.get('input'))}: {' or '.join(dict.fromkeys(reasons))}"
 
 
 def _reason(details: Any) -> str:
-    if details["type"] in _WAYS_OUT:
-        return _WAYS_OUT[details["type"]]
+    if details["type"] in _REASONS:
+        return _REASONS[details["type"]]
     message = str(details["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     return message[:1].lower() + message[1:]
 

@@ -1,4 +1,4 @@
-"""YAML as run.yaml needs it: 1e-4 is a number, a key given twice is a mistake."""
+"""YAML for run.yaml: 1e-4 is a number, and a duplicate key is an error."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import yaml
 
 from megatron_cpt.errors import ConfigError, UserError
 
-_LARGEST = 2**63 - 1
-_MOST_LEVELS = 32
-_MOST_VALUES = 1_000_000
+_MAX_INT = 2**63 - 1
+_MAX_LEVELS = 32
+_MAX_VALUES = 1_000_000
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the floats of YAML 1.2, keys that are always text, no key twice, no integer beyond 64 bits."""
+    """SafeLoader with floats of YAML 1.2, keys that are always text, no duplicate keys and integers of 64 bits."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -31,18 +31,18 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # A source may be called 2024 or on: as a key it stays the text that it is.
+        # A source may be called 2024 or on: keys are never converted to numbers or booleans.
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         try:
             value = int(super().construct_yaml_int(node))
-        except ValueError:  # thousands of digits: Python refuses to read them
-            value = _LARGEST + 1
-        if abs(value) > _LARGEST:
+        except ValueError:  # Python refuses to parse integers of more than 4,300 digits
+            value = _MAX_INT + 1
+        if abs(value) > _MAX_INT:
             shown = node.value if len(node.value) < 30 else f"{node.value[:27]}..."
-            raise yaml.constructor.ConstructorError(None, None, f"{shown} is too large", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{shown} is too large for 64 bits", node.start_mark)
         return value
 
 
@@ -50,20 +50,23 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes the texts which `_Loader` would read as numbers."""
+    """SafeDumper that quotes text which `_Loader` would read as a number."""
 
 
-# PyYAML follows YAML 1.1, where 1e-4 without a dot is text; people write learning rates that way.
+# PyYAML follows YAML 1.1, where 1e-4 without a dot is text, but learning rates are often written so.
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text; `where` names it in the error.
+    """Parse YAML text.
+
+    Args:
+        where: name of the text in error messages.
 
     Raises:
-        ConfigError: when it is not valid YAML.
+        ConfigError: if it is not valid YAML.
     """
     try:
         data = yaml.load(text, Loader=_Loader)
@@ -72,34 +75,36 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ConfigError(where, [f"not valid YAML: {problem}{place}"]) from error
-    except (ValueError, RecursionError) as error:  # an impossible date such as 2024-13-01; a thousand brackets
+    except (ValueError, RecursionError) as error:  # dates such as 2024-13-01; a thousand nested brackets
         raise ConfigError(where, [f"not valid YAML: {error}"]) from error
     _check_size(data, where)
     return data
 
 
 def _check_size(data: Any, where: str) -> None:
-    """Refuse what anchors can blow up: a value that holds itself, or a few lines that stand for a billion values."""
+    """Refuse anchors that contain themselves, or that expand a few lines to a billion values."""
     level, count = [data], 0
-    for _ in range(_MOST_LEVELS):
+    for _ in range(_MAX_LEVELS):
         inner: list[Any] = []
         for value in level:
             entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
             count += len(entries)
-            if count > _MOST_VALUES:
-                raise ConfigError(where, [f"more than {_MOST_VALUES:,} values; is an anchor used too often?"])
+            if count > _MAX_VALUES:
+                raise ConfigError(where, [f"more than {_MAX_VALUES:,} values; use anchors less often"])
             inner.extend(entries)
         level = inner
     if level:
-        raise ConfigError(where, [f"nested more than {_MOST_LEVELS} levels deep; does an anchor hold itself?"])
+        raise ConfigError(
+            where, [f"nested more than {_MAX_LEVELS} levels deep; remove anchors that contain themselves"]
+        )
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
+    """Read a YAML file that contains a mapping.
 
     Raises:
-        UserError: when the file cannot be read.
-        ConfigError: when it is not YAML or not a mapping.
+        UserError: if the file cannot be read.
+        ConfigError: if it is not YAML or not a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -114,6 +119,6 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
-    """Write plain values in the order they have."""
+    """Return plain values as YAML text, in their order."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text

@@ -1,4 +1,4 @@
-"""Pure functions from a configuration to what a run will do: no torch, no disk, no GPU."""
+"""Planning of a run: pure functions of its configuration, without torch, disk or GPU."""
 
 from megatron_cpt.plan.cost.flops import FlopsPerToken, flops_per_token
 from megatron_cpt.plan.cost.memory import GIB, Memory, estimate_memory
@@ -9,19 +9,19 @@ from megatron_cpt.plan.run_plan import RunPlan, build_plan
 from megatron_cpt.plan.timeline.epochs import SourceTotal, SourceUse
 from megatron_cpt.plan.timeline.phases import PhasePlan
 from megatron_cpt.plan.timeline.schedule import Schedule
-from megatron_cpt.plan.timeline.segments import Mark, Segment
+from megatron_cpt.plan.timeline.segments import RunProgress, Segment
 from megatron_cpt.sampling.spans import SpanGrid
 
 __all__ = [
     "GIB",
     "FlopsPerToken",
     "Layout",
-    "Mark",
     "Memory",
     "Parameters",
     "PhasePlan",
     "Problem",
     "RunPlan",
+    "RunProgress",
     "Schedule",
     "Segment",
     "SourceTotal",

@@ -1,8 +1,8 @@
-"""What GPUs can do, as their makers publish it."""
+"""Published figures of GPUs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TERA, GIGA = 1e12, 1e9
 
@@ -12,20 +12,19 @@ class Gpu:
     """A GPU in its usual node of eight.
 
     Attributes:
-        name: what `plan --gpu` calls it.
-        title: its full name.
-        memory_gib: what the driver shows of its memory.
+        name: name in `plan --gpu`.
+        title: full name.
+        memory_gib: memory that the driver reports.
         bf16: dense bf16 matrix products, FLOP/s.
-        fp8: the same in FP8; None where it has none.
-        hbm: bytes/s of its memory.
+        fp8: dense FP8 matrix products, FLOP/s; None without FP8.
+        hbm: memory bandwidth, bytes/s.
         nvlink: bytes/s to the GPUs of its node, one direction.
-        network: bytes/s to other nodes, one direction; one adapter a GPU, as in NVIDIA's DGX.
-        gpus_per_node: GPUs that NVLink connects.
-        is_calibrated: whether published training runs on this GPU were used to set the constants
-            of `plan/cluster/step_time.py`;
-            for the others the same shares of the peak are assumed.
-        needs_fp8_transposes: whether FP8 products need their operands transposed (before Blackwell).
-        source: where the figures are from.
+        network: bytes/s to other nodes, one direction; one adapter per GPU, as in NVIDIA's DGX.
+        gpus_per_node: GPUs connected by NVLink.
+        is_calibrated: published training runs on this GPU set the constants of `plan/cluster/step_time.py`; other GPUs
+            are assumed to reach the same shares of their peaks.
+        needs_fp8_transposes: FP8 products need transposed operands (before Blackwell).
+        source: origin of the figures.
     """
 
     name: str
@@ -70,18 +69,13 @@ H100 = Gpu(
     needs_fp8_transposes=True,
     source="NVIDIA H100 datasheet (without sparsity); DGX H100 datasheet (8 x 400 Gb/s)",
 )
-H200 = Gpu(
+H200 = replace(
+    H100,
     name="h200",
     title="NVIDIA H200 141GB SXM",
     memory_gib=140.4,
-    bf16=989 * TERA,
-    fp8=1979 * TERA,
     hbm=4.8 * TERA,
-    nvlink=450 * GIGA,
-    network=50 * GIGA,
-    gpus_per_node=8,
     is_calibrated=False,
-    needs_fp8_transposes=True,
     source="NVIDIA H200 datasheet (without sparsity); DGX H200 datasheet (8 x 400 Gb/s)",
 )
 B200 = Gpu(

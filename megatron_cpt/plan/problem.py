@@ -1,4 +1,4 @@
-"""What a plan finds wrong, with the keys it was judged by."""
+"""Problem of a plan, with the keys of run.yaml that it depends on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One line for the user: key, value, way out.
+    """Message for the user.
 
     Attributes:
-        text: the line.
-        keys: the dotted keys that it was judged by. Where one of them has a problem of its own the value was a
-            stand-in, and this line would be a false alarm.
+        text: key, value, reason and what to do, in one line.
+        keys: dotted keys that the problem depends on. If one of them has a problem of its own, its value is a stand-in
+            and this problem must not be reported.
     """
 
     text: str

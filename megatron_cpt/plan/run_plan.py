@@ -1,4 +1,4 @@
-"""A configuration and the sizes of its sources -> the whole plan of a run."""
+"""Plan of a run, computed from its configuration and the sizes of its sources."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from megatron_cpt.plan.timeline.epochs import (
 )
 from megatron_cpt.plan.timeline.phases import PhasePlan, PlannedPhases, batch_problems, plan_phases
 from megatron_cpt.plan.timeline.schedule import Schedule, schedule_problems
-from megatron_cpt.plan.timeline.segments import Mark, Segment
+from megatron_cpt.plan.timeline.segments import RunProgress, Segment
 from megatron_cpt.plan.timeline.solve_steps import solve_schedule
 from megatron_cpt.sampling.spans import SpanGrid
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will do, before anything runs.
+    """Plan of a run.
 
     Attributes:
-        name: the run's name.
-        steps: its steps.
-        tokens: the tokens that were asked for.
-        tokens_per_step: of the run's own full batch and sequence length; `segments` has those of every step.
-        schedule: the learning rate of every step.
-        phases: in order; where there are no problems they tile steps 1 to `steps`.
-        sources: what is read of each source over all phases.
+        name: name of the run.
+        steps: number of steps.
+        tokens: requested tokens, before rounding up to whole steps.
+        tokens_per_step: for `batch.global` and `seq_length`; `segments` has the sizes of all steps.
+        schedule: learning rate of every step.
+        phases: in order; without problems they cover steps 1 to `steps`.
+        sources: tokens read of each source over all phases.
         parameters: of the model, by part.
-        flops: of training on one token; where the sequence length changes, the mean over the run's tokens.
-        layout: the ranks it was planned for.
-        memory_stages: of every pipeline stage, in the phase that needs most.
-        warnings: what may be done but should not go unnoticed.
-        problems: what keeps it from running; callers raise them.
+        flops: of training on one token; the mean over all tokens if sequence lengths differ.
+        layout: ranks and micro-batches.
+        memory_stages: memory of every pipeline stage, in the phase that needs most.
+        warnings: messages about settings that are allowed but may be mistakes.
+        problems: reasons why the run cannot start; the caller raises them.
     """
 
     name: str
@@ -63,61 +63,61 @@ class RunPlan:
 
     @property
     def tokens_trained(self) -> int:
-        """Tokens of all steps: `tokens`, rounded up to whole steps."""
+        """Tokens of all steps: `tokens` rounded up to whole steps."""
         return self.segments[-1].end.tokens
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The steps of the run by the shape they have: batch and sequence length."""
+        """Consecutive steps of equal batch and sequence length."""
         return tuple(segment for phase in self.phases for segment in phase.segments)
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all steps have one global batch and one sequence length."""
+        """True if all steps have the same global batch and sequence length."""
         return len({(segment.global_batch, segment.seq_length) for segment in self.segments}) == 1
 
     @property
     def ramp(self) -> tuple[Segment, ...]:
-        """The segments before the batch has grown to its full size; none where it does not grow."""
+        """Segments of the batch ramp-up; empty without one."""
         return tuple(segment for segment in self.segments if segment.is_ramp)
 
     @property
     def step_sizes(self) -> str:
-        """Tokens a step, in words."""
+        """Tokens per step as text: `4.72M`, or `1.57M to 4.72M` if steps differ."""
         sizes = [segment.tokens_per_step for segment in self.segments]
         least, most = format_count(min(sizes)), format_count(max(sizes))
         return most if least == most else f"{least} to {most}"
 
     def segment_of(self, step: int) -> Segment:
-        """The segment that a step (from 1) belongs to."""
-        assert 1 <= step <= self.steps, f"step {step} is not of this run"
+        """Return the segment of a step, counted from 1."""
+        assert 1 <= step <= self.steps, f"step {step} is outside the run"
         return next(segment for segment in self.segments if step <= segment.last_step)
 
     def segment_from(self, samples: int) -> Segment:
-        """The segment of the step before which the run has read `samples` samples."""
+        """Return the segment of the step that starts after `samples` samples."""
         return next(segment for segment in self.segments if samples < segment.end.samples)
 
-    def after(self, step: int) -> Mark:
-        """What is done after a step; after step 0: nothing."""
-        return self.segment_of(step).after(step) if step else Mark()
+    def after(self, step: int) -> RunProgress:
+        """Return steps, samples and tokens done after a step; all 0 after step 0."""
+        return self.segment_of(step).after(step) if step else RunProgress()
 
     @property
     def span_limits(self) -> dict[str, int]:
-        """Spans after which a source ends, for those that do."""
+        """Number of spans per source after which it ends, for sources with `on_exhausted: renormalize`."""
         return {name: total.limit for name, total in self.sources.items() if total.limit is not None}
 
     def phase_of(self, step: int) -> PhasePlan:
-        """The phase that a step (from 1) belongs to."""
-        assert 1 <= step <= self.steps, f"step {step} is not of this run"
+        """Return the phase of a step, counted from 1."""
+        assert 1 <= step <= self.steps, f"step {step} is outside the run"
         return next(phase for phase in self.phases if step <= phase.last_step)
 
     @property
     def memory(self) -> Memory:
-        """Of the pipeline stage that needs most."""
+        """Memory of the pipeline stage that needs most."""
         return max(self.memory_stages, key=lambda memory: memory.total)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what `plan --json` prints and plan.json holds."""
+        """Return plain values for `plan --json` and plan.json."""
         return {
             "name": self.name,
             "steps": self.steps,
@@ -139,7 +139,7 @@ class RunPlan:
         }
 
 
-# plan.json is a file format: it keeps the keys that earlier versions wrote and `trace` reads.
+# plan.json is a file format: `trace` reads these keys, also from files of earlier versions.
 _FILE_KEYS = {"segments": "stretches", "span_length": "chunk_length", "spans_per_epoch": "chunks_per_epoch"}
 
 
@@ -154,27 +154,27 @@ def build_plan(
     samples_per_epoch: Mapping[str, int] | None = None,
     num_gpus: int | None = None,
 ) -> RunPlan:
-    """Plan a run. Pure: the same arguments give the same plan anywhere.
+    """Plan a run; the same arguments always give the same plan.
 
     Args:
         config: the run.
-        source_tokens: tokens of each source; one that is left out has no epochs and no limit.
-        samples_per_epoch: sequences (the longest ones it is read in) in one pass over a source, where known better
-            than from its size alone (a source of many files loses the end of each).
-        num_gpus: ranks to estimate memory for; left out: one replica of the model.
+        source_tokens: tokens of each source; a source without an entry has no epochs and no limit.
+        samples_per_epoch: spans per epoch of a source, if known more exactly than from its size: a source of several
+            files loses the end of each file.
+        num_gpus: ranks to estimate memory for; None means one replica of the model.
 
     Returns:
-        The plan with its problems; nothing is raised.
+        The plan. Its problems are in `problems`; none is raised.
     """
-    grids = _grids(config, source_tokens, samples_per_epoch or {})
+    grids = _span_grids(config, source_tokens, samples_per_epoch or {})
     schedule = solve_schedule(config)
     problems = list(schedule_problems(config.schedule, schedule))
     planned = plan_phases(config, schedule, grids)
     phases = planned.phases
     segments = [segment for phase in phases for segment in phase.segments]
-    totals = _total(config, planned, source_tokens, grids)
+    totals = _source_totals(config, planned, source_tokens, grids)
     phase_problems = [*planned.problems, *epoch_problems(totals, {phase.name: phase.sources for phase in phases})]
-    # Of a schedule that is wrong itself no rate counts, nor where it is reached.
+    # Problems that follow from an invalid schedule, such as a rate that is never reached, are not reported.
     problems += [found for found in phase_problems if not (problems and "schedule" in found.keys)]
     problems += size_problems(source_tokens, grids)
     problems += batch_problems(config, phases, num_gpus or config.parallel.model_parallel_size)
@@ -191,7 +191,7 @@ def build_plan(
         parameters=count_parameters(config.model),
         flops=_mean_flops(config, phases),
         layout=Layout.build(config, num_gpus),
-        memory_stages=_most_memory(config, phases, num_gpus),
+        memory_stages=_largest_memory(config, phases, num_gpus),
         warnings=(
             *_schedule_warnings(config),
             *_shape_warnings(config, segments),
@@ -202,10 +202,10 @@ def build_plan(
     )
 
 
-def _grids(
+def _span_grids(
     config: RunConfig, source_tokens: Mapping[str, int], samples_per_epoch: Mapping[str, int]
 ) -> dict[str, SpanGrid]:
-    """The spans of each source whose size is known; a source too small for one has none."""
+    """Return the grid of spans per source of known size; a source shorter than one span has an empty grid."""
     lengths = {name: config.span_length(name) for name in {**source_tokens, **samples_per_epoch}}
     known = {name: samples_in_epoch(tokens, lengths[name]) for name, tokens in source_tokens.items()}
     known |= samples_per_epoch
@@ -222,26 +222,28 @@ def _mean_flops(config: RunConfig, phases: Sequence[PhasePlan]) -> FlopsPerToken
     return FlopsPerToken(full / tokens, causal / tokens)
 
 
-def _most_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:
-    """The memory of every stage in the phase that needs most."""
-    shapes = dict.fromkeys((s.global_batch, s.micro_batch, s.seq_length) for phase in phases for s in phase.segments)
+def _largest_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:
+    """Return the memory of every stage in the steps that need most."""
+    shapes = dict.fromkeys(segment.shape for phase in phases for segment in phase.segments)
     estimates = []
     for global_, micro, length in shapes:
         batch = config.batch.model_copy(update={"global_": global_, "micro": micro})
-        shaped = config.model_copy(update={"batch": batch, "seq_length": length})
-        estimates.append(stage_memories(shaped, Layout.build(shaped, num_gpus)))
+        run = config.model_copy(update={"batch": batch, "seq_length": length})
+        estimates.append(stage_memories(run, Layout.build(run, num_gpus)))
     return max(estimates, key=lambda stages: max(stage.total for stage in stages))
 
 
-def _total(
+def _source_totals(
     config: RunConfig, planned: PlannedPhases, source_tokens: Mapping[str, int], grids: Mapping[str, SpanGrid]
 ) -> dict[str, SourceTotal]:
     totals, limits = {}, span_limits(config.sources, grids)
     for name, source in config.sources.items():
         uses = [phase.sources[name] for phase in planned.phases if name in phase.sources]
-        grid, place, epochs = grids.get(name), planned.places.get(name), None
+        grid, position, epochs = grids.get(name), planned.positions.get(name), None
         if grid is not None and grid.num_spans:
-            epochs = place.k / (grid.num_spans * grid.parts(place.seq_length)) if place is not None else 0.0
+            epochs = 0.0
+            if position is not None:
+                epochs = position.sample_index / (grid.num_spans * grid.parts(position.seq_length))
         totals[name] = SourceTotal(
             size=source_tokens.get(name),
             samples=sum(use.samples for use in uses),
@@ -258,15 +260,15 @@ def _total(
 def _shape_warnings(config: RunConfig, segments: Sequence[Segment]) -> Iterator[str]:
     if segments[-1].is_ramp:
         yield (
-            f"batch.ramp_up: the run ends with a batch of {segments[-1].global_batch:,}: it has too few samples to "
+            f"batch.ramp_up: the run ends with a batch of {segments[-1].global_batch:,}, after too few samples to "
             f"reach batch.global: {config.batch.global_:,}"
         )
     known, longest = config.model.max_positions or config.seq_length, config.longest_sequence
     if longest > config.seq_length and longest > known:
         which = "model.max_positions" if config.model.max_positions else "seq_length"
         yield (
-            f"sequences of {longest:,} tokens have positions beyond {which}: {known:,}; RoPE turns them as "
-            "model.rotary_base and model.rope_scaling say, whatever the model was trained on"
+            f"sequences of {longest:,} tokens have positions beyond {which}: {known:,}, new to the model; "
+            "check model.rotary_base and model.rope_scaling"
         )
 
 
@@ -274,7 +276,10 @@ def _schedule_warnings(config: RunConfig) -> list[str]:
     ignored = config.schedule.model_fields_set & {"decay", "decay_shape"}
     if config.schedule.shape == "wsd" or not ignored:
         return []
-    return [f"schedule.{key} is not read by schedule.shape: {config.schedule.shape}" for key in sorted(ignored)]
+    return [
+        f"schedule.{key} has no effect with schedule.shape: {config.schedule.shape}; remove it"
+        for key in sorted(ignored)
+    ]
 
 
 def _end_warnings(config: RunConfig, phases: Sequence[PhasePlan]) -> Iterator[str]:
@@ -283,6 +288,6 @@ def _end_warnings(config: RunConfig, phases: Sequence[PhasePlan]) -> Iterator[st
         first_ends = {name: (step, phase.name) for name, step in phase.ends.items()} | first_ends
     for name, (step, phase_name) in first_ends.items():
         yield (
-            f"source {name}: ends after {config.sources[name].max_epochs:g} epochs, about at step {step:,} (phase "
-            f"{phase_name}); from there on the others of the blend share its weight"
+            f"source {name}: ends after {config.sources[name].max_epochs:g} epochs, at about step {step:,} (phase "
+            f"{phase_name}); from then on the other sources of the blend share its weight"
         )

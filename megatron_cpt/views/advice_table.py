@@ -1,50 +1,33 @@
-"""A run on a cluster, and the advice for one, as text that a person can read."""
+"""Tables of a run on a cluster, and of the ranked layouts."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import IO
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_cpt.plan.cluster.advice import Advice, Candidate
-from megatron_cpt.plan.cluster.advise import AS_GOOD
+from megatron_cpt.plan.cluster.advise import AS_GOOD, Advice
+from megatron_cpt.plan.cluster.candidate import Candidate
 from megatron_cpt.plan.cluster.estimate import MEMORY_MARGIN, Cluster, fits, step_lines
 from megatron_cpt.plan.cost.memory import GIB
-from megatron_cpt.views.plan_table import WIDTH_WITHOUT_TERMINAL
+from megatron_cpt.views.plan_table import named_lines, print_parts
 
 MAX_ROWS = 10
 MAX_MISFITS = 6
 
 
 def render_cluster(cluster: Cluster, stream: IO[str]) -> None:
-    """What the run takes on named GPUs: memory, speed, time."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column()
-    for name, text in _cluster_lines(cluster):
-        table.add_row(name, text)
-    _write(stream, [table])
+    """Write memory, speed and time of a run on named GPUs."""
+    print_parts(stream, [named_lines(_cluster_lines(cluster))])
 
 
 def render_advice(advice: Advice, stream: IO[str]) -> None:
-    """The ranking, the run's own layout, and what does not fit."""
-    _write(stream, list(_advice_parts(advice)))
-
-
-def _write(stream: IO[str], parts: list[RenderableType]) -> None:
-    console = Console(file=stream, markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=io.StringIO(), markup=False, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
-        with console.capture() as capture:
-            console.print(*parts, sep="\n")
-        stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
-        return
-    console.print(*parts, sep="\n")
+    """Write the ranked layouts, the run's own layout, and the splits that do not fit."""
+    print_parts(stream, _advice_parts(advice))
 
 
 def _cluster_lines(cluster: Cluster) -> Iterator[tuple[str, str]]:
@@ -58,7 +41,7 @@ def _cluster_lines(cluster: Cluster) -> Iterator[tuple[str, str]]:
     )
     yield (
         "speed",
-        f"about {speed.tokens_per_gpu:,.0f} tokens/s/GPU, {speed.step:.2f} s a step; "
+        f"about {speed.tokens_per_gpu:,.0f} tokens/s/GPU, {speed.step:.2f} s per step; "
         f"{speed.tokens_per_gpu * flops.full / 1e12:.0f} TFLOP/s/GPU with full attention counted "
         f"({cluster.mfu(flops.full):.1%} MFU of {cluster.peak / 1e12:,.0f}), "
         f"{speed.tokens_per_gpu * flops.causal / 1e12:.0f} causal ({cluster.mfu(flops.causal):.1%})",
@@ -66,18 +49,19 @@ def _cluster_lines(cluster: Cluster) -> Iterator[tuple[str, str]]:
     parts = (f"{name} {share:.1%}" for name, share in step_lines(speed) if share >= 0.001)
     yield "step", ", ".join(parts)
     overlapped = cluster.overlapped
-    could = f"; with speed.tp_comm_overlap=true {overlapped.tokens_per_gpu:,.0f} tokens/s/GPU" if overlapped else ""
-    yield "knobs", f"{_knobs(cluster.knobs)}{could}"
+    with_overlap = (
+        f"; with speed.tp_comm_overlap=true {overlapped.tokens_per_gpu:,.0f} tokens/s/GPU" if overlapped else ""
+    )
+    yield "knobs", f"{_knobs(cluster.knobs)}{with_overlap}"
     yield "time", f"about {cluster.seconds / 86400:.1f} days = {cluster.gpu_hours:,.0f} GPU hours (steps only)"
 
 
 def _knobs(on: frozenset[str]) -> str:
-    """What a speed takes for granted."""
-    return f"as on GPUs with Transformer Engine and Apex: {', '.join(sorted(on)) or 'nothing fused or overlapped'}"
+    return f"with Transformer Engine and Apex: {', '.join(sorted(on)) or 'nothing fused or overlapped'}"
 
 
 def _caution(is_calibrated: bool) -> str:
-    return "" if is_calibrated else "; the shares of its peaks are those of an H100, unchecked on this GPU"
+    return "" if is_calibrated else "; assumed to be as efficient as an H100, not measured"
 
 
 def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
@@ -88,15 +72,13 @@ def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
     )
     if not advice.is_uniform:
         steps = f"{advice.steps.global_batch:,} x {advice.steps.seq_length:,} tokens"
-        yield Text(
-            f"speeds: of steps of {steps}, in which most tokens are trained; memory: of the steps that need most"
-        )
+        yield Text(f"speed: in steps of {steps}, which train most tokens; memory: in the steps that need most")
     if advice.ranking:
         yield _ranking(advice)
         yield _assumptions(advice.ranking)
-        yield Text(f"to take the first: {' '.join(advice.ranking[0].overrides)}")
+        yield Text(f"to use the first: {' '.join(advice.ranking[0].overrides)}")
     else:
-        yield Text("none fits; more GPUs, or GPUs with more memory, are needed")
+        yield Text("no layout fits; use more GPUs, or GPUs with more memory")
     yield Text(_current(advice))
     if advice.other_batch is not None:
         other = advice.other_batch
@@ -112,12 +94,12 @@ def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
 
 
 def _assumptions(ranking: Sequence[Candidate]) -> Text:
-    """The knobs behind the speeds, first the one that has to be set."""
+    """Return the knobs on which the speeds depend, first the one that is off by default."""
     others = _knobs(ranking[0].knobs - {"tp_comm_overlap"})
     if not any(candidate.plain for candidate in ranking):
         return Text(f"knobs: {others}")
-    asked = "speed.tp_comm_overlap=true wherever TP is above 1, which is off until asked for (in brackets: without)"
-    return Text(f"knobs: {asked}; the rest {others}")
+    overlap = "speed.tp_comm_overlap=true where TP is above 1, off by default (in parentheses: without it)"
+    return Text(f"knobs: {overlap}; {others}")
 
 
 def _ranking(advice: Advice) -> Table:
@@ -126,12 +108,13 @@ def _ranking(advice: Advice) -> Table:
         table.add_column(header, justify="left" if header in ("layout", "why") else "right", overflow="fold")
     best = advice.ranking[0].speed.tokens_per_gpu
     for rank, candidate in enumerate(advice.ranking[:MAX_ROWS], start=1):
+        without = f" ({candidate.plain.tokens_per_gpu:,.0f})" if candidate.plain else ""
         as_good = "~" if rank > 1 and candidate.speed.tokens_per_gpu >= AS_GOOD * best else ""
         table.add_row(
             f"{rank}{as_good}",
             _name(candidate),
             f"{candidate.layout.data_parallel:,}",
-            _tokens_per_gpu(candidate),
+            f"{candidate.speed.tokens_per_gpu:,.0f}{without}",
             f"{candidate.speed.step:.2f}",
             f"{candidate.memory.total / GIB:.1f}",
             candidate.why,
@@ -139,11 +122,6 @@ def _ranking(advice: Advice) -> Table:
     table.caption = f"~: as good as the first, within {1 - AS_GOOD:.0%}, which is about the error of the estimate"
     table.caption_justify = "left"
     return table
-
-
-def _tokens_per_gpu(candidate: Candidate) -> str:
-    plain = f" ({candidate.plain.tokens_per_gpu:,.0f})" if candidate.plain else ""
-    return f"{candidate.speed.tokens_per_gpu:,.0f}{plain}"
 
 
 def _name(candidate: Candidate) -> str:

@@ -1,4 +1,4 @@
-"""How every picture looks, and how it is written."""
+"""Style of all plots, and writing them to a file."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 
 @contextlib.contextmanager
 def save_figure(path: str | Path, size: tuple[float, float], **subplots: Any) -> Iterator[Any]:
-    """Two panels, one above the other, that are written as a PNG (or whatever the ending of `path` names).
+    """Write two panels, one above the other, to an image file.
 
     Args:
-        path: where.
+        path: the file; its extension decides the format, such as .png or .svg.
         size: width and height in inches.
-        subplots: more arguments of matplotlib's `subplots`.
+        subplots: further arguments of matplotlib's `subplots`.
 
     Yields:
         The upper and the lower axes, to draw on.
 
     Raises:
-        UserError: the file cannot be written, or not in this format.
+        UserError: if matplotlib is not installed, or the file cannot be written, or the format is unknown.
     """
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        text = f"--plot {path}: plots need matplotlib, which cannot be imported: {error}"
+        raise UserError(f"{text}; pip install 'megatron-cpt[plot]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     style: dict[Any, Any] = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT}
     style |= {"xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False}
-    style |= {"text.parse_math": False}  # names and paths may hold a dollar sign, which is no formula
+    style |= {"text.parse_math": False}  # a dollar sign in a name or path does not start a formula
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(2, 1, figsize=size, sharex=True, layout="constrained", **subplots)
         try:
@@ -48,6 +51,6 @@ def _write(figure: Any, path: str | Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        raise UserError(f"--plot {path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"--plot {path}: cannot be written: {error.strerror}; choose another file") from error
     except ValueError as error:
         raise UserError(f"--plot {path}: {error}") from error

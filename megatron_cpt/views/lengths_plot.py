@@ -1,4 +1,4 @@
-"""How long the documents of a data set are, as a picture."""
+"""Plot of the document lengths of a dataset."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _DOCUMENTS, _TOKENS = "#7aa6d8", "#f6b26b"
 
 
 def plot_lengths(summary: Summary, path: str | Path) -> None:
-    """Draw documents and tokens by length of document into a PNG (or whatever the ending of `path` names).
+    """Draw histograms of documents and tokens over document length into an image file.
 
     Raises:
-        UserError: the file cannot be written, or not in this format.
+        UserError: if matplotlib is not installed, or the file cannot be written, or the format is unknown.
     """
     with save_figure(path, (10, 6.4)) as (above, below):
         _draw_bars(above, [entry.documents for entry in summary.histogram], "documents", _DOCUMENTS)
-        _draw_bars(below, [entry.tokens for entry in summary.histogram], "tokens in them", _TOKENS)
+        _draw_bars(below, [entry.tokens for entry in summary.histogram], "tokens", _TOKENS)
         labels = [f"{entry.low:,}" for entry in summary.histogram]
         below.set_xticks([place - 0.5 for place in range(len(labels))], labels)
-        below.set_xlabel("tokens of a document")
+        below.set_xlabel("tokens per document")
         title = f"{summary.prefix}: {format_count(summary.documents)} documents, {format_count(summary.tokens)} tokens"
         above.set_title(title, loc="left", fontsize=13, fontweight="bold")
 

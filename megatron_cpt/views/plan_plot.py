@@ -1,4 +1,4 @@
-"""A plan as one picture: the learning rate over the tokens, the phases, and what each of them reads."""
+"""Plot of a plan: learning rate over tokens, phases, and the blend of each phase."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _SOURCES = (
     *("#7aa6d8", "#8fce8b", "#f6b26b", "#86d0cb", "#f3d873", "#c6a0d0"),
     *("#c9a588", "#a9b4c4", "#f7b3c2", "#f08c84", "#b5e0a8", "#d9d2c5"),
 )
-_MOST_NAMED = len(_SOURCES)  # sources with a color and a line in the legend of their own
-_NAMES_FROM = 0.92  # of the height of the upper panel: above it stand the names of the phases
-_LEAST_Labeled = 0.05  # of the height, for the share to be written into its area
+_MAX_NAMED = len(_SOURCES)  # sources with their own color and legend entry
+_NAMES_FROM = 0.92  # share of the upper panel's height above which the names of the phases are written
+_MIN_LABELED = 0.05  # smallest weight that is written into its bar
 
 
 def plot_plan(plan: RunPlan, path: str | Path) -> None:
-    """Draw a plan into a PNG (or whatever the ending of `path` names).
+    """Draw a plan into an image file.
 
     Raises:
-        UserError: the file cannot be written, or not in this format.
+        UserError: if matplotlib is not installed, or the file cannot be written, or the format is unknown.
     """
     with save_figure(path, (11, 7.2), height_ratios=(3, 2)) as (rates, blends):
         _draw_rates(rates, plan)
@@ -75,7 +75,7 @@ def _draw_rates(axes: Axes, plan: RunPlan) -> None:
 
 
 def _mark_switch(axes: Axes, plan: RunPlan, phase: PhasePlan) -> None:
-    """Where a phase begins: its first step, with rate and tokens."""
+    """Draw a line at the first step of a phase, labeled with learning rate and tokens."""
     start, rate = _extent(plan, phase)[0], phase.lr_first
     axes.axvline(start, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
     axes.plot([start], [rate], "o", color=_RATE, markeredgecolor="white", markersize=8, zorder=4)
@@ -95,7 +95,10 @@ def _mark_switch(axes: Axes, plan: RunPlan, phase: PhasePlan) -> None:
 
 
 def _free_height(axes: Axes, plan: RunPlan, step: int, on_right: bool) -> float:
-    """Where a label beside a step, about a third of the width, covers the curve least: a share of the axes' height."""
+    """Return the height, as a share of the axes, at which a label beside a step covers the curve least.
+
+    The label is about a third of the axes wide.
+    """
     width = plan.steps // 3
     beside = np.linspace(step, step + width if on_right else step - width, 50).round().astype(np.int64)
     heights = plan.schedule.rates(beside.clip(1, plan.steps)) / axes.get_ylim()[1]
@@ -121,7 +124,7 @@ def _draw_blends(axes: Axes, plan: RunPlan) -> None:
                 linewidth=0.8,
                 label=name,
             )
-            if weight >= _LEAST_Labeled and end - start > 0.06 * plan.tokens_trained:
+            if weight >= _MIN_LABELED and end - start > 0.06 * plan.tokens_trained:
                 axes.text((start + end) / 2, bottom + weight / 2, f"{weight:.1%}", ha="center", va="center", fontsize=8)
             bottom += weight
     axes.set_ylim(0, 1)
@@ -145,13 +148,13 @@ def _extent(plan: RunPlan, phase: PhasePlan) -> tuple[int, int]:
 
 
 def _stacking_order(plan: RunPlan) -> list[str]:
-    """Sources from the bottom up: the largest of the run first; those beyond the palette become one."""
+    """Return source names from bottom to top, the largest first; sources beyond the palette become one entry."""
     by_size = sorted(plan.sources, key=lambda name: -plan.sources[name].tokens)
-    return by_size if len(by_size) <= _MOST_NAMED else [*by_size[: _MOST_NAMED - 1], _rest(plan)]
+    return by_size if len(by_size) <= _MAX_NAMED else [*by_size[: _MAX_NAMED - 1], _rest(plan)]
 
 
 def _rest(plan: RunPlan) -> str:
-    return f"{len(plan.sources) - _MOST_NAMED + 1} others"
+    return f"{len(plan.sources) - _MAX_NAMED + 1} others"
 
 
 def _shown_weights(phase: PhasePlan, names: list[str]) -> Mapping[str, float]:

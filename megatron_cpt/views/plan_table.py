@@ -1,4 +1,4 @@
-"""A plan as tables that a person can read."""
+"""Tables of a plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import IO
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -21,36 +21,36 @@ WIDTH_WITHOUT_TERMINAL = 120
 
 
 def render_plan(plan: RunPlan, stream: IO[str]) -> None:
-    """Write a plan as text: colors and the terminal's width where there is one, plain text elsewhere."""
+    """Write a plan to a stream."""
+    warnings = (Text.assemble(("warning: ", "bold yellow"), warning) for warning in plan.warnings)
+    print_parts(stream, [named_lines(_summary_lines(plan)), _phases(plan), _sources(plan), *warnings])
+
+
+def print_parts(stream: IO[str], parts: Iterable[RenderableType]) -> None:
+    """Print tables and texts: in color and full width on a terminal, else plain and 120 characters wide."""
     console = Console(file=stream, markup=False, highlight=False)
     if console.is_terminal:
-        _print(console, plan)
+        console.print(*parts, sep="\n")
         return
     plain = Console(file=io.StringIO(), markup=False, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
     with plain.capture() as capture:
-        _print(plain, plan)
+        plain.print(*parts, sep="\n")
     stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
-def _print(console: Console, plan: RunPlan) -> None:
-    console.print(_summary(plan))
-    console.print(_phases(plan))
-    console.print(_sources(plan))
-    for warning in plan.warnings:
-        console.print(Text.assemble(("warning: ", "bold yellow"), warning))
-
-
-def _summary(plan: RunPlan) -> Table:
+def named_lines(lines: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of names in bold with a text beside each."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    for name, text in _summary_lines(plan):
+    for name, text in lines:
         table.add_row(name, text)
     return table
 
 
 def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     flops, layout, memory = plan.flops, plan.layout, plan.memory
+    ranks_per_replica = layout.num_gpus // layout.data_parallel
     yield (
         "run",
         f"{plan.name}: {format_count(plan.tokens)} tokens = {plan.steps:,} steps of "
@@ -61,23 +61,25 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     yield "model", f"{format_count(plan.parameters.total)} parameters"
     yield (
         "FLOPs",
-        f"{_flops(flops.full)} a token with full attention counted, {_flops(flops.causal)} causal; "
-        f"in all {flops.full * plan.tokens_trained:.3g} and {flops.causal * plan.tokens_trained:.3g}",
+        f"{_flops(flops.full)} per token with full attention counted, {_flops(flops.causal)} causal; "
+        f"in total {flops.full * plan.tokens_trained:.3g} and {flops.causal * plan.tokens_trained:.3g}",
     )
     yield "schedule", describe_schedule(plan.schedule)
     yield (
         "layout",
-        f"{layout.num_gpus:,} ranks = {layout.data_parallel:,} x {layout.num_gpus // layout.data_parallel} a replica; "
-        f"{layout.num_micro_batches:,} micro-batches a step, {layout.bubble:.1%} pipeline bubble",
+        f"{layout.num_gpus:,} ranks = {layout.data_parallel:,} x {ranks_per_replica} per replica; "
+        f"{layout.num_micro_batches:,} micro-batches per step, {layout.bubble:.1%} pipeline bubble",
     )
     parts = ((name, gib) for name, gib in memory.to_dict().items() if name != "stage" and gib > 0)
     listed = ", ".join(f"{name} {_gib(gib)}" for name, gib in parts)
-    yield "memory", f"about {_gib(memory.total / GIB)} a rank on pipeline stage {memory.stage}: {listed}"
+    yield "memory", f"about {_gib(memory.total / GIB)} per rank on pipeline stage {memory.stage}: {listed}"
 
 
 def _ramp(plan: RunPlan) -> str:
     last = plan.ramp[-1]
-    shown = list(dict.fromkeys(f"{segment.global_batch:,}" for segment in plan.ramp))  # a phase may end within one
+    shown = list(
+        dict.fromkeys(f"{segment.global_batch:,}" for segment in plan.ramp)
+    )  # without duplicates: a phase may end within a size
     if len(shown) > 3:
         shown = [*shown[:2], f"... {shown[-1]}"]
     return (
@@ -95,12 +97,12 @@ def _gib(gib: float) -> str:
 
 
 def describe_schedule(schedule: Schedule) -> str:
-    """A schedule in one line."""
+    """Return a schedule as one line of text."""
     text = f"{schedule.shape} {schedule.max_lr:.3g}"
     text += "" if schedule.shape == "constant" else f" -> {schedule.min_lr:.3g}"
     if schedule.shape == "wsd":
         text += f", {schedule.decay_shape} decay over the last {schedule.decay_steps:,} steps"
-    return text + (f", warm-up of {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ", no warm-up")
+    return text + (f", warmup of {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ", no warmup")
 
 
 def _phases(plan: RunPlan) -> Table:

@@ -1,4 +1,4 @@
-"""What a resume finds the same, what changed, and what that does, for a person to read."""
+"""Table of the changes between a saved run and the run that resumes from it, with their effects."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.table import Table
 
 from megatron_cpt.checkpoint.preflight import DATA, RULES, SPANS, Change
 
-# Where in the run a change shows; what is in none of them (the model, the precision) says so in its own row.
-_SHOWS_IN = {
+# Rules by the part of the run that they change; other rules (model, precision) have their effect in their own row.
+_RULES_BY_PART = {
     "samples": ("seq_length", "batch", "seed", "ramp_up", "phase_length", "phase_batch", "blend", "data", "documents"),
     "rate": ("schedule",),
     "optimizer": ("optimizer",),
@@ -21,13 +21,13 @@ _SHOWS_IN = {
 
 @dataclass(frozen=True)
 class ResumeSummary:
-    """Where a run goes on.
+    """State from which a run resumes.
 
     Attributes:
-        step: the first step that it will do.
-        samples: samples that were read before, by source.
-        rate: the learning rate of that step.
-        saved_rate: what it would have been in the run as it was saved; None where that was not written down.
+        step: first step after the checkpoint.
+        samples: samples already read, by source.
+        rate: learning rate of `step`.
+        saved_rate: learning rate of `step` in the saved run; None if the checkpoint does not record it.
     """
 
     step: int
@@ -36,42 +36,48 @@ class ResumeSummary:
     saved_rate: float | None
 
 
-def describe(changes: Sequence[Change], allow: Collection[str], going_on: ResumeSummary, *, width: int = 110) -> str:
-    """One line where nothing changed, else a table of everything that was compared and what follows from it."""
+def describe(changes: Sequence[Change], allow: Collection[str], summary: ResumeSummary, *, width: int = 110) -> str:
+    """Return one line if nothing changed, else a table of all compared settings, changes and effects.
+
+    Args:
+        changes: differences between the saved run and this one.
+        allow: names of the rules that the user allowed to change.
+        summary: state from which the run resumes.
+        width: characters per line.
+    """
     names = [rule.name for rule in (SPANS, *RULES, DATA)]
-    effects = _effects(changes, going_on)
+    effects = _effects(changes, summary)
     if not changes:
         return f"preflight: nothing changed ({', '.join(names)}); " + "; ".join(
             f"{name}: {effect}" for name, effect in effects.items()
         )
-    table = Table(title="preflight: the run as it was saved, and as it is now", title_justify="left")
+    table = Table(title="preflight: changes since the checkpoint", title_justify="left")
     for column in ("", "", "what", "effect"):
         table.add_column(column)
-    same = [name for name in names if name not in {change.rule.name for change in changes}]
+    unchanged = [name for name in names if name not in {change.rule.name for change in changes}]
     for change in changes:
         verdict = "allowed" if change.rule.name in allow else "refused"
         table.add_row(change.rule.name, verdict, change.what, change.rule.effect)
     table.add_section()
-    table.add_row("the rest", "same", ", ".join(same), "")
+    table.add_row("the rest", "same", ", ".join(unchanged), "")
     text = io.StringIO()
     Console(file=text, width=width, no_color=True).print(table)
     lines = (line.rstrip() for line in text.getvalue().splitlines())
     return "\n".join([*lines, *(f"{name}: {effect}" for name, effect in effects.items())])
 
 
-def _effects(changes: Sequence[Change], going_on: ResumeSummary) -> dict[str, str]:
-    """What becomes of samples, rate and optimizer."""
+def _effects(changes: Sequence[Change], summary: ResumeSummary) -> dict[str, str]:
+    """Return the effect of the changes on samples, learning rate and optimizer."""
     changed = {
-        part: [change.rule.name for change in changes if change.rule.name in names] for part, names in _SHOWS_IN.items()
+        part: [change.rule.name for change in changes if change.rule.name in names]
+        for part, names in _RULES_BY_PART.items()
     }
-    follow = _by(changed["samples"]) if changed["samples"] else "the next follow in the same order"
-    samples = f"{sum(going_on.samples.values()):,} are read; {follow}"
-    rate = f"{going_on.rate:.4g} at step {going_on.step:,}"
-    if going_on.saved_rate is not None and going_on.saved_rate != going_on.rate:
-        rate += f", would have been {going_on.saved_rate:.4g}"
-    optimizer = "moments and step go on" + (f"; {_by(changed['optimizer'])}" if changed["optimizer"] else "")
+    order = f"changed by {', '.join(changed['samples'])}" if changed["samples"] else "unchanged"
+    samples = f"{sum(summary.samples.values()):,} already read, the next ones {order}"
+    rate = f"{summary.rate:.4g} at step {summary.step:,}"
+    if summary.saved_rate is not None and summary.saved_rate != summary.rate:
+        rate += f", {summary.saved_rate:.4g} without the changes"
+    optimizer = "moments and step continue"
+    if changed["optimizer"]:
+        optimizer += f", with changes by {', '.join(changed['optimizer'])}"
     return {"samples": samples, "rate": rate, "optimizer": optimizer}
-
-
-def _by(names: Sequence[str]) -> str:
-    return f"what follows is changed by {', '.join(names)}"

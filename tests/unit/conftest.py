@@ -1,4 +1,4 @@
-"""A small run and small token files for unit tests."""
+"""Fixtures for unit tests: a small run and small token files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def run_data() -> dict[str, Any]:
-    """A sound run of 100 steps of 8 x 64 tokens, in two phases over three sources of declared sizes."""
+    """Plain data of a valid run: 100 steps of 8 x 64 tokens, two phases, three sources with declared sizes."""
     return {
         "name": "small",
         "output": "runs/small",
@@ -40,7 +40,7 @@ def run_data() -> dict[str, Any]:
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Writes plain data as a run.yaml and returns its path."""
+    """Function that writes plain data to a run.yaml and returns its path."""
 
     def write(data: dict[str, Any]) -> Path:
         path = tmp_path / "run.yaml"
@@ -67,19 +67,19 @@ def write_documents(prefix: Path, documents: Documents, dtype: str = "<u2") -> I
 
 @pytest.fixture(scope="session")
 def write_pair() -> Callable[..., IndexedDataset]:
-    """write_pair(prefix, documents, dtype), for tests that make their own folders."""
+    """Function `write_pair(prefix, documents, dtype)`, for tests that create their own folders."""
     return write_documents
 
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., IndexedDataset]:
-    """make_dataset(name, documents, dtype) writes a pair and opens it."""
+    """Function `make_dataset(name, documents, dtype)` that writes a pair of .bin/.idx and opens it."""
     return lambda name, documents, dtype="<u2": write_documents(tmp_path / name, documents, dtype)
 
 
 @pytest.fixture
 def counting_dataset(tmp_path: Path) -> Callable[..., IndexedDataset]:
-    """counting_dataset(name, num_tokens, first) holds one document first, first + 1, ...: a token tells its place."""
+    """Function `counting_dataset(name, num_tokens, first)`: one document with tokens first, first + 1, ..."""
 
     def make(name: str, num_tokens: int, first: int = 0) -> IndexedDataset:
         return write_documents(tmp_path / name, [range(first, first + num_tokens)], "<i4")

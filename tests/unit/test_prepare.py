@@ -140,7 +140,7 @@ def test_everything_wrong_comes_in_one_message(with_files, write_run, tmp_path):
         "parallel.tensor: 3 does not divide model.heads: 8",
         "batch.micro: 3 does not divide batch.global: 8",
         "phases[0].blend.web (phase general): 0 is not a positive weight",
-        "phases[0].blend.cdoe (phase general): names no source; did you mean code?",
+        "phases[0].blend.cdoe (phase general): not a source; did you mean code?",
         "phases[0].blend.code (phase general): -1 is not a positive weight",
         "sources.web.path: no such file: data/web.idx",
         "schedule.warmup: 1M tokens = 1,954 steps, but the run has 100",

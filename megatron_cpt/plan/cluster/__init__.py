@@ -1,1 +1,1 @@
-"""Speed on given GPUs, and advice on the layout."""
+"""Speed on given GPUs, and the search for the fastest layout."""

@@ -1,4 +1,4 @@
-"""What a run takes on a cluster of named GPUs: does it fit, how fast is it, how long does it last."""
+"""Memory, speed and time of a run on a cluster of named GPUs."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from megatron_cpt.plan.hardware import GPUS, Gpu
 from megatron_cpt.plan.run_plan import RunPlan
 from megatron_cpt.plan.timeline.segments import Segment
 
-# What the allocator loses to fragmentation, and what the estimate forgets: a layout should leave this share free.
+# Share of the memory that a layout should leave free, for fragmentation and errors of the estimate.
 MEMORY_MARGIN = 0.08
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A run on a cluster.
+    """Estimate for a run on a cluster.
 
     Attributes:
         gpu: the GPU.
-        layout: on how many of them.
-        stages: the memory of every pipeline stage, in the part of the run that needs most.
-        speed: of a step of the shape that most tokens are trained in.
-        overlapped: the same with `speed.tp_comm_overlap`, where the run leaves that open and it is possible.
-        knobs: what of `speed` is on.
-        flops: of training on one token in that shape.
-        seconds: of the whole run, steps only.
-        peak: FLOP/s of the GPU in the format of the matrix products, bf16 or FP8: what MFU is a share of.
+        layout: ranks and micro-batches.
+        stages: memory of every pipeline stage, in the steps that need most.
+        speed: in the steps that train most tokens.
+        overlapped: speed with `speed.tp_comm_overlap`; None if the run sets that or it is not possible.
+        knobs: names of the options below `speed` that are on.
+        flops: of training on one token, in the steps of `speed`.
+        seconds: of all steps of the run.
+        peak: FLOP/s of the GPU in the format of the matrix products (bf16 or FP8), of which MFU is a share.
     """
 
     gpu: Gpu
@@ -50,20 +50,20 @@ class Cluster:
 
     @property
     def memory(self) -> Memory:
-        """Of the stage that needs most."""
+        """Memory of the stage that needs most."""
         return max(self.stages, key=lambda memory: memory.total)
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of all GPUs together."""
+        """Hours of the run times the number of GPUs."""
         return self.seconds / 3600 * self.layout.num_gpus
 
     def mfu(self, flops: float) -> float:
-        """Model FLOPs utilization for `flops` operations a token."""
+        """Return the model FLOPs utilization for `flops` operations per token."""
         return self.speed.tokens_per_gpu * flops / self.peak
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `plan --json`."""
+        """Return plain values for `plan --json`."""
         return {
             "gpu": asdict(self.gpu),
             "num_gpus": self.layout.num_gpus,
@@ -87,33 +87,33 @@ class Cluster:
 
 
 def find_gpu(name: str, config: RunConfig) -> Gpu:
-    """The GPU of a name that can compute what the run asks for.
+    """Return the GPU with a name.
 
     Raises:
-        UserError: there is no such GPU here, or it lacks the precision, or the precision has no figures.
+        UserError: if the name is unknown, or the planner has no figures for the run's precision on this GPU.
     """
     gpu = GPUS.get(name.lower())
     if gpu is None:
-        raise UserError(f"--gpu: no figures for {name}; choose one of {', '.join(GPUS)}")
+        raise UserError(f"--gpu {name}: not a known GPU; choose one of {', '.join(GPUS)}")
     if config.precision.fp4 is not None:
         raise UserError(
             "precision.fp4: this planner has no figures for FP4; plan with "
             "precision.fp4=null and precision.fp8={recipe: mxfp8}, which is slower"
         )
     if format_of(config) is not None and gpu.fp8 is None:
-        raise UserError(f"precision.fp8: {gpu.title} has no FP8; leave it out (precision.fp8=null) or choose another")
+        raise UserError(f"precision.fp8: {gpu.title} has no FP8; set precision.fp8=null or choose another GPU")
     return gpu
 
 
 def fits(memory: Memory, gpu: Gpu) -> bool:
-    """Whether a stage leaves the margin free."""
+    """Return True if a stage leaves the memory margin free."""
     return memory.total <= (1 - MEMORY_MARGIN) * gpu.memory_gib * GIB
 
 
-def shaped(config: RunConfig, segment: Segment) -> RunConfig:
-    """The run with the batch and sequence length of one segment, as if it had no other.
+def with_shape(config: RunConfig, segment: Segment) -> RunConfig:
+    """Return the run with the batch and sequence length of one segment in all steps.
 
-    Its knobs are those of the whole run: whether all phases have one shape cannot be seen any more.
+    `tp_comm_overlap` is resolved before: it needs the same shape in all phases of the original run.
     """
     batch = config.batch.model_copy(
         update={"global_": segment.global_batch, "micro": segment.micro_batch, "ramp_up": None}
@@ -124,46 +124,46 @@ def shaped(config: RunConfig, segment: Segment) -> RunConfig:
 
 
 def largest_segment(plan: RunPlan) -> Segment:
-    """The segment of the shape that most tokens are trained in."""
+    """Return the first segment whose shape (batch, micro-batch, sequence length) trains most tokens."""
     tokens: dict[tuple[int, int, int], int] = {}
     for segment in plan.segments:
-        tokens[_shape(segment)] = tokens.get(_shape(segment), 0) + _tokens(segment)
+        num_tokens = segment.end.tokens - segment.first_token
+        tokens[segment.shape] = tokens.get(segment.shape, 0) + num_tokens
     most = max(tokens, key=lambda shape: tokens[shape])
-    return next(segment for segment in plan.segments if _shape(segment) == most)
+    return next(segment for segment in plan.segments if segment.shape == most)
 
 
 def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Cluster:
-    """A planned run on GPUs; `num_gpus` left out: one replica of the model."""
-    shapes = {_shape(segment): shaped(config, segment) for segment in plan.segments}
-    by_shape = {shape: _estimate(run, gpu, num_gpus) for shape, run in shapes.items()}
+    """Estimate a planned run on GPUs; `num_gpus=None` means one replica of the model."""
+    runs = {segment.shape: with_shape(config, segment) for segment in plan.segments}
+    layouts = {shape: Layout.build(run, num_gpus) for shape, run in runs.items()}
+    memories = [stage_memories(run, layouts[shape], gpu=gpu) for shape, run in runs.items()]
+    speeds = {shape: estimate_speed(run, layouts[shape], gpu) for shape, run in runs.items()}
     most = largest_segment(plan)
-    seconds = sum(
-        by_shape[_shape(segment)][1].step * (segment.last_step - segment.first_step + 1) for segment in plan.segments
-    )
     return Cluster(
         gpu=gpu,
-        layout=Layout.build(shapes[_shape(most)], num_gpus),
-        stages=max((stages for stages, _ in by_shape.values()), key=lambda stages: max(one.total for one in stages)),
-        speed=by_shape[_shape(most)][1],
+        layout=layouts[most.shape],
+        stages=max(memories, key=lambda stages: max(stage.total for stage in stages)),
+        speed=speeds[most.shape],
         overlapped=overlapped_speed(config, plan, gpu, num_gpus),
         knobs=resolve_speed(config, GPU_CLUSTER)[0],
         flops=flops_per_token(config.model, most.seq_length),
-        seconds=seconds,
+        seconds=sum(speeds[segment.shape].step * segment.num_steps for segment in plan.segments),
         peak=gpu.fp8 if format_of(config) is not None and gpu.fp8 is not None else gpu.bf16,
     )
 
 
 def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Speed | None:
-    """The speed with `speed.tp_comm_overlap`, where the run leaves that open and it is possible."""
-    asked = with_tensor_overlap(config)
-    if config.speed.tp_comm_overlap is not None or asked is config:
+    """Return the speed with `speed.tp_comm_overlap`; None if the run sets that or it is not possible."""
+    with_overlap = with_tensor_overlap(config)
+    if config.speed.tp_comm_overlap is not None or with_overlap is config:
         return None
-    run = shaped(asked, largest_segment(plan))
+    run = with_shape(with_overlap, largest_segment(plan))
     return estimate_speed(run, Layout.build(run, num_gpus), gpu)
 
 
 def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
-    """Where a step goes: names for people and shares, the largest first."""
+    """Yield the parts of a step with their shares, the largest first."""
     names = {
         "matmul": "matrix products",
         "attention": "attention",
@@ -178,16 +178,3 @@ def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
     }
     shares = {text: getattr(speed, name) / speed.step for name, text in names.items()}
     yield from sorted(shares.items(), key=lambda item: -item[1])
-
-
-def _estimate(config: RunConfig, gpu: Gpu, num_gpus: int | None) -> tuple[Sequence[Memory], Speed]:
-    layout = Layout.build(config, num_gpus)
-    return stage_memories(config, layout, gpu=gpu), estimate_speed(config, layout, gpu)
-
-
-def _shape(segment: Segment) -> tuple[int, int, int]:
-    return segment.global_batch, segment.micro_batch, segment.seq_length
-
-
-def _tokens(segment: Segment) -> int:
-    return segment.end.tokens - segment.first_token

@@ -1,12 +1,11 @@
 """Floating-point operations of training, by formula.
 
-A matrix product costs 2 operations a weight and token forward, and twice that backward (Kaplan et al., arXiv
-2001.08361): 6 in all. Looking up an embedding costs none, so only the head counts. Attention multiplies each query
-with every key and each weight with every value: 2 x 2 x seq_length x queries forward, three times that in training
-(PaLM, arXiv 2204.02311, appendix B). Norms, activations, softmax and recomputation are left out, as they are in the
-MFU figures that others publish.
+A matrix product costs 2 operations per weight and token forward and 4 backward, 6 in total (Kaplan et al., arXiv
+2001.08361). Looking up an embedding costs none, so only the head counts. Attention multiplies each query with every key
+and each score with every value: 2 x 2 x seq_length x queries forward, three times as many in training (PaLM, arXiv
+2204.02311, appendix B). Norms, activations, softmax and recomputation do not count, as in published MFU figures.
 
-A causal model needs only half of the attention, but many figures count all of it; so always say which.
+A causal model needs only half of the attention, but many published figures count all of it, so both are reported.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ class FlopsPerToken:
     """Operations of training on one token.
 
     Attributes:
-        full: every query against every key of the sequence.
-        causal: half of that attention, which is what a causal model needs.
+        full: with attention of every query to every key.
+        causal: with half of that attention, as a causal model needs.
     """
 
     full: float
     causal: float
 
     def to_dict(self) -> dict[str, float]:
-        """Plain values for `plan --json`."""
+        """Return plain values for `plan --json`."""
         return {"full": self.full, "causal": self.causal}
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> FlopsPerToken:
-    """Operations of training (forward and backward) for one token of a sequence of `seq_length`.
+    """Return the operations of training, forward and backward, on one token of a sequence of `seq_length`.
 
-    The head counts with the tokenizer's vocabulary: work on padding rows is not useful work.
+    The head counts without padding rows, whose work is not useful.
     """
     parameters = count_parameters(model)
     matmul = parameters.num_layers * parameters.layer.matmul + model.vocab * model.hidden

@@ -1,8 +1,8 @@
-"""What Transformer Engine holds of a tensor in FP8 or FP4, in bytes an element with its scales.
+"""Bytes per element, with scales, of tensors that Transformer Engine stores in FP8 or FP4.
 
-Read in Transformer Engine 2.20, `get_scale_shape` in pytorch/tensor/float8_blockwise_tensor.py, mxfp8_tensor.py and
-nvfp4_tensor.py; what is gathered, in megatron-core 0.16.1 and 0.19.2, distributed/param_and_grad_buffer.py. What scales
-are padded with is left out.
+Sources: Transformer Engine 2.20, `get_scale_shape` in pytorch/tensor/float8_blockwise_tensor.py, mxfp8_tensor.py and
+nvfp4_tensor.py; for gathered weights megatron-core 0.16.1 and 0.19.2, distributed/param_and_grad_buffer.py. Padding of
+scales is not counted.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from megatron_cpt.plan.hardware import Gpu
 
 @dataclass(frozen=True)
 class Format:
-    """Bytes an element.
+    """Bytes per element of tensors in one format.
 
     Attributes:
-        weight: of a weight in one direction, the rows' or the columns'.
-        kept: of the input of a matrix product, which is kept in one direction for the backward pass.
-        gathered: of an updated weight as it travels, where `precision.fp8.params` keeps weights in this format.
-        has_two_directions: whether blocks make two tensors of every weight, whatever the GPU can multiply.
+        weight: of a weight in one direction (scales along rows or columns).
+        saved: of the input of a matrix product, saved in one direction for the backward pass.
+        gathered: of a gathered weight, if `precision.fp8.params` stores weights in this format.
+        has_two_directions: weights are always stored twice, with scales along rows and along columns.
     """
 
     weight: float
-    kept: float
+    saved: float
     gathered: float
     has_two_directions: bool
 
 
-_ONE_SCALE = Format(weight=1.0, kept=1.0, gathered=1.0, has_two_directions=False)
+_ONE_SCALE = Format(weight=1.0, saved=1.0, gathered=1.0, has_two_directions=False)
 FORMATS = {
     "delayed": _ONE_SCALE,
     "tensorwise": _ONE_SCALE,
-    # An fp32 scale for 128 x 128 values of a weight, and for 128 values of an input.
-    "blockwise": Format(weight=1 + 4 / 128**2, kept=1 + 4 / 128, gathered=1.0, has_two_directions=True),
-    # A byte for 32 values. The two directions round differently, so the weights travel in bf16, for which
-    # megatron-core takes the buffer of the gradients.
-    "mxfp8": Format(weight=1 + 1 / 32, kept=1 + 1 / 32, gathered=2.0, has_two_directions=True),
-    # Half a byte, and a byte for 16 values.
-    "nvfp4": Format(weight=1 / 2 + 1 / 16, kept=1 / 2 + 1 / 16, gathered=2.0, has_two_directions=True),
+    # One fp32 scale per 128 x 128 values of a weight, and per 128 values of an input.
+    "blockwise": Format(weight=1 + 4 / 128**2, saved=1 + 4 / 128, gathered=1.0, has_two_directions=True),
+    # One byte per 32 values. The two directions round differently, so weights are gathered in bf16; megatron-core uses
+    # the gradient buffer for them.
+    "mxfp8": Format(weight=1 + 1 / 32, saved=1 + 1 / 32, gathered=2.0, has_two_directions=True),
+    # Half a byte per value, and one byte per 16 values: 0.5625.
+    "nvfp4": Format(weight=1 / 2 + 1 / 16, saved=1 / 2 + 1 / 16, gathered=2.0, has_two_directions=True),
 }
 
 
 def format_of(config: RunConfig) -> Format | None:
-    """The format of a layer's matrix products; None: bf16 or fp32, as with the emulated backend."""
+    """Return the format of matrix products in layers; None for bf16 or fp32, also with the emulated backend."""
     if config.precision.fp4 is not None:
         return FORMATS[config.precision.fp4.recipe]
     fp8 = config.precision.fp8
@@ -53,23 +53,26 @@ def format_of(config: RunConfig) -> Format | None:
 
 
 def weight_bytes(kind: Format, gpu: Gpu | None) -> float:
-    """Bytes of a weight that forward and backward products read.
+    """Return the bytes per weight that forward and backward products read.
 
-    Before Blackwell, FP8 products take operands in one order only, so Transformer Engine keeps the transposed weight as
-    well (`is_non_tn_fp8_gemm_supported`); a GPU that is not named is one of those.
+    Before Blackwell, FP8 products take operands in one order only, so Transformer Engine also stores the transposed
+    weight (`is_non_tn_fp8_gemm_supported`). `gpu=None` assumes such a GPU.
     """
     has_two = kind.has_two_directions or gpu is None or gpu.needs_fp8_transposes
     return (2 if has_two else 1) * kind.weight
 
 
 def quantized_layers(config: RunConfig, stage: int) -> int:
-    """Layers of a pipeline stage that compute in FP8 or FP4: without the `first_last_bf16` of both ends."""
+    """Return the number of layers of a stage that compute in FP8 or FP4, without `first_last_bf16` at both ends.
+
+    With 8 layers, 2 stages of 2 chunks each and `first_last_bf16: 1`, stage 0 has layers 0, 1, 4, 5, of which 3 count.
+    """
     precision, parallel, layers = config.precision, config.parallel, config.model.layers
     section = precision.fp4 or precision.fp8
     if section is None or format_of(config) is None:
         return 0
-    a_chunk = max(1, layers // (parallel.pipeline * parallel.virtual_pipeline))
-    firsts = [(chunk * parallel.pipeline + stage) * a_chunk for chunk in range(parallel.virtual_pipeline)]
-    numbers = [number for first in firsts for number in range(first, first + a_chunk)]
+    per_chunk = max(1, layers // (parallel.pipeline * parallel.virtual_pipeline))
+    firsts = [(chunk * parallel.pipeline + stage) * per_chunk for chunk in range(parallel.virtual_pipeline)]
+    numbers = [number for first in firsts for number in range(first, first + per_chunk)]
     ends = section.first_last_bf16
     return sum(ends <= number < layers - ends for number in numbers)

@@ -1,4 +1,4 @@
-"""How many parameters a model has, part by part, from its shape alone."""
+"""Number of parameters of a model, part by part, from its shape."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from megatron_cpt.config import ModelConfig, Norm
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """One transformer layer.
+    """Parameters of one transformer layer.
 
     Attributes:
         attention: weights of the query/key/value and output projections.
         mlp: weights of the MLP.
         biases: of all linear layers.
-        norms: of the two layer norms, and of queries and keys where they are normalized.
+        norms: of the two layer norms, and of the query and key norms with `qk_norm`.
     """
 
     attention: int
@@ -25,25 +25,25 @@ class LayerParameters:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Parameters of the layer."""
         return self.attention + self.mlp + self.biases + self.norms
 
     @property
     def matmul(self) -> int:
-        """Those that multiply activations in a matrix product."""
+        """Parameters of weight matrices."""
         return self.attention + self.mlp
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """The whole model.
+    """Parameters of a model.
 
     Attributes:
-        layer: one layer.
-        num_layers: how many of them.
-        embedding: one row for each token id; the padding rows of a run are not the model's.
-        final_norm: the norm before the head.
-        head: the output layer; 0 where it shares the embedding's weights.
+        layer: of one layer.
+        num_layers: number of layers.
+        embedding: one row per token id, without padding rows.
+        final_norm: of the norm before the head.
+        head: of the output layer; 0 if it shares the weights of the embedding.
         padding: rows added to embedding and head to reach `padded_vocab`; not in `total`.
     """
 
@@ -56,11 +56,11 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """Parameters of the model, each shared one counted once."""
+        """Parameters of the model; shared parameters count once."""
         return self.num_layers * self.layer.total + self.embedding + self.final_norm + self.head
 
     def to_dict(self) -> dict[str, int]:
-        """Counts by part over all layers."""
+        """Return counts by part, over all layers."""
         layers = self.num_layers
         return {
             "embedding": self.embedding,
@@ -87,17 +87,17 @@ def count_parameters(model: ModelConfig) -> Parameters:
 
 
 def query_size(model: ModelConfig) -> int:
-    """Width of all queries of one token."""
+    """Return the width of all queries of one token."""
     return model.heads * model.head_size
 
 
 def key_value_size(model: ModelConfig) -> int:
-    """Width of all keys and values of one token together."""
+    """Return the width of all keys and values of one token together."""
     return 2 * model.num_kv_groups * model.head_size
 
 
 def norm_size(model: ModelConfig) -> int:
-    """Parameters of one norm over the hidden width: RMSNorm has no bias."""
+    """Return the parameters of one norm over the hidden width; RMSNorm has no bias."""
     return model.hidden if model.norm == Norm.RMSNORM else 2 * model.hidden
 
 

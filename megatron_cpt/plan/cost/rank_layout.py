@@ -1,4 +1,4 @@
-"""How a run fits on a number of ranks: GPUs, or processes on a CPU."""
+"""Layout of a run on a number of ranks (GPUs, or processes on a CPU)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LAYOUT_KEYS = ("parallel", "batch")
 
 @dataclass(frozen=True)
 class Layout:
-    """What `parallel` and `batch` come to on `num_gpus` ranks.
+    """Result of `parallel` and `batch` on `num_gpus` ranks.
 
     Attributes:
-        num_gpus: ranks in all.
-        data_parallel: replicas of the model, each holding `parallel.model_parallel_size` ranks.
-        num_micro_batches: micro-batches that each replica works off in one step.
-        bubble: share of a step that a pipeline stage waits (Narayanan et al., arXiv 2104.04473).
+        num_gpus: number of ranks.
+        data_parallel: replicas of the model, each of `parallel.model_parallel_size` ranks.
+        num_micro_batches: micro-batches per replica and step.
+        bubble: share of a step in which a pipeline stage waits (Narayanan et al., arXiv 2104.04473).
     """
 
     num_gpus: int
@@ -29,7 +29,7 @@ class Layout:
 
     @classmethod
     def build(cls, config: RunConfig, num_gpus: int | None = None) -> Layout:
-        """The layout on `num_gpus` ranks; left out: one replica of the model."""
+        """Return the layout on `num_gpus` ranks; None means one replica of the model."""
         replica = config.parallel.model_parallel_size
         num_gpus = num_gpus or replica
         replicas = max(1, num_gpus // replica)
@@ -39,7 +39,7 @@ class Layout:
 
 
 def layout_problems(config: RunConfig, num_gpus: int) -> Iterator[Problem]:
-    """What keeps a run from this number of ranks."""
+    """Yield the reasons why the run cannot use this number of ranks."""
     parallel, batch = config.parallel, config.batch
     replica = parallel.model_parallel_size
     if num_gpus % replica:
@@ -48,11 +48,13 @@ def layout_problems(config: RunConfig, num_gpus: int) -> Iterator[Problem]:
         return
     replicas = num_gpus // replica
     if not config.uses_own_batch or batch.global_ % batch.micro:
-        return  # phases have their own (`batch_problems`); or the configuration's checks say so
+        return  # `batch_problems` checks the batches of phases, config/checks.py the divisibility
     if batch.global_ % (batch.micro * replicas):
         text = f"batch.global: {batch.global_} is not a multiple of batch.micro: {batch.micro} x {replicas} replicas"
         yield Problem(f"{text} ({num_gpus} ranks of {replica} each); change one of them", LAYOUT_KEYS)
     elif parallel.virtual_pipeline > 1 and (batch.global_ // batch.micro // replicas) % parallel.pipeline:
-        text = f"batch.global: {batch.global_} makes {batch.global_ // batch.micro // replicas} micro-batches a replica"
-        way_out = "the interleaved schedule needs a multiple"
-        yield Problem(f"{text}, which parallel.pipeline: {parallel.pipeline} does not divide; {way_out}", LAYOUT_KEYS)
+        text = (
+            f"batch.global: {batch.global_} makes {batch.global_ // batch.micro // replicas} micro-batches per replica"
+        )
+        text += f", which parallel.pipeline: {parallel.pipeline} does not divide"
+        yield Problem(f"{text}; the interleaved schedule needs a multiple", LAYOUT_KEYS)

@@ -1,4 +1,4 @@
-"""How much of each source a run reads."""
+"""Samples, tokens and epochs that a run reads of each source."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from megatron_cpt.plan.timeline.schedule import SCHEDULE_KEYS
 from megatron_cpt.sampling.spans import SpanGrid
 
 REPEAT_LIMIT = 4.0
-"""Epochs up to which repeated tokens are worth almost as much as new ones (Muennighoff et al., arXiv 2305.16264)."""
+"""Epochs up to which repeated tokens are almost as useful as new ones (Muennighoff et al., arXiv 2305.16264)."""
 
-_MOST_LISTED = 12
+_MAX_LISTED = 12
 
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What one phase reads of one source.
+    """Reading of one source in one phase.
 
     Attributes:
-        weight: its share of the phase's samples; the shares of a phase sum to 1.
+        weight: share of the samples of the phase; shares sum to 1.
         samples: sequences of the phase's seq_length tokens.
         tokens: samples x seq_length.
-        epochs: samples / samples of that length in one epoch; None where the size of the source is not known.
+        epochs: samples divided by the samples of that length per epoch; None if the size is unknown.
     """
 
     weight: float
@@ -36,17 +36,17 @@ class SourceUse:
 
 @dataclass(frozen=True)
 class SourceTotal:
-    """What the whole run reads of one source.
+    """Reading of one source in the whole run.
 
     Attributes:
-        size: its tokens; None where that is not known.
-        samples: sequences read over all phases, of whatever length.
-        tokens: in all of them.
-        epochs: over all phases, with what a change of length passes over; None where the size is not known.
-        max_epochs: the limit of run.yaml, if there is one.
-        limit: spans after which it ends and the others share its weight; None: it does not.
-        span_length: tokens in its spans, the longest samples it is read in.
-        spans_per_epoch: spans in one pass over it; None where the size is not known.
+        size: tokens of the source; None if unknown.
+        samples: sequences read over all phases, of any length.
+        tokens: tokens in these sequences.
+        epochs: over all phases, including tokens skipped when the sequence length changes; None if the size is unknown.
+        max_epochs: limit of run.yaml; None without a limit.
+        limit: spans after which the source ends and others share its weight; None if it does not end.
+        span_length: tokens per span, the longest sequence in which it is read.
+        spans_per_epoch: spans per epoch; None if the size is unknown.
     """
 
     size: int | None
@@ -60,22 +60,22 @@ class SourceTotal:
 
 
 def normalize(blend: Mapping[str, float]) -> dict[str, float]:
-    """Weights as shares that sum to 1."""
-    # Scaled only where the sum would overflow: weights that sum to 1 stay what they are, to the bit.
+    """Return weights as shares that sum to 1."""
+    # Scale only if the sum would overflow: weights that sum to 1 stay identical bit for bit.
     scale = 1e-300 if max(blend.values(), default=0.0) > 1e300 else 1.0
     total = math.fsum(weight * scale for weight in blend.values())
     return {name: weight * scale / total for name, weight in blend.items()}
 
 
 def split_samples(weights: Mapping[str, float], samples: int) -> dict[str, int]:
-    """Share samples out by weight, each source within one of weight x samples, summing to `samples` exactly.
+    """Divide samples by weight; each source gets weight x samples up to one, and the sum is exactly `samples`.
 
-    Largest remainders first, ties to the source named first. The blend itself deals samples out one by one to whoever
-    is furthest behind; its counts differ from these by about one sample.
+    Rounds up the largest remainders, ties in order: 10 samples at 0.55, 0.25, 0.2 give 6, 2, 2. The blend
+    (`sampling/blend.py`) chooses sample by sample; its counts differ by about one.
 
     Args:
         weights: shares that sum to 1.
-        samples: what there is to share out.
+        samples: samples to divide.
     """
     if not weights:
         return {}
@@ -84,25 +84,27 @@ def split_samples(weights: Mapping[str, float], samples: int) -> dict[str, int]:
     # sorted() is stable: equal remainders stay in the order of the blend.
     by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
     missing = samples - sum(counts.values())
-    # Rounding of huge counts can leave a few samples more than sources, or too many dealt out: go round.
+    # With huge counts rounding can be off by more samples than there are sources, in both directions.
     for turn in range(abs(missing)):
         counts[by_remainder[turn % len(by_remainder)]] += 1 if missing > 0 else -1
     return counts
 
 
-def share_out(
+def divide_samples(
     weights: Mapping[str, float], samples: int, room: Mapping[str, int]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Share samples out where sources may end: from there on the others share the weight of one that has ended.
+    """Divide samples by weight among sources that may end; the others then share the weight.
+
+    Example: 100 samples at 0.5, 0.5 with 20 left in the first give 20 and 80; the first ends after 40 samples.
 
     Args:
         weights: shares that sum to 1.
-        samples: what there is to share out.
-        room: samples that a source can still give; one that is left out never ends.
+        samples: samples to divide.
+        room: samples left in each source; a source without an entry never ends.
 
     Returns:
-        Samples of each source, together fewer than asked for where all have ended; and by source that has ended, after
-        how many samples.
+        Samples of each source, whose sum is below `samples` if all sources end; and for each source that ends, the
+        number of samples divided before.
     """
     counts, ended = dict.fromkeys(weights, 0), dict[str, int]()
     active, done = dict(weights), 0
@@ -116,14 +118,14 @@ def share_out(
             break
         until_next = min((math.ceil(left[name] / active[name]) for name in left if name in active), default=samples)
         for name, count in split_samples(active, min(until_next, samples - done)).items():
-            given = min(count, left.get(name, count))  # what rounding gave beyond the end is shared out once more
+            given = min(count, left.get(name, count))  # the next round divides samples beyond the end
             counts[name] += given
             done += given
     return counts, ended
 
 
 def span_limits(sources: Mapping[str, SourceConfig], grids: Mapping[str, SpanGrid]) -> dict[str, int]:
-    """Spans after which a source ends, for those that do and whose size is known."""
+    """Return the number of spans after which a source ends, for `on_exhausted: renormalize` and known sizes."""
     return {
         name: math.floor(source.max_epochs * grids[name].num_spans + 1e-6)  # 1.1 epochs of 10 are 11 spans
         for name, source in sources.items()
@@ -132,26 +134,26 @@ def span_limits(sources: Mapping[str, SourceConfig], grids: Mapping[str, SpanGri
 
 
 def samples_in_epoch(tokens: int, seq_length: int) -> int:
-    """Sequences in one pass over a source: each needs one token more to predict, so the last token starts none."""
+    """Return the sequences per epoch. Each needs one more token to predict, so 4,097 tokens hold one of 4,096."""
     return max(0, tokens - 1) // seq_length
 
 
 def size_problems(source_tokens: Mapping[str, int], grids: Mapping[str, SpanGrid]) -> Iterator[Problem]:
-    """Sources too small for a single span."""
+    """Yield sources that are shorter than one span."""
     for name, tokens in source_tokens.items():
         if grids[name].num_spans < 1:
             length = grids[name].seq_length
             text = f"sources.{name}: {tokens:,} tokens are too few for one sample of seq_length + 1 = {length + 1}"
             keys = (f"sources.{name}", "seq_length", "phases[*].seq_length")
-            yield Problem(f"{text}; add data, shorten seq_length or leave it out", keys)
+            yield Problem(f"{text}; add data, shorten seq_length or remove the source", keys)
 
 
 def epoch_problems(totals: Mapping[str, SourceTotal], uses: Mapping[str, Mapping[str, SourceUse]]) -> Iterator[Problem]:
-    """Sources that the run reads more often than their max_epochs.
+    """Yield sources that the run reads more often than `max_epochs`.
 
     Args:
-        totals: by source, over the whole run.
-        uses: by phase in order, then by source.
+        totals: readings over all phases, by source.
+        uses: readings by phase, in order, then by source.
     """
     for name, total in totals.items():
         limit = total.max_epochs
@@ -178,19 +180,19 @@ def _phase_that_exceeds(name: str, limit: float, uses: Mapping[str, Mapping[str,
 
 
 def source_warnings(totals: Mapping[str, SourceTotal]) -> Iterator[str]:
-    """What a plan may do, but should not do unnoticed."""
+    """Yield warnings about sources that are never read, or read very often."""
     unread = [name for name, total in totals.items() if total.samples == 0]
     if unread:
-        yield f"in no phase's blend, so nothing of it is read: {listed(unread)}"
-    worn = [f"{name} ({t.epochs:.2f} times)" for name, t in totals.items() if t.epochs and t.epochs > REPEAT_LIMIT]
-    if worn:
+        yield f"in no blend and therefore never read: {listed(unread)}"
+    repeated = [f"{name} ({t.epochs:.2f} times)" for name, t in totals.items() if t.epochs and t.epochs > REPEAT_LIMIT]
+    if repeated:
         yield (
-            f"read more than {REPEAT_LIMIT:g} times: {listed(worn)}; beyond that repeated tokens are worth less and "
-            "less (arXiv 2305.16264)"
+            f"read more than {REPEAT_LIMIT:g} times: {listed(repeated)}; repeated tokens then lose their "
+            "value (arXiv 2305.16264)"
         )
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a line; of very many the first."""
-    shown = ", ".join(names[:_MOST_LISTED])
-    return shown if len(names) <= _MOST_LISTED else f"{shown} and {len(names) - _MOST_LISTED} more"
+    """Return names as one line, shortened to the first 12."""
+    shown = ", ".join(names[:_MAX_LISTED])
+    return shown if len(names) <= _MAX_LISTED else f"{shown} and {len(names) - _MAX_LISTED} more"

@@ -1,4 +1,4 @@
-"""Runs of steps with one shape: a batch that ramps up, phases with a batch or a sequence length of their own."""
+"""Segments: consecutive steps of equal batch and sequence length, from batch ramp-up and phases."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_cpt.plan.timeline.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A place between two steps: what was done before it."""
+class RunProgress:
+    """Progress between two steps: steps, samples and tokens done."""
 
     steps: int = 0
     samples: int = 0
@@ -21,17 +21,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps in a row, of one phase, that have one shape.
+    """Consecutive steps of one phase with equal batch and sequence length.
 
     Attributes:
-        first_step: its first step, counted from 1 over the whole run.
-        last_step: its last step.
-        first_sample: samples that the run has read before it.
-        first_token: tokens that the run has trained on before it.
-        global_batch: sequences in each of its steps, over all ranks.
-        micro_batch: sequences in one forward pass of one rank.
-        seq_length: tokens in a sequence.
-        is_ramp: whether the batch is one that `batch.ramp_up` will let grow.
+        first_step: first step, counted from 1 over the whole run.
+        last_step: last step.
+        first_sample: samples read before the segment.
+        first_token: tokens trained on before the segment.
+        global_batch: sequences per step, over all ranks.
+        micro_batch: sequences per forward pass of one rank.
+        seq_length: tokens per sequence.
+        is_ramp: the batch belongs to `batch.ramp_up` and is not the full one.
     """
 
     first_step: int
@@ -44,27 +44,38 @@ class Segment:
     is_ramp: bool = False
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Global batch, micro-batch and sequence length."""
+        return self.global_batch, self.micro_batch, self.seq_length
+
+    @property
     def tokens_per_step(self) -> int:
-        """Tokens that each of its steps trains on."""
+        """Tokens per step."""
         return self.global_batch * self.seq_length
 
     @property
-    def end(self) -> Mark:
-        """The place after its last step."""
+    def num_steps(self) -> int:
+        """Number of steps."""
+        return self.last_step - self.first_step + 1
+
+    @property
+    def end(self) -> RunProgress:
+        """Progress after the last step."""
         return self.after(self.last_step)
 
-    def after(self, step: int) -> Mark:
-        """The place after one of its steps, or after the step before its first."""
+    def after(self, step: int) -> RunProgress:
+        """Return the progress after a step of the segment, or after the step before its first."""
         done = step - self.first_step + 1
         samples, tokens = done * self.global_batch, done * self.tokens_per_step
-        return Mark(step, self.first_sample + samples, self.first_token + tokens)
+        return RunProgress(step, self.first_sample + samples, self.first_token + tokens)
 
 
 def batch_size(batch: BatchConfig, samples: int) -> int:
-    """The global batch of the step before which the run has read `samples` samples.
+    """Return the global batch of the step that starts after `samples` samples.
 
-    The rule is that of megatron-core's `RampupBatchsizeNumMicroBatchesCalculator`
-    (`megatron/core/num_microbatches_calculator.py`), its floating-point division included.
+    Follows megatron-core's `RampupBatchsizeNumMicroBatchesCalculator` (`megatron/core/num_microbatches_calculator.py`),
+    including its floating-point division. Example: `{start: 2, increment: 2, samples: 12}` with `global: 8` grows
+    after every 12 / 3 = 4 samples, so steps read 2, 2, 4, 6, 8, 8, ... samples.
     """
     ramp = batch.ramp_up
     if ramp is None or samples > ramp.samples or ramp.start + ramp.increment > batch.global_:
@@ -73,17 +84,22 @@ def batch_size(batch: BatchConfig, samples: int) -> int:
     return ramp.start + int(samples / (ramp.samples / num_increments)) * ramp.increment
 
 
-def walk(
-    config: RunConfig, phase: PhaseConfig, begin: Mark, *, last_step: int | None = None, tokens: int | None = None
+def phase_segments(
+    config: RunConfig,
+    phase: PhaseConfig,
+    begin: RunProgress,
+    *,
+    last_step: int | None = None,
+    tokens: int | None = None,
 ) -> Iterator[Segment]:
-    """The segments of a phase.
+    """Yield the segments of a phase; exactly one of `last_step` and `tokens` decides its end.
 
     Args:
         config: the run.
         phase: one of its phases.
-        begin: where it begins.
-        last_step: where it ends; or:
-        tokens: it ends with the first step after which the run has trained on as many.
+        begin: progress at which the phase begins.
+        last_step: last step of the phase.
+        tokens: end with the first step after which the run has trained on this many tokens.
     """
     own = phase.batch.global_ if phase.batch is not None else None
     length, micro, mark = config.length_of(phase), config.micro_batch_of(phase), begin
@@ -106,7 +122,7 @@ def walk(
 
 
 def _steps_of_size(batch: BatchConfig, samples: int, size: int) -> int:
-    """For how many steps, the first of which begins after `samples` samples, the ramp keeps the size it has there."""
+    """Return the number of steps, the first one after `samples` samples, in which the ramp-up keeps its size."""
     ramp = batch.ramp_up
     if ramp is None or size == batch.global_:
         return sys.maxsize
@@ -114,7 +130,7 @@ def _steps_of_size(batch: BatchConfig, samples: int, size: int) -> int:
     share = ramp.samples / num_increments
     grows_at = ((size - ramp.start) // ramp.increment + 1) * share
     steps = max(1, int((grows_at - samples) / size))
-    # Floating point may have it a step off: the rule itself decides.
+    # Rounding may be off by a step, so `batch_size` decides.
     while steps > 1 and batch_size(batch, samples + (steps - 1) * size) != size:
         steps -= 1
     while batch_size(batch, samples + steps * size) == size:
@@ -124,43 +140,43 @@ def _steps_of_size(batch: BatchConfig, samples: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class PhaseSteps:
-    """A phase as steps.
+    """Steps of a phase.
 
     Attributes:
-        last: the step that its `until` names, wherever that lies: it may be before its first, or beyond the run.
-        segments: those of its steps that are part of the run.
+        last: step that `until` gives; it may be before the first step of the phase, or beyond the run.
+        segments: the steps of the phase inside the run.
     """
 
     last: int
     segments: tuple[Segment, ...]
 
 
-def tile(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
-    """Cut the steps of a run into phases, and those into segments."""
+def split_into_segments(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
+    """Split the steps of a run into phases, and each phase into segments."""
     tiled: list[PhaseSteps] = []
     done: list[Segment] = []
     for phase in config.phases:
-        begin = done[-1].end if done else Mark()
+        begin = done[-1].end if done else RunProgress()
         if phase is config.phases[-1]:
             last = schedule.steps
         elif phase.until is None:
-            last = begin.steps + 1  # the configuration's checks say so
+            last = begin.steps + 1  # reported by config/checks.py
         elif phase.until.lr is not None:
             last = schedule.last_step_above(phase.until.lr * schedule.max_lr)
         elif phase.until.step is not None:
             last = phase.until.step
         else:
             assert phase.until.tokens is not None
-            ahead = walk(config, phase, begin, tokens=phase.until.tokens)
+            ahead = phase_segments(config, phase, begin, tokens=phase.until.tokens)
             last = step_reaching((*done, *ahead), phase.until.tokens)
-        segments = tuple(walk(config, phase, begin, last_step=min(last, schedule.steps)))
+        segments = tuple(phase_segments(config, phase, begin, last_step=min(last, schedule.steps)))
         done += segments
         tiled.append(PhaseSteps(last, segments))
     return tiled
 
 
 def step_reaching(segments: Sequence[Segment], tokens: int) -> int:
-    """The first step after which a run has trained on `tokens` tokens; the last of all where it does not get there."""
+    """Return the first step after which a run has trained on `tokens` tokens, or its last step if it never does."""
     for segment in segments:
         if segment.end.tokens >= tokens:
             return segment.first_step - 1 - (segment.first_token - tokens) // segment.tokens_per_step
@@ -168,6 +184,6 @@ def step_reaching(segments: Sequence[Segment], tokens: int) -> int:
 
 
 def step_of_sample(segments: Sequence[Segment], sample: int) -> int:
-    """The step that reads a sample, counted from 0 over the whole run."""
+    """Return the step that reads a sample, counted from 0 over the whole run."""
     segment = next(segment for segment in segments if sample < segment.end.samples)
     return segment.first_step + (sample - segment.first_sample) // segment.global_batch

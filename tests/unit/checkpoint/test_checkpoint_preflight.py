@@ -30,8 +30,8 @@ def test_nothing_changed_is_one_line_that_says_what_was_compared(run_data: dict[
     assert text.startswith("preflight: nothing changed (")
     for name in ("model", "batch", "seed", "blend", "schedule", "tokenizer", "data"):
         assert name in text
-    assert "samples: 320 are read; the next follow in the same order" in text
-    assert "rate: 0.0004 at step 41; optimizer: moments and step go on" in text
+    assert "samples: 320 already read, the next ones unchanged" in text
+    assert "rate: 0.0004 at step 41; optimizer: moments and step continue" in text
 
 
 def test_the_table_has_what_changed_what_is_the_same_and_what_follows(run_data: dict[str, Any]) -> None:
@@ -43,9 +43,9 @@ def test_the_table_has_what_changed_what_is_the_same_and_what_follows(run_data: 
     assert by_name["optimizer"][1] == "refused"
     assert by_name["the rest"][1] == "same"
     assert text.splitlines()[-3:] == [
-        "samples: 320 are read; the next follow in the same order",
-        "rate: 0.0008 at step 41, would have been 0.0004",
-        "optimizer: moments and step go on; what follows is changed by optimizer",
+        "samples: 320 already read, the next ones unchanged",
+        "rate: 0.0008 at step 41, 0.0004 without the changes",
+        "optimizer: moments and step continue, with changes by optimizer",
     ]
 
 

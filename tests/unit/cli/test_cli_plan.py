@@ -1,4 +1,4 @@
-"""`megatron-cpt plan`, in-process and as the real command."""
+"""Command `megatron-cpt plan`, in-process and as a subprocess."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from megatron_cpt.cli import main
 
-# Sources of the small run have declared sizes, so none of these tests needs a file.
+# The sources of the small run declare their sizes, so most tests need no data.
 
 
 def command(*arguments, **options) -> subprocess.CompletedProcess[str]:
@@ -22,13 +21,13 @@ def command(*arguments, **options) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch, repository):
-    """Commands run in an empty folder: whatever they leave there was written by mistake."""
+    """Run commands in an empty folder, where any file they leave was written by mistake."""
     monkeypatch.setenv("PYTHONPATH", str(repository))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
 
 
-def test_the_plan_of_a_sound_run(run_data, write_run, capsys):
+def test_the_plan_of_a_valid_run(run_data, write_run, capsys):
     assert main(["plan", str(write_run(run_data))]) == 0
     captured = capsys.readouterr()
     assert "small: 51.2K tokens = 100 steps" in captured.out
@@ -36,7 +35,7 @@ def test_the_plan_of_a_sound_run(run_data, write_run, capsys):
     assert os.listdir() == []
 
 
-def test_json_is_all_there_is_on_stdout(run_data, write_run, capsys):
+def test_json_is_the_only_output(run_data, write_run, capsys):
     assert main(["plan", str(write_run(run_data)), "tokens=5120", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["steps"] == 10
@@ -44,7 +43,7 @@ def test_json_is_all_there_is_on_stdout(run_data, write_run, capsys):
     assert list(plan["phases"][1]["sources"]) == ["web", "code", "qa"]
 
 
-def test_a_picture_on_the_side(run_data, write_run, capsys):
+def test_plot_beside_json(run_data, write_run, capsys):
     assert main(["plan", str(write_run(run_data)), "--plot", "plan.png", "--json"]) == 0
     assert os.listdir() == ["plan.png"]
     assert json.loads(capsys.readouterr().out)["steps"] == 100
@@ -64,7 +63,7 @@ def test_a_named_gpu(run_data, write_run, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["steps"] == 100
     assert (plan["cluster"]["gpu"]["name"], plan["cluster"]["num_gpus"]) == ("h100", 4)
-    assert plan["cluster"]["memory_per_gpu_gib"] > plan["memory_per_gpu_gib"]  # with what CUDA and NCCL take
+    assert plan["cluster"]["memory_per_gpu_gib"] > plan["memory_per_gpu_gib"]  # includes the memory of CUDA and NCCL
     assert len(plan["memory_by_stage_gib"]) == len(plan["cluster"]["memory_by_stage_gib"]) == 1
     assert main(["plan", path, "--gpu", "h100"]) == 0
     assert "1 x NVIDIA H100 80GB SXM" in capsys.readouterr().out
@@ -103,9 +102,9 @@ WRONG = {
         ["phases.general.blend.code=-0.4"],
         "blend.code (phase general): -0.4 is not a positive weight",
     ),
-    "a weight that names no source": (
+    "a weight that is not a source": (
         ["phases.qa.blend.cdoe=0.01"],
-        "blend.cdoe (phase qa): names no source; did you mean code?",
+        "blend.cdoe (phase qa): not a source; did you mean code?",
     ),
     "a source that runs out": (
         ["sources.qa.tokens=300"],
@@ -127,9 +126,7 @@ def test_each_mistake_is_one_clear_message(run_data, write_run, capsys, case):
 
 def test_all_mistakes_at_once_through_the_real_command(run_data, write_run):
     overrides = [override for case in WRONG for override in WRONG[case][0]]
-    started = time.monotonic()
     result = command("plan", write_run(run_data), *overrides)
-    assert time.monotonic() - started < 20  # under 2 seconds on a machine at rest
     assert result.returncode == 2
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
@@ -139,10 +136,32 @@ def test_all_mistakes_at_once_through_the_real_command(run_data, write_run):
     assert os.listdir() == []
 
 
+HEAVY = ("torch", "megatron", "transformer_engine", "matplotlib", "tensorboard", "tokenizers", "sentencepiece")
+
+# A finder that refuses some packages stands for an environment in which they are not installed.
+WITHOUT_PACKAGES = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1].split(","):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from megatron_cpt.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def without(packages, *arguments) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-c", WITHOUT_PACKAGES, ",".join(packages), *map(str, arguments)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+
+
 def test_planning_loads_neither_torch_nor_megatron(run_data, write_run):
     code = (
         "import sys; from megatron_cpt.cli import main; status = main(sys.argv[1:]); "
-        "heavy = {'torch', 'megatron', 'matplotlib', 'tokenizers', 'sentencepiece'} & set(sys.modules); "
+        f"heavy = {set(HEAVY)} & set(sys.modules); "
         "sys.exit(f'loaded: {heavy}' if heavy else status)"
     )
     argv = [sys.executable, "-c", code, "plan", str(write_run(run_data)), "--json"]
@@ -151,7 +170,48 @@ def test_planning_loads_neither_torch_nor_megatron(run_data, write_run):
     assert json.loads(result.stdout)["steps"] == 100
 
 
-def test_brackets_are_printed_as_they_are(capsys):
+@pytest.mark.parametrize("options", [[], ["--gpus", "2"], ["--gpus", "2", "--gpu", "h100", "--advise"]])
+def test_planning_needs_neither_torch_nor_megatron(run_data, write_run, options):
+    path = write_run(run_data)
+    result = without(HEAVY, "plan", path, *options, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == 100
+    result = without(HEAVY, "plan", path, *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    assert result.stderr == ""
+
+
+def test_planning_reads_existing_files_without_torch(run_data, write_run, counting_dataset):
+    counting_dataset("web", 100_000)
+    path = write_run(run_data)
+    data = str(path.parent / "web")
+    result = without(HEAVY, "plan", path, f"sources.web.path={data}", "sources.web.tokens=", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["sources"]["web"]["size"] == 100_000
+
+
+def test_a_plot_without_matplotlib_is_one_message(run_data, write_run):
+    result = without(["matplotlib"], "plan", write_run(run_data), "--plot", "plan.png")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (message,) = result.stderr.splitlines()
+    assert message.startswith("megatron-cpt: error: --plot plan.png: plots need matplotlib")
+    assert "pip install 'megatron-cpt[plot]'" in message
+    assert os.listdir() == []
+
+
+def test_a_plot_of_lengths_without_matplotlib_is_one_message(tmp_path, counting_dataset):
+    counting_dataset("web", 100)
+    result = without(["matplotlib"], "inspect", tmp_path / "web", "--plot", "lengths.png")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "pip install 'megatron-cpt[plot]'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert os.listdir() == []
+
+
+def test_brackets_are_printed_unchanged(capsys):
     assert main(["plan", "[bold]no/such[/bold].yaml"]) == 2
     assert "megatron-cpt: error: [bold]no/such[/bold].yaml: cannot be read" in capsys.readouterr().err
 
@@ -190,8 +250,8 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"megatron-cpt {__version__}\n"
 
 
-def test_a_reader_that_goes_away_is_no_error(run_data, write_run):
-    """`megatron-cpt plan run.yaml | head -1`."""
+def test_a_closed_pipe_is_no_error(run_data, write_run):
+    """Run as in `megatron-cpt plan run.yaml | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     argv = [sys.executable, "-m", "megatron_cpt", "plan", str(write_run(run_data))]

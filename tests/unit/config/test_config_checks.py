@@ -23,7 +23,7 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         (["parallel.tensor=4", "model.ffn_hidden=513"], "parallel.tensor: 4 does not divide model.ffn_hidden: 513"),
         (
             ["parallel.tensor=4", "model.vocab_multiple=1"],
-            "parallel.tensor: 4 does not divide the padded vocabulary 257",
+            "parallel.tensor: 4 does not divide the padded size of model.vocab: 257",
         ),
         (["parallel.pipeline=3"], "parallel.pipeline: 3 does not divide model.layers: 4"),
         (
@@ -42,13 +42,13 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         ),
         (
             [f"sources.web.fim={FIM}", "documents.eod_id=251"],
-            "sources.web.fim: prefix_id, middle_id, suffix_id and the end-of-document id must be four different tokens",
+            "sources.web.fim: prefix_id, middle_id, suffix_id and the end-of-document id must differ",
         ),
         ([f"seed={2**62}"], "seed: 4611686018427387904: should be less than 4611686018427387904"),
         (["batch.micro=3"], "batch.micro: 3 does not divide batch.global: 8"),
         (
             ["batch.ramp_up={start: 8, increment: 2, samples: 1K}"],
-            "batch.ramp_up.start: 8 is not below batch.global: 8; there is nothing to grow",
+            "batch.ramp_up.start: 8 is not below batch.global: 8; choose less or remove ramp_up",
         ),
         (
             ["batch.ramp_up={start: 2, increment: 4, samples: 1K}"],
@@ -68,11 +68,11 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
             "ramp_up grows through more than 1,024 sizes; choose a larger increment",
         ),
         (["batch.ramp_up={start: 0, increment: 2, samples: 9}"], "batch.ramp_up.start: 0: "),
-        (["phases.qa.batch={micro: 3}"], "phases[1].batch (phase qa): micro: 3 does not divide global: 8"),
-        (["phases.qa.batch={global: 5}"], "phases[1].batch (phase qa): micro: 2 does not divide global: 5"),
+        (["phases.qa.batch={micro: 3}"], "phases[1].batch.micro (phase qa): 3 does not divide batch.global: 8"),
+        (["phases.qa.batch={global: 5}"], "phases[1].batch.micro (phase qa): 2 does not divide batch.global: 5"),
         (
             ["phases.qa.batch={global: 6}", "parallel={pipeline: 2, virtual_pipeline: 2}"],
-            "phases[1].batch (phase qa): global: 6 makes 3 micro-batches, which parallel.pipeline: 2 does not divide",
+            "phases[1].batch.global (phase qa): 6 makes 3 micro-batches, which parallel.pipeline: 2 does not divide",
         ),
         (["phases.qa.batch.size=6"], "phases[1].batch.size: not a known key"),
         (["phases.qa.seq_length=160"], "phases[*].seq_length: 160 (phase qa) is not a multiple of 64"),
@@ -90,13 +90,13 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         ),
         (
             ["parallel={tensor: 4, context: 2, sequence: true}", "seq_length=68"],  # 34 on each context-parallel rank
-            "seq_length: 68 is not divisible by parallel.tensor x parallel.context: 8, as parallel.sequence needs",
+            "seq_length: 68 is not divisible by parallel.tensor x parallel.context: 8; parallel.sequence",
         ),
         (["parallel.context=2", "seq_length=66"], "seq_length: 66 is not divisible by 2 x parallel.context: 2"),
         (["schedule.min_lr=0.1"], "schedule.min_lr: 0.1 is above schedule.max_lr: 0.001"),
         (["phases.general.blend.web=0"], "phases[0].blend.web (phase general): 0 is not a positive weight"),
         (["phases.general.blend.web=-0.5"], "phases[0].blend.web (phase general): -0.5 is not a positive weight"),
-        (["phases.qa.blend.coed=1"], "phases[1].blend.coed (phase qa): names no source; did you mean code?"),
+        (["phases.qa.blend.coed=1"], "phases[1].blend.coed (phase qa): not a source; did you mean code?"),
         (["phases.qa.name=general"], "phases: two phases have the name general"),
         (["phases.general.until="], "phases[0].until (phase general): missing; every phase but the last"),
         (["phases.qa.until={step: 90}"], "phases[1].until (phase qa): the last phase runs to the end"),
@@ -115,11 +115,11 @@ def test_a_batch_that_no_step_has_needs_no_divisor(run_data):
     for phase in run_data["phases"]:
         phase["batch"] = {"global": 6, "micro": 1}
     assert draft_config(run_data, ["batch.micro=3"]).problems == []
-    run_data["phases"][0]["batch"] = {"global": 8, "micro": 3}  # the same said by a phase
+    run_data["phases"][0]["batch"] = {"global": 8, "micro": 3}  # the same batch, given by a phase
     assert len(draft_config(run_data, ["batch.micro=3"]).problems) == 2
     run_data["phases"][0]["batch"] = {"global": 6, "micro": 1}
     (problem,) = draft_config(run_data, ["batch.micro=3", "validation.sources.held=data/held"]).problems
-    assert problem == "batch.micro: 3 does not divide batch.global: 8; choose a divisor of it"
+    assert problem == "batch.micro: 3 does not divide batch.global: 8; choose a divisor"
 
 
 @pytest.mark.parametrize(
@@ -134,5 +134,5 @@ def test_a_batch_that_no_step_has_needs_no_divisor(run_data):
         ["schedule={shape: wsd, max_lr: 1, min_lr: 0, decay_shape: exponential}"],
     ],
 )
-def test_what_fits(run_data, overrides):
+def test_valid_combinations(run_data, overrides):
     assert draft_config(run_data, overrides).problems == []

@@ -1,4 +1,4 @@
-"""The JSON schema that editors check run.yaml with agrees with what is accepted."""
+"""JSON schema of run.yaml: agrees with the parser, and every key has a help text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_examples_are_valid(validator, repository):
         "precision={fp8: {recipe: delayed}}",
     ],
 )
-def test_it_takes_what_we_take(validator, run_data, override):
+def test_schema_accepts_valid_runs(validator, run_data, override):
     draft = draft_config(run_data, [override])
     assert draft.problems == []
     key, _, _ = override.partition("=")
@@ -58,7 +58,7 @@ def test_it_takes_what_we_take(validator, run_data, override):
         "phases=[]",
     ],
 )
-def test_it_refuses_what_we_refuse(validator, run_data, override):
+def test_schema_refuses_invalid_runs(validator, run_data, override):
     assert draft_config(run_data, [override]).problems != []
     assert not validator.is_valid(_with(run_data, override))
 
@@ -68,3 +68,15 @@ def _with(data, override):
 
     assert apply_overrides(data, [override]) == []
     return data
+
+
+def test_every_key_has_a_help_text():
+    schema = run_schema()
+    branches = [branch for section in schema["$defs"].values() for branch in section.get("anyOf", [section])]
+    missing = [
+        f"{section.get('title')}.{key}"
+        for section in (schema, *branches)
+        for key, value in section.get("properties", {}).items()
+        if not value.get("description", "").endswith(".")
+    ]
+    assert missing == []

@@ -1,4 +1,4 @@
-"""run.yaml -> RunConfig, or every problem at once."""
+"""Loading of run.yaml: a RunConfig, or a message per problem."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ def problems_of(data: dict[str, Any], *overrides: str) -> list[str]:
     return draft_config(data, overrides).problems
 
 
-def test_a_sound_run(run_data):
+def test_a_valid_run(run_data):
     draft = draft_config(run_data)
     assert draft.problems == []
     config = draft.config
-    assert config.tokens_per_step == 512
     assert config.tokens_per_step == 512
     assert config.model.num_kv_groups == 4
     assert config.model.padded_vocab == 384
@@ -32,7 +31,7 @@ def test_a_sound_run(run_data):
     assert config.sources["web"].paths == ["data/web"]
 
 
-def test_drafting_leaves_the_data_alone(run_data):
+def test_drafting_does_not_change_its_input(run_data):
     before = copy.deepcopy(run_data)
     draft_config(run_data, ["parallel.tensor=2", "model=tiny_llama"])
     assert run_data == before
@@ -94,19 +93,19 @@ def test_activations_under_other_names(run_data, written, activation, gated):
         ("name=2024", "name: 2024: not text; put it in quotes"),
         ("name=''", 'name: "": empty; give it a value'),
         ("tokens=", "tokens: null: not a count; write a number such as 300B, 2.5M, 1T or 1e9"),
-        ("tokens=1.5", "tokens: 1.5: not a whole count"),
+        ("tokens=1.5", "tokens: 1.5: not a whole count; remove the fraction"),
         ("tokens=0", "tokens: 0: should be greater than 0"),
-        ("schedule.max_lr=.inf", "schedule.max_lr: Infinity: not a finite number"),
+        ("schedule.max_lr=.inf", "schedule.max_lr: Infinity: not a finite number; choose one"),
         ("schedule.max_lr='1e-4'", 'schedule.max_lr: "1e-4": not a number; write it without quotes'),
         ("schedule.warmup='100'", 'schedule.warmup: "100": not a span; write steps (100), tokens (16B) or a fraction'),
         ("schedule.warmup=-1", "schedule.warmup.steps: -1: should be greater than or equal to 0"),
         ("schedule.warmup={}", "schedule.warmup: {}: give exactly one of steps, tokens, fraction"),
         ("phases.general.until={lr: 0.2, step: 3}", "give exactly one of lr, tokens, step"),
         ("phases.general.until.lr=1", "phases[0].until.lr: 1: should be less than 1"),
-        ("phases=[]", "phases: []: empty; give it at least one entry"),
-        ("phases.general=3", "phases[0]: 3: not a section of keys and values"),
-        ("sources={}", "sources: {}: empty; give it at least one entry"),
-        ("sources.web=data/web", 'sources.web: "data/web": not a section of keys and values'),
+        ("phases=[]", "phases: []: empty; add at least one entry"),
+        ("phases.general=3", "phases[0]: 3: not a section; write key: value below it"),
+        ("sources={}", "sources: {}: empty; add at least one entry"),
+        ("sources.web=data/web", 'sources.web: "data/web": not a section; write key: value below it'),
         ("sources.web.path=3", "sources.web.path: 3: neither text nor a list of texts"),
         ("sources.web.path=[a, 3]", "sources.web.path[1]: 3: not text; put it in quotes"),
         ("sources.web.max_epochs=0", "sources.web.max_epochs: 0: should be greater than 0"),
@@ -116,14 +115,17 @@ def test_activations_under_other_names(run_data, written, activation, gated):
         ("optimizer.betas=[0.9]", "optimizer.betas[1]: missing; give it a value"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas[1]: 1: should be less than 1"),
         ("optimizer.betas=[0.9, '0.95']", 'optimizer.betas[1]: "0.95": not a number; write it without quotes'),
-        ("parallel=2", "parallel: 2: not a section of keys and values"),
+        ("parallel=2", "parallel: 2: not a section; write key: value below it"),
         ("precision.compute=fp16", "precision.compute: \"fp16\": should be 'fp32' or 'bf16'"),
-        ("validation={every: 5}", "validation.sources: missing; give it a value (NAME: a prefix of .bin/.idx"),
-        ("log.wandb={}", "log.wandb.project: missing; give it a value (where the run appears)"),
+        (
+            "validation={every: 5}",
+            "validation.sources: missing; give it a value (held-out data per name: a prefix of .bin/.idx",
+        ),
+        ("log.wandb={}", "log.wandb.project: missing; give it a value (project in which the run appears)"),
         ("=3", "'=3': not an override; write key=value, such as parallel.tensor=2"),
         ("parallel.tensor", "'parallel.tensor': not an override"),
-        ("phases.nope.until.lr=0.1", "phases has no entry 'nope'; it has general, qa"),
-        ("tokens.x=1", "tokens is a plain value: 51200; nothing can be set below it"),
+        ("phases.nope.until.lr=0.1", "phases has no entry 'nope'; choose one of general, qa"),
+        ("tokens.x=1", "tokens is a plain value: 51200, which has no keys; set it as a whole"),
         ("parallel.tensor=[", "'parallel.tensor=[': not valid YAML"),
     ],
 )
@@ -178,7 +180,7 @@ def test_many_problems_come_at_once(run_data, write_run):
         "blend.web (phase general): 0 is",
     ]
     expected += [
-        "blend.wbe (phase general): names no source; did you mean web?",
+        "blend.wbe (phase general): not a source; did you mean web?",
         "blend.code (phase general): -1 is not",
     ]
     expected += ["parallel.pipeline: 3 does not divide model.layers: 4"]
@@ -191,10 +193,10 @@ def test_what_is_missing_is_named_with_its_meaning():
     draft = draft_config({})
     missing = {problem.split(":")[0] for problem in draft.problems}
     assert missing == {"name", "output", "model", "seq_length", "batch", "tokens", "schedule", "sources", "phases"}
-    assert "seq_length: missing; give it a value (tokens in a sequence)" in draft.problems
+    assert "seq_length: missing; give it a value (tokens per sequence)" in draft.problems
 
 
-def test_checks_leave_stand_ins_alone(run_data):
+def test_rules_skip_stand_ins(run_data):
     """A text where the heads should be says nothing about whether they can be split."""
     problems = problems_of(run_data, "model.heads=x", "parallel.tensor=3")
     assert any("model.heads" in problem for problem in problems)
@@ -202,7 +204,7 @@ def test_checks_leave_stand_ins_alone(run_data):
     assert any("parallel.tensor: 3 does not divide model.ffn_hidden: 512" in problem for problem in problems)
 
 
-def test_what_is_tainted(run_data):
+def test_tainted_keys(run_data):
     draft = draft_config(run_data, ["sources.web.tokens=x", "parallel=3"])
     assert draft.tainted == {"sources.web.tokens", "parallel"}
     assert not draft.is_valid("parallel.tensor")
@@ -248,7 +250,7 @@ FULL_RUN: dict[str, Any] = {
 }
 
 
-def test_the_run_that_is_broken_below_is_valid():
+def test_the_full_run_is_valid():
     assert problems_of(FULL_RUN) == []
 
 

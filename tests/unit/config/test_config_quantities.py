@@ -1,4 +1,4 @@
-"""Amounts as people write them."""
+"""Counts, spans and their short forms."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_counts(text, count):
         "1e19",
     ],
 )
-def test_what_is_not_a_count(text):
+def test_invalid_counts(text):
     with pytest.raises(ValueError, match=r"count|larger than"):
         parse_count(text)
 

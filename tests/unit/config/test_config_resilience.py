@@ -1,4 +1,4 @@
-"""The section `resilience`, and lengths of time."""
+"""Section `resilience` and durations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_durations(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "3", "m", "50m3h", "1h1h", "-5m", "1.5h", "3 h", True, None, [3], "1e3s"])
-def test_what_is_no_duration(text):
+def test_invalid_durations(text):
     with pytest.raises(ValueError, match="not a time"):
         parse_duration(text)
 
@@ -47,7 +47,7 @@ def test_the_defaults_watch_but_change_nothing(run_data):
     )  # fmt: skip
 
 
-def test_a_bare_off_is_no_false(run_data):
+def test_off_without_quotes_is_not_false(run_data):
     assert draft_config(run_data, ["resilience.spike.action=off"]).config.resilience.spike.action == "off"
 
 

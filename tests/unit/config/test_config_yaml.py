@@ -1,4 +1,4 @@
-"""The YAML that run.yaml is written in."""
+"""YAML dialect of run.yaml."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_keys_are_text_whatever_yaml_makes_of_them_as_values():
     }
 
 
-def test_a_key_given_twice_is_a_mistake_with_its_place():
+def test_duplicate_key_is_an_error_with_its_place():
     with pytest.raises(ConfigError, match=r"key 'b' is given twice \(line 3, column 3\)"):
         parse_yaml("a:\n  b: 1\n  b: 2\n", "x")
 
@@ -51,12 +51,12 @@ def test_merged_keys_may_be_overridden():
         ("a: 9223372036854775808", "too large"),
         ("a: 2024-13-45", "month must be in 1..12"),
         ("a: " + "[" * 3000 + "]" * 3000, "not valid YAML"),
-        ("a: &x {b: *x}", "does an anchor hold itself"),
+        ("a: &x {b: *x}", "remove anchors that contain themselves"),
         ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("a: \0", "special characters are not allowed"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(text, message):
+def test_invalid_yaml_is_one_line(text, message):
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, "where")
     assert message in str(caught.value)

@@ -10,8 +10,8 @@ import torch
 
 from megatron_cpt.backend import cpu
 from megatron_cpt.config import RunConfig, draft_config
+from megatron_cpt.config.compute import SpeedConfig
 from megatron_cpt.config.knobs import ENVIRONMENT, KNOBS, ComputePlace, markdown_tables, resolve_speed
-from megatron_cpt.config.speed import SpeedConfig
 from megatron_cpt.errors import UserError
 from tests.unit.model.test_capabilities import H100, H100_BARE, LAPTOP, RUN
 
@@ -79,7 +79,11 @@ def test_what_a_run_says_counts(knob):
 @pytest.mark.parametrize(
     ("place", "overrides", "message"),
     [
-        (CPU, ["speed.fused_rope=true"], "speed.fused_rope: needs a CUDA device and Transformer Engine; leave it out"),
+        (
+            CPU,
+            ["speed.fused_rope=true"],
+            "speed.fused_rope: needs a CUDA device and Transformer Engine; remove it here",
+        ),
         (CPU, ["speed.overlap_param_gather=true"], "overlap_param_gather: needs speed.overlap_grad_reduce: true"),
         (GPU, ["speed.fused_grad_accumulation=true"], "needs Apex"),
         (H100_TE, ["speed.tp_comm_overlap=true"], "needs parallel.tensor above 1 and parallel.sequence"),

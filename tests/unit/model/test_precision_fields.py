@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E40
 from megatron.core.enums import Fp4Recipe, Fp8Recipe  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 
-from megatron_cpt.config.schema import Fp8Config  # noqa: E402
+from megatron_cpt.config import Fp8Config  # noqa: E402
 from megatron_cpt.model.build_model import _weights_in_fp8  # noqa: E402
 from megatron_cpt.model.transformer_config import transformer_config  # noqa: E402
 
@@ -96,20 +96,20 @@ def test_emulated_fp8_is_not_megatron_cores_business():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["precision={fp8: {recipe: mxfp8}, fp4: {}}"], "precision.fp4: not beside precision.fp8"),
+        (["precision={fp8: {recipe: mxfp8}, fp4: {}}"], "precision.fp4: not possible together with precision.fp8"),
         (["precision={compute: fp32, fp4: {}}"], "precision.fp4: needs precision.compute: bf16"),
-        (["precision.fp4.first_last_bf16=2"], "at each end leave none of model.layers: 4 in FP4"),
-        (["precision.fp8={backend: emulated, params: true}"], "fp8.params: the emulated backend keeps its weights"),
+        (["precision.fp4.first_last_bf16=2"], "at each end leaves none of model.layers: 4 in FP4"),
+        (["precision.fp8={backend: emulated, params: true}"], "true: the emulated backend keeps its weights"),
         (["precision.fp8.params=true", "parallel.distributed_optimizer=false"], "needs parallel.distributed_optimizer"),
-        (["precision.fp8.params=true", "model=tiny_llama", "model.ffn_hidden=352"], "fp8.params: a gated MLP's first"),
+        (["precision.fp8.params=true", "model=tiny_llama", "model.ffn_hidden=352"], "first weight of a gated MLP"),
         (
             ["precision.fp8.recipe=delayed", "model.ffn_hidden=520"],
             "model.ffn_hidden / parallel.tensor is 520, .* of 16",
         ),
-        (["precision.fp8.recipe=mxfp8", "model.ffn_hidden=528"], "is 528, and must be a multiple of 32"),
+        (["precision.fp8.recipe=mxfp8", "model.ffn_hidden=528"], "is 528, .* a multiple of 32"),
         (
             ["precision.fp8.recipe=delayed", "seq_length=36", "tokens=720"],
-            "a micro-batch has 36 tokens a rank, .* of 8",
+            "a micro-batch has 36 tokens per rank, .* of 8",
         ),
         (
             [
@@ -123,7 +123,7 @@ def test_emulated_fp8_is_not_megatron_cores_business():
         ),
         (
             ["documents={reset_attention: true, eod_id: 256}", "parallel.context=2"],
-            "documents.reset_attention: not with parallel.context: 2",
+            "documents.reset_attention: not possible with parallel.context: 2",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The shipped example says what the paper says, and its README what the example does."""
+"""The Nemotron-4 15B example agrees with the paper, and its README with the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole plan: epochs, limits, totals, what `plan --json` prints."""
+"""The complete plan: epochs, limits, totals and the output of `plan --json`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_source_that_runs_out(run_data):
 
 
 def test_a_source_that_runs_out_over_several_phases(run_data):
-    """Neither phase alone reads web twice; the run does, and it happens in the second."""
+    """Each phase alone reads web less than twice; the run exceeds two epochs in the second phase."""
     found = plan(run_data, "sources.web.max_epochs=2", sizes={**SIZES, "web": 12_000})
     epochs = [phase.sources["web"].epochs for phase in found.phases]
     assert max(epochs) < 2 < sum(epochs)
@@ -90,15 +90,15 @@ def test_problems_of_every_kind_come_together(run_data):
     ]
 
 
-def test_a_wrong_schedule_hides_what_hangs_on_its_rates_only(run_data):
+def test_an_invalid_schedule_hides_only_problems_that_depend_on_rates(run_data):
     run_data["phases"][0]["until"] = {"lr": 0.2}
     assert [text.split(":")[0] for text in texts(plan(run_data, "schedule.warmup=100"))] == ["schedule.warmup"]
     run_data["phases"][0]["until"] = {"step": 100}
     assert len(texts(plan(run_data, "schedule.warmup=100"))) == 2
 
 
-def test_bad_weights_are_left_to_the_checks(run_data):
-    """The plan reads such a blend as if those sources were not in it, and still finds the rest."""
+def test_invalid_weights_are_reported_by_the_checks_only(run_data):
+    """Plan a blend without its invalid sources, and still find all other problems."""
     for weight in (0, -1):
         run_data["phases"][1]["blend"] = {"web": weight, "code": 0.9, "qa": 0.1}
         found = plan(run_data, "sources.qa.max_epochs=0.01")
@@ -113,9 +113,9 @@ def test_warnings(run_data):
     found = plan(run_data, "sources.qa.max_epochs=", "schedule.decay=0.5", sizes={**SIZES, "qa": 300})
     assert found.problems == ()
     ignored, unread, worn = found.warnings
-    assert ignored == "schedule.decay is not read by schedule.shape: cosine"
-    assert unread == "in no phase's blend, so nothing of it is read: idle"
-    assert worn.startswith("read more than 4 times: qa (5.50 times); beyond that")
+    assert ignored == "schedule.decay has no effect with schedule.shape: cosine; remove it"
+    assert unread == "in no blend and therefore never read: idle"
+    assert worn.startswith("read more than 4 times: qa (5.50 times); repeated tokens")
 
 
 def test_warnings_about_very_many_sources_stay_short(run_data):
@@ -156,7 +156,7 @@ def test_layouts(run_data, overrides, num_gpus, layout):
         (
             ["parallel={pipeline: 2, virtual_pipeline: 2}", "batch.global=12"],
             4,
-            "batch.global: 12 makes 3 micro-batches a replica, which parallel.pipeline: 2 does not divide",
+            "batch.global: 12 makes 3 micro-batches per replica, which parallel.pipeline: 2 does not divide",
         ),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_layout_is_judged_by_the_batches_that_steps_have(run_data):
     assert problem.startswith("batch.global: 8 is not a multiple of batch.micro: 2 x 3 replicas")
 
 
-def test_the_json_has_what_scripts_stand_on(run_data):
+def test_the_json_has_the_documented_keys(run_data):
     values = json.loads(json.dumps(plan(run_data).to_dict(), allow_nan=False))
     assert values["steps"] == 100
     assert values["tokens"] == 51_200
@@ -205,7 +205,7 @@ def test_tokens_are_those_asked_for_and_those_trained(run_data):
 class TestSourcesThatEnd:
     ENDING = ("sources.qa.max_epochs=1", "sources.qa.on_exhausted=renormalize")
 
-    def test_the_others_read_what_it_no_longer_gives(self, run_data):
+    def test_other_sources_share_the_weight(self, run_data):
         found = plan(run_data, *self.ENDING, samples_per_epoch={"qa": 11})
         assert not found.problems
         phase = found.phases[1]
@@ -221,9 +221,9 @@ class TestSourcesThatEnd:
         found = plan(run_data, *self.ENDING, samples_per_epoch={"qa": 11})
         (line,) = [line for line in found.warnings if "source qa" in line]
         step = found.phases[1].first_step + 110 // 8
-        assert line.startswith(f"source qa: ends after 1 epochs, about at step {step} (phase qa); from there on")
+        assert line.startswith(f"source qa: ends after 1 epochs, at about step {step} (phase qa); from then on")
 
-    def test_one_that_is_not_reached_changes_nothing(self, run_data):
+    def test_a_limit_that_is_not_reached_changes_nothing(self, run_data):
         limited = plan(run_data, *self.ENDING)
         assert not limited.phases[1].ends
         assert limited.phases == plan(run_data).phases
@@ -242,7 +242,7 @@ class TestSourcesThatEnd:
             f"sources.{name}.{key}" for name in ("web", "code") for key in ("max_epochs=1", "on_exhausted=renormalize")
         ]
         (problem,) = texts(plan(run_data, *both, samples_per_epoch={"web": 200, "code": 300}))
-        assert problem.startswith("phases[0] (phase general): all its sources have given their max_epochs by step 63")
+        assert problem.startswith("phases[0] (phase general): all its sources reach max_epochs by step 63")
         assert "(76 samples are missing); raise max_epochs, add a source or shorten the run" in problem
 
     def test_without_a_size_it_cannot_end(self, run_data):

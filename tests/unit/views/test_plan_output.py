@@ -1,4 +1,4 @@
-"""A plan as text and as a picture."""
+"""Tables and plots of plans."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_text_for_a_file_is_plain(run_data):
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-def test_the_tables_say_what_the_plan_says(run_data):
+def test_the_tables_show_the_plan(run_data):
     lines = [line.split() for line in rendered(plan(run_data)).splitlines()]
     assert ["general", "1", "72", "72", "36.86K", "72.00%", "0.001", "0.0002016"] in lines
     assert ["general", "web", "0.6000", "346", "22.14K", "0.022"] in lines
@@ -49,10 +49,10 @@ def test_warnings_are_printed(run_data):
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        ([], "cosine 0.001 -> 1e-05, no warm-up"),
-        (["schedule.warmup=7"], "cosine 0.001 -> 1e-05, warm-up of 7 steps"),
-        (["schedule.shape=wsd"], "wsd 0.001 -> 1e-05, linear decay over the last 20 steps, no warm-up"),
-        (["schedule.shape=constant", "phases.general.until={step: 3}"], "constant 0.001, no warm-up"),
+        ([], "cosine 0.001 -> 1e-05, no warmup"),
+        (["schedule.warmup=7"], "cosine 0.001 -> 1e-05, warmup of 7 steps"),
+        (["schedule.shape=wsd"], "wsd 0.001 -> 1e-05, linear decay over the last 20 steps, no warmup"),
+        (["schedule.shape=constant", "phases.general.until={step: 3}"], "constant 0.001, no warmup"),
     ],
 )
 def test_schedules_in_words(run_data, overrides, text):
@@ -89,7 +89,7 @@ def test_a_picture_of_many_sources(run_data, tmp_path):
     draft = draft_config(run_data)
     plot_plan(build_plan(draft.config, {}), tmp_path / "plan.svg")
     picture = (tmp_path / "plan.svg").read_text()
-    assert "29 others" in picture  # 11 of 40 have a color of their own
+    assert "29 others" in picture  # 11 of 40 have their own color
 
 
 def test_pictures_that_cannot_be_written(run_data, tmp_path):

@@ -1,4 +1,4 @@
-"""The adviser: what it must find for Nemotron-4 15B, and what it must say."""
+"""The adviser: its ranking for Nemotron-4 15B, its reasons and its texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from megatron_cpt.config import draft_config, load_config
 from megatron_cpt.errors import UserError
 from megatron_cpt.plan import GIB, Layout, build_plan
 from megatron_cpt.plan.cluster.advise import advise
-from megatron_cpt.plan.cluster.estimate import MEMORY_MARGIN, find_gpu, fits, largest_segment, place_on_cluster, shaped
+from megatron_cpt.plan.cluster.estimate import (
+    MEMORY_MARGIN,
+    find_gpu,
+    fits,
+    largest_segment,
+    place_on_cluster,
+    with_shape,
+)
 from megatron_cpt.plan.cluster.step_time import estimate_speed
 from megatron_cpt.plan.cost.memory import estimate_memory
 from megatron_cpt.plan.hardware import A100, B200, H100, H200
@@ -68,22 +75,22 @@ def test_more_context_parallelism_is_ranked_where_it_buys_something(nemotron, fp
         assert all(more > 1.01 * less for less, more in pairwise(ordered))
 
 
-def test_the_ranking_says_which_knobs_it_takes(nemotron):
+def test_the_ranking_names_its_knobs(nemotron):
     advice = advice_for(nemotron(), 64, H100)
     by_split = {candidate.split: candidate for candidate in advice.ranking}
     assert "speed.tp_comm_overlap=true" in by_split["TP2 PP1"].overrides
     assert by_split["TP2 PP1"].plain.tokens_per_gpu < by_split["TP2 PP1"].speed.tokens_per_gpu
     assert by_split["TP1 PP2"].plain is None
     assert not any("tp_comm_overlap" in override for override in by_split["TP1 PP2"].overrides)
-    # the run's own layout is judged as it would run: the knob is off by default
+    # the estimate of the run's own layout has the knob at its default, off
     assert "tp_comm_overlap" not in advice.current.knobs
     assert advice.current_overlapped.tokens_per_gpu > advice.current.speed.tokens_per_gpu
     text = rendered(render_advice, advice)
-    assert "knobs: speed.tp_comm_overlap=true wherever TP is above 1" in text
+    assert "knobs: speed.tp_comm_overlap=true where TP is above 1" in text
     assert f"with speed.tp_comm_overlap=true {advice.current_overlapped.tokens_per_gpu:,.0f}" in " ".join(text.split())
 
 
-def test_a_run_that_says_no_to_a_knob_is_ranked_without_it(nemotron):
+def test_a_knob_set_to_false_stays_off_in_the_ranking(nemotron):
     advice = advice_for(nemotron("speed.tp_comm_overlap=false"), 64, H100)
     assert all(candidate.plain is None for candidate in advice.ranking)
     assert "speed.tp_comm_overlap=false" in advice.ranking[0].overrides
@@ -94,7 +101,7 @@ def test_a_run_that_says_no_to_a_knob_is_ranked_without_it(nemotron):
 
 
 def test_a_knob_that_needs_one_shape_is_not_taken_where_phases_differ(nemotron):
-    """Of a phase alone one could not see it: every phase has one shape."""
+    """Check the whole run: each phase alone has a single shape."""
     run = nemotron("phases.qa.seq_length=16384", "phases.qa.batch={global: 288}", "parallel.pipeline=1")
     assert all(candidate.plain is None for candidate in advice_for(run, 64, H100).ranking)
     cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
@@ -103,7 +110,7 @@ def test_a_knob_that_needs_one_shape_is_not_taken_where_phases_differ(nemotron):
 
 
 def test_user_buffers_take_memory(nemotron):
-    """Twelve as large as the residuals of a micro-batch: 8,192 tokens of 6,144; the eight gathered ones in FP8."""
+    """Expect 12 buffers of 8,192 tokens x 6,144; with FP8 the 8 for gathers have one byte per element."""
     layout = ["parallel={tensor: 2, pipeline: 1, sequence: true}"]
     asked = [*layout, "speed.tp_comm_overlap=true"]
     for fp8, size in [([], 24), (["precision.fp8={}"], 16)]:
@@ -112,12 +119,12 @@ def test_user_buffers_take_memory(nemotron):
         assert more - less == size * 2 * 4096 * 6144
 
 
-def test_what_is_ranked_runs_and_fits(nemotron):
+def test_ranked_layouts_run_and_fit(nemotron):
     advice = advice_for(nemotron(), 64, H100)
     speeds = [candidate.speed.tokens_per_gpu for candidate in advice.ranking]
     assert speeds == sorted(speeds, reverse=True)
     for candidate in advice.ranking:
-        # the overrides are enough to get it: they pass every check and give the same estimate
+        # the overrides alone select the layout: they pass every check and give the same estimate
         run = nemotron(*candidate.overrides)
         memory = estimate_memory(run, Layout.build(run, 64), gpu=H100)
         assert memory.total == candidate.memory.total <= (1 - MEMORY_MARGIN) * 79.6 * GIB
@@ -133,7 +140,7 @@ def test_what_is_ranked_runs_and_fits(nemotron):
         (256, ["batch.ramp_up={start: 192, increment: 192, samples: 5M}"]),
     ],
 )
-def test_what_is_ranked_runs_and_fits_in_every_step(nemotron, num_gpus, shapes):
+def test_ranked_layouts_fit_in_every_step(nemotron, num_gpus, shapes):
     run = nemotron(*shapes)
     advice = advice_for(run, num_gpus, H100)
     assert advice.ranking
@@ -145,11 +152,11 @@ def test_what_is_ranked_runs_and_fits_in_every_step(nemotron, num_gpus, shapes):
         assert plan.problems == ()
         assert fits(place_on_cluster(chosen, plan, H100, num_gpus).memory, H100)
     assert advice.other_batch is None
-    assert "speeds: of steps of 1,152 x 4,096 tokens" in rendered(render_advice, advice)
+    assert "speed: in steps of 1,152 x 4,096 tokens" in rendered(render_advice, advice)
 
 
-def test_recomputation_is_taken_whole(nemotron):
-    """What run.yaml says of full recomputation is not what was ranked."""
+def test_overrides_set_all_fields_of_recomputation(nemotron):
+    """Ranked layouts replace the recomputation of run.yaml, so their overrides must set all its fields."""
     shapes = ["seq_length=32768", "batch.global=128", "recompute={granularity: full, method: block, num_layers: 3}"]
     full = [
         candidate
@@ -185,7 +192,7 @@ def test_another_batch_is_named_where_it_is_faster(nemotron):
     assert advice_for(nemotron(), 64, H100).other_batch is None
 
 
-def test_a_layout_that_does_not_divide_is_said(nemotron):
+def test_a_layout_that_does_not_divide_is_reported(nemotron):
     advice = advice_for(nemotron(), 8, H200)
     assert advice.current is None
     assert "8 ranks are not a multiple" in advice.current_problem
@@ -196,7 +203,7 @@ def test_nothing_fits(nemotron):
     advice = advice_for(nemotron("parallel={tensor: 1, pipeline: 1}"), 1, H100)
     assert advice.ranking == []
     assert "GiB" in advice.current_problem
-    assert "none fits" in rendered(render_advice, advice)
+    assert "no layout fits" in rendered(render_advice, advice)
 
 
 def test_long_sequences_get_context_parallelism(nemotron):
@@ -207,8 +214,8 @@ def test_long_sequences_get_context_parallelism(nemotron):
 
 
 def test_gpus_that_were_not_calibrated_are_marked(nemotron):
-    assert "unchecked" in rendered(render_advice, advice_for(nemotron(), 64, B200))
-    assert "unchecked" not in rendered(render_advice, advice_for(nemotron(), 64, H100))
+    assert "not measured" in rendered(render_advice, advice_for(nemotron(), 64, B200))
+    assert "not measured" not in rendered(render_advice, advice_for(nemotron(), 64, H100))
 
 
 def test_find_gpu(run_data):
@@ -240,7 +247,7 @@ def test_time_and_gpu_hours(run_data):
     assert values["fits"] == fits(cluster.memory, H100) is True
     text = rendered(render_cluster, cluster)
     assert "fits" in text
-    assert "as on GPUs with Transformer Engine and Apex: fused_activation, " in text
+    assert "with Transformer Engine and Apex: fused_activation, " in text
 
 
 def test_a_run_of_several_shapes(run_data):
@@ -251,7 +258,7 @@ def test_a_run_of_several_shapes(run_data):
     assert (most.seq_length, most.global_batch) == (64, 8)
     cluster = place_on_cluster(run, plan, H100, 1)
     steps = [phase.last_step - phase.first_step + 1 for phase in plan.phases]
-    runs = [shaped(run, phase.segments[0]) for phase in plan.phases]
+    runs = [with_shape(run, phase.segments[0]) for phase in plan.phases]
     seconds = [estimate_speed(one, Layout.build(one, 1), H100).step for one in runs]
     assert seconds[0] != seconds[1]
     assert cluster.seconds == pytest.approx(steps[0] * seconds[0] + steps[1] * seconds[1])

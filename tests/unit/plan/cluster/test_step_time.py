@@ -1,4 +1,4 @@
-"""The speed model: exact numbers of its parts, and the published runs that it has to come near."""
+"""The speed model: exact numbers of its parts, and its error against published runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_cpt.plan.cluster.communication import (
     NVLINK_EFFICIENCY,
     GradientExchange,
     Links,
-    context_seconds_a_layer,
+    context_seconds_per_layer,
     pipeline_seconds,
-    tensor_seconds_a_layer,
+    tensor_seconds_per_layer,
 )
-from megatron_cpt.plan.cluster.step_time import SECONDS_A_DOUBLING, Overlap, estimate_speed, with_tensor_overlap
+from megatron_cpt.plan.cluster.step_time import SECONDS_PER_DOUBLING, Overlap, estimate_speed, with_tensor_overlap
 from megatron_cpt.plan.cost.memory import stage_parameters
 from megatron_cpt.plan.hardware import GPUS, H100, H200
 
@@ -34,7 +34,7 @@ def config(data, *overrides):
 
 @pytest.fixture
 def big(run_data):
-    """Nemotron-4 15B on sequences of 4,096, 64 of them a step."""
+    """Nemotron-4 15B with 64 sequences of 4,096 tokens per step."""
     run_data |= {"model": {"preset": "nemotron4_15b"}, "seq_length": 4096, "batch": {"global": 64, "micro": 2}}
     return run_data | {"tokens": "1B"}
 
@@ -79,9 +79,9 @@ def test_volumes_of_communication(big):
     run = config(big, "parallel={tensor: 2, pipeline: 2, context: 2, sequence: true}")
     links = Links(tensor=1.0, context=1.0, data=1.0, pipeline=1.0)
     hidden = 2 * 6144 * 2 * 4096 / 2  # bytes of the residual stream of a micro-batch on a context-parallel rank
-    assert tensor_seconds_a_layer(run, links) == 8 * hidden / 2
+    assert tensor_seconds_per_layer(run, links) == 8 * hidden / 2
     assert pipeline_seconds(run, links) == 2 * hidden / 2
-    assert context_seconds_a_layer(run, links) == 3 * hidden * (2 * 8 * 128 / 6144) / 2
+    assert context_seconds_per_layer(run, links) == 3 * hidden * (2 * 8 * 128 / 6144) / 2
     layout = Layout.build(run, 32)
     exchange = GradientExchange.build(run, layout, links, 0)
     parameters, share = stage_parameters(run, 0), 7 / 8  # 4 data-parallel x 2 context-parallel ranks
@@ -144,7 +144,7 @@ def test_overlap_hides_communication(big):
         (["precision.fp8={recipe: mxfp8, params: true}"], False, True, False),
     ],
 )
-def test_what_is_hidden_is_what_the_run_would_hide(big, overrides, tensor, gradients, weights):
+def test_overlap_follows_the_options_of_the_run(big, overrides, tensor, gradients, weights):
     run = config(big, "parallel={tensor: 2, sequence: true}", *overrides)
     assert Overlap.of(run) == Overlap(tensor, gradients, weights)
     assert speed(run, 64) == speed(run, 64, overlap=Overlap(tensor, gradients, weights))
@@ -162,7 +162,7 @@ def test_what_is_hidden_is_what_the_run_would_hide(big, overrides, tensor, gradi
         (["speed.tp_comm_overlap=true"], False),  # an error on one rank
     ],
 )
-def test_tensor_overlap_is_asked_for_where_it_is_possible(big, overrides, said):
+def test_tensor_overlap_is_on_if_possible(big, overrides, said):
     run = config(big, *overrides)
     assert with_tensor_overlap(run).speed.tp_comm_overlap is said
     assert with_tensor_overlap(run).model_copy(update={"speed": run.speed}) == run
@@ -171,7 +171,7 @@ def test_tensor_overlap_is_asked_for_where_it_is_possible(big, overrides, said):
 def test_scale_grows_with_the_number_of_nodes(big):
     run = config(big, "parallel={tensor: 2, sequence: true}", "batch.global=2048")
     assert speed(run, 8).scale == 0
-    assert speed(run, 256).scale == pytest.approx(5 * SECONDS_A_DOUBLING)
+    assert speed(run, 256).scale == pytest.approx(5 * SECONDS_PER_DOUBLING)
 
 
 def test_faster_hardware_is_faster(big):
@@ -183,7 +183,7 @@ def test_faster_hardware_is_faster(big):
     assert speed(fp8, 64, GPUS["a100"]).tokens_per_gpu == pytest.approx(bf16["a100"])  # it has no FP8
 
 
-def test_a_gpu_is_described_in_sound_units():
+def test_gpu_figures_have_plausible_units():
     for gpu in GPUS.values():
         assert 1e14 < gpu.bf16 < 1e16
         assert gpu.fp8 is None or gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.01)

@@ -1,4 +1,4 @@
-"""What FP8 and FP4 take, by exact number: bytes of weights, of what is kept, of what travels."""
+"""Bytes in FP8 and FP4, by exact number: of weights, saved inputs and gathered weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def weights(run, gpu=None, stage=0):
         ("fp8: {backend: emulated}", 0, 0),
     ],
 )
-def test_bytes_of_a_linear_weight_beside_two_of_bf16(run_of, precision, on_h100, on_b200):
+def test_bytes_per_quantized_weight(run_of, precision, on_h100, on_b200):
     plain, low = run_of(), run_of(f"precision={{{precision}}}")
     linear = 4 * count_parameters(plain.model).layer.matmul
     assert weights(low, H100) - weights(plain, H100) == pytest.approx(on_h100 * linear)
@@ -57,15 +57,15 @@ def test_bytes_of_a_linear_weight_beside_two_of_bf16(run_of, precision, on_h100,
     ("precision", "kept"),
     [("fp8: {recipe: tensorwise}", 1), ("fp8: {recipe: blockwise}", 33 / 32), ("fp4: {}", 9 / 16)],
 )
-def test_bytes_of_the_inputs_that_are_kept(run_of, precision, kept):
-    """Two norms' outputs and the activation's, 2 bytes before; attention's output stays, and is there once more."""
+def test_bytes_of_saved_inputs(run_of, precision, kept):
+    """Outputs of two norms and the activation shrink from 2 bytes; attention also saves its output in FP8."""
     plain, low = run_of(), run_of(f"precision={{{precision}}}")
     saved = (2 - kept) * (2 * HIDDEN + FFN) - kept * HIDDEN
     assert layer_activation_bytes(plain) - layer_activation_bytes(low) == pytest.approx(saved * TOKENS)
 
 
 @pytest.mark.parametrize(("recipe", "gathered"), [("delayed", 1), ("tensorwise", 1), ("blockwise", 1), ("mxfp8", 2)])
-def test_updated_weights_travel_as_they_are_kept(run_of, recipe, gathered):
+def test_weights_are_gathered_in_their_format(run_of, recipe, gathered):
     run = run_of(f"precision.fp8={{recipe: {recipe}, params: true}}")
     bf16 = run_of(f"precision.fp8={{recipe: {recipe}}}")
     layout, linear = Layout.build(run, 4), 4 * count_parameters(run.model).layer.matmul

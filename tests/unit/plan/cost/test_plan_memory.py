@@ -1,4 +1,4 @@
-"""The memory estimate against the formulas of the papers it follows."""
+"""The memory estimate, compared with the formulas of its papers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stage(run, number=0, num_gpus=None):
 
 @pytest.fixture
 def gpt3_shaped(run_data):
-    """A head for each query, 4 x hidden in the MLP, dropout: the model of Korthikanti et al."""
+    """The model of Korthikanti et al.: as many key/value heads as query heads, 4 x hidden in the MLP, dropout."""
     run_data["model"] = {
         **{"layers": 4, "hidden": HIDDEN, "ffn_hidden": 4 * HIDDEN, "heads": HEADS, "vocab": 256, "norm": "layernorm"},
         **{"activation": "gelu", "hidden_dropout": 0.1, "attention_dropout": 0.1},
@@ -37,7 +37,7 @@ def gpt3_shaped(run_data):
 @pytest.mark.parametrize(
     ("overrides", "factor"),
     [
-        # Table 2 of arXiv 2205.05198, in bytes a token and hidden unit
+        # Table 2 of arXiv 2205.05198, in bytes per token and hidden unit
         ([], 34 + 5 * HEADS * LENGTH / HIDDEN),
         (["parallel.tensor=4"], 10 + 24 / 4 + 5 * HEADS * LENGTH / (HIDDEN * 4)),
         (["parallel={tensor: 4, sequence: true}"], (34 + 5 * HEADS * LENGTH / HIDDEN) / 4),
@@ -58,7 +58,7 @@ def test_fused_attention_keeps_no_scores(gpt3_shaped):
 
 
 def test_torch_keeps_more_than_transformer_engine(run_data):
-    """A head for each query: torch keeps queries, keys, values as one product, and queries and keys again."""
+    """Without GQA torch saves the joint product of queries, keys and values, and copies of queries and keys."""
     run = config(run_data, "model.kv_groups=8", "precision.compute=fp32")
     ffn = run.model.ffn_hidden
     per_token = 4 * HIDDEN + (3 * HIDDEN + 2 * HIDDEN) + HIDDEN + 2 * ffn
@@ -70,7 +70,7 @@ def test_torch_keeps_more_than_transformer_engine(run_data):
 def test_fp8_keeps_the_inputs_of_matrix_products_in_a_byte(run_data):
     plain, fp8 = config(run_data), config(run_data, "precision.fp8={}")
     ffn = plain.model.ffn_hidden
-    # two norms' outputs and the activation's are halved; attention's output stays and is there again in FP8
+    # outputs of two norms and the activation are halved; the attention output is saved in bf16 and in FP8
     saved = 2 * HIDDEN + ffn - HIDDEN
     assert layer_activation_bytes(plain) - layer_activation_bytes(fp8) == pytest.approx(saved * TOKENS)
 
@@ -167,14 +167,14 @@ def test_full_recomputation_keeps_inputs(run_data, recompute, layers_kept, input
         ("{granularity: full, method: block, num_layers: 2}", 1),
     ],
 )
-def test_layers_that_are_recomputed_are_at_work(run_data, recompute, again):
+def test_recomputed_layers_count_as_working_memory(run_data, recompute, again):
     plain, full = (config(run_data, "parallel.pipeline=2", *more) for more in ([], [f"recompute={recompute}"]))
     wide = 2 * (3 * plain.model.ffn_hidden + HIDDEN) * TOKENS
     assert stage(plain).working == pytest.approx(wide)
     assert stage(full).working == pytest.approx(wide + again * layer_activation_bytes(plain))
 
 
-def test_the_logits_make_room_for_the_layer_at_work(run_data):
+def test_logits_are_freed_before_the_layers_run_backward(run_data):
     run = config(run_data, "parallel.pipeline=2", "model.vocab=100000")
     assert stage(run, 0).working > 0
     assert stage(run, 1).working == 0
@@ -206,7 +206,7 @@ def test_weights_that_are_kept_in_fp8_have_no_bf16_copy(run_data):
 
 
 def test_more_stages_than_layers_are_not_counted_one_by_one(run_data):
-    """A plan is also made of a run.yaml that has problems, to tell all of them."""
+    """Build a plan for an invalid run.yaml, so that all its problems are reported together."""
     run = draft_config(run_data, ["parallel.pipeline=1_000_000_000_000"]).config
     assert len(stage_memories(run, Layout.build(run))) == run.model.layers
 

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs, against numbers that others publish."""
+"""Parameters and FLOPs, compared with published numbers."""
 
 from __future__ import annotations
 

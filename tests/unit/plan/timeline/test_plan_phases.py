@@ -1,4 +1,4 @@
-"""Where phases begin and end, and what they read."""
+"""First and last steps of phases, and the samples they read."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def test_until_lr_looks_behind_the_peak_of_a_warm_up(run_data):
     [
         (
             ["phases.general.until={step: 100}"],
-            "step: 100 is step 100, but the run ends with step 100: no step is left for the next",
+            "step: 100 is step 100, but the run ends with step 100, so the next phase has no step",
         ),
         (["phases.general.until={step: 500}"], "step: 500 is step 500, but the run ends with step 100"),
         (["phases.general.until={tokens: 1M}"], "tokens: 1M is step 1,954, but the run ends with step 100"),
         (
             ["phases.general.until={lr: 0.005}"],
-            "lr: 0.005 of max_lr is never reached: the last step still runs at 0.0102 of it",
+            "lr: 0.005 of max_lr is never reached: the last step runs at 0.0102 of it",
         ),
-        (["schedule.shape=constant"], "lr: 0.2 of max_lr is never reached: the last step still runs at 1 of it"),
+        (["schedule.shape=constant"], "lr: 0.2 of max_lr is never reached: the last step runs at 1 of it"),
     ],
 )
 def test_phases_that_leave_nothing_for_the_next(run_data, overrides, text):
@@ -81,7 +81,7 @@ def test_a_phase_that_ends_before_it_begins(run_data):
     run_data["phases"].insert(1, {"name": "middle", "blend": {"web": 1}, "until": {"step": 40}})
     (problem,) = texts(plan(run_data))
     assert problem.startswith(
-        "phases[1].until (phase middle): step: 40 is step 40, but the phase before ends with step 72"
+        "phases[1].until (phase middle): step: 40 is step 40, but the previous phase ends with step 72"
     )
     run_data["phases"][1]["until"] = {"step": 72}
     assert len(texts(plan(run_data))) == 1

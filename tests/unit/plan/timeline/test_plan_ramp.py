@@ -1,4 +1,4 @@
-"""Steps of several shapes: batch ramp-up, phases with a batch and a sequence length of their own."""
+"""Steps of several shapes: batch ramp-up, and phases with their own batch and sequence length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.plan import RunPlan, Schedule, build_plan
 from megatron_cpt.plan.timeline import solve_steps
-from megatron_cpt.plan.timeline.segments import PhaseSteps, batch_size, tile
+from megatron_cpt.plan.timeline.segments import PhaseSteps, batch_size, split_into_segments
 from megatron_cpt.views.plan_plot import plot_plan
 from megatron_cpt.views.plan_table import render_plan
 
@@ -35,7 +35,7 @@ def texts(found: RunPlan) -> list[str]:
 
 
 def test_the_ramp_of_the_recipes_pretraining():
-    """384 -> 1,152 in steps of 96 over the first 5 % of 8T tokens."""
+    """Grow from 384 to 1,152 by 96 over the first 5% of 8T tokens."""
     ramp = {"start": 384, "increment": 96, "samples": "97_656_250"}  # 400B / 4,096
     data = {
         "name": "x",
@@ -59,7 +59,7 @@ def test_the_ramp_of_the_recipes_pretraining():
 
 
 def simulate(config: RunConfig, schedule: Schedule) -> list[tuple[str, int, int]]:
-    """Phase, batch and length of each step, step by step."""
+    """Return phase, batch and sequence length of each step, computed step by step."""
     sizes = itertools.repeat(config.batch.global_)
     samples = tokens = 0
     steps, remaining = [], list(config.phases)
@@ -139,7 +139,7 @@ def run_of(ramp, untils, shapes, tokens, warmup, shape, decay) -> RunConfig:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(**RUNS)
-def test_a_plan_is_what_a_walk_step_by_step_is(ramp, untils, shapes, tokens, warmup, shape, decay):
+def test_the_plan_equals_a_simulation_step_by_step(ramp, untils, shapes, tokens, warmup, shape, decay):
     config = run_of(ramp, untils, shapes, tokens, warmup, shape, decay)
     found = build_plan(config, {})
     walked = simulate(config, found.schedule)
@@ -169,33 +169,33 @@ def bisect(target: int, most: int, value: Callable[[int], int]) -> int:
 def test_a_run_is_as_long_as_bisection_finds(ramp, untils, shapes, tokens, warmup, shape, decay):
     config = run_of(ramp, untils, shapes, tokens, warmup, shape, decay)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solve_steps, "first_reaching", bisect)
+        patch.setattr(solve_steps, "smallest_reaching", bisect)
         expected = solve_steps.solve_schedule(config)
     assert solve_steps.solve_schedule(config) == expected
 
 
 @given(st.lists(st.integers(0, 50) | st.integers(0, 10**12), min_size=1, max_size=300), st.integers(1, 10**13))
-def test_the_first_that_reaches(steps, target):
-    values, looks = [0, *itertools.accumulate(steps)], []
+def test_smallest_reaching(steps, target):
+    values, layouts = [0, *itertools.accumulate(steps)], []
 
     def value(n: int) -> int:
-        looks.append(n)
+        layouts.append(n)
         return values[n]
 
-    assert solve_steps.first_reaching(target, len(steps), value) == bisect(target, len(steps), values.__getitem__)
-    assert len(looks) == len(set(looks)) <= 1 + 3 * len(steps).bit_length()
+    assert solve_steps.smallest_reaching(target, len(steps), value) == bisect(target, len(steps), values.__getitem__)
+    assert len(layouts) == len(set(layouts)) <= 1 + 3 * len(steps).bit_length()
 
 
-def test_a_thousand_sizes_and_a_decay_in_tokens_take_few_looks(run_data, monkeypatch):
-    """The run is laid out about fifty times; bisection in bisection would do it hundreds of times."""
-    looks = 0
+def test_a_thousand_sizes_and_a_decay_in_tokens_take_few_layouts(run_data, monkeypatch):
+    """Expect about fifty layouts of the run, where nested bisection would need hundreds."""
+    layouts = 0
 
     def counted(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
-        nonlocal looks
-        looks += 1
-        return tile(config, schedule)
+        nonlocal layouts
+        layouts += 1
+        return split_into_segments(config, schedule)
 
-    monkeypatch.setattr(solve_steps, "tile", counted)
+    monkeypatch.setattr(solve_steps, "split_into_segments", counted)
     found = plan(
         run_data,
         "batch={global: 1024, micro: 1, ramp_up: {start: 1, increment: 1, samples: 1M}}",
@@ -205,7 +205,7 @@ def test_a_thousand_sizes_and_a_decay_in_tokens_take_few_looks(run_data, monkeyp
         "sources.qa.max_epochs=",
     )
     assert len(found.segments) > 1000
-    assert looks < 60
+    assert layouts < 60
 
 
 @pytest.mark.parametrize("until", ["{lr: 0.2}", "{lr: 0.7}", "{tokens: 30K}", "{step: 45}"])
@@ -219,7 +219,7 @@ def test_steps_are_the_fewest_that_reach_the_tokens(run_data, until, overrides):
     assert tokens_of(simulate(config, shorter)) < config.tokens <= found.tokens_trained
 
 
-def test_one_shape_is_planned_as_ever(run_data):
+def test_a_single_shape_needs_no_search(run_data):
     found = plan(run_data)
     again = plan(run_data, "phases.general.seq_length=64", "phases.qa.batch={global: 8}")
     assert found.is_uniform
@@ -255,7 +255,7 @@ def test_flops_and_memory_of_the_longest(run_data):
     assert mixed.memory.total == max(short.memory.total, long.memory.total)
 
 
-def test_a_source_in_shorter_phases_only_keeps_its_own_chunks(run_data):
+def test_a_source_in_shorter_phases_only_keeps_its_own_spans(run_data):
     found = plan(run_data, "phases.general.blend.math=1", "sources.math={path: math}", "phases.qa.seq_length=256",
                  "phases.qa.batch.global=2", sizes=SIZES | {"math": 6_400})  # fmt: skip
     assert found.sources["math"].span_length == 64
@@ -279,7 +279,7 @@ def test_a_source_in_shorter_phases_only_keeps_its_own_chunks(run_data):
                 "batch.global=16",
             ],
             8,
-            "of 4 on 4 replicas (8 ranks of 2 each), as many on each as a multiple of parallel.pipeline: 2",
+            "of 4 on 4 replicas (8 ranks of 2 each), a multiple of parallel.pipeline: 2 on each",
         ),
     ],
 )
@@ -295,7 +295,7 @@ def test_a_ramp_that_the_run_does_not_finish(run_data):
     assert not any("batch.ramp_up" in text for text in plan(run_data, RAMP).warnings)
 
 
-def test_a_size_that_goes_on_in_the_next_phase_is_named_once(run_data):
+def test_a_size_shared_by_two_phases_is_listed_once(run_data):
     stream = io.StringIO()
     render_plan(plan(run_data, RAMP, "phases.general.until={step: 5}", "sources.qa.max_epochs="), stream)
     assert "batch ramp  batches of 2, 4, 6 until step 31," in stream.getvalue()

@@ -1,4 +1,4 @@
-"""Batch ramp-up against megatron-core's own calculator; in a file of its own, for importing it takes seconds."""
+"""Batch ramp-up, compared with megatron-core's calculator; a separate file, as importing it takes seconds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def calculator_of(batch: BatchConfig) -> Any:
 
 
 def megatron_sizes(batch: BatchConfig) -> Iterator[int]:
-    """The global batch of every step, by megatron-core's calculator, fed as Megatron-LM's training loop feeds it."""
+    """Return the global batch of every step from megatron-core's calculator, called as in Megatron-LM's loop."""
     calculator, samples = calculator_of(batch), 0
     while True:
         calculator.update(samples, consistency_check=True)

@@ -1,4 +1,4 @@
-"""The learning rate of every step, by exact number."""
+"""Learning rate of every step, by exact number."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_wsd(decay_shape, half_way):
     wsd = schedule("wsd", warmup_steps=10, decay_steps=20, decay_shape=decay_shape)
     assert wsd.rate(1) == 0.0
     assert wsd.rate(6) == pytest.approx(0.5e-3)
-    assert {wsd.rate(step) for step in range(11, 82)} == {1e-3}  # 10 warm-up steps done to 80 of 100 done
+    assert {wsd.rate(step) for step in range(11, 82)} == {1e-3}  # from 10 warmup steps done to 80 of 100 done
     assert wsd.rate(82) < 1e-3
     assert wsd.rate(91) == pytest.approx(1e-5 + 99e-5 * half_way)
     assert wsd.rate(101) == 1e-5
@@ -78,7 +78,7 @@ def test_wsd(decay_shape, half_way):
 def test_warm_up_is_linear_and_the_decay_takes_what_is_left():
     warmed = schedule(warmup_steps=20)
     assert [warmed.rate(step) for step in (1, 2, 11, 21)] == pytest.approx([0.0, 0.05e-3, 0.5e-3, 1e-3])
-    assert warmed.rate(61) == pytest.approx(1e-5 + 99e-5 / 2)  # 40 of the 80 steps after the warm-up
+    assert warmed.rate(61) == pytest.approx(1e-5 + 99e-5 / 2)  # 40 of the 80 steps after the warmup
 
 
 @settings(max_examples=60, deadline=None)
@@ -154,7 +154,7 @@ def test_the_pretraining_warm_up_in_steps():
             {"shape": "wsd", "warmup": 60, "decay": 0.5},
             "schedule.decay: 0.5 of the run = 50 steps and schedule.warmup: 60",
         ),
-        ({"shape": "wsd", "decay": 0}, "schedule.decay: 0 never leaves max_lr"),
+        ({"shape": "wsd", "decay": 0}, "schedule.decay: 0 keeps the rate at max_lr"),
     ],
 )
 def test_spans_without_room(values, text):
@@ -171,7 +171,7 @@ def test_spans_with_room(values):
 
 
 def test_a_schedule_without_room_still_has_rates(run_data):
-    """A plan with problems is built to the end, so that all of them are found."""
+    """Build the plan in spite of problems, so that all of them are found."""
     for values in ({"warmup": 500}, {"shape": "wsd", "warmup": 90, "decay": 0.5}, {"shape": "wsd", "decay": 0}):
         run = Schedule.resolve(section(**values), 100, 1000)
         assert np.isfinite(run.rates(range(1, 102))).all()

@@ -1,4 +1,4 @@
-"""Rates against megatron-core's own scheduler; in a file of its own, for importing megatron-core takes seconds."""
+"""Learning rates, compared with megatron-core's scheduler; a separate file, as importing it takes seconds."""
 
 from __future__ import annotations
 
