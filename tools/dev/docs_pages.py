@@ -28,7 +28,7 @@ FALLBACK_API = {
 SPEED_PAGE = "operations/speed.md"
 SPEED_MARKERS = ("<!-- generated: speed knobs -->", "<!-- generated: environment variables -->")
 
-# ---------------------------------------------------------------------------------------------------------- mkdocs hooks
+# --------------------------------------------------------------------------------------------------------- mkdocs hooks
 
 
 def on_config(config: Any) -> Any:
@@ -69,7 +69,7 @@ def generated_pages() -> dict[str, str]:
     return {"reference/commands.md": commands_page(), "reference/run-yaml.md": run_yaml_page(), **api_pages()}
 
 
-# -------------------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------------------------- commands
 
 
 def commands_page() -> str:
@@ -92,7 +92,7 @@ def command_helps(command: Any, name: str, parent: Any = None) -> Iterator[tuple
         yield from command_helps(subcommand, f"{name} {child}", context)
 
 
-# -------------------------------------------------------------------------------------------------------------- run.yaml
+# ------------------------------------------------------------------------------------------------------------- run.yaml
 
 
 def run_yaml_page() -> str:
@@ -175,7 +175,7 @@ def _referenced_description(field: dict[str, Any], definitions: dict[str, Any]) 
     return str((_object_of(definition) or definition).get("description", ""))
 
 
-# ------------------------------------------------------------------------------------------------------------------- API
+# ------------------------------------------------------------------------------------------------------------------ API
 
 
 def api_pages() -> dict[str, str]:
@@ -188,7 +188,9 @@ def api_pages() -> dict[str, str]:
             value = getattr(megatron_cpt, name)
         if hasattr(value, "__qualname__"):
             identifier = f"{value.__module__}.{value.__qualname__}"
-            pages[f"reference/api/{name}.md"] = f"# {name}\n\n::: {identifier}\n    options:\n      show_root_heading: false\n"
+            pages[f"reference/api/{name}.md"] = (
+                f"# {name}\n\n::: {identifier}\n    options:\n      show_root_heading: false\n"
+            )
     return pages
 
 

@@ -1,4 +1,4 @@
-"""The table of speed knobs: what is on where, what it becomes in megatron-core, and that docs/speed.md shows it."""
+"""Speed knobs: their defaults per place, their megatron-core settings, and their table in docs/operations/speed.md."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megatron_cpt.config.knobs import ENVIRONMENT, KNOBS, ComputePlace, markdown
 from megatron_cpt.config.speed import SpeedConfig
 from megatron_cpt.errors import UserError
 from tests.unit.model.test_capabilities import H100, H100_BARE, LAPTOP, RUN
+from tools.dev.docs_pages import insert_speed_tables
 
 cpu.install()
 
@@ -151,9 +152,8 @@ def test_overlap_in_ddps_words():
 
 
 def test_the_page_shows_the_tables():
-    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    for table in markdown_tables():
-        assert table in page, f"put this into docs/speed.md:\n{table}"
+    page = insert_speed_tables((ROOT / "docs" / "operations" / "speed.md").read_text(encoding="utf-8"))
+    assert all(table in page for table in markdown_tables())
 
 
 def test_the_launcher_sets_the_variables():
