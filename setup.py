@@ -16,7 +16,6 @@ EXTRAS = {
     "wandb": ["wandb"],
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "cloud": ["fsspec>=2023.1"],  # and what it opens your store with: s3fs, gcsfs, adlfs
-    "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27"],
     "dev": [
         "pytest>=8",
         "pytest-xdist",
