@@ -1,4 +1,4 @@
-"""Speed knobs: their defaults per place, their megatron-core settings, and their table in docs/operations/speed.md."""
+"""The table of speed knobs: what is on where, what it becomes in megatron-core, and that docs/speed.md shows it."""
 
 from __future__ import annotations
 
