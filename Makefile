@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := all,docs,dev
 
-.PHONY: setup demo test test-long soak check bench gpu-test gpu-bench clean
+.PHONY: setup demo test test-long soak check docs bench gpu-test gpu-bench clean
 
 setup: $(STAMP)
 
@@ -20,8 +20,8 @@ demo: setup
 	@echo "== the demo: real corpora, a base model, two continued runs; about 7 minutes on 2 cores"
 	$(BIN)/python examples/quickstart/demo.py
 
-# Unit tests first. The distributed ones start up to 4 processes of their own, and wait for them much of the time: two files at
-# once, each in its order, since the tests of a file share runs.
+# Unit tests first. Distributed tests start up to 4 processes each and mostly wait for them, so two files run in parallel.
+# Tests of one file share runs and stay in order.
 test: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal
 	$(BIN)/python -m pytest tests/distributed -n 2 --dist loadfile -v --durations 5
@@ -29,13 +29,13 @@ test: setup
 test-long: setup
 	$(BIN)/python -m pytest tests -m long -v
 
-# A small job under random faults, against a quiet one; benchmarks/results/soak.json adds up over all of them.
+# Injects random faults into a small job and compares it with a quiet one; benchmarks/results/soak.json adds up all drills.
 FAULTS ?= 50
 MINUTES ?= 10
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --faults $(FAULTS) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-# In NVIDIA's container it is the container's own Python that has Transformer Engine: make gpu-test GPU_PYTHON=python
+# In NVIDIA's container, Transformer Engine belongs to the container's own Python: make gpu-test GPU_PYTHON=python
 GPU_PYTHON ?= $(BIN)/python
 GPU_SETUP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
 
@@ -50,6 +50,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/dev/structure.py
+	$(BIN)/python tools/dev/prose.py
+	$(MAKE) docs
+
+# The documentation site in build/site; --strict turns broken links and missing pages into errors. Needs no network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: setup
 	$(BIN)/python benchmarks/data_startup.py

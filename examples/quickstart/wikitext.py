@@ -1,8 +1,7 @@
-"""Wiki markup to prose, as far as a language model needs it.
+"""Convert wiki markup to prose.
 
-Templates, tables, references and files are dropped with all they contain; links and emphasis keep their words. A real
-parser would be the better tool for a real corpus; for the hundred articles of this demo a page of regular expressions
-saves an install.
+Templates, tables, references and files are dropped with their content; links and emphasis keep their words. A real
+corpus needs a real parser; for the hundred articles of this demo, regular expressions save a dependency.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 
-# Innermost first: each pattern forbids its own opening inside, so repeated substitution unwinds nested markup.
+# Each pattern forbids its own opening inside, so repeated substitution removes nested markup from the inside out.
 TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
 TABLE = re.compile(r"\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
 MEDIA_LINK = re.compile(r"\[\[(?:File|Image|Category):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]", re.IGNORECASE)
@@ -24,11 +23,11 @@ WEB_LINK = re.compile(r"\[https?://\S+\s*([^\]]*)\]")
 HEADING = re.compile(r"^=+\s*(.*?)\s*=+\s*$", re.MULTILINE)
 EMPHASIS = re.compile(r"'{2,}")
 LIST_MARK = re.compile(r"^[*#:;]+\s*", re.MULTILINE)
-LEADING_COMMA = re.compile(r"\(\s*[,;][,;\s]*")  # what a dropped template leaves of "({{IPA|...}}; born 1903)"
+LEADING_COMMA = re.compile(r"\(\s*[,;][,;\s]*")  # remains of "({{IPA|...}}; born 1903)" without its template
 EMPTY_BRACKETS = re.compile(r"\(\s*\)")
 BLANK_LINES = re.compile(r"\n{3,}")
 
-# What follows these headings is lists of links and sources, not prose.
+# Below these headings are lists of links and sources, not prose.
 BACK_MATTER = re.compile(
     r"^=+\s*(?:references|notes|footnotes|external links|further reading|see also|bibliography|sources)\s*=+\s*$",
     re.MULTILINE | re.IGNORECASE,
@@ -36,7 +35,7 @@ BACK_MATTER = re.compile(
 
 
 def to_prose(markup: str) -> str:
-    """Returns the words of a page in wiki markup: headings and paragraphs, one a line."""
+    """Return the words of a page in wiki markup: headings and paragraphs, one per line."""
     back_matter = BACK_MATTER.search(markup)
     text = markup[: back_matter.start()] if back_matter else markup
     for pattern in (COMMENT, REFERENCE, OPAQUE):
@@ -56,7 +55,7 @@ def to_prose(markup: str) -> str:
 
 
 def _remove_nested(pattern: re.Pattern[str], text: str) -> str:
-    """Removes the innermost matches until none is left."""
+    """Remove the innermost matches until none is left."""
     num_removed = 1
     while num_removed:
         text, num_removed = pattern.subn("", text)

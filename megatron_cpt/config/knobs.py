@@ -1,6 +1,6 @@
 """Table of the options below `speed`, here called knobs: default, needs, settings, gain, source.
 
-docs/speed.md is generated from this table; megatron_cpt/model/kernel_options.py maps it to megatron-core's settings.
+docs/operations/speed.md is generated from this table; megatron_cpt/model/kernel_options.py maps it to megatron-core's settings.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def fuses_swiglu(run: RunConfig, place: ComputePlace) -> bool:
 
 
 def markdown_tables() -> tuple[str, str]:
-    """Return the tables of knobs and of environment variables for docs/speed.md."""
+    """Return the tables of knobs and of environment variables for docs/operations/speed.md."""
     knobs: list[Sequence[str]] = [("key below `speed`", "cpu", "h100", "needs", "sets", "gain", "source")]
     for knob in KNOBS:
         defaults = ("on" if default else "off" for default in (knob.cpu, knob.h100))

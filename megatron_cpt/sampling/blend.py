@@ -3,7 +3,7 @@
 Within a phase, each sample goes to the source that is furthest behind its share. This is the rule of megatron-core's
 `build_blending_indices` (`datasets/helpers.cpp`), computed when needed instead of stored for the whole run. A source is
 always less than one sample ahead of its share, and at most 1 + 1/2 + ... + 1/(n - 1) samples behind it, for n sources
-(proof in docs/decisions.md).
+(proof in docs/internals/decisions.md).
 
 Example: the weights are 0.6 for web and 0.4 for code. Sample i goes to the larger `weight * max(i, 1) - given`:
 

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print device, versions, and the tests that ran or were skipped; docs/gpu.md quotes these lines."""
+    """Print device, versions, and the tests that ran or were skipped; docs/operations/gpu.md quotes these lines."""
     from megatron_cpt.model.capabilities import read_machine
 
     def reports(outcome: str) -> list[pytest.TestReport]:

@@ -13,7 +13,7 @@ import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -41,9 +41,9 @@ class Pattern:
     """A rule of the language.
 
     Attributes:
-        regex: what is wrong; matched without regard to case unless it says otherwise.
-        reason: what to write instead, and why.
-        docstrings_only: matched at the start of docstrings alone.
+        regex: words to avoid, case-insensitive; a space also matches a line break, so wrapped phrases are found.
+        reason: words to write instead, and why.
+        docstrings_only: match at the start of docstrings only.
     """
 
     regex: str
@@ -58,10 +58,13 @@ PATTERNS = (
         docstrings_only=True,
     ),
     Pattern(
-        r"(?:\A|(?<=[.!;] ))(?-i:What|Whether|Where|Which)\b(?![^.?!]*\?)",
+        r"(?:\A|(?<=[.!;]\s))(?-i:What|Whether|Where|Which)\b(?![^.?!]*\?)",
         "a statement does not open with a question word: say the subject first",
     ),
-    Pattern(rf"\b(?:{_COUNTED}) an? (?:{_UNIT})\b", "rates and shares are written with per: tokens per second"),
+    Pattern(
+        rf"\b(?:{_COUNTED}) an? (?:{_UNIT})\b(?! (?:has|have|reads?|is|was)\b)",
+        "rates and shares are written with per: tokens per second",
+    ),
     Pattern(r"\b(?:go|goes|going|gone|went) on\b", "resume or continue"),
     Pattern(r"\banew\b", "again, or restart from scratch"),
     Pattern(r"\bto the (?:last )?(?:bit|byte|digit)\b", "identical bit for bit, byte for byte"),
@@ -77,7 +80,7 @@ PATTERNS = (
     Pattern(r"\b(?:as it is|as they are|as it stands|as it lies)\b", "unchanged, or say the state"),
     Pattern(r"\b(?:theirs|of the whole|the ones? before)\b", "say the noun"),
     Pattern(r"\b(?:those|that|these) of\b", "say the noun again: 'the losses of', not 'those of'"),
-    Pattern(r"\bthe same(?=[.,;:)]|$)", "say what is the same"),
+    Pattern(r"\bthe same(?=[.,;:)]|\s*\Z)", "say what is the same"),
     Pattern(r"\b(?:of|in|with|for|about) (?:it|them) all\b", "say the noun"),
     Pattern(r"\bnothing of (?:it|them)\b", "say the noun"),
     Pattern(r"\b(?:is|are|was|were) told\b", "reports, receives or prints"),
@@ -91,6 +94,12 @@ PATTERNS = (
     Pattern(r"\bdata sets?\b", "dataset"),
     Pattern(r"\b(?:where|if) (?:there is|there are) (?:one|none|any)\b", "say the noun"),
     Pattern(r"\b(?:has|have) to say\b", "reports"),
+    Pattern(r"\bfor ever\b", "permanently"),
+    Pattern(r"\bunbroken\b", "uninterrupted"),
+    Pattern(r"\b(?:without a word|in silence)\b", "silently"),
+    Pattern(r"\bunder way\b", "in progress, or running"),
+    Pattern(r"\bafresh\b", "again, or from scratch"),
+    Pattern(r"\bgive or take\b", "about, or within"),
     Pattern(r"\bin one piece\b", "complete, or as a single file"),
     Pattern(r"\b(?:held|is kept|are kept) to\b(?= (?:a|the|plain))", "limited to"),
     Pattern(
@@ -100,8 +109,14 @@ PATTERNS = (
         "American spelling, as in torch and megatron-core",
     ),
 )
-_DOCSTRING_PATTERNS = [(re.compile(p.regex, re.IGNORECASE), p) for p in PATTERNS if p.docstrings_only]
-_TEXT_PATTERNS = [(re.compile(p.regex, re.IGNORECASE | re.MULTILINE), p) for p in PATTERNS if not p.docstrings_only]
+
+
+def _compiled(patterns: Iterable[Pattern]) -> list[tuple[re.Pattern[str], Pattern]]:
+    return [(re.compile(pattern.regex.replace(" ", r"\s+"), re.IGNORECASE), pattern) for pattern in patterns]
+
+
+_DOCSTRING_PATTERNS = _compiled(pattern for pattern in PATTERNS if pattern.docstrings_only)
+_TEXT_PATTERNS = _compiled(pattern for pattern in PATTERNS if not pattern.docstrings_only)
 
 _CODE = re.compile(r"`+[^`]*`+")
 
@@ -111,9 +126,9 @@ class Text:
     """A piece of prose of a file.
 
     Attributes:
-        line: where it begins, from 1.
-        content: the words; inline code is blanked.
-        is_docstring: whether it documents a module, class or function.
+        line: its first line, counted from 1.
+        content: the words, with line breaks.
+        is_docstring: True if it documents a module, class, function or field.
     """
 
     line: int
@@ -147,7 +162,8 @@ def check_file(file: Path) -> Iterator[tuple[int, str, str]]:
         yield from check_sentences(content)
     elif file.suffix in (".sh", ".sbatch", ".yaml", ".yml", ".toml") or file.name in ("Makefile", "Dockerfile"):
         lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
-        texts = [Text(number, line.partition("#")[2].strip()) for number, line in lines if "#" in line]
+        comments = [(n, *line.partition("#")[::2]) for n, line in lines if "#" in line]
+        texts = list(_joined((n, comment.strip(), not code.strip()) for n, code, comment in comments))
     else:
         return
     for text in texts:
@@ -161,9 +177,12 @@ def check_file(file: Path) -> Iterator[tuple[int, str, str]]:
 
 def python_texts(source: str) -> Iterator[Text]:
     """Yield the comments, docstrings and other strings with a space in them of a Python file."""
+    comments = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            yield Text(token.start[0], token.string.lstrip("#: ").strip())
+            is_whole_line = not token.line[: token.start[1]].strip()
+            comments.append((token.start[0], token.string.lstrip("#: ").strip(), is_whole_line))
+    yield from _joined(comments)
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = set()
@@ -180,13 +199,35 @@ def python_texts(source: str) -> Iterator[Text]:
 
 
 def markdown_texts(content: str) -> Iterator[Text]:
-    """Yield the lines of a document outside fenced code."""
-    is_code = False
+    """Yield the paragraphs, list items, headings and table cells of a document outside fenced code."""
+    is_code, lines = False, []
     for number, line in enumerate(content.splitlines(), start=1):
-        if line.lstrip().startswith(("```", "~~~")):
+        stripped = line.strip()
+        if stripped.startswith(("```", "~~~")):
             is_code = not is_code
-        elif not is_code and not line.startswith("    "):
-            yield Text(number, line.strip().lstrip("#->|* "))
+        elif is_code or line.startswith("      ") or stripped.startswith("#"):
+            continue  # a heading names its section, so it may well be a question
+        elif stripped.startswith("|"):
+            for cell in stripped.strip("|").split("|"):
+                yield Text(number, cell.strip())
+        elif stripped:
+            starts_item = re.match(r"[-*>] |\d+\. ", stripped) is not None
+            lines.append((number, re.sub(r"^(?:[-*>]|\d+\.)\s+", "", stripped), not starts_item))
+    yield from _joined(lines)
+
+
+def _joined(lines: Iterable[tuple[int, str, bool]]) -> Iterator[Text]:
+    """Yield runs of consecutive lines as one text each; a line continues the previous one if its third item is true."""
+    start, content = 0, ""
+    for number, line, may_continue in lines:
+        if content and may_continue and number == start + content.count("\n") + 1:
+            content += "\n" + line
+        else:
+            if content:
+                yield Text(start, content)
+            start, content = number, line
+    if content:
+        yield Text(start, content)
 
 
 def check_sentences(content: str) -> Iterator[tuple[int, str, str]]:

@@ -1,7 +1,7 @@
-"""Print the figures of the package's structure, and exit with 1 where one is above its limit.
+"""Print figures of the package's structure; the exit status is 1 if one exceeds its limit.
 
-Modules per folder, names of modules and classes that occur twice, and imports of `rich.table` outside `views/` and
-`cli/` (import-linter sees only the top level of external packages).
+Checked are: modules per folder, module and class names that occur twice, and imports of `rich.table` outside `views/`
+and `cli/` (import-linter sees only the top level of external packages).
 
     python tools/dev/structure.py
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "megatron_cpt"
 MAX_AVERAGE = 8.0
 MAX_FILES = 16
-# Names that say what a file is for inside its folder, whatever the folder.
+# Names that are unambiguous inside their folder, so they may occur in several folders.
 CONVENTIONAL = {"__init__", "config", "folder", "header", "reader", "writer"}
 MAY_DRAW_TABLES = ("views", "cli")
 
 
 def main() -> int:
-    """Print the figures and what breaks a limit; return the exit status."""
+    """Print the figures and every violation; return the exit status."""
     files = sorted(PACKAGE.rglob("*.py"))
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
     by_folder: dict[Path, int] = defaultdict(int)

@@ -25,7 +25,7 @@ CONTEXTS = (1, 2, 4, 8)
 RECOMPUTE = ("none", "full")
 # Smallest gain in speed for which more context parallelism, or another global batch, is proposed.
 MIN_GAIN = 1.01
-# Layouts within 5% of the best cannot be told apart: docs/adviser.md reports the mean error of the estimate.
+# Layouts within 5% of the best cannot be told apart: docs/internals/adviser.md reports the mean error of the estimate.
 AS_GOOD = 0.95
 
 

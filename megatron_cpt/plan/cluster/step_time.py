@@ -8,7 +8,7 @@ With m micro-batches, stages of t seconds per micro-batch (`stage_time.py`) and 
 slowest). Example: 4 stages of 1, 1, 1 and 1.2 s, m = 8, v = 2 take 8 x 1.2 + 3 / 2 = 11.1 s.
 
 `Overlap` tells which communication runs beside computation. `benchmarks/adviser_accuracy.py` compares the estimate with
-all published figures known to us; docs/adviser.md shows the table.
+all published figures known to us; docs/internals/adviser.md shows the table.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def members():
 
 @pytest.fixture
 def data(tmp_path, members, monkeypatch):
-    """A data folder whose packages are there already."""
+    """A data folder whose packages already exist."""
     monkeypatch.delitem(sources.PRETRAINING, "code")  # ten megabytes of standard library
     for name, files in members.items():
         path = tmp_path / "packages" / f"{name.lower()}-{sources.PACKAGES[name]}-py3-none-any.whl"

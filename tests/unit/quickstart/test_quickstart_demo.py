@@ -1,4 +1,4 @@
-"""The story's own logic; the commands it calls have tests of their own."""
+"""Logic of the demo itself; the commands it calls have their own tests."""
 
 import io
 import os
@@ -9,11 +9,11 @@ import orjson
 import pytest
 from rich.console import Console
 from sources import HELD_OUT, PRETRAINING, QUESTIONS
-from story import StepError
+from walkthrough import StepError
 
 
-class Recorder(demo.Story):
-    """Notes the commands instead of running them; `preprocess` leaves an index."""
+class Recorder(demo.Walkthrough):
+    """Record commands instead of running them; `preprocess` leaves an index."""
 
     def __init__(self):
         super().__init__(Console(file=io.StringIO()))
@@ -41,58 +41,58 @@ def prepared(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("prepared")
 def test_every_source_is_preprocessed_once():
-    story = Recorder()
-    demo.preprocess(story)
-    assert len(story.commands) == len(PRETRAINING) + len(QUESTIONS) + len(HELD_OUT)
-    story.commands.clear()
-    demo.preprocess(story)
-    assert story.commands == []
+    walkthrough = Recorder()
+    demo.preprocess(walkthrough)
+    assert len(walkthrough.commands) == len(PRETRAINING) + len(QUESTIONS) + len(HELD_OUT)
+    walkthrough.commands.clear()
+    demo.preprocess(walkthrough)
+    assert walkthrough.commands == []
 
 
 @pytest.mark.usefixtures("prepared")
 def test_new_text_is_preprocessed_again():
-    story = Recorder()
-    demo.preprocess(story)
-    story.commands.clear()
+    walkthrough = Recorder()
+    demo.preprocess(walkthrough)
+    walkthrough.commands.clear()
     newer = (demo.DATA / "train" / "web.idx").stat().st_mtime + 1
     os.utime(demo.DATA / "text" / "train" / "web.jsonl", (newer, newer))
-    demo.preprocess(story)
-    assert [command[command.index("--output-prefix") + 1] for command in story.commands] == [
+    demo.preprocess(walkthrough)
+    assert [command[command.index("--output-prefix") + 1] for command in walkthrough.commands] == [
         str(demo.DATA / "train" / "web")
     ]
 
 
 def test_training_is_launched_on_two_ranks():
-    story = Recorder()
-    demo.train(story, "recipe")
-    (command,) = story.commands
+    walkthrough = Recorder()
+    demo.train(walkthrough, "recipe")
+    (command,) = walkthrough.commands
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     assert command == [sys.executable, *launcher, "-m", "megatron_cpt", "train", "examples/quickstart/recipe.yaml"]
 
 
 @pytest.mark.parametrize(("code", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])
 def test_a_failing_command_ends_the_demo_with_its_status(code, status):
-    story = demo.Story(Console(file=io.StringIO()))
+    walkthrough = demo.Walkthrough(Console(file=io.StringIO()))
     with pytest.raises(StepError, match=f"status {status}") as caught:
-        story.run([sys.executable, "-c", code])
+        walkthrough.run([sys.executable, "-c", code])
     assert caught.value.exit_status == status
 
 
 def test_commands_are_shown_as_one_types_them():
-    story = demo.Story(Console(file=io.StringIO(), width=200))
+    walkthrough = demo.Walkthrough(Console(file=io.StringIO(), width=200))
     with pytest.raises(StepError):
-        story.run([*demo.MEGATRON_CPT, "no-such-command", "a b"])
-    assert story.console.file.getvalue() == "$ megatron-cpt no-such-command 'a b'\n"
+        walkthrough.run([*demo.MEGATRON_CPT, "no-such-command", "a b"])
+    assert walkthrough.console.file.getvalue() == "$ megatron-cpt no-such-command 'a b'\n"
 
 
 def test_each_step_is_timed():
-    story = demo.Story(Console(file=io.StringIO()))
-    with story.step("First"):
+    walkthrough = demo.Walkthrough(Console(file=io.StringIO()))
+    with walkthrough.step("First"):
         pass
-    with story.step("Second"):
+    with walkthrough.step("Second"):
         pass
-    assert list(story.seconds) == ["First", "Second"]
-    assert "2. Second" in story.console.file.getvalue()
+    assert list(walkthrough.seconds) == ["First", "Second"]
+    assert "2. Second" in walkthrough.console.file.getvalue()
 
 
 def test_report_of_three_finished_runs(tmp_path, monkeypatch):
@@ -107,12 +107,12 @@ def test_report_of_three_finished_runs(tmp_path, monkeypatch):
         ]
         (folder / "metrics.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
         (folder / "plan.json").write_bytes(orjson.dumps({"phases": [{"name": "all", "last_step": 2}]}))
-    story = demo.Story(Console(file=io.StringIO(), width=120))
-    demo.report(story)
+    walkthrough = demo.Walkthrough(Console(file=io.StringIO(), width=120))
+    demo.report(walkthrough)
     record = orjson.loads((demo.RUNS / "results.json").read_bytes())
     assert [row["domain"] for row in record["held_out_loss"]] == [
         *("c4", "oscar", "owt", "wiki", "github", "mean of general text", "boolq", "exams", "mean of questions")
     ]
     assert {(row["before"], row["baseline"], row["recipe"]) for row in record["held_out_loss"]} == {(5.0, 4.5, 4.0)}
     assert (demo.RUNS / "quickstart.png").stat().st_size > 10_000
-    assert "-0.500" in story.console.file.getvalue()
+    assert "-0.500" in walkthrough.console.file.getvalue()

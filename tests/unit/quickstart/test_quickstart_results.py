@@ -106,7 +106,7 @@ def test_a_run_cut_short_is_named(tmp_path):
     ("content", "message"),
     [
         (None, "metrics.jsonl: missing"),
-        (b"", "not one training step"),
+        (b"", "has no training step"),
         (b'{"step": 1, "loss": 2}\n{"st', "line 2 is not JSON"),
     ],
 )

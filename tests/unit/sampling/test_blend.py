@@ -78,7 +78,7 @@ skewed_weight_lists = st.lists(
 @settings(max_examples=100, deadline=None)
 @given(weights=weight_lists | skewed_weight_lists)
 def test_stays_with_its_weights_at_every_sample(weights):
-    # docs/decisions.md has the proof
+    # docs/internals/decisions.md has the proof
     ahead, behind = furthest_ahead_and_behind(normalized(weights), 600)
     assert ahead < 1 + 1e-9
     assert behind <= sum(1 / k for k in range(1, len(weights))) + 1e-9

@@ -1,7 +1,7 @@
 """Model families that can be converted, one file per family.
 
 To add a family, write a file with a `Family` and add it to `FAMILIES`. Its table of weights is made of the lines in
-`common` and of its own lines; docs/families.md has an example.
+`common` and of its own lines; docs/internals/families.md has an example.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""Every command of the guide runs, in the order of the pages, in one empty directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.guide import GuideCommand, GuideFile, guide_steps
+
+REPOSITORY = Path(__file__).parents[2]
+GUIDE = REPOSITORY / "docs" / "guide"
+# The order of mkdocs.yml: later pages use the files and runs of getting-started.md.
+PAGES = ("getting-started", "run-yaml", "data", "phases", "convert", "train", "evaluate", "plan")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guide")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment with `megatron-cpt` and `python` on the path, whether or not the package is installed."""
+    programs = tmp_path_factory.mktemp("bin")
+    for name, arguments in (("megatron-cpt", "-m megatron_cpt "), ("python", "")):
+        script = programs / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
+        script.chmod(0o755)
+    path = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **path}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_the_guide_runs(page: str, folder: Path, environment: dict[str, str]) -> None:
+    for step in guide_steps(GUIDE / f"{page}.md"):
+        if isinstance(step, GuideFile):
+            (folder / step.name).write_text(step.content)
+        elif step.skip_reason is None:
+            done = subprocess.run(
+                ["bash", "-c", step.text], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == step.status, f"$ {step.text}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_page_of_the_guide_is_run() -> None:
+    assert sorted(PAGES) == sorted(path.stem for path in GUIDE.glob("*.md"))
+
+
+def test_commands_that_are_not_run_say_why() -> None:
+    commands = [step for page in PAGES for step in guide_steps(GUIDE / f"{page}.md") if isinstance(step, GuideCommand)]
+    skipped = [(command.text.split()[1], command.skip_reason) for command in commands if command.skip_reason]
+    assert skipped == [("convert", "needs a downloaded model"), ("launch", "needs 8 GPUs")]
+    assert len(commands) - len(skipped) >= 25
