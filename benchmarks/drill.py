@@ -155,13 +155,13 @@ class Drill:
 
     def _note_start(self, job: Job, sound: int, found: list[str], began: bool) -> None:
         output = job.output()
-        origin = re.search(r"going on from \S+/step-(\d+)", output)
+        origin = re.search(r"resuming from \S+/step-(\d+)", output)
         if not began and origin is None:
             return  # it died before it said so
         if (int(origin[1]) if origin else 0) != sound:
             self._fail(job, f"went on from step {origin[1] if origin else 0}, the newest sound one is {sound}")
         newer = {name for name in found if int(name.removeprefix("step-")) > sound}
-        named = set(re.findall(r"checkpoint \S+/(step-\d+) is broken and passed over", output))
+        named = set(re.findall(r"WARNING: checkpoint \S+/(step-\d+) is ", output))
         if named != newer:
             self._fail(job, f"passed over {sorted(named)}, broken are {sorted(newer)}")
         self.tally.passed_over += len(newer)

@@ -34,7 +34,7 @@ from benchmarks.drill import AT_REST, IN_LIFE, NUM_RANKS, Drill, DrillError, Tal
 from benchmarks.record import RESULTS, machine, write_result
 from tests.helpers.checkpoints import differing
 from tests.helpers.job import Job
-from tests.helpers.runs import newest, read_metrics, small_run
+from tests.helpers.runs import newest, read_reproducible_metrics, small_run
 
 STEPS, EVERY, KEEP = 60, 3, 3
 MARGIN = 15  # no more faults so near to the end that the run may be over before they hit
@@ -121,7 +121,7 @@ def difference(quiet: Path, output: Path) -> str | None:
     states = [orjson.loads((newest(each) / "state.json").read_bytes()) for each in (quiet, output)]
     if states[0]["train"] != states[1]["train"]:
         return f"{output}: counters differ: {states}"
-    lines = [[{**line, "tokens_per_second": None} for line in read_metrics(each)] for each in (quiet, output)]
+    lines = [read_reproducible_metrics(each) for each in (quiet, output)]
     if lines[0] != lines[1]:
         wrong = [(a, b) for a, b in zip(*lines, strict=False) if a != b]
         return f"{output}: metrics.jsonl has {len(lines[1])} lines, not {len(lines[0])}, or differs: {wrong[:3]}"

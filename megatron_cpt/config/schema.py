@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
@@ -311,6 +312,15 @@ class WandbConfig(Section):
     mode: Literal["online", "offline"] = "online"
 
 
+def _parse_hook(entry: Any) -> Any:
+    if isinstance(entry, str) and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", entry):
+        raise ValueError('not of the form "module:Class", as in "my_package.hooks:EvalHook"')
+    return entry
+
+
+HookEntry = Annotated[str, BeforeValidator(_parse_hook)]
+
+
 class LogConfig(Section):
     """What is written down and how often."""
 
@@ -318,6 +328,8 @@ class LogConfig(Section):
     """Steps between lines on the console and in metrics.jsonl."""
     tensorboard: bool = False
     wandb: WandbConfig | None = None
+    hooks: list[HookEntry] = Field(default_factory=list)
+    """Your own hooks, "module:Class" each: classes derived from megatron_cpt.Hook, created without arguments."""
 
 
 def _model_preset(value: Any) -> Any:

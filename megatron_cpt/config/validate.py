@@ -46,6 +46,7 @@ _STAND_INS: dict[str, Any] = {
     "validation.sources.*": "source",
     "validation.sources.*[*]": "source",
     "log.wandb.project": "project",
+    "log.hooks[*]": "module:Class",
 }
 # Sections that are wrong as a whole where one entry is: without it they would mean something else.
 _WHOLE = ("batch.ramp_up", "schedule.warmup", "schedule.decay", "phases[*].until", "validation", "sources.*.fim")

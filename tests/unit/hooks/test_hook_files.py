@@ -1,4 +1,4 @@
-"""What hooks write, and what becomes of it on a disk that fills up."""
+"""Files of the hooks, also on a disk that fills up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_cpt.hooks.wandb import WandbHook
 
 @contextlib.contextmanager
 def room(size):
-    """Files of this process grow to so many bytes: a write takes what fits, and the next one fails."""
+    """Limit the files of this process to `size` bytes: a write takes what fits, and the next one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -44,6 +44,7 @@ def session(folder, **values):
 
 def line(step):
     return {"step": step, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0, "tokens": step,
+            "tflops_per_gpu": 1.0, "mfu": None, "peak_memory_gib": 1.0, "eta": 1.0,
             "loss_by_source": {"web": 1.0}, "samples_by_source": {"web": step}}  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_a_line_that_does_not_fit_leaves_the_file_as_it_was_and_names_it(tmp_pat
     path = tmp_path / "metrics.jsonl"
     file = JsonlLog(path)
     file.append({"step": 1})
-    with room(15), pytest.raises(CptError, match=r"metrics\.jsonl: cannot be written: File too large; make room"):
+    with room(15), pytest.raises(CptError, match=r"metrics\.jsonl: cannot be written: File too large"):
         file.append({"step": 2})
     assert path.read_bytes() == b'{"step":1}\n'
     file.append({"step": 2})
