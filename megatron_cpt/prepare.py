@@ -63,24 +63,24 @@ def prepare_run(
         ConfigError: with the problems of the configuration, of the files and of the plan.
         RefusedError: nothing is wrong but that a data set is broken.
     """
-    return _prepare(draft_config(read_mapping(path), overrides), str(path), need_files, num_gpus)
+    return _prepare(str(path), draft_config(read_mapping(path), overrides), need_files, num_gpus)
 
 
 def prepare_config(config: RunConfig, *, need_files: bool, num_gpus: int | None = None) -> PreparedRun:
     """Look up the files of a valid configuration and plan it; see `prepare_run`."""
-    return _prepare(Draft(config), config.name, need_files, num_gpus)
+    return _prepare(config.name, Draft(config), need_files, num_gpus)
 
 
-def _prepare(draft: Draft, origin: str, need_files: bool, num_gpus: int | None) -> PreparedRun:
+def _prepare(name: str, draft: Draft, need_files: bool, num_gpus: int | None) -> PreparedRun:
     if draft.config is None:
-        raise ConfigError(origin, draft.problems)
+        raise ConfigError(name, draft.problems)
     config, files = draft.config, _find_files(draft, draft.config, need_files)
     plan = build_plan(config, files.tokens, samples_per_epoch=files.samples_per_epoch, num_gpus=num_gpus)
     # Where a value was a stand-in, what the plan says about it would be a false alarm.
     planned = [problem.text for problem in plan.problems if draft.is_untouched(*problem.keys)]
     problems = [*draft.problems, *files.missing, *planned]
     if problems:
-        raise ConfigError(origin, [*problems, *files.broken])
+        raise ConfigError(name, [*problems, *files.broken])
     if files.broken:
         raise RefusedError("\n".join(files.broken))
     plan = replace(plan, warnings=(*files.notes, *plan.warnings))

@@ -76,6 +76,6 @@ def check_progress(state: TrainState, plan: RunPlan, checkpoint: str) -> None:
     if (planned.samples, planned.tokens) != (samples, state.tokens):
         raise RefusedError(
             f"{checkpoint}: its {state.step:,} steps read {samples:,} samples and {state.tokens:,} tokens; under this "
-            f"plan they would be {planned.samples:,} and {planned.tokens:,}: batch, ramp-up or phases changed for steps "
-            "already done; change only later steps, or start a new run with another output and init.from"
+            f"plan they would be {planned.samples:,} and {planned.tokens:,}: batch, ramp-up or phases changed for "
+            "steps already done; change only later steps, or start a new run with another output and init.from"
         )

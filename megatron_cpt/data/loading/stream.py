@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.loading.fim import FillInMiddle
-from megatron_cpt.data.tokenfile.reader import IndexedDataset
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.sampling.permutation import Permutation, derive_key
 from megatron_cpt.sampling.spans import SpanGrid
@@ -117,6 +117,18 @@ class TokenStream:
         self.dtype = np.result_type(*(dataset.dtype for dataset in self.datasets), *added)
         self._epoch: _Epoch | None = None  # the one read last
         self._window: tuple[tuple[int, int, int], Permutation] | None = None  # the one read last, and its order
+
+    @classmethod
+    def open(
+        cls, name: str, prefixes: str | list[str], *, seq_length: int, seed: int, fim: FillInMiddle | None = None
+    ) -> TokenStream:
+        """Open the files of a source."""
+        datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(prefixes)]
+        return cls(name, datasets, seq_length=seq_length, seed=seed, fim=fim)
+
+    def __getitem__(self, sample_index: int) -> npt.NDArray[Any]:
+        """Return the seq_length + 1 token ids of a sample; see `read`."""
+        return self.read(sample_index)
 
     def __repr__(self) -> str:
         return f"TokenStream({self.name!r}: {self.samples_per_epoch} samples of {self.seq_length} tokens an epoch)"

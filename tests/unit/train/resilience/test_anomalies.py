@@ -105,7 +105,7 @@ def test_losses_that_are_no_numbers_stay_out_of_the_mean():
 
     meter = LossMeter(["web", "code"], contributes_loss=True)
     meter.add(torch.tensor([[6.0, 2.0], [0.0, 0.0]], dtype=torch.float64), 2, 1.0)
-    meter.add(torch.tensor([[NAN, 2.0], [5.0, 1.0]], dtype=torch.float64), 3)
+    meter.add(torch.tensor([[NAN, 2.0], [5.0, 1.0]], dtype=torch.float64), 3, 1.0)
     numbers = meter.take()
     assert numbers["loss"] == 3.0
     assert numbers["loss_by_source"] == {"web": 3.0}
