@@ -106,8 +106,6 @@ def test_a_gpu_has_an_mfu_and_the_peak_of_its_own_memory(clock, monkeypatch):
 
 def test_importing_the_trainer_loads_no_megatron_core():
     """On a CPU `backend/cpu.py` must come first, and the command must catch signals before the slow import."""
-    code = (
-        "import sys, megatron_cpt.train.trainer; print([n for n in sys.modules if n.startswith('megatron.')])"
-    )
+    code = "import sys, megatron_cpt.train.trainer; print([n for n in sys.modules if n.startswith('megatron.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
