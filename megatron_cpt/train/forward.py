@@ -1,4 +1,4 @@
-"""Forward and backward passes over micro-batches, with summed losses by source."""
+"""Forward and backward passes of micro-batches, with summed losses by source."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ def packed_sequences(documents: npt.NDArray[np.int32], device: torch.device) -> 
     """Return the documents of a micro-batch as packed sequences, for attention kernels that take no mask.
 
     The samples are concatenated, and every sample and every document starts a new sequence, so no token attends to
-    another document, as with `document_mask`. Positions start at 0 in each sequence; rotary embeddings give the same
-    scores as with positions in the sample, because scores depend on distances only.
+    another document, as with `document_mask`. Positions start at 0 in each sequence; rotary embeddings
+    give equal scores for positions in the sample, because scores depend on distances only.
 
     Example: documents [[0, 0, 1], [1, 1, 1]] have the sequence bounds [0, 2, 3, 6].
 

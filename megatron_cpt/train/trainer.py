@@ -7,10 +7,7 @@ of it first. So this module imports neither megatron-core nor `train/setup.py` b
 from __future__ import annotations
 
 import contextlib
-import logging
-import sys
 import time
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +16,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_cpt.backend import StopRequest, catch_stop_signals, launched_rank, launched_world_size, process_groups
+from megatron_cpt.backend import StopRequest, launched_rank, launched_world_size, process_groups
 from megatron_cpt.checkpoint.preflight import check_allowed_names
 from megatron_cpt.config import RunConfig, format_duration
 from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
 from megatron_cpt.hooks import Hook, HookList, build_hooks
 from megatron_cpt.prepare import PreparedRun, prepare_config
 from megatron_cpt.train.metrics import mean_losses
-from megatron_cpt.train.report import metrics_line
+from megatron_cpt.train.metrics_line import metrics_line
+from megatron_cpt.train.own_process import own_process
 from megatron_cpt.train.resilience.anomalies import Anomaly, describe, find_anomaly, note_loss, reason_to_stop
 from megatron_cpt.train.resilience.failure_guard import guard
 from megatron_cpt.train.resilience.replicas import check_replicas
@@ -121,14 +119,12 @@ class Trainer:
         limits, stacks = config.resilience, Path(config.output) / "stacks"
         with contextlib.ExitStack() as opened:
             if self._owns_process:
-                self._stop = opened.enter_context(catch_stop_signals())
+                self._stop = opened.enter_context(own_process())
             watchdog = Watchdog(self._progress, limits.hang_timeout, rank=launched_rank(), folder=stacks)
             opened.enter_context(watchdog)
             ranks = opened.enter_context(process_groups(config.parallel, timeout=_COLLECTIVE_TIMEOUT))
             opened.enter_context(guard(limits, ranks, watchdog, self._progress))
-            if self._owns_process:
-                _configure_messages(is_main=ranks.is_main)
-            # before anything is written, for a hook may refuse what it is asked for
+            # Before anything is written, because a hook may refuse to run.
             self.hooks = HookList([*build_hooks(config, console=self._has_console), *self._own_hooks])
             self._progress.note("setup")
             from megatron_cpt.train.setup import setup
@@ -182,7 +178,7 @@ class Trainer:
             is_last = state.step == session.last_step
             reason = "" if is_last else self._reason_to_stop(result)
             is_end = is_last or reason != ""
-            # After a skipped update the save waits for an applied one: weights that only give bad steps are useless
+            # After a skipped update the save waits for an applied one, because the weights may be the reason for it.
             saves = is_end or (is_save_due and state.skipped_in_a_row == 0)
             if hash_every is not None and (saves or _is_due(state.step, hash_every)):
                 check_replicas(session.model.chunks, state.step)
@@ -280,18 +276,3 @@ class Trainer:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _configure_messages(*, is_main: bool) -> None:
-    """Print our log messages to stderr, only errors on ranks other than the main one, and silence the libraries."""
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    ours = logging.getLogger("megatron_cpt")
-    ours.setLevel(logging.INFO if is_main else logging.ERROR)
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        ours.addHandler(handler)
-        ours.propagate = False
-    for name in ("megatron", "megatron.core"):
-        logging.getLogger(name).setLevel(logging.ERROR)

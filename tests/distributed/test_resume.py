@@ -116,7 +116,7 @@ def test_weights_and_optimizer_are_two_ways_to_start(run_file: Path, base: Path)
     key = "optimizer.state.exp_avg.output_layer.weight"
     for tensors in (fresh, carried):
         assert tensors["output_layer.weight"].equal(origin["output_layer.weight"])
-    # one step of momentum at beta1 = 0.9: 0.9 m + 0.1 g, against 0.1 g from a fresh start
+    # one step of momentum at beta1 = 0.9: 0.9 m + 0.1 g, and 0.1 g without a carried m
     assert (carried[key] - 0.9 * origin[key]).allclose(fresh[key], atol=1e-6)
     assert not carried[key].allclose(fresh[key], atol=1e-4)
 
@@ -124,7 +124,7 @@ def test_weights_and_optimizer_are_two_ways_to_start(run_file: Path, base: Path)
 def test_adam_goes_on_with_the_numbers_of_the_run_and_not_with_those_of_the_checkpoint(
     run_file: Path, tmp_path: Path
 ) -> None:
-    """Adam's betas and epsilon are those of the run; megatron-core alone would take them from the checkpoint."""
+    """Adam takes betas and epsilon from the run; megatron-core alone would take them from the checkpoint."""
     resumed = [f"output={tmp_path}/out", "schedule.max_lr=1e-60", "schedule.min_lr=0"]
     changed = ["optimizer.betas=[0.5, 0.7]"]
     run_ranks(1, train_here, str(run_file), [*resumed, "stop_at_step=4"])

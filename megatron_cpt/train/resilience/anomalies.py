@@ -38,7 +38,7 @@ class Anomaly:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the update is applied despite the anomaly."""
+        """True if the update is applied despite the anomaly."""
         return self.action == "warn"
 
 

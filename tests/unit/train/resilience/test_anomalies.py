@@ -1,4 +1,4 @@
-"""The rules that call a step wrong, by exact numbers."""
+"""Rules for bad steps, by exact numbers."""
 
 from __future__ import annotations
 
