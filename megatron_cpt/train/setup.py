@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,20 +116,11 @@ def setup(
     check_machine(config, read_machine())
     streams = open_streams(config, eod_id)
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
-    corrupt: dict[Path, list[str]] = {}
-    while True:
-        own = newest_valid(layout.checkpoints_folder(config.output), config.checkpoint.verify, corrupt)
-        if own is not None:
-            preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
-        origin = own or init_checkpoint(config, corrupt)
-        try:
-            model, optimizer, state = _build_and_load(config, ranks, own, origin)
-            break
-        except CorruptCheckpointError as error:
-            if error.path in corrupt:
-                raise
-            corrupt[error.path] = error.faults
-        gc.collect()  # free the model with the corrupt values before another one is built
+
+    def check_resume(own: Path) -> None:
+        preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
+
+    own, origin, model, optimizer, state = _build_from_newest_valid(config, ranks, check_resume)
     if own is not None:
         fingerprints = read_state(own)["data_fingerprints"] | fingerprints
         with corrupt_as_refused(own):
@@ -163,6 +154,30 @@ def setup(
     )
 
 
+def _build_from_newest_valid(
+    config: RunConfig, ranks: Ranks, check_resume: Callable[[Path], None]
+) -> tuple[Path | None, Path | None, Model, MegatronOptimizer, TrainState]:
+    """Find the checkpoint to start from, build the model and load it; a collective call.
+
+    Returns:
+        The run's own checkpoint (None: the run starts), the checkpoint that was loaded (None: random weights), the
+        model, its optimizer and the progress of the run.
+    """
+    corrupt: dict[Path, list[str]] = {}
+    while True:
+        own = newest_valid(layout.checkpoints_folder(config.output), config.checkpoint.verify, corrupt)
+        if own is not None:
+            check_resume(own)
+        origin = own or init_checkpoint(config, corrupt)
+        try:
+            return own, origin, *_build_and_load(config, ranks, own, origin)
+        except CorruptCheckpointError as error:
+            if error.path in corrupt:
+                raise
+            corrupt[error.path] = error.faults
+        gc.collect()  # free the model with the corrupt values before another one is built
+
+
 def _build_and_load(
     config: RunConfig, ranks: Ranks, own: Path | None, origin: Path | None
 ) -> tuple[Model, MegatronOptimizer, TrainState]:
@@ -172,7 +187,7 @@ def _build_and_load(
         CorruptCheckpointError: shards of the checkpoint are corrupt.
     """
     seed_everything(config.seed, pipeline_rank=ranks.pipeline_rank)
-    model = build_model(config)
+    model = build_model(config, draw_weights=origin is None)
     if ranks.is_main:
         knobs = ", ".join(sorted(model.knobs)) or "nothing fused or overlapped"
         logger.info("layers: %s; speed: %s", model.layers, knobs)

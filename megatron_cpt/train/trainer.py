@@ -176,7 +176,7 @@ class Trainer:
             if result.anomaly is not None:
                 self._report_anomaly(result, result.anomaly)
             is_last = state.step == session.last_step
-            reason = "" if is_last else self._reason_to_stop(result)
+            reason = "" if is_last else self._early_end_reason(result)
             is_end = is_last or reason != ""
             # After a skipped update the save waits for an applied one, because the weights may be the reason for it.
             saves = is_end or (is_save_due and state.skipped_in_a_row == 0)
@@ -224,7 +224,7 @@ class Trainer:
         note_loss(state, loss, anomaly, spike)
         return anomaly
 
-    def _reason_to_stop(self, result: StepResult) -> str:
+    def _early_end_reason(self, result: StepResult) -> str:
         """Return why the process ends before the end of the run; empty if it continues."""
         is_signaled, is_out_of_time = result.requests
         if is_signaled:
@@ -249,8 +249,8 @@ class Trainer:
         session = self.session
         if session.validator is None:
             return
-        phase, started = f"validation after step {session.state.step}", time.perf_counter()
-        losses = session.validator.run(session.forward, lambda source: self._progress.note(f"{phase}: {source}"))
+        activity, started = f"validation after step {session.state.step}", time.perf_counter()
+        losses = session.validator.run(session.forward, lambda source: self._progress.note(f"{activity}: {source}"))
         session.meter.skip_time(time.perf_counter() - started)
         self.hooks.on_validation(session, {"step": session.state.step, "validation": losses})
 
