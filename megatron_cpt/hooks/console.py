@@ -46,7 +46,7 @@ class ConsoleHook(Hook):
             f"step {line['step']:>{len(str(steps))}}/{steps}  {line['phase']}"
             f"  loss {line['loss']:.4f}  lr {line['lr']:.3e}  grad {line['grad_norm']:.3f}"
             f"  {format_count(line['tokens_per_second'])} tokens/s{mfu}"
-            f"  {line['peak_memory_gib']:.1f} GiB  {_clock_time(line['eta'])} left"
+            f"  peak {line['peak_memory_gib']:.1f} GiB  {_clock_time(line['eta'])} left"
         )
 
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ class Progress:
         self.phase, self.count = "start", 0
 
     def note(self, phase: str) -> None:
-        """Note the begin of a phase."""
+        """Note the beginning of a phase."""
         self.phase, self.count = phase, self.count + 1
 
 
