@@ -129,7 +129,7 @@ def test_it_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytes
     def never(*_: object, **__: object) -> None:
         pytest.fail("data or checkpoints were looked at first")
 
-    monkeypatch.setattr(setup, "_stream", never)
+    monkeypatch.setattr(setup, "open_streams", never)
     monkeypatch.setattr(setup, "newest_valid", never)
     monkeypatch.setattr(setup, "read_machine", lambda: A100)
     with pytest.raises(UserError, match="needs an Ada"):
