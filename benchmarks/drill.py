@@ -1,7 +1,7 @@
-"""One small run under faults: it is started again and again, as a scheduler would, until it is done.
+"""One small run under faults, restarted as by a scheduler until it is done.
 
-Every fault must be seen to have hit, by what it did, or it does not count; and every start must go on from the newest
-checkpoint that is sound, or the drill fails.
+A fault counts only if its effect was observed. Every start must resume from the newest valid checkpoint, or the drill
+fails.
 """
 
 from __future__ import annotations
@@ -28,27 +28,29 @@ from tests.helpers.faults import Death, cut, flip_bit
 from tests.helpers.job import Job
 
 NUM_RANKS = 4
-PATIENCE_SECONDS = 150.0  # for a rank to begin, to make a step, to end; a loaded machine is slow
-GRACE_SECONDS = 30.0  # for the other ranks to follow one that ended badly, as torchrun gives them
+PATIENCE_SECONDS = 150.0  # for a rank to start, to make a step, to end; a loaded machine is slow
+GRACE_SECONDS = 30.0  # for the other ranks to end after one failed, as torchrun gives them
 
 
 class DrillError(AssertionError):
-    """The run did what it must never do; the message has its output."""
+    """The run broke a guarantee; the message contains its output."""
 
 
 @dataclass
 class Tally:
-    """What happened.
+    """Counters of a drill.
 
     Attributes:
-        faults: that hit, by kind.
-        missed: that were tried and had no effect.
+        faults: with an observed effect, by kind.
+        missed: without an effect, by kind.
         lives: starts of the job.
-        recoveries: starts after a fault that went on where they should.
-        steps_done, steps_lost, most_steps_lost: steps that count; done again after a fault; at most by one fault.
-        passed_over: broken checkpoints that a start found and named.
-        launcher_kills: ranks that did not follow a dead one by themselves (a stopped one cannot, and does not count).
-        seconds_down: from the end of a life to the next one's first step.
+        recoveries: starts after a fault that resumed at the right step.
+        steps_done: steps of the finished runs.
+        steps_lost: steps repeated after a fault.
+        most_steps_lost: steps repeated after one fault, at most.
+        passed_over: corrupt checkpoints that a start found, named and skipped.
+        launcher_kills: ranks that did not end by themselves after another one died, without ranks under SIGSTOP.
+        seconds_down: from the end of a life to the first step of the next one.
     """
 
     faults: Counter[str] = field(default_factory=Counter)
@@ -64,41 +66,38 @@ class Tally:
 
 
 class Drill:
-    """A run directory, and what is done to it."""
+    """A run directory and the faults that hit it."""
 
     def __init__(self, run_file: Path, output: Path, overrides: list[str], rng: random.Random, tally: Tally) -> None:
         self.output, self.folder = output, checkpoints_folder(output)
         self.arguments = [str(run_file), f"output={output}", *overrides]
         self.rng, self.tally = rng, tally
         self._ended: float | None = None
-        self._last_step = 0  # that the life before had done
+        self._last_step = 0  # of the previous life
 
     def live(self, kind: str | None) -> int:
-        """One life of the job, with a fault of this kind in it; None: without.
-
-        Returns:
-            Its exit status.
+        """Run the job once, with a fault of this kind, and return its exit status; None: without a fault.
 
         Raises:
-            DrillError: it started over, went on from something wrong, hung, or ended as it should not.
+            DrillError: it started from scratch, resumed from the wrong step, hung, or ended with a wrong status.
         """
         harm = IN_LIFE[kind] if kind else None
-        sound = self.newest_valid()
+        valid = self.newest_valid()
         found = self.published()
         before = self.metrics_inode()
         prepare = self.death() if kind == "death at a change of a file" else None
         with Job(NUM_RANKS, self.arguments, self.output.parent / "logs", prepare=prepare) as job:
             self.tally.lives += 1
-            began = self.wait_for_step(job, sound + 1, before)
-            self._note_start(job, sound, found, began)
+            began = self.wait_for_step(job, valid + 1, before)
+            self._note_start(job, valid, found, began)
             if harm is not None and began:
-                self.wait_for_step(job, sound + self.rng.randint(1, 5), before)
+                self.wait_for_step(job, valid + self.rng.randint(1, 5), before)
                 time.sleep(self.rng.uniform(0, 0.2))
                 harm(self, job)
             try:
                 status = job.wait(timeout=PATIENCE_SECONDS if kind else 10 * PATIENCE_SECONDS, grace=GRACE_SECONDS)
             except TimeoutError:
-                self._fail(job, f"hung under {kind}" if kind != "full disk" else "went on, or hung, on a full disk")
+                self._fail(job, f"hung under {kind}" if kind != "full disk" else "continued, or hung, on a full disk")
             self._ended = time.monotonic()
             if began:
                 self._last_step = self.last_step()
@@ -106,66 +105,66 @@ class Drill:
         return status
 
     def harm_files(self, kind: str) -> bool:
-        """Harm the files of the run while nothing runs; whether there was anything to harm."""
+        """Damage files of the newest checkpoint while nothing runs; return False if that must not be done."""
         newest = self.folder / f"step-{self.newest_valid():08d}"
-        if len(self._sound_steps()) < 2:  # one sound checkpoint must stay, or the run has to be refused
+        if len(self._valid_steps()) < 2:  # without another valid checkpoint the run would be refused
             return False
         AT_REST[kind](self, newest)
         self.tally.faults[kind] += 1
         return True
 
     def published(self) -> list[str]:
-        """Names of the checkpoints."""
+        """Return the names of the checkpoints."""
         return [path.name for path in list_checkpoints(self.folder)]
 
     def newest_valid(self) -> int:
-        """Step of the newest checkpoint that is whole; 0: none."""
-        return max(self._sound_steps(), default=0)
+        """Return the step of the newest valid checkpoint; 0: there is none."""
+        return max(self._valid_steps(), default=0)
 
     def last_step(self) -> int:
-        """The last step that metrics.jsonl knows."""
+        """Return the step of the last line of metrics.jsonl; 0: there is none."""
         path = self.output / "metrics.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last \n is half a line
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # without an incomplete last line
         return max((int(orjson.loads(line)["step"]) for line in lines[-1:]), default=0)
 
     def metrics_inode(self) -> int:
-        """Changes as soon as a life has taken the file over."""
+        """Return the inode of metrics.jsonl, which changes when a new life rewrites the file."""
         path = self.output / "metrics.jsonl"
         return path.stat().st_ino if path.exists() else 0
 
     def wait_for_step(self, job: Job, step: int, inode_before: int) -> bool:
-        """Wait until this life has done a step; False: it ended before that."""
+        """Wait until this life has done a step; return False if it ended before."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.metrics_inode() == inode_before or self.last_step() < step:
             if not job.is_running():
                 return False
             if time.monotonic() > deadline:
-                self._fail(job, f"did not come to step {step}")
+                self._fail(job, f"did not reach step {step}")
             time.sleep(0.005)
         return True
 
     def death(self) -> Callable[[int], None]:
-        """What a rank is told that dies before some change of a file."""
+        """Return the function that lets a rank die before a random change of a file."""
         rank = self.rng.randrange(NUM_RANKS)
         number = self.rng.randint(1, 60 if rank == 0 else 12)  # the main rank writes most of the files
         return partial(_die_later, rank, number, str(self.output))
 
-    def _sound_steps(self) -> list[int]:
+    def _valid_steps(self) -> list[int]:
         return [int(path.name.removeprefix("step-")) for path in list_checkpoints(self.folder) if _is_valid(path)]
 
-    def _note_start(self, job: Job, sound: int, found: list[str], began: bool) -> None:
+    def _note_start(self, job: Job, valid: int, found: list[str], began: bool) -> None:
         output = job.output()
-        origin = re.search(r"going on from \S+/step-(\d+)", output)
+        origin = re.search(r"resuming from \S+/step-(\d+)", output)
         if not began and origin is None:
-            return  # it died before it said so
-        if (int(origin[1]) if origin else 0) != sound:
-            self._fail(job, f"went on from step {origin[1] if origin else 0}, the newest sound one is {sound}")
-        newer = {name for name in found if int(name.removeprefix("step-")) > sound}
-        named = set(re.findall(r"checkpoint \S+/(step-\d+) is broken and passed over", output))
+            return  # it died before it printed the line
+        if (int(origin[1]) if origin else 0) != valid:
+            self._fail(job, f"resumed from step {origin[1] if origin else 0}, but the newest valid step is {valid}")
+        newer = {name for name in found if int(name.removeprefix("step-")) > valid}
+        named = set(re.findall(r"WARNING: checkpoint \S+/(step-\d+) is ", output))
         if named != newer:
-            self._fail(job, f"passed over {sorted(named)}, broken are {sorted(newer)}")
+            self._fail(job, f"skipped {sorted(named)}, but {sorted(newer)} are corrupt")
         self.tally.passed_over += len(newer)
-        lost, self._last_step = max(self._last_step - sound, 0), sound
+        lost, self._last_step = max(self._last_step - valid, 0), valid
         self.tally.steps_lost += lost
         self.tally.most_steps_lost = max(self.tally.most_steps_lost, lost)
         if self._ended is not None:
@@ -188,17 +187,17 @@ class Drill:
         elif status != EXIT_FAILURE or -signal.SIGKILL not in statuses:
             self._fail(job, f"{kind}: statuses {statuses}")
         elif kind == "kill in a save" and not list(self.folder.glob(".step-*")):
-            kind = "kill"  # the save was over before the signal came
+            kind = "kill"  # the save ended before the signal came
         if kind == "SIGSTOP":
             if len(job.left_behind) != 1:
-                self._fail(job, f"SIGSTOP: ranks {job.left_behind} had to be killed, not the stopped one alone")
+                self._fail(job, f"SIGSTOP: ranks {job.left_behind} had to be killed, not only the stopped one")
         else:
             self.tally.launcher_kills += len(job.left_behind)
         self.tally.faults[str(kind)] += 1
 
-    def _fail(self, job: Job, what: str) -> None:
+    def _fail(self, job: Job, message: str) -> None:
         job.kill()
-        raise DrillError(f"{what}\n{self.output}: {self.published()}\n{job.output()}")
+        raise DrillError(f"{message}\n{self.output}: {self.published()}\n{job.output()}")
 
 
 def _is_valid(checkpoint: Path) -> bool:
@@ -236,13 +235,13 @@ def _kill_in_a_save(drill: Drill, job: Job) -> None:
 
 
 def _fill_disk(drill: Drill, job: Job) -> None:
-    """A size that logs and metrics stay below, and shards do not."""
+    """Limit the size of files to one that logs and metrics stay below, and shards do not."""
     limit = (drill.rng.randint(40_000, 90_000), resource.RLIM_INFINITY)
     resource.prlimit(job.pids[drill.rng.randrange(NUM_RANKS)], resource.RLIMIT_FSIZE, limit)
 
 
 def _nothing(drill: Drill, job: Job) -> None:
-    """The rank carries its fault in itself."""
+    """Do nothing, because the fault happens inside the rank; see `Drill.death`."""
 
 
 def _any_file(drill: Drill, checkpoint: Path) -> Path:
@@ -269,7 +268,7 @@ def _spoil_latest(drill: Drill, checkpoint: Path) -> None:
 
 
 def _half_a_save(drill: Drill, checkpoint: Path) -> None:
-    """What a save leaves whose step never comes again."""
+    """Leave the temporary folder of a save whose step never comes again."""
     shutil.copytree(checkpoint, drill.folder / ".step-99999998.tmp", dirs_exist_ok=True)
 
 

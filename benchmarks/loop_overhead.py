@@ -1,12 +1,12 @@
-"""What our loop costs on top of a bare megatron-core loop of the same model.
+"""Overhead of our training loop over a bare megatron-core loop of the same model.
 
     python benchmarks/loop_overhead.py [--blocks 7] [--steps 10]
 
-One process, one model, one optimizer. The real `train()` runs (loader, blend, loss by source, metrics.jsonl, console,
-stop signal), and between blocks of its steps a hook runs as many steps of a bare loop on the same model:
-megatron-core's forward-backward function and optimizer on one batch that lies in memory, nothing else. Block times
-alternate, so drift of the machine meets both; the figures are the medians of the ratios of neighboring blocks, in wall
-time and in processor time (which a busy neighbor on the machine does not lengthen).
+One process, one model, one optimizer. The real `Trainer` runs (loader, blend, loss by source, metrics.jsonl, console,
+stop signals). After each block of its steps a hook runs the same number of steps of a bare loop on the same model: only
+megatron-core's forward-backward function and optimizer, on one batch in memory. The blocks alternate, so slow changes
+of the machine affect both. The result is the median ratio of neighboring blocks, in wall time and in processor time
+(which does not depend on other processes).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import numpy as np
 import yaml
 from record import machine, write_result
 
-from megatron_cpt.backend import StopRequest, cpu, process_groups
-from megatron_cpt.config import ParallelConfig
 from megatron_cpt.data import IndexedDatasetWriter
+from megatron_cpt.hooks import Hook
+from megatron_cpt.prepare import prepare_run
+from megatron_cpt.train.trainer import Trainer
 
 SEQ_LENGTH, GLOBAL, MICRO = 256, 16, 8
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -36,9 +37,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=7, help="blocks of each loop")
     parser.add_argument("--steps", type=int, default=10, help="steps of a block")
     options = parser.parse_args()
-    cpu.install()
-    with tempfile.TemporaryDirectory() as folder, process_groups(ParallelConfig()) as ranks:
-        ours, bare = run(Path(folder), ranks, options.blocks, options.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, bare = run(Path(folder), options.blocks, options.steps)
     overhead = {
         clock: overhead_of([block[clock] for block in ours], [block[clock] for block in bare]) for clock in CLOCKS
     }
@@ -48,7 +48,7 @@ def main() -> None:
         "loop_overhead",
         {
             "machine": machine(),
-            "what": f"tiny_nemotron with 4,096 ids, {GLOBAL} x {SEQ_LENGTH} tokens a step, fp32, one process",
+            "what": f"tiny_nemotron with 4,096 ids, {GLOBAL} x {SEQ_LENGTH} tokens per step, fp32, one process",
             "steps_a_block": options.steps,
             "seconds_ours": ours,
             "seconds_bare": bare,
@@ -59,43 +59,31 @@ def main() -> None:
 
 
 def overhead_of(ours: list[float], bare: list[float]) -> float:
-    """Median of the ratios of neighboring blocks, less 1."""
+    """Return the median ratio of neighboring blocks, minus 1."""
     return statistics.median(a / b for a, b in zip(ours, bare, strict=True)) - 1
 
 
 def read_clocks() -> dict[str, float]:
-    """Both clocks, now."""
+    """Return the current time of both clocks."""
     return {clock: read() for clock, read in CLOCKS.items()}
 
 
-def since(start: dict[str, float]) -> dict[str, float]:
-    """Seconds on both clocks."""
+def seconds_since(start: dict[str, float]) -> dict[str, float]:
+    """Return the seconds since `start` on both clocks."""
     return {clock: value - start[clock] for clock, value in read_clocks().items()}
 
 
-def run(folder: Path, ranks: Any, blocks: int, steps: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Seconds of each block: ours, bare."""
-    from megatron_cpt.hooks import build_hooks
-    from megatron_cpt.prepare import prepare_run
-    from megatron_cpt.train.setup import setup
-    from megatron_cpt.train.trainer import train
-
+def run(folder: Path, blocks: int, steps: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Return the seconds of each block of our loop and of the bare loop."""
     prepared = prepare_run(run_file(folder, (blocks + 1) * steps), need_files=True)
-    session = setup(prepared.config, prepared.plan, ranks, eod_id=None)
-    session.output.mkdir()
-    alternate = make_alternating_hook(session, steps)
-    hooks = [*build_hooks(prepared.config), alternate]
-    try:
-        train(session, hooks, StopRequest())
-    finally:
-        session.loader.close()
-        for hook in hooks:
-            hook.on_end(session)
+    alternate = AlternatingHook(steps)
+    with Trainer(prepared, hooks=[alternate], console=True, owns_process=True) as trainer:
+        trainer.fit()
     return alternate.ours[1:], alternate.bare[1:]  # the first blocks warm up
 
 
 def run_file(folder: Path, steps: int) -> Path:
-    """A run over two sources of random tokens, logged every step: the dearest setting."""
+    """Write a run over two sources of random tokens, logged every step, which costs most."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         with IndexedDatasetWriter(str(folder / name), np.uint16) as writer:
@@ -121,36 +109,36 @@ def run_file(folder: Path, steps: int) -> Path:
     return path
 
 
-def make_alternating_hook(session: Any, steps: int) -> Any:
-    """A hook that times blocks of the loop it is called from, and runs a bare block after each."""
-    from megatron_cpt.train.hook import Hook
+class AlternatingHook(Hook):
+    """Timer of blocks of the loop; runs a block of the bare loop after each.
 
-    class Alternate(Hook):
-        """Called last in every step; `ours` counts all that happens between two of its calls."""
+    It is the last hook, so `ours` contains everything between two of its calls.
+    """
 
-        def __init__(self) -> None:
-            self.ours: list[dict[str, float]] = []
-            self.bare: list[dict[str, float]] = []
-            self._bare_step = make_bare_step(session)
+    def __init__(self, steps: int) -> None:
+        self.ours: list[dict[str, float]] = []
+        self.bare: list[dict[str, float]] = []
+        self._steps = steps
 
-        def on_start(self, session: Any) -> None:
-            self._started = read_clocks()
+    def on_start(self, session: Any) -> None:
+        """Start the first block."""
+        self._run_bare_step = make_bare_step(session)
+        self._started = read_clocks()
 
-        def on_step(self, session: Any) -> None:
-            if session.state.step % steps:
-                return
-            self.ours.append(since(self._started))
-            before = read_clocks()
-            for _ in range(steps):
-                self._bare_step()
-            self.bare.append(since(before))
-            self._started = read_clocks()
-
-    return Alternate()
+    def on_step(self, session: Any) -> None:
+        """At the end of a block, run a block of the bare loop."""
+        if session.state.step % self._steps:
+            return
+        self.ours.append(seconds_since(self._started))
+        before = read_clocks()
+        for _ in range(self._steps):
+            self._run_bare_step()
+        self.bare.append(seconds_since(before))
+        self._started = read_clocks()
 
 
 def make_bare_step(session: Any) -> Any:
-    """The least that trains: megatron-core's schedule and optimizer on a batch in memory."""
+    """Return the smallest training step: megatron-core's schedule and optimizer on a batch in memory."""
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
 

@@ -1,11 +1,10 @@
-"""How soon the other ranks end when one is killed, and what the watch over a run costs.
+"""Time until the other ranks end after one is killed, and cost of hashing the parameters.
 
     python benchmarks/resilience.py [--kills 5] [--mib 256]
 
-1. A small job of four ranks (TP 2 x DP 2, gloo, the launcher's store) loses a rank to kill -9 in the middle of its
-   steps, again and again; the seconds until the last of the other ranks has ended with status 1 are what counts.
-2. The hash of parameters (`resilience.parameter_hash_every`) over bf16 weights, beside one read of the same bytes by
-   `torch.sum`.
+1. Seconds from kill -9 of one rank until the last other rank ends with status 1, in a small job of four ranks (TP 2 x
+   DP 2, gloo, the launcher's store).
+2. Speed of the hash of parameters (`resilience.parameter_hash_every`) over bf16 weights, compared with `torch.sum`.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from tests.helpers.runs import small_run
 def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=5, help="jobs that lose a rank")
-    parser.add_argument("--mib", type=int, default=256, help="bf16 weights to hash")
+    parser.add_argument("--kills", type=int, default=5, help="number of jobs that lose a rank")
+    parser.add_argument("--mib", type=int, default=256, help="MiB of bf16 weights to hash")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = small_run(Path(folder))
@@ -43,7 +42,7 @@ def main() -> None:
 
 
 def seconds_to_end(run: Path, output: Path, rank: int) -> float:
-    """Kill a rank of a running job; seconds until all others have ended with status 1."""
+    """Kill a rank of a running job and return the seconds until all others have ended with status 1."""
     arguments = [str(run), f"output={output}", "tokens=1e8", "parallel.tensor=2"]
     metrics = output / "metrics.jsonl"
     with Job(4, arguments, output.with_suffix(".logs")) as job:
@@ -61,7 +60,7 @@ def seconds_to_end(run: Path, output: Path, rank: int) -> float:
 
 
 def hash_speed(mib: int) -> dict[str, Any]:
-    """GB/s of the hash and of a sum over the same weights, by turns on one thread; medians of five."""
+    """Return GB per second of the hash and of a sum over the same weights, on one thread; medians of five."""
     import torch
 
     from megatron_cpt.train.resilience.replicas import bit_hash

@@ -1,17 +1,18 @@
-"""A drill: small runs under random faults, restarted as a scheduler would, against one that nothing disturbs.
+"""Drill: small runs under random faults, restarted as by a scheduler, compared with an undisturbed run.
 
-    make soak FAULTS=50 MINUTES=10                                    # or, with the seed of an earlier drill:
+    make soak FAULTS=50 MINUTES=10                                    # or with the seed of an earlier drill:
     python -m benchmarks.soak [--faults 50] [--minutes 10] [--seed 7] [--folder /fast/disk]
 
-Each run trains 60 steps of a small Llama in bf16 on 4 processes (tensor parallel 2 x data parallel 2), over a phase
-switch, with a checkpoint every 3 steps of which 3 stay; every second run saves asynchronously. Ranks are killed, in a
-save, at one exact operation on a file, or all at once; stopped by SIGTERM, SIGUSR1 and SIGSTOP; their disk is full; and
-between two lives of the job files of the newest checkpoint are flipped, cut and lost. At its end a run's weights,
-optimizer, random states, counters and every line of metrics.jsonl (except the speed) must be those of the quiet run, to
-the bit. A fault counts only where its effect was seen; see drill.py.
+Each run trains 60 steps of a small Llama in bf16 on 4 processes (tensor parallel 2 x data parallel 2) over a phase
+switch. It saves every 3 steps and keeps 3 checkpoints; every second run saves asynchronously. The faults: ranks are
+killed during a save, at one exact operation on a file, or all together; they get SIGTERM, SIGUSR1 or SIGSTOP; their
+disk is full; and between two lives of the job, bits of the newest checkpoint are flipped and its files cut or removed.
 
-results/soak.json adds up over all drills. The seed decides kinds, ranks, files, bits and delays; the machine's load
-decides where a delay ends, so a seed repeats a drill nearly, not exactly.
+At its end a run's weights, optimizer, random states, counters and every line of metrics.jsonl (except the speed) must
+equal the undisturbed run bit for bit. A fault counts only if its effect was observed; see drill.py.
+
+results/soak.json contains the sums over all drills. The seed decides kinds, ranks, files, bits and delays. The load
+of the machine decides where a delay ends, so a seed repeats a drill approximately.
 """
 
 from __future__ import annotations
@@ -34,28 +35,28 @@ from benchmarks.drill import AT_REST, IN_LIFE, NUM_RANKS, Drill, DrillError, Tal
 from benchmarks.record import RESULTS, machine, write_result
 from tests.helpers.checkpoints import differing
 from tests.helpers.job import Job
-from tests.helpers.runs import newest, read_metrics, small_run
+from tests.helpers.runs import newest, read_reproducible_metrics, small_run
 
 STEPS, EVERY, KEEP = 60, 3, 3
-MARGIN = 15  # no more faults so near to the end that the run may be over before they hit
-AT_REST_SHARE = 0.4  # of the lives begin with harmed files
+MARGIN = 15  # no faults in the last steps, where the run may end before they hit
+AT_REST_SHARE = 0.4  # share of the lives that begin with damaged files
 RUN = {
     "model": {"preset": "tiny_llama", "layers": 2, "hidden": 64, "ffn_hidden": 96, "vocab": 257},
     "precision": {"compute": "bf16"},
     "parallel": {"tensor": 2, "sequence": True, "distributed_optimizer": True},
     "tokens": STEPS * 8 * 32,
     "checkpoint": {"every": EVERY, "keep": KEEP},
-    # a stopped rank is noticed by its silence; a machine that is loaded may be silent for seconds
+    # a stopped rank is noticed by its missing heartbeat; ranks on a loaded machine may miss it for seconds
     "resilience": {"peer_timeout": 15, "hang_timeout": 120},
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=50, help="faults that must hit")
-    parser.add_argument("--minutes", type=float, default=10.0, help="no further fault after this time")
+    parser.add_argument("--faults", type=int, default=50, help="number of faults")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time after which no further fault is made")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--folder", help="where the runs are written")
+    parser.add_argument("--folder", help="folder for the runs")
     options = parser.parse_args()
     print(f"seed {options.seed}: up to {options.faults} faults, {options.minutes:g} minutes")
     folder = Path(tempfile.mkdtemp(prefix="soak.", dir=options.folder))
@@ -95,15 +96,15 @@ def main() -> int:
 
 
 def train_quietly(run_file: Path, output: Path, *overrides: str) -> Path:
-    """The run that nothing happens to."""
+    """Train the undisturbed run."""
     with Job(NUM_RANKS, [str(run_file), f"output={output}", *overrides], output.parent / "logs") as job:
         if (status := job.wait(timeout=600)) != 0:
-            raise SystemExit(f"the quiet run ended with status {status}\n{job.output()}")
+            raise SystemExit(f"the undisturbed run ended with status {status}\n{job.output()}")
     return output
 
 
 def disturb_until_done(drill: Drill, is_over: Any) -> None:
-    """Lives of one run, each with a fault until the end is near, until one ends with status 0."""
+    """Restart a run, with one fault per life except near its end, until it ends with status 0."""
     while True:
         is_quiet = is_over() or drill.newest_valid() > STEPS - MARGIN
         if not is_quiet and drill.rng.random() < AT_REST_SHARE:
@@ -114,14 +115,14 @@ def disturb_until_done(drill: Drill, is_over: Any) -> None:
 
 
 def difference(quiet: Path, output: Path) -> str | None:
-    """What is not as in the quiet run; None: all is equal, to the bit."""
+    """Return the first difference from the undisturbed run; None: they are identical bit for bit."""
     tensors = differing(newest(quiet), newest(output))
     if tensors:
         return f"{output}: tensors differ: {tensors}"
     states = [orjson.loads((newest(each) / "state.json").read_bytes()) for each in (quiet, output)]
     if states[0]["train"] != states[1]["train"]:
         return f"{output}: counters differ: {states}"
-    lines = [[{**line, "tokens_per_second": None} for line in read_metrics(each)] for each in (quiet, output)]
+    lines = [read_reproducible_metrics(each) for each in (quiet, output)]
     if lines[0] != lines[1]:
         wrong = [(a, b) for a, b in zip(*lines, strict=False) if a != b]
         return f"{output}: metrics.jsonl has {len(lines[1])} lines, not {len(lines[0])}, or differs: {wrong[:3]}"
@@ -131,7 +132,7 @@ def difference(quiet: Path, output: Path) -> str | None:
 def summary(
     seed: int, tally: Tally, num_runs: int, num_equal: int, seconds: float, failure: str | None
 ) -> dict[str, Any]:
-    """One drill, for the ledger."""
+    """Return the record of one drill."""
     plain = dict(vars(tally))
     down = plain.pop("seconds_down")
     return {
@@ -150,7 +151,7 @@ def summary(
 
 
 def commit() -> str:
-    """Which code ran; "+": with changes that no commit has."""
+    """Return the commit of this code, with "+" if there are uncommitted changes."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"],
         check=False,
@@ -162,7 +163,7 @@ def commit() -> str:
 
 
 def write_ledger(drill: dict[str, Any]) -> None:
-    """Add a drill to results/soak.json, and its figures to the totals."""
+    """Add a drill and its numbers to results/soak.json."""
     path = RESULTS / "soak.json"
     drills = [*(json.loads(path.read_text())["drills"] if path.exists() else []), drill]
     totals: dict[str, Any] = {"drills": len(drills)}

@@ -104,6 +104,11 @@ def prepare_run(
     return _prepare(str(path), draft_config(read_mapping(path), overrides), need_files, num_gpus)
 
 
+def prepare_config(config: RunConfig, *, need_files: bool, num_gpus: int | None = None) -> PreparedRun:
+    """Look up the files of a valid configuration and plan it; see `prepare_run`."""
+    return _prepare(config.name, Draft(config), need_files, num_gpus)
+
+
 def _prepare(name: str, draft: Draft, need_files: bool, num_gpus: int | None) -> PreparedRun:
     if draft.config is None:
         raise ConfigError(name, draft.problems)

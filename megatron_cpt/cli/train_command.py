@@ -9,9 +9,9 @@ import typer
 
 from megatron_cpt.cli.plan_command import OVERRIDES_HELP, RUN_HELP
 
-# the names of checkpoint/preflight.py, which a command that only prints help need not import; a test compares them
+# The names in checkpoint/preflight.py, which `--help` need not import; a test compares them.
 ALLOW_HELP = (
-    "Changes since the checkpoint that are meant: ramp_up, phase_length, phase_batch, blend, schedule, optimizer, "
+    "Changes since the checkpoint that are intended: ramp_up, phase_length, phase_batch, blend, schedule, optimizer, "
     "precision, tokenizer, documents, data."
 )
 
@@ -21,12 +21,16 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=OVERRIDES_HELP)] = None,
     allow: Annotated[list[str] | None, typer.Option("--allow", metavar="CHANGE ...", help=ALLOW_HELP)] = None,
 ) -> None:
-    """Train, from the start or from the newest sound checkpoint of the run's output.
+    """Train a run, from its start or from the newest valid checkpoint in its output.
 
-    One process without a launcher; under torchrun, one rank of many. Exit status 75: stopped by a signal after a
-    checkpoint was saved.
+    Without a launcher it is one process; under torchrun, one rank of many. Exit status 75: stopped by a signal or by
+    resilience.wall_time after a checkpoint was saved; run the same command again to resume.
     """
-    from megatron_cpt.hooks import build_hooks
-    from megatron_cpt.train.run import run_training
+    from megatron_cpt.backend import launched_world_size
+    from megatron_cpt.prepare import prepare_run
+    from megatron_cpt.train.trainer import Trainer
 
-    raise typer.Exit(run_training(str(run), overrides or [], allow or [], build_hooks))
+    prepared = prepare_run(run, overrides or [], need_files=True, num_gpus=launched_world_size())
+    with Trainer(prepared, allow=allow or [], console=True, owns_process=True) as trainer:
+        result = trainer.fit()
+    raise typer.Exit(result.status)

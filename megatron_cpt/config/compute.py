@@ -72,7 +72,7 @@ class RecomputeConfig(Section):
 
 
 class SpeedConfig(Section):
-    """Options that make a run faster; each default, null, is on where machine and layout allow it (docs/operations/speed.md)."""
+    """Options that make a run faster; null is on where machine and layout allow it (docs/operations/speed.md)."""
 
     overlap_grad_reduce: bool | None = None
     """Reduce gradients in buckets during the last backward pass."""

@@ -1,6 +1,6 @@
 """Table of the options below `speed`, here called knobs: default, needs, settings, gain, source.
 
-docs/operations/speed.md is generated from this table; megatron_cpt/model/kernel_options.py maps it to megatron-core's settings.
+docs/operations/speed.md is generated from this table. megatron_cpt/model/kernel_options.py maps it to megatron-core.
 """
 
 from __future__ import annotations

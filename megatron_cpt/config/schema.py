@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
@@ -264,6 +265,15 @@ class WandbConfig(Section):
     """`offline` writes to disk for a later `wandb sync`."""
 
 
+def _parse_hook(entry: Any) -> Any:
+    if isinstance(entry, str) and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", entry):
+        raise ValueError('not of the form "module:Class", as in "my_package.hooks:EvalHook"')
+    return entry
+
+
+HookEntry = Annotated[str, BeforeValidator(_parse_hook)]
+
+
 class LogConfig(Section):
     """Logging of metrics."""
 
@@ -273,6 +283,8 @@ class LogConfig(Section):
     """Write TensorBoard event files to the run directory."""
     wandb: WandbConfig | None = None
     """Log to Weights & Biases; null does not."""
+    hooks: list[HookEntry] = Field(default_factory=list)
+    """Your own hooks, "module:Class" each: classes derived from megatron_cpt.Hook, created without arguments."""
 
 
 def _model_preset(value: Any) -> Any:

@@ -46,6 +46,7 @@ _STAND_INS: dict[str, Any] = {
     "validation.sources.*": "source",
     "validation.sources.*[*]": "source",
     "log.wandb.project": "project",
+    "log.hooks[*]": "module:Class",
 }
 # Sections to replace as a whole if one entry is invalid: without the entry they would mean something else.
 _REPLACED_AS_A_WHOLE = (

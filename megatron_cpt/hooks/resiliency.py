@@ -1,4 +1,4 @@
-"""NVIDIA's resiliency extension: which GPUs are slow, and heartbeats for its launcher.
+"""NVIDIA's resiliency extension: reports of slow GPUs, and heartbeats for its launcher.
 
 Written against nvidia-resiliency-ext 0.4.1 (`straggler.Detector`, `fault_tolerance.RankMonitorClient`).
 """
@@ -7,33 +7,35 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_cpt.errors import UserError
-from megatron_cpt.train.hook import Hook
-from megatron_cpt.train.setup import Session
+from megatron_cpt.hooks.hook import Hook
+
+if TYPE_CHECKING:
+    from megatron_cpt.train.setup import Session
 
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 300.0
 _MONITOR_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # set by `ft_launcher`
-_SLOW = 0.75  # of the fastest rank, or of this rank's own best
+_SLOW = 0.75  # share of the fastest rank's speed, or of this rank's own best speed, below which a rank is slow
 
 
 class StragglerHook(Hook):
-    """Reports ranks whose kernels take longer than those of the others or than they used to.
+    """Detector of ranks whose kernels are slower than on other ranks, or slower than before.
 
-    Under NVIDIA's `ft_launcher` each step also sends it a heartbeat; its own limits then find hangs, beside ours.
+    Under NVIDIA's `ft_launcher` each step also sends a heartbeat to the launcher, which then detects hangs as well.
 
     Raises:
-        UserError: the package is not installed, or the machine has no GPU that it could measure.
+        UserError: the package is not installed, or the machine has no GPU to measure.
     """
 
     def __init__(self) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError("resilience.straggler: measures CUDA kernels, and this machine has no GPU; leave it out")
+            raise UserError("resilience.straggler: measures CUDA kernels, and this machine has no GPU; remove it")
         try:
             from nvidia_resiliency_ext import straggler
         except ImportError as error:
@@ -45,7 +47,7 @@ class StragglerHook(Hook):
         self._monitor: Any = None
 
     def on_start(self, session: Session) -> None:
-        """Begin to measure: from the end of one step to the end of the next."""
+        """Start the detector; it measures from the end of one step to the end of the next."""
         self._detector.initialize(
             gather_on_rank0=True, profiling_interval=session.config.log.every, report_time_interval=_REPORT_SECONDS
         )
@@ -54,47 +56,47 @@ class StragglerHook(Hook):
 
             self._monitor = RankMonitorClient()
             self._monitor.init_workload_monitoring()
-        self._enter()
+        self._begin_section()
 
     def on_step(self, session: Session) -> None:
-        """End one measured step and begin the next; now and then report."""
-        self._leave()
+        """End the measurement of this step, report every few minutes, and begin the next measurement."""
+        self._end_section()
         if self._monitor is not None:
             self._monitor.send_heartbeat()
         report = self._detector.generate_report_if_interval_elapsed()
         if report is not None and session.ranks.is_main:
             for line in slow_ranks(report.identify_stragglers(gpu_rel_threshold=_SLOW, gpu_indiv_threshold=_SLOW)):
                 logger.warning("step %d: %s", session.state.step, line)
-        self._enter()
+        self._begin_section()
 
     def on_end(self, session: Session) -> None:
-        """Stop measuring."""
+        """Stop the detector and the heartbeats."""
         if self._detector.initialized:
-            self._leave()
+            self._end_section()
             self._detector.shutdown()
         if self._monitor is not None:
             self._monitor.shutdown_workload_monitoring()
 
-    def _enter(self) -> None:
+    def _begin_section(self) -> None:
         self._section = self._detector.detection_section("step", profile_cuda=True)
         self._section.__enter__()
 
-    def _leave(self) -> None:
+    def _end_section(self) -> None:
         if self._section is not None:
             self._section.__exit__(None, None, None)
             self._section = None
 
 
 def slow_ranks(found: dict[str, Any]) -> list[str]:
-    """A line for each kind of slow GPU in what `Report.identify_stragglers` returns."""
+    """Return one line per kind of slow GPU in the result of `Report.identify_stragglers`."""
     kinds = {
         "straggler_gpus_relative": "slower than the fastest rank's",
-        "straggler_gpus_individual": "slower than they were",
+        "straggler_gpus_individual": "slower than before",
     }
     lines = []
-    for kind, what in kinds.items():
+    for kind, comparison in kinds.items():
         slow = sorted((rank.rank, rank.node) for rank in found[kind])
         if slow:
             who = ", ".join(f"rank {rank} ({node})" for rank, node in slow)
-            lines.append(f"the kernels of {who} are {what} by a quarter or more")
+            lines.append(f"the kernels of {who} are {comparison} by a quarter or more")
     return lines

@@ -1,25 +1,31 @@
-"""TensorBoard."""
+"""Scalars for TensorBoard."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
-from megatron_cpt.train.hook import Hook
-from megatron_cpt.train.setup import Session
+from megatron_cpt.hooks.hook import Hook
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from megatron_cpt.train.setup import Session
+
+_TRAIN_SCALARS = (
+    *("loss", "lr", "grad_norm", "tokens", "tokens_per_second"),
+    *("tflops_per_gpu", "mfu", "peak_memory_gib", "eta"),
+)
+
 
 class TensorBoardHook(Hook):
-    """Scalars under RUN/tensorboard, over steps."""
+    """Writer of event files under `tensorboard/` of the run directory, on the main rank."""
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
 
     def on_start(self, session: Session) -> None:
-        """Open the writer; on a resume, points after the checkpoint are hidden."""
+        """Open the writer; on a resume, hide the points after the checkpoint."""
         if session.ranks.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -29,9 +35,9 @@ class TensorBoardHook(Hook):
                 self._writer = SummaryWriter(str(self._folder), purge_step=first)
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
-        """Write rate, loss, gradient norm, speed and the losses and samples by source."""
-        names = ("loss", "lr", "grad_norm", "tokens_per_second", "tokens")
-        self._write({f"train/{name}": line[name] for name in names}, line["step"])
+        """Write the training scalars, and losses and samples by source."""
+        known = {name: line[name] for name in _TRAIN_SCALARS if line[name] is not None}
+        self._write({f"train/{name}": value for name, value in known.items()}, line["step"])
         for key in ("loss_by_source", "samples_by_source"):
             self._write({f"{key}/{source}": value for source, value in line[key].items()}, line["step"])
 
@@ -47,6 +53,6 @@ class TensorBoardHook(Hook):
 
     def _write(self, scalars: dict[str, float], step: int) -> None:
         if self._writer is not None:
-            with write_errors_as_cpt_errors(self._folder):  # an error of its thread comes out at a later point
+            with write_errors_as_cpt_errors(self._folder):  # an error of the writer's thread is raised by a later call
                 for name, value in scalars.items():
                     self._writer.add_scalar(name, value, step)

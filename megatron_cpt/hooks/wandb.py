@@ -1,20 +1,22 @@
-"""Weights & Biases."""
+"""Metrics for Weights & Biases (W&B)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_cpt.config.schema import WandbConfig
 from megatron_cpt.errors import CptError, UserError
-from megatron_cpt.train.hook import Hook
-from megatron_cpt.train.setup import Session
+from megatron_cpt.hooks.hook import Hook
+
+if TYPE_CHECKING:
+    from megatron_cpt.train.setup import Session
 
 
 class WandbHook(Hook):
-    """The lines of metrics.jsonl as a W&B run, which a resume goes on with.
+    """Logger of the lines of metrics.jsonl to a W&B run; a resumed run continues the same W&B run.
 
     Raises:
-        UserError: when the package is not installed; before anything else starts.
+        UserError: the package is not installed.
     """
 
     def __init__(self, config: WandbConfig) -> None:
@@ -26,10 +28,10 @@ class WandbHook(Hook):
         self._run: Any = None
 
     def on_start(self, session: Session) -> None:
-        """Open the run; its id is its name, so that a resume finds it.
+        """Open the W&B run; its id is the name of the run, so that a resume finds it.
 
         Raises:
-            CptError: the server cannot be reached, or does not know the user.
+            CptError: the server cannot be reached or rejects the login.
         """
         if not session.ranks.is_main:
             return
@@ -48,7 +50,7 @@ class WandbHook(Hook):
             raise CptError(f"log.wandb: {error}; run `wandb login`, or set log.wandb.mode: offline") from error
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
-        """Log a line of training."""
+        """Log a line of training metrics."""
         if self._run is not None:
             self._run.log({"train": line}, step=line["step"])
 
@@ -58,6 +60,6 @@ class WandbHook(Hook):
             self._run.log({"validation": line["validation"]}, step=line["step"])
 
     def on_end(self, session: Session) -> None:
-        """Close the run."""
+        """Close the W&B run."""
         if self._run is not None:
             self._run.finish()

@@ -45,8 +45,12 @@ class Model:
     knobs: frozenset[str]
 
 
-def build_model(run: RunConfig) -> Model:
-    """Build the model; its random weights depend on `run.seed` but not on the parallel layout.
+def build_model(run: RunConfig, *, draw_weights: bool = True) -> Model:
+    """Build the model with random weights from `run.seed`, equal in every layout.
+
+    Args:
+        run: the run.
+        draw_weights: False if a checkpoint is loaded next; then the weights are uninitialized memory.
 
     Raises:
         UserError: this machine does not support a `speed` setting. `check_machine` checks the other sections.
@@ -59,7 +63,8 @@ def build_model(run: RunConfig) -> Model:
     config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs)
     stages = range(run.parallel.virtual_pipeline) if run.parallel.virtual_pipeline > 1 else [None]
     unwrapped = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
-    initialize_weights(unwrapped, run.model, run.seed)
+    if draw_weights:
+        initialize_weights(unwrapped, run.model, run.seed)
     chunks = [
         _wrap(chunk, config, run.parallel, run.precision, knobs, number) for number, chunk in enumerate(unwrapped)
     ]

@@ -1,4 +1,4 @@
-"""The megatron-core optimizer of a run, and the two numbers that change in it from step to step."""
+"""megatron-core's optimizer for a run, and the settings that change in it from step to step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def build_optimizer(
     precision: PrecisionConfig,
     chunks: Sequence[DistributedDataParallel],
 ) -> MegatronOptimizer:
-    """Adam over the chunks: fp32 master weights under bf16, sharded over data-parallel ranks where asked.
+    """Build Adam for the model chunks, with fp32 master weights under bf16 and optional sharding over replicas.
 
-    Biases and norms get no weight decay (megatron-core's parameter groups).
+    megatron-core's parameter groups exclude biases and norms from weight decay.
     """
     install_if_needed()
     bf16 = precision.compute == "bf16"
     fp8 = precision.fp8 if precision.uses_transformer_engine else None
     config = OptimizerConfig(
         optimizer="adam",
-        # Not the run's rate, which `set_rate` gives at every step: megatron-core tells parameter groups in a checkpoint
-        # apart by these two, so an optimizer could not be loaded into a run with another schedule.
+        # Constants, because megatron-core identifies the parameter groups of a checkpoint by these two: with the run's
+        # own rates, a checkpoint could not be loaded under another schedule. `set_rate` sets the rate of every step.
         lr=1.0,
         min_lr=0.0,
         weight_decay=adam.weight_decay,
@@ -40,7 +40,6 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        # How weights in FP8 are made from their fp32 masters.
         fp8_recipe=fp8.recipe if fp8 is not None else None,
         reuse_grad_buf_for_mxfp8_param_ag=fp8 is not None and fp8.params and fp8.recipe == "mxfp8",
     )
@@ -51,16 +50,16 @@ def build_optimizer(
 
 
 def set_adam(optimizer: MegatronOptimizer, adam: AdamConfig) -> None:
-    """Set Adam's betas and epsilon, which loading an optimizer's state replaces by those that were saved with it."""
+    """Set Adam's betas and epsilon; loading an optimizer replaces them by the saved ones."""
     for group in optimizer.param_groups:
         group["betas"], group["eps"] = tuple(adam.betas), adam.eps
 
 
 def set_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:
-    """Set the learning rate and weight decay of the coming step.
+    """Set the learning rate and weight decay of the next step.
 
-    Always from the schedule, never from what a checkpoint carried: a continued run must not inherit old values
-    (NVIDIA/Megatron-LM issues 963 and 1533).
+    Called before every step, so that a resumed run never inherits the values of its checkpoint (NVIDIA/Megatron-LM
+    issues 963 and 1533).
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_mult", 1.0)

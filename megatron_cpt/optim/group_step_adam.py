@@ -1,8 +1,8 @@
-"""Adam with the state layout of Apex's and Transformer Engine's FusedAdam, on torch's own fused kernels.
+"""Adam with the state layout of FusedAdam (Apex, Transformer Engine), on torch's own fused kernels.
 
-megatron-core's distributed optimizer is written for FusedAdam: moments for each parameter, one step count for each
-group. Where neither library is installed it falls back to torch's AdamW, which keeps a step for each parameter, and
-then a checkpoint that can change its layout neither saves (`assert len(steps) == 1`) nor loads (`KeyError: 'step'`).
+megatron-core's distributed optimizer is written for FusedAdam, which keeps moments per parameter and one step count
+per group. Without these libraries megatron-core falls back to torch's AdamW, which keeps a step count per parameter.
+Then a reshardable checkpoint neither saves (`assert len(steps) == 1`) nor loads (`KeyError: 'step'`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.optim.adamw import adamw
 
 
 class GroupStepAdam(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (AdamW, arXiv 1711.05101); one step count a parameter group.
+    """Adam with decoupled weight decay (AdamW, arXiv 1711.05101); one step count per parameter group.
 
     Args:
-        params: parameters or groups; gradients in `p.grad`, in the type of the parameter.
+        params: parameters or groups; gradients are in `p.grad` and have the dtype of the parameter.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         adam_w_mode, bias_correction, capturable: FusedAdam's arguments; only the defaults are supported.
     """
@@ -33,9 +33,9 @@ class GroupStepAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        assert bias_correction, "only with bias correction"
-        assert adam_w_mode, "only decoupled weight decay"
-        assert not capturable, "not for CUDA graphs"
+        assert bias_correction, "Adam without bias correction is not supported"
+        assert adam_w_mode, "only decoupled weight decay is supported"
+        assert not capturable, "CUDA graphs are not supported"
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         super().__init__(params, defaults)
 
@@ -44,7 +44,7 @@ class GroupStepAdam(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
-            # Groups without parameters on this rank count too: the step must agree over ranks and groups.
+            # Also for groups without parameters on this rank: step counts must be equal over ranks and groups.
             group["step"] = group.get("step", 0) + 1
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
@@ -55,8 +55,8 @@ class GroupStepAdam(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                 self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-        done = float(group["step"] - 1)  # the kernel counts up by itself
-        steps = [torch.tensor(done, device=parameter.device) for parameter in parameters]
+        previous = float(group["step"] - 1)  # the kernel adds 1
+        steps = [torch.tensor(previous, device=parameter.device) for parameter in parameters]
         adamw(
             parameters,
             [parameter.grad for parameter in parameters],  # type: ignore[misc]
@@ -76,10 +76,10 @@ class GroupStepAdam(torch.optim.Optimizer):
 
 
 def install_if_needed() -> bool:
-    """Put `GroupStepAdam` where megatron-core looks for FusedAdam, unless it found one.
+    """Let megatron-core use `GroupStepAdam` in place of FusedAdam, unless it has found a FusedAdam.
 
     Returns:
-        Whether it was put there.
+        Whether megatron-core now uses it.
     """
     import megatron.core.optimizer as mcore_optimizer
     from megatron.core.optimizer import distrib_optimizer

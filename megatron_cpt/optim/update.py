@@ -1,8 +1,7 @@
-"""One update of the weights in two halves: measure the gradients, then apply them or leave them.
+"""Update of the weights in two halves: measure the gradients, then apply them or not.
 
-megatron-core's `optimizer.step()` measures and applies in one call. Whether a step is to be applied is for all ranks to
-agree on, and the loss counts too, so the halves are called one by one here, in the order and with the functions of
-`ChainedOptimizer.step` for the one optimizer that `optim.build` makes.
+megatron-core's `optimizer.step()` does both in one call. Here all ranks decide between the halves whether to apply the
+step, and the decision includes the loss. The order and the functions are those that `ChainedOptimizer.step` uses.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from megatron_cpt.optim.build_optimizer import set_rate
 
 
 class Update:
-    """The optimizer of a run, one half of a step at a time."""
+    """Optimizer whose step is split into `measure` and `apply`."""
 
     def __init__(self, optimizer: MegatronOptimizer, weight_decay: float) -> None:
         self._optimizer, self._weight_decay = optimizer, weight_decay
         self._parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
-        # Copies of other ranks' parameters: the norm leaves them out, so a fault in one of them would pass unseen.
+        # Copies of other ranks' parameters. The norm excludes them, so a NaN in a copy must be searched for separately.
         self._not_in_norm = [
             parameter
             for part in self._parts
@@ -33,25 +32,25 @@ class Update:
         ]
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Reset the gradients."""
         self._optimizer.zero_grad()
 
     def measure(self) -> tuple[float, bool]:
-        """Make the gradients ready; a collective call.
+        """Reduce the gradients; a collective call.
 
         Returns:
-            The norm of the whole gradient before clipping, and whether all that this rank can see of it is finite.
+            The gradient norm over all ranks before clipping, and whether all gradients on this rank are finite.
         """
         overflowed = self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         return norm, not overflowed and math.isfinite(norm) and self._copies_are_finite()
 
     def apply(self, rate: float, norm: float) -> None:
-        """Clip by the norm and take the step; a collective call with the distributed optimizer.
+        """Clip the gradients and update the weights; a collective call with the distributed optimizer.
 
         Args:
             rate: the learning rate.
-            norm: what `measure` returned.
+            norm: the gradient norm that `measure` returned.
         """
         set_rate(self._optimizer, rate, self._weight_decay)
         for part in self._parts:

@@ -1,1 +1,1 @@
-"""Setup -> step -> loop."""
+"""Training: set up a prepared run, then step through it."""

@@ -1,4 +1,4 @@
-"""One micro-batch forward: arrays -> tensors -> summed loss, by source."""
+"""Forward and backward passes of micro-batches, with summed losses by source."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_cpt.data import Batch
+from megatron_cpt.model import fp8_emulated
 from megatron_cpt.model.build_model import Model
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Runs micro-batches through the pipeline.
+    """Forward and backward passes of one rank through the pipeline.
 
     Attributes:
-        model: the chunks of this rank.
+        model: the model chunks of this rank.
         num_sources: length of the loss-by-source vectors.
-        context_parallel_size: ranks that a sequence is spread over.
-        device: where to compute.
+        context_parallel_size: number of ranks that share one sequence.
+        device: device of the model.
     """
 
     model: Model
@@ -33,21 +34,21 @@ class ForwardPass:
     device: torch.device
 
     def __call__(self, micro_batches: Sequence[Batch], *, train: bool) -> torch.Tensor:
-        """Forward, and backward where `train`.
+        """Run a forward pass, and a backward pass if `train`.
 
         Args:
-            micro_batches: of one shape; that of another call may be another one.
-            train: whether to go backward.
+            micro_batches: all of one shape; the next call may have another shape.
+            train: whether to run the backward pass.
 
         Returns:
-            (num_sources, 2) float64 on the CPU: summed loss and tokens by source, of this rank's micro-batches;
-            zeros on every stage but the last.
+            (num_sources, 2) float64 on the CPU: summed loss and token count by source over this rank's micro-batches;
+            zeros on every pipeline stage but the last.
         """
         chunks = list(self.model.chunks)
         micro_batch, length = micro_batches[0].tokens.shape
         if self._packs(micro_batches[0]):
             micro_batch, length = 1, micro_batch * length
-        iterators = [iter(micro_batches) for _ in chunks]  # every virtual stage walks all micro-batches
+        iterators = [iter(micro_batches) for _ in chunks]  # every virtual stage reads all micro-batches
         reports = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -61,6 +62,15 @@ class ForwardPass:
         for report in reports:
             total += report["loss_by_source"].to("cpu")
         return total
+
+    def zero_grad(self) -> None:
+        """Reset the gradient buffers of the model chunks."""
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+
+    def end_step(self, *, keep_amax: bool) -> None:
+        """Add the largest magnitudes (amax) of this step to the histories of emulated FP8, or drop them."""
+        fp8_emulated.end_step(self.model.chunks, keep=keep_amax)
 
     def _forward_step(
         self, micro_batches: Iterator[Batch], chunk: torch.nn.Module
@@ -83,7 +93,7 @@ class ForwardPass:
         return output, loss_func
 
     def _packs(self, batch: Batch) -> bool:
-        """Whether the micro-batch goes through the model as one row of packed documents."""
+        """Return whether the micro-batch goes through the model as one row of packed documents."""
         return batch.attention_documents is not None and self.model.packs_documents
 
     def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -105,9 +115,10 @@ class ForwardPass:
     def _loss(
         self, losses: torch.Tensor, mask: torch.Tensor, sources: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Summed loss, token count and the report; megatron-core divides gradients by all tokens of the step.
+        """Return the summed loss, the token count and the report.
 
-        A mean over tokens (not over micro-batches) is what makes the loss the same for every way to divide a step.
+        megatron-core divides the gradients by the tokens of the step. This mean over tokens, unlike a mean over
+        micro-batches, does not depend on how a step is divided into micro-batches and ranks.
         """
         masked = losses.float() * mask
         by_source = torch.zeros(self.num_sources, 2, dtype=torch.float64, device=losses.device)
@@ -117,22 +128,24 @@ class ForwardPass:
 
 
 def packed_sequences(documents: npt.NDArray[np.int32], device: torch.device) -> PackedSeqParams:
-    """Documents as sequences of their own, for attention kernels that take no mask.
+    """Return the documents of a micro-batch as packed sequences, for attention kernels that take no mask.
 
-    The samples of a micro-batch lie one behind the other, and a new sequence begins with each sample and each document:
-    no token sees another document, as with `document_mask`. Positions begin at 0 in each sequence, which rotary
-    embeddings cannot tell from positions in the sample: scores depend on distances only.
+    The samples are concatenated, and every sample and every document starts a new sequence, so no token attends to
+    another document, as with `document_mask`. Positions start at 0 in each sequence; rotary embeddings
+    give equal scores for positions in the sample, because scores depend on distances only.
+
+    Example: documents [[0, 0, 1], [1, 1, 1]] have the sequence bounds [0, 2, 3, 6].
 
     Args:
-        documents: (b, s) number of the document that each token is in.
-        device: where the model computes.
+        documents: (b, s) number of each token's document.
+        device: device of the model.
 
     Returns:
-        megatron-core's `thd` format, with the first place of each sequence, and of what follows the last one.
+        megatron-core's `thd` format: the start of each sequence, and the end of the last one.
     """
-    begins = np.ones(documents.shape, np.bool_)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    bounds = np.append(np.flatnonzero(begins), documents.size).astype(np.int32)
+    is_start = np.ones(documents.shape, np.bool_)
+    is_start[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    bounds = np.append(np.flatnonzero(is_start), documents.size).astype(np.int32)
     longest = int(np.diff(bounds).max())
     offsets = torch.from_numpy(bounds).to(device, non_blocking=True)
     return PackedSeqParams(
@@ -141,13 +154,13 @@ def packed_sequences(documents: npt.NDArray[np.int32], device: torch.device) -> 
 
 
 def document_mask(documents: torch.Tensor) -> torch.Tensor:
-    """Where a query must not look: later tokens and other documents.
+    """Return the attention mask that hides later tokens and other documents.
 
     Args:
-        documents: (b, s) number of the document that each token is in.
+        documents: (b, s) number of each token's document.
 
     Returns:
-        bool (b, 1, s, s), True where attention is forbidden (megatron-core's meaning).
+        bool (b, 1, s, s), True where attention is forbidden, as megatron-core defines it.
     """
     length = documents.shape[1]
     later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)

@@ -1,4 +1,4 @@
-"""What a run starts from: its own newest checkpoint, another one, or random weights."""
+"""Start of a run: its own newest checkpoint, another run's checkpoint, or random weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
 from megatron_cpt.plan import RunPlan
+from megatron_cpt.train.save import rank_layout
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.views.preflight_table import ResumeSummary, describe
 
@@ -31,16 +32,17 @@ def preflight(
     tokenizer: str | None,
     allow: Collection[str],
 ) -> None:
-    """Compare the run with the checkpoint it goes on from, say what was found, and refuse what was not allowed.
+    """Compare the run with the checkpoint it resumes from, report the changes, and refuse those not allowed.
 
     Args:
         own: the run's own checkpoint.
-        config, plan, ranks: the run as it is now.
-        fingerprints, tokenizer: hashes of the sources' files and of the tokenizer's content; None: it is not known.
-        allow: names of changes that may be made.
+        config, plan, ranks: the run now.
+        fingerprints: hashes of the sources' files.
+        tokenizer: hash of the tokenizer's content; None: unknown.
+        allow: names of allowed changes.
 
     Raises:
-        RefusedError: something changed that was not allowed.
+        RefusedError: a change is not allowed.
     """
     with corrupt_as_refused(own):
         saved = read_state(own)
@@ -54,23 +56,23 @@ def preflight(
     refuse_unless_allowed(changes, allow, str(own))
 
 
-def init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> Path | None:
-    """The checkpoint that `init.from` means, which fits the model; None: random weights. A collective call.
+def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) -> Path | None:
+    """Return the checkpoint named by `init.from`; None: start from random weights. A collective call.
 
     Args:
         config: the run.
-        broken: checkpoints that are known to be, with their faults.
+        corrupt: checkpoints already found corrupt, with their faults.
 
     Raises:
-        UserError: there is none of that name.
-        RefusedError: it is broken, of another model, or lacks what `init.load` wants.
+        UserError: there is no such checkpoint.
+        RefusedError: it is corrupt, has another model, or lacks the optimizer that `init.load` asks for.
     """
     if config.init.from_ is None:
         return None
-    path = find_valid(config.init.from_, config.checkpoint.verify, broken)
+    path = find_valid(config.init.from_, config.checkpoint.verify, corrupt)
     with corrupt_as_refused(path):
-        before, now = model_shape(read_run(path)), model_shape(config.to_dict())
-    wrong = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
+        saved, wanted = model_shape(read_run(path)), model_shape(config.to_dict())
+    wrong = [f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]]
     if wrong:
         raise RefusedError(
             f"init.from: {path}: a checkpoint of another model: {'; '.join(wrong)}; make the model section agree"
@@ -78,7 +80,7 @@ def init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> 
     if config.init.load == "weights+optimizer" and read_state(path).get("content") == "weights":
         raise RefusedError(
             f"init.load: weights+optimizer: {path} was imported from weights alone and has no optimizer; "
-            "take init.load=weights"
+            "set init.load=weights"
         )
     return path
 
@@ -86,62 +88,50 @@ def init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> 
 def load_state(
     config: RunConfig, ranks: Ranks, model: Model, optimizer: MegatronOptimizer, own: Path | None, origin: Path | None
 ) -> TrainState:
-    """Fill model, optimizer and random states; a collective call.
+    """Load model, optimizer and random states; a collective call.
 
     Args:
         config, ranks: the run.
-        model, optimizer: take what is loaded; after an error they hold anything.
-        own: the run's own checkpoint, which goes on; None: it starts.
-        origin: what it starts from; None: random weights.
-
-    Returns:
-        Where the run stands.
+        model, optimizer: filled in place; unusable after an error.
+        own: the run's own checkpoint to resume from; None: the run starts.
+        origin: the checkpoint to start from; None: keep the random weights.
 
     Raises:
-        CorruptCheckpointError: shards of the checkpoint are damaged.
+        CorruptCheckpointError: shards of the checkpoint are corrupt.
         RefusedError: it cannot be read, or does not fit the model.
     """
     if own is not None:
         with corrupt_as_refused(own):
             saved = read_state(own)
-            is_same_layout = saved["layout"] == rank_layout(config, ranks)
+            is_same_layout = saved["layout"] == rank_layout(config.parallel, ranks)
             state = TrainState.from_dict(saved["train"])
         load_training(own, model.chunks, optimizer, config.checkpoint.verify, with_rng=is_same_layout)
-        random_states = "random states go on" if is_same_layout else "random states start anew, in another layout"
+        random_states = "continue" if is_same_layout else "start new, because the layout changed"
         _log(
             ranks,
-            f"going on from {own}, step {state.step}: weights, optimizer, data and schedule go on; {random_states}",
+            f"resuming from {own}, step {state.step}: weights, optimizer, data and schedule continue; "
+            f"random states {random_states}",
         )
         return state
-    if origin is not None:
-        if config.init.load == "weights":
-            loaded = load_weights(origin, model.chunks, config.checkpoint.verify)
-            # The fp32 master weights are of the random ones; made of weights in FP8, they would be rounded for good.
-            optimizer.reload_model_params(loaded if config.precision.has_fp8_weights else None)
-        else:
-            load_training(origin, model.chunks, optimizer, config.checkpoint.verify, with_rng=False)
-        taken = "weights" if config.init.load == "weights" else "weights and the optimizer's moments and step"
-        left = "optimizer, " if config.init.load == "weights" else ""
+    if origin is None:
+        _log(ranks, f"starting from random weights of seed {config.seed}: nothing is loaded")
+    elif config.init.load == "weights":
+        weights = load_weights(origin, model.chunks, config.checkpoint.verify)
+        # Refresh the fp32 master weights. Model weights in FP8 are rounded, so then take those read from the file.
+        optimizer.reload_model_params(weights if config.precision.has_fp8_weights else None)
         _log(
             ranks,
-            f"starting from {origin} (init.load: {config.init.load}): takes {taken}; "
-            f"{left}step, data, schedule and random states start anew",
+            f"starting from {origin} (init.load: weights): loads weights; optimizer, step, data, schedule and random "
+            "states start new",
         )
     else:
-        _log(ranks, f"starting from random weights of seed {config.seed}: nothing is loaded")
+        load_training(origin, model.chunks, optimizer, config.checkpoint.verify, with_rng=False)
+        _log(
+            ranks,
+            f"starting from {origin} (init.load: weights+optimizer): loads weights and the optimizer's moments and "
+            "step count; step, data, schedule and random states start new",
+        )
     return TrainState()
-
-
-def rank_layout(config: RunConfig, ranks: Ranks) -> dict[str, int]:
-    """What must be the same for random states to belong to the same ranks."""
-    parallel = config.parallel
-    return {
-        "world_size": ranks.world_size,
-        "tensor": parallel.tensor,
-        "pipeline": parallel.pipeline,
-        "virtual_pipeline": parallel.virtual_pipeline,
-        "context": parallel.context,
-    }
 
 
 def _log(ranks: Ranks, message: str) -> None:

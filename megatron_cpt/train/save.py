@@ -1,24 +1,26 @@
-"""A session -> a checkpoint."""
+"""Checkpoints of a session."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_cpt import __version__
+from megatron_cpt.backend import Ranks
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import Record
-from megatron_cpt.config import dump_yaml
-from megatron_cpt.train.resume import rank_layout
-from megatron_cpt.train.setup import Session
+from megatron_cpt.config import ParallelConfig, dump_yaml
+
+if TYPE_CHECKING:
+    from megatron_cpt.train.setup import Session
 
 
 def save(session: Session) -> Path | None:
-    """Save the session under its step; the save before it must be finished. A collective call.
+    """Save the session under its step; the previous save must be finished. A collective call.
 
     Returns:
-        The published checkpoint, or None where it is still written in the background.
+        The published checkpoint; None while it is written in the background.
 
     Raises:
         CptError: it could not be written.
@@ -27,7 +29,7 @@ def save(session: Session) -> Path | None:
 
 
 def record(session: Session) -> Record:
-    """What a checkpoint of this session says in plain text."""
+    """Return the text files of a checkpoint: state.json, run.yaml and plan.json."""
     return Record(_state(session), dump_yaml(session.config.to_dict()), session.plan.to_dict())
 
 
@@ -35,7 +37,7 @@ def _state(session: Session) -> dict[str, Any]:
     return {
         "format_version": layout.FORMAT_VERSION,
         "train": session.state.to_dict(),
-        "layout": rank_layout(session.config, session.ranks),
+        "layout": rank_layout(session.config.parallel, session.ranks),
         "next_rate": session.plan.schedule.rate(session.state.step + 1),
         "data_fingerprints": session.data_fingerprints,
         "tokenizer_fingerprint": session.tokenizer_fingerprint,
@@ -44,4 +46,15 @@ def _state(session: Session) -> dict[str, Any]:
             "megatron_cpt": __version__,
             **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")},
         },
+    }
+
+
+def rank_layout(parallel: ParallelConfig, ranks: Ranks) -> dict[str, int]:
+    """Return the sizes that must be equal for the saved random states to belong to the same ranks."""
+    return {
+        "world_size": ranks.world_size,
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "context": parallel.context,
     }

@@ -1,12 +1,11 @@
-"""A prepared run -> everything that training needs, as one named result."""
+"""Setup of a prepared run: checkpoint, model, optimizer and data, as one session."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -19,25 +18,16 @@ from megatron_cpt.checkpoint.record import corrupt_as_refused, read_state
 from megatron_cpt.checkpoint.saving.publish import Retention
 from megatron_cpt.checkpoint.saving.saver import Saver
 from megatron_cpt.config import RunConfig
-from megatron_cpt.data import (
-    BlendCursor,
-    IndexedDataset,
-    Loader,
-    PhaseBlend,
-    TokenStream,
-    expand_prefixes,
-    validation_batches,
-)
-from megatron_cpt.data.loading.batch import DocumentOptions
-from megatron_cpt.data.loading.fim import FillInMiddle, fill_in_middle
-from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
+from megatron_cpt.data import Loader
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.model.build_model import Model, build_model
 from megatron_cpt.model.capabilities import check_machine, read_machine
 from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
-from megatron_cpt.plan import RunPlan
+from megatron_cpt.optim.update import Update
+from megatron_cpt.plan import RunPlan, flops_per_token
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
+from megatron_cpt.train.open_data import build_loader, build_validator, document_options, open_streams
 from megatron_cpt.train.resume import init_checkpoint, load_state, preflight
 from megatron_cpt.train.state import TrainState, check_progress
 from megatron_cpt.train.validation import Validator
@@ -47,21 +37,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to go on.
+    """A run that is ready to train.
 
     Attributes:
-        config, plan: what was asked for and what follows from it.
-        ranks: where this process stands.
-        model, optimizer, forward: the model on this rank.
+        config, plan: the run.yaml and its plan.
+        ranks: this process's place in the job.
+        model, optimizer: the model on this rank and its optimizer.
+        forward, update: the two halves of a step.
         loader: this rank's batches, from the next step on.
-        validator: held-out losses; None where none are asked for.
-        meter: losses since the last line.
-        state: where the run stands; the one thing here that changes.
+        validator: measures held-out losses; None without a `validation` section.
+        meter: sums since the last line of metrics.
+        state: progress of the run; changes with every step.
         saver: writes checkpoints.
-        data_fingerprints: which files the sources are, those that have left the run included.
-        tokenizer_fingerprint: hash of the tokenizer's content; None: it is not known here.
+        data_fingerprints: hashes of the files of all sources, including sources that have left the run.
+        tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
         origin: the checkpoint that was loaded; None: random weights.
-        is_resumed: whether the run went on from a checkpoint of its own.
+        is_resumed: whether `origin` is the run's own checkpoint.
     """
 
     config: RunConfig
@@ -70,6 +61,7 @@ class Session:
     model: Model
     optimizer: MegatronOptimizer
     forward: ForwardPass
+    update: Update
     loader: Loader
     validator: Validator | None
     meter: LossMeter
@@ -87,8 +79,12 @@ class Session:
 
     @property
     def last_step(self) -> int:
-        """Where this process stops: the end of the run, or `stop_at_step`."""
+        """Step at which this process stops: the end of the run, or `stop_at_step`."""
         return min(self.config.stop_at_step or self.plan.steps, self.plan.steps)
+
+    def flops_per_token(self, step: int) -> float:
+        """Return the model FLOPs of training on one token of a step, full attention counted."""
+        return flops_per_token(self.config.model, self.plan.segment_of(step).seq_length).full
 
 
 def setup(
@@ -100,83 +96,37 @@ def setup(
     tokenizer_fingerprint: str | None = None,
     allow: Collection[str] = (),
 ) -> Session:
-    """Build the model, load what there is to load, and open the data; a collective call.
+    """Open the data, find the checkpoint to start from, and build and load the model; a collective call.
 
-    A run directory with checkpoints goes on from its newest sound one; `init` counts for the first start only.
+    A run directory with checkpoints resumes from the newest valid one; `init` counts for the first start only. The
+    checksums of shards are compared while the model loads. If a shard turns out corrupt, the model is built a second
+    time and loaded from the previous checkpoint.
 
     Args:
-        config, plan: what was asked for and what follows from it.
-        ranks: where this process stands.
+        config, plan: the run.yaml and its plan.
+        ranks: this process's place in the job.
         eod_id: the end-of-document id; None: there is none.
-        tokenizer_fingerprint: hash of the tokenizer's content; None: it is not known here.
-        allow: names of changes that a resume may make.
+        tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
+        allow: names of the changes that a resume may make.
 
     Raises:
-        RefusedError: a checkpoint is broken or does not fit.
-        UserError: the machine cannot do what is asked.
+        RefusedError: a checkpoint is corrupt or does not fit.
+        UserError: this machine cannot run what the run.yaml asks for.
     """
     check_machine(config, read_machine())
-    broken: dict[Path, list[str]] = {}
-    while True:
-        try:
-            return _setup(config, plan, ranks, eod_id, tokenizer_fingerprint, allow, broken)
-        except CorruptCheckpointError as error:
-            if error.path in broken:
-                raise
-            broken[error.path] = error.faults
-        gc.collect()  # the model that took damaged values goes before there is another one
-
-
-def _setup(
-    config: RunConfig,
-    plan: RunPlan,
-    ranks: Ranks,
-    eod_id: int | None,
-    tokenizer_fingerprint: str | None,
-    allow: Collection[str],
-    broken: Mapping[Path, Sequence[str]],
-) -> Session:
-    """The same, from the newest checkpoint that is not known to be broken.
-
-    Raises:
-        CorruptCheckpointError: this one is, too, as its load has shown.
-    """
-    seed_everything(config.seed, pipeline_rank=ranks.pipeline_rank)
-    streams = {
-        name: _stream(
-            name,
-            source.paths,
-            config,
-            config.span_length(name),
-            fill_in_middle(name, source.fim, eod_id),
-            source.cache,
-        )
-        for name, source in config.sources.items()
-    }
+    streams = open_streams(config, eod_id)
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
-    own = newest_valid(layout.checkpoints_folder(config.output), config.checkpoint.verify, broken)
-    if own is not None:
-        preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
-        # those of sources that have left the run, too: they may come back
-        fingerprints = read_state(own)["data_fingerprints"] | fingerprints
-    origin = own or init_checkpoint(config, broken)
 
-    model = build_model(config)
-    if ranks.is_main:
-        knobs = ", ".join(sorted(model.knobs)) or "nothing fused or overlapped"
-        logger.info("layers: %s; speed: %s", model.layers, knobs)
-    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
-    state = load_state(config, ranks, model, optimizer, own, origin)
-    set_adam(optimizer, config.optimizer)
-    with corrupt_as_refused(own):
-        check_progress(state, plan, str(own))
-    counts = ranks.is_last_stage and ranks.tensor_rank == 0
-    documents = DocumentOptions(
-        eod_id,
-        config.documents.reset_attention,
-        config.documents.reset_positions,
-        config.documents.eod_loss,
-    )
+    def check_resume(own: Path) -> None:
+        preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
+
+    own, origin, model, optimizer, state = _build_from_newest_valid(config, ranks, check_resume)
+    if own is not None:
+        fingerprints = read_state(own)["data_fingerprints"] | fingerprints
+        with corrupt_as_refused(own):
+            check_progress(state, plan, str(own))
+    contributes_loss = ranks.is_last_stage and ranks.tensor_rank == 0
+    documents = document_options(config, eod_id)
     names = list(streams)
     return Session(
         config=config,
@@ -185,9 +135,10 @@ def _setup(
         model=model,
         optimizer=optimizer,
         forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
-        loader=_loader(config, plan, ranks, streams, documents, state, own),
-        validator=_validator(config, ranks, documents, counts),
-        meter=LossMeter(names, counts),
+        update=Update(optimizer, config.optimizer.weight_decay),
+        loader=build_loader(config, plan, ranks, streams, documents, state, own),
+        validator=build_validator(config, ranks, documents, contributes_loss),
+        meter=LossMeter(names, contributes_loss),
         state=state,
         saver=Saver(
             layout.checkpoints_folder(config.output),
@@ -203,70 +154,44 @@ def _setup(
     )
 
 
-def _stream(
-    name: str,
-    paths: list[str],
-    config: RunConfig,
-    seq_length: int,
-    fim: FillInMiddle | None = None,
-    cache: str | None = None,
-) -> TokenStream:
-    datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(paths)]
-    if cache is not None:
-        keep_on_disk(datasets, cache)
-    return TokenStream(name, datasets, seq_length=seq_length, seed=config.seed, fim=fim)
+def _build_from_newest_valid(
+    config: RunConfig, ranks: Ranks, check_resume: Callable[[Path], None]
+) -> tuple[Path | None, Path | None, Model, MegatronOptimizer, TrainState]:
+    """Find the checkpoint to start from, build the model and load it; a collective call.
+
+    Returns:
+        The run's own checkpoint (None: the run starts), the checkpoint that was loaded (None: random weights), the
+        model, its optimizer and the progress of the run.
+    """
+    corrupt: dict[Path, list[str]] = {}
+    while True:
+        own = newest_valid(layout.checkpoints_folder(config.output), config.checkpoint.verify, corrupt)
+        if own is not None:
+            check_resume(own)
+        origin = own or init_checkpoint(config, corrupt)
+        try:
+            return own, origin, *_build_and_load(config, ranks, own, origin)
+        except CorruptCheckpointError as error:
+            if error.path in corrupt:
+                raise
+            corrupt[error.path] = error.faults
+        gc.collect()  # free the model with the corrupt values before another one is built
 
 
-def _loader(
-    config: RunConfig,
-    plan: RunPlan,
-    ranks: Ranks,
-    streams: dict[str, TokenStream],
-    documents: DocumentOptions,
-    state: TrainState,
-    where: Path | None,
-) -> Loader:
-    phases = [
-        PhaseBlend(phase.name, phase.first_sample, phase.num_samples, phase.weights, phase.seq_length)
-        for phase in plan.phases
-    ]
-    grids = {name: stream.grid for name, stream in streams.items()}
-    cursor = BlendCursor(phases, list(streams), limits=plan.span_limits, grids=grids)
-    if state.data is not None:
-        with corrupt_as_refused(where):
-            cursor.load_state_dict(state.data)
-    return Loader(
-        list(streams.values()),
-        cursor,
-        global_batch=lambda samples: plan.segment_from(samples).global_batch,
-        micro_batch=lambda samples: plan.segment_from(samples).micro_batch,
-        data_parallel_rank=ranks.data_parallel_rank,
-        data_parallel_size=ranks.data_parallel_size,
-        vocab_size=config.model.vocab,
-        documents=documents,
-    )
+def _build_and_load(
+    config: RunConfig, ranks: Ranks, own: Path | None, origin: Path | None
+) -> tuple[Model, MegatronOptimizer, TrainState]:
+    """Build the model and its optimizer and load them from `own` or `origin`; a collective call.
 
-
-def _validator(config: RunConfig, ranks: Ranks, documents: DocumentOptions, counts: bool) -> Validator | None:
-    if config.validation is None:
-        return None
-    streams = [
-        # in the run's own length, whatever that of the phases: only so can the losses be compared over the run
-        _stream(name, [paths] if isinstance(paths, str) else list(paths), config, config.seq_length)
-        for name, paths in config.validation.sources.items()
-    ]
-    batches = {
-        stream.name: partial(
-            validation_batches,
-            stream,
-            num_samples=config.validation.batches * config.batch.global_,
-            micro_batch=config.batch.micro,
-            data_parallel_rank=ranks.data_parallel_rank,
-            data_parallel_size=ranks.data_parallel_size,
-            vocab_size=config.model.vocab,
-            documents=documents,
-        )
-        for stream in streams
-    }
-    group = config.batch.global_ // (config.batch.micro * ranks.data_parallel_size)
-    return Validator(batches, group, counts)
+    Raises:
+        CorruptCheckpointError: shards of the checkpoint are corrupt.
+    """
+    seed_everything(config.seed, pipeline_rank=ranks.pipeline_rank)
+    model = build_model(config, draw_weights=origin is None)
+    if ranks.is_main:
+        knobs = ", ".join(sorted(model.knobs)) or "nothing fused or overlapped"
+        logger.info("layers: %s; speed: %s", model.layers, knobs)
+    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
+    state = load_state(config, ranks, model, optimizer, own, origin)
+    set_adam(optimizer, config.optimizer)
+    return model, optimizer, state

@@ -1,8 +1,8 @@
-"""All that changes from step to step and must survive a restart, in one place."""
+"""State of a run that changes from step to step and survives a restart."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_cpt.errors import RefusedError
@@ -11,16 +11,16 @@ from megatron_cpt.plan import RunPlan
 
 @dataclass
 class TrainState:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
         step: steps done; the next one is `step + 1`.
         tokens: tokens trained on.
-        samples_by_source: samples each source has given since the start.
-        data: the blend's state after `step`, as its cursor wants it back.
-        skipped: steps whose update was left out.
-        skipped_in_a_row: how many of them were the last ones.
-        recent_losses: of the last steps of the phase, for the rule that finds spikes.
+        samples_by_source: samples that each source has given since the start.
+        data: state of the blend cursor after `step`.
+        skipped: steps whose update was skipped.
+        skipped_in_a_row: skipped updates since the last applied one.
+        recent_losses: losses of the last steps of the phase, for the detection of spikes.
     """
 
     step: int = 0
@@ -39,50 +39,43 @@ class TrainState:
         self.data = data
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for state.json."""
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "samples_by_source": self.samples_by_source,
-            "data": self.data,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "recent_losses": self.recent_losses,
-        }
+        """Return plain values for state.json."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> TrainState:
-        """The inverse of `to_dict`."""
+        """Restore the state from the values that `to_dict` returned."""
         return cls(
             plain["step"],
             plain["tokens"],
             plain["samples_by_source"],
             plain["data"],
-            plain.get("skipped", 0),  # the last three came with format 1's later versions
+            plain.get("skipped", 0),  # early checkpoints lack the last three
             plain.get("skipped_in_a_row", 0),
             plain.get("recent_losses", []),
         )
 
 
-def check_progress(state: TrainState, plan: RunPlan, where: str) -> None:
-    """Refuse a plan under which the steps that are done would have read something else than they did.
+def check_progress(state: TrainState, plan: RunPlan, checkpoint: str) -> None:
+    """Refuse a plan under which the steps already done would have read other data.
 
-    Changes of batch, ramp-up, schedule or phases may be allowed as long as they begin with the next step.
+    Changes of batch, ramp-up, schedule or phases may be allowed as long as they begin after `state.step`. Example:
+    10 steps with a global batch of 8 have read 80 samples; a plan whose first 10 steps read 100 is refused.
 
     Args:
-        state: of a checkpoint.
-        plan: under which the run is to go on.
-        where: names the checkpoint.
+        state: of the checkpoint.
+        plan: of the run that resumes from it.
+        checkpoint: its path, for the message.
 
     Raises:
-        RefusedError: saying how much was read and how much it would be.
+        RefusedError: with the samples and tokens read, and those that the plan expects.
     """
     if state.data is None or state.step > plan.steps:
         return
     planned, samples = plan.after(state.step), int(state.data["sample"])
     if (planned.samples, planned.tokens) != (samples, state.tokens):
         raise RefusedError(
-            f"{where}: its {state.step:,} steps read {samples:,} samples and {state.tokens:,} tokens; under this plan "
-            f"they would be {planned.samples:,} and {planned.tokens:,}: batch, ramp-up or phases changed for steps "
-            "that are done; change only what comes later, or start a new run with another output and init.from"
+            f"{checkpoint}: its {state.step:,} steps read {samples:,} samples and {state.tokens:,} tokens; under this "
+            f"plan they would be {planned.samples:,} and {planned.tokens:,}: batch, ramp-up or phases changed for "
+            "steps already done; change only later steps, or start a new run with another output and init.from"
         )

@@ -1,33 +1,35 @@
-"""One step: forward and backward over the micro-batches, agreement of all ranks, one update or none."""
+"""One training step: forward and backward over the micro-batches, a decision of all ranks, one update or none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_cpt.data import StepData
-from megatron_cpt.model import fp8_emulated
-from megatron_cpt.optim.update import Update
-from megatron_cpt.train.forward import ForwardPass
-from megatron_cpt.train.metrics import agree
+from megatron_cpt.train.metrics import reduce_flags_and_losses
 from megatron_cpt.train.resilience.anomalies import Anomaly
 
+if TYPE_CHECKING:
+    from megatron_cpt.optim.update import Update
+    from megatron_cpt.train.forward import ForwardPass
+
 Judge = Callable[[torch.Tensor, float, bool], Anomaly | None]
-"""From the losses of the step, the gradient norm and whether all ranks found finite numbers, to what is wrong."""
+"""Finds what is wrong with a step from its losses, its gradient norm and whether all ranks have finite numbers."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind, the same on every rank.
+    """Outcome of one step, equal on every rank.
 
     Attributes:
         rate: the learning rate of the step.
-        loss_by_source: (num_sources, 2) float64, summed loss and tokens of the whole global batch.
-        grad_norm: norm of the whole gradient before clipping.
-        anomaly: what is wrong with the step, if anything is.
-        requests: for each request, whether some rank made it.
+        loss_by_source: (num_sources, 2) float64, summed loss and token count over the global batch.
+        grad_norm: gradient norm over all ranks before clipping.
+        anomaly: the spike, NaN or infinity that was found; None: the step is normal.
+        requests: for each request, whether any rank made it.
     """
 
     rate: float
@@ -43,37 +45,38 @@ def train_step(
     data: StepData,
     rate: float,
     *,
-    counts: bool,
+    contributes_loss: bool,
     requests: Callable[[], Sequence[bool]],
     judge: Judge,
     before_update: Callable[[], None],
 ) -> StepResult:
     """Train on one global batch; a collective call.
 
-    Losses, findings and requests of all ranks go into one small sum between the backward pass and the update. So every
-    rank decides the same, and a step that is left out has not touched weights, moments or Adam's step.
+    One small all-reduce between the backward pass and the update carries the losses, findings and requests of all
+    ranks. So every rank decides alike, and a skipped step changes neither weights, moments nor Adam's step count.
 
     Args:
         forward: the model on this rank.
         update: its optimizer.
         data: this rank's micro-batches.
         rate: the learning rate of this step.
-        counts: whether this rank's losses count (one tensor-parallel rank of the last stage does for all).
-        requests: what this rank asks of all ranks; called after the backward pass.
-        judge: says what is wrong.
+        contributes_loss: whether this rank's losses enter the sum; see `LossMeter`.
+        requests: returns what this rank asks of all ranks; called after the backward pass.
+        judge: finds anomalies.
         before_update: called before weights, moments and amax histories change.
     """
-    for chunk in forward.model.chunks:
-        chunk.zero_grad_buffer()
+    forward.zero_grad()
     update.zero_grad()
-    own = forward(data.micro_batches, train=True)
+    local = forward(data.micro_batches, train=True)
     grad_norm, is_finite = update.measure()
-    is_finite = is_finite and bool(own.isfinite().all())
-    (has_bad_rank, *asked), losses = agree([not is_finite, *requests()], own if counts else torch.zeros_like(own))
+    is_finite = is_finite and bool(local.isfinite().all())
+    if not contributes_loss:
+        local = torch.zeros_like(local)
+    (has_bad_rank, *requested), losses = reduce_flags_and_losses([not is_finite, *requests()], local)
     anomaly = judge(losses, grad_norm, not has_bad_rank)
     is_applied = anomaly is None or anomaly.is_applied
     before_update()
     if is_applied:
         update.apply(rate, grad_norm)
-    fp8_emulated.end_step(forward.model.chunks, keep=is_applied)
-    return StepResult(rate, losses, grad_norm, anomaly, asked)
+    forward.end_step(keep_amax=is_applied)
+    return StepResult(rate, losses, grad_norm, anomaly, requested)

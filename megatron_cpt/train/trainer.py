@@ -1,208 +1,278 @@
-"""The loop."""
+"""The trainer: opens a run, trains it, and closes everything again.
+
+megatron-core reads `torch.cuda` when it is imported, and on a machine without a GPU `backend/cpu.py` must replace parts
+of it first. So this module imports neither megatron-core nor `train/setup.py` before `Trainer.__enter__`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_cpt.backend import StopRequest
-from megatron_cpt.config import format_duration
+from megatron_cpt.backend import StopRequest, launched_rank, launched_world_size, process_groups
+from megatron_cpt.checkpoint.preflight import check_allowed_names
+from megatron_cpt.config import RunConfig, format_duration
 from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
-from megatron_cpt.model.kernel_options import gather_weights
-from megatron_cpt.optim.update import Update
-from megatron_cpt.train.hook import Hook
+from megatron_cpt.hooks import Hook, HookList, build_hooks
+from megatron_cpt.prepare import PreparedRun, prepare_config
 from megatron_cpt.train.metrics import mean_losses
+from megatron_cpt.train.metrics_line import metrics_line
+from megatron_cpt.train.own_process import own_process
 from megatron_cpt.train.resilience.anomalies import Anomaly, describe, find_anomaly, note_loss, reason_to_stop
+from megatron_cpt.train.resilience.failure_guard import guard
 from megatron_cpt.train.resilience.replicas import check_replicas
 from megatron_cpt.train.resilience.wall_time import WallTime
-from megatron_cpt.train.resilience.watchdog import Progress
+from megatron_cpt.train.resilience.watchdog import Progress, Watchdog
+from megatron_cpt.train.run_files import read_tokenizer, write_run_files
 from megatron_cpt.train.save import save
-from megatron_cpt.train.setup import Session
 from megatron_cpt.train.step import StepResult, train_step
 
+if TYPE_CHECKING:
+    from megatron_cpt.train.setup import Session
 
-def train(
-    session: Session,
-    hooks: Sequence[Hook],
-    stop: StopRequest,
-    *,
-    progress: Progress | None = None,
-    wall_time: WallTime | None = None,
-) -> int:
-    """Train to the end of the run, to `stop_at_step`, to the limit of time, or until a signal; a collective call.
+# Seconds after which torch.distributed aborts a collective: 20 days, because the watchdog ends what hangs. torch counts
+# the time in which a job is suspended, and in places it counts milliseconds in 32 bits (24 days).
+_COLLECTIVE_TIMEOUT = 20 * 86400.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Outcome of `Trainer.fit`.
+
+    Attributes:
+        status: exit status of the command: 0 if the run or its `stop_at_step` is reached, 75 if it stopped early.
+        step: steps done since the start of the run.
+        checkpoint: the newest checkpoint of the run; None if it has none.
+        reason: why it stopped early, for example "stopped by SIGTERM"; empty with status 0.
+    """
+
+    status: int
+    step: int
+    checkpoint: Path | None
+    reason: str
+
+
+class Trainer:
+    """Trainer of one run, alone or on every rank that torchrun started.
+
+    Training resumes from the newest valid checkpoint of the run's output. Errors are `CptError`s: a `UserError` for a
+    mistake of the user, a `RefusedError` for a checkpoint or dataset that must not be used.
+
+    Example:
+        run = cpt.load_run("run.yaml", ["stop_at_step=100"])
+        with cpt.Trainer(run, hooks=[MyHook()]) as trainer:
+            result = trainer.fit()
 
     Args:
-        session: what to train.
-        hooks: called at fixed points.
-        stop: what the signals of this process asked for.
-        progress: told what this rank is doing.
-        wall_time: how long this process may run; left out: by `resilience.wall_time`.
+        run: a run.yaml that `load_run` read, or a prepared run.
+        hooks: called after the hooks that the run itself asks for.
+        allow: changes since the checkpoint that are intended; see `megatron-cpt train --allow`.
+        console: whether to print progress to stderr.
+        owns_process: whether to handle SIGTERM and SIGUSR1, print log messages to stderr and silence warnings. The
+            command does so; without it the trainer changes neither signal handlers, loggers nor warnings filters.
 
-    Returns:
-        The exit status: 0, or 75 when the run was stopped after a checkpoint was saved.
-
-    Raises:
-        CptError: too many bad steps in a row, or replicas that differ; nothing was saved.
+    Attributes:
+        session: the run, from `__enter__` on.
+        hooks: all hooks as one, from `__enter__` on.
+        wall_time: limit on the run time of this process (`resilience.wall_time`).
     """
-    config, state = session.config, session.state
-    progress, wall_time = progress or Progress(), wall_time or WallTime(config.resilience.wall_time)
-    update = Update(session.optimizer, config.optimizer.weight_decay)
-    for hook in hooks:
-        hook.on_start(session)
-    if not session.is_resumed:
-        _validate(session, hooks, progress)
-    reason, is_save_owed = "", False
-    while state.step < session.last_step and not reason:
-        progress.note(f"step {state.step + 1}")
-        wall_time.begin_step()
-        is_save_owed |= _is_due(state.step + 1, config.checkpoint.every)
-        requests = partial(_requests, stop, wall_time, is_save_owed)
-        result = _step(session, hooks, update, requests)
-        if result.anomaly is not None:
-            _report_anomaly(session, hooks, result, result.anomaly, wall_time)
-        is_last = state.step == session.last_step
-        reason = "" if is_last else _reason(result, stop, config.resilience.wall_time)
-        is_end = is_last or reason != ""
-        # weights that have only given bad steps since are not what a run should go on from: wait for a sound step
-        saves = is_end or (is_save_owed and state.skipped_in_a_row == 0)
+
+    session: Session
+    hooks: Hook
+
+    def __init__(
+        self,
+        run: RunConfig | PreparedRun,
+        *,
+        hooks: Sequence[Hook] = (),
+        allow: Collection[str] = (),
+        console: bool = False,
+        owns_process: bool = False,
+    ) -> None:
+        check_allowed_names(allow)
+        if isinstance(run, RunConfig):
+            run = prepare_config(run, need_files=True, num_gpus=launched_world_size())
+        self._prepared, self._allow = run, allow
+        self._own_hooks, self._has_console, self._owns_process = hooks, console, owns_process
+        self._stop, self._progress = StopRequest(), Progress()
+        self._newest: Path | None = None
+        self._resources = contextlib.ExitStack()
+        self.wall_time = WallTime(run.config.resilience.wall_time)
+
+    def __enter__(self) -> Trainer:
+        """Open process groups, model, data and files.
+
+        Raises:
+            UserError: a mistake of the user; nothing was written.
+            RefusedError: a checkpoint or dataset must not be used.
+            LostPeerError: another rank is gone.
+        """
+        config = self._prepared.config
+        eod_id, tokenizer_fingerprint = read_tokenizer(config)
+        limits, stacks = config.resilience, Path(config.output) / "stacks"
+        with contextlib.ExitStack() as opened:
+            if self._owns_process:
+                self._stop = opened.enter_context(own_process())
+            watchdog = Watchdog(self._progress, limits.hang_timeout, rank=launched_rank(), folder=stacks)
+            opened.enter_context(watchdog)
+            ranks = opened.enter_context(process_groups(config.parallel, timeout=_COLLECTIVE_TIMEOUT))
+            opened.enter_context(guard(limits, ranks, watchdog, self._progress))
+            # Before anything is written, because a hook may refuse to run.
+            self.hooks = HookList([*build_hooks(config, console=self._has_console), *self._own_hooks])
+            self._progress.note("setup")
+            from megatron_cpt.train.setup import setup
+
+            self.session = setup(
+                config,
+                self._prepared.plan,
+                ranks,
+                eod_id=eod_id,
+                tokenizer_fingerprint=tokenizer_fingerprint,
+                allow=self._allow,
+            )
+            if self.session.is_resumed:
+                self._newest = self.session.origin
+            write_run_files(self.session)
+            opened.callback(lambda: self.hooks.on_end(self.session))
+            opened.callback(self.session.saver.close)
+            opened.callback(self.session.loader.close)
+            self._resources = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close everything in reverse order, also after an error.
+
+        Raises:
+            LostPeerError: in place of an error that a lost connection to another rank caused.
+        """
+        self._resources.__exit__(kind, error, trace)
+
+    def fit(self) -> RunResult:
+        """Train to the end of the run, to `stop_at_step`, to the limit of time, or until a signal; a collective call.
+
+        Raises:
+            CptError: too many bad steps in a row, replicas that differ, or a file that cannot be written.
+        """
+        session, config, state = self.session, self.session.config, self.session.state
         hash_every = config.resilience.parameter_hash_every
-        if hash_every is not None and (saves or _is_due(state.step, hash_every)):  # nothing unsound into a checkpoint
-            gather_weights(session.model.chunks)
-            check_replicas(session.model.chunks, state.step)
-        if saves or _is_due(state.step, config.log.every):
-            _report(session, hooks, result)
-        if is_last or _is_due(state.step, config.validation.every if config.validation else None):
-            _validate(session, hooks, progress)
-        if saves:
-            progress.note(f"saving step {state.step}")
-            _save(session, hooks, wall_time, wait=is_end)
-            is_save_owed = False
-        else:
-            _announce(session, hooks, wall_time, session.saver.poll())  # one that is written in the background
-        wall_time.end_step()
-    for hook in hooks:
-        hook.on_stop(session, reason)
-    return EXIT_STOPPED if reason else EXIT_OK
+        self.hooks.on_start(session)
+        if not session.is_resumed:
+            self._validate()
+        reason, is_save_due = "", False
+        while state.step < session.last_step and not reason:
+            self._progress.note(f"step {state.step + 1}")
+            self.wall_time.begin_step()
+            is_save_due |= _is_due(state.step + 1, config.checkpoint.every)
+            result = self._train_step(is_save_due)
+            if result.anomaly is not None:
+                self._report_anomaly(result, result.anomaly)
+            is_last = state.step == session.last_step
+            reason = "" if is_last else self._early_end_reason(result)
+            is_end = is_last or reason != ""
+            # After a skipped update the save waits for an applied one, because the weights may be the reason for it.
+            saves = is_end or (is_save_due and state.skipped_in_a_row == 0)
+            if hash_every is not None and (saves or _is_due(state.step, hash_every)):
+                check_replicas(session.model.chunks, state.step)
+            if saves or _is_due(state.step, config.log.every):
+                self.hooks.on_metrics(session, metrics_line(session, result))
+            if is_last or _is_due(state.step, config.validation.every if config.validation else None):
+                self._validate()
+            if saves:
+                self._save(wait=is_end)
+                is_save_due = False
+            else:
+                self._note_published(session.saver.poll())
+            self.wall_time.end_step()
+        self.hooks.on_stop(session, reason)
+        return RunResult(EXIT_STOPPED if reason else EXIT_OK, state.step, self._newest, reason)
 
+    def _train_step(self, is_save_due: bool) -> StepResult:
+        """Train on the next global batch and count it."""
+        session, state = self.session, self.session.state
+        data = session.loader.next_step()
+        result = train_step(
+            session.forward,
+            session.update,
+            data,
+            session.plan.schedule.rate(state.step + 1),
+            contributes_loss=session.meter.contributes_loss,
+            requests=lambda: (self._stop.received is not None, self.wall_time.is_last_step(is_save_due=is_save_due)),
+            judge=self._judge,
+            before_update=session.saver.wait_for_copy,
+        )
+        state.advance(data.num_tokens, data.counts, data.state)
+        session.meter.add(result.loss_by_source, data.num_tokens, session.flops_per_token(state.step))
+        self.hooks.on_step(session)
+        return result
 
-def _step(
-    session: Session, hooks: Sequence[Hook], update: Update, requests: Callable[[], Sequence[bool]]
-) -> StepResult:
-    """Train on the next global batch and count it."""
-    state = session.state
-    rate = session.plan.schedule.rate(state.step + 1)
-    data = session.loader.next_step()
-    result = train_step(
-        session.forward,
-        update,
-        data,
-        rate,
-        counts=session.meter.counts,
-        requests=requests,
-        judge=lambda *numbers: _judge(session, *numbers),
-        before_update=session.saver.wait_for_copy,
-    )
-    state.advance(data.num_tokens, data.counts, data.state)
-    session.meter.add(result.loss_by_source, data.num_tokens)
-    for hook in hooks:
-        hook.on_step(session)
-    return result
+    def _judge(self, losses: torch.Tensor, grad_norm: float, is_finite: bool) -> Anomaly | None:
+        """Compare a step with the previous ones, before its update is applied."""
+        plan, state, spike = self.session.plan, self.session.state, self.session.config.resilience.spike
+        if state.step and plan.phase_of(state.step).name != plan.phase_of(state.step + 1).name:
+            state.recent_losses = []  # another blend has another level of loss
+        loss = mean_losses(losses, self.session.meter.names)[0]
+        anomaly = find_anomaly(loss, grad_norm, is_finite, state.recent_losses, spike)
+        note_loss(state, loss, anomaly, spike)
+        return anomaly
+
+    def _early_end_reason(self, result: StepResult) -> str:
+        """Return why the process ends before the end of the run; empty if it continues."""
+        is_signaled, is_out_of_time = result.requests
+        if is_signaled:
+            return f"stopped by {self._stop.received.name if self._stop.received else 'a signal to another rank'}"
+        if is_out_of_time:
+            limit = self.session.config.resilience.wall_time
+            limit_text = format_duration(limit) if limit is not None else "the limit of time"
+            return f"another step would not fit into resilience.wall_time: {limit_text}"
+        return ""
+
+    def _report_anomaly(self, result: StepResult, anomaly: Anomaly) -> None:
+        session = self.session
+        names, chunks = session.meter.names, session.model.chunks
+        line = describe(anomaly, session.state, result.loss_by_source, names, result.grad_norm, chunks)
+        self.hooks.on_anomaly(session, line)
+        reason = reason_to_stop(anomaly, session.state, session.config.resilience)
+        if reason is not None:
+            self._note_published(session.saver.finish())  # a save in the background has the state before the bad steps
+            raise CptError(reason)
+
+    def _validate(self) -> None:
+        session = self.session
+        if session.validator is None:
+            return
+        activity, started = f"validation after step {session.state.step}", time.perf_counter()
+        losses = session.validator.run(session.forward, lambda source: self._progress.note(f"{activity}: {source}"))
+        session.meter.skip_time(time.perf_counter() - started)
+        self.hooks.on_validation(session, {"step": session.state.step, "validation": losses})
+
+    def _save(self, *, wait: bool) -> None:
+        """Start a save; finish the previous one first, and this one too if `wait`."""
+        session, started = self.session, time.perf_counter()
+        self._progress.note(f"saving step {session.state.step}")
+        self._note_published(session.saver.finish())
+        self.wall_time.begin_save()
+        path = save(session)
+        if wait and path is None:
+            path = session.saver.finish()
+        self.wall_time.end_stall()
+        session.meter.skip_time(time.perf_counter() - started)
+        self._note_published(path)
+
+    def _note_published(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self._newest = checkpoint
+            self.wall_time.end_save()
+            self.hooks.on_checkpoint(self.session, str(checkpoint))
 
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _requests(stop: StopRequest, wall_time: WallTime, is_save_due: bool) -> tuple[bool, bool]:
-    """Why this rank wants to end the run: a signal, or the time."""
-    return stop.received is not None, wall_time.is_last_step(is_save_due=is_save_due)
-
-
-def _reason(result: StepResult, stop: StopRequest, limit: float | None) -> str:
-    """Why the run ends before its end; empty: it does not."""
-    is_signaled, is_out_of_time = result.requests
-    if is_signaled:
-        return f"stopped by {stop.received.name if stop.received else 'a signal to another rank'}"
-    if is_out_of_time:
-        limit_text = format_duration(limit) if limit is not None else "the limit of time"
-        return f"another step would not fit into resilience.wall_time: {limit_text}"
-    return ""
-
-
-def _judge(session: Session, losses: torch.Tensor, grad_norm: float, is_finite: bool) -> Anomaly | None:
-    """Hold a step against those before it, before its update is applied."""
-    state, spike = session.state, session.config.resilience.spike
-    if state.step and session.plan.phase_of(state.step).name != session.plan.phase_of(state.step + 1).name:
-        state.recent_losses = []  # another blend has losses of another height
-    loss = mean_losses(losses, session.meter.names)[0]
-    anomaly = find_anomaly(loss, grad_norm, is_finite, state.recent_losses, spike)
-    note_loss(state, loss, anomaly, spike)
-    return anomaly
-
-
-def _report_anomaly(
-    session: Session, hooks: Sequence[Hook], result: StepResult, anomaly: Anomaly, wall_time: WallTime
-) -> None:
-    line = describe(anomaly, session.state, result.loss_by_source, session.meter.names, result.grad_norm, session.model)
-    for hook in hooks:
-        hook.on_anomaly(session, line)
-    reason = reason_to_stop(anomaly, session.state, session.config.resilience)
-    if reason is not None:
-        _announce(session, hooks, wall_time, session.saver.finish())  # what is being written is sound
-        raise CptError(reason)
-
-
-def _report(session: Session, hooks: Sequence[Hook], result: StepResult) -> None:
-    numbers = session.meter.take()
-    shape = session.plan.segment_of(session.state.step)
-    line: dict[str, Any] = {
-        "step": session.state.step,
-        "tokens": session.state.tokens,
-        "global_batch": shape.global_batch,
-        "seq_length": shape.seq_length,
-        "phase": session.plan.phase_of(session.state.step).name,
-        "lr": result.rate,
-        "loss": numbers["loss"],
-        "grad_norm": result.grad_norm,
-        "tokens_per_second": numbers["tokens_per_second"],
-        "loss_by_source": numbers["loss_by_source"],
-        "samples_by_source": session.state.samples_by_source,
-        "skipped_updates": session.state.skipped,
-    }
-    for hook in hooks:
-        hook.on_metrics(session, line)
-
-
-def _validate(session: Session, hooks: Sequence[Hook], progress: Progress) -> None:
-    if session.validator is None:
-        return
-    after = f"validation after step {session.state.step}"
-    started = time.perf_counter()
-    losses = session.validator.run(session.forward, lambda source: progress.note(f"{after}: {source}"))
-    session.meter.skip_time(time.perf_counter() - started)
-    for hook in hooks:
-        hook.on_validation(session, {"step": session.state.step, "validation": losses})
-
-
-def _save(session: Session, hooks: Sequence[Hook], wall_time: WallTime, *, wait: bool) -> None:
-    started = time.perf_counter()
-    _announce(session, hooks, wall_time, session.saver.finish())  # the save before this one
-    wall_time.begin_save()
-    path = save(session)
-    if wait and path is None:
-        path = session.saver.finish()
-    wall_time.end_stall()
-    session.meter.skip_time(time.perf_counter() - started)
-    _announce(session, hooks, wall_time, path)
-
-
-def _announce(session: Session, hooks: Sequence[Hook], wall_time: WallTime, checkpoint: Path | None) -> None:
-    if checkpoint is not None:
-        wall_time.end_save()
-        for hook in hooks:
-            hook.on_checkpoint(session, str(checkpoint))

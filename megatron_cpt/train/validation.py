@@ -17,21 +17,21 @@ from megatron_cpt.train.metrics import mean_losses, reduce_losses
 
 @dataclass(frozen=True)
 class Validator:
-    """Measures the loss of the same samples of each held-out source every time.
+    """Measurement of the loss on the same samples of each held-out source every time.
 
     Attributes:
-        batches: by source, a function that reads this rank's micro-batches; every rank gets as many.
-        group: micro-batches that go through the pipeline at once: as many as in a training step, so that memory and
-            the interleaved schedule's rules are those of training.
-        counts: whether this rank's sums count.
+        batches: by source, a function that reads this rank's micro-batches; every rank reads the same number.
+        group: micro-batches that go through the pipeline together. It equals the number in a training step, so memory
+            and the rules of the interleaved schedule are the same as in training.
+        contributes_loss: whether this rank's losses enter the sum; see `LossMeter`.
     """
 
     batches: Mapping[str, Callable[[], Iterable[Batch]]]
     group: int
-    counts: bool
+    contributes_loss: bool
 
     def run(self, forward: ForwardPass, note: Callable[[str], None] = lambda source: None) -> dict[str, float]:
-        """Mean loss a token of each held-out source; a collective call.
+        """Return the mean loss per token of each held-out source; a collective call.
 
         Args:
             forward: the model.
@@ -41,15 +41,18 @@ class Validator:
         for chunk in chunks:
             chunk.eval()
         with torch.no_grad():
-            sums = [self._sums(read(), forward, partial(note, name)) for name, read in self.batches.items()]
+            sums = [self._sum_losses(read(), forward, partial(note, name)) for name, read in self.batches.items()]
         for chunk in chunks:
             chunk.train()
-        total = torch.stack(sums)
-        total = reduce_losses(total if self.counts else torch.zeros_like(total))
+        local = torch.stack(sums)
+        total = reduce_losses(local if self.contributes_loss else torch.zeros_like(local))
         return mean_losses(total, list(self.batches))[1]
 
-    def _sums(self, batches: Iterable[Batch], forward: ForwardPass, note: Callable[[], None]) -> torch.Tensor:
-        """Summed loss and tokens of one source, (2,) float64."""
+    def _sum_losses(self, batches: Iterable[Batch], forward: ForwardPass, note: Callable[[], None]) -> torch.Tensor:
+        """Return the summed loss and the tokens of one source, (2,) float64.
+
+        The last group is filled up with copies of its last micro-batch whose loss does not count.
+        """
         total = torch.zeros(2, dtype=torch.float64)
         for group in batched(batches, self.group):
             note()
@@ -59,7 +62,7 @@ class Validator:
 
 
 def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Lists of `size` items; the last may be shorter (itertools.batched, which Python 3.11 does not have)."""
+    """Yield lists of `size` items; the last may be shorter (`itertools.batched` needs Python 3.12)."""
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group

@@ -14,7 +14,7 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.manifest import find_faults, read_manifest
 from tests.helpers.checkpoints import differing
 from tests.helpers.ranks import RankError, run_ranks
-from tests.helpers.runs import newest, small_run, train_here, train_several
+from tests.helpers.runs import newest, small_run, train_here, train_several, train_with_hooks
 
 
 def _names(output: Path) -> list[str]:
@@ -150,9 +150,7 @@ def _stop_during_a_save(path: str, overrides: list[str]) -> tuple[int, bool]:
     import torch.distributed as dist
 
     from megatron_cpt.checkpoint.saving import saver
-    from megatron_cpt.hooks import build_hooks
-    from megatron_cpt.train.hook import Hook
-    from megatron_cpt.train.run import run_training
+    from megatron_cpt.hooks import Hook
 
     may_write, was_in_flight = threading.Event(), []
     write_files = saver.write_files
@@ -174,7 +172,7 @@ def _stop_during_a_save(path: str, overrides: list[str]) -> tuple[int, bool]:
     try:
         # the stop is seen at step 3 or 4; the save of step 2 is published before the one it asks for begins
         threading.Timer(20, may_write.set).start()
-        status = run_training(path, overrides, (), lambda config: [*build_hooks(config), Stop()])
+        status = train_with_hooks(path, overrides, hooks=[Stop()])
     finally:
         saver.write_files = write_files
     return status, was_in_flight == [True]

@@ -1,4 +1,4 @@
-"""What a run does when its numbers break: agreed by all ranks, nothing touched, written down, and an end to it."""
+"""NaN, infinity, spikes and differing replicas: every rank decides alike, weights stay, the step is recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import RankError, run_ranks
-from tests.helpers.runs import newest, read_metrics, train_here
+from tests.helpers.runs import newest, read_metrics, train_here, train_with_hooks
 
 BAD_STEP = 4
 
@@ -24,9 +24,9 @@ def read_anomalies(output: Path) -> list[dict[str, Any]]:
 
 def test_a_run_whose_weights_are_ruined_ends_and_saves_none_of_it(run_file: Path) -> None:
     output = run_file.parent / "diverged"
-    # the first steps are sound; at this rate the weights overflow soon after
+    # the first steps are normal; at this rate the weights overflow soon after
     wild = [f"output={output}", "schedule.max_lr=1e30", "schedule.warmup=2", "optimizer.clip_grad=0"]
-    with pytest.raises(RankError, match="step 7: 5 updates in a row left out, this one for a loss that is not finite"):
+    with pytest.raises(RankError, match="step 7: 5 updates in a row skipped, this one for a loss that is not finite"):
         run_ranks(1, train_here, str(run_file), [*wild, "checkpoint.every=1"])
     assert newest(output).name == "step-00000002"
     assert [(line["step"], line["kind"], line["loss"]) for line in read_anomalies(output)] == [
@@ -37,7 +37,7 @@ def test_a_run_whose_weights_are_ruined_ends_and_saves_none_of_it(run_file: Path
     assert [line["step"] for line in lines if line["loss"] is None] == [3, 4, 5, 6], "JSON has no nan"
 
 
-# one parameter of each kind: where its gradient is made, on which rank, and in which layout
+# one parameter of each kind: layout, the rank with the bad gradient, the parameter, the moment it turns bad
 CASES = {
     "dp2-distributed": (["precision.compute=bf16"], 1, "linear_fc1.weight", "backward"),
     "dp2-plain": (["parallel.distributed_optimizer=false"], 1, "linear_fc1.weight", "backward"),
@@ -55,8 +55,8 @@ def test_a_bad_gradient_on_one_rank_changes_not_one_bit_on_any(run_file: Path, c
     overrides = [*layout, f"output={output}", "stop_at_step=6", "checkpoint.every=4"]
     results = run_ranks(2, _train_with_a_bad_step, str(run_file), overrides, rank, name, when)
     for before, after, later, norms in results:
-        assert before == after, "weights, master weights, moments and Adam's step"
-        assert all(later[key] != after[key] for key in after if key.endswith("step")), "the run goes on"
+        assert before == after, "weights, master weights, moments and Adam's step are unchanged"
+        assert all(later[key] != after[key] for key in after if key.endswith("step")), "the run continues"
         assert np.isfinite(norms[-1])
     assert newest(output).name == "step-00000006"
     lines = read_metrics(output)
@@ -64,7 +64,7 @@ def test_a_bad_gradient_on_one_rank_changes_not_one_bit_on_any(run_file: Path, c
     (found,) = read_anomalies(output)
     assert (found["step"], found["kind"], found["action"], found["skipped_in_a_row"]) == (4, "gradient", "skip", 1)
     assert any(name in bad for names in found["not_finite_on_ranks"].values() for bad in names)
-    # what the step read is what the blend gave between the steps before and after it
+    # the anomaly lists the samples that the blend gave between the lines before and after the step
     given = {source: lines[3]["samples_by_source"][source] - lines[2]["samples_by_source"][source] for source in
              lines[3]["samples_by_source"]}  # fmt: skip
     read = [(sample["source"], sample["k"]) for sample in found["samples"]]
@@ -75,7 +75,7 @@ def test_a_bad_gradient_on_one_rank_changes_not_one_bit_on_any(run_file: Path, c
 
 
 def _train_with_a_bad_step(path: str, overrides: list[str], rank: int, name: str, when: str) -> Any:
-    """Train; on one rank one gradient of step 4 is not a number. Returns the state before and after it, and later."""
+    """Train with a NaN gradient in step 4 on one rank; return hashes before, after and later, and the norms."""
     import torch.distributed as dist
 
     from megatron_cpt.train.forward import ForwardPass
@@ -117,14 +117,8 @@ def _train(
     on_metrics: Callable[[dict[str, Any]], None] = lambda line: None,
     wall_time: Any = None,
 ) -> int:
-    """`run_training` with a session that a test changed and a hook of its own."""
-    from megatron_cpt.backend import StopRequest, process_groups
-    from megatron_cpt.hooks import build_hooks
-    from megatron_cpt.prepare import prepare_run
-    from megatron_cpt.train.hook import Hook
-    from megatron_cpt.train.run import _write_run_files
-    from megatron_cpt.train.setup import setup
-    from megatron_cpt.train.trainer import train
+    """Train with a changed session and a hook that calls `on_step` and `on_metrics`."""
+    from megatron_cpt.hooks import Hook
 
     class Seen(Hook):
         def on_step(self, session: Any) -> None:
@@ -133,21 +127,15 @@ def _train(
         def on_metrics(self, session: Any, line: dict[str, Any]) -> None:
             on_metrics(line)
 
-    prepared = prepare_run(path, overrides, need_files=True)
-    with process_groups(prepared.config.parallel) as ranks:
-        session = change(setup(prepared.config, prepared.plan, ranks, eod_id=None))
-        _write_run_files(session, prepared)
-        hooks = [*build_hooks(prepared.config), Seen()]
-        try:
-            return train(session, hooks, StopRequest(), wall_time=wall_time)
-        finally:
-            session.loader.close()
-            for hook in hooks:
-                hook.on_end(session)
+    def prepare(trainer: Any) -> None:
+        trainer.session = change(trainer.session)
+        trainer.wall_time = wall_time or trainer.wall_time
+
+    return train_with_hooks(path, overrides, hooks=[Seen()], prepare=prepare)
 
 
 def _state_hashes(session: Any) -> dict[str, int]:
-    """All bits that an update may change, by name."""
+    """Return a hash of everything that an update may change, by name."""
     from megatron_cpt.train.resilience.replicas import bit_hash
 
     found = {n: bit_hash(p).item() for chunk in session.model.chunks for n, p in chunk.named_parameters()}
@@ -161,7 +149,7 @@ def _state_hashes(session: Any) -> dict[str, int]:
     return found
 
 
-# at so low a rate the loss only goes up and down
+# at so low a rate the loss only fluctuates
 SPIKES = [
     "schedule.max_lr=1e-9",
     "schedule.min_lr=0",
@@ -179,7 +167,7 @@ def test_the_rule_for_spikes_marks_the_steps_that_it_should(run_file: Path) -> N
         before = [other["loss"] for other in lines[:place] if other["phase"] == line["phase"]][-6:]
         if len(before) >= 3 and line["loss"] > np.mean(before) + np.std(before, ddof=1):
             expected.append(line["step"])
-    assert expected, "the run has losses that go up"
+    assert expected, "the run has losses that rise"
     found = read_anomalies(output)
     assert [(line["step"], line["kind"], line["action"]) for line in found] == [(s, "spike", "warn") for s in expected]
     assert lines[-1]["skipped_updates"] == 0

@@ -1,4 +1,4 @@
-"""Emulated FP8 in whole runs: the same for every layout, resumed to the bit, and what a lost history does."""
+"""Emulated FP8 in complete runs: equal in every layout, exact on a resume, and the effect of a lost history."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _losses(output: Path) -> list[float]:
 
 
 def _without_histories(path: str, overrides: list[str]) -> int:
-    """Train on, but with the amax histories that the checkpoint brought set to nothing known."""
+    """Resume, but with the amax histories of the checkpoint set to zero."""
     import torch
 
     from megatron_cpt.checkpoint.state import state_dicts
@@ -47,7 +47,7 @@ def _without_histories(path: str, overrides: list[str]) -> int:
 
 
 def _with_rounded_weights(path: str, overrides: list[str]) -> int:
-    """Train on, as if the weights were kept in FP8: what is loaded into the model is rounded there."""
+    """Train as if the model kept its weights in FP8: round the loaded weights."""
     import torch
 
     from megatron_cpt.checkpoint.state import state_dicts
@@ -58,7 +58,7 @@ def _with_rounded_weights(path: str, overrides: list[str]) -> int:
     def load_and_round(chunks, state):
         load(chunks, state)
         for number, chunk in enumerate(chunks):
-            # What is read for a weight in FP8 is a tensor of its own; here it is the weight.
+            # For FP8 weights the loaded tensor is separate from the model's; here they share memory, so copy.
             weights = state[f"model{number}"]
             weights |= {name: tensor.clone() for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
             for parameter in chunk.parameters():
@@ -84,8 +84,8 @@ def test_a_layout_changes_nothing(run_file: Path, recipe: list[str]) -> None:
     one, plain = _losses(folder / "dp2"), _losses(folder / "fp32")
     for name in ("tp2", "pp2"):
         assert _losses(folder / name)[0] == pytest.approx(one[0], rel=1e-5)
-        # fp32 sums differ in their last digits from layout to layout; where such a digit decides how a value is
-        # rounded to FP8, the difference becomes one of FP8, and training carries it on
+        # fp32 sums differ in their last digits between layouts. If such a digit decides how a value is rounded to
+        # FP8, the difference grows to one FP8 step, and training propagates it.
         assert _losses(folder / name) == pytest.approx(one, rel=1e-3)
     assert one == pytest.approx(plain, rel=0.02)
     assert all(a != b for a, b in zip(one, plain, strict=True))
@@ -102,7 +102,7 @@ def test_histories_survive_a_restart_and_another_layout(run_file: Path) -> None:
     assert _losses(halves) == _losses(whole)
     assert _losses(moved)[10] == pytest.approx(_losses(whole)[10], rel=1e-3)
 
-    # Without the history every scale is 1 again for a step, and E4M3 has steps of a tenth of a weight of 0.02.
+    # Without the history every scale is 1 for one step, and near 0.02 neighboring E4M3 values differ by a tenth.
     assert run_ranks(2, _without_histories, str(run_file), [*bf16, f"output={forgot}"]) == [0, 0]
     norms = {output: [line["grad_norm"] for line in read_metrics(output)] for output in (whole, forgot)}
     assert norms[forgot][:10] == norms[whole][:10]
@@ -124,7 +124,7 @@ def test_a_checkpoint_without_histories_starts_new_ones(run_file: Path) -> None:
 
 
 def test_master_weights_are_not_rounded_to_fp8_for_good(run_file: Path) -> None:
-    """Weights of another run: after a step that changes nothing bf16 can tell, they are what they were."""
+    """Weights of another run are unchanged after a step that is too small for bf16."""
     folder, bf16 = run_file.parent / "rounded", "precision.compute=bf16"
     changes = ["schedule.max_lr=1e-20", "schedule.min_lr=0", "stop_at_step=1", f"init.from={folder}/base"]
     layout = ["parallel.tensor=2", "parallel.sequence=true"]

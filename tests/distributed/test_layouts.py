@@ -1,4 +1,4 @@
-"""One run from one checkpoint over many layouts: the same samples, the same losses."""
+"""Runs from one checkpoint in many layouts have equal samples and losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def outputs(run_file: Path, base: Path) -> Path:
-    """Runs every layout once; the folder holds a run directory for each."""
+    """Run every layout once; return the folder of their run directories."""
     folder = run_file.parent / "layouts"
     common = [f"init.from={base}", "init.load=weights"]
     run_ranks(1, train_here, str(run_file), [*common, f"output={folder}/tp1"])
@@ -48,13 +48,13 @@ def test_losses_do_not_depend_on_the_layout(outputs: Path, layout: str) -> None:
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["loss_by_source"] == pytest.approx(a["loss_by_source"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1, "the run must learn something for this to mean anything"
+    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1, "the run must learn, or equal losses would prove nothing"
 
 
 @pytest.mark.parametrize("preset", ["tiny_nemotron", "tiny_llama"])
 def test_random_weights_do_not_depend_on_the_layout(run_file: Path, preset: str) -> None:
     folder = run_file.parent / f"initial-{preset}"
-    # at a rate that fp32 rounds to 0 the checkpoint after one step holds the initial weights
+    # fp32 rounds this rate to 0, so the checkpoint after one step has the initial weights
     still = [f"model.preset={preset}", "schedule.max_lr=1e-60", "schedule.min_lr=0", "stop_at_step=1"]
     still += ["model.tied_embeddings=true"] if preset == "tiny_llama" else []
     layouts = [[], ["parallel.tensor=2"], ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]]

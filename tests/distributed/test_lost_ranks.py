@@ -1,4 +1,4 @@
-"""Ranks that die, stop, hang or fail, and signals: what the other ranks do, in which time, with which words."""
+"""Ranks that die, stop, hang or fail, and signals: the other ranks end in time, with a clear message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, read_metrics, train_here
 
 ENDLESS = "tokens=1e8"
-BOUND = 20.0  # seconds, on a machine that does other things; about 5 are needed
+BOUND = 20.0  # seconds, for a busy machine; about 5 are needed
 
 
 def _wait(condition: Callable[[], bool], job: Job, seconds: float = 120.0) -> None:
@@ -26,7 +26,7 @@ def _wait(condition: Callable[[], bool], job: Job, seconds: float = 120.0) -> No
 
 
 def _start(run_file: Path, output: Path, num_ranks: int, *overrides: str, prepare: object = None) -> Job:
-    """A job in the middle of its steps."""
+    """Start a job and wait until it has done some steps."""
     arguments = [str(run_file), f"output={output}", *overrides]
     job = Job(num_ranks, arguments, output.with_suffix(".logs"), prepare=prepare)  # type: ignore[arg-type]
     metrics = output / "metrics.jsonl"
@@ -74,7 +74,7 @@ def test_a_stopped_rank_makes_the_others_leave_their_stacks_and_end(run_file: Pa
 def test_a_stopped_rank_is_missed_before_anything_hangs_too_long(run_file: Path) -> None:
     output = run_file.parent / "silent"
     with _start(run_file, output, 2, ENDLESS, "resilience.peer_timeout=3") as job:
-        job.send(signal.SIGSTOP, 0)  # the rank that looks after all others
+        job.send(signal.SIGSTOP, 0)  # the rank that watches all others
         assert _seconds_until_others_end(job, 0) < BOUND + 3
         (line,) = _last_lines(job, 0)
         assert "rank 0 gave no sign of life for 3 s (resilience.peer_timeout)" in line
@@ -95,7 +95,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(run_file: Path, parallel: st
         time.sleep(1.0)
         job.send(signal.SIGCONT, 0)
         _wait(lambda: metrics.read_bytes().count(b"\n") >= num_lines + 3 or not job.is_running(), job)
-        time.sleep(6.0)  # beyond both limits again
+        time.sleep(6.0)  # longer than both limits
         job.send(signal.SIGTERM)
         assert job.wait() == 75, job.output()
     assert not (output / "stacks").exists()
@@ -123,7 +123,7 @@ def test_a_rank_that_fails_tells_the_others_why(run_file: Path) -> None:
         assert "rank 1 ended in step 5: KeyError: 'a defect of one rank'" in line
         _wait(lambda: job.statuses()[1] is not None, job)
         assert job.statuses()[1] == 1
-        assert "Traceback" in job.logs[1].read_text(), "a defect keeps its traceback, on the rank that has it"
+        assert "Traceback" in job.logs[1].read_text(), "a defect keeps its traceback on the rank where it happens"
 
 
 def _save_slowly(rank: int) -> None:
@@ -148,7 +148,7 @@ def test_sigterm_in_a_save_and_again_finishes_it_and_every_rank_ends_with_75(run
         job.send(signal.SIGTERM)
         job.send(signal.SIGTERM)
         (output / "saving-0").unlink()
-        _wait((output / "saving-0").exists, job)  # the save that the signal asked for
+        _wait((output / "saving-0").exists, job)  # the save that the signal requested
         job.send(signal.SIGTERM)
         assert job.wait() == 75
         assert job.statuses() == [75, 75]

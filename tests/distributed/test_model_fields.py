@@ -1,4 +1,4 @@
-"""Fields of the model that converted checkpoints bring along train the same on every layout."""
+"""Model fields of converted checkpoints train equally in every layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overlapped communication and fused losses over gloo: the same numbers, saves and hashes that see all weights."""
+"""Overlapped communication and fused losses over gloo: equal numbers, and saves and hashes that see all weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, read_metrics, small_run, train_several
 
 OVERLAP = ["speed={overlap_grad_reduce: true, overlap_param_gather: true}"]
-# Hashes of all replicas are compared after every update, and updates are gathered by the next forward pass only.
 FUSED_LOSS = "speed.fused_cross_entropy=true"
+# With overlap the next forward pass gathers the update, but replicas are compared directly after it.
 HASHED = ["resilience.parameter_hash_every=1"]
 
 
@@ -33,11 +33,11 @@ def test_overlap_changes_nothing(run_file: Path) -> None:
     _train(run_file, 2, {"halves": [*OVERLAP, "stop_at_step=7"]})
     _train(run_file, 2, {"halves": OVERLAP})
     plain, overlapped, halves = (read_metrics(folder / name) for name in ("plain", "overlapped", "halves"))
-    # two addends have one sum in any order
+    # a sum of two addends does not depend on their order
     assert [line["loss"] for line in overlapped] == [line["loss"] for line in plain]
     assert [line["grad_norm"] for line in overlapped] == pytest.approx([line["grad_norm"] for line in plain], rel=1e-6)
     assert [line["loss"] for line in halves] == [line["loss"] for line in overlapped]
-    # the last save comes before any forward pass could gather the last update
+    # the last save precedes the forward pass that would gather the last update
     assert differing(newest(folder / "plain"), newest(folder / "overlapped")) == []
 
 

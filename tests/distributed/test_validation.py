@@ -1,4 +1,4 @@
-"""Held-out losses, and the masks at the ends of documents."""
+"""Held-out losses, and masks at document boundaries."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_held_out_losses_do_not_depend_on_the_layout(run_file: Path, base: Path)
 
 
 def test_document_masks_reach_the_model(run_file: Path, base: Path) -> None:
-    """Each option changes the loss; resetting positions as well does not, for RoPE sees differences only."""
+    """Each option changes the loss, except resetting positions: RoPE only sees differences of positions."""
     folder = run_file.parent / "documents"
     common = [f"init.from={base}", f"documents.eod_id={EOD}", "stop_at_step=1"]
     options = {

@@ -1,8 +1,8 @@
-"""A job as torchrun and a scheduler run it: ranks with the launcher's variables, real exit statuses, and their output.
+"""A job as torchrun and a scheduler run it: ranks with the launcher's variables, their exit statuses and output.
 
-torchrun itself would import torch and megatron-core anew in every rank, which takes about ten seconds of two cores;
-here the ranks are forked from a server that has imported both, and all else is the same: the agent's store, the
-variables, the command line, signals, exit statuses.
+torchrun would import torch and megatron-core in every rank, which takes about ten seconds of two cores. Here the ranks
+are forked from a server that has imported both. The agent's store, the variables, the command line, signals and exit
+statuses are as under torchrun.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import torch.distributed as dist
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED
 from tests.helpers.ranks import context
 
-Prepare = Callable[[int], None]  # called on every rank, with its number, before the command line
+Prepare = Callable[[int], None]
+"""Called with the rank on every rank, before the command runs."""
 
 
 class Job:
     """`megatron-cpt train` on several ranks of one machine.
 
     Attributes:
-        pids: of the ranks, in their order.
-        logs: a file for each rank: what it wrote to stdout and stderr.
-        seconds_to_end: from the first rank that ended badly to the last; None as long as that is not known.
-        left_behind: ranks that were still there when the grace was over, and were killed.
+        pids: process ids in the order of ranks.
+        logs: one file per rank with its stdout and stderr.
+        seconds_to_end: from the end of the first rank that failed to the end of the last rank; None before that.
+        left_behind: ranks that were killed because they were still running after the grace period.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class Job:
         """Start the ranks.
 
         Args:
-            num_ranks: of them.
+            num_ranks: number of processes.
             arguments: of `megatron-cpt train`.
-            folder: where the logs go.
-            prepare: see `Prepare`; it must pickle.
+            folder: for the logs.
+            prepare: see `Prepare`; must be picklable.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
@@ -66,23 +67,23 @@ class Job:
         self.kill()
 
     def is_running(self) -> bool:
-        """Whether no rank has ended yet."""
+        """Return True while no rank has ended."""
         return all(process.exitcode is None for process in self._processes)
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
-        """Send a signal to one rank, or to all that are still there."""
+        """Send a signal to one rank, or to all ranks that still run."""
         for process in self._processes if rank is None else [self._processes[rank]]:
             if process.exitcode is None:
                 os.kill(process.pid, number)
 
     def wait(self, *, timeout: float = 120.0, grace: float = 30.0) -> int:
-        """Wait for the end, as torchrun does: once a rank ends badly the others have `grace` seconds to follow.
+        """Wait for the end as torchrun does: after the first rank fails, the others have `grace` seconds to end.
 
         Returns:
-            The job's status: 0, 75 if every rank ended with 0 or 75 and one with 75, else 1.
+            The job's status: 0 if all ranks ended with 0, 75 if the others ended with 75, else 1.
 
         Raises:
-            TimeoutError: every rank was still at work at the timeout; the job is killed.
+            TimeoutError: no rank had failed by the timeout, but some still run; the job is killed.
         """
         deadline, first_bad = time.monotonic() + timeout, None
         while True:
@@ -105,17 +106,17 @@ class Job:
         return EXIT_FAILURE
 
     def statuses(self) -> list[int | None]:
-        """Exit status of every rank; minus the signal's number where one killed it."""
+        """Return the exit status of every rank: None while it runs, -9 if SIGKILL ended it."""
         return [process.exitcode for process in self._processes]
 
     def kill(self) -> None:
-        """Kill what is left."""
+        """Kill the ranks that still run."""
         self.send(signal.SIGKILL)
         for process in self._processes:
             process.join()
 
     def output(self) -> str:
-        """All that the ranks wrote."""
+        """Return the output of all ranks."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
 

@@ -1,4 +1,4 @@
-"""Start ranks of a gloo job in processes of their own, and bring back what they return."""
+"""Start the ranks of a gloo job in processes of their own, and collect their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ context.set_forkserver_preload(["tests.helpers.preload"])
 
 
 class RankError(AssertionError):
-    """A rank raised or died; the message has its traceback."""
+    """A rank raised an error or died; the message contains its traceback."""
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
@@ -25,8 +25,8 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
 
     Args:
         num_ranks: processes to start.
-        function: a function at the top of a module; its result must pickle.
-        args: its arguments, the same on every rank.
+        function: a module-level function with a picklable result.
+        args: its arguments, equal on every rank.
         timeout: seconds after which the job is killed and the test fails.
 
     Returns:
@@ -81,5 +81,5 @@ def _rank(
         value = function(*args)
         dist.barrier()
         results.put((rank, value, None))
-    except BaseException:  # noqa: BLE001 - whatever it is, the test has to see it
+    except BaseException:  # noqa: BLE001 - any error must reach the test
         results.put((rank, None, traceback.format_exc()))

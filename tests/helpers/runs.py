@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import yaml
 from megatron_cpt.data import IndexedDatasetWriter
 
 EOD = 256
+MACHINE_KEYS = ("tokens_per_second", "tflops_per_gpu", "mfu", "peak_memory_gib", "eta")
 
 
 def write_source(prefix: Path, *, stride: int, documents: int = 60, seed: int = 0) -> None:
-    """Documents in which each byte is the last one plus a small random step; `stride` makes sources differ."""
+    """Write documents in which each byte is the previous byte plus a random step of 0 to 1 + `stride`."""
     rng = np.random.default_rng([seed, stride])
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
@@ -27,7 +28,7 @@ def write_source(prefix: Path, *, stride: int, documents: int = 60, seed: int = 
 
 
 def small_run(folder: Path, **changes: Any) -> Path:
-    """Write run.yaml and its data into a folder: 20 steps, a phase switch after step 15; returns the file."""
+    """Write a run.yaml and its data into a folder, and return the file: 20 steps, with a phase switch after step 15."""
     for stride, name in enumerate(("web", "code", "qa"), start=1):
         write_source(folder / "data" / name, stride=stride)
     run = {
@@ -53,25 +54,52 @@ def small_run(folder: Path, **changes: Any) -> Path:
 
 
 def train_here(path: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> int:
-    """`megatron-cpt train` on this rank of a job that a test started."""
-    from megatron_cpt.hooks import build_hooks
-    from megatron_cpt.train.run import run_training
+    """Run `megatron-cpt train` on this rank of a job that a test started; return its exit status."""
+    return train_with_hooks(path, overrides, allow=allow)
 
-    return run_training(path, overrides, allow, build_hooks)
+
+def train_with_hooks(
+    path: str,
+    overrides: Sequence[str] = (),
+    *,
+    hooks: Sequence[Any] = (),
+    allow: Sequence[str] = (),
+    prepare: Callable[[Any], None] = lambda trainer: None,
+) -> int:
+    """Run `megatron-cpt train` with hooks of the test.
+
+    Args:
+        path, overrides, allow: arguments of the command.
+        hooks: called after the hooks of the run.
+        prepare: changes the opened trainer before it trains.
+    """
+    from megatron_cpt.backend import launched_world_size
+    from megatron_cpt.prepare import prepare_run
+    from megatron_cpt.train.trainer import Trainer
+
+    prepared = prepare_run(path, overrides, need_files=True, num_gpus=launched_world_size())
+    with Trainer(prepared, hooks=hooks, allow=allow, console=True, owns_process=True) as trainer:
+        prepare(trainer)
+        return trainer.fit().status
 
 
 def train_several(path: str, runs: Sequence[Sequence[str]]) -> list[int]:
-    """Several runs one after the other in the same processes."""
+    """Train several runs one after the other in the same processes."""
     return [train_here(path, overrides) for overrides in runs]
 
 
 def read_metrics(output: str | Path, kind: str = "loss") -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that have a key."""
+    """Return the lines of metrics.jsonl that have a key."""
     lines = [orjson.loads(line) for line in (Path(output) / "metrics.jsonl").read_bytes().splitlines()]
     return [line for line in lines if kind in line]
 
 
+def read_reproducible_metrics(output: str | Path) -> list[dict[str, Any]]:
+    """Return the training lines of metrics.jsonl without the values that depend on the machine."""
+    return [{key: value for key, value in line.items() if key not in MACHINE_KEYS} for line in read_metrics(output)]
+
+
 def newest(output: str | Path) -> Path:
-    """The checkpoint that `latest` names."""
+    """Return the checkpoint that `latest` names."""
     folder = Path(output) / "checkpoints"
     return folder / (folder / "latest").read_text().strip()

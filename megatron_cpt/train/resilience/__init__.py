@@ -1,1 +1,1 @@
-"""Anomalies, hangs, lost ranks, differing replicas and time limits."""
+"""Detection of anomalies, hangs, lost ranks, differing replicas and time limits."""

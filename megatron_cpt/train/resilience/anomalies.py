@@ -1,4 +1,4 @@
-"""Steps whose numbers are wrong: not a number, infinite, or far above those before."""
+"""Detection of bad steps: a loss or gradient that is NaN or infinite, or a loss far above the previous ones."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ import torch
 import torch.distributed as dist
 
 from megatron_cpt.config.resilience import ResilienceConfig, SpikeConfig
-from megatron_cpt.model.build_model import Model
 from megatron_cpt.train.metrics import mean_losses
 from megatron_cpt.train.state import TrainState
 
-_MOST_NAMES = 5  # parameters that a rank names; where one is not finite, soon all are
+_MAX_NAMES = 5  # parameters listed per rank; once one gradient is not finite, soon all are
+
+Chunks = Sequence[Any]
+"""Model chunks: megatron-core's DistributedDataParallel, which this module does not import; see train/trainer.py."""
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """What is wrong with a step.
+    """Bad step.
 
     Attributes:
-        kind: `loss` or `gradient`: not finite; `spike`: a loss far above those before.
+        kind: `loss` or `gradient`: it is not finite; `spike`: the loss is far above the previous losses.
         value: the loss or the gradient norm.
-        limit: spike: the highest loss that would have passed.
-        action: `warn`: the update was applied; `skip`: it was left out; `stop`: left out, and the run ends.
+        limit: for a spike, the highest normal loss.
+        action: `warn`: the update is applied; `skip`: the update is skipped; `stop`: it is skipped and the run ends.
     """
 
     kind: Literal["loss", "gradient", "spike"]
@@ -36,21 +38,23 @@ class Anomaly:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the update is taken all the same."""
+        """True if the update is applied despite the anomaly."""
         return self.action == "warn"
 
 
 def spike_limit(losses: Sequence[float], spike: SpikeConfig) -> float | None:
-    """The highest loss that is no spike: mean + sigma x standard deviation of the losses before.
+    """Return the highest loss that is no spike: mean + sigma x standard deviation of the previous losses.
 
-    fsum is exact before it rounds once, so ranks on different processors find the same number to the bit.
+    Example: losses 1, 3, 3, 5 with sigma 3 have mean 3 and variance 8 / 3, so the limit is 3 + 3 x 1.63 = 7.9.
+
+    `fsum` rounds once at the end, so ranks on different processors get numbers that are identical bit for bit.
 
     Args:
-        losses: finite losses, the newest last; at most the last `window` count.
+        losses: finite losses, the newest last; only the last `window` are used.
         spike: the rule.
 
     Returns:
-        None where the rule is off or has too few losses.
+        None if the rule is off or has too few losses.
     """
     if spike.action == "off" or len(losses) < spike.num_needed:
         return None
@@ -63,13 +67,13 @@ def spike_limit(losses: Sequence[float], spike: SpikeConfig) -> float | None:
 def find_anomaly(
     loss: float, grad_norm: float, is_finite: bool, losses: Sequence[float], spike: SpikeConfig
 ) -> Anomaly | None:
-    """What is wrong with a step, if anything is.
+    """Return the anomaly of a step; None: the step is normal.
 
     Args:
-        loss: mean loss a token of the global batch.
-        grad_norm: of the whole gradient.
+        loss: mean loss per token over the global batch.
+        grad_norm: gradient norm over all ranks.
         is_finite: whether all ranks found finite losses and gradients.
-        losses: those of the steps before.
+        losses: losses of the previous steps.
         spike: the rule for spikes.
     """
     if not math.isfinite(loss):
@@ -83,9 +87,9 @@ def find_anomaly(
 
 
 def note_loss(state: TrainState, loss: float, anomaly: Anomaly | None, spike: SpikeConfig) -> None:
-    """Bring the counters of bad steps and the window up to date with a step.
+    """Update the counters of skipped updates and the window of losses after a step.
 
-    A spike enters the window as well: a loss that has moved to another level for good is found once, not for ever.
+    A spike enters the window too, so a loss that stays on a new level is reported once and not forever.
     """
     is_skipped = anomaly is not None and not anomaly.is_applied
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if is_skipped else 0
@@ -95,17 +99,17 @@ def note_loss(state: TrainState, loss: float, anomaly: Anomaly | None, spike: Sp
 
 
 def describe(
-    anomaly: Anomaly, state: TrainState, losses: torch.Tensor, names: Sequence[str], grad_norm: float, model: Model
+    anomaly: Anomaly, state: TrainState, losses: torch.Tensor, names: Sequence[str], grad_norm: float, chunks: Chunks
 ) -> dict[str, Any]:
-    """The line of anomalies.jsonl without the samples; a collective call.
+    """Return the line of anomalies.jsonl without the samples; a collective call.
 
     Args:
-        anomaly: what is wrong.
+        anomaly: the bad step.
         state: after the step.
-        losses: (num_sources, 2) summed loss and tokens of the step.
+        losses: (num_sources, 2) summed loss and token count of the step.
         names: the sources.
         grad_norm: of the step.
-        model: its gradients are those of the step.
+        chunks: the model chunks of this rank, with the gradients of the step.
     """
     mean, by_source = mean_losses(losses, names)
     return {
@@ -118,29 +122,29 @@ def describe(
         "loss": mean,
         "grad_norm": grad_norm,
         "loss_by_source": by_source,
-        "not_finite_on_ranks": {} if anomaly.kind == "spike" else _not_finite_by_rank(model),
+        "not_finite_on_ranks": {} if anomaly.kind == "spike" else _not_finite_by_rank(chunks),
     }
 
 
-def _not_finite_by_rank(model: Model) -> dict[str, list[str]]:
-    """Parameters with a gradient that is not finite, the first few by rank; on rank 0, elsewhere empty."""
-    named = [item for chunk in model.chunks for item in chunk.named_parameters()]
-    own = [name for name, parameter in named if not parameter.main_grad.isfinite().all()][:_MOST_NAMES]
+def _not_finite_by_rank(chunks: Chunks) -> dict[str, list[str]]:
+    """Return by rank the first parameters whose gradient is not finite; empty on ranks other than 0."""
+    named = [item for chunk in chunks for item in chunk.named_parameters()]
+    own = [name for name, parameter in named if not parameter.main_grad.isfinite().all()][:_MAX_NAMES]
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, parts, dst=0)
     return {str(rank): names for rank, names in enumerate(parts or []) if names}
 
 
 def reason_to_stop(anomaly: Anomaly, state: TrainState, config: ResilienceConfig) -> str | None:
-    """Why the run must end here, the same words on every rank; None: it goes on."""
-    where = (
-        "the last checkpoint is untouched; anomalies.jsonl names the samples; "
-        "lower schedule.max_lr or look at the data of these steps"
+    """Return why the run must end after this step, equal on every rank; None: it continues."""
+    advice = (
+        "the last checkpoint is unchanged; anomalies.jsonl names the samples; "
+        "lower schedule.max_lr or inspect the data of these steps"
     )
     if anomaly.action == "stop":
-        return f"step {state.step}: the loss is {anomaly.value:.4f}, above {anomaly.limit:.4f}; {where}"
+        return f"step {state.step}: the loss is {anomaly.value:.4f}, above {anomaly.limit:.4f}; {advice}"
     if state.skipped_in_a_row >= config.stop_after:
-        what = f"{state.skipped_in_a_row} update{'s' if state.skipped_in_a_row > 1 else ''} in a row left out"
+        skipped = f"{state.skipped_in_a_row} update{'s' if state.skipped_in_a_row > 1 else ''} in a row skipped"
         kind = "a spike" if anomaly.kind == "spike" else f"a {anomaly.kind} that is not finite"
-        return f"step {state.step}: {what}, this one for {kind} ({anomaly.value}); {where}"
+        return f"step {state.step}: {skipped}, this one for {kind} ({anomaly.value}); {advice}"
     return None

@@ -1,4 +1,4 @@
-"""What keeps a rank from waiting for ever: a watchdog, signs of life, and plain words for a lost connection."""
+"""Protection against waiting forever: heartbeats between ranks, and one clear error for a lost connection."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from megatron_cpt.train.resilience.watchdog import Progress, Watchdog, end_proce
 
 
 class LostPeerError(CptError):
-    """Another rank of the job is gone, so this one cannot go on (exit status 1)."""
+    """Another rank of the job is gone, so this one cannot continue (exit status 1)."""
 
 
 @contextlib.contextmanager
 def guard(config: ResilienceConfig, ranks: Ranks, watchdog: Watchdog, progress: Progress) -> Iterator[None]:
-    """Bound the time that this rank waits for another one, and say why it ends.
+    """Limit the time that this rank waits for another one, and report which rank is gone.
 
     Args:
         config: the limits.
-        ranks: where this process stands.
-        watchdog: of this process; from now on it says which rank is gone.
-        progress: what this rank is doing.
+        ranks: this process's place in the job.
+        watchdog: of this process; its message will name the rank that is gone.
+        progress: the current phase of this rank.
 
     Raises:
-        LostPeerError: instead of what torch.distributed raised for a connection that is gone.
+        LostPeerError: in place of an error of torch.distributed about a lost connection.
     """
 
     def end(message: str) -> None:

@@ -1,4 +1,4 @@
-"""A thread that ends this process when it makes no progress, and leaves the stacks of all its threads behind."""
+"""A thread that writes the stacks of all threads and ends this process when it makes no progress."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from typing import NoReturn
 
 from megatron_cpt.errors import EXIT_FAILURE
 
-_STDERR = 2  # the descriptor: nothing of Python may be needed to write to it
-_BACKSTOP_SECONDS = 60.0  # after the limit: for a thread of ours that cannot run, because C code holds the interpreter
+_STDERR = 2  # file descriptor: usable without Python's own stream objects
+_BACKSTOP_SECONDS = 60.0  # after the limit, for the case that C code holds the interpreter lock and no thread can run
 
 
 class Progress:
-    """What this rank is doing.
+    """Current phase of this rank.
 
     Attributes:
-        phase: what began last.
-        count: how many things have begun.
+        phase: for example "step 17" or "saving step 17".
+        count: number of phases so far.
     """
 
     def __init__(self) -> None:
         self.phase, self.count = "start", 0
 
     def note(self, phase: str) -> None:
-        """Something new begins."""
+        """Note the beginning of a phase."""
         self.phase, self.count = phase, self.count + 1
 
 
 class Watchdog:
-    """Watches a `Progress` inside a with block.
+    """Watcher of a `Progress` inside a with block.
 
-    It counts its own looks and not the time between them: a process that a scheduler suspends (SIGSTOP, a frozen
-    cgroup) looks at nothing meanwhile, and goes on afterwards as if no time had passed.
+    It counts its own polls and not clock time. A process that a scheduler suspends (SIGSTOP, a frozen cgroup) polls
+    nothing meanwhile, so the time in suspension does not count as time without progress.
 
     Args:
-        progress: what to watch.
-        limit: seconds without progress that are too long; None: does nothing.
+        progress: to watch.
+        limit: seconds without progress after which the process ends; None: no limit.
         rank: for messages and the name of the file.
-        folder: where to write `rank-00002-step-17.txt`.
-        end: ends the process.
+        folder: of the files with stacks, such as `rank-00002-step-17.txt`.
+        end: ends the process with a message.
 
     Attributes:
-        explain: makes of what was noticed the line that this rank ends with; must return in seconds.
+        explain: turns a reason into the last line of this rank; must return within seconds.
     """
 
     def __init__(
@@ -101,22 +101,22 @@ class Watchdog:
                 count = self._progress.count
                 seen, stalled = count, stalled + poll if count == seen else 0.0
                 if stalled > limit:
-                    self._bark()
+                    self._end_hung_process()
                     return
-                # Written by a thread of C that needs no interpreter; armed anew as long as this thread can run. It
-                # cannot tell a hang from a suspended process, so it ends nothing.
+                # A C thread prints the stacks if this thread stops running for longer than the limit; each poll
+                # restarts its timer. It cannot tell a hang from a suspended process, so it ends nothing.
                 faulthandler.dump_traceback_later(limit - stalled + _BACKSTOP_SECONDS, file=_STDERR)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _bark(self) -> None:
-        path = self.dump()  # first of all: what this rank is stuck in is what a person needs
+    def _end_hung_process(self) -> None:
+        path = self.dump()  # first, because a person needs to see where this rank hangs
         message = self.explain(f"no progress for over {self._limit:g} s (resilience.hang_timeout)")
         self._end(f"{message}; stacks in {path}")
 
 
 def end_process(message: str) -> NoReturn:
-    """Print the last line of this rank and end at once, whatever other threads are stuck in."""
+    """Print a message and end the process immediately, even if other threads hang."""
     print(f"megatron-cpt: error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,33 +1,47 @@
-"""`megatron-cpt train` passes on what it was given; what it does then is tested elsewhere."""
+"""`megatron-cpt train` passes its arguments to the trainer; the training itself is tested elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from megatron_cpt import prepare
 from megatron_cpt.cli import main
 from megatron_cpt.errors import RefusedError
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Stands in for the training side, which would load torch and megatron-core."""
-    seen, run, hooks = [], ModuleType("megatron_cpt.train.run"), ModuleType("megatron_cpt.hooks")
-    hooks.build_hooks = object()
+    """Stand-in for the trainer, which would load megatron-core; returns the list of calls."""
+    seen, module = [], ModuleType("megatron_cpt.train.trainer")
 
-    def run_training(path, overrides, allow, make_hooks):
-        assert make_hooks is hooks.build_hooks
-        seen.append((path, list(overrides), list(allow)))
-        if "refuse" in allow:
-            raise RefusedError("checkpoint [3]: broken")
-        return 75
+    class Trainer:
+        def __init__(self, prepared, *, allow, console, owns_process):
+            assert console
+            assert owns_process
+            seen.append((*prepared, list(allow)))
 
-    run.run_training = run_training
-    monkeypatch.setitem(sys.modules, "megatron_cpt.train", ModuleType("megatron_cpt.train"))
-    monkeypatch.setitem(sys.modules, "megatron_cpt.train.run", run)
-    monkeypatch.setitem(sys.modules, "megatron_cpt.hooks", hooks)
+        def __enter__(self):
+            if "refuse" in seen[-1][2]:
+                raise RefusedError("checkpoint [3]: corrupt")
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def fit(self):
+            return SimpleNamespace(status=75)
+
+    def prepare_run(path, overrides, *, need_files, num_gpus):
+        assert need_files
+        assert num_gpus == 1
+        return str(path), list(overrides)
+
+    module.Trainer = Trainer
+    monkeypatch.setitem(sys.modules, "megatron_cpt.train.trainer", module)
+    monkeypatch.setattr(prepare, "prepare_run", prepare_run)
     return seen
 
 
@@ -42,6 +56,6 @@ def test_arguments_and_status_are_passed_on(calls):
     ]
 
 
-def test_what_is_refused_is_status_3(calls, capsys):
+def test_a_refused_checkpoint_is_status_3(calls, capsys):
     assert main(["train", "run.yaml", "--allow", "refuse"]) == 3
-    assert capsys.readouterr().err == "megatron-cpt: error: checkpoint [3]: broken\n"
+    assert capsys.readouterr().err == "megatron-cpt: error: checkpoint [3]: corrupt\n"

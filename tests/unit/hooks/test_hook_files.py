@@ -1,4 +1,4 @@
-"""What hooks write, and what becomes of it on a disk that fills up."""
+"""Files of the hooks, also on a disk that fills up."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_cpt.config.schema import WandbConfig
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.files.jsonl_log import JsonlLog, drop_lines_after
 from megatron_cpt.hooks.anomalies_file import AnomaliesFile
+from megatron_cpt.hooks.console import ConsoleHook
 from megatron_cpt.hooks.metrics_file import MetricsFile
 from megatron_cpt.hooks.tensorboard import TensorBoardHook
 from megatron_cpt.hooks.wandb import WandbHook
@@ -22,7 +23,7 @@ from megatron_cpt.hooks.wandb import WandbHook
 
 @contextlib.contextmanager
 def room(size):
-    """Files of this process grow to so many bytes: a write takes what fits, and the next one fails."""
+    """Limit the files of this process to `size` bytes: a write takes what fits, and the next one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -44,6 +45,7 @@ def session(folder, **values):
 
 def line(step):
     return {"step": step, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0, "tokens": step,
+            "tflops_per_gpu": 1.0, "mfu": None, "peak_memory_gib": 1.0, "eta": 1.0,
             "loss_by_source": {"web": 1.0}, "samples_by_source": {"web": step}}  # fmt: skip
 
 
@@ -123,3 +125,38 @@ def test_wandb_that_is_missing_or_refuses_is_one_message(tmp_path, monkeypatch):
     with pytest.raises(CptError, match=r"log\.wandb: No API key configured; run `wandb login`"):
         hook.on_start(session(tmp_path))
     hook.on_end(session(tmp_path))
+
+
+def test_the_console_prints_the_use_of_the_hardware(capsys):
+    hook = ConsoleHook()
+    hook._is_main = True
+    run = SimpleNamespace(plan=SimpleNamespace(steps=100))
+    values = {"phase": "general", "tokens_per_second": 1500.0, "peak_memory_gib": 61.26, "eta": 3723.4}
+    hook.on_metrics(run, {**line(7), **values, "mfu": 0.4123})
+    hook.on_metrics(run, {**line(8), **values, "mfu": None})
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == (
+        "step   7/100  general  loss 1.0000  lr 1.000e-01  grad 1.000  1.5K tokens/s  MFU 41.2%  peak 61.3 GiB  "
+        "1:02:03 left"
+    )
+    assert "MFU" not in second
+
+
+class Scalars:
+    def __init__(self):
+        self.written = {}
+
+    def add_scalar(self, name, value, step):
+        self.written[name, step] = value
+
+
+def test_tensorboard_gets_the_use_of_the_hardware_where_it_is_known(tmp_path):
+    hook = TensorBoardHook()
+    hook._writer, hook._folder = Scalars(), tmp_path
+    hook.on_metrics(session(tmp_path), {**line(1), "mfu": 0.25})
+    hook.on_metrics(session(tmp_path), line(2))
+    assert hook._writer.written["train/mfu", 1] == 0.25
+    assert ("train/mfu", 2) not in hook._writer.written
+    assert {name for name, step in hook._writer.written if step == 2} >= {
+        "train/eta", "train/peak_memory_gib", "train/tflops_per_gpu",
+    }  # fmt: skip

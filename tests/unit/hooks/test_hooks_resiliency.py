@@ -1,4 +1,4 @@
-"""The hook around nvidia-resiliency-ext, against a stand-in for its 0.4.1 interface: no GPU, so nothing is measured."""
+"""The hook for nvidia-resiliency-ext, with a stand-in for the interface of version 0.4.1, because there is no GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FOUND = {
 
 @pytest.fixture
 def detector(monkeypatch):
-    """`nvidia_resiliency_ext.straggler.Detector`, which writes down what is asked of it."""
+    """Stand-in for `nvidia_resiliency_ext.straggler.Detector`; returns the list of its calls."""
     calls = []
 
     class Detector:

@@ -129,7 +129,7 @@ def test_the_check_comes_before_loading(tmp_path: Path, monkeypatch: pytest.Monk
     def never(*_: object, **__: object) -> None:
         pytest.fail("data or checkpoints were read first")
 
-    monkeypatch.setattr(setup, "_stream", never)
+    monkeypatch.setattr(setup, "open_streams", never)
     monkeypatch.setattr(setup, "newest_valid", never)
     monkeypatch.setattr(setup, "read_machine", lambda: A100)
     with pytest.raises(UserError, match="needs an Ada"):

@@ -1,4 +1,4 @@
-"""The table of speed knobs: defaults per machine, settings in megatron-core, and the copy in docs/operations/speed.md."""
+"""The table of speed knobs: defaults per machine, settings in megatron-core, copy in docs/operations/speed.md."""
 
 from __future__ import annotations
 

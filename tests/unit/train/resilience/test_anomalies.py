@@ -1,4 +1,4 @@
-"""The rules that call a step wrong, by exact numbers."""
+"""Rules for bad steps, by exact numbers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_run_ends_after_n_in_a_row_and_not_before():
     assert reason_to_stop(bad, TrainState(step=7, skipped_in_a_row=2), config) is None
     reason = reason_to_stop(bad, TrainState(step=8, skipped_in_a_row=3), config)
     assert reason is not None
-    assert reason.startswith("step 8: 3 updates in a row left out, this one for a gradient that is not finite (inf); ")
+    assert reason.startswith("step 8: 3 updates in a row skipped, this one for a gradient that is not finite (inf); ")
 
 
 def test_a_spike_ends_the_run_where_it_should():
@@ -103,9 +103,9 @@ def test_the_state_survives_a_restart_and_older_ones_are_read():
 def test_losses_that_are_no_numbers_stay_out_of_the_mean():
     from megatron_cpt.train.metrics import LossMeter
 
-    meter = LossMeter(["web", "code"], counts=True)
-    meter.add(torch.tensor([[6.0, 2.0], [0.0, 0.0]], dtype=torch.float64), 2)
-    meter.add(torch.tensor([[NAN, 2.0], [5.0, 1.0]], dtype=torch.float64), 3)
+    meter = LossMeter(["web", "code"], contributes_loss=True)
+    meter.add(torch.tensor([[6.0, 2.0], [0.0, 0.0]], dtype=torch.float64), 2, 1.0)
+    meter.add(torch.tensor([[NAN, 2.0], [5.0, 1.0]], dtype=torch.float64), 3, 1.0)
     numbers = meter.take()
     assert numbers["loss"] == 3.0
     assert numbers["loss_by_source"] == {"web": 3.0}

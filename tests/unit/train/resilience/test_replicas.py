@@ -1,4 +1,4 @@
-"""The hash of parameters."""
+"""Hashes of parameters and the comparison of replicas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_one_flipped_bit_anywhere_changes_it(dtype, size, data):
 def test_places_count():
     tensor = torch.tensor([1.0, 2.0, 3.0])
     assert bit_hash(tensor) != bit_hash(tensor.flip(0))
-    assert bit_hash(torch.zeros(2)) != bit_hash(torch.zeros(3))  # another number of words
+    assert bit_hash(torch.zeros(2)) != bit_hash(torch.zeros(3))  # different numbers of words
 
 
 def test_not_a_number_and_negative_zero_are_bits_like_any_other():
@@ -50,12 +50,12 @@ def test_a_view_that_begins_anywhere_is_hashed_as_its_copy():
 
 
 def test_it_is_the_same_for_ever():
-    # in plain Python, on 64 bits: two words of two floats, and the rest filled up with zeros
+    # in plain Python with 64 bits: two words of two floats each, and one float padded with zeros
     mask, total = (1 << 64) - 1, 0
     values = torch.tensor([1.0, -2.0, 0.0, 3.5, -1.0])
     words = struct.unpack("<3Q", values.numpy().tobytes() + bytes(4))
 
-    def shift(value: int, by: int) -> int:  # arithmetic, as torch's
+    def shift(value: int, by: int) -> int:  # an arithmetic shift, as in torch
         signed = value - (1 << 64) if value >> 63 else value
         return (signed >> by) & mask
 

@@ -1,4 +1,4 @@
-"""When a process stops so that its checkpoint is written in time, by a clock that the test turns."""
+"""Limit on the run time of a process, by a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_cpt.train.resilience.wall_time import WallTime, seconds_since_proc
 
 
 class Clock:
-    """Stands still until it is told otherwise."""
+    """Clock that only the test advances."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
@@ -16,7 +16,7 @@ class Clock:
 
 
 def run(limit: float | None, steps: list[float], *, start: float = 0.0, save: float = 0.0, every: int = 0) -> int:
-    """Steps that a loop does with these lengths; it saves at its end, and every so many steps."""
+    """Return the number of steps that a loop does; it saves at its end and every `every` steps."""
     clock = Clock(start)
     wall_time = WallTime(limit, clock)
     for number, seconds in enumerate(steps, start=1):

@@ -1,4 +1,4 @@
-"""The thread that ends a process without progress."""
+"""Watchdog that ends a process without progress."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ from megatron_cpt.train.resilience import watchdog
 watchdog._BACKSTOP_SECONDS = 0.5
 with watchdog.Watchdog(watchdog.Progress(), 1.0, rank=0, folder=pathlib.Path(sys.argv[1])):
     import time; time.sleep(0.5)
-    ctypes.PyDLL(None).sleep(3)  # a call of C that no thread of Python gets past
+    ctypes.PyDLL(None).sleep(3)  # a C call that keeps the interpreter lock
 """
 _IS_SUSPENDED = """
 import pathlib, sys, time
@@ -115,7 +115,7 @@ def test_a_process_that_was_suspended_goes_on(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "in the middle\n"
         process.send_signal(signal.SIGSTOP)
-        time.sleep(5.0)  # beyond the limit and faulthandler's own timer
+        time.sleep(5.0)  # longer than the limit and faulthandler's own timer
         process.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

@@ -1,0 +1,103 @@
+"""Token files of a run -> streams, the loader of training batches, and the validator."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from megatron_cpt.backend import Ranks
+from megatron_cpt.checkpoint.record import corrupt_as_refused
+from megatron_cpt.config import RunConfig
+from megatron_cpt.data import (
+    BlendCursor,
+    IndexedDataset,
+    Loader,
+    PhaseBlend,
+    TokenStream,
+    expand_prefixes,
+    validation_batches,
+)
+from megatron_cpt.data.loading.batch import DocumentOptions
+from megatron_cpt.data.loading.fim import fill_in_middle
+from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
+from megatron_cpt.plan import RunPlan
+from megatron_cpt.train.state import TrainState
+from megatron_cpt.train.validation import Validator
+
+
+def open_streams(config: RunConfig, eod_id: int | None) -> dict[str, TokenStream]:
+    """Open the token stream of every source, by name, in the order of run.yaml."""
+    streams = {}
+    for name, source in config.sources.items():
+        datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(source.paths)]
+        if source.cache is not None:
+            keep_on_disk(datasets, source.cache)
+        fim = fill_in_middle(name, source.fim, eod_id)
+        streams[name] = TokenStream(name, datasets, seq_length=config.span_length(name), seed=config.seed, fim=fim)
+    return streams
+
+
+def document_options(config: RunConfig, eod_id: int | None) -> DocumentOptions:
+    """Return how batches treat the boundaries of documents."""
+    documents = config.documents
+    return DocumentOptions(eod_id, documents.reset_attention, documents.reset_positions, documents.eod_loss)
+
+
+def build_loader(
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    streams: dict[str, TokenStream],
+    documents: DocumentOptions,
+    state: TrainState,
+    own: Path | None,
+) -> Loader:
+    """Build the loader of this rank's batches from the next step on.
+
+    Raises:
+        RefusedError: the blend's state in the checkpoint `own` is damaged.
+    """
+    phases = [
+        PhaseBlend(phase.name, phase.first_sample, phase.num_samples, phase.weights, phase.seq_length)
+        for phase in plan.phases
+    ]
+    grids = {name: stream.grid for name, stream in streams.items()}
+    cursor = BlendCursor(phases, list(streams), limits=plan.span_limits, grids=grids)
+    if state.data is not None:
+        with corrupt_as_refused(own):
+            cursor.load_state_dict(state.data)
+    return Loader(
+        list(streams.values()),
+        cursor,
+        global_batch=lambda samples: plan.segment_from(samples).global_batch,
+        micro_batch=lambda samples: plan.segment_from(samples).micro_batch,
+        data_parallel_rank=ranks.data_parallel_rank,
+        data_parallel_size=ranks.data_parallel_size,
+        vocab_size=config.model.vocab,
+        documents=documents,
+    )
+
+
+def build_validator(
+    config: RunConfig, ranks: Ranks, documents: DocumentOptions, contributes_loss: bool
+) -> Validator | None:
+    """Build the validator; None if the run has no `validation` section."""
+    if config.validation is None:
+        return None
+    batches = {}
+    for name, paths in config.validation.sources.items():
+        prefixes = expand_prefixes([paths] if isinstance(paths, str) else list(paths))
+        datasets = [IndexedDataset(prefix) for prefix in prefixes]
+        # Always in the run's seq_length, even in phases with another one, so that losses compare over the run.
+        batches[name] = partial(
+            validation_batches,
+            TokenStream(name, datasets, seq_length=config.seq_length, seed=config.seed),
+            num_samples=config.validation.batches * config.batch.global_,
+            micro_batch=config.batch.micro,
+            data_parallel_rank=ranks.data_parallel_rank,
+            data_parallel_size=ranks.data_parallel_size,
+            vocab_size=config.model.vocab,
+            documents=documents,
+        )
+    group = config.batch.global_ // (config.batch.micro * ranks.data_parallel_size)
+    return Validator(batches, group, contributes_loss)
