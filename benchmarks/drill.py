@@ -161,7 +161,7 @@ class Drill:
         if (int(origin[1]) if origin else 0) != sound:
             self._fail(job, f"went on from step {origin[1] if origin else 0}, the newest sound one is {sound}")
         newer = {name for name in found if int(name.removeprefix("step-")) > sound}
-        named = set(re.findall(r"checkpoint \S+/(step-\d+) is broken and passed over", output))
+        named = set(re.findall(r"checkpoint \S+/(step-\d+) is corrupt and is skipped", output))
         if named != newer:
             self._fail(job, f"passed over {sorted(named)}, broken are {sorted(newer)}")
         self.tally.passed_over += len(newer)

@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_cpt.backend import Ranks
 from megatron_cpt.checkpoint.loading.load import find_valid, load_training, load_weights
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
-from megatron_cpt.checkpoint.record import corrupt_as_refused, read_run, read_state
+from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def preflight(
-    own: Path,
+    own: SavedRun,
     config: RunConfig,
     plan: RunPlan,
     ranks: Ranks,
@@ -42,19 +42,19 @@ def preflight(
     Raises:
         RefusedError: something changed that was not allowed.
     """
-    with corrupt_as_refused(own):
-        saved = read_state(own)
+    with corrupt_as_refused(own.path):
+        saved = own.state
         tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
-        changes = find_changes(read_run(own), config, saved["data_fingerprints"], fingerprints, tokenizers)
+        changes = find_changes(own.run, config, saved["data_fingerprints"], fingerprints, tokenizers)
         step = saved["train"]["step"] + 1
         summary = ResumeSummary(
             step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate")
         )
         _log(ranks, describe(changes, allow, summary))
-    refuse_unless_allowed(changes, allow, str(own))
+    refuse_unless_allowed(changes, allow, str(own.path))
 
 
-def init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> Path | None:
+def init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> SavedRun | None:
     """The checkpoint that `init.from` means, which fits the model; None: random weights. A collective call.
 
     Args:
@@ -67,24 +67,30 @@ def init_checkpoint(config: RunConfig, broken: Mapping[Path, Sequence[str]]) -> 
     """
     if config.init.from_ is None:
         return None
-    path = find_valid(config.init.from_, config.checkpoint.verify, broken)
+    saved = find_valid(config.init.from_, config.checkpoint.verify, broken)
+    path = saved.path
     with corrupt_as_refused(path):
-        before, now = model_shape(read_run(path)), model_shape(config.to_dict())
+        before, now = model_shape(saved.run), model_shape(config.to_dict())
     wrong = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
     if wrong:
         raise RefusedError(
             f"init.from: {path}: a checkpoint of another model: {'; '.join(wrong)}; make the model section agree"
         )
-    if config.init.load == "weights+optimizer" and read_state(path).get("content") == "weights":
+    if config.init.load == "weights+optimizer" and saved.state.get("content") == "weights":
         raise RefusedError(
             f"init.load: weights+optimizer: {path} was imported from weights alone and has no optimizer; "
             "take init.load=weights"
         )
-    return path
+    return saved
 
 
 def load_state(
-    config: RunConfig, ranks: Ranks, model: Model, optimizer: MegatronOptimizer, own: Path | None, origin: Path | None
+    config: RunConfig,
+    ranks: Ranks,
+    model: Model,
+    optimizer: MegatronOptimizer,
+    own: SavedRun | None,
+    origin: SavedRun | None,
 ) -> TrainState:
     """Fill model, optimizer and random states; a collective call.
 
@@ -102,15 +108,15 @@ def load_state(
         RefusedError: it cannot be read, or does not fit the model.
     """
     if own is not None:
-        with corrupt_as_refused(own):
-            saved = read_state(own)
-            is_same_layout = saved["layout"] == rank_layout(config, ranks)
-            state = TrainState.from_dict(saved["train"])
+        with corrupt_as_refused(own.path):
+            is_same_layout = own.state["layout"] == rank_layout(config, ranks)
+            state = TrainState.from_dict(own.state["train"])
         load_training(own, model.chunks, optimizer, config.checkpoint.verify, with_rng=is_same_layout)
         random_states = "random states go on" if is_same_layout else "random states start anew, in another layout"
         _log(
             ranks,
-            f"going on from {own}, step {state.step}: weights, optimizer, data and schedule go on; {random_states}",
+            f"going on from {own.path}, step {state.step}: "
+            f"weights, optimizer, data and schedule go on; {random_states}",
         )
         return state
     if origin is not None:
@@ -124,7 +130,7 @@ def load_state(
         left = "optimizer, " if config.init.load == "weights" else ""
         _log(
             ranks,
-            f"starting from {origin} (init.load: {config.init.load}): takes {taken}; "
+            f"starting from {origin.path} (init.load: {config.init.load}): takes {taken}; "
             f"{left}step, data, schedule and random states start anew",
         )
     else:

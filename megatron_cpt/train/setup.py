@@ -15,7 +15,7 @@ from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.loading.load import newest_valid
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError
-from megatron_cpt.checkpoint.record import corrupt_as_refused, read_state
+from megatron_cpt.checkpoint.record import corrupt_as_refused
 from megatron_cpt.checkpoint.saving.publish import Retention
 from megatron_cpt.checkpoint.saving.saver import Saver
 from megatron_cpt.config import RunConfig
@@ -158,7 +158,7 @@ def _setup(
     if own is not None:
         preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
         # those of sources that have left the run, too: they may come back
-        fingerprints = read_state(own)["data_fingerprints"] | fingerprints
+        fingerprints = own.state["data_fingerprints"] | fingerprints
     origin = own or init_checkpoint(config, broken)
 
     model = build_model(config)
@@ -168,8 +168,9 @@ def _setup(
     optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
     state = load_state(config, ranks, model, optimizer, own, origin)
     set_adam(optimizer, config.optimizer)
-    with corrupt_as_refused(own):
-        check_progress(state, plan, str(own))
+    own_path = own.path if own is not None else None
+    with corrupt_as_refused(own_path):
+        check_progress(state, plan, str(own_path))
     counts = ranks.is_last_stage and ranks.tensor_rank == 0
     documents = DocumentOptions(
         eod_id,
@@ -185,7 +186,7 @@ def _setup(
         model=model,
         optimizer=optimizer,
         forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
-        loader=_loader(config, plan, ranks, streams, documents, state, own),
+        loader=_loader(config, plan, ranks, streams, documents, state, own_path),
         validator=_validator(config, ranks, documents, counts),
         meter=LossMeter(names, counts),
         state=state,
@@ -198,7 +199,7 @@ def _setup(
         ),
         data_fingerprints=fingerprints,
         tokenizer_fingerprint=tokenizer_fingerprint,
-        origin=origin,
+        origin=origin.path if origin is not None else None,
         is_resumed=own is not None,
     )
 

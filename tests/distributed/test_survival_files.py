@@ -122,7 +122,7 @@ def test_harm_to_any_file_is_found_and_named_and_the_checkpoint_before_is_used(t
     for (output, file), (found, warnings), (found_by_other, _) in zip(cases, *on_each_rank, strict=True):
         assert found == found_by_other == "step-00000002", (output.name, found)
         (warning,) = warnings
-        assert "step-00000004 is broken and passed over" in warning
+        assert "step-00000004 is corrupt and is skipped" in warning
         assert file in warning, (output.name, warning)
 
 
@@ -278,7 +278,7 @@ def test_nothing_of_a_broken_checkpoint_is_left_in_a_run_that_passed_it_over(two
         _flip_some(checkpoint / ("plan.json" if checkpoint.name == "step-00000002" else "__0_0.distcp"))
     ((refusal, _),) = run_ranks(2, set_up, run_file(two_saved), [str(passed_over)])[0]
     assert refusal is not None
-    assert "no sound checkpoint: step-00000005: __0_0.distcp: checksum differs" in refusal
+    assert "no valid checkpoint: step-00000005: __0_0.distcp: checksum differs" in refusal
     assert "step-00000002: plan.json: checksum differs" in refusal
 
 

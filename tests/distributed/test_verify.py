@@ -34,7 +34,7 @@ def damaged(base: Path, tmp_path: Path) -> Path:
 
 def test_full_refuses_what_sampled_and_none_pass_over_by_design(run_file: Path, damaged: Path, tmp_path: Path) -> None:
     start = [f"init.from={damaged}", "stop_at_step=1"]
-    with pytest.raises(RankError, match=r"BrokenError: .*broken: __0_\d\.distcp: checksum differs"):
+    with pytest.raises(RankError, match=r"CorruptCheckpointError: .*corrupt: __0_\d\.distcp: checksum differs"):
         run_ranks(1, train_here, str(run_file), [*start, f"output={tmp_path}/full"])
     assert not (tmp_path / "full").exists()
     others = [[*start, f"output={tmp_path}/{how}", f"checkpoint.verify={how}"] for how in ("sampled", "none")]
@@ -110,7 +110,7 @@ def test_a_damaged_record_is_refused_in_every_mode(run_file: Path, base: Path, t
         assert before in file.read_bytes()
         file.write_bytes(file.read_bytes().replace(before, after, 1))
         runs += [[f"output={output}", "stop_at_step=5", f"checkpoint.verify={how}"] for how in ("none", "full")]
-        expected += [name, f"no sound checkpoint: {newest(output).name}: {name}: checksum differs"]
+        expected += [name, f"no valid checkpoint: {newest(output).name}: {name}: checksum differs"]
     (found,) = run_ranks(1, _refusals, str(run_file), runs)
     for overrides, refusal, words in zip(runs, found, expected, strict=True):
         assert refusal.startswith("RefusedError: "), overrides
@@ -154,7 +154,7 @@ def _find_late(run_directory: str, elsewhere: str) -> list[Any]:
 
     if dist.get_rank() == 1:
         layout.list_checkpoints = lambda folder: []
-    found: list[Any] = [load.find_valid(run_directory)]
+    found: list[Any] = [load.find_valid(run_directory).path]
     try:
         load.find_valid(elsewhere)
     except CptError as error:

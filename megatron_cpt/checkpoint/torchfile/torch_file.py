@@ -20,7 +20,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -233,6 +233,10 @@ class _TensorUnpickler(pickle.Unpickler):
             return dtype
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
             return self._tensor
+        if module == "torch._utils" and name == "_rebuild_tensor_v3":  # dtypes without a storage class, such as FP8
+            return lambda storage, offset, shape, stride, _grad, _hooks, dtype, *_: self._tensor(
+                replace(storage, dtype=dtype), offset, shape, stride
+            )
         if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
             return lambda data, *_: data
         if (module, name) == ("collections", "OrderedDict"):

@@ -28,6 +28,7 @@ from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.tensor_parallel import ColumnParallelLinear  # noqa: E402
 
 from megatron_cpt.checkpoint.loading import load  # noqa: E402
+from megatron_cpt.checkpoint.record import SavedRun  # noqa: E402
 from megatron_cpt.checkpoint.state import fp8_history, state_dicts  # noqa: E402
 from megatron_cpt.model import spec  # noqa: E402
 from megatron_cpt.model.build_model import Model, build_model  # noqa: E402
@@ -98,6 +99,10 @@ def _save(model: Model, folder: Path) -> None:
     dist_checkpointing.save(state_dicts.model_state(model.chunks), str(folder))
 
 
+def _saved_run(folder: Path) -> SavedRun:
+    return SavedRun(folder, manifest={}, state={}, run={})
+
+
 def _entries(folder: Path) -> dict[str, Any]:
     return FileSystemReader(folder).read_metadata().state_dict_metadata
 
@@ -110,7 +115,7 @@ def test_histories_come_back(tmp_path, monkeypatch):
         # by layer; a row of scales above the history
         assert [tuple(stored[key].size) for key in KEYS] == [(4, HISTORY + 1, 3), (4, HISTORY + 1, 2)]
         assert "scaling_fwd" not in _layers(fresh)[0].fp8_meta
-        load.load_weights(tmp_path / "saved", fresh.chunks, "none")
+        load.load_weights(_saved_run(tmp_path / "saved"), fresh.chunks, "none")
         for old, new in zip(_layers(model), _layers(fresh), strict=True):
             for key in ("scaling_fwd", "scaling_bwd"):
                 assert torch.equal(new.fp8_meta[key].scale, old.fp8_meta[key].scale)
@@ -135,14 +140,14 @@ def test_a_run_that_takes_up_fp8_starts_new_histories(tmp_path, monkeypatch, cap
     with _models(monkeypatch) as (model, fresh):
         _save(model, tmp_path / "bf16")  # no forward pass in FP8 yet
         assert KEYS[0] not in _entries(tmp_path / "bf16")
-        load.load_weights(tmp_path / "bf16", fresh.chunks, "none")
+        load.load_weights(_saved_run(tmp_path / "bf16"), fresh.chunks, "none")
         assert torch.equal(_layers(fresh)[0].fp8_meta["scaling_fwd"].scale, torch.ones(3))
-    assert "FP8 scaling starts anew" in caplog.text
+    assert "FP8 scaling starts from scratch" in caplog.text
 
 
 def test_other_recipes_have_no_histories(tmp_path, monkeypatch):
     with _models(monkeypatch, recipe="tensorwise") as (model, fresh):
         _compute(model)
         _save(model, tmp_path / "delayed")
-        load.load_weights(tmp_path / "delayed", fresh.chunks, "none")
+        load.load_weights(_saved_run(tmp_path / "delayed"), fresh.chunks, "none")
         assert "scaling_fwd" not in _layers(fresh)[0].fp8_meta
