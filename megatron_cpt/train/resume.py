@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks
-from megatron_cpt.checkpoint.loading.load import find_valid, load_training, load_weights
+from megatron_cpt.checkpoint.loading.find_valid import find_valid
+from megatron_cpt.checkpoint.loading.load import load_training, load_weights
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.config import RunConfig

@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.loading.load import newest_valid
+from megatron_cpt.checkpoint.loading.find_valid import newest_valid
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError
 from megatron_cpt.checkpoint.record import corrupt_as_refused
 from megatron_cpt.checkpoint.saving.publish import Retention

@@ -150,13 +150,13 @@ def _find_late(run_directory: str, elsewhere: str) -> list[Any]:
     import torch.distributed as dist
 
     from megatron_cpt.checkpoint import layout
-    from megatron_cpt.checkpoint.loading import load
+    from megatron_cpt.checkpoint.loading.find_valid import find_valid
 
     if dist.get_rank() == 1:
         layout.list_checkpoints = lambda folder: []
-    found: list[Any] = [load.find_valid(run_directory).path]
+    found: list[Any] = [find_valid(run_directory).path]
     try:
-        load.find_valid(elsewhere)
+        find_valid(elsewhere)
     except CptError as error:
         found.append((type(error).__name__, str(error)))
     return found
