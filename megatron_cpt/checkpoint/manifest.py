@@ -95,7 +95,7 @@ def _chosen(checkpoint: Path, names: Collection[str], how: Verify) -> set[str]:
 
 
 def shards_to_compare(checkpoint: Path, files: Mapping[str, FileDigest], how: Verify) -> dict[str, FileDigest]:
-    """Return the shards whose checksums a verification compares, in the order of writing: those of rank 0 first.
+    """Return the shards whose checksums a verification compares, in the order of writing: rank 0 comes first.
 
     Args:
         checkpoint: its folder.
@@ -123,7 +123,7 @@ def find_faults(
     Args:
         checkpoint: its folder.
         how: which checksums to compare. Every file must exist with its size in any case.
-        with_shards: compare the checksums of shards, too, and not only those of the small files.
+        with_shards: compare the checksums of shards, too, instead of small files only.
         manifest: the checkpoint's manifest, if it was read before.
 
     Raises:

@@ -178,7 +178,7 @@ def test_another_file_of_data_is_refused_and_named_and_the_same_one_elsewhere_is
     write_source(tmp_path / "other", stride=1, seed=1)
     write_source(tmp_path / "same", stride=1)
     run, overrides = run_file(two_saved), [f"output={output}", "stop_at_step=5"]
-    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of web are not those"):
+    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of web differ from"):
         run_ranks(2, train_here, run, [*overrides, f"sources.web.path={tmp_path / 'other'}"])
     assert newest(output).name == "step-00000004"
     run_ranks(2, train_here, run, [*overrides, f"sources.web.path={tmp_path / 'same'}"])
@@ -191,7 +191,7 @@ def test_files_and_chunks_of_a_source_are_remembered_while_it_is_away(tmp_path: 
     run_ranks(1, train_here, run, ["stop_at_step=2"])
     run_ranks(1, train_here, run, ["stop_at_step=4", *web_only], ["blend", "schedule"])
     write_source(tmp_path / "other", stride=2, seed=1)
-    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of code are not those"):
+    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of code differ from"):
         run_ranks(1, train_here, run, [f"sources.code.path={tmp_path / 'other'}"], ["blend", "schedule"])
     longer = (
         "phases=[{name: web, blend: {web: 1.0}, until: {step: 6}}, {name: code, blend: {code: 1.0}, seq_length: 64}]"

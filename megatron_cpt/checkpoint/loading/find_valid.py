@@ -25,8 +25,8 @@ def newest_valid(
 ) -> SavedRun | None:
     """Return the newest checkpoint of a run that is valid; a collective call.
 
-    Every file must exist with its size, and the small files must have their checksums. Those of the shards are compared
-    later, while they are loaded. A corrupt checkpoint is skipped with a warning.
+    Every file must exist with its size, and the small files must have their checksums. The checksums of shards are
+    compared later, while the shards are loaded. A corrupt checkpoint is skipped with a warning.
 
     Args:
         folder: the folder of the run's checkpoints.

@@ -118,7 +118,7 @@ def _skip_missing_histories(wanted: dict[str, Any], stored: StoredState, path: P
 def _fill(wanted: dict[str, Any], stored: StoredState, path: Path, verifier: ShardVerifier) -> dict[str, Any]:
     """Read the tensors of a sharded state into their own memory.
 
-    The steps are those of `dist_checkpointing.load`: build the parts of tensors that a factory describes (the two
+    The steps follow `dist_checkpointing.load`: build the parts of tensors that a factory describes (the two
     halves of a gated fc1), read, add the values that are not sharded, and join the parts.
 
     Returns:

@@ -22,7 +22,7 @@ from megatron_cpt.checkpoint.torchfile.torch_file import open_torch_file
 from megatron_cpt.errors import RefusedError
 
 MAX_THREADS = 4
-PIECE_BYTES = 8 << 20  # read at once if a target cannot take the bytes as they are in the file
+PIECE_BYTES = 8 << 20  # per read if a target has another dtype or layout than the file
 
 BeforeRead = Callable[[Path, int], None]
 

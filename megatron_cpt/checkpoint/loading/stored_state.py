@@ -26,7 +26,7 @@ _COMMON_ENTRY = "common_state/shard_0_1"  # the same values in a shard, written 
 
 @dataclass(frozen=True)
 class StoredBox:
-    """Box of a tensor that lies in a shard as one `torch.save`.
+    """Box of a tensor, stored in a shard as one `torch.save`.
 
     Attributes:
         offsets, sizes: position of the box in the tensor, and its shape.

@@ -8,7 +8,7 @@ That is not needed. A rank owns a range [start, end) of a parameter's elements i
 union of boxes: the end of a row, whole rows, the beginning of a row. Example: elements 3 to 9 of a 3 x 4 weight are the
 last element of row 0, all of row 1, and the first two elements of row 2. torch's checkpoint format stores boxes and
 divides them for another layout. So each rank saves its own boxes and reads them back in place, without gathering or
-copying. Names and shapes in the checkpoint are those of megatron-core.
+copying. Names and shapes in the checkpoint equal megatron-core's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def boxes(shape: Sequence[int], start: int, end: int) -> list[Box]:
     Example: `boxes((3, 4), 3, 10)` is `[(0, (0, 3), (1, 1)), (1, (1, 0), (1, 4)), (5, (2, 0), (1, 2))]`.
 
     Args:
-        shape: shape of the whole tensor.
+        shape: shape of the tensor over all ranks.
         start: first element of the range, in row-major order.
         end: one past the last element of the range.
 
@@ -145,7 +145,7 @@ def _describe(
     """Yield a flat range of optimizer state as boxes of the parameter's whole tensor."""
     flat = tensor.detach().view(-1)
     assert flat.numel() == end - start
-    # A factory describes a parameter that holds several parts of the whole tensor: the two halves of a gated fc1.
+    # A factory describes a parameter that holds several parts: the two halves of a gated fc1.
     parts = described.build() if isinstance(described, ShardedTensorFactory) else [described]
     for part in nested_values(parts) if isinstance(parts, dict) else parts:
         assert part.data.is_contiguous(), f"{part.key}: not a row-major part of its parameter"

@@ -184,7 +184,7 @@ def test_a_latest_that_cannot_be_written_does_not_take_back_what_is_published(
     final = _publish(tmp_path, 2, Retention(keep=1))
     assert find_faults(final) == []
     (warning,) = caplog.messages
-    assert f"{final} is saved, but what should follow failed" in warning
+    assert f"{final} is saved, but updating `latest` or retiring older checkpoints failed" in warning
     assert "latest" in warning
 
 
