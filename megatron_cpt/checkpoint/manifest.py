@@ -94,14 +94,20 @@ def _chosen(checkpoint: Path, names: Collection[str], how: Verify) -> set[str]:
     return set(names) if how == "full" else sample(checkpoint, names)
 
 
-def shards_to_compare(checkpoint: Path, files: Mapping[str, FileDigest], how: Verify) -> dict[str, FileDigest]:
+def shards_to_compare(
+    checkpoint: Path, how: Verify, manifest: Mapping[str, FileDigest] | None = None
+) -> dict[str, FileDigest]:
     """Return the shards whose checksums a verification compares, in the order of writing: rank 0 comes first.
 
     Args:
         checkpoint: its folder.
-        files: its manifest.
         how: `checkpoint.verify`.
+        manifest: the checkpoint's manifest, if it was read before.
+
+    Raises:
+        RefusedError: the manifest is missing or damaged.
     """
+    files = read_manifest(checkpoint) if manifest is None else manifest
     names = [name for name in _chosen(checkpoint, files, how) if is_shard(name)]
     return {name: files[name] for name in sorted(names, key=_order_of_writing)}
 

@@ -10,14 +10,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_cpt.checkpoint.manifest import (
-    CorruptCheckpointError,
-    Verify,
-    compare,
-    find_faults,
-    read_manifest,
-    shards_to_compare,
-)
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, compare, find_faults, shards_to_compare
 
 _THREADS = 2  # that hash; the files after the one that is asked for are as many
 
@@ -38,7 +31,7 @@ class FirstRead:
         self._checkpoint = checkpoint
         if faults := find_faults(checkpoint, how, with_shards=False):
             raise CorruptCheckpointError(checkpoint, faults)
-        self._expected = shards_to_compare(checkpoint, read_manifest(checkpoint), how)
+        self._expected = shards_to_compare(checkpoint, how)
         self._order = list(self._expected)
         self._compared: dict[str, Future[str | None]] = {}
         self._lock = threading.Lock()

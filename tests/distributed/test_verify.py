@@ -1,4 +1,4 @@
-"""What a start verifies, and that a tokenizer with another content is not taken for the same one."""
+"""Verification at a start: damaged shards, records and tokenizers, also if only one rank meets them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.runs import newest, train_here, train_several
 
 @pytest.fixture
 def damaged(base: Path, tmp_path: Path) -> Path:
-    """A checkpoint with one bit flipped in the shard that a sampled verification does not look at."""
+    """Return a checkpoint with one bit flipped in the shard that a sampled verification skips."""
     copy = tmp_path / newest(base).name
     shutil.copytree(newest(base), copy)
     shards = sorted(path.name for path in copy.glob("__*"))
@@ -75,7 +75,7 @@ def test_damage_that_no_checksum_was_asked_for_is_refused_where_it_shows(
 
 
 def _refusals(path: str, runs: Sequence[Sequence[str]]) -> list[str]:
-    """What each of several runs in the same processes ends with."""
+    """Return the status or the error of each of several runs in the same processes."""
     found = []
     for overrides in runs:
         try:
@@ -85,7 +85,7 @@ def _refusals(path: str, runs: Sequence[Sequence[str]]) -> list[str]:
     return found
 
 
-# The same number of bytes, for sizes are compared in every mode.
+# Replacements have the same number of bytes, since sizes are compared in every mode.
 RECORD_DAMAGE = [
     ("state.json", b'"data_fingerprints"', b'"data_fingerprintz"'),
     ("state.json", b'"samples_by_source"', b'"samples_by_sourcf"'),
@@ -118,7 +118,7 @@ def test_a_damaged_record_is_refused_in_every_mode(run_file: Path, base: Path, t
 
 
 def _train_beside_a_bad_block(path: str, overrides: Sequence[str], file: str, rank: int) -> list[str]:
-    """A run in which one rank cannot read one file of a checkpoint."""
+    """Start a run in which one rank cannot read one file of a checkpoint."""
     import torch.distributed as dist
 
     def fail(event: str, arguments: tuple[Any, ...]) -> None:
@@ -146,7 +146,7 @@ def test_a_file_that_one_rank_cannot_read_ends_all_ranks_alike(
 
 
 def _find_late(run_directory: str, elsewhere: str) -> list[Any]:
-    """What the ranks take a run directory for, where rank 1 does not see its checkpoints yet."""
+    """Return what `find_valid` finds if rank 1 does not see the checkpoints yet."""
     import torch.distributed as dist
 
     from megatron_cpt.checkpoint import layout

@@ -21,7 +21,7 @@ from megatron_cpt.backend import set_rng_state
 from megatron_cpt.backend.collectives import gathered, on_all
 from megatron_cpt.checkpoint.loading.reader import BoxRead, plan_reads, read_boxes
 from megatron_cpt.checkpoint.loading.stored_state import StoredState, read_stored_state
-from megatron_cpt.checkpoint.loading.tensor_aliases import find_aliases, nest_groups
+from megatron_cpt.checkpoint.loading.tensor_aliases import find_aliases
 from megatron_cpt.checkpoint.loading.verify_while_reading import ShardVerifier, share_of
 from megatron_cpt.checkpoint.manifest import (
     CorruptCheckpointError,
@@ -68,7 +68,6 @@ def load_training(
     wanted = state_dicts.training_state(chunks, optimizer, is_loading=True, with_rng=with_rng)
     state = _load(wanted, saved, how)
     state_dicts.load_model_state(chunks, state)
-    nest_groups(optimizer, state["optimizer"])
     optimizer_shards.load_state(optimizer, state["optimizer"])
     if with_rng:
         set_rng_state(state["rng"])
@@ -91,7 +90,7 @@ def _verifying(saved: SavedRun, how: Verify) -> Iterator[ShardVerifier]:
     Raises:
         CorruptCheckpointError: on all ranks, if some differ. Everything that the load has filled must be discarded.
     """
-    expected = shards_to_compare(saved.path, saved.manifest, how)
+    expected = shards_to_compare(saved.path, how, saved.manifest)
     failure = None
     with ShardVerifier(saved.path, share_of(expected, dist.get_rank(), dist.get_world_size())) as verifier:
         try:

@@ -16,8 +16,6 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.optimizer import FP32Optimizer
 
 _MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
@@ -44,18 +42,3 @@ def find_aliases(wanted: Mapping[str, Any], present: Collection[str]) -> dict[st
         if found and found[0] != tensor.key:
             aliases[tensor.key] = found[0]
     return aliases
-
-
-def nest_groups(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Move the parameter groups of a loaded state to where this kind of optimizer expects them.
-
-    megatron-core's plain fp32 optimizer expects them at the top, the others under `optimizer`.
-    """
-    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = state.setdefault("optimizer", {})
-    own, other = (state, inner) if isinstance(part, FP32Optimizer) else (inner, state)
-    if "param_groups" in other:
-        saved = other.pop("param_groups")
-        parameters = own.get("param_groups", [{}] * len(saved))
-        own["param_groups"] = [{**group, **numbers} for group, numbers in zip(saved, parameters, strict=True)]
-    state.setdefault("param_state_sharding_type", "fully_reshardable")

@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
 
 _FORMAT = "fully_reshardable"  # megatron-core's other formats cannot change TP or PP
 _RESHARDABLE = {"distrib_optim_sharding_type": _FORMAT}
@@ -90,10 +91,22 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
 
 
 def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Put a loaded state, of the form of `sharded_state`, into the optimizer."""
+    """Put a loaded state into the optimizer, whichever kind of optimizer saved it.
+
+    Args:
+        optimizer: the optimizer of the run.
+        state: what `sharded_state` has described, filled from the checkpoint; changed in place.
+    """
     part = _only_part(optimizer)
-    if isinstance(part, DistributedOptimizer):  # its tensors were read in place, only parameter groups are left
-        state = {name: value for name, value in state.items() if name != "param_state"}
+    # megatron-core's plain fp32 optimizer has its parameter groups at the top, the others have them under `optimizer`.
+    inner = state.setdefault("optimizer", {})
+    own, other = (state, inner) if isinstance(part, FP32Optimizer) else (inner, state)
+    if "param_groups" in other:
+        saved = other.pop("param_groups")
+        parameters = own.get("param_groups", [{}] * len(saved))
+        own["param_groups"] = [{**group, **numbers} for group, numbers in zip(saved, parameters, strict=True)]
+    if isinstance(part, DistributedOptimizer):
+        state.pop("param_state", None)  # its tensors are the optimizer's own and are filled already
     part.load_state_dict(state)
 
 

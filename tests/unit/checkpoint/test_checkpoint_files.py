@@ -1,4 +1,4 @@
-"""Manifest, retention and records of a checkpoint, on folders made by hand."""
+"""Manifest, verification and text files of a checkpoint, on folders made by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from megatron_cpt.checkpoint.manifest import (
     digest,
     find_faults,
     manifest_text,
-    read_manifest,
     sample,
     shards_to_compare,
 )
@@ -30,7 +29,7 @@ from megatron_cpt.errors import RefusedError
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """40 shards and a text, with their manifest."""
+    """Return a folder with 40 shards, a text file and their manifest."""
     folder = tmp_path / "step-00000007"
     folder.mkdir()
     for rank in range(20):
@@ -67,7 +66,7 @@ def test_sampled_finds_it_in_its_sample_and_passes_over_the_rest_by_design(check
             found.append(name)
         _flip(checkpoint / name)
     assert found[-1] == "state.json"
-    assert len(found) == 3 + 1, "one shard in 16 of 40, and every text"
+    assert len(found) == 3 + 1, "3 of 40 shards (one in 16), and every text file"
     assert set(found) == sample(checkpoint, [*_shards(checkpoint), "state.json"])
 
 
@@ -99,7 +98,7 @@ def _shared_faults(checkpoint: Path, how: Verify, parts: int) -> list[list[str]]
 
 
 def _verifier(checkpoint: Path, how: Verify, part: int, parts: int) -> ShardVerifier:
-    expected = shards_to_compare(checkpoint, read_manifest(checkpoint), how)
+    expected = shards_to_compare(checkpoint, how)
     return ShardVerifier(checkpoint, share_of(expected, part, parts))
 
 
@@ -124,7 +123,7 @@ def test_as_many_ranks_as_saved_hash_their_own_files(checkpoint: Path) -> None:
 
 
 def test_what_follows_the_hashing_waits_for_its_bytes_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hashing of every file stands still after 600 of 1000 bytes."""
+    """The hashing of every file is blocked after 600 of 1000 bytes."""
     may_go_on = threading.Event()
 
     def compare_half(folder: Path, name: str, expected: FileDigest, progress: Callable[[int], None]) -> str | None:
@@ -154,7 +153,7 @@ def test_on_demand_a_shard_is_hashed_when_it_is_read_and_two_more_ahead(
         return f"{name}: damaged" if name == "__5_0.distcp" else None
 
     monkeypatch.setattr(verify_while_reading, "compare", compare)
-    expected = shards_to_compare(checkpoint, read_manifest(checkpoint), "full")
+    expected = shards_to_compare(checkpoint, "full")
     with ShardVerifier(checkpoint, expected, on_demand=True) as verifier:
         assert hashed == []
         verifier.verify(checkpoint / "__9_1.distcp")

@@ -39,7 +39,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tens
 
 
 def _stored(folder: Path, tensor: torch.Tensor, leading: int = 0) -> StoredTensor:
-    """The tensor as one `torch.save` behind other bytes of a file."""
+    """Save the tensor into a file, between other bytes."""
     content = io.BytesIO()
     torch.save(tensor, content)
     path = folder / "__0_0.distcp"
@@ -50,7 +50,7 @@ def _stored(folder: Path, tensor: torch.Tensor, leading: int = 0) -> StoredTenso
 
 
 def _target(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
-    """Memory for a box: in one piece, as columns of something wider, or with its dimensions in reverse order."""
+    """Return memory for a box: contiguous, as columns of a wider tensor, or with reversed dimensions."""
     if kind == "columns" and shape:
         return torch.zeros((*shape[:-1], shape[-1] + 3), dtype=dtype)[..., 1 : shape[-1] + 1]
     if kind == "reversed" and len(shape) > 1:
@@ -69,7 +69,7 @@ def test_any_box_of_any_tensor_into_any_target(tmp_path: Path, monkeypatch: pyte
         data.draw(st.integers(0, size - offset), "length") for size, offset in zip(shape, offsets, strict=True)
     )
     tensor = _random(shape, dtype, seed=len(shape))
-    wanted = dtype if data.draw(st.booleans(), "as it is") else torch.float32
+    wanted = dtype if data.draw(st.booleans(), "same dtype") else torch.float32
     target = _target(lengths, wanted, data.draw(st.sampled_from(["whole", "columns", "reversed"]), "target"))
     read_box(_stored(tmp_path, tensor, data.draw(st.integers(0, 200), "leading")), offsets, target)
     box = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))]

@@ -1,7 +1,7 @@
-"""Scaling factors of Transformer Engine as tensors: stored once, given back, and its pickles neither kept nor read.
+"""Scaling factors of Transformer Engine as tensors: stored once and restored; its pickles are neither kept nor read.
 
-Stand-ins take the place of its layers: they have what `te_state` asks of them, the attributes of
-`TransformerEngineBaseModule` (pytorch/module/base.py, 2.x).
+Stand-ins replace its layers; they have the attributes of `TransformerEngineBaseModule` (pytorch/module/base.py, 2.x)
+that `fp8_history` uses.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KEYS = [f"decoder.layers.mlp.linear_fc1.fp8_{way}.amax_history" for way in ("for
 
 
 class StandIn(ColumnParallelLinear):  # type: ignore[misc]
-    """A linear layer with the state of delayed scaling."""
+    """Linear layer with the state of delayed scaling."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,12 +55,12 @@ class StandIn(ColumnParallelLinear):  # type: ignore[misc]
         return torch.frombuffer(bytearray(pickle.dumps({"recipe": "delayed"})), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
-        assert state is None, "Transformer Engine would unpickle this"  # None: nothing was loaded, as it sees it
+        assert state is None, "Transformer Engine would unpickle this"  # None: nothing was loaded
 
 
 @contextlib.contextmanager
 def _models(monkeypatch: pytest.MonkeyPatch, recipe: str = "delayed") -> Iterator[tuple[Model, Model]]:
-    """Two models of four layers, as they are before their first forward pass."""
+    """Yield two models of four layers before their first forward pass."""
     local_layer = spec._local_layer
 
     def layer(**options: Any) -> Any:
@@ -85,7 +85,7 @@ def _layers(model: Model) -> list[StandIn]:
 
 
 def _compute(model: Model) -> None:
-    """What a forward and a backward pass leave behind: numbers, others in every layer."""
+    """Fill the state as forward and backward passes do, with different numbers in every layer."""
     for number, layer in enumerate(_layers(model)):
         layer.fp8_meta.update(recipe="the recipe", num_gemms=1)
         layer.init_fp8_meta_tensors("the recipe")
