@@ -13,8 +13,8 @@ peak of the resident set minus the resident set before.
 - saved: a save of this package;
 - background: the same with `checkpoint.async`, during a forward and backward pass of 1,024 tokens. `wait` is the time
   that the step stands still, before the pass and before the update. `longer` is the time of the step minus the time
-  of a pass alone: it includes the processor time and memory bandwidth that the save takes. `rest` is the time from there to
-  the publication;
+  of a pass alone, which includes the processor time and memory bandwidth that the save takes. `rest` is the time from
+  there to the publication;
 - raw_read: read the same files, one thread per file;
 - load: a load that compares every checksum;
 - load_unverified: a load with `checkpoint.verify: none`.
