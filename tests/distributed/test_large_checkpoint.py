@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, small_run, train_here
 
@@ -39,7 +40,6 @@ def test_a_large_checkpoint_is_loaded_in_another_layout_without_a_second_copy(tm
 def _load_and_save(path: str, overrides: list[str], target: str) -> tuple[int, int, int]:
     """Return the resident bytes before a load, at its peak, and the bytes of model and optimizer."""
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.checkpoint.saving.saver import save_checkpoint
     from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.save import record
     from megatron_cpt.train.setup import setup

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 
-from tests.helpers.checkpoints import read_tensors
+from tests.helpers.checkpoints import read_tensors, save_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, read_metrics, train_here
 
@@ -63,7 +63,6 @@ def test_all_numbers_survive_every_change_of_format_and_of_optimizer(run_file: P
 
 def _load_and_save_again(path: str, folder: str, kinds: Sequence[str]) -> None:
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.checkpoint.saving.saver import save_checkpoint
     from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.save import record
     from megatron_cpt.train.setup import setup

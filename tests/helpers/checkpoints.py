@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+if TYPE_CHECKING:
+    from megatron_cpt.checkpoint.record import Record
+
+
+def save_checkpoint(folder: Path, step: int, chunks: Sequence[Any], optimizer: Any, record: Record) -> Path:
+    """Save one checkpoint, wait for its publication and return it; a collective call."""
+    from megatron_cpt.checkpoint.saving.saver import Saver
+
+    saver = Saver(folder, chunks, optimizer)
+    try:
+        path = saver.save(step, record)
+    finally:
+        saver.close()
+    assert path is not None
+    return path
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

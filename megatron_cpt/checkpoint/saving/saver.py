@@ -211,31 +211,6 @@ class Saver:
         raise CptError(_message(save.step, [reason for reason in reasons if reason])) from error
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    record: Record,
-    retention: Retention = Retention(),  # noqa: B008 - frozen
-) -> Path:
-    """Save one checkpoint and wait for its publication; a collective call.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        CptError: a rank could not write.
-    """
-    saver = Saver(folder, chunks, optimizer, retention)
-    try:
-        path = saver.save(step, record)
-    finally:
-        saver.close()
-    assert path is not None
-    return path
-
-
 def _copy(files: Files, staging: StagingBuffer | None) -> Files:
     """Return the content with its tensors copied into the buffer; unchanged without a buffer."""
     if staging is None:

@@ -31,6 +31,7 @@ from typing import IO, Any
 import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
+from megatron_cpt.checkpoint.torchfile.unpickle import PLAIN_BUILTINS
 from megatron_cpt.errors import RefusedError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -49,23 +50,9 @@ _STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 # Packages of the objects that checkpoints hold beside tensors (argument lists, enums); each becomes an `Inert`.
-_KNOWN_ROOTS = {
-    "_codecs",
-    "apex",
-    "argparse",
-    "collections",
-    "enum",
-    "functools",
-    "lightning",
-    "megatron",
-    "nemo",
-    "numpy",
-    "pathlib",
-    "torch",
-    "transformer_engine",
-    "types",
-}
-_KNOWN_BUILTINS = {"set", "frozenset", "slice", "bytearray", "complex", "int", "float", "str", "bool", "list", "dict"}
+_STANDARD_PACKAGES = {"_codecs", "argparse", "collections", "enum", "functools", "pathlib", "types"}
+_TRAINING_PACKAGES = {"apex", "lightning", "megatron", "nemo", "numpy", "torch", "transformer_engine"}
+_KNOWN_PACKAGES = _STANDARD_PACKAGES | _TRAINING_PACKAGES
 
 
 class Inert:
@@ -245,9 +232,9 @@ class _TensorUnpickler(pickle.Unpickler):
             return lambda data, *_: data
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "builtins" and name in _KNOWN_BUILTINS:
+        if module == "builtins" and name in PLAIN_BUILTINS:
             return super().find_class(module, name)
-        if module.partition(".")[0] in _KNOWN_ROOTS:
+        if module.partition(".")[0] in _KNOWN_PACKAGES:
             return type(name, (Inert,), {"origin": f"{module}.{name}"})
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no checkpoint needs")
 

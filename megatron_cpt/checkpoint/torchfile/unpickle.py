@@ -16,38 +16,21 @@ from megatron_cpt.errors import RefusedError
 
 METADATA_FILE = ".metadata"
 
-# Names that torch's description of tensors consists of; all are plain data, none executes anything.
+_PLAIN_TYPES = (set, frozenset, slice, bytearray, complex, int, float, str, bool, list, dict, tuple)
+PLAIN_BUILTINS = frozenset(kind.__name__ for kind in _PLAIN_TYPES)
+
+_DESCRIPTION = "torch.distributed.checkpoint"
+_CHUNK_CLASSES = {"BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "TensorStorageMetadata"}
+# Names that torch's description of tensors consists of, by module; all are plain data, none executes anything.
 _ALLOWED = {
-    "builtins": {
-        "set",
-        "frozenset",
-        "slice",
-        "bytearray",
-        "complex",
-        "int",
-        "float",
-        "str",
-        "bool",
-        "list",
-        "dict",
-        "tuple",
-    },
+    "builtins": PLAIN_BUILTINS,
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "PurePosixPath"},
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"LoadPlan", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    f"{_DESCRIPTION}.metadata": _CHUNK_CLASSES | {"Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    f"{_DESCRIPTION}.filesystem": {"_StorageInfo"},
+    f"{_DESCRIPTION}.planner": {"LoadPlan", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
 
 
