@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_cpt.backend import set_rng_state
 from megatron_cpt.backend.collectives import gathered, on_all
 from megatron_cpt.checkpoint.loading.reader import BoxRead, plan_reads, read_boxes
-from megatron_cpt.checkpoint.loading.stored_state import StoredState, read_stored_state
+from megatron_cpt.checkpoint.loading.stored_state import StoredState, read_errors_as_refused, read_stored_state
 from megatron_cpt.checkpoint.loading.tensor_aliases import find_aliases
 from megatron_cpt.checkpoint.loading.verify_while_reading import ShardVerifier, share_of
 from megatron_cpt.checkpoint.manifest import (
@@ -131,14 +131,13 @@ def _fill(wanted: dict[str, Any], stored: StoredState, path: Path, verifier: Sha
         reads = [
             read for tensor in nested_values(tensors) for read in _plan(tensor, stored, aliases.get(tensor.key), path)
         ]
-        read_boxes(reads, verifier.wait_for)
+        with read_errors_as_refused(path):
+            read_boxes(reads, verifier.wait_for)
         dict_list_map_inplace(lambda tensor: tensor.data, tensors)
         loaded = stored.common
         merge(loaded, unsaved)
         merge(loaded, tensors)
         filled: dict[str, Any] = apply_factory_merges(loaded, factories)
-    except OSError as error:
-        raise RefusedError(f"{path}: cannot be read: {error}") from error
     except (CheckpointingException, KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{path}: does not fit this model: {type(error).__name__}: {error}") from error
     return filled

@@ -7,8 +7,10 @@ argument of it replaces the reader.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,32 +58,42 @@ class StoredState:
     common: dict[str, Any]
 
 
+@contextlib.contextmanager
+def read_errors_as_refused(checkpoint: Path) -> Iterator[None]:
+    """Turn every error of a read into a refusal, which the ranks exchange; a rank that raises alone blocks them.
+
+    Damaged bytes can make an unpickler raise anything, and a disk or a GPU may fail on one rank only.
+
+    Raises:
+        RefusedError: for any error.
+    """
+    try:
+        yield
+    except RefusedError:
+        raise
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise RefusedError(f"{checkpoint}: cannot be read: {type(error).__name__}: {first_line}") from error
+
+
 def read_stored_state(checkpoint: Path) -> StoredState:
     """Read everything of a checkpoint but its tensors.
 
     Raises:
         RefusedError: a file is missing, damaged or holds more than plain types, or the disk fails.
     """
-    try:
+    with read_errors_as_refused(checkpoint):
         config = maybe_load_config(str(checkpoint))
         if config is None or config.sharded_backend != "torch_dist":
             raise RefusedError(f"{checkpoint / 'metadata.json'}: missing, or not of megatron-core's torch_dist format")
         metadata = read_metadata(checkpoint)
-        tensors = {
-            name: entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        entries = metadata.state_dict_metadata.items()
+        tensors = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
         return StoredState(
             shapes={name: tuple(entry.size) for name, entry in tensors.items()},
             boxes={name: _boxes(checkpoint, name, entry, metadata) for name, entry in tensors.items()},
             common=_read_common(checkpoint, metadata),
         )
-    except RefusedError:
-        raise
-    except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise RefusedError(f"{checkpoint}: cannot be read: {type(error).__name__}: {first_line}") from error
 
 
 def _boxes(checkpoint: Path, name: str, entry: TensorStorageMetadata, metadata: Metadata) -> list[StoredBox]:
