@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,15 +39,18 @@ def _owners() -> Iterator[Any]:
 
 def _attributes() -> dict[tuple[str, str], int]:
     """Return the identity of every attribute of these modules and classes."""
-    return {
-        (f"{getattr(owner, '__module__', '')}.{owner.__name__}", name): id(value)
-        for owner in _owners()
-        for name, value in list(vars(owner).items())
-    }
+    found = {}
+    for owner in _owners():
+        name = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}:{owner.__qualname__}"
+        found.update({(name, attribute): id(value) for attribute, value in list(vars(owner).items())})
+    return found
 
 
 def _changed(before: dict[tuple[str, str], int], after: dict[tuple[str, str], int]) -> list[tuple[str, str]]:
-    return sorted(key for key in {**before, **after} if before.get(key) != after.get(key))
+    """Return what differs; a module may gain names, since any thread may import a submodule of it."""
+    modules = {owner for owner, _ in before if owner in sys.modules}
+    keys = [key for key in {**before, **after} if key in before or key[0] not in modules]
+    return sorted(key for key in keys if before.get(key) != after.get(key))
 
 
 def _use_torch(folder: Path) -> None:
@@ -96,6 +100,7 @@ def load_beside_torch(run: str, checkpoint: str, folder: str) -> dict[str, Any]:
     with process_groups(config.parallel):
         chunks = build_model(config).chunks
         optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, chunks)
+        _use_torch(Path(folder))  # imports what it needs
         before = _attributes()
         sys.addaudithook(in_a_reading_thread)
         other = threading.Thread(target=use_torch)
