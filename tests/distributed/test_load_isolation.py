@@ -125,6 +125,7 @@ def test_another_thread_sees_torch_and_megatron_core_unchanged(run_file: Path, b
     dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "dcp"), no_dist=True)
     (found,) = run_ranks(1, load_beside_torch, str(run_file), str(newest(base)), str(tmp_path))
     assert found["failures"] == []
-    assert found["middle"] == [[]]
+    assert found["middle"], "no shard was read"  # one entry per thread that opened the first shards
+    assert not any(found["middle"])
     assert found["after"] == []
     assert found["uses"] >= 1
