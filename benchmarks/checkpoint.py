@@ -1,22 +1,23 @@
-"""What saving and loading cost: against the disk itself, against megatron-core's own save, and for the step that waits.
+"""Cost of saving and loading, compared with the disk itself and with megatron-core's save, and for a training step.
 
     python benchmarks/checkpoint.py [--gb 0.5] [--rounds 12] [--folder /scratch]
 
-One process, one model in bf16 with the distributed optimizer: 14 bytes a parameter. Every round runs all variants, one
-after the other, beginning with another one each time, so drift of the machine and bursts of the disk meet all of them;
-ratios are those of the medians over the rounds. Reads are cold: the pages of a file are dropped before. Memory is the
-peak of the resident set over what was resident before.
+One process, one model in bf16 with the distributed optimizer: 14 bytes per parameter. Every round runs all variants one
+after the other and starts with another one each time, so that drift of the machine and bursts of the disk affect all of
+them. A ratio divides the medians over the rounds. Reads are cold: the pages of a file are dropped first. Memory is the
+peak of the resident set minus the resident set before.
 
-- raw: as many bytes from memory into as many files and threads as ours has, and fsync;
+- raw: write the same number of bytes from memory, with the same number of files and threads as `saved`, and fsync;
 - megatron_core: `dist_checkpointing.save` with its layout-independent optimizer format;
-- unhashed: ours with a checksum function that does nothing;
-- saved: ours;
-- background: ours with `checkpoint.async`, and a forward and backward pass of 1,024 tokens beside its copy: `wait` is
-  what the step stands still, before that pass and before the update; `longer` is what the step takes beyond the time of
-  a pass alone, processors and memory that the save took from it included; `rest` is what is left until it is published;
-- raw_read: the files that ours loads, a thread each;
-- load: ours, every checksum compared;
-- load_unverified: ours with `checkpoint.verify: none`.
+- unhashed: `saved` with a checksum function that does nothing;
+- saved: a save of this package;
+- background: the same with `checkpoint.async`, during a forward and backward pass of 1,024 tokens. `wait` is the time
+  that the step stands still, before the pass and before the update. `longer` is the time of the step minus the time
+  of a pass alone, which includes the processor time and memory bandwidth that the save takes. `rest` is the time from
+  there to the publication;
+- raw_read: read the same files, one thread per file;
+- load: a load that compares every checksum;
+- load_unverified: a load with `checkpoint.verify: none`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from megatron_cpt.config import ParallelConfig, RunConfig
 
 GIB = 1 << 30
 CHUNK = 16 << 20
-BYTES_A_PARAMETER = 14
+BYTES_PER_PARAMETER = 14
 SEQ_LENGTH = 128
 VOCAB = 8192
 
@@ -84,12 +85,12 @@ def main() -> None:
 
 
 def ratio(rounds: list[dict[str, Any]], a: str, b: str) -> float:
-    """Of the medians: a disk that gives bursts is fast for whoever comes first, and over 12 rounds all do as often."""
+    """Divide medians: a disk with bursts favors the first variant, and over 12 rounds each is equally often first."""
     return statistics.median(r[a]["seconds"] for r in rounds) / statistics.median(r[b]["seconds"] for r in rounds)
 
 
 def measure(folder: Path, gigabytes: float, num_rounds: int) -> list[dict[str, Any]]:
-    """Seconds, bytes a second and peak memory of every variant, by round; the first round warms up and is left out."""
+    """Return seconds, GB per second and peak memory of every variant, per round; the first round is a warm-up."""
     from megatron_cpt.checkpoint.saving.saver import Saver
 
     chunks, optimizer = build(gigabytes)
@@ -101,13 +102,14 @@ def measure(folder: Path, gigabytes: float, num_rounds: int) -> list[dict[str, A
 
 
 def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: Any, number: int) -> dict[str, Any]:
-    """Every variant once; the round's number decides which of those that write and of those that read begins."""
-    from megatron_cpt.checkpoint.loading.load import find_valid, load_training
+    """Run every variant once; the round's number selects the first writing and the first reading variant."""
+    from megatron_cpt.checkpoint.loading.find_valid import find_valid
+    from megatron_cpt.checkpoint.loading.load import load_training
     from megatron_cpt.checkpoint.manifest import Verify
     from megatron_cpt.checkpoint.record import Record
 
     record = Record({"format_version": 1}, "", {})
-    size = sum(BYTES_A_PARAMETER * parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    size = sum(BYTES_PER_PARAMETER * parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     done: dict[str, Any] = {}
 
     def save_unhashed() -> None:
@@ -123,7 +125,7 @@ def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: 
         ("raw", lambda: write_raw(folder / "raw", size)),
         ("megatron_core", lambda: save_with_megatron_core(folder / "megatron_core", chunks, optimizer)),
     ]
-    for name in (*(name for name, _ in writes), "background"):  # nothing is left to be deleted beside what is timed
+    for name in (*(name for name, _ in writes), "background"):  # so that nothing is deleted while a variant is timed
         shutil.rmtree(folder / name, ignore_errors=True)
     for name, write in rotated(writes, number):
         timed(done, name, write)
@@ -145,13 +147,13 @@ def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: 
 
 
 def rotated(variants: list[Any], number: int) -> list[Any]:
-    """The variants, another one first each round."""
+    """Return the variants in an order that starts with another one each round."""
     first = number % len(variants)
     return variants[first:] + variants[:first]
 
 
 def measure_background(done: dict[str, Any], saver: Any, record: Any, chunks: Any) -> None:
-    """A save that training goes on beside."""
+    """Time a save during a forward and backward pass."""
 
     def forward_and_backward() -> None:
         import torch
@@ -174,13 +176,13 @@ OURS = ("saved", "unhashed", "background")
 
 
 def build(gigabytes: float) -> tuple[Any, Any]:
-    """A model and its optimizer after a step, of about this much state."""
+    """Return a model and its optimizer after one step; their state has about this size."""
     from megatron_cpt.backend import seed_everything
     from megatron_cpt.model.build_model import build_model
     from megatron_cpt.optim.build_optimizer import build_optimizer
 
     hidden = 1024
-    layers = max(1, round((gigabytes * GIB / BYTES_A_PARAMETER - 2 * VOCAB * hidden) / (12 * hidden**2)))
+    layers = max(1, round((gigabytes * GIB / BYTES_PER_PARAMETER - 2 * VOCAB * hidden) / (12 * hidden**2)))
     config = RunConfig.model_validate(
         {
             "name": "checkpoint-benchmark",
@@ -197,7 +199,7 @@ def build(gigabytes: float) -> tuple[Any, Any]:
     seed_everything(config.seed, pipeline_rank=0)
     model = build_model(config)
     optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
-    for chunk in model.chunks:  # no data are needed: random gradients give moments that do not compress
+    for chunk in model.chunks:  # no data is needed: random gradients give moments that do not compress
         for parameter in chunk.parameters():
             parameter.main_grad.normal_()
     optimizer.step()
@@ -205,8 +207,8 @@ def build(gigabytes: float) -> tuple[Any, Any]:
 
 
 def timed(done: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
-    """Run something; note its seconds and its peak of memory."""
-    os.sync()  # what the one before has left to write is not this one's
+    """Run a variant; record its seconds and its peak memory."""
+    os.sync()  # the previous variant's unwritten pages must not count for this one
     before = reset_peak()
     started = time.perf_counter()
     result = work()
@@ -215,26 +217,26 @@ def timed(done: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
 
 
 def timed_alone(work: Callable[[], Any]) -> float:
-    """Seconds of something."""
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def reset_peak() -> int:
-    """Forget the peak of the resident set; returns what is resident."""
+    """Reset the peak of the resident set; return the resident set in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
 
 def peak() -> int:
-    """Peak of the resident set in bytes."""
+    """Return the peak of the resident set in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def write_raw(folder: Path, size: int) -> None:
-    """As many bytes, files and threads as ours, without anything else."""
+    """Write the same number of bytes, files and threads as a save, without anything else."""
     folder.mkdir(exist_ok=True)
     content = os.urandom(CHUNK)
 
@@ -249,7 +251,7 @@ def write_raw(folder: Path, size: int) -> None:
 
 
 def read_raw(folder: Path) -> None:
-    """Read the files of a folder, each in a thread."""
+    """Read the files of a folder, one thread per file."""
 
     def read(path: Path) -> None:
         buffer = bytearray(CHUNK)
@@ -262,7 +264,7 @@ def read_raw(folder: Path) -> None:
 
 
 def drop_pages(folder: Path) -> None:
-    """Make the next read come from the disk."""
+    """Drop the pages of a folder's files, so that the next read comes from the disk."""
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -270,13 +272,13 @@ def drop_pages(folder: Path) -> None:
 
 
 def save_with_megatron_core(folder: Path, chunks: Any, optimizer: Any) -> None:
-    """What Megatron-LM does with `--dist-ckpt-optim-fully-reshardable`; its files are fsynced too."""
+    """Save as Megatron-LM does with `--dist-ckpt-optim-fully-reshardable`; its files are fsynced, too."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_cpt.checkpoint.state import state_dicts
 
-    if filesystem_async._results_queue is None:  # starting a process for it is not what is to be timed
+    if filesystem_async._results_queue is None:  # otherwise the time to start a process for it would count
         filesystem_async._results_queue = queue.Queue()
     folder.mkdir()
     model = state_dicts.model_state(chunks)
@@ -286,7 +288,7 @@ def save_with_megatron_core(folder: Path, chunks: Any, optimizer: Any) -> None:
 
 
 class without_checksums:  # noqa: N801 - used as a context manager
-    """The writer's checksum replaced by nothing."""
+    """Context in which the writer's checksum does nothing."""
 
     class _Nothing:
         def update(self, data: Any) -> None:

@@ -160,7 +160,7 @@ class Drill:
         if (int(origin[1]) if origin else 0) != valid:
             self._fail(job, f"resumed from step {origin[1] if origin else 0}, but the newest valid step is {valid}")
         newer = {name for name in found if int(name.removeprefix("step-")) > valid}
-        named = set(re.findall(r"WARNING: checkpoint \S+/(step-\d+) is ", output))
+        named = set(re.findall(r"checkpoint \S+/(step-\d+) is corrupt and is skipped", output))
         if named != newer:
             self._fail(job, f"skipped {sorted(named)}, but {sorted(newer)} are corrupt")
         self.tally.passed_over += len(newer)

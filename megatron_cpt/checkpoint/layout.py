@@ -1,9 +1,9 @@
-"""Where checkpoints lie and what their folders are called.
+"""Names of the folders and files of checkpoints.
 
-RUN/checkpoints/step-00000500/      a published checkpoint
-RUN/checkpoints/.step-00000500.tmp/ one being written; never read
-RUN/checkpoints/.step-00000500.deleted/ one being deleted; never read
-RUN/checkpoints/latest              text: the name of the newest
+RUN/checkpoints/step-00000500/          a published checkpoint
+RUN/checkpoints/.step-00000500.tmp/     a checkpoint that is being written; never read
+RUN/checkpoints/.step-00000500.deleted/ a checkpoint that is being deleted; never read
+RUN/checkpoints/latest                  text: the name of the newest checkpoint
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ _LEFTOVER = re.compile(r"\.step-\d{8,}\.(tmp|deleted)")
 
 
 def checkpoints_folder(run_directory: str | Path) -> Path:
-    """The folder of a run's checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return Path(run_directory) / "checkpoints"
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
+    """Return the step in the name of a checkpoint's folder."""
     match = _NAME.fullmatch(path.name)
     assert match, f"{path}: not the name of a checkpoint"
     return int(match.group(1))
 
 
 def deleted_name(path: Path) -> Path:
-    """What a checkpoint is called while it is deleted."""
+    """Return the name that a checkpoint has while it is deleted."""
     return path.with_name(f".{path.name}.deleted")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
+    """Return the published checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -56,21 +56,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def list_leftovers(folder: Path) -> list[Path]:
-    """Folders of saves that did not end and of checkpoints half deleted."""
+    """Return the folders of unfinished saves and of partly deleted checkpoints."""
     return sorted(path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name))
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether this folder is a published checkpoint of ours."""
+    """Return whether a folder is a published checkpoint."""
     return (path / STATE_FILE).is_file()
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """What a user named: a checkpoint, or a run directory, which means its newest.
+    """Return the checkpoint that a user names: its folder, or a run directory, which means the newest one in it.
 
     Raises:
-        UserError: there is nothing of that name.
-        RefusedError: it is there, but neither a checkpoint nor a run with one.
+        UserError: the path does not exist.
+        RefusedError: the path is neither a checkpoint nor a run with one.
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The manifest: size and checksum of every file of a checkpoint, written last, checked before anything is read."""
+"""The manifest: size and checksum of every file of a checkpoint, written last and compared before anything is used."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.checksum import ALGORITHM, file_checksum
 
 Verify = Literal["full", "sampled", "none"]
-SAMPLED_SHARE = 16  # of the shards, one in so many
-_THREADS = 2  # hashing leaves Python's lock, so two files at a time use two cores
+SAMPLED_SHARE = 16  # a sampled verification takes one shard in 16
+_THREADS = 2  # hashing releases Python's lock, so two files at a time use two cores
 
 
 class CorruptCheckpointError(RefusedError):
-    """Files of a checkpoint are not what was written.
+    """Files of a checkpoint differ from what was written.
 
     Attributes:
         path: the checkpoint.
-        faults: one line each.
+        faults: one line per fault.
     """
 
     def __init__(self, path: Path, faults: Sequence[str]) -> None:
-        super().__init__(f"{path}: broken: {'; '.join(faults)}; use another checkpoint")
+        super().__init__(f"{path}: corrupt: {'; '.join(faults)}; use another checkpoint")
         self.path, self.faults = path, list(faults)
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a file must be."""
+    """Size of a file in bytes, and its checksum."""
 
     size: int
     checksum: str
 
 
 def digest(path: Path) -> FileDigest:
-    """Measure one file."""
+    """Return the size and the checksum of a file."""
     return FileDigest(path.stat().st_size, file_checksum(path))
 
 
 def manifest_text(files: Mapping[str, FileDigest]) -> str:
-    """The manifest's content."""
+    """Return the content of a manifest."""
     plain = {"algorithm": ALGORITHM, "files": {name: asdict(files[name]) for name in sorted(files)}}
     return orjson.dumps(plain, option=orjson.OPT_INDENT_2).decode()
 
 
 def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
-    """The files a checkpoint should have.
+    """Return the files that a checkpoint must have, by name.
 
     Raises:
-        RefusedError: there is no manifest or it is damaged.
+        RefusedError: the manifest is missing or damaged.
     """
     path = checkpoint / MANIFEST_FILE
     try:
@@ -72,15 +72,15 @@ def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file holds tensors; all others are small."""
+    """Return whether a file holds tensors; all other files are small."""
     return name.startswith("__")
 
 
 def sample(checkpoint: Path, names: Collection[str]) -> set[str]:
-    """The files whose checksums a `sampled` verification compares: every small text, and one shard in 16.
+    """Return the files whose checksums a `sampled` verification compares: every small file, and one shard in 16.
 
-    Which shards is keyed by the checkpoint's name: a checkpoint that was found sound is found sound again, and the next
-    one is judged by others.
+    The choice depends on the checkpoint's name only: the same checkpoint gets the same verdict every time, and over
+    many checkpoints every shard has its turn.
     """
     shards = [name for name in names if is_shard(name)]
     keys = {name: hashlib.sha256(f"{checkpoint.name}/{name}".encode()).digest() for name in shards}
@@ -89,42 +89,53 @@ def sample(checkpoint: Path, names: Collection[str]) -> set[str]:
 
 
 def _chosen(checkpoint: Path, names: Collection[str], how: Verify) -> set[str]:
-    """The files whose checksums a verification compares."""
     if how == "none":
         return set()
     return set(names) if how == "full" else sample(checkpoint, names)
 
 
-def shards_to_compare(checkpoint: Path, how: Verify) -> dict[str, FileDigest]:
-    """The shards whose checksums a verification compares, in the order they were written: those of rank 0 first.
+def shards_to_compare(
+    checkpoint: Path, how: Verify, manifest: Mapping[str, FileDigest] | None = None
+) -> dict[str, FileDigest]:
+    """Return the shards whose checksums a verification compares, in the order of writing: rank 0 comes first.
+
+    Args:
+        checkpoint: its folder.
+        how: `checkpoint.verify`.
+        manifest: the checkpoint's manifest, if it was read before.
 
     Raises:
-        RefusedError: there is no usable manifest.
+        RefusedError: the manifest is missing or damaged.
     """
-    if how == "none":
-        return {}
-    files = read_manifest(checkpoint)
+    files = read_manifest(checkpoint) if manifest is None else manifest
     names = [name for name in _chosen(checkpoint, files, how) if is_shard(name)]
     return {name: files[name] for name in sorted(names, key=_order_of_writing)}
 
 
 def _order_of_writing(shard: str) -> list[int]:
-    """`__2_10.distcp` comes after `__2_9.distcp`."""
+    # numbers instead of letters: __2_9.distcp comes before __2_10.distcp
     return [int(number) for number in re.findall(r"\d+", shard)]
 
 
-def find_faults(checkpoint: Path, how: Verify = "full", *, with_shards: bool = True) -> list[str]:
-    """What is wrong with a checkpoint's files, one line each; empty where it is sound.
+def find_faults(
+    checkpoint: Path,
+    how: Verify = "full",
+    *,
+    with_shards: bool = True,
+    manifest: Mapping[str, FileDigest] | None = None,
+) -> list[str]:
+    """Return one line for each fault in a checkpoint's files; an empty list means that the checkpoint is valid.
 
     Args:
         checkpoint: its folder.
-        how: whose checksums to compare. Every file must be there and have its size in any case.
-        with_shards: compare the checksums of shards too, not those of the small files only.
+        how: which checksums to compare. Every file must exist with its size in any case.
+        with_shards: compare the checksums of shards, too, instead of small files only.
+        manifest: the checkpoint's manifest, if it was read before.
 
     Raises:
-        RefusedError: there is no usable manifest.
+        RefusedError: the manifest is missing or damaged.
     """
-    files = read_manifest(checkpoint)
+    files = read_manifest(checkpoint) if manifest is None else manifest
     chosen = {name for name in _chosen(checkpoint, files, how) if with_shards or not is_shard(name)}
     faults, to_hash = [], []
     for name, expected in sorted(files.items()):
@@ -145,13 +156,22 @@ def find_faults(checkpoint: Path, how: Verify = "full", *, with_shards: bool = T
 def compare(
     checkpoint: Path, name: str, expected: FileDigest, progress: Callable[[int], None] = lambda num_bytes: None
 ) -> str | None:
-    """What is wrong with a file's content, if anything is; `progress`: see `file_checksum`."""
+    """Return the fault in a file's content, or None.
+
+    Args:
+        checkpoint, name: the file.
+        expected: what it must be.
+        progress: called with the number of bytes hashed so far; see `file_checksum`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     if file_checksum(checkpoint / name, progress) == expected.checksum:
         return None
     return f"{name}: checksum differs: the content is damaged"
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is that of a file in the folder or one level below it (`hf/config.json`)."""
+    """Return whether a name means a file in the folder or one level below it (`hf/config.json`)."""
     parts = PurePosixPath(name).parts
     return 1 <= len(parts) <= 2 and "/".join(parts) == name and ".." not in parts and parts[0] != "/"

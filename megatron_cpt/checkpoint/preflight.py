@@ -1,4 +1,4 @@
-"""Before a run goes on: what is not as it was, and whether that may be."""
+"""Comparison of a run with the checkpoint that it resumes from: what changed, and which changes are allowed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pydantic import BaseModel, ValidationError
 from megatron_cpt.config import ModelConfig, RunConfig
 from megatron_cpt.errors import RefusedError, UserError
 
-# Fields that say how a model is trained or where it came from, not what it is.
+# Fields about the origin or the training of a model, which its weights do not depend on.
 _NOT_SHAPE = ("preset", "init_std", "max_positions")
 
 
 @dataclass(frozen=True)
 class ResumeRule:
-    """One thing that should not change in the middle of a run.
+    """A part of run.yaml that should not change in the middle of a run.
 
     Attributes:
-        name: what `--allow` takes.
-        of: its value in a resolved run.yaml.
-        effect: what a change does.
-        allowed: whether it can be asked for; None of these is ever applied in silence.
+        name: the name for `--allow`.
+        of: returns the value of this part in a resolved run.yaml.
+        effect: the consequence of a change, for the user.
+        allowed: `--allow` may permit a change.
     """
 
     name: str
@@ -33,19 +33,21 @@ class ResumeRule:
 
 
 def model_shape(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's weights depend on: a rotary percent or a norm that differs loads, and trains wrong."""
+    """Return the model fields that weights depend on: with another rotary percent they load, but train wrong."""
     model = _with_defaults(ModelConfig, run["model"])
-    if model.get("heads") and model.get("hidden"):  # left out or said outright, it is the same model
+    if model.get("heads") and model.get("hidden"):  # a default that is written out means the same model
         model["kv_groups"] = model.get("kv_groups") or model["heads"]
         model["head_dim"] = model.get("head_dim") or model["hidden"] // model["heads"]
     return {key: value for key, value in model.items() if key not in _NOT_SHAPE}
 
 
 def _with_defaults(section: type[BaseModel], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved values, and for fields that are newer than the checkpoint their defaults: what held before they existed."""
+    """Return the saved values, with defaults for fields that are newer than the checkpoint."""
     try:
         return section.model_validate(dict(saved)).model_dump(mode="json", by_alias=True)
-    except ValidationError:  # of software that wrote other fields: compared as it is, every difference is told
+    except (
+        ValidationError
+    ):  # written by a version with other fields: compare without defaults, so every difference shows
         return dict(saved)
 
 
@@ -72,7 +74,7 @@ def _ends(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _phase_lengths(run: Mapping[str, Any]) -> dict[str, int]:
     lengths = {phase["name"]: phase.get("seq_length") or run["seq_length"] for phase in run["phases"]}
-    return lengths if len(set(lengths.values())) > 1 else {}  # of one length for all tells the rule `seq_length`
+    return lengths if len(set(lengths.values())) > 1 else {}  # a single length is compared by the rule `seq_length`
 
 
 def _phase_batches(run: Mapping[str, Any]) -> dict[str, int]:
@@ -81,7 +83,7 @@ def _phase_batches(run: Mapping[str, Any]) -> dict[str, int]:
 
 
 def span_lengths(run: Mapping[str, Any]) -> dict[str, int]:
-    """The longest samples that each source is read in."""
+    """Return the length of the longest samples of each source, in tokens."""
     lengths: dict[str, int] = {}
     for phase in run["phases"]:
         for name in phase["blend"]:
@@ -90,7 +92,7 @@ def span_lengths(run: Mapping[str, Any]) -> dict[str, int]:
 
 
 RULES = (
-    ResumeRule("model", model_shape, "the weights are those of another model", allowed=False),
+    ResumeRule("model", model_shape, "the weights belong to another model", allowed=False),
     ResumeRule("batch", lambda run: run["batch"]["global"], "steps are counted in global batches", allowed=False),
     ResumeRule("seed", lambda run: run["seed"], "the order of every source changes: samples repeat", allowed=False),
     ResumeRule("ramp_up", lambda run: run["batch"].get("ramp_up"), "the batch grows in another way from this step on"),
@@ -106,7 +108,7 @@ RULES = (
     ResumeRule("documents", _documents, "masks change from this step on"),
 )
 DATA = ResumeRule(
-    "data", lambda fingerprints: fingerprints, "a source's samples are numbered anew: some are read twice, some never"
+    "data", lambda fingerprints: fingerprints, "a source's samples are renumbered: some are read twice, some never"
 )
 SPANS = ResumeRule("seq_length", span_lengths, "a source is cut into spans of its longest samples", allowed=False)
 ALLOWABLE = tuple(rule.name for rule in (*RULES, DATA) if rule.allowed)
@@ -114,7 +116,7 @@ ALLOWABLE = tuple(rule.name for rule in (*RULES, DATA) if rule.allowed)
 
 @dataclass(frozen=True)
 class Change:
-    """One difference between the checkpoint and the run that wants to go on from it."""
+    """One difference between the checkpoint and the run that resumes from it."""
 
     rule: ResumeRule
     what: str
@@ -124,10 +126,10 @@ class Change:
 
 
 def check_allowed_names(allow: Collection[str]) -> None:
-    """Raise for names that mean nothing.
+    """Check the names given to `--allow`.
 
     Raises:
-        UserError: naming them and the known ones.
+        UserError: a name is unknown.
     """
     unknown = sorted(set(allow) - set(ALLOWABLE))
     if unknown:
@@ -141,14 +143,14 @@ def find_changes(
     data: Mapping[str, str],
     tokenizers: tuple[str | None, str | None] = (None, None),
 ) -> list[Change]:
-    """Differences that matter; parallel layout, micro-batch, logging and the like are free.
+    """Return the differences that matter; parallel layout, micro-batch, logging and the like may change freely.
 
     Args:
         saved_run: the checkpoint's resolved run.yaml.
-        run: the run that wants to go on.
-        saved_data: fingerprint of each source as the checkpoint knows it.
-        data: fingerprints now; only sources on both sides are compared.
-        tokenizers: fingerprints of the tokenizer's content, saved and now; where both are known, its path is free.
+        run: the run that resumes.
+        saved_data: fingerprint of each source in the checkpoint.
+        data: fingerprint of each source now; only sources in both are compared.
+        tokenizers: fingerprints of the tokenizer's content, saved and now; if both are known, its path may change.
     """
     now = run.to_dict()
     saved_run = _with_defaults(RunConfig, saved_run)
@@ -165,23 +167,23 @@ def find_changes(
         changes.append(Change(SPANS, f"{', '.join(recut)} tokens"))
     replaced = [name for name in data if name in saved_data and saved_data[name] != data[name]]
     if replaced:
-        changes.append(Change(DATA, f"the files of {', '.join(replaced)} are not those that were read before"))
+        changes.append(Change(DATA, f"the files of {', '.join(replaced)} differ from the files that were read before"))
     return changes
 
 
 def refuse_unless_allowed(changes: list[Change], allow: Collection[str], where: str) -> None:
-    """Stop a resume that would corrupt the run.
+    """Refuse a resume that would corrupt the run.
 
     Raises:
-        RefusedError: listing every change that was not allowed, and how to allow it.
+        RefusedError: some changes are not allowed; the message lists them and says how to allow them.
     """
     refused = [change for change in changes if change.rule.name not in allow or not change.rule.allowed]
     if not refused:
         return
-    lines = [f"{where}: this run is not the one that was saved:", *(f"  - {change}" for change in refused)]
+    lines = [f"{where}: this run differs from the one that was saved:", *(f"  - {change}" for change in refused)]
     possible = [change.rule.name for change in refused if change.rule.allowed]
     if len(possible) == len(refused):
-        lines.append(f"to go on all the same: --allow {' '.join(possible)}")
+        lines.append(f"to resume anyway: --allow {' '.join(possible)}")
     else:
         final = ", ".join(change.rule.name for change in refused if not change.rule.allowed)
         lines.append(f"{final} cannot change within a run; start a new one with another output and init.from: {where}")
@@ -189,7 +191,7 @@ def refuse_unless_allowed(changes: list[Change], allow: Collection[str], where: 
 
 
 def _difference(before: Any, after: Any, where: str = "") -> str:
-    """What differs, each with its path; entries of a list go by their `name`."""
+    """Describe every difference with its path; the path of a list's entry is its `name`."""
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = [(_name_of(a), a, b) for a, b in zip(before, after, strict=True) if _name_of(a) == _name_of(b)]
     elif isinstance(before, dict) and isinstance(after, dict):

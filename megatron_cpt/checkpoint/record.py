@@ -1,4 +1,4 @@
-"""What a checkpoint says in plain text beside its tensors: state.json, run.yaml, plan.json. Imports no torch."""
+"""Text files of a checkpoint beside its tensors: state.json, run.yaml, plan.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any
 import orjson
 
 from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.manifest import FileDigest, digest, read_manifest
 from megatron_cpt.config import read_mapping
 from megatron_cpt.errors import RefusedError, UserError
 
 
 @dataclass(frozen=True)
 class Record:
-    """The text of a checkpoint that is to be written.
+    """Text files of a checkpoint that is about to be written.
 
     Attributes:
-        state: counters, layout and versions, JSON-able (state.json).
+        state: counters, layout and versions (state.json).
         run: the resolved run.yaml as text.
-        plan: the plan, JSON-able (plan.json).
+        plan: the plan (plan.json).
     """
 
     state: Mapping[str, Any]
@@ -31,7 +32,7 @@ class Record:
     plan: Mapping[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write the three files, durably."""
+        """Write the three files and fsync them."""
         plain = {layout.STATE_FILE: self.state, layout.PLAN_FILE: self.plan}
         texts = {name: orjson.dumps(value, option=orjson.OPT_INDENT_2) for name, value in plain.items()}
         for name, text in {**texts, layout.RUN_FILE: self.run.encode()}.items():
@@ -41,12 +42,51 @@ class Record:
                 os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def corrupt_as_refused(checkpoint: object) -> Iterator[None]:
-    """Around what takes a record apart: with `checkpoint.verify: none` it may be JSON or YAML and yet no record.
+@dataclass(frozen=True)
+class SavedRun:
+    """Text files of a published checkpoint, read once and passed to everything that resumes from it.
+
+    Attributes:
+        path: the checkpoint's folder.
+        manifest: size and checksum of each of its files, by name.
+        state: state.json: counters, layout and versions.
+        run: the resolved run.yaml as plain values.
+    """
+
+    path: Path
+    manifest: Mapping[str, FileDigest]
+    state: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+
+def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None = None) -> SavedRun:
+    """Read the text files of a checkpoint.
+
+    Args:
+        checkpoint: its folder.
+        manifest: its manifest, if `find_faults` has compared the files with it; None: read it and compare them here.
 
     Raises:
-        RefusedError: naming the checkpoint, where something is missing or of another kind.
+        RefusedError: a file is missing, damaged or of a newer format.
+    """
+    if manifest is None:
+        manifest = read_manifest(checkpoint)
+        for name in (layout.STATE_FILE, layout.RUN_FILE):
+            path = checkpoint / name
+            if not path.is_file() or name not in manifest or digest(path) != manifest[name]:
+                raise RefusedError(f"{path}: missing, or different from what {layout.MANIFEST_FILE} lists")
+    with corrupt_as_refused(checkpoint):
+        return SavedRun(checkpoint, manifest, read_state(checkpoint), read_run(checkpoint))
+
+
+@contextlib.contextmanager
+def corrupt_as_refused(checkpoint: object) -> Iterator[None]:
+    """Turn errors from the content of state.json or run.yaml into a refusal that names the checkpoint.
+
+    With `checkpoint.verify: none` a damaged file may be valid JSON or YAML and still lack what a run needs.
+
+    Raises:
+        RefusedError: something is missing or of the wrong type.
     """
     try:
         yield
@@ -58,10 +98,10 @@ def corrupt_as_refused(checkpoint: object) -> Iterator[None]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json.
+    """Return a checkpoint's state.json.
 
     Raises:
-        RefusedError: it cannot be read, it is not the state of a run, or it is of a newer format.
+        RefusedError: it cannot be read, has no format version, or is of a newer format.
     """
     path = checkpoint / layout.STATE_FILE
     state = read_json(path)
@@ -77,31 +117,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The resolved run.yaml of a checkpoint or a run directory, as plain values.
+    """Return the resolved run.yaml of a checkpoint or a run directory, as plain values.
 
     Raises:
         RefusedError: it cannot be read.
     """
     try:
         return read_mapping(folder / layout.RUN_FILE)
-    except UserError as error:  # what is a mistake in the file of a user is damage in one that we wrote
+    except UserError as error:  # an error in a user's file means damage in a file that we wrote
         raise RefusedError(f"damaged: {error}") from error
 
 
-def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan.json of a checkpoint or a run directory.
-
-    Raises:
-        RefusedError: it cannot be read.
-    """
-    return read_json(folder / layout.PLAN_FILE)
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Return the content of a JSON file that holds an object.
 
     Raises:
-        RefusedError: it does not.
+        RefusedError: it is missing, damaged or holds something else.
     """
     try:
         plain = orjson.loads(path.read_bytes())

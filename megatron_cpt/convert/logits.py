@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from megatron_cpt.backend import launched_rank, launched_world_size, process_groups
 from megatron_cpt.checkpoint.layout import RUN_FILE, is_checkpoint, resolve_checkpoint
-from megatron_cpt.checkpoint.record import read_run
+from megatron_cpt.checkpoint.record import SavedRun, read_saved_run
 from megatron_cpt.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_cpt.errors import UserError
 
@@ -82,11 +82,12 @@ def compare_logits(
     path = resolve_checkpoint(checkpoint)
     if not is_checkpoint(path) or not (path / RUN_FILE).is_file():
         raise UserError(f"{checkpoint}: --logits needs a checkpoint of this package; import it first")
-    model = ModelConfig.model_validate(read_run(path)["model"])
+    saved = read_saved_run(path)
+    model = ModelConfig.model_validate(saved.run["model"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of transformers and torch do not concern a reader of the report
         ids, origin = _prompt_ids(Path(hf), model, prompts)
-        ours = _our_logits(path, model, ids, tensor, pipeline)
+        ours = _our_logits(saved, model, ids, tensor, pipeline)
         if launched_rank() != 0:
             return None
         return _compare(ours, _hf_logits(Path(hf), ids), f"TP {tensor} x PP {pipeline}", origin)
@@ -107,7 +108,7 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
 
 
 def _our_logits(
-    path: Path, model: ModelConfig, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int
+    saved: SavedRun, model: ModelConfig, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int
 ) -> list[torch.Tensor]:
     """Return (length, vocab) float32 logits per prompt, on every rank."""
     longest = max(len(ids) for ids in prompts)
@@ -121,7 +122,7 @@ def _our_logits(
         from megatron_cpt.model.build_model import build_model
 
         chunks = build_model(run).chunks
-        load_weights(path, chunks)
+        load_weights(saved, chunks)
         for chunk in chunks:
             chunk.eval()
 

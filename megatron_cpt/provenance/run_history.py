@@ -10,8 +10,7 @@ from typing import Any
 import orjson
 
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.manifest import digest, read_manifest
-from megatron_cpt.checkpoint.record import read_run, read_state
+from megatron_cpt.checkpoint.record import read_saved_run
 from megatron_cpt.data import BlendCursor, PhaseBlend
 from megatron_cpt.errors import CptError, RefusedError, UserError
 from megatron_cpt.plan import Segment, SpanGrid
@@ -174,14 +173,10 @@ def drop_zeros(counts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _read_checkpoint(path: Path) -> Recorded:
-    manifest = read_manifest(path)
-    for name in (layout.STATE_FILE, layout.RUN_FILE):
-        if not (path / name).is_file() or name not in manifest or digest(path / name) != manifest[name]:
-            raise RefusedError(f"{path / name}: missing, or its checksum differs from the manifest")
-    state = read_state(path)
+    saved = read_saved_run(path)
     try:
-        train = state["train"]
-        return Recorded(path, int(train["step"]), read_run(path), train["data"], state["data_fingerprints"])
+        train = saved.state["train"]
+        return Recorded(path, int(train["step"]), saved.run, train["data"], saved.state["data_fingerprints"])
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{path / layout.STATE_FILE}: not the state of a run ({error!r})") from error
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks
-from megatron_cpt.checkpoint.loading.load import find_valid, load_training, load_weights
+from megatron_cpt.checkpoint.loading.find_valid import find_valid
+from megatron_cpt.checkpoint.loading.load import load_training, load_weights
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
-from megatron_cpt.checkpoint.record import corrupt_as_refused, read_run, read_state
+from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def preflight(
-    own: Path,
+    own: SavedRun,
     config: RunConfig,
     plan: RunPlan,
     ranks: Ranks,
@@ -44,19 +45,19 @@ def preflight(
     Raises:
         RefusedError: a change is not allowed.
     """
-    with corrupt_as_refused(own):
-        saved = read_state(own)
+    with corrupt_as_refused(own.path):
+        saved = own.state
         tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
-        changes = find_changes(read_run(own), config, saved["data_fingerprints"], fingerprints, tokenizers)
+        changes = find_changes(own.run, config, saved["data_fingerprints"], fingerprints, tokenizers)
         step = saved["train"]["step"] + 1
         summary = ResumeSummary(
             step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate")
         )
         _log(ranks, describe(changes, allow, summary))
-    refuse_unless_allowed(changes, allow, str(own))
+    refuse_unless_allowed(changes, allow, str(own.path))
 
 
-def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) -> Path | None:
+def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) -> SavedRun | None:
     """Return the checkpoint named by `init.from`; None: start from random weights. A collective call.
 
     Args:
@@ -69,24 +70,30 @@ def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) ->
     """
     if config.init.from_ is None:
         return None
-    path = find_valid(config.init.from_, config.checkpoint.verify, corrupt)
+    saved = find_valid(config.init.from_, config.checkpoint.verify, corrupt)
+    path = saved.path
     with corrupt_as_refused(path):
-        saved, wanted = model_shape(read_run(path)), model_shape(config.to_dict())
-    wrong = [f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]]
+        before, now = model_shape(saved.run), model_shape(config.to_dict())
+    wrong = [f"{key}: {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]
     if wrong:
         raise RefusedError(
             f"init.from: {path}: a checkpoint of another model: {'; '.join(wrong)}; make the model section agree"
         )
-    if config.init.load == "weights+optimizer" and read_state(path).get("content") == "weights":
+    if config.init.load == "weights+optimizer" and saved.state.get("content") == "weights":
         raise RefusedError(
             f"init.load: weights+optimizer: {path} was imported from weights alone and has no optimizer; "
             "set init.load=weights"
         )
-    return path
+    return saved
 
 
 def load_state(
-    config: RunConfig, ranks: Ranks, model: Model, optimizer: MegatronOptimizer, own: Path | None, origin: Path | None
+    config: RunConfig,
+    ranks: Ranks,
+    model: Model,
+    optimizer: MegatronOptimizer,
+    own: SavedRun | None,
+    origin: SavedRun | None,
 ) -> TrainState:
     """Load model, optimizer and random states; a collective call.
 
@@ -101,15 +108,14 @@ def load_state(
         RefusedError: it cannot be read, or does not fit the model.
     """
     if own is not None:
-        with corrupt_as_refused(own):
-            saved = read_state(own)
-            is_same_layout = saved["layout"] == rank_layout(config.parallel, ranks)
-            state = TrainState.from_dict(saved["train"])
+        with corrupt_as_refused(own.path):
+            is_same_layout = own.state["layout"] == rank_layout(config.parallel, ranks)
+            state = TrainState.from_dict(own.state["train"])
         load_training(own, model.chunks, optimizer, config.checkpoint.verify, with_rng=is_same_layout)
         random_states = "continue" if is_same_layout else "start new, because the layout changed"
         _log(
             ranks,
-            f"resuming from {own}, step {state.step}: weights, optimizer, data and schedule continue; "
+            f"resuming from {own.path}, step {state.step}: weights, optimizer, data and schedule continue; "
             f"random states {random_states}",
         )
         return state
@@ -121,15 +127,15 @@ def load_state(
         optimizer.reload_model_params(weights if config.precision.has_fp8_weights else None)
         _log(
             ranks,
-            f"starting from {origin} (init.load: weights): loads weights; optimizer, step, data, schedule and random "
-            "states start new",
+            f"starting from {origin.path} (init.load: weights): loads weights; optimizer, step, data, schedule "
+            "and random states start new",
         )
     else:
         load_training(origin, model.chunks, optimizer, config.checkpoint.verify, with_rng=False)
         _log(
             ranks,
-            f"starting from {origin} (init.load: weights+optimizer): loads weights and the optimizer's moments and "
-            "step count; step, data, schedule and random states start new",
+            f"starting from {origin.path} (init.load: weights+optimizer): loads weights and the optimizer's "
+            "moments and step count; step, data, schedule and random states start new",
         )
     return TrainState()
 

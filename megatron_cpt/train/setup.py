@@ -12,9 +12,9 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.loading.load import newest_valid
+from megatron_cpt.checkpoint.loading.find_valid import newest_valid
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError
-from megatron_cpt.checkpoint.record import corrupt_as_refused, read_state
+from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.checkpoint.saving.publish import Retention
 from megatron_cpt.checkpoint.saving.saver import Saver
 from megatron_cpt.config import RunConfig
@@ -117,14 +117,14 @@ def setup(
     streams = open_streams(config, eod_id)
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
 
-    def check_resume(own: Path) -> None:
+    def check_resume(own: SavedRun) -> None:
         preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
 
     own, origin, model, optimizer, state = _build_from_newest_valid(config, ranks, check_resume)
     if own is not None:
-        fingerprints = read_state(own)["data_fingerprints"] | fingerprints
-        with corrupt_as_refused(own):
-            check_progress(state, plan, str(own))
+        fingerprints = own.state["data_fingerprints"] | fingerprints
+        with corrupt_as_refused(own.path):
+            check_progress(state, plan, str(own.path))
     contributes_loss = ranks.is_last_stage and ranks.tensor_rank == 0
     documents = document_options(config, eod_id)
     names = list(streams)
@@ -136,7 +136,7 @@ def setup(
         optimizer=optimizer,
         forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
         update=Update(optimizer, config.optimizer.weight_decay),
-        loader=build_loader(config, plan, ranks, streams, documents, state, own),
+        loader=build_loader(config, plan, ranks, streams, documents, state, own.path if own is not None else None),
         validator=build_validator(config, ranks, documents, contributes_loss),
         meter=LossMeter(names, contributes_loss),
         state=state,
@@ -149,14 +149,14 @@ def setup(
         ),
         data_fingerprints=fingerprints,
         tokenizer_fingerprint=tokenizer_fingerprint,
-        origin=origin,
+        origin=origin.path if origin is not None else None,
         is_resumed=own is not None,
     )
 
 
 def _build_from_newest_valid(
-    config: RunConfig, ranks: Ranks, check_resume: Callable[[Path], None]
-) -> tuple[Path | None, Path | None, Model, MegatronOptimizer, TrainState]:
+    config: RunConfig, ranks: Ranks, check_resume: Callable[[SavedRun], None]
+) -> tuple[SavedRun | None, SavedRun | None, Model, MegatronOptimizer, TrainState]:
     """Find the checkpoint to start from, build the model and load it; a collective call.
 
     Returns:
@@ -179,7 +179,7 @@ def _build_from_newest_valid(
 
 
 def _build_and_load(
-    config: RunConfig, ranks: Ranks, own: Path | None, origin: Path | None
+    config: RunConfig, ranks: Ranks, own: SavedRun | None, origin: SavedRun | None
 ) -> tuple[Model, MegatronOptimizer, TrainState]:
     """Build the model and its optimizer and load them from `own` or `origin`; a collective call.
 

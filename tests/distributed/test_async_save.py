@@ -1,4 +1,4 @@
-"""Saves in the background: the same bits, one at a time, failures on all ranks, nothing lost at a stop."""
+"""Background saves: identical to other saves, one at a time; failures end all ranks, a stop loses nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _names(output: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 steps, a checkpoint after each second one."""
+    """Return run.yaml of a run of 8 steps that saves every second step."""
     return small_run(
         tmp_path_factory.mktemp("async"),
         tokens=8 * 8 * 32,
@@ -34,7 +34,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(short_run: Path) -> tuple[Path, Path]:
-    """The run with saves that training waits for, and with saves in the background, resumed in the middle."""
+    """Run it with saves that training waits for, and with background saves and a resume in the middle."""
     folder = short_run.parent
     background = [f"output={folder}/background", "checkpoint={every: 2, async: true, keep: 2, keep_every: 4}"]
     run_ranks(
@@ -58,12 +58,12 @@ def test_a_save_in_the_background_has_the_bits_of_one_that_training_waits_for(bo
 def test_the_newest_and_every_so_manyth_stay(both: tuple[Path, Path]) -> None:
     waiting, background = both
     assert _names(waiting) == ["latest", *(layout.checkpoint_name(step) for step in (2, 4, 6, 8))]
-    # keep: 2 newest, keep_every: 4; the one of step 5, where the run was stopped, went as the others of its age
+    # keep: 2 newest, keep_every: 4; step 5, where the run was stopped, is deleted like the others
     assert _names(background) == ["latest", *(layout.checkpoint_name(step) for step in (4, 6, 8))]
 
 
 def _train_with_late_copies(path: str, overrides: list[str]) -> tuple[int, list[bool]]:
-    """Each copy begins only when the forward pass of the next step is over; the third is that of the run's end."""
+    """Start each copy only after the forward pass of the next step; the third copy belongs to the end of the run."""
     import threading
 
     from megatron_cpt.checkpoint.saving.staging import StagingBuffer
@@ -75,11 +75,11 @@ def _train_with_late_copies(path: str, overrides: list[str]) -> tuple[int, list[
     def copy_late(staging: StagingBuffer, tensors: object) -> object:
         with is_over:
             began = len(passes)
-            was_over = is_over.wait_for(lambda: len(passes) > began, timeout=30 if len(found) < 2 else 0)
-        found.append(was_over)
+            happened = is_over.wait_for(lambda: len(passes) > began, timeout=30 if len(found) < 2 else 0)
+        found.append(happened)
         return copy(staging, tensors)
 
-    def forward_and_tell(*args: object, **kwargs: object) -> object:
+    def forward_and_notify(*args: object, **kwargs: object) -> object:
         result = forward(*args, **kwargs)
         with is_over:
             passes.append(None)
@@ -87,7 +87,7 @@ def _train_with_late_copies(path: str, overrides: list[str]) -> tuple[int, list[
         return result
 
     found: list[bool] = []
-    StagingBuffer.copy, ForwardPass.__call__ = copy_late, forward_and_tell
+    StagingBuffer.copy, ForwardPass.__call__ = copy_late, forward_and_notify
     try:
         return train_here(path, overrides), found
     finally:
@@ -117,12 +117,12 @@ def _full_disk_on_one_rank(path: str, overrides: list[str], reports: str) -> Non
     try:
         train_here(path, overrides)
     except CptError as error:
-        told = str(error)
+        message = str(error)
     else:
-        told = "nothing was raised"
+        message = "nothing was raised"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    Path(reports, f"{rank}.txt").write_text(told)
+    Path(reports, f"{rank}.txt").write_text(message)
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
@@ -134,17 +134,17 @@ def test_a_writer_that_fails_on_one_rank_is_one_clear_error_on_all(
     run_ranks(2, train_here, str(short_run), [*common, "stop_at_step=3"])
     before = {path: path.read_bytes() for path in newest(output).iterdir()}
     run_ranks(2, _full_disk_on_one_rank, str(short_run), common, str(tmp_path))
-    told = {rank: (tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
-    assert told[0] == told[1]
-    assert told[0].startswith("the checkpoint of step 6 was not written: rank 1: [Errno 27] File too large")
+    messages = {rank: (tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("the checkpoint of step 6 was not written: rank 1: [Errno 27] File too large")
     assert newest(output).name == "step-00000003"
     assert {path: path.read_bytes() for path in newest(output).iterdir()} == before
-    run_ranks(2, train_here, str(short_run), [*common, "stop_at_step=6"])  # the disk has room again
+    run_ranks(2, train_here, str(short_run), [*common, "stop_at_step=6"])  # the disk has space again
     assert _names(output) == ["latest", "step-00000003", "step-00000006"]
 
 
 def _stop_during_a_save(path: str, overrides: list[str]) -> tuple[int, bool]:
-    """SIGTERM to one rank while the writers of the first save stand still."""
+    """Send SIGTERM to one rank while the writers of the first save are blocked."""
     import threading
 
     import torch.distributed as dist
@@ -170,7 +170,7 @@ def _stop_during_a_save(path: str, overrides: list[str]) -> tuple[int, bool]:
 
     saver.write_files = write_when_allowed
     try:
-        # the stop is seen at step 3 or 4; the save of step 2 is published before the one it asks for begins
+        # the stop is noticed at step 3 or 4; the save of step 2 is published before the last save starts
         threading.Timer(20, may_write.set).start()
         status = train_with_hooks(path, overrides, hooks=[Stop()])
     finally:
@@ -194,13 +194,13 @@ def test_a_stop_waits_for_the_save_under_way_and_publishes_it(short_run: Path, t
 
 
 def test_each_data_parallel_rank_writes_its_own_part_of_the_optimizer(both: tuple[Path, Path]) -> None:
-    """Nothing is gathered: the moments are spread over the files of both ranks, each byte once."""
+    """Nothing is gathered: the files of both ranks hold the moments, each byte once."""
     waiting, _ = both
     files = read_manifest(newest(waiting))
     sizes = [sum(digest.size for name, digest in files.items() if name.startswith(f"__{rank}_")) for rank in (0, 1)]
     plain = orjson.loads((newest(waiting) / "plan.json").read_bytes())
     parameters = plain["parameters"]
-    # bf16 weights on rank 0; fp32 master weights and two moments, 12 bytes a parameter, half on each
+    # bf16 weights on rank 0; fp32 master weights and two moments, 12 bytes per parameter, half on each rank
     assert sizes[1] == pytest.approx(6 * parameters, rel=0.15)
     assert sizes[0] == pytest.approx(8 * parameters, rel=0.15)
 
@@ -208,6 +208,6 @@ def test_each_data_parallel_rank_writes_its_own_part_of_the_optimizer(both: tupl
 def test_a_run_whose_save_failed_is_said_to_have_failed(short_run: Path, tmp_path: Path) -> None:
     """Without a handler the error ends the process."""
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoints").write_text("a file where the folder should be")
+    (tmp_path / "out" / "checkpoints").write_text("a file in place of the folder")
     with pytest.raises(RankError, match="the checkpoint of step 2 was not written: rank 0"):
         run_ranks(1, train_here, str(short_run), [f"output={tmp_path}/out"])

@@ -114,8 +114,8 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(run_file: Path) -> None:
         os.truncate(next(checkpoint.glob("__0_*.distcp")), 100)
     done = _run([*command, "stop_at_step=8"])
     assert done.returncode == 3
-    assert f"{output}/checkpoints: no " in done.stderr
+    assert "no valid checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
 
-    with pytest.raises(RankError, match=r"CorruptCheckpointError: .*step-00000004: .*__0_\d\.distcp: 100 bytes"):
+    with pytest.raises(RankError, match=r"CorruptCheckpointError: .*step-00000004: corrupt: __0_\d\.distcp: 100 bytes"):
         run_ranks(1, train_here, str(run_file), from_broken)

@@ -1,5 +1,7 @@
-"""A life of a run that ends before any one of its operations on files: what is published is sound, and the next life
-goes on to the same bits."""
+"""Runs killed before any one of their file operations: published checkpoints are valid, and a resume loses nothing.
+
+The resumed run ends with the same bits as a run that was never killed.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,18 @@ from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, small_run, train_here, train_several
 
 SMALL = {"preset": "tiny_llama", "layers": 1, "hidden": 64, "ffn_hidden": 96, "vocab": 257}
-START, END = 3, 5  # the life in between goes on from step 3, saves step 4, and deletes step 2
+START, END = 3, 5  # the killed process resumes from step 3, saves step 4 and deletes step 2
 
 
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that saves every step and keeps two checkpoints, so that every save also deletes one."""
+    """Return run.yaml of a run that saves every step and keeps two checkpoints, so that every save deletes one."""
     return small_run(tmp_path_factory.mktemp("kill-save"), model=SMALL, checkpoint={"every": 1, "keep": 2})
 
 
 @pytest.fixture(scope="module")
 def start(small_file: Path) -> Path:
-    """The run after three steps."""
+    """Return the run directory after three steps."""
     output = small_file.parent / "start"
     run_ranks(1, train_here, str(small_file), [f"output={output}", f"stop_at_step={START}"])
     return output
@@ -36,7 +38,7 @@ def start(small_file: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def quiet(small_file: Path, start: Path) -> Path:
-    """The run after five."""
+    """Return the run directory after five steps, without any kill."""
     output = small_file.parent / "quiet"
     shutil.copytree(start, output)
     run_ranks(1, train_here, str(small_file), [f"output={output}", f"stop_at_step={END}"])
@@ -44,13 +46,13 @@ def quiet(small_file: Path, start: Path) -> Path:
 
 
 def train_and_die(path: str, output: str, number: int, power_cut: bool, background: bool) -> None:
-    """Go on by one step, and die before the n-th change of the run directory."""
+    """Resume for one step, and die before the n-th change of the run directory."""
     Death(Path(output), number, Path(f"{output}.journal"), power_cut=power_cut)
     train_here(path, [f"output={output}", f"stop_at_step={START + 1}", f"checkpoint.async={background}"])
 
 
 def survives(run: Path, output: Path, number: int, power_cut: bool, background: bool) -> bool:
-    """Whether a life had fewer changes than the one it was to die at."""
+    """Return whether a process ended before it reached the change that it should die at."""
     try:
         run_ranks(1, train_and_die, str(run), str(output), number, power_cut, background)
     except RankError as error:
@@ -61,16 +63,17 @@ def survives(run: Path, output: Path, number: int, power_cut: bool, background: 
 
 
 def changes(output: Path) -> list[str]:
-    """What a life did to which file, without what differs from life to life.
+    """Return the changes of a process, one line each, without the parts that differ from process to process.
 
-    That is the numbers of steps and processes, which of its shards a rank syncs first, and the order of a deletion.
+    Those parts are the numbers of steps and processes, the order in which a rank syncs its shards, and the order of a
+    deletion.
     """
     text = re.sub(r"__\d_\d", "__shard", re.sub(r"\d\d+", "N", Path(f"{output}.journal").read_text()))
     return re.sub(r"(os\.remove .*)/.*", r"\1", text).splitlines()
 
 
-def sound_steps(output: Path) -> list[int]:
-    """Steps of the published checkpoints, every one of which must be whole, as must be what `latest` says."""
+def valid_steps(output: Path) -> list[int]:
+    """Return the steps of the published checkpoints; all of them and `latest` must be valid."""
     folder = checkpoints_folder(output)
     found = list_checkpoints(folder)
     assert {path.name: find_faults(path) for path in found} == {path.name: [] for path in found}
@@ -90,26 +93,30 @@ def sound_steps(output: Path) -> list[int]:
 def test_a_death_before_any_change_of_a_file_costs_one_step_at_most(
     small_file: Path, start: Path, quiet: Path, tmp_path: Path, power_cut: bool, background: bool, resume_every: int
 ) -> None:
-    """Every change of the run directory in a start, a step, a save and a deletion is once the one that did not come."""
-    dead: list[Path] = []
+    """The process is killed once before each change of the run directory in a start, a step, a save and a deletion."""
+    killed: list[Path] = []
     while True:
-        output = tmp_path / f"{len(dead) + 1}"
+        output = tmp_path / f"{len(killed) + 1}"
         shutil.copytree(start, output)
-        if survives(small_file, output, len(dead) + 1, power_cut, background):
+        if survives(small_file, output, len(killed) + 1, power_cut, background):
             break
-        assert sound_steps(output) in ([2, 3], [2, 3, 4], [3, 4])
-        dead.append(output)
-    died_at = [changes(output)[-1] for output in dead]
-    assert sorted(died_at) == sorted(changes(output)), "each change of the life that survived was once the end of one"
-    published = [4 in sound_steps(output) for output in dead]
+        assert valid_steps(output) in ([2, 3], [2, 3, 4], [3, 4])
+        killed.append(output)
+    killed_before = [changes(output)[-1] for output in killed]
+    assert sorted(killed_before) == sorted(changes(output)), (
+        "a process was killed before each change of the one that survived"
+    )
+    published = [4 in valid_steps(output) for output in killed]
     assert published == sorted(published)
-    assert published[died_at.index("os.rename checkpoints/.step-N.tmp") :].count(False) == 1
-    assert died_at.index("os.rename checkpoints/.step-N.tmp") < died_at.index("os.rename checkpoints/step-N")
+    assert published[killed_before.index("os.rename checkpoints/.step-N.tmp") :].count(False) == 1
+    assert killed_before.index("os.rename checkpoints/.step-N.tmp") < killed_before.index(
+        "os.rename checkpoints/step-N"
+    )
 
-    resumed = dead[::resume_every]
+    resumed = killed[::resume_every]
     runs = [[f"output={output}", f"stop_at_step={END}"] for output in resumed]
     run_ranks(1, train_several, str(small_file), runs, timeout=900)
     for output in resumed:
         assert differing(newest(quiet), newest(output)) == []
         names = sorted(path.name for path in checkpoints_folder(output).iterdir())
-        assert names == [LATEST_FILE, "step-00000004", "step-00000005"], "what the dead left behind is cleared away"
+        assert names == [LATEST_FILE, "step-00000004", "step-00000005"], "leftovers of killed processes are deleted"

@@ -1,4 +1,4 @@
-"""More than 4 GB of weights and optimizer, saved at TP 2 x PP 2 and loaded at TP 1 x PP 1 in hardly more memory."""
+"""More than 4 GB of state, saved at TP 2 x PP 2 and loaded at TP 1 x PP 1 with hardly any extra memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, small_run, train_here
 
@@ -31,15 +32,14 @@ def test_a_large_checkpoint_is_loaded_in_another_layout_without_a_second_copy(tm
     print(
         f"{size / GIB:.2f} GiB: {kept / GIB:.2f} GiB held by the model, {(after - before) / GIB:+.2f} GiB at the peak"
     )
-    # What is loaded lands in the tensors of model and optimizer; beside them a few pieces are on their way.
+    # A load reads into the tensors of model and optimizer; beside them it needs a few buffers only.
     assert after - before < kept + 0.15 * size
     assert _checksums(newest(saved)) == _checksums(again / "checkpoints" / "step-00000001")
 
 
 def _load_and_save(path: str, overrides: list[str], target: str) -> tuple[int, int, int]:
-    """Resident bytes before, at the peak of loading, and the bytes that model and optimizer hold after it."""
+    """Return the resident bytes before a load, at its peak, and the bytes of model and optimizer."""
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.checkpoint.saving.saver import save_checkpoint
     from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.save import record
     from megatron_cpt.train.setup import setup
@@ -62,7 +62,7 @@ def _peak() -> int:
 
 
 def _held() -> int:
-    """Bytes in the storages of all tensors."""
+    """Return the bytes in the storages of all tensors."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
@@ -72,7 +72,7 @@ def _held() -> int:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """One whole tensor after the other, so that this process stays small."""
+    """Yield one tensor after the other, so that this process stays small."""
     import torch.distributed.checkpoint as dcp
 
     for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():

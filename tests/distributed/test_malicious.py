@@ -1,4 +1,4 @@
-"""A pickle that runs code, in every file of a checkpoint that is unpickled: refused, and nothing runs."""
+"""Pickles that execute code, in every file of a checkpoint that is unpickled, are refused and not executed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.runs import newest, train_here
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -41,7 +41,7 @@ def _write_common(checkpoint: Path, bomb: Bomb) -> None:
 
 
 def _write_shards(checkpoint: Path, bomb: Bomb) -> None:
-    """The bomb in place of every entry that is long enough to hold it."""
+    """Write the bomb over every entry that is long enough to hold it."""
     with open(checkpoint / ".metadata", "rb") as file:
         entries = load_plain(file).storage_data.values()
     content = _saved(bomb)

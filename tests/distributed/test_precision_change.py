@@ -1,4 +1,4 @@
-"""A run goes on in another number format, or with another kind of optimizer, from the same numbers."""
+"""Resumes in another number format or with another kind of optimizer start from the same numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 
-from tests.helpers.checkpoints import read_tensors
+from tests.helpers.checkpoints import read_tensors, save_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, read_metrics, train_here
 
@@ -27,7 +27,7 @@ CHANGES = [
 
 
 def full_precision(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Master weights, or in fp32 the weights, and moments of a checkpoint."""
+    """Return the moments and the master weights of a checkpoint; in fp32 the weights are the master weights."""
     weights = [name for name in tensors if not name.startswith(("optimizer.", "rng."))]
     found = {}
     for weight in weights:
@@ -39,7 +39,7 @@ def full_precision(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def adam_steps(checkpoint: Path) -> list[int]:
-    """Adam's step of each parameter group."""
+    """Return Adam's step of each parameter group."""
     state = load_common_state_dict(str(checkpoint))["optimizer"]
     return [group["step"] for group in state.get("optimizer", state)["param_groups"]]
 
@@ -57,13 +57,12 @@ def test_all_numbers_survive_every_change_of_format_and_of_optimizer(run_file: P
         for name, weight in tensors.items():
             if not name.startswith(("optimizer.", "rng.")):
                 assert weight.dtype == (torch.bfloat16 if kind.startswith("bf16") else torch.float32)
-                assert weight.equal(first[name].to(weight.dtype)), "what it computes with are the masters, rounded"
+                assert weight.equal(first[name].to(weight.dtype)), "the weights are the master weights, rounded"
         assert adam_steps(newest(folder / str(number))) == [4, 4]
 
 
 def _load_and_save_again(path: str, folder: str, kinds: Sequence[str]) -> None:
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.checkpoint.saving.saver import save_checkpoint
     from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.save import record
     from megatron_cpt.train.setup import setup

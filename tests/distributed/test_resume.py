@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.checkpoints import differing, read_tensors
+from tests.helpers.checkpoints import differing, read_tensors, save_checkpoint
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, read_metrics, read_reproducible_metrics, train_here, train_several
 
@@ -71,7 +71,6 @@ def test_a_checkpoint_changes_its_layout_to_the_bit(run_file: Path, base: Path) 
 
 def _load_and_save_again(path: str, moves: list[tuple[str, str, list[str]]]) -> None:
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.checkpoint.saving.saver import save_checkpoint
     from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.save import record
     from megatron_cpt.train.setup import setup

@@ -1,4 +1,4 @@
-"""What lies on the disk is not what was written: flipped, cut, lost, spoilt or made by somebody else."""
+"""Files that differ from what was written: flipped, cut, lost, damaged or made by somebody else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEED = 20
 
 @pytest.fixture(scope="module")
 def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with the checkpoints of steps 2 and 4, written by two ranks."""
+    """Return a run directory with the checkpoints of steps 2 and 4, written by two ranks."""
     folder = tmp_path_factory.mktemp("files")
     run = small_run(folder, model=SMALL, checkpoint={"every": 2}, parallel={"tensor": 2}, stop_at_step=4)
     run_ranks(2, train_here, str(run))
@@ -37,7 +37,7 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def set_up(run: str, outputs: list[str]) -> list[tuple[str | None, list[str]]]:
-    """Of each run directory, on every rank: the checkpoint that was loaded or the refusal, and the warnings."""
+    """Return for each run directory the checkpoint that was loaded or the refusal, and the warnings."""
     prepared = prepare_run(run, need_files=True)
     with process_groups(prepared.config.parallel) as ranks:
         return [_set_up(prepared, ranks, output) for output in outputs]
@@ -122,12 +122,12 @@ def test_harm_to_any_file_is_found_and_named_and_the_checkpoint_before_is_used(t
     for (output, file), (found, warnings), (found_by_other, _) in zip(cases, *on_each_rank, strict=True):
         assert found == found_by_other == "step-00000002", (output.name, found)
         (warning,) = warnings
-        assert "step-00000004 is broken and passed over" in warning
+        assert "step-00000004 is corrupt and is skipped" in warning
         assert file in warning, (output.name, warning)
 
 
 def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
-    """Flipped, each gives a manifest that is refused or one that the files do not fit."""
+    """With any bit flipped, the manifest is refused or differs from the files."""
     text = manifest_text({".metadata": FileDigest(60, "0f" * 32), "__0_0.distcp": FileDigest(129, "a9" * 32)}).encode()
     (tmp_path / "manifest.json").write_bytes(text)
     sound, missed = read_manifest(tmp_path), []
@@ -178,7 +178,7 @@ def test_another_file_of_data_is_refused_and_named_and_the_same_one_elsewhere_is
     write_source(tmp_path / "other", stride=1, seed=1)
     write_source(tmp_path / "same", stride=1)
     run, overrides = run_file(two_saved), [f"output={output}", "stop_at_step=5"]
-    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of web are not those"):
+    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of web differ from"):
         run_ranks(2, train_here, run, [*overrides, f"sources.web.path={tmp_path / 'other'}"])
     assert newest(output).name == "step-00000004"
     run_ranks(2, train_here, run, [*overrides, f"sources.web.path={tmp_path / 'same'}"])
@@ -191,7 +191,7 @@ def test_files_and_chunks_of_a_source_are_remembered_while_it_is_away(tmp_path: 
     run_ranks(1, train_here, run, ["stop_at_step=2"])
     run_ranks(1, train_here, run, ["stop_at_step=4", *web_only], ["blend", "schedule"])
     write_source(tmp_path / "other", stride=2, seed=1)
-    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of code are not those"):
+    with pytest.raises(RankError, match=r"RefusedError: [\s\S]*- data: the files of code differ from"):
         run_ranks(1, train_here, run, [f"sources.code.path={tmp_path / 'other'}"], ["blend", "schedule"])
     longer = (
         "phases=[{name: web, blend: {web: 1.0}, until: {step: 6}}, {name: code, blend: {code: 1.0}, seq_length: 64}]"
@@ -203,7 +203,7 @@ def test_files_and_chunks_of_a_source_are_remembered_while_it_is_away(tmp_path: 
 
 
 def test_a_path_that_climbs_out_of_the_folder_is_refused(two_saved: Path, tmp_path: Path) -> None:
-    """In the manifest, and in torch's description of where the tensors lie."""
+    """In the manifest, and in torch's description of the tensors."""
     in_manifest, in_metadata = tmp_path / "manifest", tmp_path / "metadata"
     for output in (in_manifest, in_metadata):
         shutil.copytree(two_saved, output)
@@ -226,7 +226,7 @@ def test_a_path_that_climbs_out_of_the_folder_is_refused(two_saved: Path, tmp_pa
 
 
 def set_up_with_an_odd_rank(run: str, output: str, trouble: str) -> list[tuple[str | None, list[str]]]:
-    """As `set_up`; rank 1 cannot hash a file of the newest checkpoint, or does not see any checkpoint yet."""
+    """Call `set_up`, but rank 1 cannot hash a file of the newest checkpoint, or does not see any checkpoint yet."""
     import torch.distributed as dist
 
     from megatron_cpt.checkpoint import layout, manifest
@@ -261,7 +261,7 @@ def test_all_ranks_take_the_same_checkpoint_however_late_one_sees_it(two_saved: 
 
 
 def test_nothing_of_a_broken_checkpoint_is_left_in_a_run_that_passed_it_over(two_saved: Path, tmp_path: Path) -> None:
-    """One shard broken; then both checkpoints, the older one in a text."""
+    """First one shard is corrupt; then both checkpoints are, the older one in a text file."""
     passed_over, never_there = tmp_path / "passed-over", tmp_path / "never-there"
     for output in (passed_over, never_there):
         shutil.copytree(two_saved, output)
@@ -269,7 +269,7 @@ def test_nothing_of_a_broken_checkpoint_is_left_in_a_run_that_passed_it_over(two
     (newest(never_there).parent / LATEST_FILE).write_text("step-00000002\n")
     for shard in newest(passed_over).glob("__*"):
         middle = shard.stat().st_size * 4
-        for bit in range(middle, middle + 8000, 8):  # in the tensors: all of it can be read
+        for bit in range(middle, middle + 8000, 8):  # inside the tensors, so that everything can still be read
             flip_bit(shard, bit)
     runs = [[f"output={output}", "stop_at_step=5"] for output in (passed_over, never_there)]
     assert run_ranks(2, train_several, run_file(two_saved), runs) == [[0, 0]] * 2
@@ -278,10 +278,10 @@ def test_nothing_of_a_broken_checkpoint_is_left_in_a_run_that_passed_it_over(two
         _flip_some(checkpoint / ("plan.json" if checkpoint.name == "step-00000002" else "__0_0.distcp"))
     ((refusal, _),) = run_ranks(2, set_up, run_file(two_saved), [str(passed_over)])[0]
     assert refusal is not None
-    assert "no sound checkpoint: step-00000005: __0_0.distcp: checksum differs" in refusal
+    assert "no valid checkpoint: step-00000005: __0_0.distcp: checksum differs" in refusal
     assert "step-00000002: plan.json: checksum differs" in refusal
 
 
 def run_file(output: Path) -> str:
-    """The run.yaml beside a run directory."""
+    """Return the run.yaml beside a run directory."""
     return str(output.parent / "run.yaml")

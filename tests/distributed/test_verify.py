@@ -1,4 +1,4 @@
-"""What a start verifies, and that a tokenizer with another content is not taken for the same one."""
+"""Verification at a start: damaged shards, records and tokenizers, also if only one rank meets them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.runs import newest, train_here, train_several
 
 @pytest.fixture
 def damaged(base: Path, tmp_path: Path) -> Path:
-    """A checkpoint with one bit flipped in the shard that a sampled verification does not look at."""
+    """Return a checkpoint with one bit flipped in the shard that a sampled verification skips."""
     copy = tmp_path / newest(base).name
     shutil.copytree(newest(base), copy)
     shards = sorted(path.name for path in copy.glob("__*"))
@@ -34,7 +34,7 @@ def damaged(base: Path, tmp_path: Path) -> Path:
 
 def test_full_refuses_what_sampled_and_none_pass_over_by_design(run_file: Path, damaged: Path, tmp_path: Path) -> None:
     start = [f"init.from={damaged}", "stop_at_step=1"]
-    with pytest.raises(RankError, match=r"BrokenError: .*broken: __0_\d\.distcp: checksum differs"):
+    with pytest.raises(RankError, match=r"CorruptCheckpointError: .*corrupt: __0_\d\.distcp: checksum differs"):
         run_ranks(1, train_here, str(run_file), [*start, f"output={tmp_path}/full"])
     assert not (tmp_path / "full").exists()
     others = [[*start, f"output={tmp_path}/{how}", f"checkpoint.verify={how}"] for how in ("sampled", "none")]
@@ -75,7 +75,7 @@ def test_damage_that_no_checksum_was_asked_for_is_refused_where_it_shows(
 
 
 def _refusals(path: str, runs: Sequence[Sequence[str]]) -> list[str]:
-    """What each of several runs in the same processes ends with."""
+    """Return the status or the error of each of several runs in the same processes."""
     found = []
     for overrides in runs:
         try:
@@ -85,7 +85,7 @@ def _refusals(path: str, runs: Sequence[Sequence[str]]) -> list[str]:
     return found
 
 
-# The same number of bytes, for sizes are compared in every mode.
+# Replacements have the same number of bytes, since sizes are compared in every mode.
 RECORD_DAMAGE = [
     ("state.json", b'"data_fingerprints"', b'"data_fingerprintz"'),
     ("state.json", b'"samples_by_source"', b'"samples_by_sourcf"'),
@@ -110,7 +110,7 @@ def test_a_damaged_record_is_refused_in_every_mode(run_file: Path, base: Path, t
         assert before in file.read_bytes()
         file.write_bytes(file.read_bytes().replace(before, after, 1))
         runs += [[f"output={output}", "stop_at_step=5", f"checkpoint.verify={how}"] for how in ("none", "full")]
-        expected += [name, f"no sound checkpoint: {newest(output).name}: {name}: checksum differs"]
+        expected += [name, f"no valid checkpoint: {newest(output).name}: {name}: checksum differs"]
     (found,) = run_ranks(1, _refusals, str(run_file), runs)
     for overrides, refusal, words in zip(runs, found, expected, strict=True):
         assert refusal.startswith("RefusedError: "), overrides
@@ -118,7 +118,7 @@ def test_a_damaged_record_is_refused_in_every_mode(run_file: Path, base: Path, t
 
 
 def _train_beside_a_bad_block(path: str, overrides: Sequence[str], file: str, rank: int) -> list[str]:
-    """A run in which one rank cannot read one file of a checkpoint."""
+    """Start a run in which one rank cannot read one file of a checkpoint."""
     import torch.distributed as dist
 
     def fail(event: str, arguments: tuple[Any, ...]) -> None:
@@ -146,17 +146,17 @@ def test_a_file_that_one_rank_cannot_read_ends_all_ranks_alike(
 
 
 def _find_late(run_directory: str, elsewhere: str) -> list[Any]:
-    """What the ranks take a run directory for, where rank 1 does not see its checkpoints yet."""
+    """Return what `find_valid` finds if rank 1 does not see the checkpoints yet."""
     import torch.distributed as dist
 
     from megatron_cpt.checkpoint import layout
-    from megatron_cpt.checkpoint.loading import load
+    from megatron_cpt.checkpoint.loading.find_valid import find_valid
 
     if dist.get_rank() == 1:
         layout.list_checkpoints = lambda folder: []
-    found: list[Any] = [load.find_valid(run_directory)]
+    found: list[Any] = [find_valid(run_directory).path]
     try:
-        load.find_valid(elsewhere)
+        find_valid(elsewhere)
     except CptError as error:
         found.append((type(error).__name__, str(error)))
     return found

@@ -1,17 +1,35 @@
-"""Look into a checkpoint without a model."""
+"""Reading and comparing checkpoints without a model."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+if TYPE_CHECKING:
+    from megatron_cpt.checkpoint.record import Record
+
+
+def save_checkpoint(folder: Path, step: int, chunks: Sequence[Any], optimizer: Any, record: Record) -> Path:
+    """Save one checkpoint, wait for its publication and return it; a collective call."""
+    from megatron_cpt.checkpoint.saving.saver import Saver
+
+    saver = Saver(folder, chunks, optimizer)
+    try:
+        path = saver.save(step, record)
+    finally:
+        saver.close()
+    assert path is not None
+    return path
+
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every whole tensor of a checkpoint by its global name, in one process."""
+    """Return every tensor of a checkpoint by name, over all ranks that saved it."""
     reader = dcp.FileSystemReader(path)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -19,13 +37,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that it reads in one process, which is what is wanted
+        warnings.simplefilter("ignore")  # torch warns that it reads in one process, as intended
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
 def differing(first: Path, second: Path, *, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Names of tensors that are not the same to the bit in two checkpoints, or are in one only."""
+    """Return the names of tensors that differ in any bit between two checkpoints, or are in one only."""
     a, b = read_tensors(first), read_tensors(second)
     return sorted(
         name

@@ -1,4 +1,4 @@
-"""Faults that a run meets: flipped bits, cut files, full disks, and a death at one exact operation on a file."""
+"""Injection of faults: flipped bits, cut files, full disks, and a kill at one exact file operation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from megatron_cpt.checkpoint.manifest import digest, manifest_text
 
-# What Python tells its audit hooks about changes of files: event -> where its arguments have (path, dir_fd).
+# Audit events of Python for changes of files: event -> positions of (path, dir_fd) in its arguments.
 _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "open": ((0, None),),
     "os.mkdir": ((0, 2),),
@@ -26,7 +26,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def flip_bit(path: Path, bit: int) -> None:
-    """Turn over one bit of a file; `bit` counts from its start and wraps round at its end."""
+    """Flip one bit of a file; `bit` counts from the start of the file and wraps around at its end."""
     byte, inside = divmod(bit % (8 * path.stat().st_size), 8)
     with open(path, "r+b") as file:
         file.seek(byte)
@@ -36,42 +36,42 @@ def flip_bit(path: Path, bit: int) -> None:
 
 
 def cut(path: Path, size: int) -> None:
-    """Shorten a file to so many bytes."""
+    """Shorten a file to `size` bytes."""
     assert size < path.stat().st_size
     os.truncate(path, size)
 
 
 def seal_again(checkpoint: Path) -> None:
-    """Write a manifest that fits what is in the folder now, as somebody would who means harm."""
+    """Write a manifest that matches the current files, as an attacker would."""
     names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
     (checkpoint / "manifest.json").write_text(manifest_text({name: digest(checkpoint / name) for name in names}))
 
 
 def limit_file_size(size: int) -> None:
-    """From now on this process writes no file beyond so many bytes: the nearest to a full disk without a disk.
+    """Make every write of this process beyond `size` bytes of a file fail, like a write to a full disk.
 
-    A write fails with EFBIG, for Python ignores the signal SIGXFSZ; a full disk says ENOSPC at the same place.
+    The error is EFBIG instead of a full disk's ENOSPC; Python ignores the signal SIGXFSZ.
     """
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 class Death:
-    """Kills this process and what it forked just before its n-th change of the files below a folder.
+    """Kills this process and its forks just before their n-th change of the files below a folder.
 
-    Changes are what Python's audit hooks report (create, open to write, rename, delete, make and remove folders), and
-    calls of `os.fsync`. They are counted over forked writers too, for the count lies in shared memory.
-
+    Changes are the audit events of Python (create, open for writing, rename, delete, make and remove folders) and calls
+    of `os.fsync`. The count is in shared memory, so it includes the changes of forked processes.
     """
 
     def __init__(self, folder: Path, number: int | None, journal: Path, *, power_cut: bool = False) -> None:
-        """Start to count.
+        """Start counting.
 
         Args:
             folder: only changes below it count.
-            number: die before the change of this number, from 1; None: only count.
-            journal: a file outside of the folder that gets a line a change; its last line is what did not come.
-            power_cut: also cut every file in half that was written since and not synced: the disk keeps what `fsync`
-                returned for, and no more.
+            number: die before this change, counted from 1; None: only count.
+            journal: a file outside of the folder that gets one line per change; its last line is the change that the
+                kill prevented.
+            power_cut: also cut every file in half that was written but not synced, as if only synced data had reached
+                the disk.
         """
         self._root = str(folder.resolve())
         self._number = number

@@ -1,64 +1,95 @@
-"""Reading tensors of a checkpoint straight into their place, with several threads.
+"""Reading tensors of a checkpoint straight into the run's memory, in several threads.
 
-torch's reader takes one tensor after the other, and copies each three times: out of the file, out of its zip archive,
-into the target. Here the place of a tensor in its file is looked up, and the system copies from there into the target's
-own memory. What is no plain tensor is left to torch.
+torch's own reader takes one tensor after the other and copies each three times: out of the file, out of its zip
+archive, into the target. Here the place of a tensor's bytes in the file is looked up, and the operating system copies
+from there into the target.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
-from torch.futures import Future
 
+from megatron_cpt.checkpoint.loading.stored_state import StoredBox
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.checkpoint.torchfile.torch_file import open_torch_file
 from megatron_cpt.errors import RefusedError
 
 MAX_THREADS = 4
-PIECE_BYTES = 8 << 20  # read at once where a target cannot take the bytes as they lie in the file
+PIECE_BYTES = 8 << 20  # per read if a target has another dtype or layout than the file
 
 BeforeRead = Callable[[Path, int], None]
 
 
-@contextlib.contextmanager
-def in_threads(before_read: BeforeRead = lambda path, end: None) -> Iterator[None]:
-    """Inside the block, torch's file reader shares its work among threads and reads tensors into their place.
+@dataclass(frozen=True)
+class BoxRead:
+    """One read: a part of a stored box into a part of the run's memory.
 
-    Reading and copying leave Python's lock, and each item goes to a place of its own.
+    Attributes:
+        source: the stored box.
+        offsets: where the part begins in the stored box, one number per dimension.
+        target: memory of the part's shape.
+    """
+
+    source: StoredBox
+    offsets: tuple[int, ...]
+    target: torch.Tensor
+
+
+def plan_reads(target: torch.Tensor, offsets: Sequence[int], boxes: Iterable[StoredBox]) -> list[BoxRead]:
+    """Return the reads that fill a box of a tensor from the boxes in which the tensor was stored.
+
+    Example: a tensor of 8 rows was stored as rows 0 to 3 and rows 4 to 7. A target of 3 rows at offset 3 takes row 3 of
+    the first box into its row 0, and rows 0 and 1 of the second box into its rows 1 and 2.
 
     Args:
-        before_read: called in such a thread with a file and the end of what is about to be read of it.
+        target: memory for the box.
+        offsets: where the box begins in the tensor, one number per dimension.
+        boxes: the stored boxes; those that do not overlap the target are skipped.
     """
-    torchs_way = FileSystemReader.read_data
+    reads = []
+    for box in boxes:
+        starts = [max(pair) for pair in zip(offsets, box.offsets, strict=True)]
+        target_ends = map(sum, zip(offsets, target.shape, strict=True))
+        box_ends = map(sum, zip(box.offsets, box.sizes, strict=True))
+        ends = [min(pair) for pair in zip(target_ends, box_ends, strict=True)]
+        if all(start < end for start, end in zip(starts, ends, strict=True)):
+            inside = zip(starts, ends, offsets, strict=True)
+            part = target[tuple(slice(start - offset, end - offset) for start, end, offset in inside)]
+            within = tuple(start - offset for start, offset in zip(starts, box.offsets, strict=True))
+            reads.append(BoxRead(box, within, part))
+    return reads
 
-    def read_data(reader: Any, plan: LoadPlan, planner: Any) -> Future[None]:
-        parts = _divide(plan.items, reader.storage_data, min(MAX_THREADS, os.cpu_count() or 1))
-        with ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="load") as threads:
-            jobs = [
-                threads.submit(_read, reader, dataclasses.replace(plan, items=part), planner, torchs_way, before_read)
-                for part in parts
-            ]
-            for job in jobs:
-                job.result()
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
 
-    FileSystemReader.read_data = read_data  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        FileSystemReader.read_data = torchs_way  # type: ignore[method-assign]
+def read_boxes(reads: Sequence[BoxRead], before_read: BeforeRead = lambda path, end: None) -> None:
+    """Read everything that was planned, in several threads: reading and copying release Python's lock.
+
+    Args:
+        reads: what to read; their targets do not overlap.
+        before_read: called in a reading thread with a shard and the end of what is about to be read from it.
+
+    Raises:
+        RefusedError: a shard is damaged.
+        OSError: a shard cannot be read.
+    """
+
+    def read(part: Sequence[BoxRead]) -> None:
+        for one in part:
+            source = one.source
+            before_read(source.path, source.start + source.length)
+            stored = open_torch_file(source.path, source.start, source.length)
+            if not isinstance(stored, StoredTensor):
+                raise RefusedError(f"{source.path}: no tensor at byte {source.start}; the file is damaged")
+            read_box(stored, one.offsets, one.target)
+
+    with ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="load") as threads:
+        list(threads.map(read, _divide(reads, min(MAX_THREADS, os.cpu_count() or 1))))
 
 
 def read_box(stored: StoredTensor, offsets: Sequence[int], target: torch.Tensor) -> None:
@@ -66,11 +97,11 @@ def read_box(stored: StoredTensor, offsets: Sequence[int], target: torch.Tensor)
 
     Args:
         stored: the tensor in its file.
-        offsets: where the box begins in it, a number a dimension.
-        target: takes the box and has its shape; of any device, type and strides.
+        offsets: where the box begins in the tensor, one number per dimension.
+        target: memory of the box's shape, on any device, of any dtype and strides.
 
     Raises:
-        RefusedError: the file ends before the box does, or the tensor does.
+        RefusedError: the box reaches beyond the end of the tensor or of the file.
     """
     shape = stored.shape
     is_inside = len(offsets) == target.ndim == len(shape) and all(
@@ -88,11 +119,12 @@ def read_box(stored: StoredTensor, offsets: Sequence[int], target: torch.Tensor)
 
 
 def _read_box(stored: StoredTensor, offsets: Sequence[int], target: torch.Tensor) -> None:
-    """Straight into the target where its bytes are those in the file, else whole rows of the file a piece at a time."""
+    """Read into the target directly if its bytes are laid out as in the file, else through pieces of whole rows."""
     while target.ndim > 1 and len(target) == 1:
         stored, offsets, target = stored.select(offsets[0]), offsets[1:], target[0]
     stored = stored.rows(offsets[0], offsets[0] + len(target))
-    if stored.shape == target.shape and _takes_bytes(target, stored.dtype):
+    is_same_layout = target.is_cpu and target.is_contiguous() and target.dtype == stored.dtype
+    if is_same_layout and stored.shape == target.shape:
         stored.read_into(target)
     elif stored.num_bytes > PIECE_BYTES and len(target) > 1:
         half = len(target) // 2
@@ -105,53 +137,11 @@ def _read_box(stored: StoredTensor, offsets: Sequence[int], target: torch.Tensor
         target.copy_(piece[(slice(None), *(slice(offset, offset + length) for offset, length in inside))])
 
 
-def _takes_bytes(target: torch.Tensor, dtype: torch.dtype) -> bool:
-    return target.is_cpu and target.dtype == dtype and target.is_contiguous()
-
-
-def _read(
-    reader: Any,
-    plan: LoadPlan,
-    planner: Any,
-    torchs_way: Callable[[Any, LoadPlan, Any], Future[None]],
-    before_read: BeforeRead,
-) -> None:
-    """Read the items of a plan, those that are no plain tensors in torch's way."""
-    left = []
-    for item in plan.items:
-        place = reader.storage_data[item.storage_index]
-        path = Path(reader.path) / place.relative_path
-        before_read(path, place.offset + place.length)
-        stored = _stored(path, place, item)
-        target = planner.resolve_tensor(item).detach() if stored is not None else None
-        if stored is None or type(target) is not torch.Tensor:  # FP8's tensors copy in a way of their own
-            left.append(item)
-            continue
-        read_box(stored, item.storage_offsets, target)
-        planner.commit_tensor(item, target)
-    if left:
-        torchs_way(reader, dataclasses.replace(plan, items=left), planner)
-
-
-def _stored(path: Path, place: Any, item: ReadItem) -> StoredTensor | None:
-    """The tensor that an item is a box of; None where the file holds something else there."""
-    if item.type != LoadItemType.TENSOR or getattr(place, "transform_descriptors", None):
-        return None
-    found = open_torch_file(path, place.offset, place.length)
-    return found if isinstance(found, StoredTensor) else None
-
-
-def _divide(items: list[ReadItem], places: dict[Any, Any], num_parts: int) -> list[list[ReadItem]]:
-    """Runs of neighbors in the files, of about the same number of bytes."""
-
-    def place(item: ReadItem) -> Any:
-        return places[item.storage_index]
-
-    items = sorted(items, key=lambda item: (place(item).relative_path, place(item).offset))
-    total = sum(place(item).length for item in items)
-    parts: list[list[ReadItem]] = [[] for _ in range(num_parts)]
-    done = 0
-    for item in items:
-        parts[done * num_parts // max(total, 1)].append(item)
-        done += place(item).length
+def _divide(reads: Sequence[BoxRead], num_parts: int) -> list[list[BoxRead]]:
+    """Divide the reads into runs of neighbors in the files, of about the same number of bytes each."""
+    parts: list[list[BoxRead]] = [[] for _ in range(num_parts)]
+    total, done = sum(read.target.nbytes for read in reads), 0
+    for read in sorted(reads, key=lambda read: (read.source.path, read.source.start)):
+        parts[done * num_parts // max(total, 1)].append(read)
+        done += read.target.nbytes
     return [part for part in parts if part]

@@ -1,73 +1,114 @@
-"""The checksums of shards, compared while they are loaded.
+"""Checksums of shards, compared while the shards are read.
 
-Each rank hashes its share from the first byte to the last, in threads, and its load follows: it waits for what it wants
-of a file until the hashing has passed there, and then finds it in the page cache. So the disk is read once, in order,
-and the time of a verified load is about that of the read.
+Hashing everything first would read a checkpoint larger than memory from the disk twice. Here threads hash each shard
+from its first byte to its last, and a reader follows: it waits until the hashing has passed the bytes that it wants,
+and then finds them in the page cache. The disk is read once, in order.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from megatron_cpt.checkpoint.manifest import FileDigest, Verify, compare, shards_to_compare
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, FileDigest, compare
 
-_THREADS = 2  # that hash; one reads about as fast as a local disk gives
+_THREADS = 2  # that hash; one reads about as fast as a local disk
 
 
-class ShardCheck:
-    """Around a load; hashing begins at once. Leaving waits for its end."""
+class ShardVerifier:
+    """Hashes shards in threads while others read them. A file that is not among `expected` is never waited for.
 
-    def __init__(self, checkpoint: Path, how: Verify, *, part: int, parts: int) -> None:
-        """Begin.
+    A load in which every rank hashes its share of all shards, and all ranks must fail alike:
 
-        Args:
-            checkpoint: its folder.
-            how: which shards to compare.
-            part, parts: which of how many shares this is. Neighbors in the order of writing stay together, so that a
-                rank which loads in the layout of the save hashes the files that it loads.
+        with ShardVerifier(checkpoint, share_of(expected, rank, world_size)) as verifier:
+            verifier.wait_for(shard, end)    # before reading any bytes below `end`
+            faults = verifier.faults()       # exchanged by the ranks
 
-        Raises:
-            RefusedError: there is no usable manifest.
-        """
-        shards = list(shards_to_compare(checkpoint, how).items())
-        own = shards[part * len(shards) // parts : (part + 1) * len(shards) // parts]
+    A conversion that hashes only the files that it reads, and must not use a byte of a damaged one:
+
+        verifier = ShardVerifier(checkpoint, expected, on_demand=True)
+        verifier.verify(shard)               # before reading any byte
+
+    Args:
+        checkpoint: its folder.
+        expected: digests of the shards to compare, in the order of hashing; see `manifest.shards_to_compare`.
+        on_demand: hash a shard when it is first asked for, together with the two after it, instead of all at once.
+    """
+
+    def __init__(self, checkpoint: Path, expected: Mapping[str, FileDigest], *, on_demand: bool = False) -> None:
         self._checkpoint = checkpoint
-        self._passed: dict[str, float] = {name: 0 for name, _ in own}
-        self._moved = threading.Condition()
+        self._expected = expected
+        self._order = list(expected)
+        self._num_hashed: dict[str, float] = dict.fromkeys(expected, 0)  # bytes
+        self._has_advanced = threading.Condition()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="verify")
-        self._compared = [self._threads.submit(self._compare, name, expected) for name, expected in own]
+        self._jobs: dict[str, Future[str | None]] = {}
+        if not on_demand:
+            self._start(0, len(self._order))
 
-    def __enter__(self) -> ShardCheck:
-        """Itself."""
+    def __enter__(self) -> ShardVerifier:
+        """Return the verifier itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        """Wait for the files that are being hashed, and leave out the others where something failed."""
+        """Wait until the shards that were asked for are hashed; after an exception, only for those under way."""
         self._threads.shutdown(cancel_futures=kind is not None)
 
-    def wait_for(self, path: Path, end: int) -> None:
-        """Wait until a file has been hashed up to `end` bytes; at once where it is not of this share."""
-        if path.name in self._passed:
-            with self._moved:
-                self._moved.wait_for(lambda: self._passed[path.name] >= end)
+    def wait_for(self, shard: Path, end: float = math.inf) -> None:
+        """Wait until a shard has been hashed up to byte `end`, or could not be read."""
+        if shard.name not in self._expected:
+            return
+        if shard.name not in self._jobs:
+            first = self._order.index(shard.name)
+            self._start(first, first + 1 + _THREADS)
+        with self._has_advanced:
+            self._has_advanced.wait_for(lambda: self._num_hashed[shard.name] >= end)
+
+    def verify(self, shard: Path) -> None:
+        """Wait until a shard has been hashed to its end.
+
+        Raises:
+            CorruptCheckpointError: its content is damaged, or it cannot be read.
+        """
+        self.wait_for(shard)
+        if (job := self._jobs.get(shard.name)) and (fault := job.result()):
+            raise CorruptCheckpointError(self._checkpoint, [fault])
 
     def faults(self) -> list[str]:
-        """What is wrong with the shards of this share, one line each, once all are hashed."""
-        return [fault for job in self._compared if (fault := job.result()) is not None]
+        """Return one line for each damaged shard, once all that were asked for are hashed."""
+        return [fault for job in self._jobs.values() if (fault := job.result()) is not None]
 
-    def _compare(self, name: str, expected: FileDigest) -> str | None:
+    def _start(self, first: int, stop: int) -> None:
+        with self._has_advanced:
+            for name in self._order[first:stop]:
+                if name not in self._jobs:
+                    self._jobs[name] = self._threads.submit(self._compare, name)
+
+    def _compare(self, name: str) -> str | None:
         try:
-            return compare(self._checkpoint, name, expected, partial(self._pass, name))
+            return compare(self._checkpoint, name, self._expected[name], partial(self._advance, name))
         except OSError as error:  # a bad block of the disk
             return str(error)
         finally:
-            self._pass(name, math.inf)
+            self._advance(name, math.inf)
 
-    def _pass(self, name: str, num_bytes: float) -> None:
-        with self._moved:
-            self._passed[name] = num_bytes
-            self._moved.notify_all()
+    def _advance(self, name: str, num_bytes: float) -> None:
+        with self._has_advanced:
+            self._num_hashed[name] = num_bytes
+            self._has_advanced.notify_all()
+
+
+def share_of(expected: Mapping[str, FileDigest], part: int, num_parts: int) -> dict[str, FileDigest]:
+    """Return one of `num_parts` shares of the shards.
+
+    Neighbors in the order of writing stay together, so a rank that loads in the layout of the save hashes the files
+    that it loads. Example: 5 shards in 2 parts are shared as 2 and 3.
+    """
+    names = list(expected)
+    return {
+        name: expected[name] for name in names[part * len(names) // num_parts : (part + 1) * len(names) // num_parts]
+    }

@@ -1,4 +1,4 @@
-"""From a folder of written shards to a checkpoint: manifest, one rename, `latest`, and which older ones go."""
+"""Publication of a checkpoint: write the manifest, rename the folder, update `latest`, retire older checkpoints."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay.
+    """Rule for which checkpoints are kept.
 
     Attributes:
-        keep: how many of the newest; None: all.
-        keep_every: those whose step it divides stay for ever; None: none do.
+        keep: number of newest checkpoints to keep; None: all.
+        keep_every: checkpoints whose step is a multiple of it are always kept; None: no such checkpoints.
     """
 
     keep: int | None = None
     keep_every: int | None = None
 
     def outdated(self, checkpoints: Sequence[Path], newest: Path) -> list[Path]:
-        """What may go now that `newest` is there.
+        """Return the checkpoints that may be deleted once `newest` is published.
 
-        One of a later step does not count and is not touched: a run that went back before it passed over it as
-        broken, and with it counted, the sound ones would go.
+        A checkpoint of a later step is a corrupt one, from which the run has rolled back; it is neither counted nor
+        deleted. Example with keep=1: steps 10 (valid) and 20 (corrupt) exist, and the run saves step 15. If step 20
+        counted as the newest, 10 and 15 would be deleted.
         """
         if self.keep is None:
             return []
@@ -52,31 +53,31 @@ class Retention:
 def publish(
     aside: Path, final: Path, metadata: Metadata, written: Sequence[Written], retention: Retention
 ) -> list[Path]:
-    """Make a checkpoint of what all ranks have written; on one rank, with no other rank's help.
+    """Turn the files that all ranks have written into a checkpoint; called on one rank, not a collective call.
 
     Args:
-        aside: the folder that was written.
-        final: its name from here on; what lies there of an earlier try is replaced.
-        metadata: torch's description of the tensors, without their places.
-        written: what each rank reported.
-        retention: which older ones stay.
+        aside: the folder with the files.
+        final: the checkpoint's name; an existing checkpoint of that name is replaced.
+        metadata: torch's description of the tensors, without their places in the files.
+        written: the report of each rank.
+        retention: which older checkpoints to keep.
 
     Returns:
-        Folders that are no checkpoints any more and may be deleted when there is time.
+        Folders that are no longer checkpoints and may be deleted later.
 
     Raises:
-        OSError: it cannot be written, or a file is not as its rank reported it.
+        OSError: a file cannot be written, or has another size than its rank reported.
     """
     FileSystemWriter(aside).finish(metadata, [part.places for part in written])
     shards = {name: expected for part in written for name, expected in part.files.items()}
     for name, expected in shards.items():
         if (size := (aside / name).stat().st_size) != expected.size:
-            raise OSError(f"{aside / name}: {size} bytes, {expected.size} were written")
+            raise OSError(f"{aside / name}: {size} bytes, but {expected.size} were written")
     files = {**shards, **_measure_others(aside, shards)}
     write_atomically(aside / layout.MANIFEST_FILE, manifest_text(files))
     sync_folder(aside)
-    delete(path for path in layout.list_leftovers(final.parent) if path != aside)  # of runs that were killed
-    outdated = [final] if final.exists() else []  # the same step once more, after a resume from an older checkpoint
+    delete(path for path in layout.list_leftovers(final.parent) if path != aside)  # left by runs that were killed
+    outdated = [final] if final.exists() else []  # the run has rolled back and saves this step again
     if outdated:
         os.rename(final, layout.deleted_name(final))
     os.rename(aside, final)
@@ -84,16 +85,16 @@ def publish(
     try:
         write_atomically(final.parent / layout.LATEST_FILE, f"{final.name}\n")
         for old in retention.outdated(layout.list_checkpoints(final.parent), final):
-            # Renamed first: one that is half deleted must not be found under a checkpoint's name.
+            # Renamed first, so that a partly deleted folder never has the name of a checkpoint.
             os.rename(old, layout.deleted_name(old))
             outdated.append(old)
-    except OSError as error:  # no reason to end the run: this one is published
-        logger.warning("%s is saved, but what should follow failed: %s", final, error)
+    except OSError as error:  # the checkpoint is published, so the run can continue
+        logger.warning("%s is saved, but updating `latest` or retiring older checkpoints failed: %s", final, error)
     return [layout.deleted_name(old) for old in outdated]
 
 
 def delete(folders: Iterable[Path]) -> None:
-    """Delete folders with all that is in them; one that stays is a warning, for the new checkpoint is as good."""
+    """Delete folders with their content; a failure is only a warning, since the new checkpoint is complete."""
     for folder in folders:
         try:
             shutil.rmtree(folder)
@@ -102,7 +103,7 @@ def delete(folders: Iterable[Path]) -> None:
 
 
 def _measure_others(aside: Path, shards: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
-    """The small files beside the shards, made durable."""
+    """Fsync the small files beside the shards; return their digests."""
     found = {}
     for path in sorted(aside.iterdir()):
         if path.name not in shards:

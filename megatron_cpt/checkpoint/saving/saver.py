@@ -1,11 +1,11 @@
-"""Writing a checkpoint: aside, in the background where asked, published once every rank's part is durable.
+"""Saving of a checkpoint: in a folder aside, on request in the background, published when every rank's part is durable.
 
-In the background the state is first copied, and that too beside training: a forward and a backward pass change neither
-weights nor moments, so it is the next update that waits until the copy is whole (`wait_for_copy`).
+A background save first copies the state, also during training: a forward and a backward pass change neither weights nor
+moments, so only the next update waits until the copy is complete (`wait_for_copy`).
 
-Threads copy and write, not a forked process: a fork copies the locks of gloo's and CUDA's threads in whatever state
-they are, and pages that training then changes are copied by the kernel one fault at a time. The threads hold no
-collective and spend their time in system calls, checksums and copies of memory, which leave Python's lock to training.
+Threads copy and write, not a forked process. A fork would inherit the locks of gloo's and CUDA's threads in any state,
+and the kernel would copy every page that training changes, one fault at a time. The threads make no collective calls,
+and their system calls, checksums and memory copies release Python's lock.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from megatron_cpt.errors import CptError
 from megatron_cpt.files.atomic import sync_folder
 
 Files = Mapping[str, Sequence[ShardEntry]]
-"""Name -> content."""
+"""File name -> content."""
 
 
 @dataclass(frozen=True)
 class _Save:
-    """A save under way.
+    """A save in progress.
 
     Attributes:
-        step: of which step.
-        aside, final: the folder that is written, and its name once it is a checkpoint.
-        metadata: of all ranks' tensors, without their places; on rank 0 only.
-        files: what this rank writes; when that is there, training may change the state.
-        job: the writing, and after that, on rank 0, the publication.
-        is_written: whether every rank's part is durable, and `job` the publication.
+        step: the step that is saved.
+        aside, final: the folder during the save, and its name once it is a checkpoint.
+        metadata: description of all ranks' tensors, without their places in the files; on rank 0 only.
+        files: content of this rank's files; once done, training may change the state.
+        job: writing this rank's files; once `is_written`, publishing (on rank 0).
+        is_written: every rank's files are durable.
     """
 
     step: int
@@ -62,19 +62,19 @@ class _Save:
 
 
 class Saver:
-    """Saves weights, optimizer and random states of all ranks; at most one save is under way.
+    """Saves weights, optimizer and random states of all ranks; at most one save is in progress.
 
-    Every method but `wait_for_copy` and `close` is a collective call. A save goes through two jobs, each in a thread of
-    this process: every rank writes its shards; then rank 0 publishes. `poll` moves it on; it costs one all-reduce of
-    two integers, and only while a save is under way.
+    Every method except `wait_for_copy` and `close` is a collective call. A save has two jobs, each in a thread of this
+    process: every rank writes its shards, then rank 0 publishes the checkpoint. `poll` starts the second job; it costs
+    one all-reduce of two integers, and only while a save is in progress.
 
     Args:
-        folder: where checkpoints lie.
+        folder: the folder of the run's checkpoints.
         chunks: the model on this rank.
         optimizer: its optimizer.
-        retention: which older checkpoints stay.
-        in_background: let training go on, up to its next update, which must `wait_for_copy`; otherwise `save` waits
-            until all is published.
+        retention: which older checkpoints to keep.
+        in_background: let training continue up to its next update, which must `wait_for_copy`; otherwise `save` waits
+            for the publication.
     """
 
     def __init__(
@@ -91,48 +91,48 @@ class Saver:
         self._optimizer = optimizer
         self._retention = retention
         self._staging = StagingBuffer() if in_background else None
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")  # apart: a copy never waits for the disk
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")  # separate: a copy never waits for the disk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._abandon = threading.Event()
         self._save: _Save | None = None
         self._is_validated = False
 
     def save(self, step: int, record: Record) -> Path | None:
-        """Save the state as it is now under `step`; `finish` the save before this one first.
+        """Save the current state under `step`; the previous save must be finished.
 
         Returns:
-            The published checkpoint, or None where it is still written in the background.
+            The published checkpoint, or None if it is still being written in the background.
 
         Raises:
-            CptError: the checkpoint's folder cannot be made; without a background also all that `poll` raises.
+            CptError: the checkpoint's folder cannot be created, or, not in the background, as in `poll`.
         """
-        assert self._save is None, "finish the save before this one first"
+        assert self._save is None, "finish the previous save first"
         name = layout.checkpoint_name(step)
         aside, final = self._folder / f".{name}.tmp", self._folder / name
         self._prepare(step, aside, record)
         state = state_dicts.training_state(self._chunks, self._optimizer, is_loading=False, with_rng=True)
         plan = plan_shards(state, aside, validate=not self._is_validated)
-        self._is_validated = True  # the shards of a run do not change
+        self._is_validated = True  # the division into shards does not change during a run
         if self._staging is not None:
-            self._staging.follow()
-        files = self._copier.submit(_copied, plan.files, self._staging)
+            self._staging.wait_for_device()
+        files = self._copier.submit(_copy, plan.files, self._staging)
         job = self._thread.submit(lambda: write_files(aside, files.result(), self._abandon))
         self._save = _Save(step, aside, final, plan.metadata, files, job)
         return None if self._staging is not None else self.finish()
 
     def wait_for_copy(self) -> None:
-        """Wait until the state of the save under way may change; no collective call, and free where none is."""
+        """Wait until training may change the state; not a collective call, and free if no save is in progress."""
         if self._save is not None:
             wait([self._save.files])
 
     def poll(self) -> Path | None:
-        """Move a save on as far as it goes without waiting.
+        """Advance a save as far as possible without waiting.
 
         Returns:
-            The checkpoint, in the one call that finds it published.
+            The checkpoint, in the first call after its publication; otherwise None.
 
         Raises:
-            CptError: some rank could not write; raised on all ranks, and the checkpoints before are as they were.
+            CptError: a rank could not write; raised on all ranks. Earlier checkpoints are unchanged.
         """
         save = self._save
         if save is None:
@@ -146,16 +146,16 @@ class Saver:
             return None
         if save.is_written:
             self._save = None
-            self._thread.submit(delete, save.job.result())  # nobody waits for that; the next save runs after it
+            self._thread.submit(delete, save.job.result())  # nobody waits for it; the next save runs after it
             return save.final
         self._publish(save)
         return None
 
     def finish(self) -> Path | None:
-        """Wait for the save under way.
+        """Wait for the save in progress.
 
         Returns:
-            Its checkpoint; None where none was under way.
+            Its checkpoint, or None if no save was in progress.
 
         Raises:
             CptError: as in `poll`.
@@ -167,7 +167,7 @@ class Saver:
         return path
 
     def close(self) -> None:
-        """Give up what is under way and end the threads; no collective call, so that it can follow any failure."""
+        """Abandon a save in progress and end the threads; not a collective call, so it can follow any failure."""
         self._abandon.set()
         self._copier.shutdown()
         self._thread.shutdown()
@@ -182,13 +182,13 @@ class Saver:
                 record.write(aside)
             except OSError as error:
                 problem = str(error)
-        told = [problem]
-        dist.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise CptError(_message(step, [f"rank 0: {told[0]}"]))
+        problems = [problem]
+        dist.broadcast_object_list(problems, src=0)
+        if problems[0] is not None:
+            raise CptError(_message(step, [f"rank 0: {problems[0]}"]))
 
     def _publish(self, save: _Save) -> None:
-        """Let rank 0 publish what every rank has written."""
+        """Start the publication on rank 0."""
         rank = dist.get_rank()
         written: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(save.job.result(), written, dst=0)
@@ -211,48 +211,22 @@ class Saver:
         raise CptError(_message(save.step, [reason for reason in reasons if reason])) from error
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    record: Record,
-    retention: Retention = Retention(),  # noqa: B008 - frozen
-) -> Path:
-    """Save once, and wait for it; a collective call.
-
-    A checkpoint appears under its name complete or not at all. Older ones are removed after that.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        CptError: some rank could not write.
-    """
-    saver = Saver(folder, chunks, optimizer, retention)
-    try:
-        path = saver.save(step, record)
-    finally:
-        saver.close()
-    assert path is not None
-    return path
-
-
-def _copied(files: Files, staging: StagingBuffer | None) -> Files:
-    """The same content over copies of its tensors; itself where there is nothing to copy to."""
+def _copy(files: Files, staging: StagingBuffer | None) -> Files:
+    """Return the content with its tensors copied into the buffer; unchanged without a buffer."""
     if staging is None:
         return files
     tensors = [entry.data for content in files.values() for entry in content if isinstance(entry.data, torch.Tensor)]
     copies = iter(staging.copy(tensors))
-
-    def copied(entry: ShardEntry) -> ShardEntry:
-        return replace(entry, data=next(copies)) if isinstance(entry.data, torch.Tensor) else entry
-
-    return {name: [copied(entry) for entry in content] for name, content in files.items()}
+    return {
+        name: [
+            replace(entry, data=next(copies)) if isinstance(entry.data, torch.Tensor) else entry for entry in content
+        ]
+        for name, content in files.items()
+    }
 
 
 def _any(*flags: bool) -> list[bool]:
-    """For each flag, whether some rank has it; a collective call."""
+    """Return for each flag whether any rank has it set; a collective call."""
     tensor = torch.tensor(flags, dtype=torch.int32)
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -261,6 +235,6 @@ def _any(*flags: bool) -> list[bool]:
 
 def _message(step: int, reasons: Sequence[str]) -> str:
     return (
-        f"the checkpoint of step {step} was not written: {'; '.join(reasons)}; the checkpoints before it are as they "
-        "were; make room or mend the disk, and start the run again"
+        f"the checkpoint of step {step} was not written: {'; '.join(reasons)}; earlier checkpoints are unchanged; "
+        "free some space or fix the disk, then start the run again"
     )

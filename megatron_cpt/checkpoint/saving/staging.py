@@ -1,4 +1,4 @@
-"""A copy of the state that training may go on beside: one buffer of host memory, kept from save to save."""
+"""Host memory for the copy of the state that a background save writes; one buffer is kept from save to save."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ _ALIGNMENT = 64
 
 
 class StagingBuffer:
-    """Host memory for one save; pinned where there is a GPU, so that the copy runs at the speed of the bus.
+    """Host memory for one save at a time; pinned if there is a GPU, so that the copy runs at the speed of the bus.
 
-    It grows to what one save needs and is used again by the next. It belongs to one save at a time: the caller waits
-    for the writer before it copies anew. It is made in the thread that trains; `copy` may run in any other.
+    The buffer grows to the size of a save and is reused by the next one: the caller waits for the writer before it
+    copies again. It is created in the training thread; `copy` may run in any other.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        # A stream of its own: on the one that training uses, each would wait for all that the other has queued.
+        # A separate stream: on the training stream, copies and training would wait for each other's queued work.
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
 
     @property
     def num_bytes(self) -> int:
-        """Host memory held."""
+        """Size of the buffer."""
         return self._memory.nbytes
 
-    def follow(self) -> None:
-        """Let the next copy see all that this thread has asked the device to do so far, and nothing of what follows."""
+    def wait_for_device(self) -> None:
+        """Make the next copy start after the work that this thread has queued on the device so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copy tensors, of any device, shape and stride, into the buffer.
+        """Copy tensors of any device, shape and strides into the buffer; then the originals may change.
 
         Returns:
-            Contiguous copies, valid until the next call; when it returns, the originals may change.
+            Contiguous copies, valid until the next call.
         """
         starts = [0]
         for tensor in tensors:
             starts.append(starts[-1] + -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT)
         copies = []
-        with torch.cuda.stream(self._stream):  # also makes its device the one of this thread, for the pinned memory
+        with torch.cuda.stream(self._stream):  # also selects its device in this thread, for the pinned memory
             self._grow(starts[-1])
             for tensor, start in zip(tensors, starts, strict=False):
                 place = self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -53,5 +53,5 @@ class StagingBuffer:
 
     def _grow(self, num_bytes: int) -> None:
         if num_bytes > self._memory.nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is made
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old buffer before allocating the larger one
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)

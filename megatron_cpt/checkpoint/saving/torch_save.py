@@ -1,4 +1,4 @@
-"""Tensors into a file by `torch.save`, summed on the way and begun to be written to the disk at once."""
+"""Writing tensors with `torch.save` to a stream that hashes them and starts writing to the disk at once."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 
 from megatron_cpt.files.checksum import Checksum
 
-_CHUNK = 16 << 20
-_SMALL = 1 << 16
+_BLOCK_BYTES = 16 << 20
+_SMALL_BYTES = 1 << 16
 
 
 class AbandonedError(Exception):
-    """The run ends before its checkpoint was written."""
+    """The run ended before its checkpoint was written."""
 
 
 def save_tensor(tensor: torch.Tensor, stream: HashedStream) -> None:
-    """Write a tensor, of any device and strides, and no more of its storage than itself.
+    """Write a tensor of any device and strides.
 
-    The zip format's CRC-32 is left out: it costs 0.4 s/GB, and the manifest has a checksum.
+    The zip format's CRC-32 is omitted: it costs 0.4 s per GB, and the manifest has a checksum.
 
     Raises:
-        AbandonedError, OSError: the stream's own failure, of which torch only says that its zip file is cut.
+        AbandonedError, OSError: the failure of the stream, which torch reports only as a cut zip file.
     """
     has_crc = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # of this thread alone
+    torch.serialization.set_crc32_options(False)  # for this thread only
     try:
-        torch.save(_alone(tensor), stream)  # type: ignore[arg-type]  # it only writes and flushes
+        torch.save(_with_own_storage(tensor), stream)  # type: ignore[arg-type]  # it only writes and flushes
     except RuntimeError as error:
         raise (stream.failure or error) from error
     finally:
         torch.serialization.set_crc32_options(has_crc)
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU with a storage of its own size: torch.save writes whole storages, also of small views."""
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor on the CPU with a storage of its own size: torch.save writes whole storages, even for views."""
     tensor = tensor.cpu().contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
@@ -47,14 +47,14 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class HashedStream:
-    """The writable half of a file, as `torch.save` needs it, with a running checksum.
+    """Writable stream for `torch.save` that computes a checksum of its content.
 
     Args:
         raw: an unbuffered file.
-        abandon: when set, the next write raises; None: nobody will.
+        abandon: when it is set, the next write raises.
 
     Attributes:
-        failure: what a write raised, for callers between here and there that hide it.
+        failure: the exception of a write, for callers of code that hides it.
     """
 
     def __init__(self, raw: io.FileIO, abandon: threading.Event | None = None) -> None:
@@ -70,45 +70,45 @@ class HashedStream:
         return self._position
 
     def checksum(self) -> str:
-        """That of what was written; after `flush`."""
+        """Return the checksum of the content; call `flush` first."""
         assert not self._small
         return self._checksum.hexdigest()
 
     def write(self, data: Any) -> int:
-        """Take all of `data`, any object with a buffer; small pieces are collected."""
+        """Write `data`, any object with a buffer; small pieces are collected."""
         view = memoryview(data).cast("B")
         self._position += len(view)
-        if len(view) < _SMALL:
+        if len(view) < _SMALL_BYTES:
             self._small += view
-            if len(self._small) >= _SMALL:
+            if len(self._small) >= _SMALL_BYTES:
                 self.flush()
         else:
             self.flush()
-            self._pass_on(view)
+            self._write_blocks(view)
         return len(view)
 
     def flush(self) -> None:
-        """Hand what was collected to the system."""
+        """Write the small pieces that were collected."""
         if self._small:
             collected, self._small = self._small, bytearray()
-            self._pass_on(memoryview(collected))
+            self._write_blocks(memoryview(collected))
 
-    def _pass_on(self, view: memoryview) -> None:
+    def _write_blocks(self, view: memoryview) -> None:
         try:
-            for start in range(0, len(view), _CHUNK):
+            for start in range(0, len(view), _BLOCK_BYTES):
                 if self._abandon is not None and self._abandon.is_set():
                     raise AbandonedError
-                chunk = view[start : start + _CHUNK]
-                self._checksum.update(chunk)
-                self._write_through(chunk)
+                block = view[start : start + _BLOCK_BYTES]
+                self._checksum.update(block)
+                self._write_through(block)
         except (AbandonedError, OSError) as error:
             self.failure = error
             raise
 
-    def _write_through(self, chunk: memoryview) -> None:
+    def _write_through(self, block: memoryview) -> None:
         begin = os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
         done = 0
-        while done < len(chunk):
-            done += self._raw.write(chunk[done:]) or 0
-        if hasattr(os, "posix_fadvise"):  # Linux: begins to write these pages to the disk, and does not wait
-            os.posix_fadvise(self._raw.fileno(), begin, len(chunk), os.POSIX_FADV_DONTNEED)
+        while done < len(block):
+            done += self._raw.write(block[done:]) or 0
+        if hasattr(os, "posix_fadvise"):  # on Linux this starts writing the pages to the disk and does not wait
+            os.posix_fadvise(self._raw.fileno(), begin, len(block), os.POSIX_FADV_DONTNEED)

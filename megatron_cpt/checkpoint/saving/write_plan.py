@@ -1,4 +1,4 @@
-"""Which bytes each rank writes, and where they will lie: planned by torch's and megatron-core's own planner."""
+"""Division of a sharded state into the files that each rank writes, by the planners of torch and megatron-core."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 
-NUM_FILES = 2  # a rank: they are written at the same time, one thread each
+NUM_FILES = 2  # per rank, written at the same time by one thread each
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One piece of a file.
+    """Part of a shard.
 
     Attributes:
         item: its description in torch's plan.
-        data: a box of a tensor, or an object that is already bytes.
+        data: a box of a tensor, or an object that is serialized already.
     """
 
     item: WriteItem
@@ -31,17 +31,17 @@ class ShardEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its content."""
+        """Size of the content."""
         return self.data.nbytes if isinstance(self.data, torch.Tensor) else self.data.getbuffer().nbytes
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What one rank writes.
+    """Files that one rank writes.
 
     Attributes:
-        files: name -> content, in the order of writing.
-        metadata: the description of all ranks' tensors, without their places; on rank 0 only.
+        files: file name -> content, in the order of writing.
+        metadata: description of all ranks' tensors, without their places in the files; on rank 0 only.
     """
 
     files: dict[str, list[ShardEntry]]
@@ -49,19 +49,20 @@ class ShardPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of this rank's tensors and objects."""
+        """Size of this rank's tensors and objects."""
         return sum(entry.num_bytes for entries in self.files.values() for entry in entries)
 
 
 def plan_shards(state: dict[str, Any], folder: Path, *, validate: bool) -> ShardPlan:
     """Plan the writing of a sharded state; a collective call.
 
-    megatron-core writes what is not sharded (the optimizer's parameter groups) into `folder` on the way.
+    As a side effect megatron-core writes metadata.json and, up to version 0.18, common.pt (the optimizer's parameter
+    groups and other values that are not sharded) into `folder`.
 
     Args:
         state: megatron-core's sharded state.
-        folder: where the checkpoint is being written.
-        validate: whether to check that the ranks' shards cover every tensor exactly once.
+        folder: the folder that is being written.
+        validate: check that the ranks' shards cover every tensor exactly once.
     """
     planner = _PlanOnly("torch_dist", 1)
     dist_checkpointing.save(state, str(folder), sharded_strategy=planner, validate_access_integrity=validate)
@@ -70,7 +71,7 @@ def plan_shards(state: dict[str, Any], folder: Path, *, validate: bool) -> Shard
 
 
 class _PlanOnly(torch_strategy.TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's strategy for torch's format, up to the point where it would write."""
+    """megatron-core's strategy for torch's format, which stops before writing."""
 
     plan: ShardPlan | None = None
 
@@ -96,7 +97,7 @@ def _resolved(planner: Any, item: WriteItem) -> torch.Tensor | io.BytesIO:
 
 
 def _divided(entries: list[ShardEntry], rank: int) -> dict[str, list[ShardEntry]]:
-    """Spread over files of about the same size, the largest first."""
+    """Distribute the entries over files of about the same size, the largest entries first."""
     files: list[list[ShardEntry]] = [[] for _ in range(NUM_FILES)]
     sizes = [0] * NUM_FILES
     for entry in sorted(entries, key=lambda entry: entry.num_bytes, reverse=True):

@@ -1,7 +1,7 @@
-"""Files of a checkpoint: written, hashed and made durable in one pass.
+"""Writing the files of a checkpoint: written, hashed and made durable in one pass.
 
-The way of a chunk to the disk begins when it is written instead of at the final fsync: the processor and the disk work
-at the same time.
+A block starts on its way to the disk when it is written, not at the final fsync, so that the processor and the disk
+work at the same time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megatron_cpt.checkpoint.saving.write_plan import ShardEntry
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank wrote.
+    """Report of a rank about the files that it has written.
 
     Attributes:
-        places: where each piece of a tensor lies, for torch's metadata.
+        places: place of each box of a tensor in the files, for torch's metadata.
         files: size and checksum of each file.
     """
 
@@ -36,15 +36,15 @@ class Written:
 
 
 def write_files(folder: Path, files: Mapping[str, Sequence[ShardEntry]], abandon: threading.Event) -> Written:
-    """Write a rank's files, a thread each; on return they are durable.
+    """Write a rank's files, one thread per file; on return they are durable.
 
     Args:
         folder: an existing folder.
-        files: name -> content.
-        abandon: when set, the writing ends soon.
+        files: file name -> content.
+        abandon: when it is set, the writing ends soon.
 
     Raises:
-        OSError: the disk is full, a limit is reached, and the like.
+        OSError: for example, the disk is full or a limit is reached.
         AbandonedError: `abandon` was set.
     """
     if not files:
@@ -64,16 +64,12 @@ def _write_file(path: Path, entries: Sequence[ShardEntry], abandon: threading.Ev
         stream = HashedStream(raw, abandon)
         for entry in entries:
             start = stream.tell()
-            _write_entry(entry, stream)
+            if isinstance(entry.data, io.BytesIO):
+                stream.write(entry.data.getbuffer())
+            else:
+                save_tensor(entry.data, stream)
             length = stream.tell() - start
             places.append(WriteResult(entry.item.index, length, _StorageInfo(path.name, start, length)))
         stream.flush()
         os.fsync(raw.fileno())
     return Written(places, {path.name: FileDigest(stream.tell(), stream.checksum())})
-
-
-def _write_entry(entry: ShardEntry, stream: HashedStream) -> None:
-    if isinstance(entry.data, io.BytesIO):
-        stream.write(entry.data.getbuffer())
-        return
-    save_tensor(entry.data, stream)

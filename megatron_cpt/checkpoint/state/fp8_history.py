@@ -1,13 +1,15 @@
-"""What Transformer Engine knows beside weights, as plain tensors: the scaling factors of delayed FP8 scaling.
+"""Scaling factors and histories of delayed FP8 scaling in Transformer Engine, saved as plain tensors.
 
-Transformer Engine keeps them in `_extra_state`, a pickle inside a byte tensor, and unpickles what a checkpoint brings,
-so that a checkpoint could run code; from 2.20 on it refuses to, unless an environment variable allows it, and then
-a run goes on without its scaling factors (NVIDIA-NeMo/Megatron-Bridge issue 1730 shows NaN). Here each layer has two
-tensors more, `fp8_forward.amax_history` and `fp8_backward.amax_history`: the scaling factors in the first row, the
-history of largest magnitudes below. `_extra_state` is written empty, for Megatron-LM, and never read.
+Transformer Engine keeps them in `_extra_state`, a pickle inside a byte tensor. Unpickling it could execute code from a
+checkpoint. From version 2.20 on Transformer Engine skips it unless an environment variable is set; the run then resumes
+without scaling factors, which gives NaN (NVIDIA-NeMo/Megatron-Bridge issue 1730).
 
-All ranks that hold a part of a layer, or a copy of it, have the same history (it is reduced over them), so it is stored
-once and serves any layout.
+Here each layer has two more tensors instead, `fp8_forward.amax_history` and `fp8_backward.amax_history`. The first row
+has the scaling factors, the other rows have the history of largest magnitudes. Example: a linear layer with 3 forward
+tensors and a history of 1024 steps has an `fp8_forward.amax_history` of shape (1025, 3). `_extra_state` is written
+empty, for Megatron-LM, and never read.
+
+The history is reduced over all ranks that hold a part or a copy of a layer. So it is stored once and fits any layout.
 """
 
 from __future__ import annotations
@@ -26,17 +28,17 @@ _DIRECTIONS = {"scaling_fwd": f"fp8_forward.{AMAX_HISTORY}", "scaling_bwd": f"fp
 
 
 def is_te_layer(module: Any) -> bool:
-    """Whether a module is one of Transformer Engine's that may have scaling factors."""
+    """Return whether a module is a layer of Transformer Engine that may have scaling factors."""
     return hasattr(module, "fp8_meta") and hasattr(module, "init_fp8_meta_tensors")
 
 
 def add_histories(model: torch.nn.Module, state: dict[str, Any], *, is_loading: bool) -> None:
-    """Put the histories into a sharded state, in the place of Transformer Engine's pickles.
+    """Add the histories to a sharded state and empty Transformer Engine's pickles.
 
     Args:
         model: a GPTModel.
         state: its sharded state; changed in place.
-        is_loading: whether the state says what to load; layers that have not computed yet get histories for it.
+        is_loading: the state describes what to load: remove the pickles, and give a history to layers without one.
     """
     for name in [name for name in state if name.endswith(EXTRA_STATE)]:
         layer: Any = model.get_submodule(name.removesuffix(f".{EXTRA_STATE}"))
@@ -56,16 +58,16 @@ def add_histories(model: torch.nn.Module, state: dict[str, Any], *, is_loading: 
 
 
 def _prepare(layer: Any, model: Any) -> None:
-    """Make the tensors of delayed scaling, which Transformer Engine makes in the first forward pass."""
+    """Create the tensors of delayed scaling, as Transformer Engine does in the first forward pass."""
     if model.config.fp8 is None or model.config.fp8_recipe != "delayed" or "scaling_fwd" in layer.fp8_meta:
         return
     recipe = get_fp8_recipe(model.config)
-    layer.fp8_meta.update(recipe=recipe, num_gemms=1)  # all layers of a dense model are one matrix product each
+    layer.fp8_meta.update(recipe=recipe, num_gemms=1)  # every layer of a dense model is one matrix product
     layer.init_fp8_meta_tensors(recipe)
 
 
 def _sharded(entry: ShardedObject, part: str, content: torch.Tensor) -> ShardedTensor:
-    """A tensor that is whole on every rank of its layer, at the place where the layer's pickle would be."""
+    """Return a tensor that is complete on every rank of its layer, at the position of the layer's pickle."""
     places = zip(entry.global_offset, entry.global_shape, strict=True)
     layers = [(axis, place, size) for axis, (place, size) in enumerate(places)]
     return ShardedTensor.from_rank_offsets(
@@ -79,7 +81,7 @@ def _sharded(entry: ShardedObject, part: str, content: torch.Tensor) -> ShardedT
 
 @torch.no_grad()
 def take_histories(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Give the layers what was loaded, and take it out of the state."""
+    """Move loaded histories from the state into the layers."""
     for key, part in _DIRECTIONS.items():
         for name in [name for name in state if name.endswith(f".{part}")]:
             content = state.pop(name)
@@ -90,7 +92,7 @@ def take_histories(model: torch.nn.Module, state: dict[str, Any]) -> None:
 
 
 def dequantize(state: dict[str, Any]) -> None:
-    """Weights that are kept in FP8, in the run's own type: what a checkpoint holds, whoever reads it."""
+    """Convert FP8 weights to the run's own dtype, so that any run can read the checkpoint."""
     for entry in state.values():
         if isinstance(entry, ShardedTensor) and is_float8tensor(entry.data):
             entry.data = dequantize_fp8_tensor(entry.data)

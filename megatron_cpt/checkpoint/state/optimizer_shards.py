@@ -1,19 +1,19 @@
-"""The distributed optimizer's state as pieces of whole tensors, saved and loaded where it lies.
+"""State of the distributed optimizer as boxes of whole tensors, saved from and loaded into the optimizer's own memory.
 
-megatron-core writes a layout-independent optimizer state (`fully_reshardable`) by gathering it: every rank of a
-data-parallel group ends up with all of it, several times over while it is copied together, and on loading it allocates
-the whole again and throws most of it away. But what a rank owns of a parameter, a range [start, end) of its elements in
-row-major order, is a union of at most three boxes: the end of a row, whole rows, the beginning of a row. Boxes are what
-`torch.distributed.checkpoint` stores and cuts anew for another layout. So each rank writes its own boxes out of the
-optimizer's tensors and reads them back into those tensors: no gathering, no copies, and the names and shapes in the
-checkpoint are megatron-core's.
+megatron-core saves a layout-independent optimizer state (`fully_reshardable`) by gathering it: every rank of a
+data-parallel group holds all of it, several times over during the copies. On loading it allocates the whole state again
+and discards most of it.
+
+That is not needed. A rank owns a range [start, end) of a parameter's elements in row-major order, and such a range is a
+union of boxes: the end of a row, whole rows, the beginning of a row. Example: elements 3 to 9 of a 3 x 4 weight are the
+last element of row 0, all of row 1, and the first two elements of row 2. torch's checkpoint format stores boxes and
+divides them for another layout. So each rank saves its own boxes and reads them back in place, without gathering or
+copying. Names and shapes in the checkpoint equal megatron-core's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,8 +21,12 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
+
+_FORMAT = "fully_reshardable"  # megatron-core's other formats cannot change TP or PP
+_RESHARDABLE = {"distrib_optim_sharding_type": _FORMAT}
 
 Box = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -30,14 +34,16 @@ Box = tuple[int, tuple[int, ...], tuple[int, ...]]
 def boxes(shape: Sequence[int], start: int, end: int) -> list[Box]:
     """Divide a range of a tensor's elements into boxes.
 
+    Example: `boxes((3, 4), 3, 10)` is `[(0, (0, 3), (1, 1)), (1, (1, 0), (1, 4)), (5, (2, 0), (1, 2))]`.
+
     Args:
-        shape: of the whole tensor.
-        start: first element of the range in row-major order.
-        end: one past its last.
+        shape: shape of the tensor over all ranks.
+        start: first element of the range, in row-major order.
+        end: one past the last element of the range.
 
     Returns:
-        For each box the number of its first element in the range, its offsets in the tensor and its shape; every box
-        is contiguous in the tensor. At most 2 n - 1 of them for n dimensions.
+        For each box the index of its first element in the range, its offsets in the tensor and its shape. Every box is
+        contiguous in the tensor. There are at most 2 n - 1 boxes for n dimensions.
     """
     assert 0 <= start <= end <= math.prod(shape)
     if start == end:
@@ -64,34 +70,57 @@ def _in_row(box: Box, row: int, shift: int) -> Box:
     return first + shift, (row, *offsets), (1, *shape)
 
 
-@contextlib.contextmanager
-def without_gathering() -> Iterator[None]:
-    """Inside the block, megatron-core's `fully_reshardable` format is written and read in place."""
-    replaced = {
-        "sharded_param_state_fully_reshardable": _own_state,
-        "load_parameter_state_from_fully_reshardable": _is_loaded,
-    }
-    earlier = {name: getattr(DistributedOptimizer, name) for name in replaced}
-    garbage_collector = distrib_optimizer.gc
-    for name, function in replaced.items():
-        setattr(DistributedOptimizer, name, function)
-    # It cleans up after the gathering, and takes longer (0.2 s) than all the rest of it does for a GiB of state.
-    distrib_optimizer.gc = types.SimpleNamespace(collect=lambda: 0)
-    try:
-        yield
-    finally:
-        distrib_optimizer.gc = garbage_collector
-        for name, function in earlier.items():
-            setattr(DistributedOptimizer, name, function)
+def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Return the optimizer's sharded state; its tensors are the optimizer's own, not copies.
+
+    megatron-core's plain optimizers describe their tensors in place; for the distributed optimizer this module does.
+
+    Args:
+        optimizer: the optimizer of the run.
+        model: sharded weights of all chunks, which name and place the optimizer's tensors.
+        is_loading: the state is about to be loaded, so the optimizer must have its tensors.
+    """
+    part = _only_part(optimizer)
+    if not isinstance(part, DistributedOptimizer):
+        plain: dict[str, Any] = part.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
+        return plain
+    state: dict[str, Any] = part.state_dict()  # the parameter groups
+    if is_loading:
+        part.load_state_dict(part.state_dict())  # allocates moments before the first step
+    return {**state, "param_state": _own_boxes(part, model), "param_state_sharding_type": _FORMAT}
 
 
-def _own_state(
-    optimizer: Any, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: Any = None
-) -> dict[int, Any]:
-    """This rank's part of master weights and moments; its tensors are the optimizer's own."""
+def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Put a loaded state into the optimizer, whichever kind of optimizer saved it.
+
+    Args:
+        optimizer: the optimizer of the run.
+        state: what `sharded_state` has described, filled from the checkpoint; changed in place.
+    """
+    part = _only_part(optimizer)
+    # megatron-core's plain fp32 optimizer has its parameter groups at the top, the others have them under `optimizer`.
+    inner = state.setdefault("optimizer", {})
+    own, other = (state, inner) if isinstance(part, FP32Optimizer) else (inner, state)
+    if "param_groups" in other:
+        saved = other.pop("param_groups")
+        parameters = own.get("param_groups", [{}] * len(saved))
+        own["param_groups"] = [{**group, **numbers} for group, numbers in zip(saved, parameters, strict=True)]
+    if isinstance(part, DistributedOptimizer):
+        state.pop("param_state", None)  # its tensors are the optimizer's own and are filled already
+    part.load_state_dict(state)
+
+
+def _only_part(optimizer: Any) -> Any:
+    """Return the one optimizer in megatron-core's chain; dense models have no second one."""
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return part
+
+
+def _own_boxes(optimizer: Any, model: dict[str, Any]) -> dict[int, Any]:
+    """Describe the master weights and moments that this rank owns."""
     described = {
         id(sharded.data): sharded
-        for sharded in nested_values(model_sharded_state_dict)
+        for sharded in nested_values(model)
         if isinstance(sharded, ShardedTensor | ShardedTensorFactory)
     }
     state: dict[int, Any] = {}
@@ -100,21 +129,17 @@ def _own_state(
         assert {"param", "exp_avg", "exp_avg_sq"} <= set(tensors), "the optimizer has no state yet"
         state[len(state)] = {
             name: {
-                str(number): piece
-                for number, piece in enumerate(_pieces(described[id(parameter)], parameter, name, tensor, start, end))
+                str(number): box
+                for number, box in enumerate(_describe(described[id(parameter)], parameter, name, tensor, start, end))
             }
             for name, tensor in tensors.items()
-            if name != "step"  # one a parameter group, kept with the groups
+            if name != "step"  # one per parameter group, saved with the groups
         }
     return state
 
 
-def _is_loaded(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Nothing is left to do: what was asked for were views of the optimizer's tensors."""
-
-
 def _ranges(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int]]]:
-    """The parameters that this rank updates, each with the range of its elements."""
+    """Yield the parameters that this rank updates, each with the range of elements that it owns."""
     for buffer in optimizer.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
@@ -122,7 +147,7 @@ def _ranges(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int
                     yield parameter, (ranges["param"].start, ranges["param"].end)
 
 
-def _pieces(
+def _describe(
     described: ShardedTensor | ShardedTensorFactory,
     parameter: torch.nn.Parameter,
     name: str,
@@ -130,14 +155,14 @@ def _pieces(
     start: int,
     end: int,
 ) -> Iterator[ShardedTensor]:
-    """A flat piece of optimizer state as boxes of the parameter's whole tensor."""
+    """Yield a flat range of optimizer state as boxes of the parameter's whole tensor."""
     flat = tensor.detach().view(-1)
     assert flat.numel() == end - start
-    # A factory stands for a parameter that is several parts of the whole: the two halves of a gated fc1.
+    # A factory describes a parameter that holds several parts: the two halves of a gated fc1.
     parts = described.build() if isinstance(described, ShardedTensorFactory) else [described]
     for part in nested_values(parts) if isinstance(parts, dict) else parts:
         assert part.data.is_contiguous(), f"{part.key}: not a row-major part of its parameter"
-        # A weight in FP8 has no data pointer of its own; it is never one of several parts.
+        # An FP8 weight has no data pointer of its own, but it is never one of several parts.
         is_whole = part.data is parameter
         begin = 0 if is_whole else (part.data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         low, high = max(start, begin), min(end, begin + part.data.numel())
@@ -156,6 +181,9 @@ def _pieces(
                 global_shape=tuple(part.global_shape),
                 global_offset=(*whole, *(a + b for a, b in within)),
                 axis_fragmentations=None,  # no regular grid
-                replica_id=(*part.replica_id[:2], 0),  # (pipeline, tensor, data): each replica owns another range
+                replica_id=(
+                    *part.replica_id[:2],
+                    0,
+                ),  # (pipeline, tensor, data): data-parallel ranks own different ranges
                 allow_shape_mismatch=part.allow_shape_mismatch,
             )

@@ -1,4 +1,4 @@
-"""A tensor that lies in a file."""
+"""Tensors that are still in their file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from megatron_cpt.errors import RefusedError
 
-_READ_BYTES = 8 << 20  # of one system call: Linux takes at most 2 GiB, and larger ones are no faster
+_READ_BYTES = 8 << 20  # per system call: larger calls are no faster, and Linux reads at most 2 GiB
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class StoredTensor:
 
     Attributes:
         path: the file.
-        offset: of its first byte.
-        shape, dtype: its form.
+        offset: position of the tensor's first byte in the file.
+        shape, dtype: shape and dtype of the tensor.
     """
 
     path: Path
@@ -32,36 +32,36 @@ class StoredTensor:
     dtype: torch.dtype
 
     def __setstate__(self, _: object) -> None:
-        """A pickle could lead it to another file."""
-        raise pickle.UnpicklingError("it wants to change where a tensor lies")
+        """Refuse a state: a pickle could redirect the tensor to another file."""
+        raise pickle.UnpicklingError("it wants to change the place of a tensor")
 
     @property
     def num_bytes(self) -> int:
-        """Its length in the file."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> StoredTensor:
-        """Some of its first dimension."""
+        """Return the rows [start, stop) of the first dimension."""
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return replace(self, offset=self.offset + start * row, shape=(stop - start, *self.shape[1:]))
 
     def select(self, index: int) -> StoredTensor:
-        """One entry of its first dimension, which is dropped."""
+        """Return one row, without the first dimension."""
         row = self.rows(index, index + 1)
         return replace(row, shape=self.shape[1:])
 
     def read_into(self, out: torch.Tensor) -> None:
-        """Read all of it.
+        """Read the tensor into memory.
 
         Args:
-            out: contiguous, of this shape and type.
+            out: contiguous memory of the same shape and dtype.
 
         Raises:
-            RefusedError: the file is shorter than it says.
+            RefusedError: the file ends before the tensor does.
         """
         if self.num_bytes == 0:
             return
-        flat = out.as_strided((out.numel(),), (1,))  # a single element counts as contiguous whatever its stride
+        flat = out.as_strided((out.numel(),), (1,))  # torch calls a single element contiguous with any stride
         data: Any = flat.view(torch.uint8).numpy()
         view = memoryview(data)
         handle = os.open(self.path, os.O_RDONLY)
@@ -70,13 +70,13 @@ class StoredTensor:
             while done < self.num_bytes:
                 count = os.preadv(handle, [view[done : done + _READ_BYTES]], self.offset + done)
                 if count == 0:
-                    raise RefusedError(f"{self.path}: ends in the middle of a tensor; the file was cut: copy it again")
+                    raise RefusedError(f"{self.path}: ends in the middle of a tensor; the file was cut, copy it again")
                 done += count
         finally:
             os.close(handle)
 
     def read(self) -> torch.Tensor:
-        """Read all of it into memory of its own."""
+        """Read the tensor into new memory."""
         out = torch.empty(self.shape, dtype=self.dtype)
         self.read_into(out)
         return out

@@ -1,10 +1,14 @@
-"""`torch.save` files read without torch's unpickler: tensors stay on the disk, nothing is executed.
+"""Reader for files of `torch.save` that executes nothing and leaves tensors on the disk.
 
-A file of `torch.save` is a zip archive (stored, never compressed) with a pickle, `data.pkl`, and the bytes of each
-storage, `data/KEY`. The pickle is read by an unpickler that knows how tensors are described and knows nothing else.
-What belongs to Megatron or torch (enums, functions in an argument list) becomes an inert record of its name, anything
-else is refused. A tensor becomes a place in the file, from which rows are read when they are asked for. Files inside a
-file (`torch.distributed.checkpoint` writes many of them one after the other) are a window of it.
+A file of `torch.save` is an uncompressed zip archive: a pickle, `data.pkl`, and the bytes of each storage, `data/KEY`.
+The unpickler here builds nothing but plain values and tensors:
+
+- a tensor becomes a `StoredTensor`, its place in the file; example: the float32 tensor of shape (2, 3) whose storage
+  `data/0` begins at byte 512 becomes `StoredTensor(path, 512, (2, 3), torch.float32)`;
+- an object of Megatron or torch (an enum, a function in an argument list) becomes an `Inert` record of its name;
+- anything else is refused.
+
+A shard of `torch.distributed.checkpoint` has many such archives one after the other, each a window of the file.
 
 Format: torch/serialization.py and caffe2/serialize/inline_container.h of PyTorch 2.x.
 """
@@ -20,13 +24,14 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
+from megatron_cpt.checkpoint.torchfile.unpickle import PLAIN_BUILTINS
 from megatron_cpt.errors import RefusedError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -44,33 +49,19 @@ _STORAGES = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-# Where the objects beside the tensors come from: argument lists, enums, random states. None is built: see `Inert`.
-_KNOWN_ROOTS = {
-    "_codecs",
-    "apex",
-    "argparse",
-    "collections",
-    "enum",
-    "functools",
-    "lightning",
-    "megatron",
-    "nemo",
-    "numpy",
-    "pathlib",
-    "torch",
-    "transformer_engine",
-    "types",
-}
-_KNOWN_BUILTINS = {"set", "frozenset", "slice", "bytearray", "complex", "int", "float", "str", "bool", "list", "dict"}
+# Packages of the objects that checkpoints hold beside tensors (argument lists, enums); each becomes an `Inert`.
+_STANDARD_PACKAGES = {"_codecs", "argparse", "collections", "enum", "functools", "pathlib", "types"}
+_TRAINING_PACKAGES = {"apex", "lightning", "megatron", "nemo", "numpy", "torch", "transformer_engine"}
+_KNOWN_PACKAGES = _STANDARD_PACKAGES | _TRAINING_PACKAGES
 
 
 class Inert:
-    """Stands for an object that is not built: what it was called with and its state, as plain values."""
+    """Stand-in for an object that is not built: the arguments and the state it was pickled with."""
 
     origin = ""
 
     def __new__(cls, *args: Any, **_: Any) -> Inert:
-        """Make the record."""
+        """Create the record."""
         record = super().__new__(cls)
         record.args = args
         return record
@@ -82,28 +73,28 @@ class Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Dictionaries of other types fill themselves so."""
+        """Ignore an entry of a dictionary type."""
 
     def append(self, value: Any) -> None:
-        """Lists of other types fill themselves so."""
+        """Ignore an entry of a list type."""
 
     def extend(self, values: Any) -> None:
-        """Lists of other types fill themselves so."""
+        """Ignore entries of a list type."""
 
     def __repr__(self) -> str:
         return self.origin
 
 
 def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> Any:
-    """What was saved, with `StoredTensor` in the place of each tensor and `Inert` in the place of unknown objects.
+    """Return what was saved, with a `StoredTensor` for each tensor and an `Inert` for each object of unknown type.
 
     Args:
         path: the file.
-        start, length: the window of it that is one `torch.save`; left out: all.
+        start, length: the window of the file that is one `torch.save`, in bytes; by default the whole file.
 
     Raises:
-        RefusedError: it is damaged, in torch's format before 1.6, or holds a pickle that asks for more than tensors.
-        OSError: it cannot be read.
+        RefusedError: the file is damaged, has torch's format before 1.6, or its pickle needs more than tensors.
+        OSError: the file cannot be read.
     """
     length = path.stat().st_size - start if length is None else length
     try:
@@ -112,12 +103,12 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
                 records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             places = _ArchiveRecords(path, file, start, length, records)
             if "byteorder" in records and places.read("byteorder") != b"little":
-                raise RefusedError(f"{path}: big-endian data is not supported; save it again on the usual machine")
+                raise RefusedError(f"{path}: big-endian data is not supported; save it on a little-endian machine")
             return _TensorUnpickler(io.BytesIO(places.read("data.pkl")), places).load()
     except zipfile.BadZipFile as error:
-        _raise_disk_error(error.__context__)  # zipfile hides it
+        _raise_disk_error(error.__context__)  # zipfile hides errors of the disk
         raise RefusedError(
-            f"{path}: no file of torch.save ({error}): damaged, or the format before torch 1.6; load and save it anew"
+            f"{path}: not a file of torch.save ({error}): damaged, or written before torch 1.6; load and save it again"
         ) from error
     except pickle.UnpicklingError as error:
         raise RefusedError(f"{path}: refused: {str(error).splitlines()[0]}; do not use this file") from error
@@ -127,13 +118,13 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
 
 
 def _raise_disk_error(error: BaseException | None) -> None:
-    """Passes on what the disk says; only a place that cannot be (EINVAL) is a fault of the file."""
+    """Raise errors of the disk; EINVAL (an impossible position) is a fault of the file instead."""
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         raise error
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as if it were all."""
+    """Part of a file that reads like a whole file."""
 
     def __init__(self, path: Path, start: int, length: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
@@ -168,9 +159,9 @@ class _Window(io.RawIOBase):
 
 @dataclass(frozen=True)
 class _ArchiveRecords:
-    """Where the records of one archive lie: its pickle and its storages.
+    """Records of one zip archive: its pickle and its storages.
 
-    They are not read through zipfile, which holds a record against its CRC-32: torch may be told to leave that out.
+    They are not read through zipfile, which compares the CRC-32: a save may have omitted it.
     """
 
     path: Path
@@ -180,7 +171,7 @@ class _ArchiveRecords:
     records: dict[str, zipfile.ZipInfo]
 
     def find(self, name: str) -> tuple[int, int]:
-        """First byte in the archive, and length, of a record."""
+        """Return the position of a record's first byte in the archive, and its length."""
         info = self.records[name]
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name} is compressed")
@@ -190,11 +181,11 @@ class _ArchiveRecords:
             raise ValueError(f"no header for {name}")
         at = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if at + info.file_size > self.length:
-            raise ValueError(f"{name} goes on beyond the end")
+            raise ValueError(f"{name} extends beyond the end of the file")
         return at, info.file_size
 
     def read(self, name: str) -> bytes:
-        """A record that is no storage, whole."""
+        """Return the content of a record that is not a storage."""
         at, length = self.find(name)
         self.file.seek(at)
         return self.file.read(length)
@@ -207,39 +198,43 @@ class _Storage:
     num_bytes: int
 
     def __setstate__(self, _: object) -> None:
-        raise pickle.UnpicklingError("it wants to change where a storage lies")
+        raise pickle.UnpicklingError("it wants to change the place of a storage")
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Builds places in the file, plain values and inert records."""
+    """Unpickler that builds stored tensors, plain values and inert records."""
 
     def __init__(self, file: Any, places: _ArchiveRecords) -> None:
         super().__init__(file, encoding="utf-8")
         self._places = places
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """A storage: ("storage", type, key, device, number of elements)."""
+        """Return a storage; `pid` is ("storage", type, key, device, number of elements)."""
         kind, dtype, key, _, _ = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"a storage of a kind that is not known: {kind}")
+            raise pickle.UnpicklingError(f"a storage of an unknown kind: {kind}")
         at, num_bytes = self._places.find(f"data/{key}")
         return _Storage(dtype, self._places.start + at, num_bytes)
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name of the pickle stands for; never the thing itself unless it is a plain type."""
+        """Return a stand-in for a name in the pickle; only plain types stand for themselves."""
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
             return self._tensor
+        if module == "torch._utils" and name == "_rebuild_tensor_v3":  # dtypes without a storage class, such as FP8
+            return lambda storage, offset, shape, stride, _grad, _hooks, dtype, *_: self._tensor(
+                replace(storage, dtype=dtype), offset, shape, stride
+            )
         if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
             return lambda data, *_: data
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "builtins" and name in _KNOWN_BUILTINS:
+        if module == "builtins" and name in PLAIN_BUILTINS:
             return super().find_class(module, name)
-        if module.partition(".")[0] in _KNOWN_ROOTS:
+        if module.partition(".")[0] in _KNOWN_PACKAGES:
             return type(name, (Inert,), {"origin": f"{module}.{name}"})
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no checkpoint needs")
 

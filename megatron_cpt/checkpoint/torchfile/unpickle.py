@@ -1,68 +1,47 @@
-"""No code from a checkpoint: what torch and megatron-core unpickle is held to plain types.
+"""Unpickling of a checkpoint's description, restricted to plain types.
 
-A checkpoint's `.metadata` is a pickle that `torch.distributed.checkpoint` loads as it is, and its byte entries go
-through `torch.load(weights_only=False)`; a pickle may call any function. Checksums do not help against somebody who
-can write checksums.
+A checkpoint's `.metadata` is a pickle, and a pickle may call any function. Checksums give no protection: whoever can
+replace `.metadata` can also replace the checksums. So only the names listed here are ever looked up.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import pickle
-import types
-from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
 
 from megatron_cpt.errors import RefusedError
 
-# Modules whose listed names a description of tensors is made of; all are plain data, none runs anything.
+METADATA_FILE = ".metadata"
+
+_PLAIN_TYPES = (set, frozenset, slice, bytearray, complex, int, float, str, bool, list, dict, tuple)
+PLAIN_BUILTINS = frozenset(kind.__name__ for kind in _PLAIN_TYPES)
+
+_DESCRIPTION = "torch.distributed.checkpoint"
+_CHUNK_CLASSES = {"BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "TensorStorageMetadata"}
+# Names that torch's description of tensors consists of, by module; all are plain data, none executes anything.
 _ALLOWED = {
-    "builtins": {
-        "set",
-        "frozenset",
-        "slice",
-        "bytearray",
-        "complex",
-        "int",
-        "float",
-        "str",
-        "bool",
-        "list",
-        "dict",
-        "tuple",
-    },
+    "builtins": PLAIN_BUILTINS,
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "PurePosixPath"},
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"LoadPlan", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    f"{_DESCRIPTION}.metadata": _CHUNK_CLASSES | {"Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    f"{_DESCRIPTION}.filesystem": {"_StorageInfo"},
+    f"{_DESCRIPTION}.planner": {"LoadPlan", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Loads plain data and descriptions of tensors, and nothing that could run."""
+    """Unpickler for plain data and descriptions of tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look a name up in the list.
+        """Return a class that a pickle names.
 
         Raises:
-            UnpicklingError: the name is not on it.
+            UnpicklingError: the name is not in the list.
         """
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name in _ALLOWED.get(module, ()) or is_dtype:
@@ -71,51 +50,24 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain(file: IO[bytes]) -> Any:
-    """`pickle.load` held to plain types."""
+    """Load a pickle that holds plain types only; like `pickle.load`, but safe."""
     return PlainUnpickler(file).load()
 
 
-def _load_metadata(file: IO[bytes]) -> Any:
-    """torch's description of a checkpoint, none of whose tensors may lie elsewhere.
+def read_metadata(checkpoint: Path) -> Any:
+    """Return torch's description of a checkpoint, a `torch.distributed.checkpoint.metadata.Metadata`.
 
     Raises:
-        UnpicklingError: it holds more than plain types, or names a file outside of the folder.
+        RefusedError: it holds more than plain types, or names a file outside of the folder.
     """
-    metadata = load_plain(file)
-    for entry in (getattr(metadata, "storage_data", None) or {}).values():
-        name = str(entry.relative_path)
+    path = checkpoint / METADATA_FILE
+    with open(path, "rb") as file:
+        try:
+            metadata = load_plain(file)
+        except pickle.UnpicklingError as error:
+            raise RefusedError(f"{path}: refused: {error}; do not use this checkpoint") from error
+    for place in metadata.storage_data.values():
+        name = str(place.relative_path)
         if name != PurePosixPath(name).name:
-            raise pickle.UnpicklingError(f"it wants to read {name}, which lies outside of its folder")
+            raise RefusedError(f"{path}: refused: it names {name}, which lies outside of the checkpoint's folder")
     return metadata
-
-
-@contextlib.contextmanager
-def plain_types_only(where: object) -> Iterator[None]:
-    """Inside the block, torch's readers unpickle plain types only.
-
-    Raises:
-        RefusedError: naming `where`, when something else is asked for.
-    """
-    module: Any = filesystem
-    real_pickle, real_load = module.pickle, torch.load
-    module.pickle = types.SimpleNamespace(**{**vars(pickle), "load": _load_metadata})
-    torch.load = _weights_only(real_load)
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise RefusedError(f"{where}: refused: {_first_line(error)}; do not use this checkpoint") from error
-    finally:
-        module.pickle = real_pickle
-        torch.load = real_load
-
-
-def _weights_only(load: Any) -> Any:
-    @functools.wraps(load)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return load(*args, **{**kwargs, "weights_only": True})
-
-    return wrapper
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

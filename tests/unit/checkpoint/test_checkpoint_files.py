@@ -1,4 +1,4 @@
-"""Manifest, retention and records of a checkpoint, on folders made by hand."""
+"""Manifest, verification and text files of a checkpoint, on folders made by hand."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ import pytest
 
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.loading import verify_while_reading
-from megatron_cpt.checkpoint.loading.verify_while_reading import ShardCheck
-from megatron_cpt.checkpoint.manifest import FileDigest, Verify, digest, find_faults, manifest_text, sample
-from megatron_cpt.checkpoint.record import Record, read_json, read_plan, read_run, read_state
+from megatron_cpt.checkpoint.loading.verify_while_reading import ShardVerifier, share_of
+from megatron_cpt.checkpoint.manifest import (
+    CorruptCheckpointError,
+    FileDigest,
+    Verify,
+    digest,
+    find_faults,
+    manifest_text,
+    sample,
+    shards_to_compare,
+)
+from megatron_cpt.checkpoint.record import Record, read_json, read_run, read_saved_run, read_state
 from megatron_cpt.errors import RefusedError
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """40 shards and a text, with their manifest."""
+    """Return a folder with 40 shards, a text file and their manifest."""
     folder = tmp_path / "step-00000007"
     folder.mkdir()
     for rank in range(20):
@@ -57,7 +66,7 @@ def test_sampled_finds_it_in_its_sample_and_passes_over_the_rest_by_design(check
             found.append(name)
         _flip(checkpoint / name)
     assert found[-1] == "state.json"
-    assert len(found) == 3 + 1, "one shard in 16 of 40, and every text"
+    assert len(found) == 3 + 1, "3 of 40 shards (one in 16), and every text file"
     assert set(found) == sample(checkpoint, [*_shards(checkpoint), "state.json"])
 
 
@@ -80,12 +89,17 @@ def test_none_looks_at_names_and_sizes_only(checkpoint: Path) -> None:
 
 
 def _shared_faults(checkpoint: Path, how: Verify, parts: int) -> list[list[str]]:
-    """What each of several ranks finds in its share of the shards."""
+    """Return the faults that each of several ranks finds in its share of the shards."""
     found = []
     for part in range(parts):
-        with ShardCheck(checkpoint, how, part=part, parts=parts) as shards:
-            found.append(shards.faults())
+        with _verifier(checkpoint, how, part, parts) as verifier:
+            found.append(verifier.faults())
     return found
+
+
+def _verifier(checkpoint: Path, how: Verify, part: int, parts: int) -> ShardVerifier:
+    expected = shards_to_compare(checkpoint, how)
+    return ShardVerifier(checkpoint, share_of(expected, part, parts))
 
 
 @pytest.mark.parametrize("how", ["full", "sampled", "none"])
@@ -109,7 +123,7 @@ def test_as_many_ranks_as_saved_hash_their_own_files(checkpoint: Path) -> None:
 
 
 def test_what_follows_the_hashing_waits_for_its_bytes_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hashing of every file stands still after 600 of 1000 bytes."""
+    """The hashing of every file is blocked after 600 of 1000 bytes."""
     may_go_on = threading.Event()
 
     def compare_half(folder: Path, name: str, expected: FileDigest, progress: Callable[[int], None]) -> str | None:
@@ -118,15 +132,50 @@ def test_what_follows_the_hashing_waits_for_its_bytes_only(checkpoint: Path, mon
         raise OSError(f"{name}: bad block")
 
     monkeypatch.setattr(verify_while_reading, "compare", compare_half)
-    with ShardCheck(checkpoint, "full", part=0, parts=20) as shards:
-        shards.wait_for(checkpoint / "__0_0.distcp", 600)
-        shards.wait_for(checkpoint / "__1_0.distcp", 1000)  # of another share
-        beyond = threading.Thread(target=shards.wait_for, args=(checkpoint / "__0_0.distcp", 601))
+    with _verifier(checkpoint, "full", 0, 20) as verifier:
+        verifier.wait_for(checkpoint / "__0_0.distcp", 600)
+        verifier.wait_for(checkpoint / "__1_0.distcp", 1000)  # hashed by another rank
+        beyond = threading.Thread(target=verifier.wait_for, args=(checkpoint / "__0_0.distcp", 601))
         beyond.start()
         assert beyond.is_alive()
         may_go_on.set()
-        beyond.join()  # a file that cannot be read keeps nobody waiting
-        assert shards.faults() == ["__0_0.distcp: bad block", "__0_1.distcp: bad block"]
+        beyond.join()  # nobody waits for a file that cannot be read
+        assert verifier.faults() == ["__0_0.distcp: bad block", "__0_1.distcp: bad block"]
+
+
+def test_on_demand_a_shard_is_hashed_when_it_is_read_and_two_more_ahead(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def compare(folder: Path, name: str, expected: FileDigest, progress: Callable[[int], None]) -> str | None:
+        hashed.append(name)
+        return f"{name}: damaged" if name == "__5_0.distcp" else None
+
+    monkeypatch.setattr(verify_while_reading, "compare", compare)
+    expected = shards_to_compare(checkpoint, "full")
+    with ShardVerifier(checkpoint, expected, on_demand=True) as verifier:
+        assert hashed == []
+        verifier.verify(checkpoint / "__9_1.distcp")
+        verifier.verify(checkpoint / "state.json")  # not a shard
+        with pytest.raises(CorruptCheckpointError, match=r"corrupt: __5_0\.distcp: damaged"):
+            verifier.verify(checkpoint / "__5_0.distcp")
+    ahead = {"__9_1.distcp", "__10_0.distcp", "__10_1.distcp", "__5_0.distcp", "__5_1.distcp", "__6_0.distcp"}
+    assert set(hashed) == ahead
+    assert len(hashed) == 6
+
+
+def test_a_saved_run_is_compared_with_its_manifest_and_read(checkpoint: Path) -> None:
+    Record({"format_version": 1, "train": {"step": 7}}, "name: small\n", {}).write(checkpoint)
+    files = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
+    (checkpoint / "manifest.json").write_text(manifest_text({path.name: digest(path) for path in files}))
+    saved = read_saved_run(checkpoint)
+    assert (saved.path, saved.run, saved.state["train"]) == (checkpoint, {"name": "small"}, {"step": 7})
+    assert set(saved.manifest) == {path.name for path in files}
+    (checkpoint / "run.yaml").write_text("name: other\n")
+    with pytest.raises(RefusedError, match=r"run\.yaml: missing, or different from what manifest\.json lists"):
+        read_saved_run(checkpoint)
+    assert read_saved_run(checkpoint, saved.manifest).run == {"name": "other"}, "verified by the caller"
 
 
 def test_a_record_is_read_back(tmp_path: Path) -> None:
@@ -134,7 +183,7 @@ def test_a_record_is_read_back(tmp_path: Path) -> None:
     record.write(tmp_path)
     assert read_state(tmp_path) == record.state
     assert read_run(tmp_path) == {"name": "small", "seed": 7}
-    assert read_plan(tmp_path) == record.plan
+    assert read_json(tmp_path / "plan.json") == record.plan
 
 
 @pytest.mark.parametrize(
@@ -155,7 +204,7 @@ def test_a_state_that_is_none_is_refused(tmp_path: Path, content: str, message: 
 
 def test_a_missing_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"plan\.json: missing or damaged"):
-        read_plan(tmp_path)
+        read_json(tmp_path / "plan.json")
     with pytest.raises(RefusedError, match=r"x\.json"):
         read_json(tmp_path / "x.json")
 

@@ -1,4 +1,4 @@
-"""What a resume says about a run that is, or is not, the one that was saved."""
+"""Comparison of a run with its checkpoint: changes, refusals, and the table that shows them."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_a_tokenizer_is_compared_by_its_content(run_data: dict[str, Any]) -> Non
     moved = "tokenizer=sentencepiece:elsewhere/tokenizer.model"
     assert _changes(run_data, moved, tokenizers=("abc", "abc")) == []
     by_path = _changes(run_data, moved)
-    assert [change.rule.name for change in by_path] == ["tokenizer"], "where a content is not known, its path counts"
+    assert [change.rule.name for change in by_path] == ["tokenizer"], "if a content is unknown, the path counts"
     (changed,) = _changes(run_data, tokenizers=("abc", "abd"))
     assert str(changed) == "tokenizer: content abc -> content abd: ids may mean other text from this step on"
-    with pytest.raises(RefusedError, match="to go on all the same: --allow tokenizer"):
+    with pytest.raises(RefusedError, match="to resume anyway: --allow tokenizer"):
         refuse_unless_allowed([changed], (), "step-00000040")
     refuse_unless_allowed([changed], ["tokenizer"], "step-00000040")
 

@@ -280,5 +280,5 @@ def test_a_pickle_cannot_lead_a_tensor_to_another_file(tmp_path: Path, of: str) 
             if name.endswith("data.pkl"):
                 data = data[:-1] + build + b"." if of == "tensor" else data.replace(b"Q", b"Q" + build, 1)
             bad.writestr(name, data)
-    with pytest.raises(RefusedError, match="wants to change where"):
+    with pytest.raises(RefusedError, match="wants to change the place"):
         open_torch_file(tmp_path / "bad.pt")

@@ -364,7 +364,7 @@ def test_a_corrupt_checkpoint_is_skipped(training):
     trace = training.assert_exact(10)
     assert trace.replayed_from == 0
     assert len(trace.notes) == 2
-    assert "state.json: missing, or its checksum differs from the manifest" in trace.notes[1]
+    assert "state.json: missing, or different from what manifest.json lists" in trace.notes[1]
 
 
 def test_data_that_were_replaced(training):

@@ -1,8 +1,11 @@
-"""Tensors read straight into their place: any box into any target, as torch reads them."""
+"""Reading tensors into the run's memory: any box into any target, with the values that torch reads."""
 
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_cpt.checkpoint.loading import reader
-from megatron_cpt.checkpoint.loading.reader import in_threads, read_box
+from megatron_cpt.checkpoint.loading.reader import plan_reads, read_box, read_boxes
+from megatron_cpt.checkpoint.loading.stored_state import StoredBox, read_stored_state
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.checkpoint.torchfile.torch_file import open_torch_file
 from megatron_cpt.errors import RefusedError
@@ -36,7 +39,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tens
 
 
 def _stored(folder: Path, tensor: torch.Tensor, leading: int = 0) -> StoredTensor:
-    """The tensor as one `torch.save` behind other bytes of a file."""
+    """Save the tensor into a file, between other bytes."""
     content = io.BytesIO()
     torch.save(tensor, content)
     path = folder / "__0_0.distcp"
@@ -47,7 +50,7 @@ def _stored(folder: Path, tensor: torch.Tensor, leading: int = 0) -> StoredTenso
 
 
 def _target(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
-    """Memory for a box: in one piece, as columns of something wider, or with its dimensions in reverse order."""
+    """Return memory for a box: contiguous, as columns of a wider tensor, or with reversed dimensions."""
     if kind == "columns" and shape:
         return torch.zeros((*shape[:-1], shape[-1] + 3), dtype=dtype)[..., 1 : shape[-1] + 1]
     if kind == "reversed" and len(shape) > 1:
@@ -66,7 +69,7 @@ def test_any_box_of_any_tensor_into_any_target(tmp_path: Path, monkeypatch: pyte
         data.draw(st.integers(0, size - offset), "length") for size, offset in zip(shape, offsets, strict=True)
     )
     tensor = _random(shape, dtype, seed=len(shape))
-    wanted = dtype if data.draw(st.booleans(), "as it is") else torch.float32
+    wanted = dtype if data.draw(st.booleans(), "same dtype") else torch.float32
     target = _target(lengths, wanted, data.draw(st.sampled_from(["whole", "columns", "reversed"]), "target"))
     read_box(_stored(tmp_path, tensor, data.draw(st.integers(0, 200), "leading")), offsets, target)
     box = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))]
@@ -118,30 +121,66 @@ def _saved(folder: Path) -> dict[str, Any]:
     return state
 
 
+def _read_all(folder: Path, found: dict[str, torch.Tensor]) -> None:
+    """Read whole tensors of a checkpoint of torch into `found`."""
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "common_backend": "torch"}')
+    torch.save({"step": 7}, folder / "common.pt")
+    stored = read_stored_state(folder)
+    assert stored.common == {"step": 7}
+    assert stored.shapes == {name: tuple(target.shape) for name, target in found.items()}
+    reads = [
+        read for name, target in found.items() for read in plan_reads(target, (0,) * target.ndim, stored.boxes[name])
+    ]
+    read_boxes(reads)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_of_torch_reads_as_torch_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_torch_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     expected = _saved(tmp_path)
-    loads: list[Any] = []
-    monkeypatch.setattr(
-        torch, "load", lambda file, load=torch.load, **options: loads.append(0) or load(file, **options)
-    )
-    found = {key: torch.zeros_like(value) if torch.is_tensor(value) else None for key, value in expected.items()}
-    found["whole"] = torch.zeros(300, 7)  # of another type than the stored one
-    with in_threads():
-        dcp.load(found, storage_reader=FileSystemReader(tmp_path), no_dist=True)
-    assert found.pop("step") == expected.pop("step")
+    expected.pop("step")
+    found = {key: torch.zeros_like(value) for key, value in expected.items()}
+    found["whole"] = torch.zeros(300, 7)  # of another dtype than the stored one
+    _read_all(tmp_path, found)
     for key, value in expected.items():
         assert torch.equal(found[key].float(), value.float()), key
-    assert len(loads) == 2, "the step, and the type that has no storage class of its own"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_cut_file_ends_with_its_name(tmp_path: Path) -> None:
-    expected = {"a": torch.ones(5000), "b": torch.ones(5000)}
-    dcp.save(expected, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+def test_a_cut_file_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(5000), "b": torch.ones(5000)}
+    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     (file,) = tmp_path.glob("*.distcp")
     file.write_bytes(file.read_bytes()[:30_000])
-    with in_threads(), pytest.raises(dcp.api.CheckpointException, match=r"RefusedError: .*\.distcp: .*(cut|damaged)"):
-        dcp.load(
-            {"a": torch.zeros(5000), "b": torch.zeros(5000)}, storage_reader=FileSystemReader(tmp_path), no_dist=True
-        )
+    with pytest.raises(RefusedError, match=r"\.distcp: .*(cut|damaged)"):
+        _read_all(tmp_path, {name: torch.zeros(5000) for name in tensors})
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_box_is_filled_from_any_division_of_the_tensor(data: Any) -> None:
+    """Every element of the target is read once, from its own place."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3), "shape"))
+    boxes: list[StoredBox] = [StoredBox((0,) * len(shape), shape, Path("x"), 0, 0)]
+    for _ in range(data.draw(st.integers(0, 5), "cuts")):
+        box = boxes.pop(data.draw(st.integers(0, len(boxes) - 1), "box"))
+        axis = data.draw(st.integers(0, len(shape) - 1), "axis")
+        at = data.draw(st.integers(0, box.sizes[axis]), "at")
+        first, second = list(box.sizes), list(box.sizes)
+        first[axis], second[axis] = at, box.sizes[axis] - at
+        beyond = list(box.offsets)
+        beyond[axis] += at
+        boxes += [replace(box, sizes=tuple(first)), replace(box, offsets=tuple(beyond), sizes=tuple(second))]
+    offsets = tuple(data.draw(st.integers(0, size), "offset") for size in shape)
+    lengths = [data.draw(st.integers(0, size - at), "length") for size, at in zip(shape, offsets, strict=True)]
+    tensor = torch.arange(math.prod(shape)).view(shape)
+    target = torch.full(lengths, -1)
+    reads = plan_reads(target, offsets, boxes)
+    assert sum(read.target.numel() for read in reads) == target.numel()
+    for read in reads:
+        stored = tensor[_slices(read.source.offsets, read.source.sizes)]
+        read.target.copy_(stored[_slices(read.offsets, read.target.shape)])
+    assert torch.equal(target, tensor[_slices(offsets, lengths)])
+
+
+def _slices(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))

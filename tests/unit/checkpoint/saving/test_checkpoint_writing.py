@@ -1,4 +1,4 @@
-"""The pieces of a save, each on its own."""
+"""Parts of a save, each tested separately."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_staged_copies_do_not_follow_their_originals() -> None:
         assert copy.dtype == value.dtype
         assert torch.equal(copy, value)
     again = staging.copy(tensors[:2])
-    assert staging.num_bytes == held, "the memory of the save before is used again"
+    assert staging.num_bytes == held, "the memory of the previous save is reused"
     assert again[0].data_ptr() == copies[0].data_ptr()
 
 
@@ -95,7 +95,7 @@ def test_files_hold_what_was_planned_and_their_checksums(tmp_path: Path) -> None
 
 
 def test_no_second_checksum_is_computed(tmp_path: Path) -> None:
-    """The option is one of each thread, and threads write the files."""
+    """torch's option holds per thread, and threads write the files."""
     (place,) = write_files(tmp_path, {"__0_0.distcp": [_entry("x", torch.ones(9))]}, threading.Event()).places
     raw = (tmp_path / "__0_0.distcp").read_bytes()[: place.storage_data.length]
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -162,7 +162,7 @@ def test_entries_are_spread_over_files_of_one_size() -> None:
     ],
 )
 def test_which_checkpoints_go(retention: Retention, gone: list[int]) -> None:
-    """Of 10 to 50, with 60 left over from before the run went back to 40."""
+    """Steps 10 to 50 exist, and 60, from which the run has rolled back to 40."""
     paths = [Path(layout.checkpoint_name(step)) for step in (10, 20, 30, 40, 50, 60)]
     assert retention.outdated(paths, paths[4]) == [Path(layout.checkpoint_name(step)) for step in gone]
 
@@ -184,20 +184,20 @@ def test_a_latest_that_cannot_be_written_does_not_take_back_what_is_published(
     final = _publish(tmp_path, 2, Retention(keep=1))
     assert find_faults(final) == []
     (warning,) = caplog.messages
-    assert f"{final} is saved, but what should follow failed" in warning
+    assert f"{final} is saved, but updating `latest` or retiring older checkpoints failed" in warning
     assert "latest" in warning
 
 
 def test_publishing_replaces_prunes_and_tidies(tmp_path: Path) -> None:
     (tmp_path / ".step-00000001.tmp").mkdir()
     (tmp_path / ".step-00000002.deleted").mkdir()
-    (tmp_path / ".step-00000002.deleted" / "half").write_text("a kill came in between")
+    (tmp_path / ".step-00000002.deleted" / "half").write_text("left by a kill")
     for step in (2, 4, 6, 4):
         final = _publish(tmp_path, step, Retention(keep=2))
         assert find_faults(final) == []
         assert (tmp_path / "latest").read_text() == f"{final.name}\n"
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["latest", "step-00000004", "step-00000006"], "the later one that was passed over is not touched"
+    assert names == ["latest", "step-00000004", "step-00000006"], "the later, corrupt one is not touched"
 
 
 def test_a_shard_that_is_shorter_than_it_was_written_is_not_published(tmp_path: Path) -> None:

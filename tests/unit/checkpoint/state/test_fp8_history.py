@@ -1,7 +1,7 @@
-"""Scaling factors of Transformer Engine as tensors: stored once, given back, and its pickles neither kept nor read.
+"""Scaling factors of Transformer Engine as tensors: stored once and restored; its pickles are neither kept nor read.
 
-Stand-ins take the place of its layers: they have what `te_state` asks of them, the attributes of
-`TransformerEngineBaseModule` (pytorch/module/base.py, 2.x).
+Stand-ins replace its layers; they have the attributes of `TransformerEngineBaseModule` (pytorch/module/base.py, 2.x)
+that `fp8_history` uses.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.tensor_parallel import ColumnParallelLinear  # noqa: E402
 
 from megatron_cpt.checkpoint.loading import load  # noqa: E402
+from megatron_cpt.checkpoint.record import SavedRun  # noqa: E402
 from megatron_cpt.checkpoint.state import fp8_history, state_dicts  # noqa: E402
 from megatron_cpt.model import spec  # noqa: E402
 from megatron_cpt.model.build_model import Model, build_model  # noqa: E402
@@ -37,7 +38,7 @@ KEYS = [f"decoder.layers.mlp.linear_fc1.fp8_{way}.amax_history" for way in ("for
 
 
 class StandIn(ColumnParallelLinear):  # type: ignore[misc]
-    """A linear layer with the state of delayed scaling."""
+    """Linear layer with the state of delayed scaling."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,12 +55,12 @@ class StandIn(ColumnParallelLinear):  # type: ignore[misc]
         return torch.frombuffer(bytearray(pickle.dumps({"recipe": "delayed"})), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
-        assert state is None, "Transformer Engine would unpickle this"  # None: nothing was loaded, as it sees it
+        assert state is None, "Transformer Engine would unpickle this"  # None: nothing was loaded
 
 
 @contextlib.contextmanager
 def _models(monkeypatch: pytest.MonkeyPatch, recipe: str = "delayed") -> Iterator[tuple[Model, Model]]:
-    """Two models of four layers, as they are before their first forward pass."""
+    """Yield two models of four layers before their first forward pass."""
     local_layer = spec._local_layer
 
     def layer(**options: Any) -> Any:
@@ -84,7 +85,7 @@ def _layers(model: Model) -> list[StandIn]:
 
 
 def _compute(model: Model) -> None:
-    """What a forward and a backward pass leave behind: numbers, others in every layer."""
+    """Fill the state as forward and backward passes do, with different numbers in every layer."""
     for number, layer in enumerate(_layers(model)):
         layer.fp8_meta.update(recipe="the recipe", num_gemms=1)
         layer.init_fp8_meta_tensors("the recipe")
@@ -96,6 +97,10 @@ def _compute(model: Model) -> None:
 def _save(model: Model, folder: Path) -> None:
     folder.mkdir()
     dist_checkpointing.save(state_dicts.model_state(model.chunks), str(folder))
+
+
+def _saved_run(folder: Path) -> SavedRun:
+    return SavedRun(folder, manifest={}, state={}, run={})
 
 
 def _entries(folder: Path) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def test_histories_come_back(tmp_path, monkeypatch):
         # by layer; a row of scales above the history
         assert [tuple(stored[key].size) for key in KEYS] == [(4, HISTORY + 1, 3), (4, HISTORY + 1, 2)]
         assert "scaling_fwd" not in _layers(fresh)[0].fp8_meta
-        load.load_weights(tmp_path / "saved", fresh.chunks, "none")
+        load.load_weights(_saved_run(tmp_path / "saved"), fresh.chunks, "none")
         for old, new in zip(_layers(model), _layers(fresh), strict=True):
             for key in ("scaling_fwd", "scaling_bwd"):
                 assert torch.equal(new.fp8_meta[key].scale, old.fp8_meta[key].scale)
@@ -135,14 +140,14 @@ def test_a_run_that_takes_up_fp8_starts_new_histories(tmp_path, monkeypatch, cap
     with _models(monkeypatch) as (model, fresh):
         _save(model, tmp_path / "bf16")  # no forward pass in FP8 yet
         assert KEYS[0] not in _entries(tmp_path / "bf16")
-        load.load_weights(tmp_path / "bf16", fresh.chunks, "none")
+        load.load_weights(_saved_run(tmp_path / "bf16"), fresh.chunks, "none")
         assert torch.equal(_layers(fresh)[0].fp8_meta["scaling_fwd"].scale, torch.ones(3))
-    assert "FP8 scaling starts anew" in caplog.text
+    assert "FP8 scaling starts from scratch" in caplog.text
 
 
 def test_other_recipes_have_no_histories(tmp_path, monkeypatch):
     with _models(monkeypatch, recipe="tensorwise") as (model, fresh):
         _compute(model)
         _save(model, tmp_path / "delayed")
-        load.load_weights(tmp_path / "delayed", fresh.chunks, "none")
+        load.load_weights(_saved_run(tmp_path / "delayed"), fresh.chunks, "none")
         assert "scaling_fwd" not in _layers(fresh)[0].fp8_meta

@@ -1,0 +1,124 @@
+"""Contents of a checkpoint in torch's distributed format: its tensors by name, and the plain values beside them.
+
+This package reads the format itself instead of calling `dist_checkpointing.load`. That function unpickles `.metadata`
+without restriction (megatron-core 0.19 always, 0.16 in its reader), which would execute code from a checkpoint, and no
+argument of it replaces the reader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import maybe_load_config
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_cpt.checkpoint.torchfile.unpickle import read_metadata
+from megatron_cpt.errors import RefusedError
+
+_COMMON_FILE = "common.pt"  # written by megatron-core up to 0.18
+_COMMON_ENTRY = "common_state/shard_0_1"  # the same values in a shard, written by megatron-core 0.19
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """Box of a tensor, stored in a shard as one `torch.save`.
+
+    Attributes:
+        offsets, sizes: position of the box in the tensor, and its shape.
+        path: the shard.
+        start, length: the part of the shard that holds the box, in bytes.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """Contents of a checkpoint; the tensors are still in their files.
+
+    Attributes:
+        shapes: shape of every tensor over all ranks, by name.
+        boxes: the boxes that make up each tensor, by name.
+        common: values that are not sharded, such as the optimizer's parameter groups.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    boxes: dict[str, list[StoredBox]]
+    common: dict[str, Any]
+
+
+@contextlib.contextmanager
+def read_errors_as_refused(checkpoint: Path) -> Iterator[None]:
+    """Turn every error of a read into a refusal, which the ranks exchange; a rank that raises alone blocks them.
+
+    Damaged bytes can make an unpickler raise anything, and a disk or a GPU may fail on one rank only.
+
+    Raises:
+        RefusedError: for any error.
+    """
+    try:
+        yield
+    except RefusedError:
+        raise
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise RefusedError(f"{checkpoint}: cannot be read: {type(error).__name__}: {first_line}") from error
+
+
+def read_stored_state(checkpoint: Path) -> StoredState:
+    """Read everything of a checkpoint but its tensors.
+
+    Raises:
+        RefusedError: a file is missing, damaged or holds more than plain types, or the disk fails.
+    """
+    with read_errors_as_refused(checkpoint):
+        config = maybe_load_config(str(checkpoint))
+        if config is None or config.sharded_backend != "torch_dist":
+            raise RefusedError(f"{checkpoint / 'metadata.json'}: missing, or not of megatron-core's torch_dist format")
+        metadata = read_metadata(checkpoint)
+        entries = metadata.state_dict_metadata.items()
+        tensors = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        return StoredState(
+            shapes={name: tuple(entry.size) for name, entry in tensors.items()},
+            boxes={name: _boxes(checkpoint, name, entry, metadata) for name, entry in tensors.items()},
+            common=_read_common(checkpoint, metadata),
+        )
+
+
+def _boxes(checkpoint: Path, name: str, entry: TensorStorageMetadata, metadata: Metadata) -> list[StoredBox]:
+    boxes = []
+    for box in entry.chunks:
+        place = metadata.storage_data[MetadataIndex(name, box.offsets)]
+        if getattr(place, "transform_descriptors", None):
+            raise RefusedError(f"{checkpoint}: {name} is stored with {place.transform_descriptors}; save it without")
+        path = checkpoint / place.relative_path
+        boxes.append(StoredBox(tuple(box.offsets), tuple(box.sizes), path, place.offset, place.length))
+    return boxes
+
+
+def _read_common(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
+    source: Any = checkpoint / _COMMON_FILE
+    is_in_shard = not source.exists()
+    if is_in_shard:
+        place = metadata.storage_data[MetadataIndex(_COMMON_ENTRY)]
+        with open(checkpoint / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            source = io.BytesIO(file.read(place.length))
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True)  # weights_only: executes nothing
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RefusedError(f"{checkpoint}: {_COMMON_FILE}: refused: {reason}; do not use this checkpoint") from error
+    common: dict[str, Any] = loaded[0] if is_in_shard else loaded
+    return common
