@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from megatron_cpt.config import RunConfig, draft_config
-from megatron_cpt.plan import Layout, flops_per_token
-from megatron_cpt.plan.cluster.step_time import Overlap, Speed, estimate_speed
-from megatron_cpt.plan.hardware import H100
+from megatron_cpt.planning import Layout, flops_per_token
+from megatron_cpt.planning.cluster.step_time import Overlap, Speed, estimate_speed
+from megatron_cpt.planning.hardware import H100
 
 PUBLISHED = Path(__file__).parent / "published_speeds.yaml"
 PARTS = ("matmul", "attention", "memory_bound", "communication", "uneven", "bubble", "exchange", "optimizer", "scale")

@@ -91,7 +91,7 @@ def make_source(prefix: Path, num_tokens: int) -> None:
 
 def state_after(weights: dict[str, float], step: int) -> dict[str, Any]:
     """Return a state of the blend after a step, with rounded shares: exact counts make no difference here."""
-    from megatron_cpt.plan.timeline.epochs import (
+    from megatron_cpt.planning.timeline.epochs import (
         split_samples,  # imported here, because the timed processes must not import it with this module
     )
 

@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_cpt.config import RunConfig, draft_config, load_config
-from megatron_cpt.plan import Layout, count_parameters
-from megatron_cpt.plan.cost.memory import GIB, Memory, stage_memories, stage_memory
+from megatron_cpt.planning import Layout, count_parameters
+from megatron_cpt.planning.cost.memory import GIB, Memory, stage_memories, stage_memory
 from tests.helpers.memory import measure_several
 from tests.helpers.ranks import run_ranks
 

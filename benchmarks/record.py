@@ -1,4 +1,4 @@
-"""What every benchmark writes down: the machine, the versions, the day."""
+"""Write benchmark results to benchmarks/results/, together with the machine they were measured on."""
 
 from __future__ import annotations
 

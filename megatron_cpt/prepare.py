@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, load_config, read_mapping
 from megatron_cpt.data.tokenfile.reader import expand_prefixes, read_header
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
-from megatron_cpt.plan import RunPlan, build_plan
-from megatron_cpt.plan.timeline.epochs import listed
+from megatron_cpt.planning import RunPlan, build_plan
+from megatron_cpt.planning.timeline.epochs import listed
 
 _SIZE_TOLERANCE = 0.01  # relative difference between declared and actual tokens that needs no warning
 

@@ -14,20 +14,20 @@ import typer
 
 from megatron_cpt import __version__
 from megatron_cpt.cli.arguments import repeat_options
-from megatron_cpt.cli.check_command import check
 from megatron_cpt.cli.command_groups import CHECKPOINTS, DATA, OPERATIONS, PLAN, TRAIN, GroupedCommands
-from megatron_cpt.cli.convert_command import app as convert_app
-from megatron_cpt.cli.doctor_command import doctor
-from megatron_cpt.cli.inspect_command import inspect
-from megatron_cpt.cli.launch_command import WordsCommand, launch
-from megatron_cpt.cli.merge_command import merge
+from megatron_cpt.cli.commands.check_command import check
+from megatron_cpt.cli.commands.convert_command import app as convert_app
+from megatron_cpt.cli.commands.doctor_command import doctor
+from megatron_cpt.cli.commands.inspect_command import inspect
+from megatron_cpt.cli.commands.launch_command import WordsCommand, launch
+from megatron_cpt.cli.commands.merge_command import merge
+from megatron_cpt.cli.commands.overlap_command import overlap
+from megatron_cpt.cli.commands.plan_command import plan
+from megatron_cpt.cli.commands.preprocess_command import preprocess
+from megatron_cpt.cli.commands.split_command import split
+from megatron_cpt.cli.commands.trace_command import trace
+from megatron_cpt.cli.commands.train_command import train
 from megatron_cpt.cli.missing_package import describe_missing_package
-from megatron_cpt.cli.overlap_command import overlap
-from megatron_cpt.cli.plan_command import plan
-from megatron_cpt.cli.preprocess_command import preprocess
-from megatron_cpt.cli.split_command import split
-from megatron_cpt.cli.trace_command import trace
-from megatron_cpt.cli.train_command import train
 from megatron_cpt.errors import EXIT_USER, CptError
 
 __all__ = ["app", "main"]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.layout import checkpoints_folder, is_checkpoint, resolve_checkpoint
-from megatron_cpt.checkpoint.manifest import Verify
+from megatron_cpt.checkpoint.loading.verify_while_reading import ShardVerifier
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, find_faults, shards_to_compare
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.huggingface.config import read_model
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, HfFolder
@@ -27,7 +28,6 @@ from megatron_cpt.convert.megatron.legacy import LegacyWeights, is_legacy
 from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights, find_torch_dist
 from megatron_cpt.convert.side_files import find_side_files, side_files_of_checkpoint
-from megatron_cpt.convert.verified_reads import FirstRead
 from megatron_cpt.errors import RefusedError, UserError
 
 _COMPARED_ROWS = 8192  # rows of tied embeddings that are in memory at the same time
@@ -88,7 +88,7 @@ def open_source_checkpoint(
     if is_checkpoint(path) or checkpoints_folder(path).is_dir():
         path = resolve_checkpoint(path)
         if verify != "none":
-            before_read = FirstRead(path, verify)
+            before_read = verify_before_read(path, verify)
     if find_torch_dist(path) is not None:
         weights = TorchDistWeights(path, before_read)
         files = sorted(weights.folder.iterdir())
@@ -102,6 +102,17 @@ def open_source_checkpoint(
         f"{path}: neither a Hugging Face folder (config.json) nor a Megatron checkpoint (.metadata, mp_rank_00/); "
         "give the folder that contains one of these"
     )
+
+
+def verify_before_read(checkpoint: Path, how: Verify) -> Callable[[Path], None]:
+    """Verify all but the shards of a checkpoint; return a function that verifies a shard before its first read.
+
+    Raises:
+        CorruptCheckpointError: a file is missing, has another size or is corrupt; also from the returned function.
+    """
+    if faults := find_faults(checkpoint, how, with_shards=False):
+        raise CorruptCheckpointError(checkpoint, faults)
+    return ShardVerifier(checkpoint, shards_to_compare(checkpoint, how), on_demand=True).verify
 
 
 def _from_hugging_face(path: Path, allow_pickle: bool) -> SourceCheckpoint:

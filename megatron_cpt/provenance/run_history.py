@@ -13,7 +13,7 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import read_saved_run
 from megatron_cpt.data import BlendCursor, PhaseBlend
 from megatron_cpt.errors import CptError, RefusedError, UserError
-from megatron_cpt.plan import Segment, SpanGrid
+from megatron_cpt.planning import Segment, SpanGrid
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_cpt.config import PrecisionConfig
-from megatron_cpt.plan.cost.memory import GIB
-from megatron_cpt.plan.hardware import GPUS, TERA
+from megatron_cpt.planning.cost.memory import GIB
+from megatron_cpt.planning.hardware import GPUS, TERA
 from megatron_cpt.train.step import StepResult
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def peak_flops(device_name: str, precision: PrecisionConfig) -> float | None:
         precision: FP8 in Transformer Engine counts with the FP8 peak, bf16 with the bf16 peak.
 
     Returns:
-        None on a CPU, in other number formats, and for GPUs that `plan/hardware.py` does not list. The PCIe and NVL
+        None on a CPU, in other number formats, and for GPUs that `planning/hardware.py` does not list. The PCIe and NVL
         models of a listed GPU are slower than its SXM model, so their peak is unknown too.
     """
     words = re.findall(r"[a-z0-9]+", device_name.lower())

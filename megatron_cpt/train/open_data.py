@@ -20,7 +20,7 @@ from megatron_cpt.data import (
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.loading.fim import fill_in_middle
 from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
-from megatron_cpt.plan import RunPlan
+from megatron_cpt.planning import RunPlan
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.train.validation import Validator
 

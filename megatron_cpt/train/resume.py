@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
-from megatron_cpt.plan import RunPlan
+from megatron_cpt.planning import RunPlan
 from megatron_cpt.train.save import rank_layout
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.views.preflight_table import ResumeSummary, describe

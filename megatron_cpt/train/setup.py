@@ -24,7 +24,7 @@ from megatron_cpt.model.build_model import Model, build_model
 from megatron_cpt.model.capabilities import check_machine, read_machine
 from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
 from megatron_cpt.optim.update import Update
-from megatron_cpt.plan import RunPlan, flops_per_token
+from megatron_cpt.planning import RunPlan, flops_per_token
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
 from megatron_cpt.train.open_data import build_loader, build_validator, document_options, open_streams

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.plan import RunPlan
+from megatron_cpt.planning import RunPlan
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_cpt.config import format_count
-from megatron_cpt.plan.run_plan import RunPlan
-from megatron_cpt.plan.timeline.phases import PhasePlan
+from megatron_cpt.planning.run_plan import RunPlan
+from megatron_cpt.planning.timeline.phases import PhasePlan
 from megatron_cpt.views.figure import FAINT, GRID, INK, save_figure
 from megatron_cpt.views.plan_table import describe_schedule
 

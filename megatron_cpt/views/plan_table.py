@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_cpt.config import format_count
-from megatron_cpt.plan.cost.memory import GIB
-from megatron_cpt.plan.run_plan import RunPlan
-from megatron_cpt.plan.timeline.epochs import REPEAT_LIMIT
-from megatron_cpt.plan.timeline.schedule import Schedule
+from megatron_cpt.planning.cost.memory import GIB
+from megatron_cpt.planning.run_plan import RunPlan
+from megatron_cpt.planning.timeline.epochs import REPEAT_LIMIT
+from megatron_cpt.planning.timeline.schedule import Schedule
 
 WIDTH_WITHOUT_TERMINAL = 120
 

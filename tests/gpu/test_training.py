@@ -92,7 +92,7 @@ def test_a_resume_keeps_the_amax_history(run_file: Path, params: str, can_comput
     _train(run_file, f"output={whole}", BF16, section)
     _train(run_file, f"output={halves}", BF16, section, "stop_at_step=10")
     log = _train(run_file, f"output={halves}", BF16, section)
-    assert "starts anew" not in log
+    assert "starts from scratch" not in log
     # Without the history, step 11 would use scales of 1, which changes the gradient norm at once.
     norms = [[line["grad_norm"] for line in read_metrics(output)] for output in (whole, halves)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
@@ -118,5 +118,5 @@ def test_a_run_moves_from_bf16_to_fp8_and_says_so(run_file: Path, can_compute) -
     can_compute(section)
     _train(run_file, f"output={folder}/moved", BF16, "stop_at_step=10")
     command = [f"output={folder}/moved", BF16, section, "--allow", "precision"]
-    assert "FP8 scaling starts anew" in _train(run_file, *command)
+    assert "FP8 scaling starts from scratch" in _train(run_file, *command)
     assert all(loss < 7 for loss in _losses(folder / "moved"))

@@ -8,7 +8,6 @@ tables of `operations/speed.md` from the table of speed knobs. Nothing generated
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,15 +15,6 @@ from typing import Any
 import megatron_cpt
 from megatron_cpt.config import run_schema
 
-# Modules of the public names; used until `megatron_cpt.__all__` lists the names themselves.
-FALLBACK_API = {
-    "preprocess": "megatron_cpt.data.preprocess.pipeline",
-    "TokenStream": "megatron_cpt.data.loading.stream",
-    "import_checkpoint": "megatron_cpt.convert.importer",
-    "export_checkpoint": "megatron_cpt.convert.exporter",
-    "Hook": "megatron_cpt.train.hook",
-    "trace_step": "megatron_cpt.provenance.trace",
-}
 SPEED_PAGE = "operations/speed.md"
 SPEED_MARKERS = ("<!-- generated: speed knobs -->", "<!-- generated: environment variables -->")
 
@@ -181,11 +171,8 @@ def _referenced_description(field: dict[str, Any], definitions: dict[str, Any]) 
 def api_pages() -> dict[str, str]:
     """Return path -> content, one page per public name that is a class or a function."""
     pages = {}
-    for name in getattr(megatron_cpt, "__all__", FALLBACK_API):
-        if name in FALLBACK_API and not hasattr(megatron_cpt, name):
-            value = getattr(importlib.import_module(FALLBACK_API[name]), name)
-        else:
-            value = getattr(megatron_cpt, name)
+    for name in megatron_cpt.__all__:
+        value = getattr(megatron_cpt, name)
         if hasattr(value, "__qualname__"):
             identifier = f"{value.__module__}.{value.__qualname__}"
             pages[f"reference/api/{name}.md"] = (

@@ -55,7 +55,7 @@ class ShardVerifier:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        """Wait until the shards that were asked for are hashed; after an exception, only for those under way."""
+        """Wait until the shards that were asked for are hashed; after an exception, only for the running ones."""
         self._threads.shutdown(cancel_futures=kind is not None)
 
     def wait_for(self, shard: Path, end: float = math.inf) -> None:

@@ -18,7 +18,7 @@ from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.mapping.resolve import resolve
 from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec, plan_files, total_bytes
-from megatron_cpt.plan.cost.parameters import count_parameters
+from megatron_cpt.planning.cost.parameters import count_parameters
 
 MODEL = ModelConfig(**preset("nemotron4_15b"))
 PARAMETERS = 15_628_775_424

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.checkpoint.manifest import digest, manifest_text
-from megatron_cpt.convert.verified_reads import FirstRead
+from megatron_cpt.convert.source import verify_before_read
 from megatron_cpt.errors import RefusedError
 
 SHARDS = [f"__0_{number}.distcp" for number in range(12)]
@@ -29,7 +29,7 @@ def damage(file: Path) -> None:
 
 def test_damage_is_found_in_its_file_and_immediately_in_small_files(checkpoint: Path) -> None:
     damage(checkpoint / "__0_10.distcp")
-    before_read = FirstRead(checkpoint, "full")
+    before_read = verify_before_read(checkpoint, "full")
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(before_read, [checkpoint / name for name in SHARDS if name != "__0_10.distcp"] * 3))
     for _ in range(2):
@@ -37,20 +37,20 @@ def test_damage_is_found_in_its_file_and_immediately_in_small_files(checkpoint: 
             before_read(checkpoint / "__0_10.distcp")
     damage(checkpoint / "common.pt")
     with pytest.raises(RefusedError, match=r"common\.pt: checksum differs"):
-        FirstRead(checkpoint, "full")
+        verify_before_read(checkpoint, "full")
 
 
 def test_a_missing_file_is_reported_before_anything_is_read(checkpoint: Path) -> None:
     (checkpoint / "__0_3.distcp").unlink()
     (checkpoint / "__0_4.distcp").write_bytes(b"short")
     with pytest.raises(RefusedError, match=r"__0_3\.distcp: missing; __0_4\.distcp: 5 bytes, should be 1000"):
-        FirstRead(checkpoint, "full")
+        verify_before_read(checkpoint, "full")
 
 
 def test_a_sample_is_one_shard_in_sixteen(checkpoint: Path) -> None:
     for name in SHARDS:
         damage(checkpoint / name)
-    before_read = FirstRead(checkpoint, "sampled")
+    before_read = verify_before_read(checkpoint, "sampled")
     refused = []
     for name in SHARDS:
         try:

@@ -1,4 +1,4 @@
-"""What a process that only reads data has to load."""
+"""Imports of a process that only reads data."""
 
 import subprocess
 import sys

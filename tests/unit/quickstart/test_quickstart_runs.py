@@ -7,7 +7,7 @@ import pytest
 import sources
 
 from megatron_cpt.config.load_run import load_config
-from megatron_cpt.plan.timeline.solve_steps import solve_schedule
+from megatron_cpt.planning.timeline.solve_steps import solve_schedule
 
 
 @pytest.fixture

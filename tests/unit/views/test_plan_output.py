@@ -8,7 +8,7 @@ import pytest
 
 from megatron_cpt.config import draft_config
 from megatron_cpt.errors import UserError
-from megatron_cpt.plan import build_plan
+from megatron_cpt.planning import build_plan
 from megatron_cpt.views.plan_plot import plot_plan
 from megatron_cpt.views.plan_table import render_plan
 

@@ -16,7 +16,7 @@ from megatron_cpt.convert.mapping import families, resolve
 from megatron_cpt.convert.mapping.names import local_name, te_name
 from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.plan import count_parameters
+from megatron_cpt.planning import count_parameters
 from tests.helpers.hf_models import FAMILY_CONFIGS, build_hf_model, hf_tensors, tiny_config
 from tests.helpers.odd_models import odd_configs
 

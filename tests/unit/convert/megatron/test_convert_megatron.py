@@ -25,7 +25,7 @@ from megatron_cpt.convert.megatron.legacy import LegacyWeights
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.plan.cost.parameters import count_parameters
+from megatron_cpt.planning.cost.parameters import count_parameters
 
 LLAMA = ModelConfig(
     layers=4,

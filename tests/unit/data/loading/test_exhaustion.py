@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_cpt.config import draft_config
 from megatron_cpt.errors import UserError
-from megatron_cpt.plan import build_plan
+from megatron_cpt.planning import build_plan
 from megatron_cpt.sampling.blend import BlendCursor, PhaseBlend
 
 NAMES = ["web", "code", "qa", "math"]

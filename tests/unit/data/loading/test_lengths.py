@@ -14,7 +14,7 @@ from megatron_cpt.data.loading.fim import FillInMiddle
 from megatron_cpt.data.loading.loader import Loader
 from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.plan import SpanGrid
+from megatron_cpt.planning import SpanGrid
 from megatron_cpt.sampling.blend import BlendCursor, PhaseBlend
 
 LONG = 16

@@ -1,0 +1,180 @@
+"""Memory, speed and time of a run on a cluster of named GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_cpt.config import RunConfig
+from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
+from megatron_cpt.errors import UserError
+from megatron_cpt.planning.cluster.step_time import Speed, estimate_speed, with_tensor_overlap
+from megatron_cpt.planning.cost.flops import FlopsPerToken, flops_per_token
+from megatron_cpt.planning.cost.formats import format_of
+from megatron_cpt.planning.cost.memory import GIB, Memory, stage_memories
+from megatron_cpt.planning.cost.rank_layout import Layout
+from megatron_cpt.planning.hardware import GPUS, Gpu
+from megatron_cpt.planning.run_plan import RunPlan
+from megatron_cpt.planning.timeline.segments import Segment
+
+# Share of the memory that a layout should leave free, for fragmentation and errors of the estimate.
+MEMORY_MARGIN = 0.08
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Estimate for a run on a cluster.
+
+    Attributes:
+        gpu: the GPU.
+        layout: ranks and micro-batches.
+        stages: memory of every pipeline stage, in the steps that need most.
+        speed: in the steps that train most tokens.
+        overlapped: speed with `speed.tp_comm_overlap`; None if the run sets that or it is not possible.
+        knobs: names of the options below `speed` that are on.
+        flops: of training on one token, in the steps of `speed`.
+        seconds: of all steps of the run.
+        peak: FLOP/s of the GPU in the format of the matrix products (bf16 or FP8), of which MFU is a share.
+    """
+
+    gpu: Gpu
+    layout: Layout
+    stages: Sequence[Memory]
+    speed: Speed
+    overlapped: Speed | None
+    knobs: frozenset[str]
+    flops: FlopsPerToken
+    seconds: float
+    peak: float
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of the stage that needs most."""
+        return max(self.stages, key=lambda memory: memory.total)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of the run times the number of GPUs."""
+        return self.seconds / 3600 * self.layout.num_gpus
+
+    def mfu(self, flops: float) -> float:
+        """Return the model FLOPs utilization for `flops` operations per token."""
+        return self.speed.tokens_per_gpu * flops / self.peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `plan --json`."""
+        return {
+            "gpu": asdict(self.gpu),
+            "num_gpus": self.layout.num_gpus,
+            "memory_by_stage_gib": [{**stage.to_dict(), "total": stage.total / GIB} for stage in self.stages],
+            "memory_per_gpu_gib": self.memory.total / GIB,
+            "fits": fits(self.memory, self.gpu),
+            "tokens_per_second_per_gpu": self.speed.tokens_per_gpu,
+            "tokens_per_second_per_gpu_with_tp_comm_overlap": (
+                self.overlapped.tokens_per_gpu if self.overlapped is not None else None
+            ),
+            "speed": sorted(self.knobs),
+            "step_seconds": self.speed.step,
+            "step_seconds_by_part": {
+                name: value for name, value in asdict(self.speed).items() if name not in ("step", "tokens_per_gpu")
+            },
+            "mfu": {kind: self.mfu(flops) for kind, flops in self.flops.to_dict().items()},
+            "mfu_peak_flops": self.peak,
+            "days": self.seconds / 86400,
+            "gpu_hours": self.gpu_hours,
+        }
+
+
+def find_gpu(name: str, config: RunConfig) -> Gpu:
+    """Return the GPU with a name.
+
+    Raises:
+        UserError: if the name is unknown, or the planner has no figures for the run's precision on this GPU.
+    """
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise UserError(f"--gpu {name}: not a known GPU; choose one of {', '.join(GPUS)}")
+    if config.precision.fp4 is not None:
+        raise UserError(
+            "precision.fp4: this planner has no figures for FP4; plan with "
+            "precision.fp4=null and precision.fp8={recipe: mxfp8}, which is slower"
+        )
+    if format_of(config) is not None and gpu.fp8 is None:
+        raise UserError(f"precision.fp8: {gpu.title} has no FP8; set precision.fp8=null or choose another GPU")
+    return gpu
+
+
+def fits(memory: Memory, gpu: Gpu) -> bool:
+    """Return True if a stage leaves the memory margin free."""
+    return memory.total <= (1 - MEMORY_MARGIN) * gpu.memory_gib * GIB
+
+
+def with_shape(config: RunConfig, segment: Segment) -> RunConfig:
+    """Return the run with the batch and sequence length of one segment in all steps.
+
+    `tp_comm_overlap` is resolved before: it needs the same shape in all phases of the original run.
+    """
+    batch = config.batch.model_copy(
+        update={"global_": segment.global_batch, "micro": segment.micro_batch, "ramp_up": None}
+    )
+    overlaps = "tp_comm_overlap" in resolve_speed(config, GPU_CLUSTER)[0]
+    speed = config.speed.model_copy(update={"tp_comm_overlap": overlaps})
+    return config.model_copy(update={"batch": batch, "seq_length": segment.seq_length, "speed": speed})
+
+
+def largest_segment(plan: RunPlan) -> Segment:
+    """Return the first segment whose shape (batch, micro-batch, sequence length) trains most tokens."""
+    tokens: dict[tuple[int, int, int], int] = {}
+    for segment in plan.segments:
+        num_tokens = segment.end.tokens - segment.first_token
+        tokens[segment.shape] = tokens.get(segment.shape, 0) + num_tokens
+    most = max(tokens, key=lambda shape: tokens[shape])
+    return next(segment for segment in plan.segments if segment.shape == most)
+
+
+def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Cluster:
+    """Estimate a planned run on GPUs; `num_gpus=None` means one replica of the model."""
+    runs = {segment.shape: with_shape(config, segment) for segment in plan.segments}
+    layouts = {shape: Layout.build(run, num_gpus) for shape, run in runs.items()}
+    memories = [stage_memories(run, layouts[shape], gpu=gpu) for shape, run in runs.items()]
+    speeds = {shape: estimate_speed(run, layouts[shape], gpu) for shape, run in runs.items()}
+    most = largest_segment(plan)
+    return Cluster(
+        gpu=gpu,
+        layout=layouts[most.shape],
+        stages=max(memories, key=lambda stages: max(stage.total for stage in stages)),
+        speed=speeds[most.shape],
+        overlapped=overlapped_speed(config, plan, gpu, num_gpus),
+        knobs=resolve_speed(config, GPU_CLUSTER)[0],
+        flops=flops_per_token(config.model, most.seq_length),
+        seconds=sum(speeds[segment.shape].step * segment.num_steps for segment in plan.segments),
+        peak=gpu.fp8 if format_of(config) is not None and gpu.fp8 is not None else gpu.bf16,
+    )
+
+
+def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Speed | None:
+    """Return the speed with `speed.tp_comm_overlap`; None if the run sets that or it is not possible."""
+    with_overlap = with_tensor_overlap(config)
+    if config.speed.tp_comm_overlap is not None or with_overlap is config:
+        return None
+    run = with_shape(with_overlap, largest_segment(plan))
+    return estimate_speed(run, Layout.build(run, num_gpus), gpu)
+
+
+def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
+    """Yield the parts of a step with their shares, the largest first."""
+    names = {
+        "matmul": "matrix products",
+        "attention": "attention",
+        "memory_bound": "memory-bound kernels",
+        "recompute": "recomputation",
+        "communication": "TP/CP/PP communication",
+        "uneven": "slowest stage",
+        "bubble": "bubble",
+        "exchange": "gradient exchange",
+        "optimizer": "optimizer",
+        "scale": "scale",
+    }
+    shares = {text: getattr(speed, name) / speed.step for name, text in names.items()}
+    yield from sorted(shares.items(), key=lambda item: -item[1])
