@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, load_config, read_mapping
+from megatron_cpt.checkpoint.layout import resolve_checkpoint
+from megatron_cpt.checkpoint.record import read_run
+from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, read_mapping
+from megatron_cpt.config.overrides import apply_overrides
 from megatron_cpt.data.tokenfile.reader import expand_prefixes, read_header
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.planning import RunPlan, build_plan
@@ -61,7 +67,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file cannot be read.
         ConfigError: lists every problem of the values.
     """
-    return load_config(path, overrides)
+    return _read_draft(path, overrides).finish(str(path))
 
 
 def plan_run(run: RunConfig, *, num_gpus: int | None = None) -> RunPlan:
@@ -101,12 +107,31 @@ def prepare_run(
         ConfigError: lists every problem of the configuration, the files and the plan.
         RefusedError: there is no such problem, but a dataset is damaged.
     """
-    return _prepare(str(path), draft_config(read_mapping(path), overrides), need_files, num_gpus)
+    return _prepare(str(path), _read_draft(path, overrides), need_files, num_gpus)
 
 
 def prepare_config(config: RunConfig, *, need_files: bool, num_gpus: int | None = None) -> PreparedRun:
     """Look up the files of a valid configuration and plan it; see `prepare_run`."""
     return _prepare(config.name, Draft(config), need_files, num_gpus)
+
+
+def _read_draft(path: str | Path, overrides: Sequence[str]) -> Draft:
+    data = read_mapping(path)
+    if "model" not in data and (model := _saved_model(data, overrides)) is not None:
+        data["model"] = model
+    return draft_config(data, overrides)
+
+
+def _saved_model(data: dict[str, Any], overrides: Sequence[str]) -> Any:
+    """Return the model section of the checkpoint that the run resumes or starts from; None without a valid one."""
+    overridden = copy.deepcopy(data)
+    apply_overrides(overridden, overrides)
+    init = overridden.get("init")
+    for folder in (overridden.get("output"), init.get("from") if isinstance(init, dict) else None):
+        if isinstance(folder, str):
+            with contextlib.suppress(UserError, RefusedError):  # `train` reports what is wrong with the checkpoint
+                return read_run(resolve_checkpoint(folder)).get("model")
+    return None
 
 
 def _prepare(name: str, draft: Draft, need_files: bool, num_gpus: int | None) -> PreparedRun:

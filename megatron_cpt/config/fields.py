@@ -53,7 +53,7 @@ def key_help(path: Path) -> str:
     section = section_at(path[:-1])
     for name, info in section.model_fields.items() if section else ():
         if path[-1] in (name, info.alias) and info.description:
-            return info.description.rstrip(".")
+            return " ".join(info.description.split()).rstrip(".")
     return ""
 
 
@@ -74,6 +74,7 @@ def run_schema() -> dict[str, Any]:
     """Return the JSON schema of run.yaml, with presets and short forms such as `300B`; editors complete with it."""
     schema = RunConfig.model_json_schema(by_alias=True)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["required"].remove("model")  # a checkpoint in init.from knows it
     sections = schema["$defs"]
     model = sections["ModelConfig"]
     required = model.pop("required")

@@ -301,7 +301,8 @@ class RunConfig(Section):
     seed: int = Field(1234, ge=0, lt=2**62)  # torch takes 64 bits, and each rank adds to the seed
     """Seed of data order, random weights and dropout."""
     model: Annotated[ModelConfig, BeforeValidator(_model_preset)]
-    """Shape of the model: the name of a preset, or fields, or a preset and fields that override it."""
+    """Shape of the model: a preset, or fields, or a preset and fields that override it; may be omitted if `init.from`
+    is a checkpoint on this machine, whose model it then is."""
     tokenizer: str | None = None
     """KIND:PATH of the tokenizer of the data; gives the end-of-document id and is compared on resume."""
     init: InitConfig = Field(default_factory=InitConfig)

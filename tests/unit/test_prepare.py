@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from megatron_cpt.config import dump_yaml
 from megatron_cpt.data.tokenfile.reader import IndexedDatasetWriter
 from megatron_cpt.errors import EXIT_REFUSED, EXIT_USER, ConfigError, RefusedError
 from megatron_cpt.prepare import load_run, plan_run, prepare_run
@@ -50,6 +51,25 @@ def test_an_epoch_of_several_files_is_what_the_stream_reads(with_files, write_ru
 
 def test_overrides_count(with_files, write_run):
     assert prepare_run(write_run(with_files), ["tokens=5120"], need_files=True).plan.steps == 10
+
+
+def test_the_model_is_that_of_the_checkpoint(with_files, write_run, tmp_path):
+    model = load_run(write_run(with_files), ["model.vocab=300"]).model
+    for name in ("runs/base/checkpoints/step-00000005", "imported"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "state.json").write_text("{}")
+        (tmp_path / name / "run.yaml").write_text(dump_yaml({"model": model.model_dump(mode="json", by_alias=True)}))
+    del with_files["model"]
+    path = write_run(with_files)
+    for folder in ("imported", "runs/base", "runs/base/checkpoints/step-00000005"):
+        assert load_run(path, [f"init.from={folder}"]).model == model
+        assert prepare_run(path, [f"init.from={folder}"], need_files=True).config.model == model
+    assert load_run(path, ["output=runs/base", "init.from=gone"]).model == model  # a resume needs no init.from
+    assert load_run(path, ["init.from=imported", "model.vocab=500"]).model.vocab == 500
+    (tmp_path / "imported" / "run.yaml").write_text("][")
+    for overrides in (["init.from=gone"], ["init.from=imported"], []):
+        with pytest.raises(ConfigError, match=r"model: missing.*may be omitted if `init\.from` is a checkpoint"):
+            load_run(path, overrides)
 
 
 def test_load_and_plan(with_files, write_run):
