@@ -162,7 +162,7 @@ def test_an_import_has_no_optimizer_state(imported: Path, tmp_path: Path) -> Non
     checkpoint = imported / "nemotron" / "checkpoint"
     init = {"from": str(checkpoint), "load": "weights+optimizer"}
     run = small_run(tmp_path, model=_model(checkpoint), init=init)
-    with pytest.raises(RankError, match=r"imported from weights alone.*take init\.load=weights"):
+    with pytest.raises(RankError, match=r"imported from weights alone.*set init\.load=weights"):
         run_ranks(1, train_here, str(run))
 
 
