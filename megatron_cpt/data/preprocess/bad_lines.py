@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from megatron_cpt.data.preprocess.inputs import BlockOptions
-from megatron_cpt.data.preprocess.read_blocks import lines_before
+from megatron_cpt.data.preprocess.inputs import BlockOptions, lines_before
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodedBlock
 from megatron_cpt.errors import RefusedError, UserError
@@ -91,7 +90,7 @@ class BadLineLog:
             self.lines_before = lines_before(block, options)
         for bad in result.bad_lines:
             assert self.lines_before is not None
-            line = {"file": bad.file, "line": self.lines_before + bad.line, "reason": bad.reason}
+            line = {"file": block.path, "line": self.lines_before + bad.line, "reason": bad.reason}
             folder.append(FILE, orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             if len(self.first) < _SHOWN:
                 self.first.append(f"{line['file']}:{line['line']}: {line['reason']}")

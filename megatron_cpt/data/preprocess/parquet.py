@@ -23,11 +23,8 @@ def parquet_blocks(
     at byte r/n of the file. If the footer or a page cannot be read, the last block carries the error.
 
     Args:
-        number: number of the file.
-        path: path of the file.
         extent: first and last byte of the file when all files are laid end to end.
         interval: the bytes of all files, laid end to end, in which blocks must begin.
-        options: the columns, and the size of a block.
         begin: the first row to read.
 
     Raises:
@@ -36,7 +33,10 @@ def parquet_blocks(
     base, row = extent[0], 0
     try:
         with pq.ParquetFile(path) as file:
-            _require_columns(path, options.keys, file.schema_arrow.names)
+            names = file.schema_arrow.names
+            if missing := [key for key in options.keys if key not in names]:
+                known = ", ".join(map(repr, names[:8])) or "none"
+                raise UserError(f"input {path}: has no column {missing[0]!r}; its columns are {known}")
             total = max(file.metadata.num_rows, 1)
 
             def place(row: int) -> int:
@@ -95,11 +95,3 @@ def _batches(file: Any, group: int, options: BlockOptions) -> Iterator[Any]:
     wanted = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in options.keys)
     num_rows = min(_MAX_ROWS, max(1, options.block_bytes * metadata.num_rows // max(wanted, 1)))
     yield from file.iter_batches(num_rows, row_groups=[group], columns=list(options.keys), use_threads=False)
-
-
-def _require_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None:
-    for key in keys:
-        if key not in names:
-            raise UserError(
-                f"input {path}: has no column {key!r}; its columns are {', '.join(map(repr, names[:8])) or 'none'}"
-            )
