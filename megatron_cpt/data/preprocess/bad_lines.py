@@ -30,16 +30,7 @@ class MaxBad:
     fraction: float | None = None
 
     def check(self, num_bad: int, num_lines: int | None, summary: str) -> None:
-        """Refuse too many bad lines.
-
-        Args:
-            num_bad: bad lines so far.
-            num_lines: lines in total; None until all are read.
-            summary: the first bad lines, for the message.
-
-        Raises:
-            RefusedError: there are too many.
-        """
+        """Raise a RefusedError if there are too many bad lines; `num_lines` is None until all lines are read."""
         if self.count is not None and num_bad > self.count:
             raise RefusedError(f"nothing is written: more than {self.count} bad lines ({summary})")
         if self.fraction is not None and num_lines is not None and num_bad > self.fraction * num_lines:

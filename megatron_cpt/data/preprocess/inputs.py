@@ -198,9 +198,11 @@ def read_blocks(
             continue
         begin = start.position if number == start.file else 0
         if path.endswith(".parquet"):
-            from megatron_cpt.data.preprocess.parquet import parquet_blocks
+            from megatron_cpt.data.preprocess.parquet import cut_rows
 
-            yield from parquet_blocks(number, path, (base, file_end), (first, last), options, begin)
+            settings = (options.keys, options.block_bytes, begin)
+            for position, end, done, rows, damage in cut_rows(path, (base, file_end), (first, last), *settings):
+                yield Block(number, path, position, end, done, rows=rows, damage=damage)
         elif not path.endswith((".gz", ".zst")):
             # Cut at multiples of `block_bytes`; the lines of a block are those that begin in it (`read_range`).
             step, low = options.block_bytes, max(begin, first - base, 0)
