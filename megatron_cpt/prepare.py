@@ -27,8 +27,6 @@ class PreparedRun:
     """Run whose configuration and plan have no problems.
 
     Attributes:
-        config: the configuration.
-        plan: the plan.
         source_tokens: tokens per source.
         prefixes: dataset prefixes per source; sources whose files are missing have no entry.
     """
@@ -93,14 +91,11 @@ def plan_run(run: RunConfig, *, num_gpus: int | None = None) -> RunPlan:
 def prepare_run(
     path: str | Path, overrides: Sequence[str] = (), *, need_files: bool, num_gpus: int | None = None
 ) -> PreparedRun:
-    """Read a run.yaml, find its files and plan the run.
+    """Read a run.yaml, find its files and plan the run; see `load_run` and `plan_run`.
 
     Args:
-        path: the run.yaml.
-        overrides: `key=value` entries that replace values of the file, by dotted path.
         need_files: require every file that training reads. If False, a source whose files are missing is planned with
             its declared `tokens`.
-        num_gpus: number of ranks that the run must fit; None: any number.
 
     Raises:
         UserError: the run.yaml cannot be read.
@@ -194,30 +189,25 @@ def _find_validation(files: _Files, draft: Draft, config: RunConfig) -> None:
     if config.validation is None or not draft.is_untouched("validation"):
         return
     for name, path in config.validation.sources.items():
-        key = f"validation.sources.{name}"
         try:
             for prefix in expand_prefixes(path):
                 read_header(prefix)
-        except UserError as error:
-            files.missing.append(_line(key, error))
-        except RefusedError as error:
-            files.damaged.append(_line(key, error))
+        except (UserError, RefusedError) as error:
+            problems = files.damaged if isinstance(error, RefusedError) else files.missing
+            problems.append(_line(f"validation.sources.{name}", error))
 
 
 def _missing_start(draft: Draft, config: RunConfig) -> Iterator[str]:
     """Yield a message if the named checkpoint or tokenizer does not exist."""
     start = config.init.from_
-    if start is not None and draft.is_untouched("init") and not os.path.exists(start) and not _has_started(config):
+    # A run that has checkpoints of its own resumes from them and ignores `init`.
+    has_started = any(Path(config.output, "checkpoints").glob("step-*"))
+    if start is not None and draft.is_untouched("init") and not os.path.exists(start) and not has_started:
         fix = "give a checkpoint or a run directory, or remove it to start from random weights"
         yield f"init.from: {start}: no such checkpoint; {fix}"
     kind, _, path = (config.tokenizer or "").partition(":")
     if path and draft.is_untouched("tokenizer") and not os.path.exists(path):
         yield f"tokenizer: {kind}:{path}: no such file; give KIND:PATH of the tokenizer that the data was made with"
-
-
-def _has_started(config: RunConfig) -> bool:
-    """Return whether the run has checkpoints of its own; it resumes from them and ignores `init`."""
-    return any(Path(config.output, "checkpoints").glob("step-*"))
 
 
 def _line(key: str, error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_cpt.data.preprocess.pipeline import PreprocessReport
-    from megatron_cpt.data.preprocess.preprocess_options import Notify, Progress
+    from megatron_cpt.data.preprocess.preprocess_run import Notify, Progress
 
 
 @contextlib.contextmanager

@@ -16,8 +16,7 @@ def write_atomically(path: Path, content: str | bytes, *, has_several_writers: b
     """Replace a small file: every reader sees the old content or the new one, also after a kill or a power cut.
 
     Args:
-        path: the file.
-        content: its new content; text is written as UTF-8.
+        content: the new content; text is written as UTF-8.
         has_several_writers: several processes may write `path` at the same time, so each one needs a temporary file of
             its own. With one writer the temporary file is always `.NAME.tmp`, and the next write replaces the one that
             a killed process has left.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -19,28 +18,12 @@ ALGORITHM = "xxh3_128"
 _PIECE = 1 << 20
 
 
-class Checksum:
-    """Running checksum; it releases the GIL while it computes."""
-
-    def __init__(self) -> None:
-        self._state = xxhash.xxh3_128()
-
-    def update(self, data: Any) -> None:
-        """Add the bytes of `data`, any object that supports the buffer protocol."""
-        self._state.update(data)
-
-    def hexdigest(self) -> str:
-        """Return the checksum as 32 hexadecimal digits, the most significant first."""
-        return self._state.hexdigest()
+Checksum = xxhash.xxh3_128
+"""Running checksum (`update`, `hexdigest`) of anything that supports the buffer protocol; it releases the GIL."""
 
 
 def file_checksum(path: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """Return the checksum of a file.
-
-    Args:
-        path: the file.
-        progress: called after each piece with the number of bytes read so far.
-    """
+    """Return the checksum of a file; `progress` is called after each piece with the number of bytes read so far."""
     checksum, piece, done = Checksum(), memoryview(bytearray(_PIECE)), 0
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(piece):

@@ -8,12 +8,12 @@ finds credentials in its usual places. Requests to a store that fail are retried
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
 import random
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from megatron_cpt.errors import CptError, UserError
@@ -57,9 +57,7 @@ class RangeFile(Protocol):
 
     def __enter__(self) -> RangeFile: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 def is_remote(path: str) -> bool:
@@ -158,23 +156,23 @@ def _with_retries(path: str, request: Callable[[], T]) -> T:
     The random factor keeps the ranks of a run, which all met the same failure, from asking again all at once.
     """
     attempts = len(RETRY_DELAYS) + 1
-    for attempt, delay in enumerate((*RETRY_DELAYS, None), 1):
+    for attempt in itertools.count(1):
         try:
             return request()
         except _LASTING_ERRORS:
             raise
         except Exception as error:  # every store has exceptions of its own
             reason = f"{type(error).__name__}: {error}"
-            if delay is None:
+            if attempt == attempts:
                 raise CptError(
                     f"{path}: cannot be read, {attempts} attempts failed ({reason}); check the store and the network, "
                     "then run the command again"
                 ) from error
-            seconds = delay * _jitter.uniform(0.5, 1.5)
+            wait = RETRY_DELAYS[attempt - 1] * _jitter.uniform(0.5, 1.5)
             logger.warning(
-                "%s: attempt %d of %d failed (%s); retrying in %.1f s", path, attempt, attempts, reason, seconds
+                "%s: attempt %d of %d failed (%s); retrying in %.1f s", path, attempt, attempts, reason, wait
             )
-            time.sleep(seconds)
+            time.sleep(wait)
     raise AssertionError("unreachable")
 
 

@@ -118,7 +118,9 @@ class ResumableFolder:
 
     def _open(self) -> None:
         settings = read_settings(self.path)
-        if settings is None and self.path.is_dir() and not _is_abandoned(self.path):
+        # A kill may leave a folder that is empty, but for settings that are half written.
+        is_ours = not self.path.is_dir() or all(SETTINGS_FILE in path.name for path in self.path.iterdir())
+        if settings is None and not is_ours:
             raise UserError(
                 f"{self.path}: holds files of something else; move or delete it, it is needed as work folder"
             )
@@ -126,13 +128,13 @@ class ResumableFolder:
             self.start_from_scratch()
             return
         names = differing_names(settings, self._settings)
-        if names and not self._should_discard_other_settings:
+        if names and self._should_discard_other_settings:
+            self.start_from_scratch()
+        elif names:
             raise UserError(
                 f"{self.path}: holds an interrupted run with other settings (different: {', '.join(names)}); give the "
                 "same settings again to resume it, or --restart to discard it"
             )
-        if names:
-            self.start_from_scratch()
 
     def _release(self) -> None:
         # Removed while the lock is held: filelock never takes a lock on a file that has lost its name.
@@ -196,8 +198,3 @@ def _empty(folder: Path, progress_path: Path) -> None:
     for path in folder.iterdir():
         if path.name != SETTINGS_FILE:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _is_abandoned(folder: Path) -> bool:
-    """Return whether the folder is empty, but for settings that a kill left half written."""
-    return all(SETTINGS_FILE in path.name for path in folder.iterdir())

@@ -39,7 +39,6 @@ class PhaseBlend:
     Attributes:
         name: the phase's name, unique in the run.
         first_sample: index of the phase's first sample in the run, from 0.
-        num_samples: number of samples.
         weights: share per source, summing to 1; sources outside the phase have no entry.
         seq_length: tokens per sample; None: each source's own length.
     """
@@ -65,7 +64,6 @@ def assign(weights: npt.NDArray[np.float64], given: npt.NDArray[np.int64], count
     Args:
         weights: (num_sources,), summing to 1.
         given: (num_sources,), samples that each source has given in this phase; updated in place.
-        count: number of samples to assign.
 
     Returns:
         (count,): index of the source per sample.
@@ -120,7 +118,7 @@ class BlendCursor:
         self._limits, self._grids = dict(limits or {}), dict(grids or {})
         self.sample = 0
         self._counters = self._restore_counters({})
-        self._start_blend(self._phase_at(0))
+        self._start_blend()
 
     @property
     def num_samples(self) -> int:
@@ -143,10 +141,7 @@ class BlendCursor:
         return self._counters.to_dict()
 
     def next(self, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the next samples of the run, and advance the cursor.
-
-        Args:
-            count: at most `remaining`.
+        """Return the next `count` samples of the run, at most `remaining`, and advance the cursor.
 
         Returns:
             Two int64 arrays (count,): the source of each sample (index in `source_names`), and the index of the sample
@@ -160,7 +155,7 @@ class BlendCursor:
         start = 0
         while start < count:
             if self.sample >= self._phase.end_sample or (self._counters.remaining(self._active) <= 0).any():
-                self._start_blend(self._phase_at(self.sample))
+                self._start_blend()
             chosen = self._choose(min(count - start, self._phase.end_sample - self.sample))
             end = start + len(chosen)
             sources[start:end], sample_indices[start:end] = chosen, self._counters.take(chosen)
@@ -199,9 +194,8 @@ class BlendCursor:
             )
         self._counters = self._restore_counters(state)
         self.sample = sample
-        phase = self._phase_at(sample)
-        self._start_blend(phase)
-        if phase.name == state["phase"] and self._active_weights() == dict(state["weights"]):
+        self._start_blend()
+        if self._phase.name == state["phase"] and self._active_weights() == dict(state["weights"]):
             start = state["counts_at_blend_start"]
             self._blend_start = np.array([int(start.get(name, 0)) for name in self.source_names], np.int64)
             if (self._blend_start > self._counters.counts).any():
@@ -213,12 +207,10 @@ class BlendCursor:
         read_names = {name for phase in self.phases for name in phase.weights}
         return SourceCounters(self.source_names, read_names, self._limits, self._grids, state)
 
-    def _phase_at(self, sample: int) -> PhaseBlend:
-        """Return the phase of a sample; past the end of the run, the last phase."""
-        return next((phase for phase in self.phases if sample < phase.end_sample), self.phases[-1])
-
-    def _start_blend(self, phase: PhaseBlend) -> None:
+    def _start_blend(self) -> None:
         """Start a blend at the current sample: deficits start at 0, the sources' counters continue."""
+        # past the end of the run, the last phase
+        phase = next((phase for phase in self.phases if self.sample < phase.end_sample), self.phases[-1])
         self._phase = phase
         sources = np.array([i for i, name in enumerate(self.source_names) if name in phase.weights], np.int64)
         if phase.seq_length is not None:

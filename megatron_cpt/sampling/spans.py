@@ -46,13 +46,8 @@ class SpanGrid:
     def first_unread(self, sample_index: int, old_length: int, new_length: int) -> int:
         """Return the index of the next sample when samples change from `old_length` to `new_length` tokens.
 
-        Args:
-            sample_index: index of the next sample of the old length, counted over all epochs.
-            old_length: tokens per sample so far.
-            new_length: tokens per sample from now on.
-
-        Returns:
-            The index, in samples of the new length, of the first sample of the first window that is unread.
+        That is the first sample of the first window that is unread. Both indices count samples of their own length,
+        over all epochs.
         """
         if old_length == new_length:
             return sample_index

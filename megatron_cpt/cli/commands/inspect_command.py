@@ -35,12 +35,13 @@ def inspect(
     """
     from megatron_cpt.data.inspect.summary import get_document, summarize
     from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
+    from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
     names = expand_prefixes(prefix)
     if len(names) > 1:
         raise UserError(f"{prefix}: {len(names)} datasets; give one of them: {', '.join(names[:5])}")
     dataset = IndexedDataset(names[0])
-    codec = _load_tokenizer(tokenizer)
+    codec = None if tokenizer is None else load_tokenizer(tokenizer)
     if document is not None:
         shown = get_document(dataset, document)
         if as_json:
@@ -66,21 +67,8 @@ def inspect(
         _print_document(one, codec, most=_SHOWN_TOKENS)
 
 
-def _load_tokenizer(spec: str | None) -> Tokenizer | None:
-    if spec is None:
-        return None
-    from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
-
-    return load_tokenizer(spec)
-
-
 def decode(codec: Tokenizer, ids: Sequence[int], where: str) -> str:
-    """Decode ids.
-
-    Args:
-        codec: the tokenizer.
-        ids: the ids.
-        where: file or document of the ids, for the message.
+    """Decode ids; `where` is the file or document of the ids, for the message.
 
     Raises:
         UserError: the tokenizer does not have one of the ids.
@@ -121,10 +109,11 @@ def _print_document(document: Document, codec: Tokenizer | None, most: int | Non
 
 def _document_json(document: Document, codec: Tokenizer | None) -> dict[str, Any]:
     ids = document.ids.tolist()
-    plain: dict[str, Any] = {
+    text = {} if codec is None else {"text": decode(codec, ids, f"document {document.number}")}
+    return {
         "document": document.number,
         "first_token": document.first_token,
         "num_tokens": len(ids),
         "ids": ids,
+        **text,
     }
-    return plain | ({} if codec is None else {"text": decode(codec, ids, f"document {document.number}")})

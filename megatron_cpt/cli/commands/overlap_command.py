@@ -11,14 +11,13 @@ import typer
 from megatron_cpt.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     import numpy.typing as npt
 
     from megatron_cpt.data.contamination.overlap import OverlapReport
     from megatron_cpt.data.tokenfile.documents import DocumentBlock
-    from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
+    from megatron_cpt.data.tokenfile.reader import IndexedDataset
+    from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
 
 HELD_OUT_HELP = "Documents to find: prefixes of .bin/.idx, globs, or .jsonl and .json files as benchmarks have."
 TOKENIZER_HELP = "Tokenizer of the training data, required for JSON Lines."
@@ -64,7 +63,8 @@ def overlap(
     documents = held_out_documents(held_out, codec, key or ["text"])
     held_out_set = HeldOutSet(documents, ngram=ngram, eod_id=eod_id)
     num_tokens = sum(dataset.num_tokens for dataset in training)
-    with progress_bar("comparing", num_tokens) as advance, _clean_writer(clean_prefix, training, overwrite) as writer:
+    clean = contextlib.nullcontext() if clean_prefix is None else _clean_writer(clean_prefix, training, overwrite)
+    with progress_bar("comparing", num_tokens) as advance, clean as writer:
 
         def on_block(dataset: IndexedDataset, block: DocumentBlock, is_hit: npt.NDArray[np.bool_]) -> None:
             if writer is not None:
@@ -78,21 +78,13 @@ def overlap(
         _print_report(report)
 
 
-@contextlib.contextmanager
-def _clean_writer(
-    prefix: str | None, training: list[IndexedDataset], overwrite: bool
-) -> Iterator[IndexedDatasetWriter | None]:
+def _clean_writer(prefix: str, training: list[IndexedDataset], overwrite: bool) -> IndexedDatasetWriter:
     import numpy as np
 
-    from megatron_cpt.data.rewrite.check_paths import require_free
-    from megatron_cpt.data.tokenfile.reader import IndexedDatasetWriter
+    from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 
-    if prefix is None:
-        yield None
-        return
     require_free(prefix, [dataset.prefix for dataset in training], overwrite=overwrite)
-    with IndexedDatasetWriter(prefix, np.result_type(*(dataset.dtype for dataset in training))) as writer:
-        yield writer
+    return IndexedDatasetWriter(prefix, np.result_type(*(dataset.dtype for dataset in training)))
 
 
 def _print_report(report: OverlapReport) -> None:

@@ -32,8 +32,7 @@ class TrainingHit:
     """Training document that shares n-grams with held-out documents.
 
     Attributes:
-        prefix: prefix of its dataset.
-        document: index of the document in the dataset.
+        document: index of the document in its dataset.
         shared: number of its n-grams that are in held-out documents.
         ngrams: number of its n-grams.
     """
@@ -49,7 +48,6 @@ class HeldOutDocument:
     """Result of the search for one held-out document.
 
     Attributes:
-        name: name of the document.
         ngrams: number of its distinct n-grams; 0: it is shorter than an n-gram, so only exact copies are found.
         found: number of its n-grams that are anywhere in the training data.
         copies: number of training documents with the same ids.
@@ -67,11 +65,7 @@ class HeldOutDocument:
     best_document: int | None = None
 
     def verdict(self, near: float) -> _Verdict:
-        """Classify the document.
-
-        Args:
-            near: least share of its n-grams in one training document to be a near copy.
-        """
+        """Classify the document; a near copy shares at least `near` of its n-grams with one training document."""
         if self.copies:
             return "exact"
         if not self.ngrams:
@@ -88,9 +82,7 @@ class OverlapReport:
     Attributes:
         ngram: ids per n-gram.
         near: see `HeldOutDocument.verdict`.
-        held_out: results for the held-out documents, in order.
         training_documents: number of training documents searched.
-        training_tokens: tokens in these documents.
         training_hits: number of training documents that share an n-gram with a held-out document or are a copy of it.
         worst: training documents that share the most n-grams, in descending order.
     """
@@ -148,13 +140,8 @@ class HeldOutSet:
         flat = np.concatenate(grams)
         self.grams = HashSet(flat)
         self._found = np.zeros(len(self.grams), np.bool_)
-        self._lengths = np.array(
-            sorted(lengths), np.int64
-        )  # possible lengths of a copy, with and without the end-of-document id
-        self._index_owners(flat, grams)
-
-    def _index_owners(self, flat: npt.NDArray[np.uint64], grams: Sequence[npt.NDArray[np.uint64]]) -> None:
-        """Index the held-out documents of n-gram i as owners[owner_starts[i] : owner_starts[i + 1]]."""
+        self._lengths = np.array(sorted(lengths), np.int64)  # of a copy, with and without the end-of-document id
+        # The held-out documents of n-gram i are owners[owner_starts[i] : owner_starts[i + 1]].
         members = np.searchsorted(self.grams.values, flat)
         owners = np.repeat(np.arange(len(grams)), [len(gram) for gram in grams])
         self._owners = owners[np.argsort(members, kind="stable")]
@@ -227,8 +214,6 @@ def find_overlap(
     """Search training data for held-out documents.
 
     Args:
-        training: datasets to search.
-        held_out: documents to find.
         near: see `HeldOutDocument.verdict`.
         on_block: called after each block of training documents, with a mask of the documents that overlap: to show
             progress, or to write the clean documents.

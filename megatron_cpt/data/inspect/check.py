@@ -21,7 +21,6 @@ class CheckReport:
     """Result of the validation of a dataset.
 
     Attributes:
-        prefix: path without `.bin` or `.idx`.
         header: header of the `.idx`; None if it cannot be parsed.
         vocab_size: size of the vocabulary that ids were compared with; None: they were not compared.
         scan: statistics of all ids; None if they could not be read.
@@ -65,7 +64,7 @@ class CheckReport:
             "eod_id": documents and documents.eod_id,
             "documents_without_eod": documents and documents.num_without_eod,
             "fingerprint": self.fingerprint,
-            "findings": [finding.to_dict() | {"message": str(finding)} for finding in self.findings],
+            "findings": [asdict(finding) | {"message": str(finding)} for finding in self.findings],
         }
 
 
@@ -80,10 +79,8 @@ def check_dataset(
     """Validate a PREFIX.bin/PREFIX.idx pair completely.
 
     Args:
-        prefix: path without `.bin` or `.idx`.
         vocab_size: ids must be below it; None: ids are not compared.
         eod_id: documents must end with it; None: the most frequent last id is used, and other documents get a warning.
-        duplicates: search for duplicate documents.
         progress: called with the number of bytes after each block of the `.bin`.
 
     Raises:

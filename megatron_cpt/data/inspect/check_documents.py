@@ -29,7 +29,6 @@ class DocumentReport:
         num_duplicates: documents with the same tokens as an earlier document; None: not searched.
         eod_id: end-of-document id: the given one, or the id that most documents end with; None: no such id.
         num_without_eod: nonempty documents that do not end with `eod_id`; None without an `eod_id`.
-        findings: a finding per problem.
     """
 
     num_empty: int
@@ -45,9 +44,7 @@ def check_documents(dataset: IndexedDataset, *, eod_id: int | None = None, dupli
     The search for duplicates takes 16 bytes of memory per document; without it, memory is constant.
 
     Args:
-        dataset: the dataset.
         eod_id: id that each document must end with; None: the most frequent last id.
-        duplicates: search for duplicate documents.
     """
     tokens = _tokens(dataset)
     last_ids, num_empty, first_empty = Counter[int](), 0, list[int]()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,7 @@ class _BadPlaces:
     kind: str
     unit: str
     total: int = 0
-
-    def __post_init__(self) -> None:
-        self.named: list[tuple[str, int, str]] = []
+    named: list[tuple[str, int, str]] = field(default_factory=list)
 
     def add(self, places: npt.NDArray[np.intp], first: int, values: npt.NDArray[Any], problem: str) -> None:
         """Add positions in a block whose first entry is number `first`; `{}` in the problem becomes the value."""
@@ -132,9 +130,8 @@ def _examine_sizes(header: IndexHeader) -> Iterator[Finding]:
         f"has {bin_bytes} bytes, but the sizes in its .idx add up to {total} {header.dtype.name} tokens = "
         f"{total * itemsize} bytes"
     )
-    fitting = [
-        dtype.name for dtype in DTYPE_CODES.values() if dtype.kind in "iu" and total * dtype.itemsize == bin_bytes
-    ]
+    types = (dtype for dtype in DTYPE_CODES.values() if dtype.kind in "iu")
+    fitting = [dtype.name for dtype in types if total * dtype.itemsize == bin_bytes]
     if total > 0 and fitting:
         problem += f"; tokens of type {' or '.join(fitting)} would fit: the type in the .idx is wrong"
     elif total * itemsize > bin_bytes:
@@ -151,13 +148,11 @@ def _examine_type(header: IndexHeader) -> Finding | None:
     distances = np.diff(np.fromfile(idx, "<i8", count, offset=header.pointers_offset))
     if not sizes.any() or (distances == sizes * header.dtype.itemsize).all():
         return None
+    name = f"token type {header.dtype.name}, {header.dtype.itemsize} bytes"
     for itemsize in sorted({dtype.itemsize for dtype in DTYPE_CODES.values()}):
         if (distances == sizes * itemsize).all():
-            name = header.dtype.name
-            problem = (
-                f"token type {name}, {header.dtype.itemsize} bytes, but the pointers fit tokens of {itemsize} bytes"
-            )
-            return fault("dtype", idx, problem, place="byte 17", value=name)
+            problem = f"{name}, but the pointers fit tokens of {itemsize} bytes"
+            return fault("dtype", idx, problem, place="byte 17", value=header.dtype.name)
     return None
 
 

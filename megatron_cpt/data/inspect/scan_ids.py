@@ -25,6 +25,9 @@ _MADV_POPULATE_READ = 22
 MOST_NAMED = 5
 """Positions of invalid ids that are recorded; the others are only counted."""
 
+_BlockScan = tuple[int, int, list[tuple[int, int]]]
+"""Largest id, number of invalid ids, and (token offset, id) of the first of these."""
+
 
 @dataclass(frozen=True)
 class IdScan:
@@ -34,8 +37,6 @@ class IdScan:
         max_id: largest id; None for an empty file.
         num_outside: number of ids that are negative or not below the vocabulary size.
         first_outside: (token offset, id) of the first of these ids.
-        num_bytes: bytes read.
-        seconds: duration of the scan.
     """
 
     max_id: int | None
@@ -50,21 +51,6 @@ class IdScan:
         return self.num_bytes / 1e9 / max(self.seconds, 1e-9)
 
 
-class _Tally:
-    """Partial result of a scan."""
-
-    def __init__(self) -> None:
-        self.max_id: int | None = None
-        self.num_outside = 0
-        self.first_outside: list[tuple[int, int]] = []
-
-    def add(self, other: _Tally) -> None:
-        if other.max_id is not None:
-            self.max_id = other.max_id if self.max_id is None else max(self.max_id, other.max_id)
-        self.num_outside += other.num_outside
-        self.first_outside = sorted([*self.first_outside, *other.first_outside])[:MOST_NAMED]
-
-
 def scan_ids(
     path: str,
     dtype: np.dtype[Any],
@@ -74,10 +60,9 @@ def scan_ids(
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> IdScan:
-    """Scan every id of a file.
+    """Scan every id of a `.bin`.
 
     Args:
-        path: path of the `.bin`.
         dtype: token type, an integer.
         num_tokens: number of tokens to scan, from the start of the file.
         vocab_size: ids must be below it; None: ids must only not be negative.
@@ -91,7 +76,7 @@ def scan_ids(
     if num_threads is None:
         num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     num_bytes = num_tokens * dtype.itemsize
-    total, lock = _Tally(), threading.Lock()
+    found, lock = list[_BlockScan](), threading.Lock()
     begin = time.perf_counter()
     with open(path, "rb") as file:
         blocks = _Blocks(file.fileno(), path, num_bytes)
@@ -99,20 +84,18 @@ def scan_ids(
         def work(number: int) -> None:
             for offset in range(number * _BLOCK_BYTES, num_bytes, num_threads * _BLOCK_BYTES):
                 with blocks.read(offset, dtype) as tokens:
-                    found = _scan_block(tokens, offset // dtype.itemsize, vocab_size)
+                    found.append(_scan_block(tokens, offset // dtype.itemsize, vocab_size))
                     with lock:
-                        total.add(found)
                         if progress is not None:
                             progress(tokens.nbytes)
 
-        if num_threads == 1:
-            work(0)
-        else:
-            with ThreadPoolExecutor(num_threads) as pool:
-                list(pool.map(work, range(num_threads)))
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(work, range(num_threads)))
         blocks.require_size()
-    seconds = time.perf_counter() - begin
-    return IdScan(total.max_id, total.num_outside, tuple(total.first_outside), num_bytes, seconds)
+    max_id = max((block_max for block_max, _, _ in found), default=None)
+    first_outside = sorted(entry for _, _, first in found for entry in first)[:MOST_NAMED]
+    num_outside = sum(number for _, number, _ in found)
+    return IdScan(max_id, num_outside, tuple(first_outside), num_bytes, time.perf_counter() - begin)
 
 
 class _Blocks:
@@ -172,18 +155,14 @@ class _Blocks:
         return RefusedError(f"{self._path}: bytes {begin} to {end}: cannot be read: {reason}")
 
 
-def _scan_block(tokens: npt.NDArray[Any], token_offset: int, vocab_size: int | None) -> _Tally:
+def _scan_block(tokens: npt.NDArray[Any], token_offset: int, vocab_size: int | None) -> _BlockScan:
     """Scan a block. One pass suffices if all ids are valid, because negative ids are large as unsigned numbers."""
-    tally, bits = _Tally(), 8 * tokens.dtype.itemsize
+    bits, unsigned = 8 * tokens.dtype.itemsize, tokens.view(f"<u{tokens.dtype.itemsize}")
     limit = 1 << (bits - 1 if tokens.dtype.kind == "i" else bits)
     if vocab_size is not None:
         limit = min(limit, vocab_size)
-    largest = int(tokens.view(f"<u{tokens.dtype.itemsize}").max())
+    largest = int(unsigned.max())
     if largest < limit:
-        tally.max_id = largest
-        return tally
-    tally.max_id = int(tokens.max())
-    outside = np.flatnonzero(tokens.view(f"<u{tokens.dtype.itemsize}") >= np.uint64(limit))
-    tally.num_outside = len(outside)
-    tally.first_outside = [(token_offset + int(i), int(tokens[i])) for i in outside[:MOST_NAMED]]
-    return tally
+        return largest, 0, []
+    outside = np.flatnonzero(unsigned >= np.uint64(limit))
+    return int(tokens.max()), len(outside), [(token_offset + int(i), int(tokens[i])) for i in outside[:MOST_NAMED]]

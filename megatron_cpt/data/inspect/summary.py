@@ -19,14 +19,7 @@ PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 
 @dataclass(frozen=True)
 class LengthBin:
-    """Bin of a histogram of document lengths.
-
-    Attributes:
-        low: shortest length in tokens.
-        high: longest length in tokens.
-        documents: number of documents with such a length.
-        tokens: tokens in these documents.
-    """
+    """Bin of a histogram of document lengths: documents of `low` to `high` tokens, and all their tokens."""
 
     low: int
     high: int
@@ -39,15 +32,9 @@ class Summary:
     """Statistics of a dataset.
 
     Attributes:
-        prefix: path without `.bin` or `.idx`.
-        dtype: token type.
-        documents: number of documents.
         sequences: number of sequences; a document has one or more.
-        tokens: tokens in the `.bin`.
         bytes: size of the `.bin`.
-        mean: mean tokens per document; None without documents, like `shortest` and `longest`.
-        shortest: fewest tokens in a document.
-        longest: most tokens in a document.
+        mean: mean tokens per document; None without documents, like `shortest` and `longest` (also in tokens).
         percentiles: tokens per document by percentile; each value is the length of an existing document.
         histogram: bins that double in length, including empty bins between the first and the last.
         fingerprint: fingerprint of the dataset, as checkpoints record it.
@@ -76,9 +63,7 @@ class Document:
     """Document of a dataset.
 
     Attributes:
-        number: index of the document in the dataset.
-        first_token: offset of its first token in the `.bin`, in tokens.
-        ids: token ids.
+        first_token: offset of the document's first token in the `.bin`, in tokens.
     """
 
     number: int
@@ -92,10 +77,8 @@ def summarize(dataset: IndexedDataset) -> Summary:
     Raises:
         RefusedError: the index is damaged.
     """
-    # a document of several sequences may exceed 32 bits in theory
-    parts = [
-        np.diff(bounds).clip(max=np.iinfo(np.uint32).max).astype(np.uint32) for _, bounds in bounds_in_blocks(dataset)
-    ]
+    most = np.iinfo(np.uint32).max  # in theory, a document of several sequences may exceed 32 bits
+    parts = [np.diff(bounds).clip(max=most).astype(np.uint32) for _, bounds in bounds_in_blocks(dataset)]
     lengths = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint32)
     count = len(lengths)
     return Summary(
@@ -146,9 +129,7 @@ def get_document(dataset: IndexedDataset, number: int) -> Document:
 def draw_histogram(histogram: Sequence[LengthBin], width: int = 50) -> list[str]:
     """Return the histogram as lines of text: per bin its documents, its share of the tokens, and a bar.
 
-    Args:
-        histogram: bins, as in `Summary.histogram`.
-        width: length of the longest bar in characters.
+    The longest bar has `width` characters.
     """
     if not histogram:
         return []
@@ -170,8 +151,5 @@ def _range(entry: LengthBin) -> str:
 
 def _bar(share: float, width: int) -> str:
     """Return a bar in steps of 1/8 character; a share above 0 is always visible."""
-    eighths = round(share * width * 8)
-    if share > 0:
-        eighths = max(1, eighths)
-    blocks, remainder = divmod(eighths, 8)
+    blocks, remainder = divmod(max(round(share * width * 8), int(share > 0)), 8)
     return "█" * blocks + (" ▏▎▍▌▋▊▉"[remainder] if remainder else "")

@@ -37,9 +37,7 @@ class FillInMiddle:
     Attributes:
         rate: share of the pieces that are rearranged.
         spm_rate: share of the rearranged pieces in SPM order; the others are in PSM order.
-        prefix_id: id of the token before the prefix.
-        middle_id: id of the token before the middle.
-        suffix_id: id of the token before the suffix.
+        prefix_id: id of the token before the prefix; `middle_id` and `suffix_id` accordingly.
         eod_id: end-of-document id; it stays at the end of its piece.
     """
 

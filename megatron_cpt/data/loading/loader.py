@@ -7,7 +7,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -53,11 +52,8 @@ class Loader:
         global_batch: samples per step over all ranks. If it changes: a function of the number of samples that the run
             has read before a step.
         micro_batch: samples per forward pass on one rank; may be a function as well.
-        data_parallel_rank: this rank.
-        data_parallel_size: number of data-parallel ranks.
         prefetch: steps to read ahead, at least 1.
         vocab_size: ids must be below it; None: ids are not checked.
-        documents: treatment of document boundaries.
     """
 
     def __init__(
@@ -81,8 +77,7 @@ class Loader:
         self._global_batch = global_batch if callable(global_batch) else lambda _: global_batch
         self._micro_batch = micro_batch if callable(micro_batch) else lambda _: micro_batch
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._vocab_size = vocab_size
-        self._documents = documents
+        self._vocab_size, self._documents = vocab_size, documents
         self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
@@ -131,16 +126,16 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _work(self) -> None:
         """Put steps into the queue until the run ends, then None; or the error that stopped the worker."""
         last: BaseException | None = None
         try:
-            while self._has_step() and not self._stop.is_set():
+            while not self._stop.is_set():
+                if not 0 < self._cursor.remaining >= self._global_batch(self._cursor.sample):
+                    break
                 self._put(self._read_step())
         except BaseException as error:  # noqa: BLE001 (`next_step` raises it again)
             last = error
@@ -152,10 +147,6 @@ class Loader:
                 return self._ready.put(item, timeout=_POLL_SECONDS)
             except queue.Full:
                 continue
-
-    def _has_step(self) -> bool:
-        remaining = self._cursor.remaining
-        return remaining > 0 and remaining >= self._global_batch(self._cursor.sample)
 
     def _read_step(self) -> StepData:
         global_batch, micro_batch = (size(self._cursor.sample) for size in (self._global_batch, self._micro_batch))
@@ -191,13 +182,8 @@ def validation_batches(
     gets 2 3 and 6 7; samples 5, 6 and 7 are masked.
 
     Args:
-        stream: the validation source.
-        num_samples: size of the set.
         micro_batch: samples per forward pass on one rank.
-        data_parallel_rank: this rank.
-        data_parallel_size: number of data-parallel ranks.
         vocab_size: ids must be below it; None: ids are not checked.
-        documents: treatment of document boundaries.
 
     Yields:
         Micro-batches whose `sources` are all 0.

@@ -26,7 +26,6 @@ def read_samples(
     All reads are announced before the first one starts, so that the disk serves them in parallel.
 
     Args:
-        streams: one per source.
         sources: (n,), index in `streams` per sample.
         sample_indices: (n,), index of each sample in its stream.
         vocab_size: ids must be below it; None: ids are not checked.
@@ -48,7 +47,13 @@ def read_samples(
     for dataset, reads in reads_by_file.items():
         dataset.will_read([start for start, _ in reads], width)
     for dataset, reads in reads_by_file.items():
-        _read_rows(dataset, reads, samples)
+        starts, rows = [start for start, _ in reads], [row for _, row in reads]
+        if dataset.dtype == samples.dtype:
+            dataset.read_rows(starts, [samples[row] for row in rows])
+        else:  # another source has a wider type
+            narrow = np.empty((len(rows), width), dataset.dtype)
+            dataset.read_rows(starts, list(narrow))
+            samples[rows] = narrow
     for row, (source, index) in enumerate(wanted):
         if streams[source].fim is not None:
             samples[row] = streams[source].apply_fim(samples[row], index, seq_length)
@@ -57,17 +62,6 @@ def read_samples(
         source, index = wanted[first_bad_row]
         raise _id_outside_vocabulary(streams[source], index, vocab_size, seq_length)
     return samples
-
-
-def _read_rows(dataset: IndexedDataset, reads: Sequence[tuple[int, int]], samples: npt.NDArray[Any]) -> None:
-    """Fill the rows of the samples that are in one file."""
-    starts, rows = [start for start, _ in reads], [row for _, row in reads]
-    if dataset.dtype == samples.dtype:
-        dataset.read_rows(starts, [samples[row] for row in rows])
-    else:  # another source has a wider type
-        narrow = np.empty((len(rows), samples.shape[1]), dataset.dtype)
-        dataset.read_rows(starts, list(narrow))
-        samples[rows] = narrow
 
 
 def _id_outside_vocabulary(stream: TokenStream, index: int, vocab_size: int, length: int | None) -> RefusedError:

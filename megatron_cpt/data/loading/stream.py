@@ -36,12 +36,10 @@ class SampleLocation(NamedTuple):
     """Position of a sample in the files of its source.
 
     Attributes:
-        source: name of the source.
         sample_index: index of the sample in the source, from 0, counted over all epochs in samples of its length.
         epoch: number of the epoch, from 0.
         span: index of the span over all files of the source.
         file: index of the file in the source.
-        prefix: path of the file without `.bin`.
         token_offset: offset of the sample's first token in the `.bin`, in tokens.
         seq_length: tokens that the sample trains on.
     """
@@ -88,9 +86,7 @@ class TokenStream:
 
     Attributes:
         dtype: integer type that can hold all tokens of the source.
-        num_tokens: tokens in all files.
         samples_per_epoch: spans in all files.
-        grid: spans and windows of the source.
 
     Raises:
         UserError: no file has seq_length + 1 tokens.
@@ -136,10 +132,9 @@ class TokenStream:
     def open(
         cls, name: str, prefixes: str | list[str], *, seq_length: int, seed: int, fim: FillInMiddle | None = None
     ) -> TokenStream:
-        """Open the files of a source.
+        """Open the files of a source; other arguments as for `TokenStream`.
 
         Args:
-            name: see `TokenStream`, as for `seq_length`, `seed` and `fim`.
             prefixes: path of a .bin/.idx pair without its ending, a glob such as `data/web-*`, or a list of both.
 
         Raises:
@@ -184,12 +179,7 @@ class TokenStream:
         return SampleLocation(self.name, int(sample_index), epoch_number, span, file, prefix, token_offset, length)
 
     def read(self, sample_index: int, seq_length: int | None = None) -> npt.NDArray[Any]:
-        """Return the seq_length + 1 tokens of a sample, after fill-in-the-middle; arguments as for `locate`.
-
-        Raises:
-            IndexError: `sample_index` is negative.
-            RefusedError: the file became shorter since it was opened.
-        """
+        """Return the seq_length + 1 tokens of a sample, after fill-in-the-middle; see `read_plain`."""
         return self.apply_fim(self.read_plain(sample_index, seq_length), sample_index, seq_length)
 
     def read_plain(self, sample_index: int, seq_length: int | None = None) -> npt.NDArray[Any]:

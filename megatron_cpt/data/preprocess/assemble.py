@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,9 @@ _COPY_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """Layout of the datasets that a run makes.
+    """Layout of the datasets that a run makes, one per key.
 
     Attributes:
-        prefixes: output prefix of the dataset of each key.
-        dtype: the token type.
         num_buckets: buckets of a shuffled run; None: documents keep their order.
         split_tokens: most tokens of a pair, unless a single document has more; None: one pair per key.
     """
@@ -47,7 +46,6 @@ def make_pairs(layout: OutputLayout, sources: Sequence[str], folder: str) -> tup
     """Write all pairs of the datasets under temporary names in a work folder.
 
     Args:
-        layout: the datasets to make.
         sources: work folders of the shards, in order.
         folder: the folder to write to; may be one of `sources`.
 
@@ -64,7 +62,14 @@ def make_pairs(layout: OutputLayout, sources: Sequence[str], folder: str) -> tup
             _write_index(folder, sizes_name, f"{number}.idx", layout)
             pairs = [(tokens_name, f"{number}.idx", prefix)]
         else:
-            pairs = _copy_pairs(layout, number, sources, folder)
+            with contextlib.closing(_SplitOutput(layout, number, folder)) as output:
+                if layout.num_buckets is None:
+                    for sizes, write in _ordered_parts(sources, number, layout.dtype):
+                        output.add(sizes, write)
+                else:
+                    for tokens, sizes in shuffled_buckets(sources, number, layout.num_buckets, layout.dtype):
+                        output.add(sizes, functools.partial(_write_tokens, tokens))
+            pairs = output.finish()
         for bin_name, idx_name, target in pairs:
             renames += [(os.path.join(folder, bin_name), f"{target}.bin")]
             renames += [(os.path.join(folder, idx_name), f"{target}.idx")]
@@ -76,17 +81,6 @@ def _write_index(folder: str, sizes_name: str, idx_name: str, layout: OutputLayo
     path = os.path.join(folder, sizes_name)
     sizes = np.memmap(path, "<i4", "r") if os.path.getsize(path) else np.empty(0, "<i4")
     write_index(os.path.join(folder, idx_name), sizes, layout.dtype, empty_sequences=False)
-
-
-def _copy_pairs(layout: OutputLayout, number: int, sources: Sequence[str], folder: str) -> list[tuple[str, str, str]]:
-    with contextlib.closing(_SplitOutput(layout, number, folder)) as output:
-        if layout.num_buckets is None:
-            for sizes, write in _ordered_parts(sources, number, layout.dtype):
-                output.add(sizes, write)
-        else:
-            for tokens, sizes in shuffled_buckets(sources, number, layout.num_buckets, layout.dtype):
-                output.add(sizes, _from_memory(tokens))
-    return output.finish()
 
 
 Write = Callable[[int, int, int], None]
@@ -103,36 +97,27 @@ def _ordered_parts(sources: Sequence[str], number: int, dtype: np.dtype[Any]) ->
             at = 0
             for block in range(0, sizes.size, _DOCUMENTS_PER_COPY):
                 part = sizes[block : block + _DOCUMENTS_PER_COPY]
-                yield part, _from_file(file.fileno(), at, dtype.itemsize)
+                yield part, functools.partial(_copy_tokens, file.fileno(), at, dtype.itemsize)
                 at += int(part.sum(dtype=np.int64)) * dtype.itemsize
 
 
-def _from_file(source: int, offset: int, itemsize: int) -> Write:
-    def write(fd: int, first: int, last: int) -> None:
-        at, end = offset + first * itemsize, offset + last * itemsize
-        while at < end:
-            at += _copy(source, fd, at, min(end - at, _COPY_BYTES))
-
-    return write
-
-
-def _copy(source: int, target: int, at: int, count: int) -> int:
-    try:
-        copied = os.copy_file_range(source, target, count, offset_src=at)
-    except OSError:  # not supported by this file system
-        copied = os.sendfile(target, source, at, count)
-    if copied == 0:
-        raise OSError(errno.EIO, "a file of tokens is shorter than the sum of its sizes")
-    return copied
+def _copy_tokens(source: int, offset: int, itemsize: int, fd: int, first: int, last: int) -> None:
+    at, end = offset + first * itemsize, offset + last * itemsize
+    while at < end:
+        count = min(end - at, _COPY_BYTES)
+        try:
+            copied = os.copy_file_range(source, fd, count, offset_src=at)
+        except OSError:  # not supported by this file system
+            copied = os.sendfile(fd, source, at, count)
+        if copied == 0:
+            raise OSError(errno.EIO, "a file of tokens is shorter than the sum of its sizes")
+        at += copied
 
 
-def _from_memory(tokens: npt.NDArray[Any]) -> Write:
-    def write(fd: int, first: int, last: int) -> None:
-        view = memoryview(tokens[first:last].data).cast("B")
-        while view.nbytes:
-            view = view[os.write(fd, view) :]
-
-    return write
+def _write_tokens(tokens: npt.NDArray[Any], fd: int, first: int, last: int) -> None:
+    view = memoryview(tokens[first:last].data).cast("B")
+    while view.nbytes:
+        view = view[os.write(fd, view) :]
 
 
 class _SplitOutput:
@@ -150,10 +135,8 @@ class _SplitOutput:
         ends = np.cumsum(sizes, dtype=np.int64)
         first, begin = 0, 0
         while first < sizes.size:
-            limit = self._layout.split_tokens
-            if limit is None:
-                last = sizes.size
-            else:
+            last, limit = sizes.size, self._layout.split_tokens
+            if limit is not None:
                 last = int(np.searchsorted(ends, begin + limit - self._tokens, side="right"))
             if last <= first and self._tokens > 0:
                 self._open()
@@ -167,11 +150,10 @@ class _SplitOutput:
 
     def finish(self) -> list[tuple[str, str, str]]:
         """Write the `.idx` files; return (name of the .bin, name of the .idx, final prefix) per pair."""
-        pairs = []
+        pairs, prefix = [], self._layout.prefixes[self._number]
         for pair in range(self._num_pairs):
             bin_name, sizes_name, idx_name = self._names(pair)
             _write_index(self._folder, sizes_name, idx_name, self._layout)
-            prefix = self._layout.prefixes[self._number]
             pairs.append((bin_name, idx_name, prefix if self._layout.split_tokens is None else f"{prefix}-{pair:05}"))
         return pairs
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from megatron_cpt.data.preprocess.inputs import BlockOptions
-from megatron_cpt.data.preprocess.read_blocks import lines_before
+from megatron_cpt.data.preprocess.inputs import BlockOptions, lines_before
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodedBlock
 from megatron_cpt.errors import RefusedError, UserError
@@ -31,16 +30,7 @@ class MaxBad:
     fraction: float | None = None
 
     def check(self, num_bad: int, num_lines: int | None, summary: str) -> None:
-        """Refuse too many bad lines.
-
-        Args:
-            num_bad: bad lines so far.
-            num_lines: lines in total; None until all are read.
-            summary: the first bad lines, for the message.
-
-        Raises:
-            RefusedError: there are too many.
-        """
+        """Raise a RefusedError if there are too many bad lines; `num_lines` is None until all lines are read."""
         if self.count is not None and num_bad > self.count:
             raise RefusedError(f"nothing is written: more than {self.count} bad lines ({summary})")
         if self.fraction is not None and num_lines is not None and num_bad > self.fraction * num_lines:
@@ -91,7 +81,7 @@ class BadLineLog:
             self.lines_before = lines_before(block, options)
         for bad in result.bad_lines:
             assert self.lines_before is not None
-            line = {"file": bad.file, "line": self.lines_before + bad.line, "reason": bad.reason}
+            line = {"file": block.path, "line": self.lines_before + bad.line, "reason": bad.reason}
             folder.append(FILE, orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             if len(self.first) < _SHOWN:
                 self.first.append(f"{line['file']}:{line['line']}: {line['reason']}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +20,6 @@ _MAX_BUFFERED = 1 << 28  # bytes over all buckets
 
 ENTRY = np.dtype([("order", "<u8"), ("size", "<i4")])
 """Record per document of a bucket: its random key, by which the bucket is sorted, and its number of tokens."""
-
-
-class Sink(Protocol):
-    """Destination of the documents of one key."""
-
-    def add(self, block: Block, texts: EncodedTexts) -> None:
-        """Add the documents of the next block."""
-        ...
-
-    def flush(self) -> None:
-        """Append everything buffered to the folder's files."""
-        ...
 
 
 class OrderedSink:
@@ -59,9 +47,7 @@ class ShuffledSink:
     3, so the sorted buckets one after another are all documents sorted by key.
 
     Args:
-        folder: the work folder.
         number: number of the key in the list of keys.
-        seed: seed of the shuffle.
         num_buckets: a power of two.
     """
 
@@ -125,8 +111,6 @@ def gather(tokens: npt.NDArray[Any], sizes: npt.NDArray[Any], chosen: npt.NDArra
     Example: tokens [1, 2, 3, 4, 5] of documents with sizes [2, 3], chosen [1, 0]: [3, 4, 5, 1, 2].
 
     Args:
-        tokens: tokens of all documents, one after another.
-        sizes: tokens per document.
         chosen: numbers of the wanted documents, in the new order.
     """
     begins = np.cumsum(sizes, dtype=np.int64) - sizes

@@ -1,15 +1,19 @@
-"""Input files of a run, the shard of them that this process reads, and the blocks that they are cut into."""
+"""Input files of a run, the shard of them that this process reads, and the blocks that they are cut into.
+
+The places where files are cut follow from the files alone, not from the number of workers, nodes or restarts. So a run
+can stop after any block and resume with the next one, and each node can take a range of blocks.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from megatron_cpt.data.preprocess.jsonl import Lines
+from megatron_cpt.data.preprocess.jsonl import Lines, PackedFile, cut_stream
 from megatron_cpt.errors import UserError
 
 ENDINGS = (*(f"{ending}{packed}" for ending in (".jsonl", ".json") for packed in ("", ".gz", ".zst")), ".parquet")
@@ -22,7 +26,6 @@ class InputFiles:
     """Input files, laid end to end.
 
     Attributes:
-        paths: in reading order.
         starts: bytes on disk before each file, then the total, (files + 1,). Files of 10 and 20 bytes: [0, 10, 30].
     """
 
@@ -65,7 +68,6 @@ class Cursor:
     """Place to resume at: the first block of file number `file` that begins at `position` or later.
 
     Attributes:
-        file: number of the file.
         position: byte of the unpacked file, or row.
     """
 
@@ -81,13 +83,10 @@ class Block:
     [position, end) itself.
 
     Attributes:
-        file: number of the file.
-        path: path of the file.
         position: first byte of the unpacked file, or first row.
         end: position of the next block.
         bytes_done: bytes on disk of all files up to the end of this block.
-        lines: lines of a packed file.
-        rows: rows of a parquet file as an Arrow stream.
+        rows: rows as an Arrow stream.
         damage: why the file cannot be read beyond this block.
     """
 
@@ -145,12 +144,8 @@ def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def _files_of_folder(folder: str) -> list[str]:
-    found = sorted(
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.endswith(ENDINGS)
-    )
+    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    found = sorted(path for path in paths if path.endswith(ENDINGS))
     if not found:
         raise UserError(f"input {folder}: a folder without a file that ends in {', '.join(ENDINGS)}")
     return found
@@ -185,3 +180,50 @@ def _slurm_shard(environment: Mapping[str, str]) -> Shard:
         return Shard(int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]))
     except KeyError as error:
         raise UserError(f"shard slurm: {error.args[0]} is not set; start it with srun or sbatch --array") from error
+
+
+def read_blocks(
+    files: InputFiles, options: BlockOptions, shard: Shard | None = None, start: Cursor | None = None
+) -> Iterator[Block]:
+    """Yield the blocks of a shard, from a cursor on.
+
+    A block belongs to the shard in which it begins. Packed files cannot be entered in the middle, so all their blocks
+    belong to the shard in which the file begins.
+    """
+    first, last = (shard or Shard()).interval(files.total_bytes)
+    start = start or Cursor()
+    for number, path in enumerate(files.paths):
+        base, file_end = files.starts[number : number + 2]
+        if number < start.file or file_end <= first or base >= last:
+            continue
+        begin = start.position if number == start.file else 0
+        if path.endswith(".parquet"):
+            from megatron_cpt.data.preprocess.parquet import cut_rows
+
+            settings = (options.keys, options.block_bytes, begin)
+            for position, end, done, rows, damage in cut_rows(path, (base, file_end), (first, last), *settings):
+                yield Block(number, path, position, end, done, rows=rows, damage=damage)
+        elif not path.endswith((".gz", ".zst")):
+            # Cut at multiples of `block_bytes`; the lines of a block are those that begin in it (`read_range`).
+            step, low = options.block_bytes, max(begin, first - base, 0)
+            for position in range(-(-low // step) * step, min(file_end, last) - base, step):
+                end = min(position + step, file_end - base)
+                yield Block(number, path, position, end, base + end)
+        elif first <= base < last:
+            with PackedFile(path) as file:
+                for cut in cut_stream(file, options.block_bytes, options.max_line_bytes):
+                    if cut.position >= begin:
+                        done = base + file.tell()
+                        yield Block(number, path, cut.position, cut.end, done, lines=cut.lines, damage=cut.damage)
+
+
+def lines_before(block: Block, options: BlockOptions) -> int:
+    """Count the line ends of a file before a block; needed only to number a bad line of a shard's first file."""
+    if block.path.endswith(".parquet"):
+        return block.position
+    count, left = 0, block.position
+    with open(block.path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, options.block_bytes))):
+            count += piece.count(b"\n")
+            left -= len(piece)
+    return count

@@ -29,8 +29,7 @@ def join_shards(
     Args:
         output_prefix: the output prefix that the shards were given.
         count: number of shards.
-        max_bad: give up at more bad lines than this, a number (100) or a share of all lines ("0.1%"); None: no limit.
-        overwrite: replace a dataset that already exists.
+        max_bad: see `PreprocessOptions`, as for `overwrite`.
 
     Raises:
         UserError: a shard is missing or not finished, shards were made with different settings, the output exists, or

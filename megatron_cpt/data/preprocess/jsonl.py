@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -109,20 +108,20 @@ class Cut:
 
 
 class PackedFile:
-    """Iterator over the unpacked bytes of a gzip or Zstandard file.
+    """Iterator over the unpacked bytes of a .gz or .zst file of one or more members or frames.
 
     The libraries' own file objects either lose the bytes read before a damaged place (gzip) or accept a truncated file
     as complete (zstandard).
     """
 
-    def __init__(self, file: BinaryIO, is_gzip: bool) -> None:
-        self._file = file
-        self._is_gzip = is_gzip
-        self._read_bytes = _PACKED_READ if is_gzip else _ZSTD_READ
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "rb", buffering=_PACKED_READ)  # noqa: SIM115 (closed by __exit__)
+        self._is_gzip = path.endswith(".gz")
+        self._read_bytes = _PACKED_READ if self._is_gzip else _ZSTD_READ
         self._new_member: Callable[[], Any] = lambda: zlib.decompressobj(wbits=31)
-        if not is_gzip:
+        if not self._is_gzip:
             self._new_member = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj
-        self.tell = file.tell
+        self.tell = self._file.tell
 
     def __enter__(self) -> PackedFile:
         return self
@@ -139,24 +138,16 @@ class PackedFile:
                     if not raw:
                         break
                     member = self._new_member()
-                unpacked, raw = self._unpack(member, raw)
-                yield unpacked
+                if self._is_gzip:  # unpack a piece at a time: a few packed bytes may hold a gigabyte
+                    yield member.decompress(raw, _UNPACKED_PIECE)
+                    raw = member.unconsumed_tail
+                else:
+                    yield member.decompress(raw)
+                    raw = b""
                 if member.eof:
                     raw, member = member.unused_data, None
         if member is not None:
             raise EOFError("it ends in the middle of compressed data")
-
-    def _unpack(self, member: Any, raw: bytes) -> tuple[bytes, bytes]:
-        """Return some unpacked bytes and the packed bytes still to unpack: a few of them may hold a gigabyte."""
-        if not self._is_gzip:
-            return member.decompress(raw), b""
-        return member.decompress(raw, _UNPACKED_PIECE), member.unconsumed_tail
-
-
-def open_packed(path: str) -> PackedFile:
-    """Open a .gz or .zst file of one or more members or frames."""
-    file = Path(path).open("rb", buffering=_PACKED_READ)  # noqa: SIM115 (closed by PackedFile)
-    return PackedFile(file, path.endswith(".gz"))
 
 
 def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Iterator[Cut]:
@@ -172,11 +163,11 @@ def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Ite
     damage: str | None = None
     while True:
         try:
-            piece = next(unpacked, None)
+            piece = next(unpacked)
+        except StopIteration:
+            break
         except (EOFError, zlib.error, zstandard.ZstdError) as error:
             damage = f"the file is truncated or corrupt: {error}"
-            break
-        if piece is None:
             break
         if open_line > max_line_bytes:
             ends = piece.find(b"\n") + 1
@@ -197,19 +188,15 @@ def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Ite
                 yield _whole_lines(position, data[:whole])
             position, size = position + whole, open_line
             pending = [] if open_line > max_line_bytes else [data[whole:]]
-    yield from _last_cut(position, size, b"".join(pending), damage, open_line > max_line_bytes)
+    data = b"".join(pending)
+    if damage is not None:
+        cut = _whole_lines(position, data[: data.rfind(b"\n") + 1])
+        yield replace(cut, end=cut.end + 1, damage=damage)  # so that a run that resumes after this block finds nothing
+    elif open_line > max_line_bytes:
+        yield Cut(position, position + size, Lines(b"", 0, 0, is_overlong=True))
+    elif data:
+        yield _whole_lines(position, data)
 
 
 def _whole_lines(position: int, data: bytes) -> Cut:
     return Cut(position, position + len(data), Lines(data, 0, _count_ends(data, 0, len(data))))
-
-
-def _last_cut(position: int, size: int, data: bytes, damage: str | None, is_overlong: bool) -> Iterator[Cut]:
-    if damage is not None:
-        data = data[: data.rfind(b"\n") + 1]
-        # one byte more, so that a run that resumes after this block finds nothing
-        yield Cut(position, position + len(data) + 1, Lines(data, 0, _count_ends(data, 0, len(data))), damage)
-    elif is_overlong:
-        yield Cut(position, position + size, Lines(b"", 0, 0, is_overlong=True))
-    elif data:
-        yield _whole_lines(position, data)

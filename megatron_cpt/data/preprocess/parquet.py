@@ -8,26 +8,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.errors import UserError
 
 _MAX_ROWS = 1 << 14
 
 
-def parquet_blocks(
-    number: int, path: str, extent: tuple[int, int], interval: tuple[int, int], options: BlockOptions, begin: int
-) -> Iterator[Block]:
-    """Yield the blocks of a file that begin at row `begin` or later, and inside an interval of bytes.
+def cut_rows(
+    path: str, extent: tuple[int, int], interval: tuple[int, int], keys: Sequence[str], block_bytes: int, begin: int
+) -> Iterator[tuple[int, int, int, bytes, str | None]]:
+    """Yield position, end, bytes_done, rows and damage of the `Block`s that begin at row `begin` or later.
 
     Row groups are read one after another, in batches of about `block_bytes` unpacked bytes. Row r of n counts as lying
     at byte r/n of the file. If the footer or a page cannot be read, the last block carries the error.
 
     Args:
-        number: number of the file.
-        path: path of the file.
         extent: first and last byte of the file when all files are laid end to end.
         interval: the bytes of all files, laid end to end, in which blocks must begin.
-        options: the columns, and the size of a block.
         begin: the first row to read.
 
     Raises:
@@ -36,7 +32,10 @@ def parquet_blocks(
     base, row = extent[0], 0
     try:
         with pq.ParquetFile(path) as file:
-            _require_columns(path, options.keys, file.schema_arrow.names)
+            names = file.schema_arrow.names
+            if missing := [key for key in keys if key not in names]:
+                known = ", ".join(map(repr, names[:8])) or "none"
+                raise UserError(f"input {path}: has no column {missing[0]!r}; its columns are {known}")
             total = max(file.metadata.num_rows, 1)
 
             def place(row: int) -> int:
@@ -47,15 +46,15 @@ def parquet_blocks(
                 if group_end <= begin or place(group_end) < interval[0] or place(row) >= interval[1]:
                     row = group_end
                     continue
-                for rows in _batches(file, group, options):
+                for rows in _batches(file, group, keys, block_bytes):
                     end = row + rows.num_rows
                     if row >= begin and interval[0] <= place(row) < interval[1]:
-                        yield Block(number, path, row, end, place(end), rows=_pack(rows))
+                        yield row, end, place(end), _pack(rows), None
                     row = end
     except (pa.ArrowException, OSError) as error:
         damage = f"the file is truncated or corrupt: {str(error).splitlines()[0]}"
         if row >= begin and (row > 0 or interval[0] <= base < interval[1]):
-            yield Block(number, path, row, row + 1, extent[1], rows=b"", damage=damage)
+            yield row, row + 1, extent[1], b"", damage
 
 
 def unpack_columns(rows: bytes, keys: Sequence[str]) -> list[list[Any]]:
@@ -88,18 +87,10 @@ def _pack(batch: Any) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def _batches(file: Any, group: int, options: BlockOptions) -> Iterator[Any]:
+def _batches(file: Any, group: int, keys: Sequence[str], block_bytes: int) -> Iterator[Any]:
     """Yield record batches of a row group; the footer decides their size, so every reader cuts at the same rows."""
     metadata = file.metadata.row_group(group)
     columns = [metadata.column(i) for i in range(metadata.num_columns)]
-    wanted = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in options.keys)
-    num_rows = min(_MAX_ROWS, max(1, options.block_bytes * metadata.num_rows // max(wanted, 1)))
-    yield from file.iter_batches(num_rows, row_groups=[group], columns=list(options.keys), use_threads=False)
-
-
-def _require_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None:
-    for key in keys:
-        if key not in names:
-            raise UserError(
-                f"input {path}: has no column {key!r}; its columns are {', '.join(map(repr, names[:8])) or 'none'}"
-            )
+    wanted = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in keys)
+    num_rows = min(_MAX_ROWS, max(1, block_bytes * metadata.num_rows // max(wanted, 1)))
+    yield from file.iter_batches(num_rows, row_groups=[group], columns=list(keys), use_threads=False)

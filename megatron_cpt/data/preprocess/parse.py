@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -12,11 +12,9 @@ from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.data.preprocess.jsonl import read_range
 
 
-@dataclass(frozen=True)
-class BadLine:
-    """Line or row that gave no document, and the reason."""
+class BadLine(NamedTuple):
+    """Line or row that gave no document, numbered from 1 at the beginning of its block, and the reason."""
 
-    file: str
     line: int
     reason: str
 
@@ -27,7 +25,6 @@ class ParsedBlock:
 
     Attributes:
         texts: texts per key, in the order of the keys.
-        bad_lines: bad lines, numbered from 1 at the beginning of the block.
         num_ends: line ends in the block, or rows.
         num_lines: lines that are not blank, or rows.
     """
@@ -42,7 +39,7 @@ def parse_block(block: Block, options: BlockOptions) -> ParsedBlock:
     """Return the texts and the bad lines of a block; a line without one of several keys is bad and gives the others."""
     parsed = _parse_rows(block, options) if block.rows is not None else _parse_lines(block, options)
     if block.damage is not None:  # found after the last line of the block
-        parsed.bad_lines.append(BadLine(block.path, parsed.num_ends + 1, block.damage))
+        parsed.bad_lines.append(BadLine(parsed.num_ends + 1, block.damage))
     return parsed
 
 
@@ -53,7 +50,7 @@ def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
     wanted = list(zip(options.keys, parsed.texts, strict=True))
     for number, line in enumerate(lines, lines.skipped + 1):
         if len(line) > options.max_line_bytes:
-            parsed.bad_lines.append(BadLine(block.path, number, _too_long(options)))
+            parsed.bad_lines.append(BadLine(number, _too_long(options)))
             continue
         try:
             row = orjson.loads(line)
@@ -64,12 +61,12 @@ def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
                 texts.append(text)
         except (ValueError, KeyError, TypeError):
             if bytes(line).strip():
-                parsed.bad_lines.append(BadLine(block.path, number, _parse_bad_line(bytes(line), wanted)))
+                parsed.bad_lines.append(BadLine(number, _parse_bad_line(bytes(line), wanted)))
             else:
                 num_blank += 1
     num_lines = number - lines.skipped - num_blank
     if lines.is_overlong:
-        parsed.bad_lines.append(BadLine(block.path, number + 1, _too_long(options)))
+        parsed.bad_lines.append(BadLine(number + 1, _too_long(options)))
         num_lines += 1
     return ParsedBlock(parsed.texts, parsed.bad_lines, lines.num_ends, num_lines)
 
@@ -111,8 +108,7 @@ def _parse_rows(block: Block, options: BlockOptions) -> ParsedBlock:
         for number, value in enumerate(values, 1):
             if type(value) is not str:
                 bad.setdefault(number, _not_a_text(key, value))
-    bad_lines = [BadLine(block.path, number, bad[number]) for number in sorted(bad)]
-    return ParsedBlock(texts, bad_lines, num_rows, num_rows)
+    return ParsedBlock(texts, [BadLine(*item) for item in sorted(bad.items())], num_rows, num_rows)
 
 
 def _not_a_text(key: str, value: Any) -> str:

@@ -1,6 +1,6 @@
 """Encode text files to `.bin`/`.idx` pairs, on one machine or many; an interrupted run resumes.
 
-The input is cut into blocks (`read_blocks.py`). Workers (`workers.py`) read, parse and encode one block at a time and
+The input is cut into blocks (`inputs.py`). Workers (`workers.py`) read, parse and encode one block at a time and
 return flat arrays in shared memory. This process (`preprocess_run.py`) appends the arrays, in order, to files in a work
 folder (`work_folder.py`) and publishes them at the end (`assemble.py`). Only a few blocks are in flight at a time, so a
 terabyte takes no more memory than a gigabyte.
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout, make_pairs
 from megatron_cpt.data.preprocess.buckets import count_buckets
 from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, Shard, expand_inputs
-from megatron_cpt.data.preprocess.preprocess_options import PreprocessOptions
-from megatron_cpt.data.preprocess.preprocess_run import Job, encode_all
+from megatron_cpt.data.preprocess.preprocess_run import Job, PreprocessOptions, encode_all
 from megatron_cpt.data.preprocess.work_folder import STATE_FILE, WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodeOptions
 from megatron_cpt.data.tokenfile.header import best_dtype
@@ -41,10 +41,7 @@ class PreprocessReport:
     """Result of `preprocess` or `join_shards`.
 
     Attributes:
-        output_prefix: the output prefix of the call.
         prefixes: prefixes of all published datasets; empty for a shard.
-        dtype: token type of the datasets.
-        documents: documents written.
         tokens: tokens written, end-of-document ids included.
         text_bytes: UTF-8 bytes of the documents' texts.
         input_bytes: size of the input files on disk.
@@ -104,7 +101,11 @@ def preprocess(
     files = InputFiles.of(expand_inputs(inputs))
     text_bytes = _estimate_text_bytes(files)
     job = _make_job(files, os.fspath(output_prefix), tokenizer, options, text_bytes)
-    folder = _work_folder(job)
+    path, restart = work_folder_path(job.prefix, options.shard), options.restart
+    # A run that was killed between its renames has published a part of its own output already.
+    if restart or not os.path.exists(os.path.join(path, STATE_FILE)):
+        ending = "" if options.split_tokens is None else "-00000"
+        refuse_to_overwrite([prefix + ending for prefix in job.layout.prefixes], options.overwrite)
     plan = plan_tokenizer(
         tokenizer,
         job.tokenizer,
@@ -113,7 +114,7 @@ def preprocess(
         input_bytes=text_bytes,
         notify=options.notify,
     )
-    with folder:
+    with WorkFolder(path, job.settings(), should_restart=restart) as folder:
         if not folder.state.get("done"):
             encode_all(job, plan, folder)
         if options.shard is not None:
@@ -131,8 +132,6 @@ def publish_run(
     Args:
         folder: the run's own folder; its state counts everything that is published.
         sources: folders that hold the tokens: `folder` itself, or the folders of the shards.
-        layout: the datasets to make.
-        prefix: output prefix of the run.
         input_bytes: size of the input files, for the report.
         started: `time.monotonic` at the start of the call, for the report.
     """
@@ -192,21 +191,11 @@ def _make_job(files: InputFiles, prefix: str, spec: str, options: PreprocessOpti
     )
 
 
-def _work_folder(job: Job) -> WorkFolder:
-    path, restart = work_folder_path(job.prefix, job.options.shard), job.options.restart
-    # A run that was killed between its renames has published a part of its own output already.
-    if restart or not os.path.exists(os.path.join(path, STATE_FILE)):
-        is_split = job.layout.split_tokens is not None
-        refuse_to_overwrite([f"{p}-00000" if is_split else p for p in job.layout.prefixes], job.options.overwrite)
-    return WorkFolder(path, job.settings(), should_restart=restart)
-
-
 def _estimate_text_bytes(files: InputFiles) -> int:
     """Return roughly how much text the files hold; the same on every machine, as it decides the number of buckets."""
-    sizes = [after - before for before, after in zip(files.starts[:-1], files.starts[1:], strict=True)]
     return sum(
-        size * (1 if path.endswith((".jsonl", ".json")) else _UNPACKED_PER_PACKED)
-        for path, size in zip(files.paths, sizes, strict=True)
+        (end - start) * (1 if path.endswith((".jsonl", ".json")) else _UNPACKED_PER_PACKED)
+        for path, (start, end) in zip(files.paths, pairwise(files.starts), strict=True)
     )
 
 

@@ -4,39 +4,83 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout
-from megatron_cpt.data.preprocess.buckets import OrderedSink, ShuffledSink, Sink
-from megatron_cpt.data.preprocess.inputs import Cursor, InputFiles, Shard
-from megatron_cpt.data.preprocess.preprocess_options import PreprocessOptions
-from megatron_cpt.data.preprocess.read_blocks import read_blocks
+from megatron_cpt.data.preprocess.buckets import OrderedSink, ShuffledSink
+from megatron_cpt.data.preprocess.inputs import BLOCK_BYTES, MAX_LINE_BYTES, Cursor, InputFiles, Shard, read_blocks
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodedBlock, EncodeOptions, Encoder, encode_blocks_in_pool
 from megatron_cpt.data.tokenizers.fast import (
+    Check,
     FastTokenizerMismatchError,
     TokenizerPlan,
+    WhenFast,
     build_tokenizer,
     revoke_certificate,
 )
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 
+Progress = Callable[[int, int, int, int], None]
+Notify = Callable[[str], None]
+
 SAVE_SECONDS = 10.0  # at most this much work is lost in a kill
 _SHOWN_PATHS = 5
 
 
-@dataclass
-class Counts:
-    """Totals of everything written so far; saved with the state.
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """Everything about a `preprocess` run that has a default.
 
     Attributes:
-        documents: per key.
-        tokens: per key, end-of-document ids included.
-        text_bytes: UTF-8 bytes of the documents' texts.
-        empty_documents: texts without a token.
+        key: the text's key in each JSON object, or its parquet column. Several keys give one dataset per key,
+            OUTPUT_PREFIX_KEY.
+        append_eod: end each document with the tokenizer's end-of-document id.
+        keep_empty: keep a text without tokens as a document without sequences, as Megatron-LM's tool does.
+        workers: processes that encode. 1: this process does it. More: a script that calls `preprocess` needs the
+            `if __name__ == "__main__"` guard. None: one per core, fewer for little input.
+        shuffle: seed of a random order of the documents; None keeps the order of the input.
+        split_tokens: write pairs of at most this many tokens, OUTPUT_PREFIX-00000 and so on; None writes one pair.
+        shard: encode only this part of the input; `join_shards` makes one dataset of all parts.
+        max_bad: give up at more bad lines than this, a number (100) or a share of all lines ("0.1%"); None: no limit.
+        max_line_bytes: a longer line counts as bad and is never held in memory.
+        block_bytes: approximate size of a block, the unit of work, of resuming and of sharding.
+        fast_tokenizer: when to use gigatoken, see `plan_tokenizer`.
+        tokenizer_check: how much of gigatoken's output is compared with the tokenizer's own library.
+        prefixes: output prefix per key, instead of the names derived from OUTPUT_PREFIX.
+        overwrite: replace a dataset that already exists.
+        restart: discard the progress of an interrupted run and start from scratch.
+        progress: called after each block with (input bytes done, input bytes in total, documents, tokens).
+        notify: called with a sentence about each decision and each step that takes long.
+    """
+
+    key: str | Sequence[str] = "text"
+    append_eod: bool = False
+    keep_empty: bool = False
+    workers: int | None = 1
+    shuffle: int | None = None
+    split_tokens: int | None = None
+    shard: Shard | None = None
+    max_bad: int | str | None = None
+    max_line_bytes: int = MAX_LINE_BYTES
+    block_bytes: int = BLOCK_BYTES
+    fast_tokenizer: WhenFast = "auto"
+    tokenizer_check: Check = "sample"
+    prefixes: Sequence[str] | None = None
+    overwrite: bool = False
+    restart: bool = False
+    progress: Progress | None = None
+    notify: Notify = lambda text: None
+
+
+@dataclass
+class Counts:
+    """Totals of everything written so far, documents and tokens per key; see `PreprocessReport`. Saved with the state.
+
+    Attributes:
         bytes_done: bytes of the input files on disk.
     """
 
@@ -49,13 +93,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Job:
-    """A call of `preprocess` with every option resolved.
-
-    Attributes:
-        workers: processes that encode.
-        max_bad: the parsed limit on bad lines.
-        options: the options as they were given.
-    """
+    """A call of `preprocess` with every option resolved; `options` are the options as they were given."""
 
     files: InputFiles
     prefix: str
@@ -120,7 +158,13 @@ class _Run:
         self._counts = Counts(**state["counts"]) if state else Counts([0] * num_keys, [0] * num_keys)
         self._log = bad.BadLineLog(**state["bad"]) if state else bad.BadLineLog()
         self._cursor = Cursor(**state["cursor"]) if state else Cursor()
-        self._sinks = [_make_sink(job, folder, number) for number in range(num_keys)]
+        seed, num_buckets = job.options.shuffle, job.layout.num_buckets
+        self._sinks: list[OrderedSink | ShuffledSink] = [
+            OrderedSink(folder, number)
+            if num_buckets is None or seed is None
+            else ShuffledSink(folder, number, seed, num_buckets)
+            for number in range(num_keys)
+        ]
 
     def encode(self) -> None:
         last_save = time.monotonic()
@@ -184,9 +228,3 @@ class _Run:
             "mismatch": self._mismatch,
             "done": done,
         }
-
-
-def _make_sink(job: Job, folder: WorkFolder, number: int) -> Sink:
-    if job.layout.num_buckets is None or job.options.shuffle is None:
-        return OrderedSink(folder, number)
-    return ShuffledSink(folder, number, job.options.shuffle, job.layout.num_buckets)

@@ -22,26 +22,17 @@ STATE_FILE = "state.json"
 
 
 class WorkFolder(ResumableFolder):
-    """Locked work folder whose files are appended to.
-
-    Args:
-        path: the folder.
-        settings: everything that decides which bytes are written.
-        should_restart: discard earlier progress.
+    """Locked work folder whose files are appended to; see `ResumableFolder`.
 
     Attributes:
         state: the last saved state; empty at the start.
-
-    Raises:
-        UserError: see `ResumableFolder`.
     """
 
     def __init__(self, path: str, settings: Mapping[str, Any], *, should_restart: bool = False) -> None:
         super().__init__(Path(path), settings, progress_file=STATE_FILE, should_restart=should_restart)
         self.state: dict[str, Any] = {}
         self._lengths: dict[str, int] = {}
-        self._truncated: set[str] = set()
-        self._changed: set[str] = set()
+        self._truncated, self._changed = set[str](), set[str]()
         self._saver = ThreadPoolExecutor(1, "work-folder")
         self._saving: Future[None] | None = None
 
@@ -96,9 +87,7 @@ class WorkFolder(ResumableFolder):
         """Empty the folder and record this run's settings."""
         self._finish_saving()
         super().start_from_scratch()
-        self.state, self._lengths = {}, {}
-        self._truncated.clear()
-        self._changed.clear()
+        self.state, self._lengths, self._truncated, self._changed = {}, {}, set(), set()
 
     def remove(self) -> None:
         """Remove the folder with everything in it."""

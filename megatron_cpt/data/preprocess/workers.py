@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import chain
+from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,20 @@ import numpy.typing as npt
 
 from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.data.preprocess.parse import BadLine, parse_block
-from megatron_cpt.data.preprocess.shared_memory import SharedSlots, SlotAllocator
 from megatron_cpt.data.tokenfile.header import best_dtype
 from megatron_cpt.data.tokenizers.fast import TokenizerPlan, build_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import CptError
 
 _BLOCKS_PER_WORKER = 3  # in flight: one being encoded, one waiting, one being written
+_ALIGNMENT = 8
 _ID_BYTES_PER_TEXT_BYTE = 4  # the most: an id takes 4 bytes, and a token stands for at least one byte of text
 
 Allocate = Callable[[int, "np.dtype[Any]"], "npt.NDArray[Any]"]
+
+
+_SentBlock = tuple["EncodedBlock", list[int | None]]
+"""Result without the ids that are in the slot, and the offset of these ids per key; None: the ids are in the result."""
 
 
 class WorkerLostError(CptError):
@@ -37,13 +43,7 @@ class WorkerLostError(CptError):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """Settings of the encoding.
-
-    Attributes:
-        blocks: the keys, and how the input is cut.
-        append_eod: end each document with the tokenizer's end-of-document id.
-        keep_empty: keep a text without tokens as a document without sequences, as Megatron-LM's tool does.
-    """
+    """Settings of the encoding; see `PreprocessOptions`."""
 
     blocks: BlockOptions
     append_eod: bool = False
@@ -69,15 +69,7 @@ class EncodedTexts:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Result of one block.
-
-    Attributes:
-        block: the block, without its data.
-        texts: documents per key, in the order of the keys.
-        bad_lines: lines or rows without a text, numbered from 1 at the beginning of the block.
-        num_ends: line ends (or rows) in the block.
-        num_lines: lines that are not blank, or rows.
-    """
+    """Result of one block, as in `ParsedBlock`, with the documents per key; `block` comes without its data."""
 
     block: Block
     texts: list[EncodedTexts]
@@ -159,29 +151,14 @@ def encode_blocks_in_pool(
         slots.close()
 
 
-@dataclass(frozen=True)
-class _SentBlock:
-    """Result as it goes through the pipe.
-
-    Attributes:
-        result: the result, without the ids that are in the slot.
-        places: (offset in the slot, bytes) of the ids per key; None: the ids did not fit and are in `result`.
-    """
-
-    result: EncodedBlock
-    places: list[tuple[int, int] | None]
-
-
 def _received(slots: SharedSlots, slot: int, future: Future[_SentBlock]) -> EncodedBlock:
-    sent = future.result()
-    texts = []
-    for key_texts, place in zip(sent.result.texts, sent.places, strict=True):
-        if place is not None:
-            offset, num_bytes = place
-            tokens = slots.slot(slot)[offset : offset + num_bytes].view(key_texts.tokens.dtype)
-            key_texts = replace(key_texts, tokens=tokens)
-        texts.append(key_texts)
-    return replace(sent.result, texts=texts)
+    result, offsets = future.result()
+    for number, offset in enumerate(offsets):
+        if offset is not None:
+            texts = result.texts[number]
+            tokens = np.frombuffer(slots.slot(slot), texts.tokens.dtype, int(texts.lengths.sum()), offset)
+            result.texts[number] = replace(texts, tokens=tokens)
+    return result
 
 
 _worker: tuple[Encoder, SharedSlots] | None = None  # set in worker processes only
@@ -208,9 +185,58 @@ def _encode_in_worker(block: Block, slot: int) -> _SentBlock:
     encoder, slots = _worker
     allocator = SlotAllocator(slots.slot(slot))
     result = encoder(block, allocator.empty)
-    texts, places = [], list[tuple[int, int] | None]()
-    for key_texts in result.texts:
-        offset = allocator.offset_of(key_texts.tokens)
-        places.append(None if offset is None else (offset, key_texts.tokens.nbytes))
-        texts.append(key_texts if offset is None else replace(key_texts, tokens=key_texts.tokens[:0]))
-    return _SentBlock(replace(result, texts=texts), places)
+    offsets = [allocator.offset_of(texts.tokens) for texts in result.texts]
+    for number, offset in enumerate(offsets):
+        if offset is not None:
+            result.texts[number] = replace(result.texts[number], tokens=result.texts[number].tokens[:0])
+    return result, offsets
+
+
+class SharedSlots:
+    """Shared memory in `count` slots of `slot_bytes` each, one slot per block in flight.
+
+    A pipe would copy each array four times. The memory is anonymous, not a file in /dev/shm, which containers keep
+    small. It can be pickled for a spawned process. Only pages that were written take up memory of the machine.
+    """
+
+    def __init__(self, count: int, slot_bytes: int) -> None:
+        self._slot_bytes = slot_bytes
+        self._fd = os.memfd_create("tokens")
+        os.ftruncate(self._fd, count * slot_bytes)
+        self._bytes = np.frombuffer(mmap.mmap(self._fd, 0), np.uint8)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"fd": reduction.DupFd(self._fd), "slot_bytes": self._slot_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._slot_bytes = state["slot_bytes"]
+        self._fd = state["fd"].detach()
+        self._bytes = np.frombuffer(mmap.mmap(self._fd, 0), np.uint8)
+
+    def slot(self, number: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a slot."""
+        return self._bytes[number * self._slot_bytes : (number + 1) * self._slot_bytes]
+
+    def close(self) -> None:
+        """Close the descriptor: no further process can be given the memory; existing arrays stay valid."""
+        os.close(self._fd)
+
+
+class SlotAllocator:
+    """Allocator of arrays inside a slot, and in ordinary memory once the slot is full."""
+
+    def __init__(self, slot: npt.NDArray[np.uint8]) -> None:
+        self._slot, self._used = slot, 0
+
+    def empty(self, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Return an uninitialized array of `count` numbers."""
+        begin, num_bytes = self._used, count * dtype.itemsize
+        if begin + num_bytes > self._slot.size:
+            return np.empty(count, dtype)
+        self._used = -(-(begin + num_bytes) // _ALIGNMENT) * _ALIGNMENT
+        return self._slot[begin : begin + num_bytes].view(dtype)
+
+    def offset_of(self, array: npt.NDArray[Any]) -> int | None:
+        """Return the byte of the slot where an array begins; None if it lies outside the slot."""
+        offset = array.ctypes.data - self._slot.ctypes.data
+        return offset if 0 <= offset < self._slot.size and array.size else None

@@ -11,10 +11,9 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.rewrite.check_paths import open_with_one_dtype, require_free
 from megatron_cpt.data.tokenfile.header import MAGIC, PREAMBLE, VERSION, dtype_code
-from megatron_cpt.data.tokenfile.reader import IndexedDataset
-from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, open_with_one_dtype
+from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import close_durably
 
@@ -35,13 +34,8 @@ def merge_datasets(
     in the same order. Offsets have 64 bits, so there may be more than 2^31 tokens, sequences or documents.
 
     Args:
-        prefixes: datasets to merge, in this order.
         output_prefix: prefix of the new `.bin` and `.idx`; they get this name only when they are complete.
-        overwrite: replace an existing pair.
         progress: called with the number of bytes after each piece of a `.bin` was copied.
-
-    Returns:
-        The new dataset.
 
     Raises:
         UserError: no dataset is given, a file is missing, token types differ, or the output exists or is an input.
@@ -86,10 +80,6 @@ class _MergeWriter(IndexedDatasetWriter):
     def __init__(self, prefix: str, dtype: np.dtype[np.generic]) -> None:
         super().__init__(prefix, dtype)
         self._datasets: list[IndexedDataset] = []
-
-    def __enter__(self) -> _MergeWriter:
-        super().__enter__()
-        return self
 
     def append(self, dataset: IndexedDataset, progress: Callable[[int], None] | None) -> None:
         """Copy the `.bin` of a dataset; its index is copied when the writer closes."""

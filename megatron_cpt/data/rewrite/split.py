@@ -18,22 +18,15 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.rewrite.check_paths import open_with_one_dtype, require_free
 from megatron_cpt.data.tokenfile.documents import DocumentBlock, document_blocks
-from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
+from megatron_cpt.data.tokenfile.reader import open_with_one_dtype
+from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 from megatron_cpt.errors import UserError
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Size of both sides of a split.
-
-    Attributes:
-        held_out_documents: documents in the held-out set or sample.
-        held_out_tokens: tokens in the held-out set or sample.
-        rest_documents: all other documents, written or not.
-        rest_tokens: tokens in all other documents.
-    """
+    """Size of both sides of a split, the held-out set (or sample) and the rest, written or not."""
 
     held_out_documents: int
     held_out_tokens: int
@@ -57,13 +50,11 @@ def split_datasets(
     megabytes (or the longest document), plus 4 bytes per document.
 
     Args:
-        prefixes: input datasets, with tokens of one type.
         held_out_prefix: output for the fraction.
         rest_prefix: output for the rest; None: the rest is not written, which makes the fraction a sample.
         fraction: share of the documents, above 0 and below 1. Documents are drawn independently, so the number of
             documents deviates by about sqrt(fraction * documents).
         seed: a different seed draws different documents.
-        overwrite: replace existing pairs.
         progress: called with the number of bytes after each block.
 
     Raises:
@@ -80,24 +71,23 @@ def split_datasets(
     datasets = open_with_one_dtype(prefixes)
     for output in outputs:
         require_free(output, prefixes, overwrite=overwrite)
-    report = SplitReport(0, 0, 0, 0)
+    totals = np.zeros((2, 2), np.int64)  # documents and tokens of each side
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(IndexedDatasetWriter(output, datasets[0].dtype)) for output in outputs]
         for dataset in datasets:
             for block in document_blocks(dataset):
                 is_held_out = content_hashes(block, seed) < int(fraction * 2**64)
-                report = _write(block, is_held_out, writers, report)
+                sides = [select(block, is_held_out), select(block, ~is_held_out)]
+                for writer, side in zip(writers, sides, strict=False):  # without rest_prefix there is one writer
+                    writer.add_documents(*side)
+                totals += [(len(lengths), tokens.size) for tokens, lengths in sides]
                 if progress is not None:
                     progress(block.tokens.nbytes)
-    return report
+    return SplitReport(*totals.ravel().tolist())
 
 
 def content_hashes(block: DocumentBlock, seed: int) -> npt.NDArray[np.uint64]:
-    """Hash each document's ids with the seed to 64 bits; the type that the ids are stored in makes no difference.
-
-    Returns:
-        uint64 (num_documents,).
-    """
+    """Hash each document's ids with the seed to 64 bits; the type that the ids are stored in makes no difference."""
     ids = np.ascontiguousarray(block.tokens, "<i4").data.cast("B")  # no vocabulary has 2^31 ids
     key = seed.to_bytes(8, "little", signed=True)
     bounds = (block.bounds * 4).tolist()
@@ -109,21 +99,3 @@ def select(block: DocumentBlock, keep: npt.NDArray[np.bool_]) -> tuple[npt.NDArr
     """Return the concatenated tokens of the documents to keep, and the length of each of them."""
     lengths = block.lengths
     return block.tokens[np.repeat(keep, lengths)], lengths[keep]
-
-
-def _write(
-    block: DocumentBlock,
-    is_held_out: npt.NDArray[np.bool_],
-    writers: Sequence[IndexedDatasetWriter],
-    so_far: SplitReport,
-) -> SplitReport:
-    sides = [select(block, is_held_out), select(block, ~is_held_out)]
-    for writer, (tokens, lengths) in zip(writers, sides, strict=False):  # without rest_prefix there is one writer
-        writer.add_documents(tokens, lengths)
-    (held_out, held_out_lengths), (rest, rest_lengths) = sides
-    return SplitReport(
-        so_far.held_out_documents + len(held_out_lengths),
-        so_far.held_out_tokens + held_out.size,
-        so_far.rest_documents + len(rest_lengths),
-        so_far.rest_tokens + rest.size,
-    )

@@ -16,7 +16,6 @@ import threading
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +29,7 @@ BLOCK_BYTES = 1 << 14  # a sample of 4,096 int32 tokens spans two blocks
 FETCHES = 16  # concurrent requests
 _LEAST_FREE = 0.1  # share of the disk; with less free space no more blocks are cached
 _NOT_CACHED = 0  # entry of the checksum table
+_pool = ThreadPoolExecutor(FETCHES, "data-cache")  # prefetches blocks of all files; its threads start at the first use
 
 
 def keep_on_disk(datasets: Sequence[IndexedDataset], folder: str) -> None:
@@ -48,20 +48,10 @@ def keep_on_disk(datasets: Sequence[IndexedDataset], folder: str) -> None:
         dataset.tokens_file = CachedFile(dataset, folder)
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Return the threads that prefetch blocks, shared by all files."""
-    return ThreadPoolExecutor(FETCHES, "data-cache")
-
-
 class CachedFile:
     """`RangeFile` of a dataset's `.bin` that fetches each block once.
 
     It accesses no file before the first read and keeps no descriptor open, because there may be thousands of files.
-
-    Args:
-        dataset: the dataset.
-        folder: folder of the cache.
     """
 
     def __init__(self, dataset: IndexedDataset, folder: str) -> None:
@@ -120,15 +110,13 @@ class CachedFile:
                 if self._sums[number] == _NOT_CACHED and number not in self._pending
             ]
             if numbers:
-                future = _pool().submit(self._fetch, numbers)
+                future = _pool.submit(self._fetch, numbers)
                 self._pending |= dict.fromkeys(numbers, future)
 
     def __enter__(self) -> CachedFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
     def _take_prefetched(self, numbers: Sequence[int]) -> dict[int, bytes]:
         """Wait for and return the blocks that `will_read` has requested."""

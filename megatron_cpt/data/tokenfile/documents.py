@@ -82,11 +82,7 @@ def bounds_in_blocks(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray
 
 
 def document_blocks(dataset: IndexedDataset, block_tokens: int = BLOCK_TOKENS) -> Iterator[DocumentBlock]:
-    """Yield all documents in order, in blocks.
-
-    Args:
-        dataset: the dataset.
-        block_tokens: most tokens per block; a longer document is a block of its own.
+    """Yield all documents in order, in blocks of at most `block_tokens`; a longer document is a block of its own.
 
     Raises:
         RefusedError: the index is damaged or the file became shorter since it was opened.

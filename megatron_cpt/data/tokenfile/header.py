@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 
+_DTYPE_NAMES = ", ".join(dtype.name for dtype in DTYPE_CODES.values())
 _FIX = "copy the .bin/.idx pair again from an intact source, or build it again with `megatron-cpt preprocess`"
 
 
@@ -55,10 +56,7 @@ class IndexHeader:
 
     Attributes:
         prefix: path without `.bin` or `.idx`.
-        dtype: type of a token.
         num_sequences: number of sequences; a document has one or more.
-        num_documents: number of documents.
-        num_tokens: number of tokens in the `.bin`.
         has_modes: the dataset is multimodal: its index has a mode per sequence.
     """
 
@@ -104,7 +102,7 @@ def dtype_code(dtype: np.dtype[Any]) -> int:
     for code, known in DTYPE_CODES.items():
         if known == dtype:
             return code
-    raise UserError(f"token type {dtype} cannot be stored in a .bin/.idx; choose one of {_dtype_names()}")
+    raise UserError(f"token type {dtype} cannot be stored in a .bin/.idx; choose one of {_DTYPE_NAMES}")
 
 
 def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
@@ -137,10 +135,6 @@ def refuse(path: str, problem: str) -> RefusedError:
     return RefusedError(f"{path}: {problem}; {_FIX}")
 
 
-def _dtype_names() -> str:
-    return ", ".join(dtype.name for dtype in DTYPE_CODES.values())
-
-
 def _parse_preamble(prefix: str, idx_path: str, preamble: bytes, idx_bytes: int, bin_bytes: int) -> IndexHeader:
     if len(preamble) < PREAMBLE.size:
         raise refuse(idx_path, f"has {len(preamble)} bytes, fewer than the {PREAMBLE.size} of a header")
@@ -150,7 +144,7 @@ def _parse_preamble(prefix: str, idx_path: str, preamble: bytes, idx_bytes: int,
     if version != VERSION:
         raise refuse(idx_path, f"has version {version}; only version {VERSION} is known")
     if code not in DTYPE_CODES:
-        raise refuse(idx_path, f"has the unknown token type code {code}; known are 1 to 8 ({_dtype_names()})")
+        raise refuse(idx_path, f"has the unknown token type code {code}; known are 1 to 8 ({_DTYPE_NAMES})")
     if num_boundaries < 1:
         raise refuse(idx_path, "has no document boundaries; even an empty dataset has one")
     dtype = DTYPE_CODES[code]
@@ -166,8 +160,7 @@ def _parse_preamble(prefix: str, idx_path: str, preamble: bytes, idx_bytes: int,
             f"has {idx_bytes} bytes, but {num_sequences} sequences and {num_boundaries - 1} documents take "
             f"{header.modes_offset} (or {with_modes} with modes): it was truncated or is damaged",
         )
-    has_modes = num_sequences > 0 and idx_bytes == with_modes
-    return IndexHeader(prefix, dtype, num_sequences, num_boundaries - 1, header.num_tokens, has_modes)
+    return replace(header, has_modes=num_sequences > 0 and idx_bytes == with_modes)
 
 
 def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: str, bin_bytes: int) -> None:

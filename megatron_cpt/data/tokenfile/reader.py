@@ -185,6 +185,26 @@ class IndexedDataset:
         return np.memmap(f"{self.prefix}.idx", dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
+def open_with_one_dtype(prefixes: Sequence[str]) -> list[IndexedDataset]:
+    """Open datasets that will be written together, and check that their token types are equal.
+
+    Raises:
+        UserError: no dataset is given, a file is missing, or the token types differ.
+        RefusedError: a dataset is damaged.
+    """
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    if not datasets:
+        raise UserError("no dataset is given; name at least one prefix of .bin/.idx")
+    first = datasets[0]
+    for dataset in datasets:
+        if dataset.dtype != first.dtype:
+            raise UserError(
+                f"{dataset.prefix}: has {dataset.dtype.name} tokens, {first.prefix} has {first.dtype.name}: their "
+                "vocabularies differ; process them separately, or build one again with `megatron-cpt preprocess`"
+            )
+    return datasets
+
+
 def expand_prefixes(path: str | list[str]) -> list[str]:
     """Expand the `path` of a source in run.yaml to dataset prefixes.
 

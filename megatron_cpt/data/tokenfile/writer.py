@@ -6,11 +6,11 @@ under its final name, the dataset is complete.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from array import array
-from types import TracebackType
-from typing import IO, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ class IndexedDatasetWriter:
         self.num_documents = 0
         self.num_tokens = 0
 
-    def __enter__(self) -> IndexedDatasetWriter:
+    def __enter__(self) -> Self:
         try:
             os.makedirs(os.path.dirname(self.prefix) or ".", exist_ok=True)
             self._bin = open(self._temporary["bin"], "wb", buffering=_BIN_BUFFER)
@@ -60,20 +60,17 @@ class IndexedDatasetWriter:
             raise UserError(f"{self.prefix}.bin: cannot be written: {error.strerror}") from error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         assert self._bin is not None
         try:
-            if kind is None:
+            if error[0] is None:
                 close_durably(self._bin)
                 self._write_index()
                 publish([(self._temporary[end], f"{self.prefix}.{end}") for end in ("bin", "idx")])
         finally:  # after a success the temporary files no longer exist
             self._bin.close()
             for path in self._temporary.values():
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                Path(path).unlink(missing_ok=True)
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Append a document; it may be empty."""
@@ -81,12 +78,7 @@ class IndexedDatasetWriter:
         self.add_documents(flat, [flat.size])
 
     def add_documents(self, flat_tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Append many documents.
-
-        Args:
-            flat_tokens: concatenated tokens of the documents.
-            lengths: number of tokens of each document.
-        """
+        """Append many documents: their concatenated tokens, and the number of tokens of each document."""
         assert self._bin is not None, "the writer is used inside its `with` block"
         tokens, sizes = np.asarray(flat_tokens), np.asarray(lengths, dtype=np.int64)
         if int(sizes.sum()) != tokens.size or (sizes.size and int(sizes.min()) < 0):
@@ -104,12 +96,11 @@ class IndexedDatasetWriter:
         """Convert tokens to the file's type, and refuse an id that does not fit: numpy would wrap it silently."""
         if tokens.size and tokens.dtype != self.dtype and self.dtype.kind in "iu":
             limits = np.iinfo(self.dtype)
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < limits.min or high > limits.max:
-                bad_id = low if low < limits.min else high
-                raise UserError(
-                    f"{self.prefix}.bin: token id {bad_id} does not fit {self.dtype.name}; use a wider type"
-                )
+            for extreme in (int(tokens.min()), int(tokens.max())):
+                if not limits.min <= extreme <= limits.max:
+                    raise UserError(
+                        f"{self.prefix}.bin: token id {extreme} does not fit {self.dtype.name}; use a wider type"
+                    )
         return np.ascontiguousarray(tokens, dtype=self.dtype)
 
     def _write_index(self) -> None:
@@ -121,9 +112,7 @@ def write_index(path: str, sizes: npt.NDArray[np.int32], dtype: np.dtype[Any], *
     """Write the `.idx` of documents with one sequence each, and flush it to disk.
 
     Args:
-        path: path of the `.idx`.
         sizes: (num_documents,), tokens per document; may be a memory map, because it is read in blocks.
-        dtype: token type.
         empty_sequences: give a document without tokens an empty sequence, as the builder's `add_document` does; if
             False, no sequence, as in Megatron-LM's `preprocess_data.py`.
     """
@@ -151,3 +140,16 @@ def write_index(path: str, sizes: npt.NDArray[np.int32], dtype: np.dtype[Any], *
             idx.write(ends.astype("<i8").tobytes())
             sequence = int(ends[-1])
         close_durably(idx)
+
+
+def require_free(output_prefix: str, inputs: Sequence[str], *, overwrite: bool) -> None:
+    """Check that an output is none of the inputs, and does not exist unless `overwrite` is set.
+
+    Raises:
+        UserError: the output may not be written.
+    """
+    existing = [f"{output_prefix}{end}" for end in (".bin", ".idx") if os.path.exists(f"{output_prefix}{end}")]
+    if any(os.path.realpath(f"{output_prefix}.bin") == os.path.realpath(f"{prefix}.bin") for prefix in inputs):
+        raise UserError(f"{output_prefix}: is an input too; choose another output")
+    if existing and not overwrite:
+        raise UserError(f"{' and '.join(existing)}: exists already; choose another output, or replace it: --overwrite")

@@ -20,7 +20,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,6 @@ class Certificate:
         unsafe_ranges: code points [first, last] that give other ids or were not probed; never ASCII.
         unsafe_texts: special tokens that give other ids.
         num_probes: number of compared strings.
-        seconds: duration of the comparison.
     """
 
     certified: bool
@@ -68,10 +67,6 @@ class Certificate:
     unsafe_texts: list[str] = field(default_factory=list)
     num_probes: int = 0
     seconds: float = 0.0
-
-    def revoked(self, reason: str) -> Certificate:
-        """Return a copy that is not certified."""
-        return replace(self, certified=False, reason=reason)
 
 
 class _Comparison:
@@ -99,7 +94,6 @@ def certify(slow: EncodeBatch, fast: EncodeOne, pieces: Sequence[str], special_t
         slow: the library's encoder of many texts; it is right by definition.
         fast: the encoder to certify, one text at a time.
         pieces: the text of each piece of the vocabulary.
-        special_texts: the texts of special tokens.
     """
     started = time.monotonic()
     comparison = _Comparison(slow, fast)
@@ -164,11 +158,7 @@ def _as_ranges(codes: set[int]) -> list[tuple[int, int]]:
 
 
 class CertificateStore:
-    """Folder of certificates, one file per tokenizer and versions of the libraries.
-
-    Args:
-        folder: the folder; None: `megatron_cpt/certificates` in the user's cache folder.
-    """
+    """Folder of certificates (default: in the user's cache), one file per tokenizer and versions of the libraries."""
 
     def __init__(self, folder: Path | None = None) -> None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

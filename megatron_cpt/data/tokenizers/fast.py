@@ -15,7 +15,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +50,6 @@ class TokenizerPlan:
     Attributes:
         spec: `KIND:PATH` of the tokenizer.
         certificate: the certificate of gigatoken; None: the library encodes everything.
-        check: compare a sample, or every document.
     """
 
     spec: str
@@ -77,12 +75,10 @@ def plan_tokenizer(
     """Decide whether gigatoken is used.
 
     Args:
-        spec: `KIND:PATH`.
         tokenizer: the tokenizer that `spec` names.
         when: `auto`: if gigatoken is installed and certified; `on`: always, or raise; `off`: never.
-        check: how much of gigatoken's output is compared with the library's.
         input_bytes: size of the input; for small inputs no new certificate is made.
-        store: the store of certificates; None: the user's cache folder.
+        store: None: the user's cache folder.
         notify: called with a sentence before a step that takes long, and when gigatoken is not used.
 
     Raises:
@@ -136,30 +132,29 @@ def make_certificate(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -
     return certify(tokenizer.encode_batch, fast, tokenizer.pieces(), tokenizer.special_texts())
 
 
-def revoke_certificate(spec: str, certificate: Certificate, reason: str, store: CertificateStore | None = None) -> None:
+def revoke_certificate(spec: str, certificate: Certificate, reason: str) -> None:
     """Record in the store that gigatoken gave wrong ids."""
     tokenizer = load_tokenizer(spec)
     assert isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer)
     versions = library_versions(tokenizer)
     if versions is not None:
-        (store or CertificateStore()).save(tokenizer.fingerprint, versions, certificate.revoked(reason))
+        revoked = replace(certificate, certified=False, reason=reason)
+        CertificateStore().save(tokenizer.fingerprint, versions, revoked)
 
 
 def load_fast(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -> EncodeOne:
     """Return gigatoken's encoder of one text for a tokenizer's file."""
     import gigatoken
 
-    data = Path(tokenizer.file).read_bytes()
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        fast = gigatoken.Tokenizer.from_sentencepiece(data)
-    else:
-        fast = gigatoken.Tokenizer.from_json(data)
-    encode: EncodeOne = fast.backend.encode  # one call and one array per document: the fastest way from Python
+    is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
+    load = gigatoken.Tokenizer.from_sentencepiece if is_sentencepiece else gigatoken.Tokenizer.from_json
+    # one call and one array per document: the fastest way from Python
+    encode: EncodeOne = load(tokenizer.file.read_bytes()).backend.encode
     return encode
 
 
 def build_tokenizer(plan: TokenizerPlan) -> Tokenizer:
-    """The tokenizer of a plan, in the process that is going to use it."""
+    """Build the tokenizer of a plan, in the process that is going to use it."""
     tokenizer = load_tokenizer(plan.spec)
     if plan.certificate is None:
         return tokenizer
@@ -173,8 +168,6 @@ class CheckedTokenizer:
     Args:
         slow: the library's tokenizer.
         fast: gigatoken's encoder of one text.
-        certificate: the certificate of `fast`.
-        check: compare a sample, or every document.
     """
 
     def __init__(self, slow: Tokenizer, fast: EncodeOne, certificate: Certificate, check: Check = "sample") -> None:

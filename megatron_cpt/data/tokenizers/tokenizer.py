@@ -20,7 +20,7 @@ _USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 class Tokenizer(Protocol):
-    """Interface of every kind of tokenizer. No method adds an id of its own (no start, no end of document).
+    """Interface and base of every kind of tokenizer. No method adds an id of its own (no start, no end of document).
 
     Attributes:
         vocab_size: every id is below it.
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
-        ...
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many texts."""
@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
 
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Return the ids of many texts, one array of unsigned integers per text."""
-        ...
+        return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
@@ -65,23 +65,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise UserError(f"tokenizer {spec!r}: not a known KIND:PATH; give one of {KINDS}")
 
 
-class _BatchTokenizer:
-    """Base of all kinds: the methods that follow from `encode_batch`."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of many texts."""
-        raise NotImplementedError
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of one text."""
-        return self.encode_batch([text])[0]
-
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Return the ids of many texts, one array of unsigned integers per text."""
-        return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
-
-
-class ByteTokenizer(_BatchTokenizer):
+class ByteTokenizer(Tokenizer):
     """Tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text; 256 ends a document."""
 
     vocab_size = 257
@@ -102,7 +86,7 @@ class ByteTokenizer(_BatchTokenizer):
         return array[array < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
 
-class SentencePieceTokenizer(_BatchTokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """SentencePiece `tokenizer.model`.
 
     Raises:
@@ -140,21 +124,17 @@ class SentencePieceTokenizer(_BatchTokenizer):
 
     def special_texts(self) -> list[str]:
         """Return the control, unknown and byte pieces, which stand for no text of their own."""
-        model = self._model
-        special = (i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
-        return [model.id_to_piece(i) for i in special]
+        is_special = (self._model.is_control, self._model.is_unknown, self._model.is_byte)
+        return [self._model.id_to_piece(i) for i in range(self.vocab_size) if any(kind(i) for kind in is_special)]
 
 
-class HuggingFaceTokenizer(_BatchTokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """Hugging Face `tokenizer.json`, alone or in a model's folder.
 
     Truncation, padding and added special tokens that the file may ask for are switched off: a document is encoded whole
     and unchanged. Text that is written like a special token, such as "</s>", becomes that token, as in transformers and
     Megatron-LM. The end of document is the `eos_token` of the folder's tokenizer_config.json, else the first of the
     usual names that the vocabulary has.
-
-    Args:
-        path: the file, or a folder with `tokenizer.json`.
 
     Raises:
         UserError: the file is missing or invalid, or the vocabulary lacks the folder's `eos_token`.

@@ -10,9 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_cpt.data.preprocess.inputs import BlockOptions, Cursor, InputFiles, Shard, expand_inputs, parse_shard
+from megatron_cpt.data.preprocess.inputs import (
+    BlockOptions,
+    Cursor,
+    InputFiles,
+    Shard,
+    expand_inputs,
+    lines_before,
+    parse_shard,
+    read_blocks,
+)
 from megatron_cpt.data.preprocess.parse import parse_block
-from megatron_cpt.data.preprocess.read_blocks import lines_before, read_blocks
 from megatron_cpt.errors import UserError
 
 TEXTS = [f"{i} " + "x" * (i * 37 % 90) for i in range(200)]

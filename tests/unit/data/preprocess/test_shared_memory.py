@@ -6,7 +6,7 @@ import multiprocessing
 
 import numpy as np
 
-from megatron_cpt.data.preprocess.shared_memory import SharedSlots, SlotAllocator
+from megatron_cpt.data.preprocess.workers import SharedSlots, SlotAllocator
 
 
 def fill(slots: SharedSlots, number: int) -> None:
