@@ -126,8 +126,8 @@ class RunPlan:
             "tokens_per_step": self.tokens_per_step,
             "parameters": self.parameters.total,
             "parameters_by_part": self.parameters.to_dict(),
-            "flops_per_token": self.flops.to_dict(),
-            "flops": {kind: value * self.tokens_trained for kind, value in self.flops.to_dict().items()},
+            "flops_per_token": asdict(self.flops),
+            "flops": {kind: value * self.tokens_trained for kind, value in asdict(self.flops).items()},
             "memory_per_gpu_gib": self.memory.total / GIB,
             "memory_by_part_gib": self.memory.to_dict(),
             "memory_by_stage_gib": [{**stage.to_dict(), "total": stage.total / GIB} for stage in self.memory_stages],
@@ -213,13 +213,9 @@ def _span_grids(
 
 
 def _mean_flops(config: RunConfig, phases: Sequence[PhasePlan]) -> FlopsPerToken:
-    by_length = {phase.seq_length: flops_per_token(config.model, phase.seq_length) for phase in phases}
-    if len(by_length) == 1:
-        return next(iter(by_length.values()))
-    tokens = sum(phase.tokens for phase in phases)
-    full = sum(by_length[phase.seq_length].full * phase.tokens for phase in phases)
-    causal = sum(by_length[phase.seq_length].causal * phase.tokens for phase in phases)
-    return FlopsPerToken(full / tokens, causal / tokens)
+    # FLOPs are linear in the length, so the mean length over all tokens gives their mean.
+    length = sum(phase.seq_length * phase.tokens for phase in phases) / sum(phase.tokens for phase in phases)
+    return flops_per_token(config.model, length)
 
 
 def _largest_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:

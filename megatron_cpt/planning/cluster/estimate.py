@@ -79,7 +79,7 @@ class Cluster:
             "step_seconds_by_part": {
                 name: value for name, value in asdict(self.speed).items() if name not in ("step", "tokens_per_gpu")
             },
-            "mfu": {kind: self.mfu(flops) for kind, flops in self.flops.to_dict().items()},
+            "mfu": {kind: self.mfu(flops) for kind, flops in asdict(self.flops).items()},
             "mfu_peak_flops": self.peak,
             "days": self.seconds / 86400,
             "gpu_hours": self.gpu_hours,

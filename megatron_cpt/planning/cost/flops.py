@@ -18,22 +18,13 @@ from megatron_cpt.planning.cost.parameters import count_parameters, query_size
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Operations of training on one token.
-
-    Attributes:
-        full: with attention of every query to every key.
-        causal: with half of that attention, as a causal model needs.
-    """
+    """Operations of training on one token, with attention to every key (`full`) and with half of it (`causal`)."""
 
     full: float
     causal: float
 
-    def to_dict(self) -> dict[str, float]:
-        """Return plain values for `plan --json`."""
-        return {"full": self.full, "causal": self.causal}
 
-
-def flops_per_token(model: ModelConfig, seq_length: int) -> FlopsPerToken:
+def flops_per_token(model: ModelConfig, seq_length: float) -> FlopsPerToken:
     """Return the operations of training, forward and backward, on one token of a sequence of `seq_length`.
 
     The head counts without padding rows, whose work is not useful.
