@@ -167,7 +167,7 @@ ENVIRONMENT = (
     ("NCCL_IB_TIMEOUT", "22", "waits through short failures of a network link instead of ending the run"),
     ("NCCL_IB_RETRY_CNT", "7", "retries through short failures of a network link instead of ending the run"),
 )
-"""Name, value and gain of the variables that examples/nemotron4_15b/cluster.sh sets, as libraries read them at start."""
+"""Name, value and gain of variables that libraries read at start, so examples/nemotron4_15b/cluster.sh sets them."""
 
 
 def has_mxfp8_weights(run: RunConfig) -> bool:

@@ -1,7 +1,7 @@
 """Planning of a run: pure functions of its configuration, without torch, disk or GPU."""
 
 from megatron_cpt.planning.cost.flops import flops_per_token
-from megatron_cpt.planning.cost.memory import GIB, estimate_memory
+from megatron_cpt.planning.cost.memory import GIB
 from megatron_cpt.planning.cost.parameters import count_parameters
 from megatron_cpt.planning.cost.rank_layout import Layout
 from megatron_cpt.planning.run_plan import RunPlan, build_plan
@@ -18,6 +18,5 @@ __all__ = [
     "SpanGrid",
     "build_plan",
     "count_parameters",
-    "estimate_memory",
     "flops_per_token",
 ]

@@ -86,9 +86,8 @@ def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
             f"batch.global={other.config.batch.global_} would allow {_name(other)}: about "
             f"{other.speed.tokens_per_gpu:,.0f} tokens/s/GPU"
         )
-    misfits = [misfit for misfit in advice.misfits if " CP" not in misfit.split]
-    for misfit in misfits[:MAX_MISFITS]:
-        yield Text(f"not {misfit.split}: {misfit.reason}")
+    misfits = [f"not {split}: {reason}" for split, reason in advice.misfits.items() if " CP" not in split]
+    yield from map(Text, misfits[:MAX_MISFITS])
     if len(advice.misfits) > min(MAX_MISFITS, len(misfits)):
         yield Text("--json also has the other splits that do not fit")
 

@@ -8,12 +8,12 @@ from typing import Any
 from megatron_cpt.config import RunConfig
 from megatron_cpt.config.checks import CHECKS
 from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
-from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, largest_segment, step_lines, with_shape
+from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, largest_segment, step_lines
 from megatron_cpt.planning.cluster.step_time import Overlap, Speed, estimate_speed
-from megatron_cpt.planning.cost.memory import GIB, Memory, estimate_memory
+from megatron_cpt.planning.cost.memory import GIB, Memory
 from megatron_cpt.planning.cost.rank_layout import Layout, layout_problems
 from megatron_cpt.planning.hardware import Gpu
-from megatron_cpt.planning.run_plan import RunPlan
+from megatron_cpt.planning.run_plan import RunPlan, peak_memories, with_shape
 from megatron_cpt.planning.timeline.phases import batch_problems
 
 
@@ -22,12 +22,9 @@ class Candidate:
     """Estimate for one layout.
 
     Attributes:
-        config: the run with this layout.
-        layout: its ranks and micro-batches.
         memory: of the pipeline stage that needs most, in the steps that need most.
         speed: in the steps that train most tokens.
         plain: speed without `speed.tp_comm_overlap`; None if that is off anyway.
-        why: one line about the parts of a step.
     """
 
     config: RunConfig
@@ -40,17 +37,12 @@ class Candidate:
     @classmethod
     def build(cls, config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Candidate:
         """Estimate the layout of a run whose steps are planned."""
-        # Among steps that differ only in their batch, the largest batch keeps the most micro-batches in flight.
-        by_batch = sorted(plan.segments, key=lambda segment: segment.global_batch)
-        shapes = {(segment.micro_batch, segment.seq_length): segment for segment in by_batch}
-        runs = [with_shape(config, segment) for segment in (largest_segment(plan), *shapes.values())]
-        layouts = [Layout.build(run, num_gpus) for run in runs]
-        speed, plain = estimate_speed(runs[0], layouts[0], gpu), None
-        overlap = Overlap.of(config)
-        if overlap.tensor:
-            plain = estimate_speed(runs[0], layouts[0], gpu, replace(overlap, tensor=False))
-        memories = [estimate_memory(run, layout, gpu=gpu) for run, layout in zip(runs[1:], layouts[1:], strict=True)]
-        return cls(config, layouts[0], max(memories, key=lambda memory: memory.total), speed, plain, _explain(speed))
+        run = with_shape(config, largest_segment(plan))
+        layout, overlap = Layout.build(run, num_gpus), Overlap.of(config)
+        speed = estimate_speed(run, layout, gpu)
+        plain = estimate_speed(run, layout, gpu, replace(overlap, tensor=False)) if overlap.tensor else None
+        memory = max(peak_memories(config, plan.segments, num_gpus, gpu), key=lambda memory: memory.total)
+        return cls(config, layout, memory, speed, plain, _explain(speed))
 
     @property
     def split(self) -> str:
@@ -89,7 +81,7 @@ class Candidate:
             "num_micro_batches": self.layout.num_micro_batches,
             "global_batch": self.config.batch.global_,
             "tokens_per_second_per_gpu": self.speed.tokens_per_gpu,
-            "tokens_per_second_per_gpu_without_tp_comm_overlap": self.plain.tokens_per_gpu if self.plain else None,
+            "tokens_per_second_per_gpu_without_tp_comm_overlap": self.plain and self.plain.tokens_per_gpu,
             "step_seconds": self.speed.step,
             "memory_per_gpu_gib": self.memory.total / GIB,
             "speed": sorted(self.knobs),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ from megatron_cpt.errors import UserError
 from megatron_cpt.planning.cluster.step_time import Speed, estimate_speed, with_tensor_overlap
 from megatron_cpt.planning.cost.flops import FlopsPerToken, flops_per_token
 from megatron_cpt.planning.cost.formats import format_of
-from megatron_cpt.planning.cost.memory import GIB, Memory, stage_memories
+from megatron_cpt.planning.cost.memory import GIB, Memory
 from megatron_cpt.planning.cost.rank_layout import Layout
 from megatron_cpt.planning.hardware import GPUS, Gpu
-from megatron_cpt.planning.run_plan import RunPlan
+from megatron_cpt.planning.run_plan import RunPlan, peak_memories, with_shape
 from megatron_cpt.planning.timeline.segments import Segment
 
 # Share of the memory that a layout should leave free, for fragmentation and errors of the estimate.
@@ -27,8 +28,6 @@ class Cluster:
     """Estimate for a run on a cluster.
 
     Attributes:
-        gpu: the GPU.
-        layout: ranks and micro-batches.
         stages: memory of every pipeline stage, in the steps that need most.
         speed: in the steps that train most tokens.
         overlapped: speed with `speed.tp_comm_overlap`; None if the run sets that or it is not possible.
@@ -71,9 +70,7 @@ class Cluster:
             "memory_per_gpu_gib": self.memory.total / GIB,
             "fits": fits(self.memory, self.gpu),
             "tokens_per_second_per_gpu": self.speed.tokens_per_gpu,
-            "tokens_per_second_per_gpu_with_tp_comm_overlap": (
-                self.overlapped.tokens_per_gpu if self.overlapped is not None else None
-            ),
+            "tokens_per_second_per_gpu_with_tp_comm_overlap": self.overlapped and self.overlapped.tokens_per_gpu,
             "speed": sorted(self.knobs),
             "step_seconds": self.speed.step,
             "step_seconds_by_part": {
@@ -110,26 +107,12 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
     return memory.total <= (1 - MEMORY_MARGIN) * gpu.memory_gib * GIB
 
 
-def with_shape(config: RunConfig, segment: Segment) -> RunConfig:
-    """Return the run with the batch and sequence length of one segment in all steps.
-
-    `tp_comm_overlap` is resolved before: it needs the same shape in all phases of the original run.
-    """
-    batch = config.batch.model_copy(
-        update={"global_": segment.global_batch, "micro": segment.micro_batch, "ramp_up": None}
-    )
-    overlaps = "tp_comm_overlap" in resolve_speed(config, GPU_CLUSTER)[0]
-    speed = config.speed.model_copy(update={"tp_comm_overlap": overlaps})
-    return config.model_copy(update={"batch": batch, "seq_length": segment.seq_length, "speed": speed})
-
-
 def largest_segment(plan: RunPlan) -> Segment:
     """Return the first segment whose shape (batch, micro-batch, sequence length) trains most tokens."""
-    tokens: dict[tuple[int, int, int], int] = {}
+    tokens = Counter[tuple[int, int, int]]()
     for segment in plan.segments:
-        num_tokens = segment.end.tokens - segment.first_token
-        tokens[segment.shape] = tokens.get(segment.shape, 0) + num_tokens
-    most = max(tokens, key=lambda shape: tokens[shape])
+        tokens[segment.shape] += segment.end.tokens - segment.first_token
+    ((most, _),) = tokens.most_common(1)
     return next(segment for segment in plan.segments if segment.shape == most)
 
 
@@ -137,13 +120,12 @@ def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int |
     """Estimate a planned run on GPUs; `num_gpus=None` means one replica of the model."""
     runs = {segment.shape: with_shape(config, segment) for segment in plan.segments}
     layouts = {shape: Layout.build(run, num_gpus) for shape, run in runs.items()}
-    memories = [stage_memories(run, layouts[shape], gpu=gpu) for shape, run in runs.items()]
     speeds = {shape: estimate_speed(run, layouts[shape], gpu) for shape, run in runs.items()}
     most = largest_segment(plan)
     return Cluster(
         gpu=gpu,
         layout=layouts[most.shape],
-        stages=max(memories, key=lambda stages: max(stage.total for stage in stages)),
+        stages=peak_memories(config, plan.segments, num_gpus, gpu),
         speed=speeds[most.shape],
         overlapped=overlapped_speed(config, plan, gpu, num_gpus),
         knobs=resolve_speed(config, GPU_CLUSTER)[0],
@@ -162,8 +144,8 @@ def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int |
     return estimate_speed(run, Layout.build(run, num_gpus), gpu)
 
 
-def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
-    """Yield the parts of a step with their shares, the largest first."""
+def step_lines(speed: Speed) -> list[tuple[str, float]]:
+    """Return the parts of a step with their shares, the largest first."""
     names = {
         "matmul": "matrix products",
         "attention": "attention",
@@ -177,4 +159,4 @@ def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
         "scale": "scale",
     }
     shares = {text: getattr(speed, name) / speed.step for name, text in names.items()}
-    yield from sorted(shares.items(), key=lambda item: -item[1])
+    return sorted(shares.items(), key=lambda item: -item[1])
