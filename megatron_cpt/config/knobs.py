@@ -17,7 +17,6 @@ class ComputePlace:
     """Device and libraries of a run, on which knobs depend.
 
     Attributes:
-        on_gpu: a CUDA device exists.
         transformer_engine: the layers come from Transformer Engine.
         apex: the extension of Apex for weight gradients is installed.
     """
@@ -44,7 +43,6 @@ class Knob:
     """Row of the table.
 
     Attributes:
-        name: key below `speed`.
         sets: settings of megatron-core and Transformer Engine.
         gain: effect on time or memory.
         source: file or recipe that shows the gain.
@@ -177,15 +175,7 @@ def has_mxfp8_weights(run: RunConfig) -> bool:
 
 
 def resolve_speed(run: RunConfig, place: ComputePlace) -> tuple[frozenset[str], list[str]]:
-    """Return the knobs that are on.
-
-    Args:
-        run: the run; knobs that it does not set follow the table.
-        place: device and libraries.
-
-    Returns:
-        The names of the knobs that are on, and one message per knob that is set to true but not possible.
-    """
+    """Return the names of the knobs that are on, and one message per knob that is set to true but not possible."""
     on: set[str] = set()
     problems = []
     for knob in KNOBS:

@@ -1,8 +1,7 @@
 """Planning of a run: pure functions of its configuration, without torch, disk or GPU."""
 
-from megatron_cpt.planning.cost.flops import flops_per_token
 from megatron_cpt.planning.cost.memory import GIB
-from megatron_cpt.planning.cost.parameters import count_parameters
+from megatron_cpt.planning.cost.parameters import count_parameters, flops_per_token
 from megatron_cpt.planning.cost.rank_layout import Layout
 from megatron_cpt.planning.run_plan import RunPlan, build_plan
 from megatron_cpt.planning.timeline.schedule import Schedule

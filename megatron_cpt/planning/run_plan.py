@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_cpt.config import RunConfig, format_count
 from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
-from megatron_cpt.planning.cost.flops import FlopsPerToken, flops_per_token
 from megatron_cpt.planning.cost.memory import GIB, Memory, stage_memories
-from megatron_cpt.planning.cost.parameters import Parameters, count_parameters
+from megatron_cpt.planning.cost.parameters import FlopsPerToken, Parameters, count_parameters, flops_per_token
 from megatron_cpt.planning.cost.rank_layout import Layout, layout_problems
 from megatron_cpt.planning.hardware import Gpu
 from megatron_cpt.planning.problem import Problem

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_cpt.planning.cluster.advise import AS_GOOD, Advice
-from megatron_cpt.planning.cluster.candidate import Candidate
-from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, Cluster, fits, step_lines
+from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, Candidate, Cluster, fits, step_lines
 from megatron_cpt.planning.cost.memory import GIB
 from megatron_cpt.views.plan_table import named_lines, print_parts
 

@@ -12,8 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_cpt.config import RunConfig
-from megatron_cpt.planning.cluster.candidate import Candidate, candidate_problems, explain_memory, split_name
-from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, fits, largest_segment, overlapped_speed
+from megatron_cpt.planning.cluster.estimate import (
+    MEMORY_MARGIN,
+    Candidate,
+    candidate_problems,
+    explain_memory,
+    fits,
+    largest_segment,
+    overlapped_speed,
+    split_name,
+)
 from megatron_cpt.planning.cluster.step_time import Speed, with_tensor_overlap
 from megatron_cpt.planning.hardware import Gpu
 from megatron_cpt.planning.run_plan import RunPlan
