@@ -12,7 +12,7 @@ timed in turn, each in a process of its own, for several rounds; results are pri
 - both with FP8 (delayed and tensorwise scaling) if Transformer Engine is installed;
 - the ceiling: matrix products of the MLP's shapes, torch.matmul in bf16 and torch._scaled_mm in FP8.
 
-Convention: FLOPs as in `megatron_cpt.planning.cost.flops`, forward and backward, without recomputation; `full` counts
+Convention: FLOPs as in `planning/cost/parameters.py`, forward and backward, without recomputation; `full` counts
 attention as if it were not causal, as Megatron-LM does. MFU (model FLOPs utilization) is `full` over the datasheet's
 dense bf16 peak, also for FP8, so that the two can be compared; `of_ceiling` is relative to the matrix products of the
 same call. Medians over steps.
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu.bare_loop import bare_steps
 from benchmarks.record import machine, write_result
 from megatron_cpt.config import ModelConfig, RunConfig, draft_config
-from megatron_cpt.planning.cost.flops import flops_per_token
+from megatron_cpt.planning.cost.parameters import flops_per_token
 from megatron_cpt.planning.hardware import GPUS
 
 PRECISIONS = {

@@ -1,55 +1,43 @@
 """Reading of run.yaml into frozen, strict models. Imports neither torch nor megatron-core."""
 
-from megatron_cpt.config.compute import Fp4Config, Fp8Config, PrecisionConfig, RecomputeConfig
+from megatron_cpt.config.compute import Fp8Config, PrecisionConfig, RecomputeConfig
 from megatron_cpt.config.fields import run_schema
 from megatron_cpt.config.load_run import Draft, draft_config, load_config
-from megatron_cpt.config.model import Activation, ModelConfig, Norm, RopeScaling
+from megatron_cpt.config.model import Activation, ModelConfig, Norm
 from megatron_cpt.config.presets import preset_names
 from megatron_cpt.config.quantities import format_count, format_duration, parse_count
 from megatron_cpt.config.schema import (
     BatchConfig,
-    DocumentsConfig,
     FimConfig,
-    InitConfig,
     OptimizerConfig,
     ParallelConfig,
-    PhaseBatchConfig,
     PhaseConfig,
-    RampUpConfig,
     RunConfig,
     ScheduleConfig,
     SourceConfig,
     Span,
     Until,
-    ValidationConfig,
 )
 from megatron_cpt.config.yamlfile import dump_yaml, read_mapping
 
 __all__ = [
     "Activation",
     "BatchConfig",
-    "DocumentsConfig",
     "Draft",
     "FimConfig",
-    "Fp4Config",
     "Fp8Config",
-    "InitConfig",
     "ModelConfig",
     "Norm",
     "OptimizerConfig",
     "ParallelConfig",
-    "PhaseBatchConfig",
     "PhaseConfig",
     "PrecisionConfig",
-    "RampUpConfig",
     "RecomputeConfig",
-    "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",
     "Span",
     "Until",
-    "ValidationConfig",
     "draft_config",
     "dump_yaml",
     "format_count",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_cpt.config.section import Section
+from megatron_cpt.config.quantities import Section
 
 
 class Fp8Config(Section):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from megatron_cpt.config.model import ACTIVATION_NAMES, GATED_ACTIVATION_NAMES, NORM_NAMES
 from megatron_cpt.config.presets import preset_names
@@ -40,31 +40,19 @@ def key_path(location: tuple[str | int, ...]) -> Path:
     return tuple(path)
 
 
-def section_at(path: Path) -> type[BaseModel] | None:
-    """Return the section at a path; None if the path leads to a plain value."""
-    annotation: Any = RunConfig
-    for key in path:
-        annotation, _ = _descend(annotation, key)
-    return _section(annotation)
-
-
 def key_help(path: Path) -> str:
     """Return the docstring of a key without its final period; empty if the key is unknown."""
-    section = section_at(path[:-1])
-    for name, info in section.model_fields.items() if section else ():
-        if path[-1] in (name, info.alias) and info.description:
-            return " ".join(info.description.split()).rstrip(".")
-    return ""
+    info = _fields_at(path[:-1]).get(str(path[-1]))
+    return " ".join(((info and info.description) or "").split()).rstrip(".")
 
 
 def nearest_key(path: Path) -> str:
     """Return a hint for an unknown key: the nearest known key, or all keys of its section."""
-    section = section_at(path[:-1])
-    known = [info.alias or name for name, info in section.model_fields.items()] if section else []
-    elsewhere = next((f"{name}.{key}" for name, key in _keys_of_sections() if key == path[-1]), None)
+    known, key = list(_fields_at(path[:-1])), path[-1]
+    elsewhere = next((name for name, info in RunConfig.model_fields.items() if key in _fields(info.annotation)), None)
     if elsewhere:
-        return f"did you mean {elsewhere}?"
-    near = difflib.get_close_matches(str(path[-1]), known, n=1) or [key for key in known if path[-1] in key.split("_")]
+        return f"did you mean {elsewhere}.{key}?"
+    near = difflib.get_close_matches(str(key), known, n=1) or [name for name in known if key in name.split("_")]
     if near:
         return f"did you mean {dotted((*path[:-1], near[0]))}?"
     return f"known here: {', '.join(known)}"
@@ -92,12 +80,10 @@ def run_schema() -> dict[str, Any]:
 
 def _descend(annotation: Any, key: str | int) -> tuple[Any, bool]:
     """Return the annotation of the entry `key`, and False if `key` only names a branch of a union."""
-    section = _section(annotation)
-    if section is not None:
-        found = next((info for name, info in section.model_fields.items() if key in (name, info.alias)), None)
-        return (found.annotation if found else None), True
-    options = _options(annotation)
-    for option in options:
+    fields = _fields(annotation)
+    if fields:
+        return (fields[str(key)].annotation if key in fields else None), True
+    for option in _options(annotation):
         origin, arguments = typing.get_origin(option), typing.get_args(option)
         if origin is dict:
             return arguments[1], True
@@ -116,15 +102,16 @@ def _options(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def _fields(annotation: Any) -> dict[str, FieldInfo]:
+    """Return the fields of a section by their keys in run.yaml; none if the annotation is of a plain value."""
     for option in _options(annotation):
         if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
+            return {info.alias or name: info for name, info in option.model_fields.items()}
+    return {}
 
 
-def _keys_of_sections() -> Iterator[tuple[str, str]]:
-    for name, info in RunConfig.model_fields.items():
-        section = _section(info.annotation)
-        for key, inner in section.model_fields.items() if section else ():
-            yield name, inner.alias or key
+def _fields_at(path: Path) -> dict[str, FieldInfo]:
+    annotation: Any = RunConfig
+    for key in path:
+        annotation, _ = _descend(annotation, key)
+    return _fields(annotation)

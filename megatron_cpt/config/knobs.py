@@ -17,7 +17,6 @@ class ComputePlace:
     """Device and libraries of a run, on which knobs depend.
 
     Attributes:
-        on_gpu: a CUDA device exists.
         transformer_engine: the layers come from Transformer Engine.
         apex: the extension of Apex for weight gradients is installed.
     """
@@ -44,22 +43,19 @@ class Knob:
     """Row of the table.
 
     Attributes:
-        name: key below `speed`.
-        cpu: on by default on a CPU.
-        h100: on by default on any CUDA device.
-        needs: conditions, all of which must hold.
         sets: settings of megatron-core and Transformer Engine.
         gain: effect on time or memory.
         source: file or recipe that shows the gain.
+        needs: conditions, all of which must hold.
+        is_default: on by default on any CUDA device; no knob is on a CPU.
     """
 
     name: str
-    cpu: bool
-    h100: bool
-    needs: tuple[Need, ...]
     sets: str
     gain: str
     source: str
+    needs: tuple[Need, ...] = ()
+    is_default: bool = True
 
 
 def _has_one_shape(run: RunConfig, place: ComputePlace) -> bool:
@@ -82,17 +78,12 @@ _TE = Need("Transformer Engine", lambda run, place: place.transformer_engine)
 KNOBS = (
     Knob(
         "overlap_grad_reduce",
-        cpu=False,
-        h100=True,
-        needs=(),
         sets="DDP `overlap_grad_reduce`, `no_sync_func`",
         gain="overlaps the reduction of gradients with the last backward pass, except its last bucket",
         source="megatron-core distributed/param_and_grad_buffer.py; on in NVIDIA's 15B recipe (dgxc-benchmarking)",
     ),
     Knob(
         "overlap_param_gather",
-        cpu=False,
-        h100=True,
         needs=(
             Need("parallel.distributed_optimizer", lambda run, place: run.parallel.distributed_optimizer),
             Need("speed.overlap_grad_reduce: true", _overlaps_grad_reduce),
@@ -105,8 +96,6 @@ KNOBS = (
     ),
     Knob(
         "tp_comm_overlap",
-        cpu=False,
-        h100=False,
         needs=(
             _TE,
             Need("parallel.tensor above 1", lambda run, place: run.parallel.tensor > 1),
@@ -115,14 +104,13 @@ KNOBS = (
             # `fill_userbuffers_buffer_for_all_gather` accepts bf16, FP8 with one scale per tensor, and MXFP8.
             Need("neither blockwise FP8 nor FP4", _fits_user_buffers),
         ),
+        is_default=False,
         sets="`tp_comm_overlap`, Transformer Engine's `initialize_ub`",
         gain="hides most tensor-parallel communication; off unless set: needs NVLink with multicast, or UB_SKIPMC=1",
         source="Transformer Engine module/base.py; on in NVIDIA's 15B recipe",
     ),
     Knob(
         "fused_cross_entropy",
-        cpu=False,
-        h100=True,
         # The native kernel of megatron-core always returns a bf16 gradient.
         needs=(Need("precision.compute: bf16", lambda run, place: run.precision.compute == "bf16"),),
         # `te` returned wrong losses in several releases: NVIDIA/Megatron-LM issue 1750, PR 5115.
@@ -132,8 +120,6 @@ KNOBS = (
     ),
     Knob(
         "fused_rope",
-        cpu=False,
-        h100=True,
         needs=(_GPU, _TE),
         sets="`apply_rope_fusion`",
         gain="reads queries and keys once instead of four times, and saves tables of cosines per layer",
@@ -141,8 +127,6 @@ KNOBS = (
     ),
     Knob(
         "fused_activation",
-        cpu=False,
-        h100=True,
         needs=(_GPU,),
         sets="`bias_activation_fusion` for SwiGLU, a compiled `activation_func` for other activations",
         # megatron-core's own fused GELU is the tanh approximation, so GELU is compiled instead.
@@ -151,8 +135,6 @@ KNOBS = (
     ),
     Knob(
         "fused_bias_dropout",
-        cpu=False,
-        h100=True,
         needs=(_GPU,),
         sets="`bias_dropout_fusion`",
         gain="reads the residual stream once instead of up to three times",
@@ -160,8 +142,6 @@ KNOBS = (
     ),
     Knob(
         "fused_grad_accumulation",
-        cpu=False,
-        h100=True,
         needs=(_GPU, Need("Apex (fused_weight_gradient_mlp_cuda)", lambda run, place: place.apex)),
         sets="`gradient_accumulation_fusion`",
         gain="saves bf16 weight gradients and their addition to the fp32 buffer in every micro-batch",
@@ -171,34 +151,21 @@ KNOBS = (
 """All rows of the table."""
 
 
-@dataclass(frozen=True)
-class EnvironmentVariable:
-    """An environment variable that examples/nemotron4_15b/cluster.sh sets."""
-
-    name: str
-    value: str
-    gain: str
-
-
 ENVIRONMENT = (
-    EnvironmentVariable(
+    (
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "1",
         "starts communication before the matrix product that hides it; set 32 with context parallelism alone",
     ),
-    EnvironmentVariable(
+    (
         "PYTORCH_CUDA_ALLOC_CONF",
         "expandable_segments:True",
         "reduces fragmentation of memory by the micro-batches of a pipeline",
     ),
-    EnvironmentVariable(
-        "NCCL_IB_TIMEOUT", "22", "waits through short failures of a network link instead of ending the run"
-    ),
-    EnvironmentVariable(
-        "NCCL_IB_RETRY_CNT", "7", "retries through short failures of a network link instead of ending the run"
-    ),
+    ("NCCL_IB_TIMEOUT", "22", "waits through short failures of a network link instead of ending the run"),
+    ("NCCL_IB_RETRY_CNT", "7", "retries through short failures of a network link instead of ending the run"),
 )
-"""Variables that NCCL, torch and CUDA read when a process starts, so the launcher must set them."""
+"""Name, value and gain of variables that libraries read at start, so examples/nemotron4_15b/cluster.sh sets them."""
 
 
 def has_mxfp8_weights(run: RunConfig) -> bool:
@@ -208,15 +175,7 @@ def has_mxfp8_weights(run: RunConfig) -> bool:
 
 
 def resolve_speed(run: RunConfig, place: ComputePlace) -> tuple[frozenset[str], list[str]]:
-    """Return the knobs that are on.
-
-    Args:
-        run: the run; knobs that it does not set follow the table.
-        place: device and libraries.
-
-    Returns:
-        The names of the knobs that are on, and one message per knob that is set to true but not possible.
-    """
+    """Return the names of the knobs that are on, and one message per knob that is set to true but not possible."""
     on: set[str] = set()
     problems = []
     for knob in KNOBS:
@@ -224,7 +183,7 @@ def resolve_speed(run: RunConfig, place: ComputePlace) -> tuple[frozenset[str], 
         missing = [need.text for need in knob.needs if not need.holds(run, place)]
         if requested and missing:
             problems.append(f"speed.{knob.name}: needs {' and '.join(missing)}; remove it here")
-        if requested or (requested is None and not missing and (knob.h100 if place.on_gpu else knob.cpu)):
+        if requested or (requested is None and not missing and knob.is_default and place.on_gpu):
             on.add(knob.name)
     return frozenset(on), problems
 
@@ -245,11 +204,12 @@ def markdown_tables() -> tuple[str, str]:
     """Return the tables of knobs and of environment variables for docs/operations/speed.md."""
     knobs: list[Sequence[str]] = [("key below `speed`", "cpu", "h100", "needs", "sets", "gain", "source")]
     for knob in KNOBS:
-        defaults = ("on" if default else "off" for default in (knob.cpu, knob.h100))
         needs = ", ".join(need.text for need in knob.needs) or "nothing"
-        knobs.append((f"`{knob.name}`", *defaults, needs, knob.sets, knob.gain, knob.source))
+        knobs.append(
+            (f"`{knob.name}`", "off", "on" if knob.is_default else "off", needs, knob.sets, knob.gain, knob.source)
+        )
     variables: list[Sequence[str]] = [("variable", "value", "gain")]
-    variables += [(f"`{variable.name}`", f"`{variable.value}`", variable.gain) for variable in ENVIRONMENT]
+    variables += [(f"`{name}`", f"`{value}`", gain) for name, value, gain in ENVIRONMENT]
     return _markdown(knobs), _markdown(variables)
 
 

@@ -1,21 +1,22 @@
-"""Loading of run.yaml with overrides and presets into a `RunConfig`, or into a list of all problems."""
+"""Loading of run.yaml with presets and overrides (`parallel.tensor=2`) into a `RunConfig`, or into all problems."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.checks import CHECKS
-from megatron_cpt.config.overrides import apply_overrides
 from megatron_cpt.config.presets import preset
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.config.validate import validate
-from megatron_cpt.config.yamlfile import read_mapping
+from megatron_cpt.config.yamlfile import parse_yaml, read_mapping
 from megatron_cpt.errors import ConfigError
+
+_INDEX = re.compile(r"\[(\d+)\]")
 
 
 @dataclass
@@ -32,27 +33,23 @@ class Draft:
     problems: list[str] = field(default_factory=list)
     tainted: set[str] = field(default_factory=set)
 
+    @property
+    def _tainted_patterns(self) -> set[str]:
+        return self.tainted | {_INDEX.sub("[*]", key) for key in self.tainted}
+
     def is_valid(self, *keys: str) -> bool:
         """Return True if neither these dotted keys nor the sections that contain them are stand-ins.
 
         `[*]` means any entry of a list.
         """
-        tainted = {re.sub(r"\[\d+\]", "[*]", key) for key in self.tainted}
-        return not any(_contains(bad, key) for key in keys for bad in tainted)
+        return not any(_contains(bad, key) for key in keys for bad in self._tainted_patterns)
 
     def is_untouched(self, *keys: str) -> bool:
-        """Return True if these keys, the sections that contain them and everything below them are free of stand-ins.
-
-        `[*]` means any entry of a list.
-        """
-        tainted = self.tainted | {re.sub(r"\[\d+\]", "[*]", key) for key in self.tainted}
-        return not any(_contains(key, bad) or _contains(bad, key) for key in keys for bad in tainted)
+        """Return True if also everything below these keys is free of stand-ins."""
+        return self.is_valid(*keys) and not any(_contains(key, bad) for key in keys for bad in self._tainted_patterns)
 
     def finish(self, where: str) -> RunConfig:
-        """Return the configuration.
-
-        Args:
-            where: name of the configuration in the message, usually the path of the file.
+        """Return the configuration; `where` names it in messages, usually by the path of the file.
 
         Raises:
             ConfigError: with all problems, unless there are none.
@@ -87,6 +84,72 @@ def draft_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Draft:
             if draft.is_valid(*check.keys):
                 draft.problems.extend(check.find(config))
     return draft
+
+
+def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]:
+    """Set each value at its dotted path, in place.
+
+    An entry of a list is given by index (`phases.0.until`, `phases[0].until`) or by its `name`
+    (`phases.general.until`). The value is parsed as YAML.
+
+    Returns:
+        One message per override that could not be applied.
+    """
+    problems = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        path = _INDEX.sub(r".\1", key).split(".")
+        if not separator or not all(path):
+            problems.append(f"{_short(override)}: not an override; write key=value, such as parallel.tensor=2")
+            continue
+        try:
+            problem = _set(data, path, parse_yaml(text, override))
+        except ConfigError as error:
+            problem = error.problems[0]
+        if problem:
+            problems.append(f"{_short(override)}: {problem}")
+    return problems
+
+
+def _short(override: str) -> str:
+    return repr(override if len(override) < 60 else f"{override[:57]}...")
+
+
+def _set(data: dict[str, Any], path: list[str], value: Any) -> str | None:
+    """Set a value at a path and return None, or return the reason why that is not possible."""
+    holder: Any = data
+    for number, key in enumerate(path):
+        where: str | int = key
+        if isinstance(holder, list):
+            index = _index(holder, key)
+            if index is None:
+                return f"{'.'.join(path[:number])} has no entry {key!r}; choose one of {_entries(holder)}"
+            where = index
+        elif not isinstance(holder, dict):
+            return f"{'.'.join(path[:number])} is a plain value: {holder!r}, which has no keys; set it as a whole"
+        if number == len(path) - 1:
+            holder[where] = value
+            return None
+        if isinstance(holder, dict):
+            if key == "model" and isinstance(holder.get(key), str):  # the short form of {preset: NAME}
+                holder[key] = {"preset": holder[key]}
+            if holder.get(key) is None:
+                holder[key] = {}
+        holder = holder[where]
+    return None
+
+
+def _index(entries: list[Any], key: str) -> int | None:
+    # Names come first: a phase may be called 1.
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
+    if key in names:
+        return names.index(key)
+    return int(key) if key.isdecimal() and int(key) < len(entries) else None
+
+
+def _entries(entries: list[Any]) -> str:
+    names = [str(entry.get("name", n)) if isinstance(entry, dict) else str(n) for n, entry in enumerate(entries)]
+    return ", ".join(names) or "none"
 
 
 def _apply_preset(data: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_cpt.config.section import Section
+from megatron_cpt.config.quantities import Section
 
 
 class Activation(StrEnum):

@@ -1,4 +1,4 @@
-"""Short forms of amounts: `300B` tokens, a warmup of `16B` tokens or 0.05 of the run, a time of `3h50m`."""
+"""Base class of the sections of run.yaml, and short forms: `300B` tokens, `16B` tokens of warmup, a time of `3h50m`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ import re
 from decimal import Decimal
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+
+class Section(BaseModel):
+    """One section: frozen, without unknown keys or silent conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,  # "8" is not an int and "true" is not a bool; 1 is accepted where a float is expected
+        allow_inf_nan=False,
+        validate_by_name=False,
+        use_attribute_docstrings=True,
+    )
+
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([KMBTkmbt]?)")
@@ -15,13 +29,7 @@ _MAX_COUNT = 10**18
 
 
 def parse_count(value: Any) -> int:
-    """Parse a count such as `300B`, `2.5M`, `1T`, `1e9` or a plain number.
-
-    Args:
-        value: an int, a float without a fractional part, or text with an optional K, M, B or T (powers of 1,000).
-
-    Returns:
-        The count as an int.
+    """Parse a count such as `300B`, `2.5M`, `1T`, `1e9` or a plain number; K, M, B and T are powers of 1,000.
 
     Raises:
         ValueError: if it is not a whole, non-negative count of at most 10^18.
@@ -83,13 +91,7 @@ _NOT_A_DURATION = "not a time; write days, hours, minutes and seconds in this or
 
 
 def parse_duration(value: Any) -> float:
-    """Parse a length of time.
-
-    Args:
-        value: seconds as a number, or text such as `3h50m`, `1d12h`, `90s`.
-
-    Returns:
-        Seconds, above 0.
+    """Return the seconds of a length of time such as `3h50m`, `1d12h`, `90s`, or a number of seconds.
 
     Raises:
         ValueError: if it has another form, or is not above 0.

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megatron_cpt.config.quantities import Duration
-from megatron_cpt.config.section import Section
+from megatron_cpt.config.quantities import Duration, Section
 
 
 def _word_off(value: Any) -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_cpt.config.compute import PrecisionConfig, RecomputeConfig, SpeedConfig
 from megatron_cpt.config.model import ModelConfig
-from megatron_cpt.config.quantities import COUNT_SCHEMA, TokenCount, parse_count, parse_span
+from megatron_cpt.config.quantities import Section, TokenCount, parse_count, parse_span
 from megatron_cpt.config.resilience import ResilienceConfig
-from megatron_cpt.config.section import Section
 
 MAX_RAMP_SIZES = 1024
 
@@ -32,7 +31,7 @@ class RampUpConfig(Section):
     """First global batch, in sequences."""
     increment: int = Field(gt=0)
     """Sequences that each growth adds, until `batch.global` is reached."""
-    samples: Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(COUNT_SCHEMA)]
+    samples: TokenCount
     """Samples in the ramp-up, shared equally by its batch sizes."""
 
 
@@ -60,7 +59,17 @@ class BatchConfig(Section):
         return self
 
 
-class Span(Section):
+class OneUnit(Section):
+    """Section in which exactly one field is given."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Self:
+        if sum(value is not None for _, value in self) != 1:
+            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
+        return self
+
+
+class Span(OneUnit):
     """Part of the run, in exactly one unit."""
 
     steps: int | None = Field(None, ge=0)
@@ -69,12 +78,6 @@ class Span(Section):
     """Length in tokens."""
     fraction: float | None = Field(None, ge=0, le=1)
     """Length as a fraction of all steps."""
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> Span:
-        if sum(x is not None for x in (self.steps, self.tokens, self.fraction)) != 1:
-            raise ValueError("give exactly one of steps, tokens, fraction")
-        return self
 
 
 SpanField = Annotated[Span, BeforeValidator(parse_span)]
@@ -152,7 +155,7 @@ class SourceConfig(Section):
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
 
-class Until(Section):
+class Until(OneUnit):
     """End of a phase, in exactly one unit, counted from the start of the run."""
 
     lr: float | None = Field(None, gt=0, lt=1)
@@ -161,12 +164,6 @@ class Until(Section):
     """End when the run has read this many tokens."""
     step: int | None = Field(None, gt=0)
     """Last step of the phase."""
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> Until:
-        if sum(x is not None for x in (self.lr, self.tokens, self.step)) != 1:
-            raise ValueError("give exactly one of lr, tokens, step")
-        return self
 
 
 class PhaseBatchConfig(Section):

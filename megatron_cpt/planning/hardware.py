@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 TERA, GIGA = 1e12, 1e9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gpu:
     """A GPU in its usual node of eight.
 
     Attributes:
         name: name in `plan --gpu`.
-        title: full name.
         memory_gib: memory that the driver reports.
         bf16: dense bf16 matrix products, FLOP/s.
         fp8: dense FP8 matrix products, FLOP/s; None without FP8.
@@ -24,7 +23,6 @@ class Gpu:
         is_calibrated: published training runs on this GPU set the constants of `planning/cluster/step_time.py`; other
             GPUs are assumed to reach the same shares of their peaks.
         needs_fp8_transposes: FP8 products need transposed operands (before Blackwell).
-        source: origin of the figures.
     """
 
     name: str
@@ -35,9 +33,9 @@ class Gpu:
     hbm: float
     nvlink: float
     network: float
-    gpus_per_node: int
-    is_calibrated: bool
-    needs_fp8_transposes: bool
+    gpus_per_node: int = 8
+    is_calibrated: bool = False
+    needs_fp8_transposes: bool = True
     source: str
 
 
@@ -50,9 +48,6 @@ A100 = Gpu(
     hbm=2.039 * TERA,
     nvlink=300 * GIGA,
     network=25 * GIGA,
-    gpus_per_node=8,
-    is_calibrated=False,
-    needs_fp8_transposes=True,
     source="NVIDIA A100 datasheet; DGX A100 datasheet (8 x 200 Gb/s)",
 )
 H100 = Gpu(
@@ -64,9 +59,7 @@ H100 = Gpu(
     hbm=3.35 * TERA,
     nvlink=450 * GIGA,
     network=50 * GIGA,
-    gpus_per_node=8,
     is_calibrated=True,
-    needs_fp8_transposes=True,
     source="NVIDIA H100 datasheet (without sparsity); DGX H100 datasheet (8 x 400 Gb/s)",
 )
 H200 = replace(
@@ -87,8 +80,6 @@ B200 = Gpu(
     hbm=8.0 * TERA,
     nvlink=900 * GIGA,
     network=50 * GIGA,
-    gpus_per_node=8,
-    is_calibrated=False,
     needs_fp8_transposes=False,
     source="NVIDIA HGX B200 datasheet (without sparsity); DGX B200 datasheet (8 x 400 Gb/s)",
 )

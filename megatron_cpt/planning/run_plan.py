@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_cpt.config import RunConfig, format_count
-from megatron_cpt.planning.cost.flops import FlopsPerToken, flops_per_token
+from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
 from megatron_cpt.planning.cost.memory import GIB, Memory, stage_memories
-from megatron_cpt.planning.cost.parameters import Parameters, count_parameters
+from megatron_cpt.planning.cost.parameters import FlopsPerToken, Parameters, count_parameters, flops_per_token
 from megatron_cpt.planning.cost.rank_layout import Layout, layout_problems
+from megatron_cpt.planning.hardware import Gpu
 from megatron_cpt.planning.problem import Problem
 from megatron_cpt.planning.timeline.epochs import (
     SourceTotal,
@@ -20,7 +21,7 @@ from megatron_cpt.planning.timeline.epochs import (
     source_warnings,
     span_limits,
 )
-from megatron_cpt.planning.timeline.phases import PhasePlan, PlannedPhases, batch_problems, plan_phases
+from megatron_cpt.planning.timeline.phases import PhasePlan, SourcePosition, batch_problems, plan_phases
 from megatron_cpt.planning.timeline.schedule import Schedule, schedule_problems
 from megatron_cpt.planning.timeline.segments import RunProgress, Segment
 from megatron_cpt.planning.timeline.solve_steps import solve_schedule
@@ -32,16 +33,11 @@ class RunPlan:
     """Plan of a run.
 
     Attributes:
-        name: name of the run.
-        steps: number of steps.
         tokens: requested tokens, before rounding up to whole steps.
         tokens_per_step: for `batch.global` and `seq_length`; `segments` has the sizes of all steps.
-        schedule: learning rate of every step.
         phases: in order; without problems they cover steps 1 to `steps`.
         sources: tokens read of each source over all phases.
-        parameters: of the model, by part.
         flops: of training on one token; the mean over all tokens if sequence lengths differ.
-        layout: ranks and micro-batches.
         memory_stages: memory of every pipeline stage, in the phase that needs most.
         warnings: messages about settings that are allowed but may be mistakes.
         problems: reasons why the run cannot start; the caller raises them.
@@ -126,8 +122,8 @@ class RunPlan:
             "tokens_per_step": self.tokens_per_step,
             "parameters": self.parameters.total,
             "parameters_by_part": self.parameters.to_dict(),
-            "flops_per_token": self.flops.to_dict(),
-            "flops": {kind: value * self.tokens_trained for kind, value in self.flops.to_dict().items()},
+            "flops_per_token": asdict(self.flops),
+            "flops": {kind: value * self.tokens_trained for kind, value in asdict(self.flops).items()},
             "memory_per_gpu_gib": self.memory.total / GIB,
             "memory_by_part_gib": self.memory.to_dict(),
             "memory_by_stage_gib": [{**stage.to_dict(), "total": stage.total / GIB} for stage in self.memory_stages],
@@ -154,28 +150,23 @@ def build_plan(
     samples_per_epoch: Mapping[str, int] | None = None,
     num_gpus: int | None = None,
 ) -> RunPlan:
-    """Plan a run; the same arguments always give the same plan.
+    """Plan a run; problems are in the result, not raised.
 
     Args:
-        config: the run.
         source_tokens: tokens of each source; a source without an entry has no epochs and no limit.
         samples_per_epoch: spans per epoch of a source, if known more exactly than from its size: a source of several
             files loses the end of each file.
         num_gpus: ranks to estimate memory for; None means one replica of the model.
-
-    Returns:
-        The plan. Its problems are in `problems`; none is raised.
     """
     grids = _span_grids(config, source_tokens, samples_per_epoch or {})
     schedule = solve_schedule(config)
     problems = list(schedule_problems(config.schedule, schedule))
-    planned = plan_phases(config, schedule, grids)
-    phases = planned.phases
+    phases, found_problems, positions = plan_phases(config, schedule, grids)
     segments = [segment for phase in phases for segment in phase.segments]
-    totals = _source_totals(config, planned, source_tokens, grids)
-    phase_problems = [*planned.problems, *epoch_problems(totals, {phase.name: phase.sources for phase in phases})]
+    totals = _source_totals(config, phases, positions, source_tokens, grids)
+    found_problems += epoch_problems(totals, {phase.name: phase.sources for phase in phases})
     # Problems that follow from an invalid schedule, such as a rate that is never reached, are not reported.
-    problems += [found for found in phase_problems if not (problems and "schedule" in found.keys)]
+    problems += [found for found in found_problems if not (problems and "schedule" in found.keys)]
     problems += size_problems(source_tokens, grids)
     problems += batch_problems(config, phases, num_gpus or config.parallel.model_parallel_size)
     if num_gpus is not None:
@@ -191,7 +182,7 @@ def build_plan(
         parameters=count_parameters(config.model),
         flops=_mean_flops(config, phases),
         layout=Layout.build(config, num_gpus),
-        memory_stages=_largest_memory(config, phases, num_gpus),
+        memory_stages=peak_memories(config, segments, num_gpus),
         warnings=(
             *_schedule_warnings(config),
             *_shape_warnings(config, segments),
@@ -213,33 +204,47 @@ def _span_grids(
 
 
 def _mean_flops(config: RunConfig, phases: Sequence[PhasePlan]) -> FlopsPerToken:
-    by_length = {phase.seq_length: flops_per_token(config.model, phase.seq_length) for phase in phases}
-    if len(by_length) == 1:
-        return next(iter(by_length.values()))
-    tokens = sum(phase.tokens for phase in phases)
-    full = sum(by_length[phase.seq_length].full * phase.tokens for phase in phases)
-    causal = sum(by_length[phase.seq_length].causal * phase.tokens for phase in phases)
-    return FlopsPerToken(full / tokens, causal / tokens)
+    # FLOPs are linear in the length, so the mean length over all tokens gives their mean.
+    length = sum(phase.seq_length * phase.tokens for phase in phases) / sum(phase.tokens for phase in phases)
+    return flops_per_token(config.model, length)
 
 
-def _largest_memory(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int | None) -> Sequence[Memory]:
-    """Return the memory of every stage in the steps that need most."""
-    shapes = dict.fromkeys(segment.shape for phase in phases for segment in phase.segments)
-    estimates = []
-    for global_, micro, length in shapes:
-        batch = config.batch.model_copy(update={"global_": global_, "micro": micro})
-        run = config.model_copy(update={"batch": batch, "seq_length": length})
-        estimates.append(stage_memories(run, Layout.build(run, num_gpus)))
+def with_shape(config: RunConfig, segment: Segment) -> RunConfig:
+    """Return the run with the batch and sequence length of one segment in all steps.
+
+    `tp_comm_overlap` is resolved before: it needs the same shape in all phases of the original run.
+    """
+    batch = config.batch.model_copy(
+        update={"global_": segment.global_batch, "micro": segment.micro_batch, "ramp_up": None}
+    )
+    overlaps = "tp_comm_overlap" in resolve_speed(config, GPU_CLUSTER)[0]
+    speed = config.speed.model_copy(update={"tp_comm_overlap": overlaps})
+    return config.model_copy(update={"batch": batch, "seq_length": segment.seq_length, "speed": speed})
+
+
+def peak_memories(
+    config: RunConfig, segments: Sequence[Segment], num_gpus: int | None, gpu: Gpu | None = None
+) -> Sequence[Memory]:
+    """Return the memory of every pipeline stage, in the steps that need most."""
+    # Among steps that differ only in their batch, the largest batch keeps the most micro-batches in flight.
+    by_batch = sorted(segments, key=lambda segment: segment.global_batch)
+    shapes = {(segment.micro_batch, segment.seq_length): segment for segment in by_batch}
+    runs = [with_shape(config, segment) for segment in shapes.values()]
+    estimates = [stage_memories(run, Layout.build(run, num_gpus), gpu=gpu) for run in runs]
     return max(estimates, key=lambda stages: max(stage.total for stage in stages))
 
 
 def _source_totals(
-    config: RunConfig, planned: PlannedPhases, source_tokens: Mapping[str, int], grids: Mapping[str, SpanGrid]
+    config: RunConfig,
+    phases: Sequence[PhasePlan],
+    positions: Mapping[str, SourcePosition],
+    source_tokens: Mapping[str, int],
+    grids: Mapping[str, SpanGrid],
 ) -> dict[str, SourceTotal]:
     totals, limits = {}, span_limits(config.sources, grids)
     for name, source in config.sources.items():
-        uses = [phase.sources[name] for phase in planned.phases if name in phase.sources]
-        grid, position, epochs = grids.get(name), planned.positions.get(name), None
+        uses = [phase.sources[name] for phase in phases if name in phase.sources]
+        grid, position, epochs = grids.get(name), positions.get(name), None
         if grid is not None and grid.num_spans:
             epochs = 0.0
             if position is not None:
@@ -272,14 +277,11 @@ def _shape_warnings(config: RunConfig, segments: Sequence[Segment]) -> Iterator[
         )
 
 
-def _schedule_warnings(config: RunConfig) -> list[str]:
-    ignored = config.schedule.model_fields_set & {"decay", "decay_shape"}
-    if config.schedule.shape == "wsd" or not ignored:
-        return []
-    return [
-        f"schedule.{key} has no effect with schedule.shape: {config.schedule.shape}; remove it"
-        for key in sorted(ignored)
-    ]
+def _schedule_warnings(config: RunConfig) -> Iterator[str]:
+    schedule = config.schedule
+    for key in sorted(schedule.model_fields_set & {"decay", "decay_shape"}):
+        if schedule.shape != "wsd":
+            yield f"schedule.{key} has no effect with schedule.shape: {schedule.shape}; remove it"
 
 
 def _end_warnings(config: RunConfig, phases: Sequence[PhasePlan]) -> Iterator[str]:

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_cpt.planning.cluster.advise import AS_GOOD, Advice
-from megatron_cpt.planning.cluster.candidate import Candidate
-from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, Cluster, fits, step_lines
+from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, Candidate, Cluster, fits, step_lines
 from megatron_cpt.planning.cost.memory import GIB
 from megatron_cpt.views.plan_table import named_lines, print_parts
 
@@ -86,9 +85,8 @@ def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
             f"batch.global={other.config.batch.global_} would allow {_name(other)}: about "
             f"{other.speed.tokens_per_gpu:,.0f} tokens/s/GPU"
         )
-    misfits = [misfit for misfit in advice.misfits if " CP" not in misfit.split]
-    for misfit in misfits[:MAX_MISFITS]:
-        yield Text(f"not {misfit.split}: {misfit.reason}")
+    misfits = [f"not {split}: {reason}" for split, reason in advice.misfits.items() if " CP" not in split]
+    yield from map(Text, misfits[:MAX_MISFITS])
     if len(advice.misfits) > min(MAX_MISFITS, len(misfits)):
         yield Text("--json also has the other splits that do not fit")
 

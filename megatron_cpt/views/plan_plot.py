@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from megatron_cpt.views.plan_table import describe_schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.ticker import FuncFormatter
 
 _POINTS = 800
 _RATE = "#1d4ed8"
@@ -41,7 +40,7 @@ def plot_plan(plan: RunPlan, path: str | Path) -> None:
         _draw_rates(rates, plan)
         _draw_blends(blends, plan)
         blends.set_xlim(0, plan.tokens_trained)
-        blends.xaxis.set_major_formatter(_count_formatter())
+        blends.xaxis.set_major_formatter(lambda value, _: format_count(value))
         blends.set_xlabel("tokens")
         title = f"{plan.name}: {format_count(plan.tokens)} tokens, {plan.steps:,} steps"
         rates.set_title(f"{title}\n", loc="left", fontsize=14, fontweight="bold")
@@ -61,15 +60,8 @@ def _draw_rates(axes: Axes, plan: RunPlan) -> None:
     for number, phase in enumerate(plan.phases):
         start, end = _extent(plan, phase)
         axes.axvspan(start, end, color=_PHASES[number % len(_PHASES)], zorder=0)
-        axes.text(
-            (start + end) / 2,
-            0.975,
-            phase.name,
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="top",
-            fontweight="bold",
-        )
+        place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
+        axes.text((start + end) / 2, 0.975, phase.name, fontweight="bold", **place)
         if number:
             _mark_switch(axes, plan, phase)
 
@@ -113,17 +105,8 @@ def _draw_blends(axes: Axes, plan: RunPlan) -> None:
         start, end = _extent(plan, phase)
         bottom = 0.0
         for name, weight in _shown_weights(phase, names).items():
-            axes.bar(
-                start,
-                weight,
-                width=end - start,
-                bottom=bottom,
-                align="edge",
-                color=colors[name],
-                edgecolor="white",
-                linewidth=0.8,
-                label=name,
-            )
+            style: dict[str, Any] = {"color": colors[name], "edgecolor": "white", "linewidth": 0.8, "label": name}
+            axes.bar(start, weight, width=end - start, bottom=bottom, align="edge", **style)
             if weight >= _MIN_LABELED and end - start > 0.06 * plan.tokens_trained:
                 axes.text((start + end) / 2, bottom + weight / 2, f"{weight:.1%}", ha="center", va="center", fontsize=8)
             bottom += weight
@@ -150,11 +133,8 @@ def _extent(plan: RunPlan, phase: PhasePlan) -> tuple[int, int]:
 def _stacking_order(plan: RunPlan) -> list[str]:
     """Return source names from bottom to top, the largest first; sources beyond the palette become one entry."""
     by_size = sorted(plan.sources, key=lambda name: -plan.sources[name].tokens)
-    return by_size if len(by_size) <= _MAX_NAMED else [*by_size[: _MAX_NAMED - 1], _rest(plan)]
-
-
-def _rest(plan: RunPlan) -> str:
-    return f"{len(plan.sources) - _MAX_NAMED + 1} others"
+    named = by_size if len(by_size) <= _MAX_NAMED else by_size[: _MAX_NAMED - 1]
+    return [*named, f"{len(by_size) - len(named)} others"] if len(named) < len(by_size) else named
 
 
 def _shown_weights(phase: PhasePlan, names: list[str]) -> Mapping[str, float]:
@@ -166,9 +146,3 @@ def _shown_weights(phase: PhasePlan, names: list[str]) -> Mapping[str, float]:
 def _label(plan: RunPlan, name: str) -> str:
     total = plan.sources.get(name)
     return name if total is None or total.epochs is None else f"{name} ({total.epochs:.2f})"
-
-
-def _count_formatter() -> FuncFormatter:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: format_count(value))

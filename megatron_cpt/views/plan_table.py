@@ -17,8 +17,6 @@ from megatron_cpt.planning.run_plan import RunPlan
 from megatron_cpt.planning.timeline.epochs import REPEAT_LIMIT
 from megatron_cpt.planning.timeline.schedule import Schedule
 
-WIDTH_WITHOUT_TERMINAL = 120
-
 
 def render_plan(plan: RunPlan, stream: IO[str]) -> None:
     """Write a plan to a stream."""
@@ -26,16 +24,15 @@ def render_plan(plan: RunPlan, stream: IO[str]) -> None:
     print_parts(stream, [named_lines(_summary_lines(plan)), _phases(plan), _sources(plan), *warnings])
 
 
-def print_parts(stream: IO[str], parts: Iterable[RenderableType]) -> None:
-    """Print tables and texts: in color and full width on a terminal, else plain and 120 characters wide."""
+def print_parts(stream: IO[str], parts: Iterable[RenderableType], *, width: int = 120) -> None:
+    """Print tables and texts: in color and full width on a terminal, else plain and `width` characters wide."""
     console = Console(file=stream, markup=False, highlight=False)
     if console.is_terminal:
         console.print(*parts, sep="\n")
         return
-    plain = Console(file=io.StringIO(), markup=False, highlight=False, width=WIDTH_WITHOUT_TERMINAL)
-    with plain.capture() as capture:
-        plain.print(*parts, sep="\n")
-    stream.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+    text = io.StringIO()
+    Console(file=text, markup=False, highlight=False, width=width).print(*parts, sep="\n")
+    stream.writelines(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def named_lines(lines: Iterable[tuple[str, str]]) -> Table:
@@ -77,9 +74,8 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
 
 def _ramp(plan: RunPlan) -> str:
     last = plan.ramp[-1]
-    shown = list(
-        dict.fromkeys(f"{segment.global_batch:,}" for segment in plan.ramp)
-    )  # without duplicates: a phase may end within a size
+    # A phase may end within a size, so sizes may occur twice.
+    shown = list(dict.fromkeys(f"{segment.global_batch:,}" for segment in plan.ramp))
     if len(shown) > 3:
         shown = [*shown[:2], f"... {shown[-1]}"]
     return (
@@ -129,16 +125,8 @@ def _sources(plan: RunPlan) -> Table:
     table = _table("phase", "source", "weight", "samples", "tokens", "epochs", "limit")
     for phase in plan.phases:
         for number, (name, use) in enumerate(phase.sources.items()):
-            tokens = format_count(use.tokens)
-            table.add_row(
-                phase.name if number == 0 else "",
-                name,
-                f"{use.weight:.4f}",
-                f"{use.samples:,}",
-                tokens,
-                _epochs(use.epochs),
-                "",
-            )
+            title, weight, tokens = phase.name if number == 0 else "", f"{use.weight:.4f}", format_count(use.tokens)
+            table.add_row(title, name, weight, f"{use.samples:,}", tokens, _epochs(use.epochs), "")
         table.add_section()
     for number, (name, total) in enumerate(plan.sources.items()):
         label = Text("whole run" if number == 0 else "", style="bold")

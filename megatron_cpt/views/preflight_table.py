@@ -6,10 +6,10 @@ import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.checkpoint.preflight import DATA, RULES, SPANS, Change
+from megatron_cpt.views.plan_table import print_parts
 
 # Rules by the part of the run that they change; other rules (model, precision) have their effect in their own row.
 _RULES_BY_PART = {
@@ -36,21 +36,15 @@ class ResumeSummary:
     saved_rate: float | None
 
 
-def describe(changes: Sequence[Change], allow: Collection[str], summary: ResumeSummary, *, width: int = 110) -> str:
+def describe(changes: Sequence[Change], allow: Collection[str], summary: ResumeSummary) -> str:
     """Return one line if nothing changed, else a table of all compared settings, changes and effects.
 
-    Args:
-        changes: differences between the saved run and this one.
-        allow: names of the rules that the user allowed to change.
-        summary: state from which the run resumes.
-        width: characters per line.
+    `allow` has the names of the rules that the user allowed to change.
     """
     names = [rule.name for rule in (SPANS, *RULES, DATA)]
     effects = _effects(changes, summary)
     if not changes:
-        return f"preflight: nothing changed ({', '.join(names)}); " + "; ".join(
-            f"{name}: {effect}" for name, effect in effects.items()
-        )
+        return "; ".join([f"preflight: nothing changed ({', '.join(names)})", *effects])
     table = Table(title="preflight: changes since the checkpoint", title_justify="left")
     for column in ("", "", "what", "effect"):
         table.add_column(column)
@@ -61,13 +55,12 @@ def describe(changes: Sequence[Change], allow: Collection[str], summary: ResumeS
     table.add_section()
     table.add_row("the rest", "same", ", ".join(unchanged), "")
     text = io.StringIO()
-    Console(file=text, width=width, no_color=True).print(table)
-    lines = (line.rstrip() for line in text.getvalue().splitlines())
-    return "\n".join([*lines, *(f"{name}: {effect}" for name, effect in effects.items())])
+    print_parts(text, [table], width=110)
+    return text.getvalue() + "\n".join(effects)
 
 
-def _effects(changes: Sequence[Change], summary: ResumeSummary) -> dict[str, str]:
-    """Return the effect of the changes on samples, learning rate and optimizer."""
+def _effects(changes: Sequence[Change], summary: ResumeSummary) -> list[str]:
+    """Return the effects of the changes on samples, learning rate and optimizer."""
     changed = {
         part: [change.rule.name for change in changes if change.rule.name in names]
         for part, names in _RULES_BY_PART.items()
@@ -80,4 +73,4 @@ def _effects(changes: Sequence[Change], summary: ResumeSummary) -> dict[str, str
     optimizer = "moments and step continue"
     if changed["optimizer"]:
         optimizer += f", with changes by {', '.join(changed['optimizer'])}"
-    return {"samples": samples, "rate": rate, "optimizer": optimizer}
+    return [f"samples: {samples}", f"rate: {rate}", f"optimizer: {optimizer}"]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from megatron_cpt.prepare import PreparedRun
 
 RUN_HELP = "Path of run.yaml."
 OVERRIDES_HELP = "Override values of the file by dotted path: parallel.tensor=2 phases.general.until.lr=0.1"
@@ -60,37 +57,25 @@ def plan(
         from megatron_cpt.views.plan_plot import plot_plan
 
         plot_plan(prepared.plan, plot)
-    if wants_advice:
-        assert gpus is not None
-        assert gpu is not None
-        _advise(prepared, gpus, gpu, as_json)
-        return
+    from megatron_cpt.planning.cluster.advise import advise
     from megatron_cpt.planning.cluster.estimate import find_gpu, place_on_cluster
-
-    cluster = None
-    if gpu is not None:
-        cluster = place_on_cluster(prepared.config, prepared.plan, find_gpu(gpu, prepared.config), gpus)
-    if as_json:
-        values = prepared.plan.to_dict() | ({"cluster": cluster.to_dict()} if cluster else {})
-        print(json.dumps(values, indent=2, allow_nan=False))
-        return
+    from megatron_cpt.views.advice_table import render_advice, render_cluster
     from megatron_cpt.views.plan_table import render_plan
 
-    render_plan(prepared.plan, sys.stdout)
-    if cluster is not None:
-        from megatron_cpt.views.advice_table import render_cluster
-
-        render_cluster(cluster, sys.stdout)
-
-
-def _advise(prepared: PreparedRun, num_gpus: int, name: str, as_json: bool) -> None:
-    from megatron_cpt.planning.cluster.advise import advise
-    from megatron_cpt.planning.cluster.estimate import find_gpu
-    from megatron_cpt.views.advice_table import render_advice
-
-    config, plan = prepared.config, prepared.plan
-    advice = advise(config, plan, num_gpus, find_gpu(name, config))
+    config, found, advice, cluster = prepared.config, prepared.plan, None, None
+    if gpu is not None:
+        kind = find_gpu(gpu, config)
+        if wants_advice and gpus is not None:
+            advice = advise(config, found, gpus, kind)
+        else:
+            cluster = place_on_cluster(config, found, kind, gpus)
     if as_json:
-        print(json.dumps({**plan.to_dict(), "advice": advice.to_dict()}, indent=2, allow_nan=False))
-    else:
+        estimates = {"advice": advice and advice.to_dict(), "cluster": cluster and cluster.to_dict()}
+        values = found.to_dict() | {name: value for name, value in estimates.items() if value}
+        print(json.dumps(values, indent=2, allow_nan=False))
+    elif advice is not None:
         render_advice(advice, sys.stdout)
+    else:
+        render_plan(found, sys.stdout)
+        if cluster is not None:
+            render_cluster(cluster, sys.stdout)

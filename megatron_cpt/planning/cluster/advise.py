@@ -7,13 +7,21 @@ phase. Its speed is the speed in the steps that train most tokens, with the run'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_cpt.config import RunConfig
-from megatron_cpt.planning.cluster.candidate import Candidate, candidate_problems, explain_memory, split_name
-from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, fits, largest_segment, overlapped_speed
+from megatron_cpt.planning.cluster.estimate import (
+    MEMORY_MARGIN,
+    Candidate,
+    candidate_problems,
+    explain_memory,
+    fits,
+    largest_segment,
+    overlapped_speed,
+    split_name,
+)
 from megatron_cpt.planning.cluster.step_time import Speed, with_tensor_overlap
 from megatron_cpt.planning.hardware import Gpu
 from megatron_cpt.planning.run_plan import RunPlan
@@ -30,29 +38,18 @@ AS_GOOD = 0.95
 
 
 @dataclass(frozen=True)
-class Misfit:
-    """TP x PP x CP split that cannot run, with the reason."""
-
-    split: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Advice:
     """Ranked layouts of a run.
 
     Attributes:
-        gpu: the GPU.
-        num_gpus: number of GPUs.
         steps: a segment with the shape of the steps whose speed is given.
         is_uniform: all steps of the run have that shape.
         ranking: the best layout of each split that fits, the fastest first.
         current: the run's own layout; None if it does not divide.
         current_overlapped: its speed with `speed.tp_comm_overlap`; None if the run sets that or it is not possible.
         current_problem: why the run's own layout cannot run on these GPUs; empty if it can.
-        misfits: splits that do not divide or fit.
+        misfits: reasons why splits do not divide or fit, by name of the split.
         other_batch: the best layout of a split that needs another global batch; None if none is faster.
-        num_tried: number of layouts tried.
     """
 
     gpu: Gpu
@@ -63,7 +60,7 @@ class Advice:
     current: Candidate | None
     current_overlapped: Speed | None
     current_problem: str
-    misfits: Sequence[Misfit]
+    misfits: Mapping[str, str]
     other_batch: Candidate | None
     num_tried: int
 
@@ -77,10 +74,10 @@ class Advice:
             "is_calibrated": self.gpu.is_calibrated,
             "speed_of": {"global_batch": self.steps.global_batch, "seq_length": self.steps.seq_length},
             "ranking": [candidate.to_dict() for candidate in self.ranking],
-            "current": self.current.to_dict() if self.current else None,
+            "current": self.current and self.current.to_dict(),
             "current_problem": self.current_problem,
-            "misfits": [{"split": misfit.split, "reason": misfit.reason} for misfit in self.misfits],
-            "other_batch": self.other_batch.to_dict() if self.other_batch else None,
+            "misfits": [{"split": split, "reason": reason} for split, reason in self.misfits.items()],
+            "other_batch": self.other_batch and self.other_batch.to_dict(),
             "num_tried": self.num_tried,
         }
 
@@ -88,7 +85,7 @@ class Advice:
 def advise(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Advice:
     """Try every layout of a planned run on `num_gpus` GPUs and rank the layouts that fit."""
     best: list[Candidate] = []
-    misfits: list[Misfit] = []
+    misfits: dict[str, str] = {}
     other_batches: list[Candidate] = []
     num_tried = 0
     use_run_micro = {phase.name for phase in config.phases if phase.batch is None or phase.batch.micro is None}
@@ -106,7 +103,7 @@ def advise(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Advice:
             if _is_worth_its_context(fastest, best):
                 best.append(fastest)
             continue
-        misfits.append(_misfit(split, plans[1], candidates, num_gpus, gpu))
+        misfits[split_name(split)] = _why_not(split, plans[1], candidates, num_gpus, gpu)
         if not candidates and plan.is_uniform:
             other_batches += _with_other_batch(layouts, num_gpus, gpu)
     best.sort(key=_rank, reverse=True)
@@ -187,11 +184,8 @@ def _layouts(split: RunConfig) -> Iterator[RunConfig]:
             batch = split.batch.model_copy(update={"micro": micro})
             for granularity in RECOMPUTE:
                 recompute = {"granularity": granularity, "method": "uniform", "num_layers": 1}
-                changes = {
-                    "parallel": chunked,
-                    "batch": batch,
-                    "recompute": split.recompute.model_copy(update=recompute),
-                }
+                changes = {"parallel": chunked, "batch": batch}
+                changes |= {"recompute": split.recompute.model_copy(update=recompute)}
                 yield with_tensor_overlap(split.model_copy(update=changes))
 
 
@@ -199,14 +193,14 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _misfit(split: RunConfig, plan: RunPlan, candidates: Sequence[Candidate], num_gpus: int, gpu: Gpu) -> Misfit:
+def _why_not(split: RunConfig, plan: RunPlan, candidates: Sequence[Candidate], num_gpus: int, gpu: Gpu) -> str:
     """Return why no layout of a split can run; `plan` has the smallest micro-batch."""
     if candidates:
         smallest = min(candidates, key=lambda candidate: candidate.memory.total)
         how = f"micro-batch {smallest.config.batch.micro}, recompute {smallest.config.recompute.granularity}"
-        return Misfit(split_name(split), f"{explain_memory(smallest.memory, gpu)}, even with {how}")
+        return f"{explain_memory(smallest.memory, gpu)}, even with {how}"
     smallest_batch = split.model_copy(update={"batch": split.batch.model_copy(update={"micro": 1})})
-    return Misfit(split_name(split), candidate_problems(smallest_batch, plan, num_gpus)[0])
+    return candidate_problems(smallest_batch, plan, num_gpus)[0]
 
 
 def _with_other_batch(layouts: Sequence[tuple[RunConfig, RunPlan]], num_gpus: int, gpu: Gpu) -> Iterator[Candidate]:

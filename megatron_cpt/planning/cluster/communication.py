@@ -47,12 +47,13 @@ class Links:
     def build(cls, config: RunConfig, layout: Layout, gpu: Gpu) -> Links:
         """Return the bandwidths of a layout on nodes of a GPU."""
         parallel = config.parallel
-        inner = parallel.tensor * parallel.context
+        in_one_node = parallel.model_parallel_size * layout.data_parallel <= gpu.gpus_per_node
         return cls(
             tensor=_ring_bandwidth(parallel.tensor, 1, gpu),
             context=_ring_bandwidth(parallel.context, parallel.tensor, gpu),
             data=_ring_bandwidth(layout.data_parallel * parallel.context, parallel.tensor, gpu),
-            pipeline=_next_stage_bandwidth(inner * layout.data_parallel * parallel.pipeline, gpu),
+            # Pipeline ranks are farthest apart.
+            pipeline=NVLINK_EFFICIENCY * gpu.nvlink if in_one_node else NETWORK_EFFICIENCY * gpu.network,
         )
 
 
@@ -65,16 +66,6 @@ def _ring_bandwidth(size: int, stride: int, gpu: Gpu) -> float:
     return min(inside, NETWORK_EFFICIENCY * gpu.network * members_in_node)
 
 
-def _next_stage_bandwidth(num_gpus: int, gpu: Gpu) -> float:
-    """Return the bandwidth to the same rank of the next stage; pipeline ranks are farthest apart."""
-    in_one_node = num_gpus <= gpu.gpus_per_node
-    return NVLINK_EFFICIENCY * gpu.nvlink if in_one_node else NETWORK_EFFICIENCY * gpu.network
-
-
-def _ring_share(size: int) -> float:
-    return (size - 1) / size
-
-
 def tensor_seconds_per_layer(config: RunConfig, links: Links) -> float:
     """Return seconds of tensor parallelism per layer and micro-batch, forward and backward, without overlap.
 
@@ -84,7 +75,7 @@ def tensor_seconds_per_layer(config: RunConfig, links: Links) -> float:
     """
     size = config.parallel.tensor
     hidden = WEIGHT_BYTES * config.model.hidden * tokens_of_micro_batch(config)
-    return 8 * hidden * _ring_share(size) / links.tensor
+    return 8 * hidden * ((size - 1) / size) / links.tensor
 
 
 def context_seconds_per_layer(config: RunConfig, links: Links) -> float:
@@ -124,7 +115,8 @@ class GradientExchange:
     ) -> GradientExchange:
         """Return the exchange of a stage; `gradient_bytes` is the size of a reduced gradient."""
         parameters, kind = stage_parameters(config, stage), format_of(config)
-        share = _ring_share(layout.data_parallel * config.parallel.context)
+        ranks = layout.data_parallel * config.parallel.context
+        share = (ranks - 1) / ranks
         reduce = gradient_bytes * parameters * share / links.data
         if not config.parallel.distributed_optimizer:
             return cls(2 * reduce, 0.0)

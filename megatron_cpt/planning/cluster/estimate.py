@@ -1,21 +1,24 @@
-"""Memory, speed and time of a run on a cluster of named GPUs."""
+"""Memory, speed and time of a run on a cluster of named GPUs, for its own layout or a candidate of the adviser."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_cpt.config import RunConfig
+from megatron_cpt.config.checks import CHECKS
 from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
 from megatron_cpt.errors import UserError
-from megatron_cpt.planning.cluster.step_time import Speed, estimate_speed, with_tensor_overlap
-from megatron_cpt.planning.cost.flops import FlopsPerToken, flops_per_token
+from megatron_cpt.planning.cluster.step_time import Overlap, Speed, estimate_speed, with_tensor_overlap
 from megatron_cpt.planning.cost.formats import format_of
-from megatron_cpt.planning.cost.memory import GIB, Memory, stage_memories
-from megatron_cpt.planning.cost.rank_layout import Layout
+from megatron_cpt.planning.cost.memory import GIB, Memory
+from megatron_cpt.planning.cost.parameters import FlopsPerToken, flops_per_token
+from megatron_cpt.planning.cost.rank_layout import Layout, layout_problems
 from megatron_cpt.planning.hardware import GPUS, Gpu
-from megatron_cpt.planning.run_plan import RunPlan
+from megatron_cpt.planning.run_plan import RunPlan, peak_memories, with_shape
+from megatron_cpt.planning.timeline.phases import batch_problems
 from megatron_cpt.planning.timeline.segments import Segment
 
 # Share of the memory that a layout should leave free, for fragmentation and errors of the estimate.
@@ -27,8 +30,6 @@ class Cluster:
     """Estimate for a run on a cluster.
 
     Attributes:
-        gpu: the GPU.
-        layout: ranks and micro-batches.
         stages: memory of every pipeline stage, in the steps that need most.
         speed: in the steps that train most tokens.
         overlapped: speed with `speed.tp_comm_overlap`; None if the run sets that or it is not possible.
@@ -71,15 +72,13 @@ class Cluster:
             "memory_per_gpu_gib": self.memory.total / GIB,
             "fits": fits(self.memory, self.gpu),
             "tokens_per_second_per_gpu": self.speed.tokens_per_gpu,
-            "tokens_per_second_per_gpu_with_tp_comm_overlap": (
-                self.overlapped.tokens_per_gpu if self.overlapped is not None else None
-            ),
+            "tokens_per_second_per_gpu_with_tp_comm_overlap": self.overlapped and self.overlapped.tokens_per_gpu,
             "speed": sorted(self.knobs),
             "step_seconds": self.speed.step,
             "step_seconds_by_part": {
                 name: value for name, value in asdict(self.speed).items() if name not in ("step", "tokens_per_gpu")
             },
-            "mfu": {kind: self.mfu(flops) for kind, flops in self.flops.to_dict().items()},
+            "mfu": {kind: self.mfu(flops) for kind, flops in asdict(self.flops).items()},
             "mfu_peak_flops": self.peak,
             "days": self.seconds / 86400,
             "gpu_hours": self.gpu_hours,
@@ -110,26 +109,12 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
     return memory.total <= (1 - MEMORY_MARGIN) * gpu.memory_gib * GIB
 
 
-def with_shape(config: RunConfig, segment: Segment) -> RunConfig:
-    """Return the run with the batch and sequence length of one segment in all steps.
-
-    `tp_comm_overlap` is resolved before: it needs the same shape in all phases of the original run.
-    """
-    batch = config.batch.model_copy(
-        update={"global_": segment.global_batch, "micro": segment.micro_batch, "ramp_up": None}
-    )
-    overlaps = "tp_comm_overlap" in resolve_speed(config, GPU_CLUSTER)[0]
-    speed = config.speed.model_copy(update={"tp_comm_overlap": overlaps})
-    return config.model_copy(update={"batch": batch, "seq_length": segment.seq_length, "speed": speed})
-
-
 def largest_segment(plan: RunPlan) -> Segment:
     """Return the first segment whose shape (batch, micro-batch, sequence length) trains most tokens."""
-    tokens: dict[tuple[int, int, int], int] = {}
+    tokens = Counter[tuple[int, int, int]]()
     for segment in plan.segments:
-        num_tokens = segment.end.tokens - segment.first_token
-        tokens[segment.shape] = tokens.get(segment.shape, 0) + num_tokens
-    most = max(tokens, key=lambda shape: tokens[shape])
+        tokens[segment.shape] += segment.end.tokens - segment.first_token
+    ((most, _),) = tokens.most_common(1)
     return next(segment for segment in plan.segments if segment.shape == most)
 
 
@@ -137,13 +122,12 @@ def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int |
     """Estimate a planned run on GPUs; `num_gpus=None` means one replica of the model."""
     runs = {segment.shape: with_shape(config, segment) for segment in plan.segments}
     layouts = {shape: Layout.build(run, num_gpus) for shape, run in runs.items()}
-    memories = [stage_memories(run, layouts[shape], gpu=gpu) for shape, run in runs.items()]
     speeds = {shape: estimate_speed(run, layouts[shape], gpu) for shape, run in runs.items()}
     most = largest_segment(plan)
     return Cluster(
         gpu=gpu,
         layout=layouts[most.shape],
-        stages=max(memories, key=lambda stages: max(stage.total for stage in stages)),
+        stages=peak_memories(config, plan.segments, num_gpus, gpu),
         speed=speeds[most.shape],
         overlapped=overlapped_speed(config, plan, gpu, num_gpus),
         knobs=resolve_speed(config, GPU_CLUSTER)[0],
@@ -162,8 +146,8 @@ def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int |
     return estimate_speed(run, Layout.build(run, num_gpus), gpu)
 
 
-def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
-    """Yield the parts of a step with their shares, the largest first."""
+def step_lines(speed: Speed) -> list[tuple[str, float]]:
+    """Return the parts of a step with their shares, the largest first."""
     names = {
         "matmul": "matrix products",
         "attention": "attention",
@@ -177,4 +161,109 @@ def step_lines(speed: Speed) -> Iterator[tuple[str, float]]:
         "scale": "scale",
     }
     shares = {text: getattr(speed, name) / speed.step for name, text in names.items()}
-    yield from sorted(shares.items(), key=lambda item: -item[1])
+    return sorted(shares.items(), key=lambda item: -item[1])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Estimate for one layout.
+
+    Attributes:
+        memory: of the pipeline stage that needs most, in the steps that need most.
+        speed: in the steps that train most tokens.
+        plain: speed without `speed.tp_comm_overlap`; None if that is off anyway.
+    """
+
+    config: RunConfig
+    layout: Layout
+    memory: Memory
+    speed: Speed
+    plain: Speed | None
+    why: str
+
+    @classmethod
+    def build(cls, config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Candidate:
+        """Estimate the layout of a run whose steps are planned."""
+        run = with_shape(config, largest_segment(plan))
+        layout, overlap = Layout.build(run, num_gpus), Overlap.of(config)
+        speed = estimate_speed(run, layout, gpu)
+        plain = estimate_speed(run, layout, gpu, replace(overlap, tensor=False)) if overlap.tensor else None
+        memory = max(peak_memories(config, plan.segments, num_gpus, gpu), key=lambda memory: memory.total)
+        return cls(config, layout, memory, speed, plain, _explain(speed))
+
+    @property
+    def split(self) -> str:
+        """Sizes of tensor, pipeline and context parallelism, such as `TP2 PP4`."""
+        return split_name(self.config)
+
+    @property
+    def overrides(self) -> list[str]:
+        """Arguments of `megatron-cpt train RUN.yaml` that select this layout."""
+        parallel, recompute = self.config.parallel, self.config.recompute
+        keys = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "distributed_optimizer")
+        values = {f"parallel.{key}": getattr(parallel, key) for key in keys}
+        values |= {"batch.micro": self.config.batch.micro, "recompute.granularity": recompute.granularity}
+        if recompute.granularity == "full":
+            values |= {"recompute.method": recompute.method, "recompute.num_layers": recompute.num_layers}
+        if self.config.speed.tp_comm_overlap is not None:
+            values["speed.tp_comm_overlap"] = self.config.speed.tp_comm_overlap
+        return [f"{key}={str(value).lower()}" for key, value in values.items()]
+
+    @property
+    def knobs(self) -> frozenset[str]:
+        """Names of the options below `speed` that are on."""
+        return resolve_speed(self.config, GPU_CLUSTER)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `plan --advise --json`."""
+        parallel = self.config.parallel
+        return {
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline,
+            "context": parallel.context,
+            "micro_batch": self.config.batch.micro,
+            "recompute": self.config.recompute.granularity,
+            "data_parallel": self.layout.data_parallel,
+            "num_micro_batches": self.layout.num_micro_batches,
+            "global_batch": self.config.batch.global_,
+            "tokens_per_second_per_gpu": self.speed.tokens_per_gpu,
+            "tokens_per_second_per_gpu_without_tp_comm_overlap": self.plain and self.plain.tokens_per_gpu,
+            "step_seconds": self.speed.step,
+            "memory_per_gpu_gib": self.memory.total / GIB,
+            "speed": sorted(self.knobs),
+            "why": self.why,
+            "overrides": self.overrides,
+        }
+
+
+def split_name(config: RunConfig) -> str:
+    """Return the sizes of tensor, pipeline and context parallelism, such as `TP2 PP4`."""
+    parallel = config.parallel
+    return f"TP{parallel.tensor} PP{parallel.pipeline}" + (f" CP{parallel.context}" if parallel.context > 1 else "")
+
+
+def candidate_problems(config: RunConfig, plan: RunPlan, num_gpus: int) -> list[str]:
+    """Return the messages that `train` would give for this layout on these GPUs; none if it can run."""
+    found = [text for check in CHECKS for text in check.find(config)]
+    launch = (*layout_problems(config, num_gpus), *batch_problems(config, plan.phases, num_gpus))
+    return found + [problem.text for problem in launch]
+
+
+def explain_memory(memory: Memory, gpu: Gpu) -> str:
+    """Return why a stage does not fit the GPU."""
+    usable = (1 - MEMORY_MARGIN) * gpu.memory_gib
+    states = (memory.weights + memory.gradients + memory.optimizer) / GIB
+    return (
+        f"needs {memory.total / GIB:.0f} GiB on stage {memory.stage} ({states:.0f} of them weights, gradients and "
+        f"optimizer), {usable:.0f} are usable"
+    )
+
+
+def _explain(speed: Speed) -> str:
+    """Return the share of useful work in a step, and the two largest shares of other parts."""
+    shares = dict(step_lines(speed))
+    work = shares.pop("matrix products") + shares.pop("attention")
+    shares.pop("memory-bound kernels")  # about equal in every layout
+    lost = [f"{share:.1%} {name}" for name, share in shares.items() if share >= 0.005][:2]
+    return f"{work:.0%} matmul and attention; lost: {', '.join(lost) or 'next to nothing'}"

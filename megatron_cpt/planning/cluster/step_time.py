@@ -98,14 +98,7 @@ class Speed:
 
 
 def estimate_speed(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap | None = None) -> Speed:
-    """Estimate the time of a step and its parts.
-
-    Args:
-        config: the run; reads `batch`, `seq_length`, `parallel`, `precision`, `recompute` and `speed`.
-        layout: its ranks and micro-batches.
-        gpu: the GPU.
-        overlap: communication that is hidden; None follows the run's `speed`.
-    """
+    """Estimate the time of a step and its parts; `overlap=None` follows the run's `speed`."""
     overlap = overlap or Overlap.of(config)
     links = Links.build(config, layout, gpu)
     num_stages, num_micro_batches = config.parallel.pipeline, layout.num_micro_batches

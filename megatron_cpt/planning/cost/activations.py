@@ -39,10 +39,8 @@ def layers_of_stage(config: RunConfig) -> int:
 def layer_activation_bytes(config: RunConfig, *, spec: Spec | None = None, fused_attention: bool = True) -> float:
     """Return the bytes per rank that one layer saves of one micro-batch, without full recomputation.
 
-    Args:
-        config: the run.
-        spec: the layer spec; None means `default_spec`.
-        fused_attention: `te` only: attention (FlashAttention, cuDNN) does not store the seq_length x seq_length scores.
+    `spec=None` means `default_spec`. Fused attention (FlashAttention, cuDNN; `te` only) does not store the
+    seq_length x seq_length scores.
     """
     spec = spec or default_spec(config)
     model, split, outside = config.model, config.parallel.tensor, _ranks_outside_matmuls(config)

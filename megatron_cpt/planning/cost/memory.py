@@ -72,36 +72,20 @@ class Memory:
 
     def to_dict(self) -> dict[str, float]:
         """Return the stage, and its parts in GiB."""
-        parts = {name: value / GIB for name, value in asdict(self).items() if name != "stage"}
-        return {"stage": self.stage, **parts}
+        return {name: value if name == "stage" else value / GIB for name, value in asdict(self).items()}
 
 
-def estimate_memory(config: RunConfig, layout: Layout, *, gpu: Gpu | None = None, spec: Spec | None = None) -> Memory:
-    """Return the memory of the pipeline stage that needs most."""
-    return max(stage_memories(config, layout, gpu=gpu, spec=spec), key=lambda memory: memory.total)
-
-
-def stage_memories(
-    config: RunConfig, layout: Layout, *, gpu: Gpu | None = None, spec: Spec | None = None
-) -> Sequence[Memory]:
+def stage_memories(config: RunConfig, layout: Layout, *, gpu: Gpu | None = None) -> Sequence[Memory]:
     """Return the memory of every pipeline stage."""
     # More stages than layers are refused later; the plan is built anyway, to report all problems together.
     stages = range(min(config.parallel.pipeline, config.model.layers))
-    return [stage_memory(config, layout, stage, gpu=gpu, spec=spec) for stage in stages]
+    return [stage_memory(config, layout, stage, gpu=gpu) for stage in stages]
 
 
 def stage_memory(
     config: RunConfig, layout: Layout, stage: int, *, gpu: Gpu | None = None, spec: Spec | None = None
 ) -> Memory:
-    """Return the memory of one pipeline stage.
-
-    Args:
-        config: the run.
-        layout: its ranks and micro-batches.
-        stage: the stage, from 0.
-        gpu: the GPU, for `reserved`; None leaves it 0.
-        spec: the layer spec; None means `default_spec`.
-    """
+    """Return the memory of one pipeline stage; without `gpu`, `reserved` is 0; `spec=None` means `default_spec`."""
     spec = spec or default_spec(config)
     parameters = stage_parameters(config, stage)
     is_bf16 = config.precision.compute == "bf16"

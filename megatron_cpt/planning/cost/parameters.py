@@ -1,4 +1,12 @@
-"""Number of parameters of a model, part by part, from its shape."""
+"""Number of parameters of a model, part by part, and its floating-point operations (FLOPs).
+
+A matrix product costs 2 operations per weight and token forward and 4 backward, 6 in total (Kaplan et al., arXiv
+2001.08361). Looking up an embedding costs none, so only the head counts. Attention multiplies each query with every key
+and each score with every value: 2 x 2 x seq_length x queries forward, three times as many in training (PaLM, arXiv
+2204.02311, appendix B). Norms, activations, softmax and recomputation do not count, as in published MFU figures.
+
+A causal model needs only half of the attention, but many published figures count all of it, so both are reported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +21,6 @@ class LayerParameters:
 
     Attributes:
         attention: weights of the query/key/value and output projections.
-        mlp: weights of the MLP.
         biases: of all linear layers.
         norms: of the two layer norms, and of the query and key norms with `qk_norm`.
     """
@@ -39,8 +46,6 @@ class Parameters:
     """Parameters of a model.
 
     Attributes:
-        layer: of one layer.
-        num_layers: number of layers.
         embedding: one row per token id, without padding rows.
         final_norm: of the norm before the head.
         head: of the output layer; 0 if it shares the weights of the embedding.
@@ -113,3 +118,22 @@ def _count_layer(model: ModelConfig) -> LayerParameters:
         biases=biases,
         norms=2 * norm_size(model) + (2 * model.head_size if model.qk_norm else 0),
     )
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Operations of training on one token, with attention to every key (`full`) and with half of it (`causal`)."""
+
+    full: float
+    causal: float
+
+
+def flops_per_token(model: ModelConfig, seq_length: float) -> FlopsPerToken:
+    """Return the operations of training, forward and backward, on one token of a sequence of `seq_length`.
+
+    The head counts without padding rows, whose work is not useful.
+    """
+    parameters = count_parameters(model)
+    matmul = parameters.num_layers * parameters.layer.matmul + model.vocab * model.hidden
+    attention = 12 * model.layers * seq_length * query_size(model)
+    return FlopsPerToken(full=float(6 * matmul + attention), causal=float(6 * matmul + attention / 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_cpt.config import SourceConfig, format_count
 from megatron_cpt.planning.problem import Problem
@@ -24,7 +25,6 @@ class SourceUse:
     Attributes:
         weight: share of the samples of the phase; shares sum to 1.
         samples: sequences of the phase's seq_length tokens.
-        tokens: samples x seq_length.
         epochs: samples divided by the samples of that length per epoch; None if the size is unknown.
     """
 
@@ -41,9 +41,7 @@ class SourceTotal:
     Attributes:
         size: tokens of the source; None if unknown.
         samples: sequences read over all phases, of any length.
-        tokens: tokens in these sequences.
         epochs: over all phases, including tokens skipped when the sequence length changes; None if the size is unknown.
-        max_epochs: limit of run.yaml; None without a limit.
         limit: spans after which the source ends and others share its weight; None if it does not end.
         span_length: tokens per span, the longest sequence in which it is read.
         spans_per_epoch: spans per epoch; None if the size is unknown.
@@ -149,12 +147,7 @@ def size_problems(source_tokens: Mapping[str, int], grids: Mapping[str, SpanGrid
 
 
 def epoch_problems(totals: Mapping[str, SourceTotal], uses: Mapping[str, Mapping[str, SourceUse]]) -> Iterator[Problem]:
-    """Yield sources that the run reads more often than `max_epochs`.
-
-    Args:
-        totals: readings over all phases, by source.
-        uses: readings by phase, in order, then by source.
-    """
+    """Yield sources that the run reads more often than `max_epochs`; `uses` has readings by phase, then by source."""
     for name, total in totals.items():
         limit = total.max_epochs
         if limit is None or total.epochs is None or total.epochs <= limit * (1 + 1e-9):
@@ -171,12 +164,8 @@ def epoch_problems(totals: Mapping[str, SourceTotal], uses: Mapping[str, Mapping
 
 
 def _phase_that_exceeds(name: str, limit: float, uses: Mapping[str, Mapping[str, SourceUse]]) -> str:
-    epochs = 0.0
-    for phase, sources in uses.items():
-        epochs += (sources[name].epochs or 0.0) if name in sources else 0.0
-        if epochs > limit:
-            return phase
-    return list(uses)[-1]
+    epochs = accumulate((sources[name].epochs or 0.0) if name in sources else 0.0 for sources in uses.values())
+    return next((phase for phase, read in zip(uses, epochs, strict=True) if read > limit), list(uses)[-1])
 
 
 def source_warnings(totals: Mapping[str, SourceTotal]) -> Iterator[str]:

@@ -19,16 +19,9 @@ class PhasePlan:
     """Phase with its steps.
 
     Attributes:
-        name: name of the phase.
         first_step: first step, counted from 1 over the whole run.
-        last_step: last step.
         num_samples: sequences.
-        tokens: trained tokens.
-        lr_first: learning rate of the first step.
-        lr_last: learning rate of the last step.
-        sources: samples and tokens of each source, in the order of the blend.
-        seq_length: tokens per sequence.
-        segments: the steps by batch and sequence length.
+        sources: readings in the order of the blend.
         ends: approximate step in which a source ends, for sources with `on_exhausted: renormalize` that end.
     """
 
@@ -61,28 +54,8 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
-class PlannedPhases:
-    """Phases of a run.
-
-    Attributes:
-        phases: phases with at least one step.
-        problems: problems of the ends of phases.
-        positions: position of each source after the last phase that reads it.
-    """
-
-    phases: list[PhasePlan]
-    problems: list[Problem]
-    positions: Mapping[str, SourcePosition]
-
-
-@dataclass(frozen=True)
 class SourcePosition:
-    """Position of a source.
-
-    Attributes:
-        seq_length: tokens per sample in the phase that read it last.
-        sample_index: index of its next sample of that length, counted over all epochs.
-    """
+    """Next sample of a source, counted over all epochs in samples of the phase that read it last."""
 
     seq_length: int
     sample_index: int = 0
@@ -94,50 +67,43 @@ class SourcePosition:
         return SourcePosition(seq_length, -(-self.sample_index * self.seq_length // seq_length))
 
 
-def plan_phases(config: RunConfig, schedule: Schedule, grids: Mapping[str, SpanGrid]) -> PlannedPhases:
-    """Plan the phases of a run; without problems they cover its steps.
+def plan_phases(
+    config: RunConfig, schedule: Schedule, grids: Mapping[str, SpanGrid]
+) -> tuple[list[PhasePlan], list[Problem], dict[str, SourcePosition]]:
+    """Return the phases that have steps, their problems, and the position of each source after its last phase.
 
-    Args:
-        config: the run; config/checks.py reports unknown sources and invalid weights in its blends.
-        schedule: its learning rates.
-        grids: the spans of each source of known size.
+    `grids` has the spans of each source of known size; config/checks.py reports unknown sources and invalid weights.
     """
-    planned = PlannedPhases([], [], {})
+    phases: list[PhasePlan] = []
+    problems: list[Problem] = []
     positions: dict[str, SourcePosition] = {}
     limits = span_limits(config.sources, grids)
-    first = 1
-    for index, steps in enumerate(split_into_segments(config, schedule)):
-        problem = _end_problem(config, schedule, index, first, steps.last)
-        if problem is not None:
-            planned.problems.append(problem)
-        if steps.segments:
-            phase = _plan_phase(config, schedule, config.phases[index], steps.segments, grids, positions, limits)
-            planned.problems.extend(_shortage_problems(index, phase))
-            planned.phases.append(phase)
-            first = phase.last_step + 1
-    return replace(planned, positions=positions)
+    for index, (last, segments) in enumerate(split_into_segments(config, schedule)):
+        problems += _end_problems(config, schedule, index, phases[-1].last_step + 1 if phases else 1, last)
+        if segments:
+            phases.append(_plan_phase(config, schedule, config.phases[index], segments, grids, positions, limits))
+            problems += _shortage_problems(index, phases[-1])
+    return phases, problems, positions
 
 
-def _end_problem(config: RunConfig, schedule: Schedule, index: int, first: int, last: int) -> Problem | None:
-    """Return the problem of the end of phase `index`, whose first step is `first`, or None."""
+def _end_problems(config: RunConfig, schedule: Schedule, index: int, first: int, last: int) -> Iterator[Problem]:
+    """Yield the problem of the end of phase `index`, whose first step is `first`."""
     phase, steps = config.phases[index], schedule.steps
     if phase.until is None or index == len(config.phases) - 1:
-        # config/checks.py reports an `until` that is missing, or that the last phase should not have.
-        return None
+        return  # config/checks.py reports an `until` that is missing, or that the last phase should not have
     unit = "lr" if phase.until.lr is not None else "tokens" if phase.until.tokens is not None else "step"
     keys = (f"phases[{index}].until", *(SCHEDULE_KEYS if unit == "lr" else LENGTH_KEYS))
     key = f"phases[{index}].until (phase {phase.name}): {_describe(phase.until)}"
     if last < first:
         text = f"{key} is step {last:,}, but the previous phase ends with step {first - 1:,}, so this one has no step"
-        return Problem(f"{text}; `until` counts from the start of the run: choose a later end", keys)
-    if last >= steps:
-        if unit == "lr":
-            floor = schedule.rate(steps) / schedule.max_lr
-            text = f"{key} of max_lr is never reached: the last step runs at {floor:.3g} of it"
-            return Problem(f"{text}; choose a larger fraction, or tokens or step", keys)
+        yield Problem(f"{text}; `until` counts from the start of the run: choose a later end", keys)
+    elif last >= steps and unit == "lr":
+        floor = schedule.rate(steps) / schedule.max_lr
+        text = f"{key} of max_lr is never reached: the last step runs at {floor:.3g} of it"
+        yield Problem(f"{text}; choose a larger fraction, or tokens or step", keys)
+    elif last >= steps:
         text = f"{key} is step {last:,}, but the run ends with step {steps:,}, so the next phase has no step"
-        return Problem(f"{text}; choose an earlier end or raise tokens", keys)
-    return None
+        yield Problem(f"{text}; choose an earlier end or raise tokens", keys)
 
 
 def _describe(until: Until) -> str:

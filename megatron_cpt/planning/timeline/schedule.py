@@ -8,6 +8,7 @@ gives the same rates.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,13 +27,9 @@ class Schedule:
     """Learning-rate schedule with all spans in steps.
 
     Attributes:
-        shape: cosine, linear, constant or wsd (warmup, stable, decay).
-        max_lr: highest rate.
         min_lr: rate at t = 1.
-        steps: length of the run.
         warmup_steps: steps in which the rate increases linearly from 0; the curve covers the remaining steps.
         decay_steps: steps at the end in which the rate falls; wsd only.
-        decay_shape: linear, cosine, exponential or minus_sqrt; wsd only.
     """
 
     shape: str
@@ -71,21 +68,10 @@ class Schedule:
         """Return the last step whose rate is above `rate`; `steps` if the rate never falls that far.
 
         Bisects the steps after the warmup, where the rate only falls. Comparing rates is exact; inverting the formula
-        would round.
-
-        Args:
-            rate: a learning rate below max_lr.
+        would round. `rate` must be below max_lr.
         """
-        above, below = self.warmup_steps + 1, self.steps + 1
-        if above >= below or self.rate(self.steps) > rate:
-            return self.steps
-        while below - above > 1:
-            middle = (above + below) // 2
-            if self.rate(middle) > rate:
-                above = middle
-            else:
-                below = middle
-        return above
+        falling = range(self.warmup_steps + 1, self.steps + 1)
+        return min(self.steps, self.warmup_steps + bisect_left(falling, -rate, key=lambda step: -self.rate(step)))
 
     def _share_of_range(self, done: int) -> float:
         """Return the rate after `done` steps, at least the warmup, as a share between min_lr (0) and max_lr (1)."""

@@ -25,7 +25,6 @@ class Segment:
 
     Attributes:
         first_step: first step, counted from 1 over the whole run.
-        last_step: last step.
         first_sample: samples read before the segment.
         first_token: tokens trained on before the segment.
         global_batch: sequences per step, over all ranks.
@@ -94,12 +93,7 @@ def phase_segments(
 ) -> Iterator[Segment]:
     """Yield the segments of a phase; exactly one of `last_step` and `tokens` decides its end.
 
-    Args:
-        config: the run.
-        phase: one of its phases.
-        begin: progress at which the phase begins.
-        last_step: last step of the phase.
-        tokens: end with the first step after which the run has trained on this many tokens.
+    With `tokens` it ends with the first step after which the run has trained on this many tokens.
     """
     own = phase.batch.global_ if phase.batch is not None else None
     length, micro, mark = config.length_of(phase), config.micro_batch_of(phase), begin
@@ -138,22 +132,12 @@ def _steps_of_size(batch: BatchConfig, samples: int, size: int) -> int:
     return steps
 
 
-@dataclass(frozen=True)
-class PhaseSteps:
-    """Steps of a phase.
+def split_into_segments(config: RunConfig, schedule: Schedule) -> list[tuple[int, tuple[Segment, ...]]]:
+    """Return the step that `until` gives and the segments inside the run, of each phase.
 
-    Attributes:
-        last: step that `until` gives; it may be before the first step of the phase, or beyond the run.
-        segments: the steps of the phase inside the run.
+    The step may be before the first step of the phase, or beyond the run.
     """
-
-    last: int
-    segments: tuple[Segment, ...]
-
-
-def split_into_segments(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
-    """Split the steps of a run into phases, and each phase into segments."""
-    tiled: list[PhaseSteps] = []
+    tiled: list[tuple[int, tuple[Segment, ...]]] = []
     done: list[Segment] = []
     for phase in config.phases:
         begin = done[-1].end if done else RunProgress()
@@ -171,7 +155,7 @@ def split_into_segments(config: RunConfig, schedule: Schedule) -> list[PhaseStep
             last = step_reaching((*done, *ahead), phase.until.tokens)
         segments = tuple(phase_segments(config, phase, begin, last_step=min(last, schedule.steps)))
         done += segments
-        tiled.append(PhaseSteps(last, segments))
+        tiled.append((last, segments))
     return tiled
 
 

@@ -34,10 +34,13 @@ def solve_schedule(config: RunConfig) -> Schedule:
     warmup = _warmup_steps(config)
 
     def trained(steps: int) -> int:
-        phases = split_into_segments(config, _schedule_over(config, steps, warmup))
-        return [segment for phase in phases for segment in phase.segments][-1].end.tokens
+        return _segments(config, _schedule_over(config, steps, warmup))[-1].end.tokens
 
     return _schedule_over(config, smallest_reaching(config.tokens, most, trained), warmup)
+
+
+def _segments(config: RunConfig, schedule: Schedule) -> list[Segment]:
+    return [segment for _, segments in split_into_segments(config, schedule) for segment in segments]
 
 
 def smallest_reaching(target: int, most: int, value: Callable[[int], int]) -> int:
@@ -47,10 +50,7 @@ def smallest_reaching(target: int, most: int, value: Callable[[int], int]) -> in
     second proves it: target 1,000 with value(n) = 7 n gives 143, since 142 reaches only 994. Bisection limits the calls
     to three times as many as bisection alone needs.
 
-    Args:
-        target: above 0.
-        most: at least 1.
-        value: must not decrease with n; value(0) is taken as 0.
+    `value` must not decrease with n; value(0) is taken as 0.
     """
     low, high, at_low, at_high = 0, most, 0, value(most)
     if at_high < target:
@@ -58,13 +58,12 @@ def smallest_reaching(target: int, most: int, value: Callable[[int], int]) -> in
 
     def evaluate(n: int) -> None:
         nonlocal low, high, at_low, at_high
-        if not low < n < high:
-            return
-        found = value(n)
-        if found < target:
-            low, at_low = n, found
-        else:
-            high, at_high = n, found
+        if low < n < high:
+            found = value(n)
+            if found < target:
+                low, at_low = n, found
+            else:
+                high, at_high = n, found
 
     while high - low > 1:
         guess = low - (at_low - target) * (high - low) // (at_high - at_low)
@@ -112,8 +111,7 @@ def _decay_steps(config: RunConfig, schedule: Schedule, warmup: int) -> int:
 
     def trained(decay: int) -> int:
         """Return the tokens of the last `decay` steps, with the phase ends that this decay gives."""
-        phases = split_into_segments(config, replace(schedule, warmup_steps=warmup, decay_steps=decay))
-        segments = [segment for phase in phases for segment in phase.segments]
+        segments = _segments(config, replace(schedule, warmup_steps=warmup, decay_steps=decay))
         first = schedule.steps - decay + 1
         before = next(s for s in segments if first <= s.last_step).after(first - 1)
         return segments[-1].end.tokens - before.tokens

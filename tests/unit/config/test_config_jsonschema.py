@@ -64,7 +64,7 @@ def test_schema_refuses_invalid_runs(validator, run_data, override):
 
 
 def _with(data, override):
-    from megatron_cpt.config.overrides import apply_overrides
+    from megatron_cpt.config.load_run import apply_overrides
 
     assert apply_overrides(data, [override]) == []
     return data

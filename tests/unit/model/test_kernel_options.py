@@ -164,5 +164,5 @@ def test_the_page_shows_the_tables():
 
 def test_the_launcher_sets_the_variables():
     script = (ROOT / "examples" / "nemotron4_15b" / "cluster.sh").read_text(encoding="utf-8")
-    for variable in ENVIRONMENT:
-        assert f'export {variable.name}="${{{variable.name}:-{variable.value}}}"' in script
+    for name, value, _ in ENVIRONMENT:
+        assert f'export {name}="${{{name}:-{value}}}"' in script

@@ -18,14 +18,18 @@ from megatron_cpt.planning.cluster.estimate import (
     fits,
     largest_segment,
     place_on_cluster,
-    with_shape,
 )
 from megatron_cpt.planning.cluster.step_time import estimate_speed
-from megatron_cpt.planning.cost.memory import estimate_memory
+from megatron_cpt.planning.cost.memory import stage_memories
 from megatron_cpt.planning.hardware import A100, B200, H100, H200
+from megatron_cpt.planning.run_plan import with_shape
 from megatron_cpt.views.advice_table import render_advice, render_cluster
 
 PUBLISHED = {"bf16": 6159, "fp8": 8275}  # NVIDIA dgxc-benchmarking v25.04: TP2 PP1 MBS2 on 16 to 64 H100
+
+
+def largest_memory(run, layout, gpu):
+    return max(stage_memories(run, layout, gpu=gpu), key=lambda memory: memory.total)
 
 
 def config(data, *overrides):
@@ -115,7 +119,7 @@ def test_user_buffers_take_memory(nemotron):
     asked = [*layout, "speed.tp_comm_overlap=true"]
     for fp8, size in [([], 24), (["precision.fp8={}"], 16)]:
         plain, run = nemotron(*layout, *fp8), nemotron(*asked, *fp8)
-        less, more = (estimate_memory(one, Layout.build(one, 64), gpu=H100).reserved for one in (plain, run))
+        less, more = (largest_memory(one, Layout.build(one, 64), gpu=H100).reserved for one in (plain, run))
         assert more - less == size * 2 * 4096 * 6144
 
 
@@ -126,7 +130,7 @@ def test_ranked_layouts_run_and_fit(nemotron):
     for candidate in advice.ranking:
         # the overrides alone select the layout: they pass every check and give the same estimate
         run = nemotron(*candidate.overrides)
-        memory = estimate_memory(run, Layout.build(run, 64), gpu=H100)
+        memory = largest_memory(run, Layout.build(run, 64), gpu=H100)
         assert memory.total == candidate.memory.total <= (1 - MEMORY_MARGIN) * 79.6 * GIB
         assert candidate.layout.data_parallel * run.parallel.model_parallel_size == 64
         assert candidate.why
@@ -178,9 +182,9 @@ def test_the_run_s_own_layout_is_judged(nemotron):
 
 
 def test_why_a_split_does_not_fit(nemotron):
-    reasons = {misfit.split: misfit.reason for misfit in advice_for(nemotron(), 512, H100).misfits}
+    reasons = advice_for(nemotron(), 512, H100).misfits
     assert "batch.global: 1152 is not a multiple of batch.micro: 1 x 256 replicas" in reasons["TP2 PP1"]
-    reasons = {misfit.split: misfit.reason for misfit in advice_for(nemotron(), 64, H100).misfits}
+    reasons = advice_for(nemotron(), 64, H100).misfits
     assert reasons["TP1 PP1"].endswith("73 are usable, even with micro-batch 1, recompute full")
 
 
@@ -262,5 +266,5 @@ def test_a_run_of_several_shapes(run_data):
     seconds = [estimate_speed(one, Layout.build(one, 1), H100).step for one in runs]
     assert seconds[0] != seconds[1]
     assert cluster.seconds == pytest.approx(steps[0] * seconds[0] + steps[1] * seconds[1])
-    memories = [estimate_memory(one, Layout.build(one, 1), gpu=H100).total for one in runs]
+    memories = [largest_memory(one, Layout.build(one, 1), gpu=H100).total for one in runs]
     assert cluster.memory.total == max(memories)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.planning import RunPlan, Schedule, build_plan
 from megatron_cpt.planning.timeline import solve_steps
-from megatron_cpt.planning.timeline.segments import PhaseSteps, batch_size, split_into_segments
+from megatron_cpt.planning.timeline.segments import batch_size, split_into_segments
 from megatron_cpt.views.plan_plot import plot_plan
 from megatron_cpt.views.plan_table import render_plan
 
@@ -197,7 +197,7 @@ def test_a_thousand_sizes_and_a_decay_in_tokens_take_few_layouts(run_data, monke
     """Expect about fifty layouts of the run, where nested bisection would need hundreds."""
     layouts = 0
 
-    def counted(config: RunConfig, schedule: Schedule) -> list[PhaseSteps]:
+    def counted(config: RunConfig, schedule: Schedule):
         nonlocal layouts
         layouts += 1
         return split_into_segments(config, schedule)
