@@ -13,7 +13,7 @@ from typing import Any
 from megatron_cpt.checkpoint.layout import resolve_checkpoint
 from megatron_cpt.checkpoint.record import read_run
 from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, read_mapping
-from megatron_cpt.config.overrides import apply_overrides
+from megatron_cpt.config.load_run import apply_overrides
 from megatron_cpt.data.tokenfile.reader import expand_prefixes, read_header
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.planning import RunPlan, build_plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from itertools import pairwise
 
 import pytest
@@ -60,9 +59,7 @@ def rendered(render, found) -> str:
 @pytest.mark.parametrize(("num_gpus", "batch"), [(64, 1152), (512, 2048)])
 def test_the_published_split_is_among_the_first_three(nemotron, precision, num_gpus, batch):
     fp8 = ["precision.fp8={}"] if precision == "fp8" else []
-    started = time.perf_counter()
     advice = advice_for(nemotron(f"batch.global={batch}", *fp8), num_gpus, H100)
-    assert time.perf_counter() - started < 10
     first = {candidate.split: candidate.speed.tokens_per_gpu for candidate in advice.ranking[:3]}
     assert first["TP2 PP1"] == pytest.approx(PUBLISHED[precision], rel=0.15)
 
