@@ -133,7 +133,7 @@ def nemotron_config(layers: int) -> dict[str, Any]:
     """Return the config.json of Nemotron-4 15B."""
     from megatron_cpt.config import ModelConfig
     from megatron_cpt.config.presets import preset
-    from megatron_cpt.convert.huggingface.export_config import to_hf_config
+    from megatron_cpt.convert.huggingface.config import to_hf_config
     from megatron_cpt.convert.mapping.families import NEMOTRON
 
     return to_hf_config(NEMOTRON, ModelConfig(**{**preset("nemotron4_15b"), "layers": layers}), "bfloat16")

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.cli.tool import run_tool
-from megatron_cpt.cli.transfer import transfer_bar
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.megatron.torch_dist_plan import Target
@@ -73,13 +73,13 @@ def convert(options: argparse.Namespace) -> None:
         raise UserError("--bf16 and --fp16: exclude each other; choose one")
     dtype = "bf16" if options.bf16 else "fp16" if options.fp16 else None
     if options.saver in _HF_SAVERS:
-        with transfer_bar("exporting") as advance:
+        with progress_bar("exporting", is_bytes=True) as advance:
             export_checkpoint(options.load_dir, options.save_dir, ExportOptions(dtype=dtype), advance=advance)
         return
     if options.saver not in _CHECKPOINT_SAVERS:
         raise UserError(f"--saver {options.saver}: not known; choose {', '.join((*_CHECKPOINT_SAVERS, *_HF_SAVERS))}")
     target = Target(options.target_tensor_parallel_size, options.target_pipeline_parallel_size)
-    with transfer_bar("importing") as advance:
+    with progress_bar("importing", is_bytes=True) as advance:
         import_checkpoint(
             options.load_dir, options.save_dir, ImportOptions(dtype=dtype, target=target), advance=advance
         )

@@ -41,13 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(rich_help_panel=PLAN)(plan)
-app.command(rich_help_panel=DATA)(preprocess)
-app.command(rich_help_panel=DATA)(check)
-app.command(rich_help_panel=DATA)(inspect)
-app.command(rich_help_panel=DATA)(merge)
-app.command(rich_help_panel=DATA)(split)
-app.command(rich_help_panel=DATA)(overlap)
-app.command(rich_help_panel=DATA)(trace)
+for command in (preprocess, check, inspect, merge, split, overlap, trace):
+    app.command(rich_help_panel=DATA)(command)
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)

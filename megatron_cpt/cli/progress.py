@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
-
-
-class Advance(Protocol):
-    """Function that advances the bar by an amount; a new total replaces the previous one."""
-
-    def __call__(self, amount: int, total: int | None = None) -> None:
-        """Advance the bar."""
 
 
 @contextmanager
-def progress_bar(what: str, total: int | None = None) -> Iterator[Advance]:
+def progress_bar(what: str, total: int | None = None, *, is_bytes: bool = False) -> Iterator[Callable[..., None]]:
     """Show the progress of a command.
 
     Args:
         what: label of the bar, such as `checking`.
         total: final amount, in any unit; None: not known yet.
+        is_bytes: the amounts are bytes; the bar shows them, and the speed.
 
     Yields:
-        A function that advances the bar.
+        advance(amount since the last call, new total or None), which any thread may call.
     """
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, markup=False, highlight=False)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn()]
+    columns += [progress.DownloadColumn(), progress.TransferSpeedColumn()] if is_bytes else []
+    columns.append(progress.TimeRemainingColumn())
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-
-        def advance(amount: int, total: int | None = None) -> None:
-            bar.update(task, advance=amount, total=total)
-
-        yield advance
+        yield lambda amount, total=None: bar.update(task, advance=amount, total=total)

@@ -31,17 +31,7 @@ def write_checkpoint_files(
     written: Mapping[str, WrittenFile],
     vocabulary: VocabularyReport | None,
 ) -> None:
-    """Write all files besides the tensors; the manifest with all checksums comes last.
-
-    Args:
-        folder: work folder of the import.
-        name: name of the checkpoint.
-        source_path: folder that was imported, for the record.
-        source: the opened source.
-        specs: tensors as written.
-        written: files of tensors.
-        vocabulary: changes to the vocabulary, for the record.
-    """
+    """Write all files besides the tensors into the work folder; the manifest with all checksums comes last."""
     names = write_metadata(folder, specs, source.model.layers, written)
     # state.json of a checkpoint that no run has written: no step is trained, no sample is read
     state = {

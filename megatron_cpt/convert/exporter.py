@@ -16,8 +16,7 @@ import torch
 from megatron_cpt.checkpoint.manifest import Verify
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.dtypes import cast, find_dtype
-from megatron_cpt.convert.huggingface.config import read_model
-from megatron_cpt.convert.huggingface.export_config import matching, to_hf_config
+from megatron_cpt.convert.huggingface.config import matching, read_model, to_hf_config
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE
 from megatron_cpt.convert.huggingface.untrusted_json import read_json_object
 from megatron_cpt.convert.huggingface.writer import DEFAULT_SHARD_BYTES, HfWriter, TensorSizes, work_folder
@@ -69,7 +68,6 @@ class ExportReport:
         num_tensors, num_bytes: size of the model as written.
         num_kept: number of tensors that an interrupted earlier call had written.
         side_files: names of the config, tokenizer and generation files.
-        seconds: duration.
     """
 
     family: str
@@ -107,7 +105,6 @@ def export_checkpoint(
     Args:
         source: a checkpoint, a run directory (its newest checkpoint), or a Megatron checkpoint.
         target: the folder to create; it must not exist.
-        options: see `ExportOptions`.
         advance: progress callback, see `Advance`.
 
     Raises:
@@ -145,12 +142,7 @@ def export_checkpoint(
 
 
 def open_checkpoint(path: Path, *, model: str | None = None, verify: Verify = "full") -> SourceCheckpoint:
-    """Open a checkpoint to export or compare; see `open_source_checkpoint`.
-
-    Raises:
-        UserError: it does not exist, or is a Hugging Face folder.
-        RefusedError: it is corrupt.
-    """
+    """Open a checkpoint to export or compare, see `open_source_checkpoint`; refuse a Hugging Face folder."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint or run directory")
     checkpoint = open_source_checkpoint(path, named_model=model, verify=verify)

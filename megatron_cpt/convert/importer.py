@@ -15,20 +15,8 @@ from megatron_cpt import __version__
 from megatron_cpt.convert.checkpoint_files import write_checkpoint_files
 from megatron_cpt.convert.dtypes import cast, check_finite, find_dtype
 from megatron_cpt.convert.job import Advance, JobFolder, no_progress, refuse_existing, run_parallel
-from megatron_cpt.convert.megatron.torch_dist_plan import (
-    FilePlan,
-    Target,
-    TensorSpec,
-    file_bytes,
-    plan_files,
-    total_bytes,
-)
-from megatron_cpt.convert.megatron.torch_dist_writer import (
-    WrittenFile,
-    write_extra_states,
-    write_file,
-    written_from_journal,
-)
+from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, Target, TensorSpec, plan_files
+from megatron_cpt.convert.megatron.torch_dist_writer import FileEntry, WrittenFile, write_extra_states, write_file
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.convert.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.convert.vocabulary import VocabularyReport, extend_vocabulary
@@ -48,7 +36,6 @@ class ImportOptions:
         model: a preset, or a YAML file with a model section, for Megatron checkpoints without a usable config.
         allow_pickle: also read pickled `.bin` weights of a Hugging Face folder; tensors only, no code is run.
         allow_nan: import weights that are NaN or infinite.
-        new_tokens: tokens to add to the vocabulary.
         init_rows: initial embeddings of new tokens: `pieces` (mean over the old tokenizer's pieces of the token) or
             `mean` (mean over all tokens).
     """
@@ -73,7 +60,6 @@ class ImportReport:
         num_tensors, num_parameters, num_bytes: size of the model as written, padding included.
         num_files: number of files with tensors.
         num_kept: number of these files that an interrupted earlier call had written.
-        seconds: duration.
         vocabulary: changes to the vocabulary, if tokens were added.
     """
 
@@ -103,9 +89,7 @@ def import_checkpoint(
         import_checkpoint("hf/nemotron", "ckpt/base", ImportOptions(dtype="bf16"))
 
     Args:
-        source: the folder to import.
         target: the checkpoint to create; it must not exist.
-        options: see `ImportOptions`.
         advance: progress callback, see `Advance`.
 
     Raises:
@@ -124,7 +108,7 @@ def import_checkpoint(
         started = time.perf_counter()
         dtype = find_dtype(options.dtype)
         specs = {name: TensorSpec(spec.shape, dtype or spec.dtype) for name, spec in opened.specs.items()}
-        num_bytes = total_bytes(specs)
+        num_bytes = sum(spec.num_bytes for spec in specs.values())
         plans = plan_files(specs, opened.model.layers, options.target)
         with JobFolder(work_path, target, _job(opened, options), needed_bytes=num_bytes + _SPARE_BYTES) as work:
             written = _files_written_before(work)
@@ -159,11 +143,11 @@ def _job(source: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
 
 def _files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
     """Return the files that an interrupted call has finished and that still exist."""
-    written = {record["file"]: written_from_journal(record) for record in work.journal.lines}
+    lines = {line["file"]: line for line in work.journal.lines}
     return {
-        name: file
-        for name, file in written.items()
-        if (path := work.path / name).is_file() and path.stat().st_size == file.size
+        name: WrittenFile(line["size"], line["checksum"], [FileEntry(**entry) for entry in line["entries"]])
+        for name, line in lines.items()
+        if (path := work.path / name).is_file() and path.stat().st_size == line["size"]
     }
 
 
@@ -177,11 +161,11 @@ def _write_tensors(
     advance: Advance,
 ) -> None:
     """Write the files that are not in `written`, in parallel, and add them to it."""
-    total = total_bytes(specs)
-    advance(sum(file_bytes(plan, specs) for plan in plans if plan.name in written), total)
+    total = sum(plan.num_bytes for plan in plans)
+    advance(sum(plan.num_bytes for plan in plans if plan.name in written), total)
 
     def read(name: str, first: int, last: int) -> torch.Tensor:
-        origin, rows = source.origin(name), source.read(name, first, last)
+        origin, rows = source.origins.get(name, name), source.read(name, first, last)
         if not options.allow_nan:
             check_finite(origin, rows)
         return cast(origin, rows, specs[name].dtype)
@@ -191,18 +175,11 @@ def _write_tensors(
         written[name] = file
 
     def write(plan: FilePlan) -> None:
-        file = write_file(
-            work.path / plan.name,
-            plan,
-            specs,
-            tensor_parallel=options.target.tensor,
-            read=read,
-            advance=lambda count: advance(count, total),
-        )
-        record(plan.name, file)
+        file = work.path / plan.name
+        record(plan.name, write_file(file, plan, specs, options.target.tensor, read, lambda n: advance(n, total)))
 
     missing = [plan for plan in plans if plan.name not in written]
-    missing.sort(key=lambda plan: file_bytes(plan, specs), reverse=True)  # a large file at the end would run alone
+    missing.sort(key=lambda plan: plan.num_bytes, reverse=True)  # a large file at the end would run alone
     run_parallel(write, missing, options.workers)
     if _EXTRA_STATE_FILE not in written:
         record(_EXTRA_STATE_FILE, write_extra_states(work.path / _EXTRA_STATE_FILE, source.model.layers))

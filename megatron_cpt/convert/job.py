@@ -33,8 +33,7 @@ class JobFolder(ResumableFolder):
     """Folder in which a conversion writes its result, locked against other processes inside `with`.
 
     Args:
-        path: the work folder, beside `target`.
-        target: name under which the result is published.
+        target: name under which the result is published; the work folder is beside it.
         job: everything that determines the result: source files with sizes and times, and all options.
         needed_bytes: size of the result.
 
@@ -99,24 +98,28 @@ class JobFolder(ResumableFolder):
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise unless nothing exists under a name, or only an empty folder.
-
-    Raises:
-        UserError: something exists.
-    """
+    """Raise `UserError` unless nothing exists under a name, or only an empty folder."""
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise UserError(f"{target}: exists already; remove it or choose another name")
 
 
+def group_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Return the names in groups of at most `limit` bytes, in order; a larger item gets a group of its own."""
+    groups: list[list[str]] = []
+    free = 0
+    for name, size in sizes.items():
+        if not groups or size > free:
+            groups.append([])
+            free = limit
+        groups[-1].append(name)
+        free -= size
+    return groups
+
+
 def run_parallel(work: Callable[[Any], None], items: list[Any], workers: int) -> None:
-    """Call `work` on every item in threads; after the first error no further item is started.
+    """Call `work` on every item in `workers` threads (0: one per core); after the first error no other item is started.
 
     Threads suffice: reading, writing and hashing release Python's global lock.
-
-    Args:
-        work: function that is called with one item.
-        items: items in the order in which they are started.
-        workers: number of threads; 0: one per core.
     """
     pool = ThreadPoolExecutor(max_workers=max(1, workers or os.cpu_count() or 1))
     try:

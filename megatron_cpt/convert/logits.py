@@ -37,7 +37,6 @@ class LogitsReport:
 
     Attributes:
         layout: layout of our model, such as `TP 2 x PP 2`.
-        num_prompts, num_tokens: number of prompts and tokens that were compared.
         tokens: origin of the prompts' ids: `tokenizer` or `random ids`.
         max_difference: largest absolute difference of any logit.
         mean_kl: Kullback-Leibler divergence of our distribution from transformers', in nats, mean over positions.
@@ -63,8 +62,6 @@ def compare_logits(
     """Compare the logits of a checkpoint and a Hugging Face folder; every rank of the job calls this function.
 
     Args:
-        hf: a Hugging Face folder.
-        checkpoint: a checkpoint of this package.
         prompts: texts. None: `PROMPTS`, or random ids if the folder has no tokenizer.
         tensor, pipeline: tensor- and pipeline-parallel sizes; their product is the number of processes.
 

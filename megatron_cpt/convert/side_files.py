@@ -49,7 +49,11 @@ def side_files_of_checkpoint(path: Path) -> dict[str, Path]:
     They are in its `hf` folder, or in the checkpoint that its run started from, or in the places where Megatron-Bridge
     and NeMo 2 keep a tokenizer.
     """
-    return _side_files_of_import(path) or _tokenizer_of_bridge_or_nemo(path)
+    if found := _side_files_of_import(path):
+        return found
+    folders = [folder for folder in (newest_iteration(path), path) if folder is not None]
+    places = [place for folder in folders for name in _TOKENIZER_FOLDERS if (place := folder / name).is_dir()]
+    return find_side_files(places[0]) if places else {}
 
 
 def _side_files_of_import(path: Path) -> dict[str, Path]:
@@ -69,12 +73,4 @@ def _side_files_of_import(path: Path) -> dict[str, Path]:
             )
             return {}
         path = resolve_checkpoint(ancestor)
-    return {}
-
-
-def _tokenizer_of_bridge_or_nemo(path: Path) -> dict[str, Path]:
-    folders = [folder for folder in (newest_iteration(path), path) if folder is not None]
-    for folder in (folder / name for folder in folders for name in _TOKENIZER_FOLDERS):
-        if folder.is_dir():
-            return find_side_files(folder)
     return {}

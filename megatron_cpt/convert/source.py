@@ -40,12 +40,10 @@ class SourceCheckpoint:
     Attributes:
         kind: `huggingface`, `torch_dist` or `legacy`.
         family: name of the model's family; None if unknown.
-        model: config of the model.
         specs: shape and dtype of every global tensor.
         read: read(name, first, last) returns rows [first, last) of a tensor.
         side_files: config, tokenizer and generation files by name.
-        sources: files with weights.
-        origins: descriptions of tensors for messages, by name.
+        origins: descriptions of tensors for messages, such as `lm_head.weight in hf/model.safetensors`, by name.
     """
 
     kind: str
@@ -56,10 +54,6 @@ class SourceCheckpoint:
     side_files: Mapping[str, Path] = field(default_factory=dict)
     sources: tuple[Path, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
-
-    def origin(self, name: str) -> str:
-        """Return the description of a tensor for a message, such as `lm_head.weight in hf/model.safetensors`."""
-        return self.origins.get(name, name)
 
     def identity(self) -> list[Any]:
         """Return names, sizes and modification times of the files, which show whether the source has changed."""

@@ -31,7 +31,6 @@ class TensorReport:
     """Result of a comparison.
 
     Attributes:
-        family: family of the Hugging Face model.
         num_tensors: number of Hugging Face tensors that were compared.
         num_bytes: size of these tensors in the checkpoint.
         num_cast: number of tensors with another dtype in the checkpoint; compared in the narrower of both dtypes.
@@ -68,7 +67,6 @@ def verify_tensors(
     """Compare a checkpoint, as it would be exported, with a Hugging Face folder, a part of a tensor at a time.
 
     Args:
-        hf: the Hugging Face folder.
         checkpoint: a checkpoint, a run directory (its newest checkpoint), or a Megatron checkpoint.
         workers: number of threads; 0: one per core.
         allow_pickle: also read pickled `.bin` weights.

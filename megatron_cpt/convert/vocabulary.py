@@ -36,7 +36,6 @@ class VocabularyReport:
 
     Attributes:
         before, after: number of tokens before and after.
-        num_new: number of added tokens.
         from_pieces: number of added tokens whose row is the mean over pieces of the old tokenizer.
         known: tokens of the list that the tokenizer already had, which were skipped.
         near_zero: number of rows of the old embedding with a norm under 5 % of the median; their ids were hardly
@@ -62,22 +61,6 @@ class VocabularyReport:
         )
 
 
-def read_new_tokens(file: Path) -> tuple[str, ...]:
-    """Return the tokens in a file with one token per line, without duplicates.
-
-    Raises:
-        UserError: the file cannot be read or is empty.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--add-tokens {file}: cannot be read ({error})") from error
-    tokens = tuple(dict.fromkeys(line for line in lines if line))
-    if not tokens:
-        raise UserError(f"--add-tokens {file}: empty; write one token per line")
-    return tokens
-
-
 def extend_vocabulary(
     source: SourceCheckpoint, tokens: Sequence[str], init_rows: str, scratch: Path
 ) -> tuple[SourceCheckpoint, VocabularyReport]:
@@ -85,7 +68,6 @@ def extend_vocabulary(
 
     Args:
         source: the model; its side files must include a tokenizer.
-        tokens: tokens to add.
         init_rows: `pieces` or `mean`, see `ImportOptions`.
         scratch: empty folder for the files of the old and the new tokenizer.
 

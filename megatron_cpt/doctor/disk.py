@@ -66,12 +66,7 @@ def checkpoint_bytes(prepared: PreparedRun) -> int:
 
 
 def try_disk(folder: Path, size: int = _TEST_BYTES) -> Disk:
-    """Measure a disk by writing a file with fsync and reading it; the file is deleted.
-
-    Args:
-        folder: if it does not exist, the nearest existing parent is measured.
-        size: bytes to write.
-    """
+    """Measure the disk of a folder, or of its nearest existing parent, with a file of `size` bytes; it is deleted."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     path = folder / f".megatron-cpt-doctor-{uuid.uuid4().hex}"
@@ -108,13 +103,7 @@ def num_checkpoints(prepared: PreparedRun) -> int:
 
 
 def check_space(size: int, count: int, free: int) -> Diagnosis:
-    """Compare the free space with the checkpoints that are kept plus one that is being written.
-
-    Args:
-        size: bytes per checkpoint.
-        count: number of checkpoints that are kept.
-        free: bytes.
-    """
+    """Compare the free bytes with `count` checkpoints of `size` bytes that are kept, and one that is being written."""
     needed = size * (count + 1)
     found = f"{free / _GB:.4g} GB free; a checkpoint takes about {size / _GB:.3g} GB, {count} are kept"
     if free >= needed:

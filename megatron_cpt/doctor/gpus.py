@@ -98,7 +98,6 @@ def check_gpus(found: Gpus, *, num_ranks: int | None, num_usable: int) -> list[D
     """Check the number, health and links of the GPUs.
 
     Args:
-        found: result of `read_gpus`.
         num_ranks: ranks of the run on this node; None: unknown.
         num_usable: number of GPUs that torch can use.
     """
@@ -153,13 +152,8 @@ def _check_health(gpus: Sequence[InstalledGpu]) -> Diagnosis:
     faulty = [f"GPU {n}: {gpu.ecc_errors} memory errors" for n, gpu in enumerate(gpus) if gpu.ecc_errors]
     if faulty:
         cost = "uncorrectable: a run crashes or computes wrong numbers"
-        return Diagnosis(
-            "GPUs healthy",
-            Level.BLOCKS,
-            ", ".join(faulty),
-            cost,
-            "remove the node from the job; reset or replace the GPU",
-        )
+        way_out = "remove the node from the job; reset or replace the GPU"
+        return Diagnosis("GPUs healthy", Level.BLOCKS, ", ".join(faulty), cost, way_out)
     slow = [f"GPU {n}: {' and '.join(gpu.slowed_by)}" for n, gpu in enumerate(gpus) if gpu.slowed_by]
     if slow:
         cost = "the hardware lowers the clock, and every rank waits for this GPU"
@@ -176,13 +170,8 @@ def _check_links(found: Gpus) -> Diagnosis:
         return Diagnosis("NVLink", Level.WARNING, "none", cost, "keep parallel.tensor at 1 or 2")
     if len(set(links)) > 1:
         cost = "collectives run at the speed of the GPU with the fewest"
-        return Diagnosis(
-            "NVLink",
-            Level.WARNING,
-            f"links up: {list(links)}",
-            cost,
-            "check the node with `nvidia-smi nvlink --status`",
-        )
+        way_out = "check the node with `nvidia-smi nvlink --status`"
+        return Diagnosis("NVLink", Level.WARNING, f"links up: {list(links)}", cost, way_out)
     return passed("NVLink", f"{links[0]} links per GPU")
 
 

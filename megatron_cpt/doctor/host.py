@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +18,7 @@ _INFINIBAND = Path("/sys/class/infiniband")
 
 @dataclass(frozen=True)
 class Port:
-    """Port of a network card.
-
-    Attributes:
-        card: such as `mlx5_0`.
-        state: such as `ACTIVE` or `DOWN`.
-        rate: such as `400 Gb/sec (4X NDR)`.
-        kind: `InfiniBand` or `Ethernet` (RoCE).
-    """
+    """Port of a network card, such as `mlx5_0`, `ACTIVE`, `400 Gb/sec (4X NDR)`, `InfiniBand` (`Ethernet`: RoCE)."""
 
     card: str
     state: str
@@ -93,11 +85,6 @@ def check_shared_memory(size: int | None) -> Diagnosis:
     return Diagnosis("shared memory", Level.WARNING, found, cost, "Docker: --shm-size 16g, or --ipc host")
 
 
-def read_shared_memory() -> int | None:
-    """Return the size of /dev/shm in bytes."""
-    return shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
-
-
 def resolve(name: str) -> str | None:
     """Return the IP address of a host; None if the name cannot be resolved."""
     try:
@@ -134,10 +121,5 @@ def check_port(port: int, *, is_free: bool) -> Diagnosis:
     if is_free:
         return passed("rendezvous port", f"{port} is free")
     cost = "the ranks would connect to another job"
-    return Diagnosis(
-        "rendezvous port",
-        Level.WARNING,
-        f"{port} is taken",
-        cost,
-        "choose another port, or stop the process that uses it",
-    )
+    way_out = "choose another port, or stop the process that uses it"
+    return Diagnosis("rendezvous port", Level.WARNING, f"{port} is taken", cost, way_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,6 @@ def examine(run: str | None, overrides: Sequence[str], *, port: int) -> Examinat
 
     Args:
         run: path of run.yaml; None: check only the node.
-        overrides: `key=value` changes to run.yaml.
         port: rendezvous port; checked without a launcher, which would be using it.
     """
     with nodes.connect_ranks() as num_ranks:
@@ -106,7 +106,7 @@ def _examine_host(port: int, num_nodes: int) -> list[Diagnosis]:
         host.check_ports(ports, num_nodes=num_nodes),
         host.check_open_files(host.read_limit(resource.RLIMIT_NOFILE)),
         host.check_locked_memory(host.read_limit(resource.RLIMIT_MEMLOCK), has_infiniband=bool(ports)),
-        host.check_shared_memory(host.read_shared_memory()),
+        host.check_shared_memory(shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None),
         host.check_name(name, host.resolve(name), num_nodes=num_nodes),
     ]
     if num_nodes == 1:
@@ -134,13 +134,7 @@ def _examine_run(
 
 
 def check_layout(parallel: ParallelConfig, num_gpus: int, num_nodes: int) -> Diagnosis:
-    """Check that the GPUs hold whole replicas, and a node a whole tensor-parallel group.
-
-    Args:
-        parallel: section of run.yaml.
-        num_gpus: GPUs per node.
-        num_nodes: nodes of the job.
-    """
+    """Check that all GPUs (`num_gpus` per node) hold whole replicas, and a node a whole tensor-parallel group."""
     replica, total = parallel.model_parallel_size, num_gpus * num_nodes
     found = f"a replica takes {replica} GPUs; the job has {total}"
     if total % replica:

@@ -108,13 +108,9 @@ def check_apex(software: Software, *, has_gpu: bool) -> Diagnosis:
         return passed("apex", software.apex)
     if not has_gpu or software.transformer_engine is not None:
         return passed("apex", "not installed, not needed here")
-    return Diagnosis(
-        "apex",
-        Level.NOTE,
-        "neither Apex nor Transformer Engine is installed",
-        "torch's Adam is used, and matrix products do not accumulate gradients in place",
-        "use NVIDIA's PyTorch container, which has both",
-    )
+    found = "neither Apex nor Transformer Engine is installed"
+    cost = "torch's Adam is used, and matrix products do not accumulate gradients in place"
+    return Diagnosis("apex", Level.NOTE, found, cost, "use NVIDIA's PyTorch container, which has both")
 
 
 def check_nccl(software: Software, *, has_gpu: bool) -> Diagnosis:

@@ -8,9 +8,7 @@ from megatron_cpt.errors import UserError
 
 _RENDEZVOUS = ("nnodes", "rdzv-backend", "rdzv-endpoint", "master-addr", "master-port", "standalone")
 _REFUSED = {
-    "module": "the ranks run a command of megatron-cpt; give it after --",
-    "no-python": "the ranks run a command of megatron-cpt; give it after --",
-    "run-path": "the ranks run a command of megatron-cpt; give it after --",
+    **dict.fromkeys(("module", "no-python", "run-path"), "the ranks run a command of megatron-cpt; give it after --"),
     "signals-to-handle": "the launcher passes stop signals to the ranks, which save a checkpoint and end",
 }
 _SHORT = {"m": "module", "t": "tee", "r": "redirects"}
@@ -23,11 +21,7 @@ def option_names(options: Sequence[str]) -> set[str]:
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Check options of torchrun.
-
-    Raises:
-        UserError: the launcher sets this option itself.
-    """
+    """Raise `UserError` for an option of torchrun that the launcher sets itself."""
     for name in sorted(option_names(options) & _REFUSED.keys()):
         raise UserError(f"launch: --{name} is not supported: {_REFUSED[name]}")
 
@@ -39,7 +33,6 @@ def with_defaults(options: Sequence[str], environment: Mapping[str, str]) -> lis
     are also printed.
 
     Args:
-        options: options of torchrun from the command line.
         environment: environment variables, which can hold options too: Kubeflow sets `PET_NNODES` for `--nnodes`.
     """
     names = option_names(options)

@@ -34,7 +34,6 @@ def supervise(
     it. If a rank fails, torchrun restarts all ranks, up to `--max-restarts` times.
 
     Args:
-        options: options of torchrun.
         command: arguments of `module` on each rank.
         module: run with `python -m` on each rank.
         grace: see `GRACE_SECONDS`.
@@ -101,10 +100,8 @@ def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[N
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(report.pid, number)
 
-    def end(number: int, _frame: FrameType | None) -> None:
-        agent.send_signal(number)
-
-    handlers = {**dict.fromkeys(STOP_SIGNALS, stop), **dict.fromkeys(_DEATH_SIGNALS, end)}
+    pass_on = dict.fromkeys(_DEATH_SIGNALS, lambda number, _frame: agent.send_signal(number))
+    handlers = dict.fromkeys(STOP_SIGNALS, stop) | pass_on
     earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

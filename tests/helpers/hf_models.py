@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.convert.mapping.rules import TensorRule
+
 _SIZES = {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -63,6 +65,12 @@ def hf_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Return the tensors that `save_pretrained` writes: shared weights once."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def global_tensor(rule: TensorRule, *tensors: torch.Tensor) -> torch.Tensor:
+    """Return the Megatron tensor of a rule, made of its Hugging Face tensors."""
+    by_name = dict(zip(rule.hf, tensors, strict=True))
+    return rule.megatron_rows(0, rule.megatron_shape[0], lambda name, rows: by_name[name][rows])
 
 
 def save_hf_model(

@@ -18,8 +18,6 @@ from megatron_cpt.config import run_schema
 SPEED_PAGE = "operations/speed.md"
 SPEED_MARKERS = ("<!-- generated: speed knobs -->", "<!-- generated: environment variables -->")
 
-# --------------------------------------------------------------------------------------------------------- mkdocs hooks
-
 
 def on_config(config: Any) -> Any:
     """Add one navigation entry per public name below Reference > API."""
@@ -59,9 +57,6 @@ def generated_pages() -> dict[str, str]:
     return {"reference/commands.md": commands_page(), "reference/run-yaml.md": run_yaml_page(), **api_pages()}
 
 
-# ------------------------------------------------------------------------------------------------------------- commands
-
-
 def commands_page() -> str:
     """Return the help text of every command and subcommand."""
     from typer.main import get_command
@@ -80,9 +75,6 @@ def command_helps(command: Any, name: str, parent: Any = None) -> Iterator[tuple
     yield name, command.get_help(context)
     for child, subcommand in getattr(command, "commands", {}).items():
         yield from command_helps(subcommand, f"{name} {child}", context)
-
-
-# ------------------------------------------------------------------------------------------------------------- run.yaml
 
 
 def run_yaml_page() -> str:
@@ -163,9 +155,6 @@ def _referenced_description(field: dict[str, Any], definitions: dict[str, Any]) 
         return ""
     definition = definitions[reference.rpartition("/")[2]]
     return str((_object_of(definition) or definition).get("description", ""))
-
-
-# ------------------------------------------------------------------------------------------------------------------ API
 
 
 def api_pages() -> dict[str, str]:

@@ -3,18 +3,20 @@
     python tools/dev/prose.py [PATH ...]        # the whole tree, or some files and folders
 
 Each finding names file, line, the words found and the reason. The exit status is 0 without findings, else 1.
-`PATTERNS` is the one place to add a rule to. Code in documents (fenced blocks and `inline code`) is skipped.
+`PATTERNS` (words to avoid, and what to write instead) is the one place to add a rule to. Code in documents (fenced
+blocks and `inline code`) is skipped.
 """
 
 from __future__ import annotations
 
 import ast
 import io
+import math
 import re
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,73 +38,57 @@ _UNIT = (
 )
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """A rule of the language.
-
-    Attributes:
-        regex: words to avoid, case-insensitive; a space also matches a line break, so wrapped phrases are found.
-        reason: words to write instead, and why.
-        docstrings_only: match at the start of docstrings only.
-    """
-
-    regex: str
-    reason: str
-    docstrings_only: bool = False
-
-
+DOCSTRING_START = (
+    r"\A(?-i:What|Whether|Where|Which|How|When|Of|Its|Their|The same|Those|All of|As|Also|And|Not|So)\b",
+    "a docstring starts with a verb (functions) or a noun (classes, attributes)",
+)
 PATTERNS = (
-    Pattern(
-        r"\A(?-i:What|Whether|Where|Which|How|When|Of|Its|Their|The same|Those|All of|As|Also|And|Not|So)\b",
-        "a docstring starts with a verb (functions) or a noun (classes, attributes)",
-        docstrings_only=True,
-    ),
-    Pattern(
+    (
         r"(?:\A|(?<=[.!;]\s))(?-i:What|Whether|Where|Which)\b(?![^.?!]*\?)",
         "a statement does not open with a question word: say the subject first",
     ),
-    Pattern(
+    (
         rf"\b(?:{_COUNTED}) an? (?:{_UNIT})\b(?! (?:has|have|reads?|is|was)\b)",
         "rates and shares are written with per: tokens per second",
     ),
-    Pattern(r"\b(?:go|goes|going|gone|went) on\b", "resume or continue"),
-    Pattern(r"\banew\b", "again, or restart from scratch"),
-    Pattern(r"\bto the (?:last )?(?:bit|byte|digit)\b", "identical bit for bit, byte for byte"),
-    Pattern(r"\bequal bits\b", "identical bit for bit"),
-    Pattern(r"\b(?:un)?sound(?:ness)?\b(?! like)", "valid, invalid or corrupt"),
-    Pattern(r"\bbroken (?:ones?|checkpoints?|files?|lines?)\b", "corrupt or invalid, with the noun"),
-    Pattern(r"\bmend(?:s|ed|ing)?\b", "fix"),
-    Pattern(r"\b(?:leave|leaves|leaving|left)(?: \w+)? out\b", "skip, omit or remove"),
-    Pattern(r"\b(?:hold|holds|held|holding)(?: \w+)? against\b", "compare with"),
-    Pattern(r"\bmakes? room\b", "free some space"),
-    Pattern(r"\bpass(?:es|ed|ing)? over\b", "skip"),
-    Pattern(r"\ball the same\b", "anyway, or nothing"),
-    Pattern(r"\b(?:as it is|as they are|as it stands|as it lies)\b", "unchanged, or say the state"),
-    Pattern(r"\b(?:theirs|of the whole|the ones? before)\b", "say the noun"),
-    Pattern(r"\b(?:those|that|these) of\b", "say the noun again: 'the losses of', not 'those of'"),
-    Pattern(r"\bthe same(?=[.,;:)]|\s*\Z)", "say what is the same"),
-    Pattern(r"\b(?:of|in|with|for|about) (?:it|them) all\b", "say the noun"),
-    Pattern(r"\bnothing of (?:it|them)\b", "say the noun"),
-    Pattern(r"\b(?:is|are|was|were) told\b", "reports, receives or prints"),
-    Pattern(r"\b(?:see|sees|saw) to it\b", "ensure"),
-    Pattern(r"\bway out\b", "what to do, or the fix"),
-    Pattern(r"\bat once\b(?= (?:on|in) )", "at the same time"),
-    Pattern(r"\bby (?:itself|themselves) alone\b", "alone"),
-    Pattern(r"\b(?:is|are|be) there already\b", "already exists"),
-    Pattern(r"\b(?:lies|lie|lay) (?:in|on|at|under|beside)\b", "is in, is stored in"),
-    Pattern(r"\bwhatever (?:it|they|the|is|was)\b", "any, regardless of"),
-    Pattern(r"\bdata sets?\b", "dataset"),
-    Pattern(r"\b(?:where|if) (?:there is|there are) (?:one|none|any)\b", "say the noun"),
-    Pattern(r"\b(?:has|have) to say\b", "reports"),
-    Pattern(r"\bfor ever\b", "permanently"),
-    Pattern(r"\bunbroken\b", "uninterrupted"),
-    Pattern(r"\b(?:without a word|in silence)\b", "silently"),
-    Pattern(r"\bunder way\b", "in progress, or running"),
-    Pattern(r"\bafresh\b", "again, or from scratch"),
-    Pattern(r"\bgive or take\b", "about, or within"),
-    Pattern(r"\bin one piece\b", "complete, or as a single file"),
-    Pattern(r"\b(?:held|is kept|are kept) to\b(?= (?:a|the|plain))", "limited to"),
-    Pattern(
+    (r"\b(?:go|goes|going|gone|went) on\b", "resume or continue"),
+    (r"\banew\b", "again, or restart from scratch"),
+    (r"\bto the (?:last )?(?:bit|byte|digit)\b", "identical bit for bit, byte for byte"),
+    (r"\bequal bits\b", "identical bit for bit"),
+    (r"\b(?:un)?sound(?:ness)?\b(?! like)", "valid, invalid or corrupt"),
+    (r"\bbroken (?:ones?|checkpoints?|files?|lines?)\b", "corrupt or invalid, with the noun"),
+    (r"\bmend(?:s|ed|ing)?\b", "fix"),
+    (r"\b(?:leave|leaves|leaving|left)(?: \w+)? out\b", "skip, omit or remove"),
+    (r"\b(?:hold|holds|held|holding)(?: \w+)? against\b", "compare with"),
+    (r"\bmakes? room\b", "free some space"),
+    (r"\bpass(?:es|ed|ing)? over\b", "skip"),
+    (r"\ball the same\b", "anyway, or nothing"),
+    (r"\b(?:as it is|as they are|as it stands|as it lies)\b", "unchanged, or say the state"),
+    (r"\b(?:theirs|of the whole|the ones? before)\b", "say the noun"),
+    (r"\b(?:those|that|these) of\b", "say the noun again: 'the losses of', not 'those of'"),
+    (r"\bthe same(?=[.,;:)]|\s*\Z)", "say what is the same"),
+    (r"\b(?:of|in|with|for|about) (?:it|them) all\b", "say the noun"),
+    (r"\bnothing of (?:it|them)\b", "say the noun"),
+    (r"\b(?:is|are|was|were) told\b", "reports, receives or prints"),
+    (r"\b(?:see|sees|saw) to it\b", "ensure"),
+    (r"\bway out\b", "what to do, or the fix"),
+    (r"\bat once\b(?= (?:on|in) )", "at the same time"),
+    (r"\bby (?:itself|themselves) alone\b", "alone"),
+    (r"\b(?:is|are|be) there already\b", "already exists"),
+    (r"\b(?:lies|lie|lay) (?:in|on|at|under|beside)\b", "is in, is stored in"),
+    (r"\bwhatever (?:it|they|the|is|was)\b", "any, regardless of"),
+    (r"\bdata sets?\b", "dataset"),
+    (r"\b(?:where|if) (?:there is|there are) (?:one|none|any)\b", "say the noun"),
+    (r"\b(?:has|have) to say\b", "reports"),
+    (r"\bfor ever\b", "permanently"),
+    (r"\bunbroken\b", "uninterrupted"),
+    (r"\b(?:without a word|in silence)\b", "silently"),
+    (r"\bunder way\b", "in progress, or running"),
+    (r"\bafresh\b", "again, or from scratch"),
+    (r"\bgive or take\b", "about, or within"),
+    (r"\bin one piece\b", "complete, or as a single file"),
+    (r"\b(?:held|is kept|are kept) to\b(?= (?:a|the|plain))", "limited to"),
+    (
         r"\b\w*(?:initialis|quantis|normalis|summaris|vectoris|utilis|synchronis|materialis|finalis|tokenis|serialis"
         r"|optimis|recognis|organis|minimis|maximis|randomis|generalis|neighbour|catalogue|colour|behaviou?r(?<=our)|centre"
         r"|centred|honour|labelled|modelled|signalled|cancelled|favour|artefact|licence)\w*",
@@ -111,13 +97,10 @@ PATTERNS = (
 )
 
 
-def _compiled(patterns: Iterable[Pattern]) -> list[tuple[re.Pattern[str], Pattern]]:
-    return [(re.compile(pattern.regex.replace(" ", r"\s+"), re.IGNORECASE), pattern) for pattern in patterns]
-
-
-_DOCSTRING_PATTERNS = _compiled(pattern for pattern in PATTERNS if pattern.docstrings_only)
-_TEXT_PATTERNS = _compiled(pattern for pattern in PATTERNS if not pattern.docstrings_only)
-
+# A space in a pattern also matches a line break, so wrapped phrases are found.
+_DOCSTRING_START, *_COMPILED = (
+    (re.compile(regex.replace(" ", r"\s+"), re.IGNORECASE), reason) for regex, reason in (DOCSTRING_START, *PATTERNS)
+)
 _CODE = re.compile(r"`+[^`]*`+")
 
 
@@ -129,11 +112,14 @@ class Text:
         line: its first line, counted from 1.
         content: the words, with line breaks.
         is_docstring: True if it documents a module, class, function or field.
+        max_words, max_characters: limits per sentence and of the whole text.
     """
 
     line: int
     content: str
     is_docstring: bool = False
+    max_words: float = math.inf
+    max_characters: float = math.inf
 
 
 def main(arguments: list[str]) -> int:
@@ -157,9 +143,7 @@ def check_file(file: Path) -> Iterator[tuple[int, str, str]]:
     if file.suffix == ".py":
         texts = list(python_texts(file.read_text(encoding="utf-8")))
     elif file.suffix == ".md":
-        content = file.read_text(encoding="utf-8")
-        texts = list(markdown_texts(content))
-        yield from check_sentences(content)
+        texts = list(markdown_texts(file.read_text(encoding="utf-8")))
     elif file.suffix in (".sh", ".sbatch", ".yaml", ".yml", ".toml") or file.name in ("Makefile", "Dockerfile"):
         lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
         comments = [(n, *line.partition("#")[::2]) for n, line in lines if "#" in line]
@@ -168,11 +152,11 @@ def check_file(file: Path) -> Iterator[tuple[int, str, str]]:
         return
     for text in texts:
         content = _CODE.sub(lambda found: "`" + "_" * (len(found.group()) - 2) + "`", text.content)
-        patterns = (_DOCSTRING_PATTERNS if text.is_docstring else []) + _TEXT_PATTERNS
-        for regex, pattern in patterns:
+        for regex, reason in [_DOCSTRING_START, *_COMPILED] if text.is_docstring else _COMPILED:
             for found in regex.finditer(content):
                 line = text.line + content.count("\n", 0, found.start())
-                yield line, " ".join(found.group().split()), pattern.reason
+                yield line, " ".join(found.group().split()), reason
+        yield from _check_length(text)
 
 
 def python_texts(source: str) -> Iterator[Text]:
@@ -209,11 +193,11 @@ def markdown_texts(content: str) -> Iterator[Text]:
             continue  # a heading names its section, so it may well be a question
         elif stripped.startswith("|"):
             for cell in stripped.strip("|").split("|"):
-                yield Text(number, cell.strip())
+                yield Text(number, cell.strip(), max_characters=MAX_CELL_CHARACTERS)
         elif stripped:
             starts_item = re.match(r"[-*>] |\d+\. ", stripped) is not None
             lines.append((number, re.sub(r"^(?:[-*>]|\d+\.)\s+", "", stripped), not starts_item))
-    yield from _joined(lines)
+    yield from (replace(text, max_words=MAX_SENTENCE_WORDS) for text in _joined(lines))
 
 
 def _joined(lines: Iterable[tuple[int, str, bool]]) -> Iterator[Text]:
@@ -230,39 +214,16 @@ def _joined(lines: Iterable[tuple[int, str, bool]]) -> Iterator[Text]:
         yield Text(start, content)
 
 
-def check_sentences(content: str) -> Iterator[tuple[int, str, str]]:
-    """Yield sentences that are too long, and table cells that are, outside fenced code."""
-    is_code, paragraph, start = False, [], 1
-    for number, line in enumerate([*content.splitlines(), ""], start=1):
-        stripped = line.strip()
-        if stripped.startswith(("```", "~~~")):
-            is_code = not is_code
-        ends = is_code or not stripped or stripped.startswith(("```", "~~~", "#", "|", "- ", "* ", "> ", "!["))
-        if ends or re.match(r"\d+\. ", stripped):
-            yield from _long_sentences(start, paragraph)
-            paragraph = []
-        if is_code or not stripped:
-            continue
-        if stripped.startswith("|"):
-            for cell in _CODE.sub("code", re.sub(r"\]\([^)]*\)", "]", stripped)).strip("|").split("|"):
-                if len(cell.strip()) > MAX_CELL_CHARACTERS:
-                    yield (
-                        number,
-                        f"{cell.strip()[:40]}...",
-                        f"a table cell has at most {MAX_CELL_CHARACTERS} characters",
-                    )
-        elif not stripped.startswith(("#", "![")):
-            start = number if not paragraph else start
-            paragraph.append(stripped)
-
-
-def _long_sentences(line: int, paragraph: list[str]) -> Iterator[tuple[int, str, str]]:
-    text = _CODE.sub("code", re.sub(r"\]\([^)]*\)", "]", " ".join(paragraph)))
-    for sentence in re.split(r"(?<=[.!?:;])\s+", text):
+def _check_length(text: Text) -> Iterator[tuple[int, str, str]]:
+    """Yield sentences of a document that are too long, and table cells; links count without their address."""
+    content = _CODE.sub("code", re.sub(r"\]\([^)]*\)", "]", " ".join(text.content.split())))
+    if len(content) > text.max_characters:
+        yield text.line, f"{content[:40]}...", f"a table cell has at most {text.max_characters} characters"
+    for sentence in re.split(r"(?<=[.!?:;])\s+", content):
         words = sentence.split()
-        if len(words) > MAX_SENTENCE_WORDS:
-            reason = f"a sentence of {len(words)} words; one idea per sentence, at most {MAX_SENTENCE_WORDS} words"
-            yield line, " ".join(words[:6]) + " ...", reason
+        if len(words) > text.max_words:
+            reason = f"a sentence of {len(words)} words; one idea per sentence, at most {text.max_words} words"
+            yield text.line, " ".join(words[:6]) + " ...", reason
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import enum
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_cpt.cli.transfer import parse_size, transfer_bar
+from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import EXIT_REFUSED, UserError
 
 if TYPE_CHECKING:
@@ -34,12 +35,7 @@ LOGITS_LIMIT = 1e-4
 _MAX_SHOWN = 20
 
 
-class DType(enum.StrEnum):
-    """Dtypes of weights."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
+DType = enum.StrEnum("DType", ["FP32", "BF16", "FP16"])
 
 
 class Verify(enum.StrEnum):
@@ -90,21 +86,20 @@ def import_(
     """
     from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
     from megatron_cpt.convert.megatron.torch_dist_plan import Target
-    from megatron_cpt.convert.vocabulary import read_new_tokens
 
     if init_rows not in ("pieces", "mean"):
         raise UserError(f"--init-rows {init_rows}: choose pieces or mean")
     options = ImportOptions(
         dtype=dtype.value if dtype else None,
-        target=Target(tensor, pipeline, parse_size("--shard-size", shard_size)),
+        target=Target(tensor, pipeline, _parse_size(shard_size)),
         workers=workers,
         model=model,
         allow_pickle=allow_pickle,
         allow_nan=allow_nan,
-        new_tokens=read_new_tokens(add_tokens) if add_tokens else (),
+        new_tokens=tuple(dict.fromkeys(_read_lines("--add-tokens", add_tokens, "token"))) if add_tokens else (),
         init_rows=init_rows,
     )
-    with transfer_bar("importing") as advance:
+    with progress_bar("importing", is_bytes=True) as advance:
         report = import_checkpoint(source, target, options, advance=advance)
     if as_json:
         _print_json(report.to_dict())
@@ -146,14 +141,14 @@ def export(
 
     options = ExportOptions(
         dtype=dtype.value if dtype else None,
-        shard_bytes=parse_size("--shard-size", shard_size),
+        shard_bytes=_parse_size(shard_size),
         workers=workers,
         family=family,
         files=files,
         model=model,
         verify=verify.value,
     )
-    with transfer_bar("exporting") as advance:
+    with progress_bar("exporting", is_bytes=True) as advance:
         report = export_checkpoint(source, target, options, advance=advance)
     if as_json:
         _print_json(report.to_dict())
@@ -193,14 +188,14 @@ def verify(
 
     tensors = compared = None
     if int(os.environ.get("RANK", "0")) == 0:
-        with transfer_bar("comparing") as advance:
+        with progress_bar("comparing", is_bytes=True) as advance:
             tensors = verify_tensors(
                 hf, checkpoint, workers=workers, allow_pickle=allow_pickle, model=model, advance=advance
             )
     if logits:
         from megatron_cpt.convert.logits import compare_logits
 
-        texts = _read_prompts(prompts) if prompts else None
+        texts = _read_lines("--prompts", prompts, "prompt", str.strip) if prompts else None
         compared = compare_logits(hf, checkpoint, texts, tensor=tensor, pipeline=pipeline)
     if tensors is None:
         return
@@ -243,11 +238,20 @@ def _print_verification(checkpoint: Path, tensors: TensorReport, logits: LogitsR
         )
 
 
-def _read_prompts(file: Path) -> list[str]:
+def _read_lines(option: str, file: Path, unit: str, keep: Callable[[str], str] = str) -> list[str]:
     try:
-        texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if keep(line)]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file}: cannot be read ({error})") from error
-    if not texts:
-        raise UserError(f"--prompts {file}: empty; write one prompt per line")
-    return texts
+        raise UserError(f"{option} {file}: cannot be read ({error})") from error
+    if not lines:
+        raise UserError(f"{option} {file}: empty; write one {unit} per line")
+    return lines
+
+
+def _parse_size(text: str) -> int:
+    """Return the number of bytes for `1GB`, `500MB` or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?", text.strip())
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise UserError(f"--shard-size {text}: not a size; write 5GB, 500MB or a number of bytes")
+    return size

@@ -1,4 +1,4 @@
-"""Reading of a Hugging Face config.json as the model section of run.yaml.
+"""Translation between a Hugging Face config.json and the model section of run.yaml.
 
 Keys that only one family has are handled in its file under `families`. Keys that many families share (sizes, RoPE in
 its old and new form, biases, sliding windows) are handled here. Settings that this package cannot compute, such as
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from megatron_cpt.config import Activation, ModelConfig
 from megatron_cpt.convert.huggingface.untrusted_json import HfConfig
-from megatron_cpt.convert.mapping.families import Family, detect
+from megatron_cpt.convert.mapping.families import FAMILIES, Family, detect
 from megatron_cpt.errors import RefusedError
 
 ACTIVATIONS = {
@@ -26,6 +26,7 @@ ACTIVATIONS = {
     "gelu_new": Activation.GELU_TANH,
 }
 """`hidden_act` in config.json -> activation."""
+_HF_ACTIVATIONS = {ACTIVATIONS[name]: name for name in ("relu2", "silu", "gelu", "gelu_pytorch_tanh")}
 SIZES = {
     "num_hidden_layers": "layers",
     "hidden_size": "hidden",
@@ -36,22 +37,14 @@ SIZES = {
 """Key in config.json -> field of the model section."""
 
 
-def read_model(config: Mapping[str, Any], where: object = "config.json") -> tuple[Family, ModelConfig]:
+def read_model(data: Mapping[str, Any], where: object = "config.json") -> tuple[Family, ModelConfig]:
     """Return the family and the model section for a config.json.
 
     Raises:
-        RefusedError: the model type is not known, or the model cannot be computed here.
+        RefusedError: the model type is not known; or with every key that is missing or malformed, or asks for what
+            cannot be computed here.
     """
-    family = detect(config, where)
-    return family, ModelConfig(**to_model_config(family, config, where))
-
-
-def to_model_config(family: Family, data: Mapping[str, Any], where: object = "config.json") -> dict[str, Any]:
-    """Return the fields of the model section for a config.json of this family.
-
-    Raises:
-        RefusedError: with every key that is missing or malformed, or asks for what cannot be computed here.
-    """
+    family = detect(data, where)
     config = HfConfig(data, family.defaults)
     fields: dict[str, Any] = {field: config.size(key) for key, field in SIZES.items()}
     fields |= {
@@ -76,7 +69,7 @@ def to_model_config(family: Family, data: Mapping[str, Any], where: object = "co
     if config.problems:
         lines = [f"{where}: this model cannot be converted:", *(f"  - {problem}" for problem in config.problems)]
         raise RefusedError("\n".join(lines))
-    return fields
+    return family, ModelConfig(**fields)
 
 
 def _activation(config: HfConfig) -> str:
@@ -172,3 +165,80 @@ def _find_impossible_fields(fields: Mapping[str, Any]) -> list[str]:
             "head, not a positive even number"
         )
     return problems
+
+
+def to_hf_config(family: Family, model: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Return a config.json that transformers 4 and 5 read alike.
+
+    Args:
+        dtype: dtype of the weights: float32, bfloat16 or float16.
+
+    Raises:
+        RefusedError: with every field that this family cannot express.
+    """
+    problems = find_differences(family, model)
+    if problems:
+        lines = [f"model: not a {family.name} model:", *(f"  - {problem}" for problem in problems)]
+        raise RefusedError("\n".join(lines))
+    config: dict[str, Any] = {key: getattr(model, field) for key, field in SIZES.items()}
+    config |= {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "num_key_value_heads": model.num_kv_groups,
+        "head_dim": model.head_size,
+        "hidden_act": _HF_ACTIVATIONS[model.activation],
+        family.norm_eps_key: model.norm_eps,
+        "tie_word_embeddings": model.tied_embeddings,
+        "initializer_range": model.init_std,
+        "attention_dropout": model.attention_dropout,
+        "torch_dtype": dtype,
+        **_hf_rope(family, model),
+        **family.extra,
+    }
+    if model.max_positions is not None:
+        config["max_position_embeddings"] = model.max_positions
+    if family.has_linear_bias:
+        config |= {"attention_bias": model.linear_bias, "mlp_bias": model.linear_bias}
+    return config
+
+
+def matching(model: ModelConfig) -> list[Family]:
+    """Return the families that can express a model."""
+    return [family for family in FAMILIES.values() if not find_differences(family, model)]
+
+
+def find_differences(family: Family, model: ModelConfig) -> list[str]:
+    """Return the reasons why a family cannot express a model, one line per field."""
+    plain = model.model_dump(mode="json")
+    problems = [
+        f"{field}: {plain[field]!r}; {family.name} models have {value!r}"
+        for field, value in family.fixed.items()
+        if plain[field] != value
+    ]
+    if model.linear_bias and not family.has_linear_bias:
+        problems.append(f"linear_bias: true; {family.name} models have no such biases")
+    if model.rotary_percent != 1.0 and not family.has_partial_rope:
+        problems.append(f"rotary_percent: {model.rotary_percent}; in {family.name} models RoPE rotates whole heads")
+    if model.activation not in family.activations:
+        known = ", ".join(activation.value for activation in family.activations)
+        problems.append(f"activation: {model.activation.value}; {family.name} models have one of {known}")
+    return problems
+
+
+def _hf_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """Return `rope_theta` and `rope_scaling` for transformers 4, and `rope_parameters` for transformers 5."""
+    old: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_scaling": None}
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_scaling is not None:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling.factor,
+            "low_freq_factor": model.rope_scaling.low_freq_factor,
+            "high_freq_factor": model.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": model.rope_scaling.original_max_positions,
+        }
+        old["rope_scaling"] = scaling
+    new = {**scaling, "rope_theta": model.rotary_base}
+    if family.has_partial_rope:
+        old["partial_rotary_factor"] = new["partial_rotary_factor"] = model.rotary_percent
+    return {**old, "rope_parameters": new}

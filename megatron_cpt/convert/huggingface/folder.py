@@ -6,7 +6,6 @@ memory of their own size, so memory does not grow with the model.
 
 from __future__ import annotations
 
-import math
 import os
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,6 @@ class HfFolder:
     """Folder with config.json and weights in safetensors (or, if allowed, pickled) shards.
 
     Attributes:
-        path: the folder.
         tensors: all tensors by name, in the order of the shards.
     """
 
@@ -37,7 +35,6 @@ class HfFolder:
         """Read and check all headers, but no weights.
 
         Args:
-            path: the folder.
             allow_pickle: read pytorch_model.bin (with `weights_only=True`) if there are no safetensors files.
 
         Raises:
@@ -68,21 +65,19 @@ class HfFolder:
         """Return a tensor, or rows of its first dimension, in newly allocated memory.
 
         Args:
-            name: name of the tensor.
             rows: slice(first, last), or None for all rows.
 
         Raises:
             RefusedError: the file is shorter than its header says.
         """
         info = self.tensors[name]
-        first, last = (0, info.shape[0] if info.shape else 1) if rows is None else (rows.start, rows.stop)
         if self._pickled is not None:
-            return self._pickled.read(info.file, name, None if rows is None else slice(first, last))
+            return self._pickled.read(info.file, name, rows)
+        first, last = (0, info.num_rows) if rows is None else (rows.start, rows.stop)
         shape = (last - first, *info.shape[1:]) if info.shape else ()
-        row_bytes = info.dtype.itemsize * math.prod(info.shape[1:])
-        buffer = torch.empty(row_bytes * (last - first), dtype=torch.uint8)
+        buffer = torch.empty(info.row_bytes * (last - first), dtype=torch.uint8)
         numbers: Any = buffer.numpy()
-        pread_into(info.file, info.start + first * row_bytes, memoryview(numbers), name)
+        pread_into(info.file, info.start + first * info.row_bytes, memoryview(numbers), name)
         return buffer.view(info.dtype).reshape(shape)
 
     def _find_shards(self, index_name: str, single_name: str) -> tuple[list[Path], dict[str, Path] | None] | None:

@@ -46,7 +46,6 @@ class TensorInfo:
     """Shape, dtype and place of a tensor.
 
     Attributes:
-        shape, dtype: shape and dtype.
         file: the shard, with symbolic links resolved.
         start: offset of the first byte in the file; 0 in a pickled shard.
         stop: offset after the last byte.
@@ -62,6 +61,16 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Size of the data in bytes."""
         return self.stop - self.start
+
+    @property
+    def num_rows(self) -> int:
+        """Length of the first dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row in bytes."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -126,13 +135,7 @@ def _check_no_gaps(file: Path, tensors: dict[str, TensorInfo], data_start: int, 
 
 
 def pread_into(file: Path, offset: int, view: memoryview, what: str) -> None:
-    """Fill `view` from a file, without a memory map.
-
-    Args:
-        file: the file.
-        offset: first byte.
-        view: memory to fill.
-        what: description of the bytes for the message.
+    """Fill `view` from a file, without a memory map; `what` names the bytes in messages.
 
     Raises:
         RefusedError: the file ends too early.

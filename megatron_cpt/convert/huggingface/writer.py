@@ -15,15 +15,14 @@ import os
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from megatron_cpt.convert.huggingface.folder import INDEX_FILE, SINGLE_FILE
-from megatron_cpt.convert.huggingface.header import DTYPES
-from megatron_cpt.convert.job import JOURNAL_FILE, JobFolder
+from megatron_cpt.convert.huggingface.header import DTYPES, TensorInfo
+from megatron_cpt.convert.job import JOURNAL_FILE, JobFolder, group_by_size
 from megatron_cpt.convert.system_errors import name_file_in_errors
 from megatron_cpt.files.atomic import sync_folder
 from megatron_cpt.files.resumable import SETTINGS_FILE
@@ -34,28 +33,6 @@ TensorSizes = Mapping[str, tuple[Sequence[int], torch.dtype]]
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SYNC_BYTES = 256 << 20  # bytes between two calls of fdatasync, each followed by a line in the journal
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Place of a tensor; `start` is the offset of its first byte in the file."""
-
-    file: str
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def num_rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def num_bytes(self) -> int:
-        return self.row_bytes * self.num_rows
 
 
 def work_folder(path: Path) -> Path:
@@ -74,18 +51,12 @@ class HfWriter:
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        tensors: TensorSizes,
-        shard_bytes: int = DEFAULT_SHARD_BYTES,
-        *,
-        source: str = "",
+        self, path: str | Path, tensors: TensorSizes, shard_bytes: int = DEFAULT_SHARD_BYTES, *, source: str = ""
     ) -> None:
         """Lay out the shards, or resume if an interrupted writer had the same plan and source.
 
         Args:
             path: the folder to create; it must not exist, or be empty.
-            tensors: sizes of all tensors.
             shard_bytes: largest number of bytes of tensors in one file. A larger tensor gets a file of its own.
             source: identity of the source. If it differs from the interrupted writer's, its work is discarded.
 
@@ -94,9 +65,10 @@ class HfWriter:
         """
         self.path = Path(path)
         self.folder = work_folder(self.path)
-        self._headers: dict[str, bytes] = {}
-        self._places: dict[str, _Place] = {}
-        for file, names in _assign_to_shards(tensors, shard_bytes).items():
+        self._headers: dict[Path, bytes] = {}
+        self._places: dict[str, TensorInfo] = {}
+        for file_name, names in _assign_to_shards(tensors, shard_bytes).items():
+            file = self.folder / file_name
             self._headers[file], places = _lay_out(tensors, names, file)
             self._places |= places
         self.total_bytes = sum(place.num_bytes for place in self._places.values())
@@ -105,8 +77,8 @@ class HfWriter:
         self._rows: dict[str, list[tuple[int, int]]] = {}  # rows written, of tensors that are not complete
         self._unsynced: list[str] = []  # complete tensors that may not be on the disk
         self._unsynced_bytes = 0
-        self._files: dict[str, int] = {}
-        job = {"source": source, "headers": {file: header.hex() for file, header in self._headers.items()}}
+        self._files: dict[Path, int] = {}
+        job = {"source": source, "headers": {file.name: header.hex() for file, header in self._headers.items()}}
         self._work = JobFolder(self.folder, self.path, job, needed_bytes=self.total_bytes)
         self._work.__enter__()
         try:
@@ -125,12 +97,6 @@ class HfWriter:
         finally:
             self._work.__exit__(kind, error, trace)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a whole tensor."""
-        place = self._places[name]
-        assert tuple(tensor.shape) == place.shape, f"{name}: shape {tuple(tensor.shape)}, planned {place.shape}"
-        self.write_rows(name, 0, tensor if place.shape else tensor.reshape(1))
-
     def write_rows(self, name: str, start: int, tensor: torch.Tensor) -> None:
         """Write rows [start, start + len(tensor)) of a tensor; each row once, in any order."""
         place = self._places[name]
@@ -142,23 +108,19 @@ class HfWriter:
         view = memoryview(numbers)
         offset, done = place.start + start * place.row_bytes, 0
         fd = self._files[place.file]
-        with name_file_in_errors(self.folder / place.file):
+        with name_file_in_errors(place.file):
             while done < view.nbytes:
                 done += os.pwrite(fd, view[done:], offset + done)
         os.posix_fadvise(fd, offset, view.nbytes, os.POSIX_FADV_DONTNEED)  # starts writing to the disk
         self._note_rows(name, place, start, stop)
 
     def finish(self) -> Path:
-        """Write the index, wait until everything is on the disk, and publish the folder.
-
-        Returns:
-            The final folder.
-        """
+        """Write the index, wait until everything is on the disk, and publish the folder; return its final path."""
         missing = [name for name in self._places if name not in self._finished]
         assert not missing, f"not written: {missing[:5]}"
         self._close_files()
-        if SINGLE_FILE not in self._headers:
-            weight_map = {name: self._places[name].file for name in sorted(self._places)}
+        if len(self._headers) > 1:
+            weight_map = {name: self._places[name].file.name for name in sorted(self._places)}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         self._work.publish()
@@ -167,10 +129,7 @@ class HfWriter:
 
     def close(self) -> None:
         """Record finished tensors and close the files; a later writer can resume."""
-        try:
-            self._close_files()
-        finally:
-            self._work.__exit__(None, None, None)
+        self.__exit__(None, None, None)
 
     def _close_files(self) -> None:
         try:
@@ -182,32 +141,30 @@ class HfWriter:
 
     def _open_files(self) -> frozenset[str]:
         """Open the files of the interrupted writer, or create new ones; return the names of finished tensors."""
-        names = [*self._headers, JOURNAL_FILE, SETTINGS_FILE]
+        files = [*self._headers, self.folder / JOURNAL_FILE, self.folder / SETTINGS_FILE]
         # the first record is written when all files have their final size
-        is_laid_out = bool(self._work.journal.lines) and all((self.folder / name).is_file() for name in names)
+        is_laid_out = bool(self._work.journal.lines) and all(file.is_file() for file in files)
         if is_laid_out:
             for other in self.folder.iterdir():  # config.json and the like, if the earlier call came that far
-                if other.name not in names:
+                if other not in files:
                     other.unlink()
         else:
             self._work.start_from_scratch()
         flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if is_laid_out else os.O_CREAT | os.O_EXCL)
         for file in self._headers:
-            self._files[file] = os.open(self.folder / file, flags, 0o644)
+            self._files[file] = os.open(file, flags, 0o644)
         if not is_laid_out:
-            data_bytes = dict.fromkeys(self._headers, 0)
-            for place in self._places.values():
-                data_bytes[place.file] += place.num_bytes
             for file, header in self._headers.items():
-                with name_file_in_errors(self.folder / file):
+                size = max((place.stop for place in self._places.values() if place.file == file), default=len(header))
+                with name_file_in_errors(file):
                     os.pwrite(self._files[file], header, 0)
-                    os.ftruncate(self._files[file], len(header) + data_bytes[file])
+                    os.ftruncate(self._files[file], size)
                     os.fsync(self._files[file])
             sync_folder(self.folder)
             self._work.journal.record([])
         return frozenset(name for record in self._work.journal.lines for name in record if name in self._places)
 
-    def _note_rows(self, name: str, place: _Place, start: int, stop: int) -> None:
+    def _note_rows(self, name: str, place: TensorInfo, start: int, stop: int) -> None:
         """Remember which rows are written, and record finished tensors once they are on the disk."""
         with self._lock:
             rows = self._rows.setdefault(name, [])
@@ -227,7 +184,7 @@ class HfWriter:
         """Write the data to the disk first, then the journal's line about it."""
         with self._sync_lock:
             for file, fd in self._files.items():
-                with name_file_in_errors(self.folder / file):
+                with name_file_in_errors(file):
                     os.fdatasync(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             if names:
@@ -235,34 +192,28 @@ class HfWriter:
 
 
 def _assign_to_shards(tensors: TensorSizes, shard_bytes: int) -> dict[str, list[str]]:
-    """Return the names per shard file: in order, with a new file when the next tensor would not fit."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, (shape, dtype) in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    if len(shards) == 1:
-        return {SINGLE_FILE: shards[0]}
+    """Return the names per shard file."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
+    shards = group_by_size(sizes, shard_bytes)
+    if len(shards) <= 1:
+        return {SINGLE_FILE: list(tensors)}
     return {f"model-{n:05}-of-{len(shards):05}.safetensors": names for n, names in enumerate(shards, start=1)}
 
 
-def _lay_out(tensors: TensorSizes, names: list[str], file: str) -> tuple[bytes, dict[str, _Place]]:
+def _lay_out(tensors: TensorSizes, names: list[str], file: Path) -> tuple[bytes, dict[str, TensorInfo]]:
     """Return the header of a shard and the places of its tensors: wide dtypes first, so that all are aligned."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
+    offsets, end = {}, 0
     for name in sorted(names, key=lambda name: -tensors[name][1].itemsize):
         shape, dtype = tensors[name]
-        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        offsets[name] = (start, end)
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     places = {
-        name: _Place(file, len(header) + start, tuple(tensors[name][0]), tensors[name][1])
-        for name, start in starts.items()
+        name: TensorInfo(tuple(tensors[name][0]), tensors[name][1], file, len(header) + start, len(header) + stop)
+        for name, (start, stop) in offsets.items()
     }
     return header, places

@@ -24,7 +24,8 @@ TE_SUFFIXES = {
 }
 """Local spec's suffix -> Transformer Engine's, which fuses a norm into the linear layer that follows it."""
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+"""Number of the layer, and the name inside the layer."""
 
 
 def te_name(name: str) -> str:
@@ -42,14 +43,8 @@ def stored_name(name: str) -> tuple[str, int | None]:
 
     The index is None for tensors outside the layers, such as the embedding.
     """
-    match = _LAYER.fullmatch(te_name(name))
+    match = LAYER_NAME.fullmatch(te_name(name))
     return (f"decoder.layers.{match[2]}", int(match[1])) if match else (name, None)
-
-
-def layer_of(name: str) -> int | None:
-    """Return the layer that a tensor belongs to, or None outside the layers."""
-    match = _LAYER.fullmatch(name)
-    return int(match[1]) if match else None
 
 
 def _replace_suffix(name: str, suffixes: Mapping[str, str]) -> str:

@@ -35,14 +35,8 @@ class Copy:
     def rule(self, model: ModelConfig, shape: tuple[int, ...]) -> TensorRule:
         """See `Pattern`."""
         hf_shape = (model.vocab, *shape[1:]) if self.padded_vocab else shape
-        return TensorRule(
-            megatron=self.megatron,
-            megatron_shape=shape,
-            hf=(self.hf,),
-            hf_shapes=(hf_shape,),
-            blocks=(RowBlock(0, 0, 0, hf_shape[0]),),
-            padded_vocab=self.padded_vocab,
-        )
+        blocks = (RowBlock(0, 0, 0, hf_shape[0]),)
+        return TensorRule(self.megatron, shape, (self.hf,), (hf_shape,), blocks, self.padded_vocab)
 
 
 @dataclass(frozen=True)
@@ -72,14 +66,8 @@ class Qkv:
                 RowBlock(start + query_rows, 1, group * size, size),
                 RowBlock(start + query_rows + size, 2, group * size, size),
             ]
-        hf_rows = (groups * query_rows, groups * size, groups * size)
-        return TensorRule(
-            megatron=self.megatron,
-            megatron_shape=shape,
-            hf=(self.q, self.k, self.v),
-            hf_shapes=tuple((rows, *shape[1:]) for rows in hf_rows),
-            blocks=tuple(blocks),
-        )
+        hf_shapes = tuple((groups * rows, *shape[1:]) for rows in (query_rows, size, size))
+        return TensorRule(self.megatron, shape, (self.q, self.k, self.v), hf_shapes, tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -97,10 +85,6 @@ class Gated:
     def rule(self, model: ModelConfig, shape: tuple[int, ...]) -> TensorRule:
         """See `Pattern`."""
         half = model.ffn_hidden
-        return TensorRule(
-            megatron=self.megatron,
-            megatron_shape=shape,
-            hf=(self.gate, self.up),
-            hf_shapes=((half, *shape[1:]), (half, *shape[1:])),
-            blocks=(RowBlock(0, 0, 0, half), RowBlock(half, 1, 0, half)),
-        )
+        hf_shapes = ((half, *shape[1:]), (half, *shape[1:]))
+        blocks = (RowBlock(0, 0, 0, half), RowBlock(half, 1, 0, half))
+        return TensorRule(self.megatron, shape, (self.gate, self.up), hf_shapes, blocks)

@@ -47,13 +47,7 @@ def tied_copies(model: ModelConfig) -> dict[str, str]:
 def check_hf_tensors(
     rules: Iterable[TensorRule], tensors: Mapping[str, Any], model: ModelConfig, where: object
 ) -> None:
-    """Compare the tensors of a Hugging Face folder with the tensors that the rules need.
-
-    Args:
-        rules: rules of the model.
-        tensors: name -> anything with `shape` and `dtype`, such as `HfFolder.tensors`.
-        model: config of the model.
-        where: folder, for the message.
+    """Compare the tensors of a Hugging Face folder, such as `HfFolder.tensors`, with the tensors that the rules need.
 
     Raises:
         RefusedError: a tensor is missing, unknown, of another shape, or not of a floating-point type that is read here.
@@ -75,9 +69,7 @@ def refuse_wrong_tensors(
     """Raise unless a source has exactly the tensors of its model.
 
     Args:
-        where: the source, for the message.
         tensors: name -> anything with `shape` and `dtype`.
-        expected: shapes of the tensors that must exist.
         optional: shapes of tensors that may exist besides.
         padded: names whose number of rows may differ, because another program padded the vocabulary differently.
 

@@ -21,12 +21,6 @@ class RowBlock:
 
     Example: `RowBlock(start=16, source=1, first=0, rows=8)` says that rows 16 to 23 of the Megatron tensor are rows
     0 to 7 of the rule's second Hugging Face tensor.
-
-    Attributes:
-        start: first row in the Megatron tensor.
-        source: index of the Hugging Face tensor in the rule's `hf`.
-        first: first row in the Hugging Face tensor.
-        rows: number of rows.
     """
 
     start: int
@@ -45,9 +39,7 @@ class TensorRule:
 
     Attributes:
         megatron: name of the Megatron tensor in the local layer spec.
-        megatron_shape: shape of the global Megatron tensor.
-        hf: names of the Hugging Face tensors.
-        hf_shapes: shapes of the Hugging Face tensors, in the order of `hf`.
+        hf, hf_shapes: names and shapes of the Hugging Face tensors.
         blocks: blocks in the order of the Megatron tensor's rows. They cover each Hugging Face row once, and all
             Megatron rows except padding.
         padded_vocab: whether rows of padding (zeros) follow the last block.
@@ -65,34 +57,8 @@ class TensorRule:
         megatron, *hf = (name.replace("*", str(layer)) for name in (self.megatron, *self.hf))
         return replace(self, megatron=megatron, hf=tuple(hf))
 
-    def to_megatron(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return the global Megatron tensor; a view of the Hugging Face tensor where the rule copies one whole tensor.
-
-        Args:
-            tensors: Hugging Face tensors in the order of `hf`, of one dtype.
-        """
-        if [tuple(tensor.shape) for tensor in tensors] != list(self.hf_shapes):
-            raise ValueError(f"{self.megatron}: shapes {[tuple(t.shape) for t in tensors]}, not {self.hf_shapes}")
-        by_name = dict(zip(self.hf, tensors, strict=True))
-        return self.megatron_rows(0, self.megatron_shape[0], lambda name, rows: by_name[name][rows])
-
-    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the Hugging Face tensors, without rows of padding. Contiguous parts are views of `tensor`."""
-        if tuple(tensor.shape) != self.megatron_shape:
-            raise ValueError(f"{self.megatron}: shape {tuple(tensor.shape)}, not {self.megatron_shape}")
-        return tuple(
-            self.hf_rows(name, 0, shape[0], lambda _, rows: tensor[rows])
-            for name, shape in zip(self.hf, self.hf_shapes, strict=True)
-        )
-
     def megatron_rows(self, start: int, stop: int, read: ReadRows) -> torch.Tensor:
-        """Return rows [start, stop) of the global Megatron tensor.
-
-        Args:
-            start: first row.
-            stop: row after the last.
-            read: reads rows of a Hugging Face tensor by name.
-        """
+        """Return rows [start, stop) of the global Megatron tensor; `read` reads rows of the Hugging Face tensors."""
         assert 0 <= start < stop <= self.megatron_shape[0], f"{self.megatron}: no rows [{start}, {stop})"
         pieces = []
         first_block = max(bisect_right(self.blocks, start, key=lambda block: block.start) - 1, 0)
@@ -112,14 +78,7 @@ class TensorRule:
         return rows
 
     def hf_rows(self, name: str, start: int, stop: int, read: ReadRows) -> torch.Tensor:
-        """Return rows [start, stop) of a Hugging Face tensor.
-
-        Args:
-            name: one of `hf`.
-            start: first row.
-            stop: row after the last.
-            read: reads rows of the Megatron tensor; called with the name `megatron`.
-        """
+        """Return rows [start, stop) of a Hugging Face tensor; `read` reads rows of the Megatron tensor."""
         source = self.hf.index(name)
         assert 0 <= start < stop <= self.hf_shapes[source][0], f"{name}: no rows [{start}, {stop})"
         pieces = []

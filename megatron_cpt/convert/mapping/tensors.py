@@ -35,13 +35,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Mosaic:
-    """Tensor in pieces.
-
-    Attributes:
-        name: name for messages.
-        shape, dtype: shape and dtype of the complete tensor.
-        pieces: boxes that cover each element once.
-    """
+    """Tensor in pieces, which cover each element once. The name is for messages."""
 
     name: str
     shape: tuple[int, ...]

@@ -72,8 +72,6 @@ def read_megatron_model(
     """Return the model section of a checkpoint.
 
     Args:
-        path: folder of the checkpoint, as the user named it.
-        weights: tensors of the checkpoint.
         common: entries besides the tensors.
         named_model: a preset or a YAML file with a model section; it has precedence over the stored config.
 
@@ -150,9 +148,7 @@ def model_fields(fields: Mapping[str, Any], weights: MosaicWeights, where: objec
     """Return the model section for arguments of Megatron-LM or fields of TransformerConfig.
 
     Args:
-        fields: the arguments or fields.
         weights: tensors, which show the padded vocabulary and whether embeddings are tied.
-        where: origin of the fields, for messages.
 
     Raises:
         RefusedError: a size is missing, or the model has parts that are not supported here.

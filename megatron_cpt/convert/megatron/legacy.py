@@ -19,14 +19,13 @@ import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.checkpoint.torchfile.torch_file import open_torch_file
-from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER, local_name
+from megatron_cpt.convert.mapping.names import EMBEDDING, LAYER_NAME, OUTPUT_LAYER, local_name
 from megatron_cpt.convert.mapping.tensors import Mosaic, MosaicWeights, Piece
 from megatron_cpt.convert.megatron.torch_dist_reader import newest_iteration
 from megatron_cpt.errors import RefusedError
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _SPLIT_ROWS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", EMBEDDING, OUTPUT_LAYER)
 _SPLIT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -61,9 +60,7 @@ class LegacyWeights(MosaicWeights):
         ]
         if missing:
             raise RefusedError(f"{self.folder}: no {', '.join(missing)}; copy the files of all ranks")
-        is_gated = bool(self.arguments.get("swiglu"))
-        is_tied = self.arguments.get("untie_embeddings_and_output_weights") is False
-        super().__init__(_merge(self.folder, states, num_tensor, num_pipeline, is_gated, is_tied))
+        super().__init__(_merge(self.folder, states, num_tensor, num_pipeline, self.arguments))
 
 
 def is_legacy(path: Path) -> bool:
@@ -96,13 +93,13 @@ def _merge(
     states: Mapping[tuple[int, int], Mapping[str, Any]],
     num_tensor: int,
     num_pipeline: int,
-    is_gated: bool,
-    is_tied: bool,
+    arguments: Mapping[str, Any],
 ) -> dict[str, Mosaic]:
     """Return global tensors from the model chunks of all ranks, in the order in which the pipeline runs them."""
     chunk_keys = [key for key in ("model", *(f"model{n}" for n in range(64))) if key in states[0, 0]]
     if not chunk_keys:
         raise RefusedError(f"{folder}: no model in {_FILE}; the checkpoint holds no weights")
+    is_gated, is_tied = bool(arguments.get("swiglu")), arguments.get("untie_embeddings_and_output_weights") is False
     tensors: dict[str, Mosaic] = {}
     first_layer = 0
     for key in chunk_keys:
@@ -110,7 +107,7 @@ def _merge(
             chunks = [_chunk(folder, states[rank, stage], key) for rank in range(num_tensor)]
             num_layers = 0
             for name in chunks[0]:
-                match = _LAYER.fullmatch(name)
+                match = LAYER_NAME.fullmatch(name)
                 global_name = name
                 if match is not None:
                     num_layers = max(num_layers, int(match[1]) + 1)
@@ -151,12 +148,11 @@ def _join(name: str, shards: list[StoredTensor], is_gated: bool) -> Mosaic:
         RefusedError: the shards have different shapes or dtypes, or are copies that differ.
     """
     first = shards[0]
-    shape: tuple[int, ...]
     if any(shard.shape != first.shape or shard.dtype != first.dtype for shard in shards):
         found = ", ".join(f"{shard.dtype} {shard.shape}" for shard in shards)
         raise RefusedError(f"{name}: the tensor-parallel ranks hold {found}; copy the files of one checkpoint")
     if name.endswith(_SPLIT_COLUMNS):
-        shape = (first.shape[0], sum(shard.shape[1] for shard in shards))
+        shape: tuple[int, ...] = (first.shape[0], sum(shard.shape[1] for shard in shards))
         pieces = [_piece_at(shard, 0, number * first.shape[1]) for number, shard in enumerate(shards)]
     elif name.endswith(_SPLIT_ROWS):
         rows = first.shape[0]
@@ -171,7 +167,10 @@ def _join(name: str, shards: list[StoredTensor], is_gated: bool) -> Mosaic:
         else:
             pieces = [_piece_at(shard, number * rows) for number, shard in enumerate(shards)]
     else:
-        _check_copies(name, shards)
+        if len({shard.read().reshape(-1).view(torch.uint8).numpy().tobytes() for shard in shards}) > 1:
+            raise RefusedError(
+                f"{name}: a copy on every tensor-parallel rank, but the copies differ; do not use this checkpoint"
+            )
         shape, pieces = first.shape, [_piece_at(first, 0)]
     return Mosaic(name, shape, first.dtype, pieces)
 
@@ -179,10 +178,3 @@ def _join(name: str, shards: list[StoredTensor], is_gated: bool) -> Mosaic:
 def _piece_at(shard: StoredTensor, row: int, column: int = 0) -> Piece:
     offsets = (row, column)[: len(shard.shape)]
     return Piece(offsets, shard.shape, lambda: shard)
-
-
-def _check_copies(name: str, shards: list[StoredTensor]) -> None:
-    if len({shard.read().reshape(-1).view(torch.uint8).numpy().tobytes() for shard in shards}) > 1:
-        raise RefusedError(
-            f"{name}: a copy on every tensor-parallel rank, but the copies differ; do not use this checkpoint"
-        )

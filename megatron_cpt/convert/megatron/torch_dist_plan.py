@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER, layer_of
+from megatron_cpt.convert.job import group_by_size
+from megatron_cpt.convert.mapping.names import EMBEDDING, LAYER_NAME, OUTPUT_LAYER
 
 MAX_PIECE_BYTES = 16 << 20
 """Largest piece of a tensor. A piece is read and loaded whole, so this bounds the memory per thread.
@@ -50,10 +51,11 @@ class Target:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file and the names of the tensors in it."""
+    """One file, the names of the tensors in it, and their size."""
 
     name: str
     tensors: tuple[str, ...]
+    num_bytes: int
 
 
 def plan_files(specs: Mapping[str, TensorSpec], num_layers: int, target: Target) -> list[FilePlan]:
@@ -65,15 +67,11 @@ def plan_files(specs: Mapping[str, TensorSpec], num_layers: int, target: Target)
     plans: list[FilePlan] = []
     layers_per_stage = math.ceil(num_layers / target.pipeline)
     for stage in range(target.pipeline):
-        files: list[list[str]] = []
-        free_bytes = 0
-        for name in _tensors_of_stage(specs, stage, layers_per_stage, target.pipeline):
-            if not files or specs[name].num_bytes > free_bytes:
-                files.append([])
-                free_bytes = target.shard_bytes
-            files[-1].append(name)
-            free_bytes -= specs[name].num_bytes
-        plans += [FilePlan(f"__{stage}_{number}.distcp", tuple(names)) for number, names in enumerate(files)]
+        names = _tensors_of_stage(specs, stage, layers_per_stage, target.pipeline)
+        groups = group_by_size({name: specs[name].num_bytes for name in names}, target.shard_bytes)
+        for number, group in enumerate(groups):
+            num_bytes = sum(specs[name].num_bytes for name in group)
+            plans.append(FilePlan(f"__{stage}_{number}.distcp", tuple(group), num_bytes))
     return plans
 
 
@@ -81,8 +79,8 @@ def _tensors_of_stage(specs: Mapping[str, TensorSpec], stage: int, layers_per_st
     """Return the tensors of one stage in the order of the layers, so that a rank reads a file from front to back."""
 
     def stage_and_position(name: str) -> tuple[int, int]:
-        layer = layer_of(name)
-        if layer is not None:
+        if match := LAYER_NAME.fullmatch(name):
+            layer = int(match[1])
             return min(layer // layers_per_stage, num_stages - 1), layer
         return (0, -1) if name.startswith("embedding.") else (num_stages - 1, len(specs))
 
@@ -118,13 +116,3 @@ def column_cuts(name: str, spec: TensorSpec, tensor_parallel: int) -> list[int]:
     columns = spec.shape[1]
     parts = tensor_parallel if name.endswith(_ROW_PARALLEL) and columns % tensor_parallel == 0 else 1
     return [columns * number // parts for number in range(parts + 1)]
-
-
-def total_bytes(specs: Mapping[str, TensorSpec]) -> int:
-    """Return the size of all tensors."""
-    return sum(spec.num_bytes for spec in specs.values())
-
-
-def file_bytes(plan: FilePlan, specs: Mapping[str, TensorSpec]) -> int:
-    """Return the size of the tensors in a file."""
-    return sum(specs[name].num_bytes for name in plan.tensors)

@@ -79,7 +79,6 @@ def write_file(
     path: Path,
     plan: FilePlan,
     specs: Mapping[str, TensorSpec],
-    *,
     tensor_parallel: int,
     read: ReadRows,
     advance: Callable[[int], None],
@@ -87,11 +86,7 @@ def write_file(
     """Write one file of the checkpoint and wait until it is on the disk.
 
     Args:
-        path: file to write.
-        plan: tensors in the file.
         specs: all tensors of the model.
-        tensor_parallel: tensor-parallel size of the target.
-        read: reads rows.
         advance: called with the number of bytes of every piece.
 
     Raises:
@@ -135,22 +130,11 @@ def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
 def write_metadata(
     folder: Path, specs: Mapping[str, TensorSpec], num_layers: int, files: Mapping[str, WrittenFile]
 ) -> list[str]:
-    """Write `.metadata`, `metadata.json` and `common.pt`, which megatron-core reads first.
-
-    Returns:
-        The names of the files.
-    """
+    """Write `.metadata`, `metadata.json` and `common.pt`, which megatron-core reads first; return these names."""
     _write_tensor_index(folder, specs, num_layers, files)
-    (folder / "metadata.json").write_bytes(
-        orjson.dumps(
-            {
-                "sharded_backend": "torch_dist",
-                "sharded_backend_version": 1,
-                "common_backend": "torch",
-                "common_backend_version": 1,
-            }
-        )
-    )
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    versions = {"sharded_backend_version": 1, "common_backend_version": 1}
+    (folder / "metadata.json").write_bytes(orjson.dumps(backends | versions))
     torch.save({}, folder / "common.pt")
     return [".metadata", "metadata.json", "common.pt"]
 
@@ -159,8 +143,7 @@ def _write_tensor_index(
     folder: Path, specs: Mapping[str, TensorSpec], num_layers: int, files: Mapping[str, WrittenFile]
 ) -> None:
     described: dict[str, Any] = {}
-    places = {}
-    shapes = {}
+    places, shapes = {}, {}
     for name, spec in specs.items():
         key, layer = stored_name(name)
         shapes[key] = (spec.shape if layer is None else (num_layers, *spec.shape), spec.dtype)
@@ -186,16 +169,10 @@ def _pieces(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield the pieces of a tensor with their offsets."""
     columns = column_cuts(name, spec, tensor_parallel)
-    cuts = row_cuts(name, spec, tensor_parallel)
-    for first, last in pairwise(cuts):
+    for first, last in pairwise(row_cuts(name, spec, tensor_parallel)):
         rows = read(name, first, last)
         assert tuple(rows.shape) == (last - first, *spec.shape[1:]), f"{name}: {tuple(rows.shape)}"
         assert rows.dtype == spec.dtype, f"{name}: {rows.dtype}"
         for left, right in pairwise(columns):
             piece = rows[:, left:right] if len(spec.shape) > 1 else rows
             yield [first, left][: len(spec.shape)], piece
-
-
-def written_from_journal(line: Mapping[str, Any]) -> WrittenFile:
-    """Return the file that a journal's record describes."""
-    return WrittenFile(line["size"], line["checksum"], [FileEntry(**entry) for entry in line["entries"]])

@@ -17,7 +17,7 @@ from megatron_cpt.convert.mapping.families import NEMOTRON
 from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.mapping.resolve import resolve
 from megatron_cpt.convert.mapping.shapes import expected_tensors
-from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec, plan_files, total_bytes
+from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec, plan_files
 from megatron_cpt.planning.cost.parameters import count_parameters
 
 MODEL = ModelConfig(**preset("nemotron4_15b"))
@@ -32,7 +32,7 @@ def test_converted_tensors_are_the_model() -> None:
     assert sum(math.prod(shape) for rule in rules for shape in rule.hf_shapes) == PARAMETERS
     assert sum(math.prod(shape) for shape in expected.values()) == PARAMETERS == count_parameters(MODEL).total
     specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in expected.items()}
-    assert total_bytes(specs) == 2 * PARAMETERS
+    assert sum(spec.num_bytes for spec in specs.values()) == 2 * PARAMETERS
     files = plan_files(specs, MODEL.layers, Target(8, 4))
     names = [name for file in files for name in file.tensors]
     assert sorted(names) == sorted(expected)

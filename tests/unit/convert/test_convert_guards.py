@@ -145,7 +145,7 @@ def test_a_writer_killed_while_it_laid_out_its_files_starts_over(tmp_path: Path)
     data.write_bytes(b"")
     (writer.folder / "tokenizer.json").touch()
     writer = HfWriter(tmp_path / "model", plan)
-    writer.write("w", torch.ones(2))
+    writer.write_rows("w", 0, torch.ones(2))
     writer.finish()
     assert load_file(tmp_path / "model" / "model.safetensors")["w"].tolist() == [1, 1]
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]

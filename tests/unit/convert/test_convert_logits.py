@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from tests.helpers.hf_models import FAMILY_CONFIGS, build_hf_model, hf_tensors, tiny_config
+from tests.helpers.hf_models import FAMILY_CONFIGS, build_hf_model, global_tensor, hf_tensors, tiny_config
 from tests.helpers.odd_models import odd_configs
 from tests.helpers.ranks import run_ranks
 
@@ -49,7 +49,7 @@ def largest_difference(config: dict[str, Any]) -> float:
     with process_groups(ParallelConfig()):
         ours = megatron_model(model.model_dump(mode="json", exclude={"preset"})).eval()
         state = {
-            rule.megatron: rule.to_megatron(*(tensors[name] for name in rule.hf))
+            rule.megatron: global_tensor(rule, *(tensors[name] for name in rule.hf))
             for rule in resolve.resolve(family, model)
         }
         result = ours.load_state_dict(state, strict=False)

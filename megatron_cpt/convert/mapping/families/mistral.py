@@ -13,11 +13,6 @@ MISTRAL = Family(
     weights=(*EMBEDDINGS, *NORMS, *ATTENTION, *GATED_MLP),
     fixed={"gated": True, "norm": "rmsnorm", "qkv_bias": False, "qk_norm": False},
     activations=(Activation.SILU, Activation.GELU, Activation.GELU_TANH),
-    defaults={
-        **COMMON_DEFAULTS,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
+    defaults={**COMMON_DEFAULTS, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     extra={"sliding_window": None},
 )

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from megatron_cpt.config import Activation
-from megatron_cpt.convert.mapping.families.base import COMMON_DEFAULTS, Family
-from megatron_cpt.convert.mapping.families.common import ATTENTION, EMBEDDINGS, GATED_MLP, NORMS, QK_NORMS
+from dataclasses import replace
 
-QWEN3 = Family(
+from megatron_cpt.convert.mapping.families.common import ATTENTION, EMBEDDINGS, GATED_MLP, NORMS, QK_NORMS
+from megatron_cpt.convert.mapping.families.qwen2 import QWEN2
+
+QWEN3 = replace(
+    QWEN2,
     name="qwen3",
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     weights=(*EMBEDDINGS, *NORMS, *ATTENTION, *QK_NORMS, *GATED_MLP),
     fixed={"gated": True, "norm": "rmsnorm", "qkv_bias": False, "qk_norm": True},
-    activations=(Activation.SILU, Activation.GELU, Activation.GELU_TANH),
-    defaults={
-        **COMMON_DEFAULTS,
-        "head_dim": 128,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-    },
-    extra={"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
+    defaults={**QWEN2.defaults, "head_dim": 128},
+    extra={"attention_bias": False, **QWEN2.extra},
 )

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.config.presets import preset
 from megatron_cpt.convert.huggingface import config as hf_config
-from megatron_cpt.convert.huggingface.export_config import matching, to_hf_config
+from megatron_cpt.convert.huggingface.config import matching, to_hf_config
 from megatron_cpt.convert.mapping import families
 from megatron_cpt.errors import RefusedError, UserError
 from tests.helpers.hf_models import FAMILY_CONFIGS, tiny_config

@@ -71,7 +71,7 @@ def test_any_tensors_in_any_order_and_pieces(tmp_path_factory, shapes, types, sh
             writer.write_rows(name, cut, tensor[cut:])
             writer.write_rows(name, 0, tensor[:cut])
         else:
-            writer.write(name, tensor)
+            writer.write_rows(name, 0, torch.atleast_1d(tensor))
     assert not path.exists()
     assert writer.finish() == path
     assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
@@ -96,7 +96,7 @@ def test_names_and_index_are_those_that_transformers_reads(tmp_path):
     writer = HfWriter(tmp_path / "model", plan_of(tensors), shard_bytes=30_000)
     model.config.save_pretrained(writer.folder)
     for name, tensor in tensors.items():
-        writer.write(name, tensor)
+        writer.write_rows(name, 0, tensor)
     folder = writer.finish()
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     assert files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
@@ -113,7 +113,7 @@ def test_names_and_index_are_those_that_transformers_reads(tmp_path):
 
 def test_a_small_model_is_one_file(tmp_path):
     writer = HfWriter(tmp_path / "model", {"w": ((2,), torch.float32)})
-    writer.write("w", torch.ones(2))
+    writer.write_rows("w", 0, torch.ones(2))
     writer.finish()
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]
 
@@ -126,14 +126,14 @@ def test_an_unfinished_folder_is_not_published(tmp_path):
     with pytest.raises(AssertionError, match="twice"):
         writer.write_rows("w", 3, torch.ones(1))
     with pytest.raises(AssertionError, match="planned"):
-        writer.write("v", torch.ones(1, dtype=torch.bfloat16))
+        writer.write_rows("v", 0, torch.ones(1, dtype=torch.bfloat16))
     assert not (tmp_path / "model").exists()
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "model").mkdir()
     writer = HfWriter(tmp_path / "model", {"w": ((1,), torch.float32)})  # an empty folder is accepted
-    writer.write("w", torch.ones(1))
+    writer.write_rows("w", 0, torch.ones(1))
     writer.finish()
     with pytest.raises(UserError, match="exists"):
         HfWriter(tmp_path / "model", {"w": ((1,), torch.float32)})
@@ -168,7 +168,7 @@ torch.manual_seed(0)
 tensors = {f"t{n}": torch.randn(n + 1, 3) for n in range(6)}
 writer = hf_writer.HfWriter(sys.argv[1], {name: (t.shape, t.dtype) for name, t in tensors.items()}, 100, source="a")
 for name in ["t0", "t1", "t2", "t3"]:
-    writer.write(name, tensors[name])
+    writer.write_rows(name, 0, tensors[name])
 writer.write_rows("t4", 0, tensors["t4"][:2])
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -197,7 +197,7 @@ def test_a_killed_writer_is_continued(killed):
     assert writer.done >= {"t1", "t2", "t3"}
     assert not writer.done & {"t4", "t5"}
     for name in tensors.keys() - writer.done:
-        writer.write(name, tensors[name])
+        writer.write_rows(name, 0, tensors[name])
     found = read_by_safetensors(writer.finish())
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -218,7 +218,7 @@ def test_an_incomplete_line_of_the_journal_is_ignored(killed, monkeypatch):
     writer = HfWriter(path, plan_of(tensors), 100, source="a")
     assert writer.done == {name for line in lines[1:-1] for name in json.loads(line)}
     for name in tensors.keys() - writer.done:
-        writer.write(name, tensors[name])
+        writer.write_rows(name, 0, tensors[name])
     writer.close()
     assert HfWriter(path, plan_of(tensors), 100, source="a").done == tensors.keys()
 
