@@ -65,6 +65,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file cannot be read.
         ConfigError: lists every problem of the values.
     """
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides: {overrides!r}; give a list of key=value strings")
     return _read_draft(path, overrides).finish(str(path))
 
 
@@ -85,6 +87,8 @@ def plan_run(run: RunConfig, *, num_gpus: int | None = None) -> RunPlan:
         ConfigError: lists every problem of the plan and of missing files.
         RefusedError: the plan has no problem, but a dataset is damaged.
     """
+    if num_gpus is not None and num_gpus < 1:
+        raise UserError(f"num_gpus: {num_gpus}; give at least 1")
     return _prepare(run.name, Draft(run), need_files=False, num_gpus=num_gpus).plan
 
 

@@ -28,7 +28,7 @@ from megatron_cpt.cli.commands.split_command import split
 from megatron_cpt.cli.commands.trace_command import trace
 from megatron_cpt.cli.commands.train_command import train
 from megatron_cpt.cli.missing_package import describe_missing_package
-from megatron_cpt.errors import EXIT_USER, CptError
+from megatron_cpt.errors import EXIT_FAILURE, EXIT_USER, CptError
 
 __all__ = ["app", "main"]
 
@@ -85,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"megatron-cpt {arguments[0]}: {advice}", file=sys.stderr)
         return EXIT_USER
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"megatron-cpt: error: {place}{error.strerror}", file=sys.stderr)
+        return EXIT_FAILURE
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     return 0

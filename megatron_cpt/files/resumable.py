@@ -107,20 +107,25 @@ class ResumableFolder:
         shutil.rmtree(self.path)
 
     def publish_as(self, target: Path) -> None:
-        """Give the finished folder its final name, without the files of this module; `target` is free or empty."""
-        for path in (self._progress_path, self.path / SETTINGS_FILE):
-            path.unlink(missing_ok=True)
-        sync_folder(self.path)
+        """Give the finished folder its final name, then remove this module's files; `target` is free or empty.
+
+        In this order a kill leaves either a folder that the next call resumes, or a complete target.
+        """
         if target.is_dir():
             target.rmdir()
         os.rename(self.path, target)
         sync_folder(target.parent)
+        for name in (self._progress_path.name, SETTINGS_FILE):
+            (target / name).unlink(missing_ok=True)
+        sync_folder(target)
 
     def _open(self) -> None:
         settings = read_settings(self.path)
+        if settings is not None and 2 * len(settings.keys() & self._settings.keys()) < len(self._settings):
+            settings = None  # the settings of another program
         # A kill may leave a folder that is empty, but for settings that are half written.
-        is_ours = not self.path.is_dir() or all(SETTINGS_FILE in path.name for path in self.path.iterdir())
-        if settings is None and not is_ours:
+        is_empty = not self.path.is_dir() or all(path.name == f".{SETTINGS_FILE}.tmp" for path in self.path.iterdir())
+        if settings is None and not is_empty:
             raise UserError(
                 f"{self.path}: holds files of something else; move or delete it, it is needed as work folder"
             )
@@ -182,8 +187,8 @@ class DurableJournal:
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings that a work folder belongs to; None if it has none that can be read."""
     with contextlib.suppress(OSError, orjson.JSONDecodeError):
-        settings: dict[str, Any] = orjson.loads((folder / SETTINGS_FILE).read_bytes())
-        return settings
+        settings = orjson.loads((folder / SETTINGS_FILE).read_bytes())
+        return settings if isinstance(settings, dict) else None
     return None
 
 

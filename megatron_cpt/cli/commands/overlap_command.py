@@ -63,7 +63,9 @@ def overlap(
     documents = held_out_documents(held_out, codec, key or ["text"])
     held_out_set = HeldOutSet(documents, ngram=ngram, eod_id=eod_id)
     num_tokens = sum(dataset.num_tokens for dataset in training)
-    clean = contextlib.nullcontext() if clean_prefix is None else _clean_writer(clean_prefix, training, overwrite)
+    clean = (
+        contextlib.nullcontext() if clean_prefix is None else _clean_writer(clean_prefix, training, held_out, overwrite)
+    )
     with progress_bar("comparing", num_tokens) as advance, clean as writer:
 
         def on_block(dataset: IndexedDataset, block: DocumentBlock, is_hit: npt.NDArray[np.bool_]) -> None:
@@ -78,12 +80,17 @@ def overlap(
         _print_report(report)
 
 
-def _clean_writer(prefix: str, training: list[IndexedDataset], overwrite: bool) -> IndexedDatasetWriter:
+def _clean_writer(
+    prefix: str, training: list[IndexedDataset], held_out: list[str], overwrite: bool
+) -> IndexedDatasetWriter:
     import numpy as np
 
+    from megatron_cpt.data.contamination.held_out import JSON_LINES
+    from megatron_cpt.data.tokenfile.reader import expand_prefixes
     from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 
-    require_free(prefix, [dataset.prefix for dataset in training], overwrite=overwrite)
+    pairs = [pair for name in held_out if not name.endswith(JSON_LINES) for pair in expand_prefixes(name)]
+    require_free(prefix, [*(dataset.prefix for dataset in training), *pairs], overwrite=overwrite)
     return IndexedDatasetWriter(prefix, np.result_type(*(dataset.dtype for dataset in training)))
 
 

@@ -15,7 +15,7 @@ from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 
-_JSON_LINES = (".jsonl", ".json")
+JSON_LINES = (".jsonl", ".json")
 
 
 def held_out_documents(
@@ -36,7 +36,7 @@ def held_out_documents(
         RefusedError: a file is damaged.
     """
     for name in inputs:
-        if name.endswith(_JSON_LINES):
+        if name.endswith(JSON_LINES):
             if tokenizer is None:
                 raise UserError(f"{name}: text needs the tokenizer of the training data: give --tokenizer KIND:PATH")
             yield from _json_lines(name, tokenizer, keys)

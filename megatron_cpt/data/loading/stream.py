@@ -141,6 +141,8 @@ class TokenStream:
             UserError: a file is missing, or no file has seq_length + 1 tokens.
             RefusedError: a file is damaged.
         """
+        if type(seq_length) is not int or seq_length < 1:
+            raise UserError(f"seq_length: {seq_length!r}; give a whole number of at least 1")
         datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(prefixes)]
         return cls(name, datasets, seq_length=seq_length, seed=seed, fim=fim)
 

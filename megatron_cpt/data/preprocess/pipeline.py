@@ -157,6 +157,8 @@ def work_folder_path(prefix: str, shard: Shard | None = None) -> str:
 
 def refuse_to_overwrite(prefixes: Sequence[str], overwrite: bool) -> None:
     """Raise a UserError if one of the datasets exists, unless `overwrite`."""
+    if not all(os.path.basename(prefix) for prefix in prefixes):
+        raise UserError("output prefix: has no file name; give a path such as data/web")
     found = [f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx") if os.path.exists(f"{prefix}.{end}")]
     if found and not overwrite:
         raise UserError(f"{' and '.join(found)}: already exists; choose another output prefix, or allow overwriting")

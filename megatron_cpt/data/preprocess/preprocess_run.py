@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import get_args
 
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout
@@ -74,6 +75,16 @@ class PreprocessOptions:
     restart: bool = False
     progress: Progress | None = None
     notify: Notify = lambda text: None
+
+    def __post_init__(self) -> None:
+        at_least = {"workers": 1, "shuffle": 0, "split_tokens": 1, "max_line_bytes": 1, "block_bytes": 1}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise UserError(f"{name}: {value!r}; give a whole number of at least {least}")
+        for name, choices in {"fast_tokenizer": get_args(WhenFast), "tokenizer_check": get_args(Check)}.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: {getattr(self, name)!r}; give one of {', '.join(choices)}")
 
 
 @dataclass

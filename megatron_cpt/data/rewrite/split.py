@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -66,7 +67,7 @@ def split_datasets(
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"seed: {seed}: give a signed integer of 64 bits")
     outputs = [held_out_prefix, *([] if rest_prefix is None else [rest_prefix])]
-    if len(set(outputs)) != len(outputs):
+    if len({os.path.realpath(output) for output in outputs}) != len(outputs):
         raise UserError(f"{held_out_prefix}: is given for both outputs; choose two different prefixes")
     datasets = open_with_one_dtype(prefixes)
     for output in outputs:

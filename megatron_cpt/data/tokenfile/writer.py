@@ -6,6 +6,7 @@ under its final name, the dataset is complete.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from array import array
 from collections.abc import Sequence
@@ -68,9 +69,10 @@ class IndexedDatasetWriter:
                 self._write_index()
                 publish([(self._temporary[end], f"{self.prefix}.{end}") for end in ("bin", "idx")])
         finally:  # after a success the temporary files no longer exist
-            self._bin.close()
             for path in self._temporary.values():
                 Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a full disk, closing writes the buffer and fails once more
+                self._bin.close()
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Append a document; it may be empty."""
@@ -148,6 +150,8 @@ def require_free(output_prefix: str, inputs: Sequence[str], *, overwrite: bool) 
     Raises:
         UserError: the output may not be written.
     """
+    if not os.path.basename(output_prefix):
+        raise UserError(f"output prefix {output_prefix!r}: has no file name; give a path such as data/web")
     existing = [f"{output_prefix}{end}" for end in (".bin", ".idx") if os.path.exists(f"{output_prefix}{end}")]
     if any(os.path.realpath(f"{output_prefix}.bin") == os.path.realpath(f"{prefix}.bin") for prefix in inputs):
         raise UserError(f"{output_prefix}: is an input too; choose another output")

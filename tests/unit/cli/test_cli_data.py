@@ -253,6 +253,8 @@ class TestSplit:
             ({"--fraction": "1"}, 2, "fraction: 1.0: give a share"),
             ({"--seed": str(2**63)}, 2, "give a signed integer of 64 bits"),
             ({"--held-out-prefix": "web"}, 2, "web: is an input too"),
+            ({"--rest-prefix": "./out"}, 2, "out: is given for both outputs"),
+            ({"--rest-prefix": ""}, 2, "output prefix '': has no file name"),
             ({"--held-out-prefix": "code"}, 2, "code.bin and code.idx: exists already"),
             ({"--input": "none"}, 2, "no such file"),
             ({"--input": "cut"}, 3, "cut.bin: has 2 bytes"),
@@ -262,6 +264,20 @@ class TestSplit:
         options = {"--input": "web", "--fraction": "0.5", "--held-out-prefix": "out"} | changes
         assert main(["split", *(word for pair in options.items() for word in pair)]) == status
         assert text in capsys.readouterr().err
+        assert not list(folder.glob("out*"))
+
+    @pytest.mark.parametrize("command", ["split", "merge"])
+    def test_a_full_disk_is_one_message(self, folder, command):
+        """Allow files of 20 bytes, as a disk that fills up would, in a process of its own."""
+        code = (
+            "import resource, signal, sys; from megatron_cpt.cli import main\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\nsys.exit(main(sys.argv[1:]))"
+        )
+        outputs = {"split": ["--fraction", "0.5", "--held-out-prefix", "out"], "merge": ["--output-prefix", "out"]}
+        arguments = [command, "--input", "web", *outputs[command]]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (1, "megatron-cpt: error: File too large\n")
         assert not list(folder.glob("out*"))
 
 
@@ -287,12 +303,14 @@ class TestOverlap:
             ({"--held-out": "exam.jsonl"}, 2, "exam.jsonl: text needs the tokenizer of the training data"),
             ({"--ngram": "0"}, 2, "ngram: 0"),
             ({"--clean-prefix": "web"}, 2, "web: is an input too"),
+            ({"--clean-prefix": "./code", "--overwrite": None}, 2, "code: is an input too"),
+            ({"--clean-prefix": "new/"}, 2, "output prefix 'new/': has no file name"),
             ({"--train": "cut"}, 3, "cut.bin: has 2 bytes"),
             ({"--held-out": "cut"}, 3, "cut.bin: has 2 bytes"),
         ],
     )
     def test_mistakes(self, folder, damaged, capsys, changes, status, text):
         options = {"--train": "web", "--held-out": "code", "--clean-prefix": "out"} | changes
-        assert main(["overlap", *(word for pair in options.items() for word in pair)]) == status
+        assert main(["overlap", *(word for pair in options.items() for word in pair if word is not None)]) == status
         assert text in capsys.readouterr().err
         assert not list(folder.glob("out*"))

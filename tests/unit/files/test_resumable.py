@@ -86,6 +86,28 @@ class TestResumableFolder:
             do_part(tmp_path / "work", should_restart=True)
         assert (tmp_path / "work" / "part").exists()
 
+    @pytest.mark.parametrize("content", ['{"theme": "dark"}', "[1]", "not JSON"])
+    def test_the_settings_of_another_program_are_left_alone(self, tmp_path, content):
+        (tmp_path / "work").mkdir()
+        for name in ("journal.jsonl", "notes.txt"):
+            (tmp_path / "work" / name).write_text("[1]")
+        (tmp_path / "work" / "settings.json").write_text(content)
+        for options in ({}, {"should_discard_other_settings": True}, {"should_restart": True}):
+            with pytest.raises(UserError, match=r"work: holds files of something else"):
+                do_part(tmp_path / "work", **options)
+        assert (tmp_path / "work" / "notes.txt").exists()
+
+    def test_a_kill_before_the_final_name_is_resumed(self, tmp_path, monkeypatch):
+        do_part(tmp_path / "work", "one")
+        monkeypatch.setattr(os, "rename", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt), open_folder(tmp_path / "work") as folder:
+            folder.publish_as(tmp_path / "result")
+        monkeypatch.undo()
+        assert do_part(tmp_path / "work", "two") == ["one"]
+        with open_folder(tmp_path / "work") as folder:
+            folder.publish_as(tmp_path / "result")
+        assert sorted(os.listdir(tmp_path / "result")) == ["one", "two"]
+
     def test_a_kill_while_it_is_emptied_starts_from_scratch(self, tmp_path, monkeypatch):
         do_part(tmp_path / "work", "one")
         do_part(tmp_path / "work", "two")
@@ -99,7 +121,7 @@ class TestResumableFolder:
     def test_one_process_at_a_time(self, tmp_path):
         code = (
             "import sys\nfrom pathlib import Path\nfrom megatron_cpt.files.resumable import ResumableFolder\n"
-            "with ResumableFolder(Path(sys.argv[1]), {}, progress_file='journal.jsonl'):\n"
+            "with ResumableFolder(Path(sys.argv[1]), {'inputs': [], 'size': 0}, progress_file='journal.jsonl'):\n"
             "    print('locked', flush=True)\n    sys.stdin.read()\n"
         )
         command = [sys.executable, "-c", code, str(tmp_path / "work")]
