@@ -1,4 +1,4 @@
-"""Text files of a run: its tokenizer; run.yaml, plan.json and plans.jsonl in its output; those of its checkpoints."""
+"""Text files of a run: its tokenizer; run.yaml, plan.json and plans.jsonl in its output; records of its checkpoints."""
 
 from __future__ import annotations
 
