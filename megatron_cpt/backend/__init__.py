@@ -8,15 +8,15 @@ from megatron_cpt.backend.distributed import (
     process_groups,
 )
 from megatron_cpt.backend.seeding import rng_state, seed_everything, set_rng_state
-from megatron_cpt.backend.signals import StopRequest, catch_stop_signals
+from megatron_cpt.backend.signals import StopRequest, own_process
 
 __all__ = [
     "Ranks",
     "StopRequest",
-    "catch_stop_signals",
     "data_parallel_size",
     "launched_rank",
     "launched_world_size",
+    "own_process",
     "process_groups",
     "rng_state",
     "seed_everything",

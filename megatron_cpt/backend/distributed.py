@@ -16,9 +16,6 @@ from megatron_cpt.backend import cpu
 from megatron_cpt.config import ParallelConfig
 from megatron_cpt.errors import UserError
 
-DEFAULT_TIMEOUT = 1800.0
-"""Timeout of a collective in seconds."""
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -79,7 +76,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 @contextlib.contextmanager
-def process_groups(parallel: ParallelConfig, *, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
+def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iterator[Ranks]:
     """Initialize torch.distributed and megatron-core's parallel state; destroy both on exit.
 
     Without a launcher the job is one process and needs no port. An existing process group, as in tests, is used and

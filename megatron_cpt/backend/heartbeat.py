@@ -76,8 +76,6 @@ class Peers:
 
     Args:
         store: result of `job_store`; None: no heartbeats.
-        rank: rank of this process.
-        world_size: number of ranks of the job.
         timeout: seconds without a heartbeat after which a rank counts as dead; None: no heartbeats.
         doing: returns the current activity for messages, such as `step 17`.
         end: ends this process with a message; called from the thread if the main thread is stuck.
@@ -119,7 +117,7 @@ class Peers:
         self._thread.join(timeout=_GRACE_SECONDS)
         if kind is None:
             with contextlib.suppress(RuntimeError):  # rank 0 hosts the store and may have ended
-                self._set(f"end/{self._rank}", _DONE)
+                self._store.set(f"end/{self._rank}", _DONE)
 
     def announce(self, error: BaseException) -> None:
         """Report to the other ranks that this rank ends with an error."""
@@ -145,7 +143,7 @@ class Peers:
             return
         if is_ending:  # this rank's thread ends too, so write to the store here
             with contextlib.suppress(RuntimeError):
-                self._set(f"end/{self._rank}", text)
+                self._store.set(f"end/{self._rank}", text)
                 self._store_alarm(text)
             return
         self._alarm = self._alarm or text
@@ -220,7 +218,7 @@ class Peers:
             return []
 
     def _beat(self) -> None:
-        self._set(f"beat/{self._rank}", str(next(self._beats)))
+        self._store.set(f"beat/{self._rank}", str(next(self._beats)))
 
     def _read(self, ranks: Sequence[int]) -> list[bytes]:
         """Return the counters of ranks; empty for a rank that has not started."""
@@ -238,9 +236,6 @@ class Peers:
         """Store an alarm unless there is one; return the alarm that is stored."""
         current: bytes = self._store.compare_set("alarm", "", text)
         return current.decode()
-
-    def _set(self, key: str, value: str) -> None:
-        self._store.set(key, value)
 
     def _get(self, key: str) -> str:
         value: bytes = self._store.get(key)

@@ -1,14 +1,20 @@
-"""Signals that ask a run to stop. The handler only records them; the training loop acts at the end of a step.
+"""Process that belongs to one run: its signals, log messages and warnings.
 
-A second signal does not interrupt the save that the first one caused.
+The handler of a signal only records it; the training loop acts at the end of a step. A second signal does not interrupt
+the save that the first one caused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from types import FrameType
+
+from megatron_cpt.backend.distributed import launched_rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: SLURM's usual warning before the time limit
 
@@ -16,8 +22,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: SLURM's usual warnin
 class StopRequest:
     """Last stop signal of this process, or None. The training step makes all ranks agree on stopping."""
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    received: signal.Signals | None = None
 
     def handle_signal(self, number: int, _frame: FrameType | None) -> None:
         """Record a signal."""
@@ -25,12 +30,26 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def catch_stop_signals() -> Iterator[StopRequest]:
-    """Handle the stop signals inside the block; restore the earlier handlers after it."""
+def own_process() -> Iterator[StopRequest]:
+    """Catch stop signals inside the block, print our log messages to stderr, and silence the libraries.
+
+    Ranks other than the main one print errors only.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    ours = logging.getLogger("megatron_cpt")
+    ours.setLevel(logging.INFO if launched_rank() == 0 else logging.ERROR)
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        ours.addHandler(handler)
+        ours.propagate = False
+    for name in ("megatron", "megatron.core"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     request = StopRequest()
     earlier = {number: signal.signal(number, request.handle_signal) for number in STOP_SIGNALS}
     try:
         yield request
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for number, previous in earlier.items():
+            signal.signal(number, previous)

@@ -99,22 +99,13 @@ def shards_to_compare(
 ) -> dict[str, FileDigest]:
     """Return the shards whose checksums a verification compares, in the order of writing: rank 0 comes first.
 
-    Args:
-        checkpoint: its folder.
-        how: `checkpoint.verify`.
-        manifest: the checkpoint's manifest, if it was read before.
-
     Raises:
         RefusedError: the manifest is missing or damaged.
     """
     files = read_manifest(checkpoint) if manifest is None else manifest
     names = [name for name in _chosen(checkpoint, files, how) if is_shard(name)]
-    return {name: files[name] for name in sorted(names, key=_order_of_writing)}
-
-
-def _order_of_writing(shard: str) -> list[int]:
     # numbers instead of letters: __2_9.distcp comes before __2_10.distcp
-    return [int(number) for number in re.findall(r"\d+", shard)]
+    return {name: files[name] for name in sorted(names, key=lambda name: list(map(int, re.findall(r"\d+", name))))}
 
 
 def find_faults(
@@ -130,7 +121,7 @@ def find_faults(
         checkpoint: its folder.
         how: which checksums to compare. Every file must exist with its size in any case.
         with_shards: compare the checksums of shards, too, instead of small files only.
-        manifest: the checkpoint's manifest, if it was read before.
+        manifest: of the checkpoint, if it was read before.
 
     Raises:
         RefusedError: the manifest is missing or damaged.
@@ -156,12 +147,7 @@ def find_faults(
 def compare(
     checkpoint: Path, name: str, expected: FileDigest, progress: Callable[[int], None] = lambda num_bytes: None
 ) -> str | None:
-    """Return the fault in a file's content, or None.
-
-    Args:
-        checkpoint, name: the file.
-        expected: what it must be.
-        progress: called with the number of bytes hashed so far; see `file_checksum`.
+    """Return the fault in a file's content, or None; see `file_checksum` for `progress`.
 
     Raises:
         OSError: the file cannot be read.

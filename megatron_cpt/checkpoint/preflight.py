@@ -20,7 +20,7 @@ class ResumeRule:
     """A part of run.yaml that should not change in the middle of a run.
 
     Attributes:
-        name: the name for `--allow`.
+        name: for `--allow`.
         of: returns the value of this part in a resolved run.yaml.
         effect: the consequence of a change, for the user.
         allowed: `--allow` may permit a change.
@@ -45,18 +45,13 @@ def _with_defaults(section: type[BaseModel], saved: Mapping[str, Any]) -> dict[s
     """Return the saved values, with defaults for fields that are newer than the checkpoint."""
     try:
         return section.model_validate(dict(saved)).model_dump(mode="json", by_alias=True)
-    except (
-        ValidationError
-    ):  # written by a version with other fields: compare without defaults, so every difference shows
+    except ValidationError:  # of a version with other fields: compare without defaults, so every difference shows
         return dict(saved)
 
 
 def _blends(run: Mapping[str, Any]) -> list[Any]:
-    limits = {
-        name: source["max_epochs"]
-        for name, source in run["sources"].items()
-        if source.get("on_exhausted") == "renormalize"
-    }
+    sources = run["sources"].items()
+    limits = {name: source["max_epochs"] for name, source in sources if source.get("on_exhausted") == "renormalize"}
     return [limits, *({"name": phase["name"], "blend": phase["blend"]} for phase in run["phases"])]
 
 

@@ -19,13 +19,7 @@ from megatron_cpt.errors import RefusedError, UserError
 
 @dataclass(frozen=True)
 class Record:
-    """Text files of a checkpoint that is about to be written.
-
-    Attributes:
-        state: counters, layout and versions (state.json).
-        run: the resolved run.yaml as text.
-        plan: the plan (plan.json).
-    """
+    """Text files of a checkpoint that is about to be written: state.json, the text of run.yaml, and plan.json."""
 
     state: Mapping[str, Any]
     run: str
@@ -64,7 +58,7 @@ def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None =
 
     Args:
         checkpoint: its folder.
-        manifest: its manifest, if `find_faults` has compared the files with it; None: read it and compare them here.
+        manifest: its manifest, if `find_faults` has compared the files with it.
 
     Raises:
         RefusedError: a file is missing, damaged or of a newer format.

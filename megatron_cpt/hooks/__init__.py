@@ -23,8 +23,7 @@ def build_hooks(config: RunConfig, *, console: bool = True) -> list[Hook]:
     Raises:
         UserError: a hook cannot be imported, or this machine lacks what it needs.
     """
-    from megatron_cpt.hooks.anomalies_file import AnomaliesFile
-    from megatron_cpt.hooks.metrics_file import MetricsFile
+    from megatron_cpt.hooks.jsonl_files import AnomaliesFile, MetricsFile
 
     hooks: list[Hook] = [MetricsFile(), AnomaliesFile()]
     if console:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,57 +43,24 @@ class Hook:
         """Called after a checkpoint was published under `path`."""
 
     def on_stop(self, session: Session, reason: str) -> None:
-        """Called after the last step of a process that ends without an error.
-
-        Args:
-            session: the run.
-            reason: why the process stops before the end of the run; empty if the run is finished.
-        """
+        """Called after the last step, unless there was an error; `reason` says why the run is not at its end, if so."""
 
     def on_end(self, session: Session) -> None:
         """Called last, also after an error: close files and connections here."""
 
 
 class HookList(Hook):
-    """Hook that forwards each event to its hooks in their order."""
+    """Hook that forwards every call of an `on_` method to its hooks, in their order."""
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self._hooks = tuple(hooks)
+        for name in vars(Hook):
+            if name.startswith("on_") and name not in vars(HookList):
+                setattr(self, name, partial(self._forward, name))
 
-    def on_start(self, session: Session) -> None:
-        """Forward the event."""
+    def _forward(self, name: str, *arguments: Any) -> None:
         for hook in self._hooks:
-            hook.on_start(session)
-
-    def on_step(self, session: Session) -> None:
-        """Forward the event."""
-        for hook in self._hooks:
-            hook.on_step(session)
-
-    def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
-        """Forward the event."""
-        for hook in self._hooks:
-            hook.on_metrics(session, line)
-
-    def on_anomaly(self, session: Session, line: dict[str, Any]) -> None:
-        """Forward the event."""
-        for hook in self._hooks:
-            hook.on_anomaly(session, line)
-
-    def on_validation(self, session: Session, line: dict[str, Any]) -> None:
-        """Forward the event."""
-        for hook in self._hooks:
-            hook.on_validation(session, line)
-
-    def on_checkpoint(self, session: Session, path: str) -> None:
-        """Forward the event."""
-        for hook in self._hooks:
-            hook.on_checkpoint(session, path)
-
-    def on_stop(self, session: Session, reason: str) -> None:
-        """Forward the event."""
-        for hook in self._hooks:
-            hook.on_stop(session, reason)
+            getattr(hook, name)(*arguments)
 
     def on_end(self, session: Session) -> None:
         """Forward the event to every hook, even if some of them fail."""

@@ -5,6 +5,7 @@ Written against nvidia-resiliency-ext 0.4.1 (`straggler.Detector`, `fault_tolera
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ class StragglerHook(Hook):
                 "resilience.straggler: the package is not installed; pip install 'megatron-cpt[resiliency]'"
             ) from error
         self._detector = straggler.Detector
-        self._section: Any = None
+        self._section = contextlib.ExitStack()
         self._monitor: Any = None
 
     def on_start(self, session: Session) -> None:
@@ -60,7 +61,7 @@ class StragglerHook(Hook):
 
     def on_step(self, session: Session) -> None:
         """End the measurement of this step, report every few minutes, and begin the next measurement."""
-        self._end_section()
+        self._section.close()
         if self._monitor is not None:
             self._monitor.send_heartbeat()
         report = self._detector.generate_report_if_interval_elapsed()
@@ -72,19 +73,13 @@ class StragglerHook(Hook):
     def on_end(self, session: Session) -> None:
         """Stop the detector and the heartbeats."""
         if self._detector.initialized:
-            self._end_section()
+            self._section.close()
             self._detector.shutdown()
         if self._monitor is not None:
             self._monitor.shutdown_workload_monitoring()
 
     def _begin_section(self) -> None:
-        self._section = self._detector.detection_section("step", profile_cuda=True)
-        self._section.__enter__()
-
-    def _end_section(self) -> None:
-        if self._section is not None:
-            self._section.__exit__(None, None, None)
-            self._section = None
+        self._section.enter_context(self._detector.detection_section("step", profile_cuda=True))
 
 
 def slow_ranks(found: dict[str, Any]) -> list[str]:

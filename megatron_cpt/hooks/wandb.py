@@ -37,9 +37,7 @@ class WandbHook(Hook):
             return
         try:
             self._run = self._wandb.init(
-                project=self._config.project,
-                entity=self._config.entity,
-                mode=self._config.mode,
+                **self._config.model_dump(),
                 name=session.config.name,
                 id=session.config.name,
                 resume="allow",

@@ -81,13 +81,7 @@ def parse_version(text: str) -> Version:
 
 @dataclass(frozen=True)
 class Requirement:
-    """Row of the table.
-
-    Attributes:
-        setting: returns the setting of a run that has this requirement, such as `parallel.context: 2`, or None.
-        is_met: returns True for a machine that meets it.
-        needs: text for the message.
-    """
+    """Row of the table; `setting` returns the setting of a run that needs it, such as `parallel.context: 2`."""
 
     setting: Callable[[RunConfig], str | None]
     is_met: Callable[[Machine], bool]

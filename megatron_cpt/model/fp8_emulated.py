@@ -58,10 +58,7 @@ class Fp8Emulation:
 def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round `x` to FP8 and back: `cast(clamp(x * scale)) / scale`, in the type of `x`.
 
-    Args:
-        x: any shape.
-        scale: fp32 scalar.
-        dtype: 8-bit float type; larger magnitudes saturate at its largest number.
+    The scale is an fp32 scalar. Magnitudes above the largest number of the 8-bit `dtype` saturate at it.
     """
     limit = torch.finfo(dtype).max
     return ((x.float() * scale).clamp(-limit, limit).to(dtype).float() / scale).to(x.dtype)
@@ -70,10 +67,7 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.
 def scale_for(amax: torch.Tensor, dtype: torch.dtype, margin: int = 0) -> torch.Tensor:
     """Return the scale that maps `amax` to the largest number of the format; 1 if `amax` is 0 or not finite.
 
-    Args:
-        amax: largest magnitudes, fp32, any shape.
-        dtype: 8-bit float type.
-        margin: powers of two below the largest number.
+    The largest magnitudes `amax` may have any shape. `margin` counts powers of two below the largest number.
     """
     scale = torch.finfo(dtype).max / amax.float() / 2.0**margin
     return torch.where((amax > 0) & amax.isfinite() & scale.isfinite(), scale, torch.ones_like(scale))

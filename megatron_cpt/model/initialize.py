@@ -48,11 +48,8 @@ def _shards(value: Any) -> Iterator[ShardedTensor]:
     elif isinstance(value, ShardedTensor):
         if value.data is not None:
             yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _shards(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
+    elif isinstance(value, dict | list | tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
             yield from _shards(entry)
 
 
@@ -64,8 +61,5 @@ def _draw_shard(shard: ShardedTensor, seed: int, std: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     full = torch.empty(shard.global_shape[prepended:], dtype=torch.float32)
     full.normal_(0.0, std, generator=generator)
-    place = tuple(
-        slice(start, start + length)
-        for start, length in zip(shard.global_offset[prepended:], shard.data.shape, strict=True)
-    )
-    return full[place]
+    box = zip(shard.global_offset[prepended:], shard.data.shape, strict=True)
+    return full[tuple(slice(start, start + length) for start, length in box)]

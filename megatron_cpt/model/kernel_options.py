@@ -19,12 +19,7 @@ Knobs = Collection[str]
 
 
 def choose_knobs(run: RunConfig, machine: Machine, *, transformer_engine: bool) -> frozenset[str]:
-    """Return the knobs that are on for a run on this machine.
-
-    Args:
-        run: configuration of the run.
-        machine: result of `read_machine`.
-        transformer_engine: the layers are Transformer Engine's.
+    """Return the knobs that are on for a run on this machine, whose layers may be Transformer Engine's.
 
     Raises:
         UserError: a `speed` setting is not supported here.

@@ -14,10 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_cpt.config import Fp8Config, PrecisionConfig
-from megatron_cpt.model.attention import LocalAttention
 from megatron_cpt.model.capabilities import Machine
 from megatron_cpt.model.fp8_emulated import Fp8Emulation, emulated_linears
-from megatron_cpt.model.norm import LocalNorm
+from megatron_cpt.model.local_modules import LocalAttention, LocalNorm
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,7 @@ def local_spec(*, qk_norm: bool, fp8: Fp8Config | None = None) -> LayerSpec:
     Checkpoints fit both specs: megatron-core saves local layers under Transformer Engine's weight names, in which a
     norm belongs to the linear layer after it.
 
-    Args:
-        qk_norm: normalize queries and keys.
-        fp8: linear layers emulate FP8 if its backend is `emulated`.
+    The linear layers emulate FP8 if its backend is `emulated`.
     """
     plain = _local_layer(qk_norm=qk_norm)
     if fp8 is None or fp8.backend != "emulated":

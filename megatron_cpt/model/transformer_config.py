@@ -10,14 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
-from megatron_cpt.config import (
-    Activation,
-    ModelConfig,
-    Norm,
-    ParallelConfig,
-    PrecisionConfig,
-    RecomputeConfig,
-)
+from megatron_cpt.config import Activation, ModelConfig, Norm, ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_cpt.model.kernel_options import Knobs, transformer_fields
 
 
@@ -56,12 +49,7 @@ def transformer_config(
     recompute: RecomputeConfig,
     knobs: Knobs = (),
 ) -> TransformerConfig:
-    """Build the configuration of one model for one layout and precision.
-
-    Args:
-        model, parallel, precision, recompute: sections of run.yaml.
-        knobs: names of the `speed` knobs that are on.
-    """
+    """Build the configuration of one model for one layout and precision."""
     activation = _ACTIVATIONS[model.activation]
     return TransformerConfig(
         **_shape(model),

@@ -29,7 +29,7 @@ def build_optimizer(
     config = OptimizerConfig(
         optimizer="adam",
         # Constants, because megatron-core identifies the parameter groups of a checkpoint by these two: with the run's
-        # own rates, a checkpoint could not be loaded under another schedule. `set_rate` sets the rate of every step.
+        # own rates, a checkpoint could not be loaded under another schedule. `Update` sets the rate of every step.
         lr=1.0,
         min_lr=0.0,
         weight_decay=adam.weight_decay,
@@ -53,14 +53,3 @@ def set_adam(optimizer: MegatronOptimizer, adam: AdamConfig) -> None:
     """Set Adam's betas and epsilon; loading an optimizer replaces them by the saved ones."""
     for group in optimizer.param_groups:
         group["betas"], group["eps"] = tuple(adam.betas), adam.eps
-
-
-def set_rate(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:
-    """Set the learning rate and weight decay of the next step.
-
-    Called before every step, so that a resumed run never inherits the values of its checkpoint (NVIDIA/Megatron-LM
-    issues 963 and 1533).
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_mult", 1.0)
-        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -14,8 +14,6 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_cpt.optim.build_optimizer import set_rate
-
 
 class Update:
     """Optimizer whose step is split into `measure` and `apply`."""
@@ -46,13 +44,11 @@ class Update:
         return norm, not overflowed and math.isfinite(norm) and self._copies_are_finite()
 
     def apply(self, rate: float, norm: float) -> None:
-        """Clip the gradients and update the weights; a collective call with the distributed optimizer.
-
-        Args:
-            rate: the learning rate.
-            norm: the gradient norm that `measure` returned.
-        """
-        set_rate(self._optimizer, rate, self._weight_decay)
+        """Clip the gradients by the norm that `measure` returned, and update the weights; a collective call."""
+        # On every step, so that a resumed run never inherits its checkpoint's values (Megatron-LM issues 963 and 1533).
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self._weight_decay * group.get("wd_mult", 1.0)
         for part in self._parts:
             parameters = part.get_parameters()
             if parameters and part.config.clip_grad > 0.0:

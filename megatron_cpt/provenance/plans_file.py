@@ -67,12 +67,11 @@ def note_plan(
     Lines of later steps are dropped, because those steps will run again.
 
     Args:
-        run_directory: the run directory.
+        run_directory: of the run.
         step: the last completed step.
-        run: the resolved run.yaml.
-        plan: content of plan.json.
+        run, plan: the resolved run.yaml and the content of plan.json.
         state: the blend's state after the step.
-        fingerprints: fingerprint of each source's files.
+        fingerprints: of each source's files.
     """
     try:
         before = _read_lines(run_directory)

@@ -27,12 +27,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Start:
-    """Starting point of a replay.
-
-    Attributes:
-        step: the replay starts after this step.
-        state: the blend's state after that step; None: the start of the run.
-    """
+    """Starting point of a replay: the blend's state after a step; None: the start of the run."""
 
     step: int
     state: Mapping[str, Any] | None
@@ -43,8 +38,6 @@ class Replay:
     """Result of a replay: the samples of a step.
 
     Attributes:
-        start: starting point.
-        phase: name of the step's phase.
         sources: int64 (global_batch,), index of each sample's source in the plan's sources.
         sample_indices: int64 (global_batch,), index of each sample in its source.
         seq_length: tokens that each sample trains on.
@@ -62,11 +55,8 @@ class Replay:
 def possible_starts(record: PlanRecord, recorded: Sequence[Recorded], line: Witness | None, step: int) -> list[Start]:
     """Return the starting points for a replay of a step, nearest first.
 
-    Args:
-        record: the plan that the step belongs to.
-        recorded: the plan's checkpoints, oldest first.
-        line: the plan's last counts in metrics.jsonl before the step.
-        step: the step.
+    They come from the plan, from its checkpoints `recorded` (oldest first), and from `line`, its last counts in
+    metrics.jsonl before the step.
     """
     starts = [Start(record.after_step, record.state)]
     starts += [Start(one.step, one.data) for one in recorded if one.step < step][-1:]
@@ -111,12 +101,7 @@ def find_replay(
 ) -> Replay:
     """Return the first replay that agrees with what the run recorded.
 
-    Args:
-        starts: starting points, in the order to try.
-        blends: the step's plan.
-        step: the step.
-        witness: recorded state at or after the step; None: the first replay is returned.
-        progress: called during the replay.
+    Without a witness, a recorded state at or after the step, the first replay is returned.
 
     Raises:
         RefusedError: no replay agrees.

@@ -63,15 +63,7 @@ class Blends:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Records in a checkpoint, without its tensors.
-
-    Attributes:
-        path: folder of the checkpoint.
-        step: step of the checkpoint.
-        run: its run.yaml as plain values.
-        data: the blend's state after the step.
-        fingerprints: fingerprint of each source's files.
-    """
+    """Records in a checkpoint: its run.yaml, the blend's state after its step, fingerprints of each source's files."""
 
     path: Path
     step: int

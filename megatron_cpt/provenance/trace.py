@@ -22,13 +22,7 @@ from megatron_cpt.provenance.run_history import Blends, Recorded, Witness, read_
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """Part of a document that is in a sample.
-
-    Attributes:
-        document: index of the document in its file.
-        first_token: offset of the part's first token in the `.bin`, in tokens.
-        num_tokens: tokens of the document in the sample.
-    """
+    """Part of a document that is in a sample; offset in the `.bin` and length are in tokens."""
 
     document: int
     first_token: int

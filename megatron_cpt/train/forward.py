@@ -19,14 +19,7 @@ from megatron_cpt.model.build_model import Model
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Forward and backward passes of one rank through the pipeline.
-
-    Attributes:
-        model: the model chunks of this rank.
-        num_sources: length of the loss-by-source vectors.
-        context_parallel_size: number of ranks that share one sequence.
-        device: device of the model.
-    """
+    """Forward and backward passes of one rank through the pipeline, whose losses are summed for each source."""
 
     model: Model
     num_sources: int
@@ -38,7 +31,6 @@ class ForwardPass:
 
         Args:
             micro_batches: all of one shape; the next call may have another shape.
-            train: whether to run the backward pass.
 
         Returns:
             (num_sources, 2) float64 on the CPU: summed loss and token count by source over this rank's micro-batches;
@@ -87,8 +79,17 @@ class ForwardPass:
         sources = torch.from_numpy(batch.sources).to(self.device)
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            """Return the summed loss, the token count and the report.
+
+            megatron-core divides the gradients by the tokens of the step. This mean over tokens, unlike a mean over
+            micro-batches, does not depend on how a step is divided into micro-batches and ranks.
+            """
             mask = tensors["loss_mask"]
-            return self._loss(losses.view(mask.shape), mask, sources)
+            masked = losses.view(mask.shape).float() * mask
+            by_source = torch.zeros(self.num_sources, 2, dtype=torch.float64, device=losses.device)
+            per_sample = torch.stack([masked.detach().sum(dim=1), mask.sum(dim=1)], dim=1).double()
+            by_source.index_add_(0, sources, per_sample)
+            return masked.sum(), mask.sum().int(), {"loss_by_source": by_source}
 
         return output, loss_func
 
@@ -97,12 +98,8 @@ class ForwardPass:
         return batch.attention_documents is not None and self.model.packs_documents
 
     def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
-        tensors = {
-            "tokens": torch.from_numpy(batch.tokens),
-            "labels": torch.from_numpy(batch.labels),
-            "loss_mask": torch.from_numpy(batch.loss_mask),
-            "position_ids": torch.from_numpy(batch.position_ids),
-        }
+        names = ("tokens", "labels", "loss_mask", "position_ids")
+        tensors = {name: torch.from_numpy(getattr(batch, name)) for name in names}
         if batch.attention_documents is not None and not self._packs(batch):
             tensors["attention_mask"] = document_mask(torch.from_numpy(batch.attention_documents))
         tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
@@ -111,20 +108,6 @@ class ForwardPass:
 
             tensors = get_batch_on_this_cp_rank(tensors)
         return tensors
-
-    def _loss(
-        self, losses: torch.Tensor, mask: torch.Tensor, sources: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the summed loss, the token count and the report.
-
-        megatron-core divides the gradients by the tokens of the step. This mean over tokens, unlike a mean over
-        micro-batches, does not depend on how a step is divided into micro-batches and ranks.
-        """
-        masked = losses.float() * mask
-        by_source = torch.zeros(self.num_sources, 2, dtype=torch.float64, device=losses.device)
-        per_sample = torch.stack([masked.detach().sum(dim=1), mask.sum(dim=1)], dim=1).double()
-        by_source.index_add_(0, sources, per_sample)
-        return masked.sum(), mask.sum().int(), {"loss_by_source": by_source}
 
 
 def packed_sequences(documents: npt.NDArray[np.int32], device: torch.device) -> PackedSeqParams:
@@ -138,7 +121,7 @@ def packed_sequences(documents: npt.NDArray[np.int32], device: torch.device) -> 
 
     Args:
         documents: (b, s) number of each token's document.
-        device: device of the model.
+        device: of the model.
 
     Returns:
         megatron-core's `thd` format: the start of each sequence, and the end of the last one.

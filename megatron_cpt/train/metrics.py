@@ -1,28 +1,33 @@
-"""Losses by source and throughput: summed on each step, reported every few steps."""
+"""Losses by source and throughput: summed on each step, reported every few steps as a line of metrics.jsonl."""
 
 from __future__ import annotations
 
+import re
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_cpt.config import PrecisionConfig
+from megatron_cpt.planning.cost.memory import GIB
+from megatron_cpt.planning.hardware import GPUS, TERA
+
+if TYPE_CHECKING:
+    from megatron_cpt.train.setup import Session
+    from megatron_cpt.train.step import StepResult
 
 
 def reduce_flags_and_losses(flags: Sequence[bool], local: torch.Tensor) -> tuple[list[bool], torch.Tensor]:
     """Combine the flags and losses of all ranks in one small all-reduce; a collective call.
 
-    Args:
-        flags: of this rank.
-        local: (num_sources, 2) float64, summed loss and token count by source on this rank.
-
     Returns:
-        For each flag whether any rank raised it, and `local` summed over all ranks.
+        For each flag whether any rank raised it, and the (num_sources, 2) losses and token counts over all ranks.
     """
-    packed = torch.cat([torch.tensor([float(flag) for flag in flags], dtype=torch.float64), local.flatten()])
-    packed = reduce_losses(packed)
+    packed = reduce_losses(torch.cat([torch.tensor(flags, dtype=torch.float64), local.flatten()]))
     return [flag > 0 for flag in packed[: len(flags)].tolist()], packed[len(flags) :].view_as(local)
 
 
@@ -68,7 +73,7 @@ class LossMeter:
         Args:
             loss_by_source: (num_sources, 2) float64, summed loss and token count over all ranks.
             tokens: trained on in this step by all ranks.
-            flops_per_token: model FLOPs of training on one token.
+            flops_per_token: of training.
         """
         self._tokens += tokens
         self._flops += tokens * flops_per_token
@@ -88,3 +93,51 @@ class LossMeter:
     def skip_time(self, seconds: float) -> None:
         """Exclude seconds that were spent on a checkpoint or a validation from the rates."""
         self._started += seconds
+
+
+def metrics_line(session: Session, result: StepResult) -> dict[str, Any]:
+    """Return the line of metrics.jsonl for the steps since the last line; waits for neither GPU nor another rank."""
+    plan, state, numbers = session.plan, session.state, session.meter.take()
+    segment = plan.segment_of(state.step)
+    flops_per_gpu = numbers["flops_per_second"] / session.ranks.world_size
+    is_gpu = session.ranks.device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(), session.config.precision) if is_gpu else None
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux reports KiB
+    peak_bytes = torch.cuda.max_memory_allocated() if is_gpu else peak_kib * 1024
+    tokens_left = plan.after(session.last_step).tokens - state.tokens
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "global_batch": segment.global_batch,
+        "seq_length": segment.seq_length,
+        "phase": plan.phase_of(state.step).name,
+        "lr": result.rate,
+        "loss": numbers["loss"],
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": numbers["tokens_per_second"],
+        "tflops_per_gpu": flops_per_gpu / TERA,
+        "mfu": flops_per_gpu / peak if peak is not None else None,
+        "peak_memory_gib": peak_bytes / GIB,
+        "eta": tokens_left / numbers["tokens_per_second"],
+        "loss_by_source": numbers["loss_by_source"],
+        "samples_by_source": state.samples_by_source,
+        "skipped_updates": state.skipped,
+    }
+
+
+def peak_flops(device_name: str, precision: PrecisionConfig) -> float | None:
+    """Return the dense peak of a GPU in FLOP/s, the denominator of MFU (model FLOPs utilization).
+
+    Args:
+        device_name: as CUDA reports it, for example "NVIDIA H100 80GB HBM3".
+        precision: FP8 in Transformer Engine counts with the FP8 peak, bf16 with the bf16 peak.
+
+    Returns:
+        None on a CPU, in other number formats, and for GPUs that `planning/hardware.py` does not list. The PCIe and NVL
+        models of a listed GPU are slower than its SXM model, so their peak is unknown too.
+    """
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    gpu = next((GPUS[word] for word in words if word in GPUS), None)
+    if gpu is None or precision.compute != "bf16" or precision.fp4 is not None or {"pcie", "nvl"} & set(words):
+        return None
+    return gpu.fp8 if precision.uses_transformer_engine else gpu.bf16

@@ -37,12 +37,6 @@ def open_streams(config: RunConfig, eod_id: int | None) -> dict[str, TokenStream
     return streams
 
 
-def document_options(config: RunConfig, eod_id: int | None) -> DocumentOptions:
-    """Return how batches treat the boundaries of documents."""
-    documents = config.documents
-    return DocumentOptions(eod_id, documents.reset_attention, documents.reset_positions, documents.eod_loss)
-
-
 def build_loader(
     config: RunConfig,
     plan: RunPlan,

@@ -17,7 +17,7 @@ from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
 from megatron_cpt.planning import RunPlan
-from megatron_cpt.train.save import rank_layout
+from megatron_cpt.train.run_files import rank_layout
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.views.preflight_table import ResumeSummary, describe
 
@@ -38,8 +38,7 @@ def preflight(
     Args:
         own: the run's own checkpoint.
         config, plan, ranks: the run now.
-        fingerprints: hashes of the sources' files.
-        tokenizer: hash of the tokenizer's content; None: unknown.
+        fingerprints, tokenizer: hashes of the sources' files and of the tokenizer's content; None: unknown.
         allow: names of allowed changes.
 
     Raises:
@@ -50,10 +49,9 @@ def preflight(
         tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
         changes = find_changes(own.run, config, saved["data_fingerprints"], fingerprints, tokenizers)
         step = saved["train"]["step"] + 1
-        summary = ResumeSummary(
-            step, saved["train"]["samples_by_source"], plan.schedule.rate(step), saved.get("next_rate")
-        )
-        _log(ranks, describe(changes, allow, summary))
+        samples, rate = saved["train"]["samples_by_source"], plan.schedule.rate(step)
+        if ranks.is_main:
+            logger.info(describe(changes, allow, ResumeSummary(step, samples, rate, saved.get("next_rate"))))
     refuse_unless_allowed(changes, allow, str(own.path))
 
 
@@ -62,7 +60,7 @@ def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) ->
 
     Args:
         config: the run.
-        corrupt: checkpoints already found corrupt, with their faults.
+        corrupt: faults of the checkpoints already found corrupt.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -107,39 +105,33 @@ def load_state(
         CorruptCheckpointError: shards of the checkpoint are corrupt.
         RefusedError: it cannot be read, or does not fit the model.
     """
+    state = TrainState()
     if own is not None:
         with corrupt_as_refused(own.path):
             is_same_layout = own.state["layout"] == rank_layout(config.parallel, ranks)
             state = TrainState.from_dict(own.state["train"])
         load_training(own, model.chunks, optimizer, config.checkpoint.verify, with_rng=is_same_layout)
         random_states = "continue" if is_same_layout else "start new, because the layout changed"
-        _log(
-            ranks,
+        message = (
             f"resuming from {own.path}, step {state.step}: weights, optimizer, data and schedule continue; "
-            f"random states {random_states}",
+            f"random states {random_states}"
         )
-        return state
-    if origin is None:
-        _log(ranks, f"starting from random weights of seed {config.seed}: nothing is loaded")
+    elif origin is None:
+        message = f"starting from random weights of seed {config.seed}: nothing is loaded"
     elif config.init.load == "weights":
         weights = load_weights(origin, model.chunks, config.checkpoint.verify)
         # Refresh the fp32 master weights. Model weights in FP8 are rounded, so then take those read from the file.
         optimizer.reload_model_params(weights if config.precision.has_fp8_weights else None)
-        _log(
-            ranks,
+        message = (
             f"starting from {origin.path} (init.load: weights): loads weights; optimizer, step, data, schedule "
-            "and random states start new",
+            "and random states start new"
         )
     else:
         load_training(origin, model.chunks, optimizer, config.checkpoint.verify, with_rng=False)
-        _log(
-            ranks,
+        message = (
             f"starting from {origin.path} (init.load: weights+optimizer): loads weights and the optimizer's "
-            "moments and step count; step, data, schedule and random states start new",
+            "moments and step count; step, data, schedule and random states start new"
         )
-    return TrainState()
-
-
-def _log(ranks: Ranks, message: str) -> None:
     if ranks.is_main:
         logger.info(message)
+    return state

@@ -1,13 +1,17 @@
-"""Files of a run beside data and checkpoints: its tokenizer, and run.yaml, plan.json and plans.jsonl in its output."""
+"""Text files of a run: its tokenizer; run.yaml, plan.json and plans.jsonl in its output; records of its checkpoints."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 import orjson
 
+from megatron_cpt import __version__
+from megatron_cpt.backend import Ranks
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.config import RunConfig, dump_yaml
+from megatron_cpt.checkpoint.record import Record
+from megatron_cpt.config import ParallelConfig, RunConfig, dump_yaml
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.provenance.plans_file import note_plan
@@ -63,10 +67,33 @@ def write_run_files(session: Session) -> None:
             state=session.state.data,
             fingerprints=session.data_fingerprints,
         )
-        plan_text = orjson.dumps(plan, option=orjson.OPT_INDENT_2).decode()
-        write_atomically(session.output / layout.PLAN_FILE, plan_text)
+        write_atomically(session.output / layout.PLAN_FILE, orjson.dumps(plan, option=orjson.OPT_INDENT_2))
     except OSError as error:
         raise CptError(
             f"{error.filename or session.output}: {error.strerror}: the run directory cannot be written; free some "
             "space or choose another output"
         ) from error
+
+
+def record(session: Session) -> Record:
+    """Return the text files of a checkpoint: state.json, run.yaml and plan.json."""
+    state = {
+        "format_version": layout.FORMAT_VERSION,
+        "train": session.state.to_dict(),
+        "layout": rank_layout(session.config.parallel, session.ranks),
+        "next_rate": session.plan.schedule.rate(session.state.step + 1),
+        "data_fingerprints": session.data_fingerprints,
+        "tokenizer_fingerprint": session.tokenizer_fingerprint,
+        "layer_spec": session.model.spec,
+        "versions": {
+            "megatron_cpt": __version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")},
+        },
+    }
+    return Record(state, dump_yaml(session.config.to_dict()), session.plan.to_dict())
+
+
+def rank_layout(parallel: ParallelConfig, ranks: Ranks) -> dict[str, int]:
+    """Return the sizes that must be equal for the saved random states to belong to the same ranks."""
+    names = ("tensor", "pipeline", "virtual_pipeline", "context")
+    return {"world_size": ranks.world_size, **{name: getattr(parallel, name) for name in names}}

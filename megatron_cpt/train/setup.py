@@ -19,6 +19,7 @@ from megatron_cpt.checkpoint.saving.publish import Retention
 from megatron_cpt.checkpoint.saving.saver import Saver
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import Loader
+from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.model.build_model import Model, build_model
 from megatron_cpt.model.capabilities import check_machine, read_machine
@@ -27,7 +28,7 @@ from megatron_cpt.optim.update import Update
 from megatron_cpt.planning import RunPlan, flops_per_token
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
-from megatron_cpt.train.open_data import build_loader, build_validator, document_options, open_streams
+from megatron_cpt.train.open_data import build_loader, build_validator, open_streams
 from megatron_cpt.train.resume import init_checkpoint, load_state, preflight
 from megatron_cpt.train.state import TrainState, check_progress
 from megatron_cpt.train.validation import Validator
@@ -40,15 +41,12 @@ class Session:
     """A run that is ready to train.
 
     Attributes:
-        config, plan: the run.yaml and its plan.
-        ranks: this process's place in the job.
-        model, optimizer: the model on this rank and its optimizer.
+        model, optimizer: of this rank.
         forward, update: the two halves of a step.
         loader: this rank's batches, from the next step on.
         validator: measures held-out losses; None without a `validation` section.
         meter: sums since the last line of metrics.
         state: progress of the run; changes with every step.
-        saver: writes checkpoints.
         data_fingerprints: hashes of the files of all sources, including sources that have left the run.
         tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
         origin: the checkpoint that was loaded; None: random weights.
@@ -103,8 +101,7 @@ def setup(
     time and loaded from the previous checkpoint.
 
     Args:
-        config, plan: the run.yaml and its plan.
-        ranks: this process's place in the job.
+        config, plan, ranks: the run.yaml, its plan, and this process's place in the job.
         eod_id: the end-of-document id; None: there is none.
         tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
         allow: names of the changes that a resume may make.
@@ -126,7 +123,8 @@ def setup(
         with corrupt_as_refused(own.path):
             check_progress(state, plan, str(own.path))
     contributes_loss = ranks.is_last_stage and ranks.tensor_rank == 0
-    documents = document_options(config, eod_id)
+    documents = config.documents
+    options = DocumentOptions(eod_id, documents.reset_attention, documents.reset_positions, documents.eod_loss)
     names = list(streams)
     return Session(
         config=config,
@@ -136,8 +134,8 @@ def setup(
         optimizer=optimizer,
         forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
         update=Update(optimizer, config.optimizer.weight_decay),
-        loader=build_loader(config, plan, ranks, streams, documents, state, own.path if own is not None else None),
-        validator=build_validator(config, ranks, documents, contributes_loss),
+        loader=build_loader(config, plan, ranks, streams, options, state, own.path if own is not None else None),
+        validator=build_validator(config, ranks, options, contributes_loss),
         meter=LossMeter(names, contributes_loss),
         state=state,
         saver=Saver(

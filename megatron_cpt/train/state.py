@@ -45,15 +45,9 @@ class TrainState:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> TrainState:
         """Restore the state from the values that `to_dict` returned."""
-        return cls(
-            plain["step"],
-            plain["tokens"],
-            plain["samples_by_source"],
-            plain["data"],
-            plain.get("skipped", 0),  # early checkpoints lack the last three
-            plain.get("skipped_in_a_row", 0),
-            plain.get("recent_losses", []),
-        )
+        optional = ("skipped", "skipped_in_a_row", "recent_losses")  # early checkpoints lack them
+        required = {name: plain[name] for name in ("step", "tokens", "samples_by_source", "data")}
+        return cls(**required, **{name: plain[name] for name in optional if name in plain})
 
 
 def check_progress(state: TrainState, plan: RunPlan, checkpoint: str) -> None:
@@ -61,11 +55,6 @@ def check_progress(state: TrainState, plan: RunPlan, checkpoint: str) -> None:
 
     Changes of batch, ramp-up, schedule or phases may be allowed as long as they begin after `state.step`. Example:
     10 steps with a global batch of 8 have read 80 samples; a plan whose first 10 steps read 100 is refused.
-
-    Args:
-        state: of the checkpoint.
-        plan: of the run that resumes from it.
-        checkpoint: its path, for the message.
 
     Raises:
         RefusedError: with the samples and tokens read, and those that the plan expects.

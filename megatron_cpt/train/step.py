@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from megatron_cpt.optim.update import Update
     from megatron_cpt.train.forward import ForwardPass
 
-Judge = Callable[[torch.Tensor, float, bool], Anomaly | None]
-"""Finds what is wrong with a step from its losses, its gradient norm and whether all ranks have finite numbers."""
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -47,7 +44,7 @@ def train_step(
     *,
     contributes_loss: bool,
     requests: Callable[[], Sequence[bool]],
-    judge: Judge,
+    judge: Callable[[torch.Tensor, float, bool], Anomaly | None],
     before_update: Callable[[], None],
 ) -> StepResult:
     """Train on one global batch; a collective call.
@@ -56,13 +53,12 @@ def train_step(
     ranks. So every rank decides alike, and a skipped step changes neither weights, moments nor Adam's step count.
 
     Args:
-        forward: the model on this rank.
-        update: its optimizer.
+        forward, update: the model on this rank and its optimizer.
         data: this rank's micro-batches.
         rate: the learning rate of this step.
         contributes_loss: whether this rank's losses enter the sum; see `LossMeter`.
         requests: returns what this rank asks of all ranks; called after the backward pass.
-        judge: finds anomalies.
+        judge: finds what is wrong from the losses, the gradient norm and whether all ranks have finite numbers.
         before_update: called before weights, moments and amax histories change.
     """
     forward.zero_grad()

@@ -16,22 +16,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_cpt.backend import StopRequest, launched_rank, launched_world_size, process_groups
+from megatron_cpt.backend import StopRequest, launched_rank, launched_world_size, own_process, process_groups
 from megatron_cpt.checkpoint.preflight import check_allowed_names
 from megatron_cpt.config import RunConfig, format_duration
 from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
 from megatron_cpt.hooks import Hook, HookList, build_hooks
 from megatron_cpt.prepare import PreparedRun, prepare_config
-from megatron_cpt.train.metrics import mean_losses
-from megatron_cpt.train.metrics_line import metrics_line
-from megatron_cpt.train.own_process import own_process
+from megatron_cpt.train.metrics import mean_losses, metrics_line
 from megatron_cpt.train.resilience.anomalies import Anomaly, describe, find_anomaly, note_loss, reason_to_stop
-from megatron_cpt.train.resilience.failure_guard import guard
 from megatron_cpt.train.resilience.replicas import check_replicas
 from megatron_cpt.train.resilience.wall_time import WallTime
-from megatron_cpt.train.resilience.watchdog import Progress, Watchdog
-from megatron_cpt.train.run_files import read_tokenizer, write_run_files
-from megatron_cpt.train.save import save
+from megatron_cpt.train.resilience.watchdog import Progress, Watchdog, guard
+from megatron_cpt.train.run_files import read_tokenizer, record, write_run_files
 from megatron_cpt.train.step import StepResult, train_step
 
 if TYPE_CHECKING:
@@ -229,16 +225,14 @@ class Trainer:
         is_signaled, is_out_of_time = result.requests
         if is_signaled:
             return f"stopped by {self._stop.received.name if self._stop.received else 'a signal to another rank'}"
-        if is_out_of_time:
-            limit = self.session.config.resilience.wall_time
-            limit_text = format_duration(limit) if limit is not None else "the limit of time"
-            return f"another step would not fit into resilience.wall_time: {limit_text}"
+        limit = self.session.config.resilience.wall_time
+        if is_out_of_time and limit is not None:
+            return f"another step would not fit into resilience.wall_time: {format_duration(limit)}"
         return ""
 
     def _report_anomaly(self, result: StepResult, anomaly: Anomaly) -> None:
         session = self.session
-        names, chunks = session.meter.names, session.model.chunks
-        line = describe(anomaly, session.state, result.loss_by_source, names, result.grad_norm, chunks)
+        line = describe(anomaly, result, session)
         self.hooks.on_anomaly(session, line)
         reason = reason_to_stop(anomaly, session.state, session.config.resilience)
         if reason is not None:
@@ -260,7 +254,7 @@ class Trainer:
         self._progress.note(f"saving step {session.state.step}")
         self._note_published(session.saver.finish())
         self.wall_time.begin_save()
-        path = save(session)
+        path = session.saver.save(session.state.step, record(session))
         if wait and path is None:
             path = session.saver.finish()
         self.wall_time.end_stall()

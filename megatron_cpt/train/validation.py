@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -54,15 +54,9 @@ class Validator:
         The last group is filled up with copies of its last micro-batch whose loss does not count.
         """
         total = torch.zeros(2, dtype=torch.float64)
-        for group in batched(batches, self.group):
+        iterator = iter(batches)
+        while group := list(islice(iterator, self.group)):
             note()
             filler = replace(group[-1], loss_mask=np.zeros_like(group[-1].loss_mask))
             total += forward([*group, *[filler] * (self.group - len(group))], train=False).sum(dim=0)
         return total
-
-
-def batched(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Yield lists of `size` items; the last may be shorter (`itertools.batched` needs Python 3.12)."""
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group

@@ -41,7 +41,7 @@ def _load_and_save(path: str, overrides: list[str], target: str) -> tuple[int, i
     """Return the resident bytes before a load, at its peak, and the bytes of model and optimizer."""
     from megatron_cpt.backend import process_groups
     from megatron_cpt.prepare import prepare_run
-    from megatron_cpt.train.save import record
+    from megatron_cpt.train.run_files import record
     from megatron_cpt.train.setup import setup
 
     prepared = prepare_run(path, overrides, need_files=True)

@@ -64,7 +64,7 @@ def test_all_numbers_survive_every_change_of_format_and_of_optimizer(run_file: P
 def _load_and_save_again(path: str, folder: str, kinds: Sequence[str]) -> None:
     from megatron_cpt.backend import process_groups
     from megatron_cpt.prepare import prepare_run
-    from megatron_cpt.train.save import record
+    from megatron_cpt.train.run_files import record
     from megatron_cpt.train.setup import setup
 
     for number, kind in enumerate(kinds):

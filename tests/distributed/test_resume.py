@@ -72,7 +72,7 @@ def test_a_checkpoint_changes_its_layout_to_the_bit(run_file: Path, base: Path) 
 def _load_and_save_again(path: str, moves: list[tuple[str, str, list[str]]]) -> None:
     from megatron_cpt.backend import process_groups
     from megatron_cpt.prepare import prepare_run
-    from megatron_cpt.train.save import record
+    from megatron_cpt.train.run_files import record
     from megatron_cpt.train.setup import setup
 
     for source, target, layout in moves:

@@ -9,7 +9,7 @@ cpu.install()
 import torch._dynamo  # noqa: E402, F401 - every optimizer imports it, which takes more than a second per rank
 
 import megatron_cpt.hooks.console  # noqa: E402
-import megatron_cpt.hooks.metrics_file  # noqa: E402
+import megatron_cpt.hooks.jsonl_files  # noqa: E402
 import megatron_cpt.train.trainer  # noqa: E402, F401
 
 gc.collect()

@@ -23,7 +23,7 @@ NO_FAULTS: Mapping[Path, Sequence[str]] = MappingProxyType({})
 def newest_valid(
     folder: Path, how: Verify = "full", known_faults: Mapping[Path, Sequence[str]] = NO_FAULTS
 ) -> SavedRun | None:
-    """Return the newest checkpoint of a run that is valid; a collective call.
+    """Return the newest checkpoint of a run that is valid, or None if the run has none at all; a collective call.
 
     Every file must exist with its size, and the small files must have their checksums. The checksums of shards are
     compared later, while the shards are loaded. A corrupt checkpoint is skipped with a warning.
@@ -31,10 +31,7 @@ def newest_valid(
     Args:
         folder: the folder of the run's checkpoints.
         how: `checkpoint.verify`.
-        known_faults: faults of checkpoints that a load has found to be corrupt.
-
-    Returns:
-        The checkpoint, or None if the run has none at all.
+        known_faults: of checkpoints that a load has found to be corrupt.
 
     Raises:
         RefusedError: the run has or had checkpoints, and none is valid: a run never restarts from scratch by itself.

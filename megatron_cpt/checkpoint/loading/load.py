@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import CheckpointingException, apply_factory_merges
+from megatron.core.dist_checkpointing.mapping import (
+    CheckpointingException,
+    ShardedTensorFactory,
+    apply_factory_merges,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors, force_all_tensors_to_non_fp8
 from megatron.core.distributed import DistributedDataParallel
@@ -21,27 +26,21 @@ from megatron_cpt.backend import set_rng_state
 from megatron_cpt.backend.collectives import gathered, on_all
 from megatron_cpt.checkpoint.loading.reader import BoxRead, plan_reads, read_boxes
 from megatron_cpt.checkpoint.loading.stored_state import StoredState, read_errors_as_refused, read_stored_state
-from megatron_cpt.checkpoint.loading.tensor_aliases import find_aliases
 from megatron_cpt.checkpoint.loading.verify_while_reading import ShardVerifier, share_of
-from megatron_cpt.checkpoint.manifest import (
-    CorruptCheckpointError,
-    Verify,
-    shards_to_compare,
-)
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, shards_to_compare
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.checkpoint.state import optimizer_shards, state_dicts
 from megatron_cpt.errors import RefusedError
 
 logger = logging.getLogger(__name__)
 
+_MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+
 
 def load_weights(saved: SavedRun, chunks: Sequence[DistributedDataParallel], how: Verify = "full") -> dict[str, Any]:
     """Load the weights only; a collective call.
 
-    Args:
-        saved: the checkpoint.
-        chunks: the model; after an error its content is undefined.
-        how: which shards' checksums to compare.
+    After an error the content of the model is undefined.
 
     Returns:
         The weights in the precision of the checkpoint, from which the caller refreshes the master weights. The weights
@@ -74,13 +73,8 @@ def load_training(
 
 
 def _load(wanted: dict[str, Any], saved: SavedRun, how: Verify) -> dict[str, Any]:
-    def fill(verifier: ShardVerifier) -> dict[str, Any]:
-        stored = read_stored_state(saved.path)
-        _skip_missing_histories(wanted, stored, saved.path)
-        return _fill(wanted, stored, saved.path, verifier)
-
     with _verifying(saved, how) as verifier:
-        return on_all(lambda: fill(verifier))
+        return on_all(lambda: _fill(wanted, saved.path, verifier))
 
 
 @contextlib.contextmanager
@@ -114,7 +108,7 @@ def _skip_missing_histories(wanted: dict[str, Any], stored: StoredState, path: P
         logger.info("%s has no amax history of this recipe: FP8 scaling starts from scratch", path)
 
 
-def _fill(wanted: dict[str, Any], stored: StoredState, path: Path, verifier: ShardVerifier) -> dict[str, Any]:
+def _fill(wanted: dict[str, Any], path: Path, verifier: ShardVerifier) -> dict[str, Any]:
     """Read the tensors of a sharded state into their own memory.
 
     The steps follow `dist_checkpointing.load`: build the parts of tensors that a factory describes (the two
@@ -123,7 +117,9 @@ def _fill(wanted: dict[str, Any], stored: StoredState, path: Path, verifier: Sha
     Returns:
         The state with plain tensors.
     """
-    aliases = find_aliases(wanted, stored.shapes) if "optimizer" in wanted else {}
+    stored = read_stored_state(path)
+    _skip_missing_histories(wanted, stored, path)
+    aliases = _find_aliases(wanted, stored.shapes) if "optimizer" in wanted else {}
     force_all_tensors_to_non_fp8(wanted)
     try:
         state, unsaved, factories = load_preprocess(wanted)
@@ -164,3 +160,29 @@ def _plan(tensor: ShardedTensor, stored: StoredState, alias: str | None, path: P
             "checkpoint; copy the checkpoint again"
         )
     return reads
+
+
+def _find_aliases(wanted: Mapping[str, Any], present: Collection[str]) -> dict[str, str]:
+    """Return the names under which a checkpoint holds the fp32 tensors of a run, if they differ from the run's names.
+
+    The fp32 master weight of a parameter X has one of three names, depending on the run that saved it:
+
+    - `optimizer.state.param.X`: the distributed optimizer, in bf16 and in fp32;
+    - `optimizer.state.fp32_param.X`: the plain optimizer in bf16;
+    - `X`: the plain optimizer in fp32, where the weight itself is the master weight.
+
+    Fp32 weights are read from the checkpoint's master weights, since the weights of a bf16 run are these, rounded.
+    Example: an fp32 run with the plain optimizer wants `X`, and the checkpoint of a bf16 run has `X` in bf16 and
+    `optimizer.state.param.X` in fp32; the result is `{"X": "optimizer.state.param.X"}`.
+    """
+    aliases = {}
+    for tensor in nested_values(wanted):
+        if not isinstance(tensor, ShardedTensor | ShardedTensorFactory) or tensor.data.dtype != torch.float32:
+            continue
+        weight = tensor.key
+        for prefix in _MASTER_PREFIXES:
+            weight = weight.removeprefix(prefix)
+        found = [name for name in (*(prefix + weight for prefix in _MASTER_PREFIXES), weight) if name in present]
+        if found and found[0] != tensor.key:
+            aliases[tensor.key] = found[0]
+    return aliases

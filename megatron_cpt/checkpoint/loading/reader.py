@@ -29,13 +29,7 @@ BeforeRead = Callable[[Path, int], None]
 
 @dataclass(frozen=True)
 class BoxRead:
-    """One read: a part of a stored box into a part of the run's memory.
-
-    Attributes:
-        source: the stored box.
-        offsets: where the part begins in the stored box, one number per dimension.
-        target: memory of the part's shape.
-    """
+    """One read: the part of a stored box that begins at `offsets`, into memory of the part's shape."""
 
     source: StoredBox
     offsets: tuple[int, ...]
@@ -51,7 +45,7 @@ def plan_reads(target: torch.Tensor, offsets: Sequence[int], boxes: Iterable[Sto
     Args:
         target: memory for the box.
         offsets: where the box begins in the tensor, one number per dimension.
-        boxes: the stored boxes; those that do not overlap the target are skipped.
+        boxes: the stored boxes, also some that do not overlap the target.
     """
     reads = []
     for box in boxes:
@@ -71,7 +65,7 @@ def read_boxes(reads: Sequence[BoxRead], before_read: BeforeRead = lambda path, 
     """Read everything that was planned, in several threads: reading and copying release Python's lock.
 
     Args:
-        reads: what to read; their targets do not overlap.
+        reads: their targets do not overlap.
         before_read: called in a reading thread with a shard and the end of what is about to be read from it.
 
     Raises:

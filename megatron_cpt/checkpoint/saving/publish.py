@@ -43,11 +43,8 @@ class Retention:
             return []
         step = layout.checkpoint_step(newest)
         counted = [path for path in checkpoints if layout.checkpoint_step(path) <= step]
-        return [
-            path
-            for path in counted[: -self.keep]
-            if self.keep_every is None or layout.checkpoint_step(path) % self.keep_every
-        ]
+        every = self.keep_every
+        return [path for path in counted[: -self.keep] if every is None or layout.checkpoint_step(path) % every]
 
 
 def publish(
@@ -60,7 +57,7 @@ def publish(
         final: the checkpoint's name; an existing checkpoint of that name is replaced.
         metadata: torch's description of the tensors, without their places in the files.
         written: the report of each rank.
-        retention: which older checkpoints to keep.
+        retention: of older checkpoints.
 
     Returns:
         Folders that are no longer checkpoints and may be deleted later.

@@ -24,6 +24,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_cpt.backend.collectives import on_main
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import Record
 from megatron_cpt.checkpoint.saving.publish import Retention, delete, publish
@@ -70,8 +71,7 @@ class Saver:
 
     Args:
         folder: the folder of the run's checkpoints.
-        chunks: the model on this rank.
-        optimizer: its optimizer.
+        chunks, optimizer: of this rank.
         retention: which older checkpoints to keep.
         in_background: let training continue up to its next update, which must `wait_for_copy`; otherwise `save` waits
             for the publication.
@@ -86,10 +86,8 @@ class Saver:
         *,
         in_background: bool = False,
     ) -> None:
-        self._folder = folder
-        self._chunks = chunks
-        self._optimizer = optimizer
-        self._retention = retention
+        self._folder, self._retention = folder, retention
+        self._chunks, self._optimizer = chunks, optimizer
         self._staging = StagingBuffer() if in_background else None
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")  # separate: a copy never waits for the disk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -173,19 +171,16 @@ class Saver:
         self._thread.shutdown()
 
     def _prepare(self, step: int, aside: Path, record: Record) -> None:
-        problem = None
-        if dist.get_rank() == 0:
+        def write() -> None:
             try:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
                 sync_folder(self._folder.parent)
                 record.write(aside)
             except OSError as error:
-                problem = str(error)
-        problems = [problem]
-        dist.broadcast_object_list(problems, src=0)
-        if problems[0] is not None:
-            raise CptError(_message(step, [f"rank 0: {problems[0]}"]))
+                raise CptError(_message(step, [f"rank 0: {error}"])) from error
+
+        on_main(write)
 
     def _publish(self, save: _Save) -> None:
         """Start the publication on rank 0."""
@@ -215,14 +210,12 @@ def _copy(files: Files, staging: StagingBuffer | None) -> Files:
     """Return the content with its tensors copied into the buffer; unchanged without a buffer."""
     if staging is None:
         return files
-    tensors = [entry.data for content in files.values() for entry in content if isinstance(entry.data, torch.Tensor)]
-    copies = iter(staging.copy(tensors))
-    return {
-        name: [
-            replace(entry, data=next(copies)) if isinstance(entry.data, torch.Tensor) else entry for entry in content
-        ]
-        for name, content in files.items()
-    }
+    entries = [(name, entry) for name, content in files.items() for entry in content]
+    copies = iter(staging.copy([entry.data for _, entry in entries if isinstance(entry.data, torch.Tensor)]))
+    copied: dict[str, list[ShardEntry]] = {name: [] for name in files}
+    for name, entry in entries:
+        copied[name].append(replace(entry, data=next(copies)) if isinstance(entry.data, torch.Tensor) else entry)
+    return copied
 
 
 def _any(*flags: bool) -> list[bool]:

@@ -58,10 +58,8 @@ class HashedStream:
     """
 
     def __init__(self, raw: io.FileIO, abandon: threading.Event | None = None) -> None:
-        self._raw = raw
-        self._abandon = abandon
-        self._checksum = Checksum()
-        self._position = 0
+        self._raw, self._abandon = raw, abandon
+        self._checksum, self._position = Checksum(), 0
         self._small = bytearray()
         self.failure: Exception | None = None
 
@@ -100,15 +98,12 @@ class HashedStream:
                     raise AbandonedError
                 block = view[start : start + _BLOCK_BYTES]
                 self._checksum.update(block)
-                self._write_through(block)
+                begin = os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
+                done = 0
+                while done < len(block):
+                    done += self._raw.write(block[done:]) or 0
+                if hasattr(os, "posix_fadvise"):  # on Linux this starts writing to the disk and does not wait
+                    os.posix_fadvise(self._raw.fileno(), begin, len(block), os.POSIX_FADV_DONTNEED)
         except (AbandonedError, OSError) as error:
             self.failure = error
             raise
-
-    def _write_through(self, block: memoryview) -> None:
-        begin = os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
-        done = 0
-        while done < len(block):
-            done += self._raw.write(block[done:]) or 0
-        if hasattr(os, "posix_fadvise"):  # on Linux this starts writing the pages to the disk and does not wait
-            os.posix_fadvise(self._raw.fileno(), begin, len(block), os.POSIX_FADV_DONTNEED)

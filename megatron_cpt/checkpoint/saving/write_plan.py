@@ -19,12 +19,7 @@ NUM_FILES = 2  # per rank, written at the same time by one thread each
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """Part of a shard.
-
-    Attributes:
-        item: its description in torch's plan.
-        data: a box of a tensor, or an object that is serialized already.
-    """
+    """Part of a shard: its description in torch's plan, and a box of a tensor or an object already serialized."""
 
     item: WriteItem
     data: torch.Tensor | io.BytesIO
@@ -47,11 +42,6 @@ class ShardPlan:
     files: dict[str, list[ShardEntry]]
     metadata: Metadata | None
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of this rank's tensors and objects."""
-        return sum(entry.num_bytes for entries in self.files.values() for entry in entries)
-
 
 def plan_shards(state: dict[str, Any], folder: Path, *, validate: bool) -> ShardPlan:
     """Plan the writing of a sharded state; a collective call.
@@ -59,10 +49,7 @@ def plan_shards(state: dict[str, Any], folder: Path, *, validate: bool) -> Shard
     As a side effect megatron-core writes metadata.json and, up to version 0.18, common.pt (the optimizer's parameter
     groups and other values that are not sharded) into `folder`.
 
-    Args:
-        state: megatron-core's sharded state.
-        folder: the folder that is being written.
-        validate: check that the ranks' shards cover every tensor exactly once.
+    `validate` checks that the ranks' shards cover every tensor exactly once.
     """
     planner = _PlanOnly("torch_dist", 1)
     dist_checkpointing.save(state, str(folder), sharded_strategy=planner, validate_access_integrity=validate)

@@ -38,11 +38,6 @@ class Written:
 def write_files(folder: Path, files: Mapping[str, Sequence[ShardEntry]], abandon: threading.Event) -> Written:
     """Write a rank's files, one thread per file; on return they are durable.
 
-    Args:
-        folder: an existing folder.
-        files: file name -> content.
-        abandon: when it is set, the writing ends soon.
-
     Raises:
         OSError: for example, the disk is full or a limit is reached.
         AbandonedError: `abandon` was set.

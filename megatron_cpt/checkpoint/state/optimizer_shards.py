@@ -76,7 +76,7 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
     megatron-core's plain optimizers describe their tensors in place; for the distributed optimizer this module does.
 
     Args:
-        optimizer: the optimizer of the run.
+        optimizer: of the run.
         model: sharded weights of all chunks, which name and place the optimizer's tensors.
         is_loading: the state is about to be loaded, so the optimizer must have its tensors.
     """
@@ -91,12 +91,7 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
 
 
 def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Put a loaded state into the optimizer, whichever kind of optimizer saved it.
-
-    Args:
-        optimizer: the optimizer of the run.
-        state: what `sharded_state` has described, filled from the checkpoint; changed in place.
-    """
+    """Put the loaded `sharded_state`, changed in place, into the optimizer, whichever kind of optimizer saved it."""
     part = _only_part(optimizer)
     # megatron-core's plain fp32 optimizer has its parameter groups at the top, the others have them under `optimizer`.
     inner = state.setdefault("optimizer", {})
@@ -118,11 +113,8 @@ def _only_part(optimizer: Any) -> Any:
 
 def _own_boxes(optimizer: Any, model: dict[str, Any]) -> dict[int, Any]:
     """Describe the master weights and moments that this rank owns."""
-    described = {
-        id(sharded.data): sharded
-        for sharded in nested_values(model)
-        if isinstance(sharded, ShardedTensor | ShardedTensorFactory)
-    }
+    entries = [entry for entry in nested_values(model) if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+    described = {id(entry.data): entry for entry in entries}
     state: dict[int, Any] = {}
     for parameter, (start, end) in _ranges(optimizer):
         tensors = optimizer._get_main_param_and_optimizer_states(parameter)
@@ -181,9 +173,6 @@ def _describe(
                 global_shape=tuple(part.global_shape),
                 global_offset=(*whole, *(a + b for a, b in within)),
                 axis_fragmentations=None,  # no regular grid
-                replica_id=(
-                    *part.replica_id[:2],
-                    0,
-                ),  # (pipeline, tensor, data): data-parallel ranks own different ranges
+                replica_id=(*part.replica_id[:2], 0),  # (pipeline, tensor, data): replicas own different ranges
                 allow_shape_mismatch=part.allow_shape_mismatch,
             )

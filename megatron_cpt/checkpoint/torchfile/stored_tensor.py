@@ -18,13 +18,7 @@ _READ_BYTES = 8 << 20  # per system call: larger calls are no faster, and Linux 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A contiguous tensor in a file.
-
-    Attributes:
-        path: the file.
-        offset: position of the tensor's first byte in the file.
-        shape, dtype: shape and dtype of the tensor.
-    """
+    """A contiguous tensor in a file, whose first byte is at `offset`."""
 
     path: Path
     offset: int

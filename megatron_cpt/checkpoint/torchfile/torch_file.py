@@ -241,18 +241,14 @@ class _TensorUnpickler(pickle.Unpickler):
     def _tensor(
         self, storage: _Storage, offset: int, shape: Sequence[int], stride: Sequence[int], *_: Any
     ) -> StoredTensor:
-        found = StoredTensor(
-            self._places.path, storage.offset + offset * storage.dtype.itemsize, tuple(shape), storage.dtype
-        )
+        start = storage.offset + offset * storage.dtype.itemsize
+        found = StoredTensor(self._places.path, start, tuple(shape), storage.dtype)
         step, numel = 1, math.prod(shape)
         for size, jump in zip(reversed(shape), reversed(stride), strict=True):
             if size > 1 and numel and jump != step:
                 raise ValueError(f"a tensor of shape {tuple(shape)} is not contiguous")
             step *= size
-        if (
-            offset < 0
-            or min(shape, default=0) < 0
-            or found.offset + found.num_bytes > storage.offset + storage.num_bytes
-        ):
+        is_beyond_end = found.offset + found.num_bytes > storage.offset + storage.num_bytes
+        if offset < 0 or min(shape, default=0) < 0 or is_beyond_end:
             raise ValueError(f"a tensor of shape {tuple(shape)} is larger than its bytes")
         return found

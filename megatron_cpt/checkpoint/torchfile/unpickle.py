@@ -38,11 +38,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Unpickler for plain data and descriptions of tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class that a pickle names.
-
-        Raises:
-            UnpicklingError: the name is not in the list.
-        """
+        """Return a class that a pickle names; an UnpicklingError if the name is not in the list."""
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name in _ALLOWED.get(module, ()) or is_dtype:
             return super().find_class(module, name)

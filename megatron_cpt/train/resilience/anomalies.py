@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,11 @@ from megatron_cpt.config.resilience import ResilienceConfig, SpikeConfig
 from megatron_cpt.train.metrics import mean_losses
 from megatron_cpt.train.state import TrainState
 
-_MAX_NAMES = 5  # parameters listed per rank; once one gradient is not finite, soon all are
+if TYPE_CHECKING:
+    from megatron_cpt.train.setup import Session
+    from megatron_cpt.train.step import StepResult
 
-Chunks = Sequence[Any]
-"""Model chunks: megatron-core's DistributedDataParallel, which this module does not import; see train/trainer.py."""
+_MAX_NAMES = 5  # parameters listed per rank; once one gradient is not finite, soon all are
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,6 @@ def spike_limit(losses: Sequence[float], spike: SpikeConfig) -> float | None:
 
     `fsum` rounds once at the end, so ranks on different processors get numbers that are identical bit for bit.
 
-    Args:
-        losses: finite losses, the newest last; only the last `window` are used.
-        spike: the rule.
-
     Returns:
         None if the rule is off or has too few losses.
     """
@@ -73,8 +70,7 @@ def find_anomaly(
         loss: mean loss per token over the global batch.
         grad_norm: gradient norm over all ranks.
         is_finite: whether all ranks found finite losses and gradients.
-        losses: losses of the previous steps.
-        spike: the rule for spikes.
+        losses: of the previous steps.
     """
     if not math.isfinite(loss):
         return Anomaly("loss", loss, None, "skip")
@@ -98,37 +94,26 @@ def note_loss(state: TrainState, loss: float, anomaly: Anomaly | None, spike: Sp
         state.recent_losses = [*state.recent_losses[-spike.window + 1 :], loss]
 
 
-def describe(
-    anomaly: Anomaly, state: TrainState, losses: torch.Tensor, names: Sequence[str], grad_norm: float, chunks: Chunks
-) -> dict[str, Any]:
-    """Return the line of anomalies.jsonl without the samples; a collective call.
-
-    Args:
-        anomaly: the bad step.
-        state: after the step.
-        losses: (num_sources, 2) summed loss and token count of the step.
-        names: the sources.
-        grad_norm: of the step.
-        chunks: the model chunks of this rank, with the gradients of the step.
-    """
-    mean, by_source = mean_losses(losses, names)
+def describe(anomaly: Anomaly, result: StepResult, session: Session) -> dict[str, Any]:
+    """Return the line of anomalies.jsonl for the step just done, without its samples; a collective call."""
+    mean, by_source = mean_losses(result.loss_by_source, session.meter.names)
     return {
-        "step": state.step,
+        "step": session.state.step,
         "kind": anomaly.kind,
         "value": anomaly.value,
         "limit": anomaly.limit,
         "action": anomaly.action,
-        "skipped_in_a_row": state.skipped_in_a_row,
+        "skipped_in_a_row": session.state.skipped_in_a_row,
         "loss": mean,
-        "grad_norm": grad_norm,
+        "grad_norm": result.grad_norm,
         "loss_by_source": by_source,
-        "not_finite_on_ranks": {} if anomaly.kind == "spike" else _not_finite_by_rank(chunks),
+        "not_finite_on_ranks": {} if anomaly.kind == "spike" else _not_finite_by_rank(session.model.chunks),
     }
 
 
-def _not_finite_by_rank(chunks: Chunks) -> dict[str, list[str]]:
+def _not_finite_by_rank(chunks: Sequence[torch.nn.Module]) -> dict[str, list[str]]:
     """Return by rank the first parameters whose gradient is not finite; empty on ranks other than 0."""
-    named = [item for chunk in chunks for item in chunk.named_parameters()]
+    named: list[Any] = [item for chunk in chunks for item in chunk.named_parameters()]
     own = [name for name, parameter in named if not parameter.main_grad.isfinite().all()][:_MAX_NAMES]
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, parts, dst=0)

@@ -19,10 +19,7 @@ from megatron_cpt.errors import CptError
 
 # 8-byte words per block: as many as fit into the cache of a CPU; on a GPU, enough to need few kernel launches.
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 22}
-_ODD = (
-    -7046029254386353131,
-    -4658895280553007687,
-)  # 0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9: odd, so invertible
+_ODD = (-7046029254386353131, -4658895280553007687)  # 0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9: odd, so invertible
 _MAX_NAMES = 8
 
 
@@ -73,10 +70,6 @@ def _wrap(number: int) -> int:
 
 def check_replicas(chunks: Sequence[Any], step: int) -> None:
     """Compare the parameters of all data-parallel replicas; a collective call.
-
-    Args:
-        chunks: the model chunks of this rank, megatron-core's DistributedDataParallel.
-        step: for the message.
 
     Raises:
         CptError: replicas differ; the message, equal on every rank, names the parameters and the ranks.

@@ -1,18 +1,25 @@
-"""A thread that writes the stacks of all threads and ends this process when it makes no progress."""
+"""Protection against waiting forever: a watchdog in this process, and one clear error when another rank is gone.
+
+The watchdog is a thread that writes the stacks of all threads and ends this process when it makes no progress.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from megatron_cpt.errors import EXIT_FAILURE
+from megatron_cpt.backend import Ranks
+from megatron_cpt.backend.heartbeat import Peers, job_store, lost_connection
+from megatron_cpt.config.resilience import ResilienceConfig
+from megatron_cpt.errors import EXIT_FAILURE, CptError
 
 _STDERR = 2  # file descriptor: usable without Python's own stream objects
 _BACKSTOP_SECONDS = 60.0  # after the limit, for the case that C code holds the interpreter lock and no thread can run
@@ -101,18 +108,15 @@ class Watchdog:
                 count = self._progress.count
                 seen, stalled = count, stalled + poll if count == seen else 0.0
                 if stalled > limit:
-                    self._end_hung_process()
+                    path = self.dump()  # first, because a person needs to see where this rank hangs
+                    message = self.explain(f"no progress for over {limit:g} s (resilience.hang_timeout)")
+                    self._end(f"{message}; stacks in {path}")
                     return
                 # A C thread prints the stacks if this thread stops running for longer than the limit; each poll
                 # restarts its timer. It cannot tell a hang from a suspended process, so it ends nothing.
                 faulthandler.dump_traceback_later(limit - stalled + _BACKSTOP_SECONDS, file=_STDERR)
         finally:
             faulthandler.cancel_dump_traceback_later()
-
-    def _end_hung_process(self) -> None:
-        path = self.dump()  # first, because a person needs to see where this rank hangs
-        message = self.explain(f"no progress for over {self._limit:g} s (resilience.hang_timeout)")
-        self._end(f"{message}; stacks in {path}")
 
 
 def end_process(message: str) -> NoReturn:
@@ -121,3 +125,34 @@ def end_process(message: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_FAILURE)
+
+
+class LostPeerError(CptError):
+    """Another rank of the job is gone, so this one cannot continue (exit status 1)."""
+
+
+@contextlib.contextmanager
+def guard(config: ResilienceConfig, ranks: Ranks, watchdog: Watchdog, progress: Progress) -> Iterator[None]:
+    """Limit the time that this rank waits for another one, and report which rank is gone, also from the watchdog.
+
+    Raises:
+        LostPeerError: in place of an error of torch.distributed about a lost connection.
+    """
+    peers = Peers(
+        job_store(),
+        ranks.rank,
+        ranks.world_size,
+        timeout=config.peer_timeout,
+        doing=lambda: progress.phase,
+        end=lambda message: end_process(f"{message}; stacks in {watchdog.dump()}"),
+    )
+    with peers:
+        watchdog.explain = peers.explain
+        try:
+            yield
+        except Exception as error:
+            trouble = lost_connection(error)
+            if trouble is None or isinstance(error, CptError):
+                peers.announce(error)
+                raise
+            raise LostPeerError(peers.explain(trouble)) from error

@@ -14,9 +14,8 @@ import pytest
 from megatron_cpt.config.schema import WandbConfig
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.files.jsonl_log import JsonlLog, drop_lines_after
-from megatron_cpt.hooks.anomalies_file import AnomaliesFile
 from megatron_cpt.hooks.console import ConsoleHook
-from megatron_cpt.hooks.metrics_file import MetricsFile
+from megatron_cpt.hooks.jsonl_files import AnomaliesFile, MetricsFile
 from megatron_cpt.hooks.tensorboard import TensorBoardHook
 from megatron_cpt.hooks.wandb import WandbHook
 

@@ -17,8 +17,8 @@ from megatron_cpt.data.loading.batch import Batch, DocumentOptions, make_batch
 cpu.install()
 
 from megatron_cpt.model import spec  # noqa: E402  # megatron-core must be imported after the CPU backend
-from megatron_cpt.model.attention import LocalAttention  # noqa: E402
 from megatron_cpt.model.build_model import build_model  # noqa: E402
+from megatron_cpt.model.local_modules import LocalAttention  # noqa: E402
 from megatron_cpt.train.forward import ForwardPass, packed_sequences  # noqa: E402
 
 EOD, LENGTH = 256, 48

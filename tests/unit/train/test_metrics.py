@@ -11,9 +11,7 @@ import torch
 
 from megatron_cpt.config import PrecisionConfig
 from megatron_cpt.train import metrics
-from megatron_cpt.train import metrics_line as metrics_line_module
-from megatron_cpt.train.metrics import LossMeter, mean_losses
-from megatron_cpt.train.metrics_line import metrics_line, peak_flops
+from megatron_cpt.train.metrics import LossMeter, mean_losses, metrics_line, peak_flops
 from megatron_cpt.train.step import StepResult
 
 BF16 = PrecisionConfig.model_validate({"compute": "bf16"})
@@ -95,8 +93,8 @@ def test_rates_are_per_second_and_gpu_without_the_time_of_saves(clock):
 
 
 def test_a_gpu_has_an_mfu_and_the_peak_of_its_own_memory(clock, monkeypatch):
-    monkeypatch.setattr(metrics_line_module.torch.cuda, "get_device_name", lambda: H100)
-    monkeypatch.setattr(metrics_line_module.torch.cuda, "max_memory_allocated", lambda: 3 << 29)
+    monkeypatch.setattr(metrics.torch.cuda, "get_device_name", lambda: H100)
+    monkeypatch.setattr(metrics.torch.cuda, "max_memory_allocated", lambda: 3 << 29)
     session = make_session("cuda")
     session.meter.add(torch.tensor([[10.0, 4.0]], dtype=torch.float64), 1000, 989e9)
     clock.seconds += 2.0
