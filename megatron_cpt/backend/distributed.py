@@ -118,7 +118,8 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
         has_finished = True
     finally:
         parallel_state.destroy_model_parallel()
-        if own_group and has_finished:  # after an error NCCL would wait for other ranks that are inside a collective
+        # After an error, NCCL would wait for other ranks that are inside a collective.
+        if own_group and (has_finished or dist.get_world_size() == 1):
             dist.destroy_process_group()
 
 

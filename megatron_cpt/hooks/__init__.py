@@ -7,7 +7,7 @@ import os
 import sys
 
 from megatron_cpt.config import RunConfig
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.hooks.hook import Hook, HookList
 
 __all__ = ["Hook", "HookList", "build_hooks"]
@@ -58,7 +58,7 @@ def load_hook(entry: str) -> Hook:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"log.hooks: {entry}: module {module_name} cannot be imported ({type(error).__name__}: {error}); "
             "install it, or start the run in the folder that contains it"
@@ -69,4 +69,12 @@ def load_hook(entry: str) -> Hook:
         raise UserError(
             f"log.hooks: {entry}: module {module_name} {found}; name a class derived from megatron_cpt.Hook"
         )
-    return hook_class()
+    try:
+        return hook_class()
+    except CptError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"log.hooks: {entry}: {class_name}() failed ({type(error).__name__}: {error}); the class is created "
+            "without arguments"
+        ) from error

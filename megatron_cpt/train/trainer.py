@@ -92,9 +92,14 @@ class Trainer:
         console: bool = False,
         owns_process: bool = False,
     ) -> None:
-        check_allowed_names(allow)
         if isinstance(run, RunConfig):
             run = prepare_config(run, need_files=True, num_gpus=launched_world_size())
+        if not isinstance(run, PreparedRun):
+            raise TypeError(f"run: {run!r}; give a RunConfig, as load_run returns")
+        if isinstance(hooks, Hook) or not all(isinstance(hook, Hook) for hook in hooks):
+            raise TypeError(f"hooks: {hooks!r}; give a list of instances of classes derived from Hook")
+        allow = [allow] if isinstance(allow, str) else allow
+        check_allowed_names(allow)
         self._prepared, self._allow = run, allow
         self._own_hooks, self._has_console, self._owns_process = hooks, console, owns_process
         self._stop, self._progress = StopRequest(), Progress()
@@ -150,7 +155,10 @@ class Trainer:
         Raises:
             LostPeerError: in place of an error that a lost connection to another rank caused.
         """
-        self._resources.__exit__(kind, error, trace)
+        try:
+            self._resources.__exit__(kind, error, trace)
+        finally:
+            del self.session
 
     def fit(self) -> RunResult:
         """Train to the end of the run, to `stop_at_step`, to the limit of time, or until a signal; a collective call.
@@ -158,6 +166,8 @@ class Trainer:
         Raises:
             CptError: too many bad steps in a row, replicas that differ, or a file that cannot be written.
         """
+        if not hasattr(self, "session"):
+            raise RuntimeError("fit: the run is not open; use it inside `with Trainer(run) as trainer:`")
         session, config, state = self.session, self.session.config, self.session.state
         hash_every = config.resilience.parameter_hash_every
         self.hooks.on_start(session)

@@ -107,6 +107,43 @@ def _fit_two(path: str, folder: str) -> list[int]:
     return steps
 
 
+def test_after_an_error_in_a_hook_the_process_can_train_again(run_file: Path, tmp_path: Path) -> None:
+    """Run it in a process without a process group of its own, as a caller's script is."""
+    code = (
+        "import sys, megatron_cpt as cpt, torch.distributed as dist\n"
+        "class Fail(cpt.Hook):\n"
+        "    def on_step(self, session):\n"
+        "        raise KeyboardInterrupt\n"
+        "for hooks in ([Fail()], []):\n"
+        "    run = cpt.load_run(sys.argv[1], [f'output={sys.argv[2]}', 'stop_at_step=1'])\n"
+        "    try:\n"
+        "        with cpt.Trainer(run, hooks=hooks) as trainer:\n"
+        "            print(trainer.fit().step)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted')\n"
+        "    assert not dist.is_initialized()\n"
+    )
+    done = _python("-c", code, run_file, tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, "interrupted\n1\n"), done.stderr
+    assert "corrupted checkpoint" not in done.stderr
+
+
+def test_misuse_says_what_to_give(run_file: Path, tmp_path: Path) -> None:
+    import megatron_cpt as cpt
+
+    run = cpt.load_run(run_file, [f"output={tmp_path}/out"])
+    with pytest.raises(TypeError, match="give a RunConfig, as load_run returns"):
+        cpt.Trainer(str(run_file))
+    for hooks in (cpt.Hook(), [cpt.Hook], [object()]):
+        with pytest.raises(TypeError, match="give a list of instances of classes derived from Hook"):
+            cpt.Trainer(run, hooks=hooks)
+    with pytest.raises(cpt.UserError, match="blemd"):
+        cpt.Trainer(run, allow="blemd")
+    with pytest.raises(RuntimeError, match="use it inside `with Trainer"):
+        cpt.Trainer(run).fit()
+    assert not (tmp_path / "out").exists()
+
+
 def test_metrics_have_what_an_operator_asks_for(run_file: Path, base: Path) -> None:
     for line in read_metrics(base):
         assert line["tflops_per_gpu"] > 0

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,12 @@ class Saver:
         assert self._save is None, "finish the previous save first"
         name = layout.checkpoint_name(step)
         aside, final = self._folder / f".{name}.tmp", self._folder / name
-        self._prepare(step, aside, record)
+        self._on_main(step, partial(self._create_folder, aside))
         state = state_dicts.training_state(self._chunks, self._optimizer, is_loading=False, with_rng=True)
         plan = plan_shards(state, aside, validate=not self._is_validated)
         self._is_validated = True  # the division into shards does not change during a run
+        # Only now: megatron-core takes a folder with files for the remains of an older save, and warns.
+        self._on_main(step, partial(record.write, aside))
         if self._staging is not None:
             self._staging.wait_for_device()
         files = self._copier.submit(_copy, plan.files, self._staging)
@@ -170,17 +173,19 @@ class Saver:
         self._copier.shutdown()
         self._thread.shutdown()
 
-    def _prepare(self, step: int, aside: Path, record: Record) -> None:
-        def write() -> None:
+    def _create_folder(self, aside: Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        sync_folder(self._folder.parent)
+
+    def _on_main(self, step: int, write: Callable[[], None]) -> None:
+        def write_or_explain() -> None:
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-                sync_folder(self._folder.parent)
-                record.write(aside)
+                write()
             except OSError as error:
                 raise CptError(_message(step, [f"rank 0: {error}"])) from error
 
-        on_main(write)
+        on_main(write_or_explain)
 
     def _publish(self, save: _Save) -> None:
         """Start the publication on rank 0."""

@@ -61,6 +61,11 @@ def folder(tmp_path, monkeypatch):
         "from megatron_cpt import Hook\nclass EvalHook(Hook):\n    pass\nclass NoHook:\n    pass\n"
     )
     (package / "wrong.py").write_text("def :\n")
+    (package / "exits.py").write_text("import sys\nsys.exit()\n")
+    (package / "raises.py").write_text(
+        "from megatron_cpt import Hook\nclass Greedy(Hook):\n    def __init__(self, model):\n        pass\n"
+        "class Failing(Hook):\n    def __init__(self):\n        raise SystemExit(7)\n"
+    )
     yield tmp_path
     for name in [name for name in sys.modules if name.startswith("cpt_user_package")]:
         del sys.modules[name]
@@ -77,6 +82,9 @@ def test_a_module_of_the_working_directory_is_imported(folder):
     [
         ("cpt_user_package.missing:EvalHook", "cannot be imported"),
         ("cpt_user_package.wrong:EvalHook", "SyntaxError"),
+        ("cpt_user_package.exits:EvalHook", "cannot be imported .SystemExit"),
+        ("cpt_user_package.raises:Greedy", "failed .TypeError.*created without arguments"),
+        ("cpt_user_package.raises:Failing", "failed .SystemExit: 7"),
         ("cpt_user_package.hooks:Missing", "has no class of that name"),
         ("cpt_user_package.hooks:NoHook", "is not a Hook"),
         ("cpt_user_package.hooks:Hook2", "has no class"),
