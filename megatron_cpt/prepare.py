@@ -54,7 +54,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run.yaml and check its values; the files that it names may be missing.
 
     Example:
-        >>> load_run("run.yaml", ["parallel.tensor=2"]).parallel.tensor
+        >>> cpt.load_run("run.yaml", ["parallel.tensor=2"]).parallel.tensor
         2
 
     Args:
@@ -76,7 +76,7 @@ def plan_run(run: RunConfig, *, num_gpus: int | None = None) -> RunPlan:
     A source whose files are missing is planned with its declared `tokens`.
 
     Example:
-        >>> [(phase.name, phase.last_step) for phase in plan_run(load_run("run.yaml")).phases]
+        >>> [(phase.name, phase.last_step) for phase in cpt.plan(cpt.load_run("run.yaml")).phases]
         [('general', 45225), ('qa', 63579)]
 
     Args:

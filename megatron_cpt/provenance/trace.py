@@ -93,7 +93,7 @@ def trace_step(run_directory: str | Path, step: int, *, progress: Progress | Non
     """Find the samples and documents that a step of a run has read.
 
     Example:
-        >>> [(sample.source, sample.prefix, sample.first_token) for sample in trace_step("runs/small", 17).samples]
+        >>> [(sample.source, sample.prefix, sample.first_token) for sample in cpt.trace("runs/small", 17).samples]
         [('web', 'data/web', 40962), ('code', 'data/code', 8193), ...]
 
     Args:

@@ -70,7 +70,7 @@ class TokenStream:
     grid start at another offset in each epoch, so that other tokens are skipped and samples start at other places.
 
     Example:
-        >>> web = TokenStream.open("web", "data/web", seq_length=4096, seed=1234)
+        >>> web = cpt.TokenStream.open("web", "data/web", seq_length=4096, seed=1234)
         >>> web[10_000_000].shape  # any sample, without reading earlier samples
         (4097,)
         >>> web.locate(10_000_000).epoch
