@@ -15,6 +15,9 @@ tested, on a laptop. On a machine with CUDA `install` changes nothing.
 | `torch.compile`, only while megatron-core is imported | it compiles fused kernels that no CPU run calls, for seconds |
 | random state accessors of megatron-core's tensor_parallel/random.py | they bypass `torch.cuda` |
 
+One name more is replaced elsewhere, on any machine without Apex and Transformer Engine: megatron-core's optimizer takes
+`optim/group_step_adam.py` for FusedAdam, because torch's Adam has another layout of its state.
+
 `torch.cuda.is_available()` stays False: code that checks gets the true answer.
 """
 
