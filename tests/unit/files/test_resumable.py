@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -14,6 +13,10 @@ from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.resumable import DurableJournal, ResumableFolder
 
 SETTINGS = {"inputs": ["a", "b"], "size": (1, 2)}
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def open_folder(path, settings=SETTINGS, **options):
@@ -99,7 +102,7 @@ class TestResumableFolder:
 
     def test_a_kill_before_the_final_name_is_resumed(self, tmp_path, monkeypatch):
         do_part(tmp_path / "work", "one")
-        monkeypatch.setattr(os, "rename", lambda *_: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(os, "rename", interrupt)
         with pytest.raises(KeyboardInterrupt), open_folder(tmp_path / "work") as folder:
             folder.publish_as(tmp_path / "result")
         monkeypatch.undo()
@@ -112,7 +115,7 @@ class TestResumableFolder:
         do_part(tmp_path / "work", "one")
         do_part(tmp_path / "work", "two")
         kill = "megatron_cpt.files.resumable.write_atomically"
-        monkeypatch.setattr(kill, lambda *_: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(kill, interrupt)
         with pytest.raises(KeyboardInterrupt):
             do_part(tmp_path / "work", should_restart=True)
         monkeypatch.undo()
