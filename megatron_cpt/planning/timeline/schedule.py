@@ -67,11 +67,12 @@ class Schedule:
     def last_step_above(self, rate: float) -> int:
         """Return the last step whose rate is above `rate`; `steps` if the rate never falls that far.
 
-        Bisects the steps after the warmup, where the rate only falls. Comparing rates is exact; inverting the formula
+        Bisects the steps after the peak, where the rate only falls. Comparing rates is exact; inverting the formula
         would round. `rate` must be below max_lr.
         """
-        falling = range(self.warmup_steps + 1, self.steps + 1)
-        return min(self.steps, self.warmup_steps + bisect_left(falling, -rate, key=lambda step: -self.rate(step)))
+        peak = self.warmup_steps + 1
+        falling = range(peak + 1, self.steps + 1)
+        return min(self.steps, peak + bisect_left(falling, -rate, key=lambda step: -self.rate(step)))
 
     def _share_of_range(self, done: int) -> float:
         """Return the rate after `done` steps, at least the warmup, as a share between min_lr (0) and max_lr (1)."""

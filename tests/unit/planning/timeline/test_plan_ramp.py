@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.config import RunConfig, draft_config
@@ -139,6 +139,7 @@ def run_of(ramp, untils, shapes, tokens, warmup, shape, decay) -> RunConfig:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(**RUNS)
+@example(None, [{"lr": 0.5}], [(None, None)] * 3, 1, 0, "wsd", 5)  # a decay longer than the run: its first step counts
 def test_the_plan_equals_a_simulation_step_by_step(ramp, untils, shapes, tokens, warmup, shape, decay):
     config = run_of(ramp, untils, shapes, tokens, warmup, shape, decay)
     found = build_plan(config, {})
