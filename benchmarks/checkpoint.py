@@ -108,7 +108,7 @@ def measure_round(folder: Path, savers: dict[str, Any], chunks: Any, optimizer: 
     from megatron_cpt.checkpoint.manifest import Verify
     from megatron_cpt.checkpoint.record import Record
 
-    record = Record({"format_version": 1}, "", {})
+    record = Record({"format_version": 1}, "name: benchmark\n", {})
     size = sum(BYTES_PER_PARAMETER * parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     done: dict[str, Any] = {}
 
