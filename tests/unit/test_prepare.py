@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_cpt.config import dump_yaml
+from megatron_cpt.data import TokenStream
+from megatron_cpt.data.preprocess.pipeline import PreprocessOptions
 from megatron_cpt.data.tokenfile.reader import IndexedDatasetWriter
-from megatron_cpt.errors import EXIT_REFUSED, EXIT_USER, ConfigError, RefusedError
+from megatron_cpt.errors import EXIT_REFUSED, EXIT_USER, ConfigError, RefusedError, UserError
 from megatron_cpt.prepare import load_run, plan_run, prepare_run
 
 SIZES = {"web": 10_000, "code": 8_000, "qa": 2_000}
@@ -70,6 +72,21 @@ def test_the_model_is_that_of_the_checkpoint(with_files, write_run, tmp_path):
     for overrides in (["init.from=gone"], ["init.from=imported"], []):
         with pytest.raises(ConfigError, match=r"model: missing.*may be omitted if `init\.from` is a checkpoint"):
             load_run(path, overrides)
+
+
+def test_misuse_from_python_is_named(with_files, write_run):
+    path = write_run(with_files)
+    with pytest.raises(TypeError, match="give a list of key=value strings"):
+        load_run(path, "seed=3")
+    for num_gpus in (0, -1):
+        with pytest.raises(UserError, match=f"num_gpus: {num_gpus}; give at least 1"):
+            plan_run(load_run(path), num_gpus=num_gpus)
+    for seq_length in (0, -4, 2.5):
+        with pytest.raises(UserError, match=f"seq_length: {seq_length}; give a whole number"):
+            TokenStream.open("web", "data/web", seq_length=seq_length, seed=1)
+    for name, value in {"workers": -1, "split_tokens": 0, "shuffle": -1, "fast_tokenizer": "sometimes"}.items():
+        with pytest.raises(UserError, match=f"{name}: {value!r}; give"):
+            PreprocessOptions(**{name: value})
 
 
 def test_load_and_plan(with_files, write_run):
