@@ -16,12 +16,17 @@ LAYOUTS = {
         "tp2-sp": ["parallel.tensor=2", "parallel.sequence=true"],
         "pp2": ["parallel.pipeline=2"],
         "pp2-interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        "pp2-uneven": ["parallel={pipeline: 2, pipeline_layout: [3, 1]}"],
+        "pp2-head-alone": ["parallel={pipeline: 2, pipeline_layout: [4, 0]}"],
+        "pp2-interleaved-uneven": ["parallel={pipeline: 2, virtual_pipeline: 2, pipeline_layout: [1, 2, 1, 0]}"],
         "dp2": [],
         "dp2-plain-optimizer": ["parallel.distributed_optimizer=false"],
     },
     4: {
         "tp2-pp2": ["parallel.tensor=2", "parallel.pipeline=2"],
         "tp2-sp-dp2": ["parallel.tensor=2", "parallel.sequence=true"],
+        "tp2-pp2-uneven": ["parallel={tensor: 2, sequence: true, pipeline: 2, pipeline_layout: [1, 3]}"],
+        "pp4-uneven": ["parallel={pipeline: 4, pipeline_layout: [0, 1, 2, 1]}"],
     },
 }
 

@@ -202,6 +202,8 @@ class Candidate:
         parallel, recompute = self.config.parallel, self.config.recompute
         keys = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "distributed_optimizer")
         values = {f"parallel.{key}": getattr(parallel, key) for key in keys}
+        if "pipeline_layout" in parallel.model_fields_set:
+            values["parallel.pipeline_layout"] = _layout_text(parallel.pipeline_layout)
         values |= {"batch.micro": self.config.batch.micro, "recompute.granularity": recompute.granularity}
         if recompute.granularity == "full":
             values |= {"recompute.method": recompute.method, "recompute.num_layers": recompute.num_layers}
@@ -221,6 +223,7 @@ class Candidate:
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
             "virtual_pipeline": parallel.virtual_pipeline,
+            "pipeline_layout": parallel.pipeline_layout,
             "context": parallel.context,
             "micro_batch": self.config.batch.micro,
             "recompute": self.config.recompute.granularity,
@@ -235,6 +238,10 @@ class Candidate:
             "why": self.why,
             "overrides": self.overrides,
         }
+
+
+def _layout_text(layout: Sequence[int] | None) -> str:
+    return "null" if layout is None else f"[{','.join(map(str, layout))}]"
 
 
 def split_name(config: RunConfig) -> str:

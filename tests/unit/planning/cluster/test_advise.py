@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from megatron_cpt.config import draft_config, load_config
 from megatron_cpt.errors import UserError
 from megatron_cpt.planning import GIB, Layout, build_plan
-from megatron_cpt.planning.cluster.advise import advise
+from megatron_cpt.planning.cluster.advise import AS_GOOD, advise
 from megatron_cpt.planning.cluster.estimate import (
     MEMORY_MARGIN,
     find_gpu,
@@ -57,11 +58,12 @@ def rendered(render, found) -> str:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize(("num_gpus", "batch"), [(64, 1152), (512, 2048)])
-def test_the_published_split_is_among_the_first_three(nemotron, precision, num_gpus, batch):
+def test_the_published_split_is_as_good_as_the_first(nemotron, precision, num_gpus, batch):
     fp8 = ["precision.fp8={}"] if precision == "fp8" else []
     advice = advice_for(nemotron(f"batch.global={batch}", *fp8), num_gpus, H100)
-    first = {candidate.split: candidate.speed.tokens_per_gpu for candidate in advice.ranking[:3]}
-    assert first["TP2 PP1"] == pytest.approx(PUBLISHED[precision], rel=0.15)
+    speeds = {candidate.split: candidate.speed.tokens_per_gpu for candidate in advice.ranking}
+    assert speeds["TP2 PP1"] >= AS_GOOD * advice.ranking[0].speed.tokens_per_gpu
+    assert speeds["TP2 PP1"] == pytest.approx(PUBLISHED[precision], rel=0.15)
 
 
 @pytest.mark.parametrize("fp8", ["null", "{}"])
@@ -211,7 +213,41 @@ def test_long_sequences_get_context_parallelism(nemotron):
     advice = advice_for(nemotron("seq_length=131072", "batch.global=64"), 64, H100)
     assert advice.ranking[0].config.parallel.context > 1
     short = advice_for(nemotron(), 64, H100)
-    assert all(candidate.config.parallel.context == 1 for candidate in short.ranking)
+    as_good = AS_GOOD * short.ranking[0].speed.tokens_per_gpu
+    fast = [candidate for candidate in short.ranking if candidate.speed.tokens_per_gpu >= as_good]
+    assert all(candidate.config.parallel.context == 1 for candidate in fast)
+
+
+def test_a_large_vocabulary_gets_a_short_last_stage(nemotron):
+    """Expect pipelines to lose next to nothing to their slowest stage; with equal stages they lose a tenth or more."""
+    by_split = {candidate.split: candidate for candidate in advice_for(nemotron(), 64, H100).ranking}
+    for split in ("TP2 PP2", "TP4 PP4"):
+        candidate = by_split[split]
+        layout = candidate.config.parallel.pipeline_layout
+        assert sum(layout) == 32
+        # the head is as long as four layers
+        assert layout[-1] < layout[0]
+        assert candidate.speed.uneven / candidate.speed.step < 0.02
+        virtual = candidate.config.parallel.virtual_pipeline
+        parallel = [f"parallel.{key}={getattr(candidate.config.parallel, key)}" for key in ("tensor", "pipeline")]
+        run = nemotron(*parallel, "parallel.virtual_pipeline=1", "parallel.pipeline_layout=null")
+        even = estimate_speed(run, Layout.build(run, 64), H100)
+        assert even.uneven / even.step > 0.08
+        assert f"'parallel.pipeline_layout=[{','.join(map(str, layout))}]'" in shlex.join(candidate.overrides)
+        assert candidate.to_dict()["pipeline_layout"] == layout
+        assert len(layout) == run.parallel.pipeline * virtual
+
+
+def test_a_small_vocabulary_keeps_equal_stages(nemotron):
+    advice = advice_for(nemotron("model.vocab=8192"), 64, H100)
+    first = next(candidate for candidate in advice.ranking if candidate.config.parallel.pipeline > 1)
+    assert first.config.parallel.pipeline_layout is None
+
+
+def test_a_number_of_layers_that_nothing_divides_gets_pipelines(nemotron):
+    advice = advice_for(nemotron("model.layers=31", "parallel={pipeline: 1, virtual_pipeline: 1}"), 64, H100)
+    by_split = {candidate.split: candidate for candidate in advice.ranking}
+    assert sum(by_split["TP2 PP4"].config.parallel.pipeline_layout) == 31
 
 
 def test_gpus_that_were_not_calibrated_are_marked(nemotron):
