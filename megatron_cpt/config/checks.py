@@ -82,13 +82,13 @@ def _check_pipeline_layout(layout: list[int], chunks: str, num_chunks: int, laye
     if len(layout) != num_chunks:
         yield (
             f"parallel.pipeline_layout: {len(layout)} entries, but {chunks} is {num_chunks} model chunks; give one "
-            "number of layers per chunk, in the order of the model"
+            "number of layers per chunk, in the order of the model, or null for equal chunks"
         )
         return
     if sum(layout) != layers:
         yield (
             f"parallel.pipeline_layout: adds up to {sum(layout)} layers, but model.layers is {layers}; change the "
-            "numbers, or remove it if every chunk has as many layers"
+            "numbers, or set null for equal chunks"
         )
     # megatron-core cannot send on what it received; embedding or head make a chunk of its own.
     if empty := [str(number) for number, size in enumerate(layout[1:-1], start=1) if size == 0]:

@@ -57,6 +57,8 @@ def _cluster_lines(cluster: Cluster) -> Iterator[tuple[str, str]]:
     )
     yield "knobs", f"{_knobs(cluster.knobs)}{with_overlap}"
     yield "time", f"about {cluster.seconds / 86400:.1f} days = {cluster.gpu_hours:,.0f} GPU hours (steps only)"
+    for hint in cluster.hints:
+        yield "hint", hint
 
 
 def _knobs(on: frozenset[str]) -> str:

@@ -25,6 +25,7 @@ from megatron_cpt.planning.hardware import A100, B200, H100, H200
 from megatron_cpt.planning.run_plan import with_shape
 from megatron_cpt.views.advice_table import render_advice, render_cluster
 
+ONE_STAGE = ["parallel={pipeline: 1, virtual_pipeline: 1, pipeline_layout: null}"]
 PUBLISHED = {"bf16": 6159, "fp8": 8275}  # NVIDIA dgxc-benchmarking v25.04: TP2 PP1 MBS2 on 16 to 64 H100
 
 
@@ -105,7 +106,7 @@ def test_a_knob_set_to_false_stays_off_in_the_ranking(nemotron):
 
 def test_a_knob_that_needs_one_shape_is_not_taken_where_phases_differ(nemotron):
     """Check the whole run: each phase alone has a single shape."""
-    run = nemotron("phases.qa.seq_length=16384", "phases.qa.batch={global: 288}", "parallel.pipeline=1")
+    run = nemotron("phases.qa.seq_length=16384", "phases.qa.batch={global: 288}", *ONE_STAGE)
     assert all(candidate.plain is None for candidate in advice_for(run, 64, H100).ranking)
     cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
     assert cluster.overlapped is None
@@ -171,13 +172,53 @@ def test_overrides_set_all_fields_of_recomputation(nemotron):
         assert nemotron(*shapes, *candidate.overrides).recompute == candidate.config.recompute
 
 
+EQUAL_STAGES = ["parallel={tensor: 8, pipeline: 4, sequence: true, pipeline_layout: null, virtual_pipeline: 1}"]
+
+
 def test_the_run_s_own_layout_is_judged(nemotron):
-    advice = advice_for(nemotron(), 64, H100)
+    advice = advice_for(nemotron(*EQUAL_STAGES, "recompute.granularity=selective"), 64, H100)
     assert advice.current.split == "TP8 PP4"
     assert advice.current.speed.tokens_per_gpu < advice.ranking[0].speed.tokens_per_gpu
     text = rendered(render_advice, advice)
     assert "this run's own layout, TP8 PP4 MBS2 selective recompute: about" in text
     assert "slowest stage" in text  # the head of 256,000 ids
+
+
+def test_the_example_has_tensor_and_pipeline_parallelism_and_is_as_good_as_the_first(nemotron):
+    run = nemotron()
+    assert min(run.parallel.tensor, run.parallel.pipeline) > 1
+    advice = advice_for(run, 64, H100)
+    assert advice.current_problem == ""
+    first = advice.ranking[0]
+    assert advice.current_overlapped.tokens_per_gpu > AS_GOOD * first.speed.tokens_per_gpu
+    assert advice.current.speed.tokens_per_gpu > AS_GOOD * first.plain.tokens_per_gpu
+    assert place_on_cluster(run, build_plan(run, {}), H100, 64).hints == ()
+
+
+def test_a_plan_proposes_balanced_stages(nemotron):
+    """The proposed layout has the predicted speed, and is no longer worth a hint."""
+    run = nemotron(*EQUAL_STAGES)
+    cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
+    (hint,) = cluster.hints
+    proposed = "parallel.pipeline_layout=[8,9,9,6]"
+    assert proposed in hint
+    balanced = nemotron(*EQUAL_STAGES, proposed)
+    better = place_on_cluster(balanced, build_plan(balanced, {}), H100, 64)
+    assert f"gives about {better.speed.tokens_per_gpu:,.0f} tokens/s/GPU" in hint
+    assert f"{better.memory.total / GIB:.1f} GiB" in hint
+    assert better.speed.tokens_per_gpu > 1.1 * cluster.speed.tokens_per_gpu
+    assert better.hints == ()
+    assert cluster.to_dict()["hints"] == [hint]
+    assert "hint" in rendered(render_cluster, cluster)
+
+
+def test_a_plan_names_recomputation_that_frees_nothing(nemotron):
+    run = nemotron("recompute.granularity=selective")
+    cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
+    (hint,) = cluster.hints
+    assert f"recompute.granularity=none saves about {cluster.speed.recompute / cluster.speed.step:.1%}" in hint
+    without = place_on_cluster(nemotron(), build_plan(run, {}), H100, 64)
+    assert without.memory.total == pytest.approx(cluster.memory.total, rel=0.01)
 
 
 def test_why_a_split_does_not_fit(nemotron):
@@ -196,10 +237,10 @@ def test_another_batch_is_named_where_it_is_faster(nemotron):
 
 
 def test_a_layout_that_does_not_divide_is_reported(nemotron):
-    advice = advice_for(nemotron(), 8, H200)
+    advice = advice_for(nemotron(), 6, H200)
     assert advice.current is None
-    assert "8 ranks are not a multiple" in advice.current_problem
-    assert "this run's own layout: 8 ranks are not a multiple" in rendered(render_advice, advice)
+    assert "6 ranks are not a multiple" in advice.current_problem
+    assert "this run's own layout: 6 ranks are not a multiple" in rendered(render_advice, advice)
 
 
 def test_nothing_fits(nemotron):
@@ -245,7 +286,7 @@ def test_a_small_vocabulary_keeps_equal_stages(nemotron):
 
 
 def test_a_number_of_layers_that_nothing_divides_gets_pipelines(nemotron):
-    advice = advice_for(nemotron("model.layers=31", "parallel={pipeline: 1, virtual_pipeline: 1}"), 64, H100)
+    advice = advice_for(nemotron("model.layers=31", *ONE_STAGE), 64, H100)
     by_split = {candidate.split: candidate for candidate in advice.ranking}
     assert sum(by_split["TP2 PP4"].config.parallel.pipeline_layout) == 31
 
