@@ -73,7 +73,7 @@ def _check_pipeline(config: RunConfig) -> Iterator[str]:
         advice = "choose a divisor"
         if pipeline * virtual <= min(layers, MAX_SHOWN_CHUNKS):
             even, rest = divmod(layers, pipeline * virtual)
-            example = ", ".join(str(even + (number < rest)) for number in range(pipeline * virtual))
+            example = ",".join(str(even + (number < rest)) for number in range(pipeline * virtual))
             advice += f", or set the layers of each chunk: parallel.pipeline_layout=[{example}]"
         yield f"{chunks} does not divide model.layers: {layers}; {advice}"
 

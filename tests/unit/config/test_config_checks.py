@@ -30,7 +30,7 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
             ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
             "2 x parallel.virtual_pipeline: 4 does not divide model.layers",
         ),
-        (["parallel.pipeline=3"], "or set the layers of each chunk: parallel.pipeline_layout=[2, 1, 1]"),
+        (["parallel.pipeline=3"], "or set the layers of each chunk: parallel.pipeline_layout=[2,1,1]"),
         (
             ["parallel={pipeline: 2, pipeline_layout: [2, 1, 1]}"],
             "parallel.pipeline_layout: 3 entries, but parallel.pipeline: 2 is 2 model chunks",
