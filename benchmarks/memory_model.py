@@ -66,6 +66,8 @@ CASES: dict[int, dict[str, list[str]]] = {
         "TP2, sequence parallel, full recomputation": [SEQUENCE, "recompute.granularity=full"],
         "PP2": ["parallel.pipeline=2"],
         "PP2, gated": [LLAMA, "parallel.pipeline=2"],
+        "PP2, unequal stages": ["parallel={pipeline: 2, pipeline_layout: [3, 1]}"],
+        "PP2 VPP2, unequal chunks": ["parallel={pipeline: 2, virtual_pipeline: 2, pipeline_layout: [2, 1, 1, 0]}"],
         "PP2 VPP2": ["parallel={pipeline: 2, virtual_pipeline: 2}"],
         "PP2, full recomputation": ["parallel.pipeline=2", "recompute.granularity=full"],
         "DP2, distributed optimizer": [],

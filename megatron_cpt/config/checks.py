@@ -63,12 +63,39 @@ def _check_widths(config: RunConfig) -> Iterator[str]:
 
 def _check_pipeline(config: RunConfig) -> Iterator[str]:
     pipeline, virtual, layers = config.parallel.pipeline, config.parallel.virtual_pipeline, config.model.layers
-    if layers % (pipeline * virtual):
-        chunks = f"{pipeline}" if virtual == 1 else f"{pipeline} x parallel.virtual_pipeline: {virtual}"
-        text = f"parallel.pipeline: {chunks} does not divide model.layers: {layers}"
-        yield f"{text}; every model chunk has the same number of layers: choose a divisor"
     if virtual > 1 and pipeline == 1:
         yield f"parallel.virtual_pipeline: {virtual} needs parallel.pipeline above 1; set it to 1"
+        return
+    chunks = f"parallel.pipeline: {pipeline}" + (f" x parallel.virtual_pipeline: {virtual}" if virtual > 1 else "")
+    if config.parallel.pipeline_layout is not None:
+        yield from _check_pipeline_layout(config.parallel.pipeline_layout, chunks, pipeline * virtual, layers)
+    elif layers % (pipeline * virtual):
+        advice = "choose a divisor"
+        if pipeline * virtual <= min(layers, MAX_SHOWN_CHUNKS):
+            even, rest = divmod(layers, pipeline * virtual)
+            example = ",".join(str(even + (number < rest)) for number in range(pipeline * virtual))
+            advice += f", or set the layers of each chunk: parallel.pipeline_layout=[{example}]"
+        yield f"{chunks} does not divide model.layers: {layers}; {advice}"
+
+
+def _check_pipeline_layout(layout: list[int], chunks: str, num_chunks: int, layers: int) -> Iterator[str]:
+    if len(layout) != num_chunks:
+        yield (
+            f"parallel.pipeline_layout: {len(layout)} entries, but {chunks} is {num_chunks} model chunks; give one "
+            "number of layers per chunk, in the order of the model, or null for equal chunks"
+        )
+        return
+    if sum(layout) != layers:
+        yield (
+            f"parallel.pipeline_layout: adds up to {sum(layout)} layers, but model.layers is {layers}; change the "
+            "numbers, or set null for equal chunks"
+        )
+    # megatron-core cannot send on what it received; embedding or head make a chunk of its own.
+    if empty := [str(number) for number, size in enumerate(layout[1:-1], start=1) if size == 0]:
+        yield (
+            f"parallel.pipeline_layout: entry {', '.join(empty)} is 0; only the first chunk, which has the embedding, "
+            "and the last one, which has the output layer, work without layers"
+        )
 
 
 def _check_batch(config: RunConfig, global_: int, micro: int, prefix: str = "", suffix: str = "") -> Iterator[str]:
@@ -229,6 +256,9 @@ def _check_spike_warmup(config: RunConfig) -> Iterator[str]:
         yield f"resilience.spike.warmup: {spike.num_needed} is above window: {spike.window}; choose at most the window"
 
 
+MAX_SHOWN_CHUNKS = 32
+"""Largest number of model chunks for which a message shows a layout."""
+
 _HEADS = ("model.heads", "model.kv_groups", "model.hidden", "model.head_dim", "model.rotary_percent", "parallel.tensor")
 _PIPELINE = ("parallel.pipeline", "parallel.virtual_pipeline")
 
@@ -236,7 +266,7 @@ CHECKS = (
     ConfigCheck(_HEADS, _check_heads),
     ConfigCheck(_HEADS, _check_rotary_size),
     ConfigCheck(("model.ffn_hidden", "model.vocab", "model.vocab_multiple", "parallel.tensor"), _check_widths),
-    ConfigCheck(("model.layers", *_PIPELINE), _check_pipeline),
+    ConfigCheck(("model.layers", "parallel.pipeline_layout", *_PIPELINE), _check_pipeline),
     ConfigCheck(("batch.global", "batch.micro", "phases[*].batch", "validation", *_PIPELINE), _check_own_batch),
     ConfigCheck(("batch.global", "batch.micro", "batch.ramp_up", *_PIPELINE), _check_ramp_up),
     ConfigCheck(("batch.global", "batch.micro", "phases[*].batch", *_PIPELINE), _check_phase_batches),

@@ -212,6 +212,8 @@ class ParallelConfig(Section):
     """Pipeline-parallel ranks (stages)."""
     virtual_pipeline: int = Field(1, gt=0)
     """Model chunks per pipeline rank; above 1 selects the interleaved schedule."""
+    pipeline_layout: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers per model chunk, in the order of the model, such as [9, 9, 9, 5]; null gives every chunk equally many."""
     context: int = Field(1, gt=0)
     """Context-parallel ranks, which share each sequence."""
     sequence: bool = False

@@ -94,6 +94,7 @@ def _parallel(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if is_interleaved else None,
+        "pipeline_model_parallel_layout": _pipeline_layout(parallel),
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence and parallel.tensor > 1,
         "pipeline_dtype": dtype,
@@ -102,6 +103,14 @@ def _parallel(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "overlap_p2p_comm": is_interleaved,
         "batch_p2p_comm": not is_interleaved,
     }
+
+
+def _pipeline_layout(parallel: ParallelConfig) -> list[list[str]] | None:
+    """Return the modules of every model chunk in megatron-core's names; None if all have as many layers."""
+    if parallel.pipeline_layout is None or parallel.pipeline == 1:
+        return None
+    chunks = [["decoder"] * num_layers for num_layers in parallel.pipeline_layout]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
 def _precision(precision: PrecisionConfig) -> dict[str, Any]:

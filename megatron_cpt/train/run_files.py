@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -93,7 +93,9 @@ def record(session: Session) -> Record:
     return Record(state, dump_yaml(session.config.to_dict()), session.plan.to_dict())
 
 
-def rank_layout(parallel: ParallelConfig, ranks: Ranks) -> dict[str, int]:
-    """Return the sizes that must be equal for the saved random states to belong to the same ranks."""
+def rank_layout(parallel: ParallelConfig, ranks: Ranks) -> dict[str, Any]:
+    """Return the sizes that must be equal for the saved random states to belong to the same layers."""
     names = ("tensor", "pipeline", "virtual_pipeline", "context")
-    return {"world_size": ranks.world_size, **{name: getattr(parallel, name) for name in names}}
+    sizes: dict[str, Any] = {"world_size": ranks.world_size, **{name: getattr(parallel, name) for name in names}}
+    # Checkpoints of versions without this key have no entry, like runs that do not set it.
+    return sizes if parallel.pipeline_layout is None else {**sizes, "pipeline_layout": parallel.pipeline_layout}

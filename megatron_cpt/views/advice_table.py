@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import IO
 
@@ -10,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_cpt.config import RunConfig
 from megatron_cpt.planning.cluster.advise import AS_GOOD, Advice
 from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, Candidate, Cluster, fits, step_lines
 from megatron_cpt.planning.cost.memory import GIB
@@ -17,6 +19,8 @@ from megatron_cpt.views.plan_table import named_lines, print_parts
 
 MAX_ROWS = 10
 MAX_MISFITS = 6
+# Model chunks of which the table shows the layers; `--json` has all of them.
+MAX_SHOWN_CHUNKS = 8
 
 
 def render_cluster(cluster: Cluster, stream: IO[str]) -> None:
@@ -53,6 +57,8 @@ def _cluster_lines(cluster: Cluster) -> Iterator[tuple[str, str]]:
     )
     yield "knobs", f"{_knobs(cluster.knobs)}{with_overlap}"
     yield "time", f"about {cluster.seconds / 86400:.1f} days = {cluster.gpu_hours:,.0f} GPU hours (steps only)"
+    for hint in cluster.hints:
+        yield "hint", hint
 
 
 def _knobs(on: frozenset[str]) -> str:
@@ -75,7 +81,7 @@ def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
     if advice.ranking:
         yield _ranking(advice)
         yield _assumptions(advice.ranking)
-        yield Text(f"to use the first: {' '.join(advice.ranking[0].overrides)}")
+        yield Text(f"to use the first: {shlex.join(advice.ranking[0].overrides)}")
     else:
         yield Text("no layout fits; use more GPUs, or GPUs with more memory")
     yield Text(_current(advice))
@@ -126,7 +132,15 @@ def _name(candidate: Candidate) -> str:
     config = candidate.config
     virtual = f" VP{config.parallel.virtual_pipeline}" if config.parallel.virtual_pipeline > 1 else ""
     recompute = "" if config.recompute.granularity == "none" else f" {config.recompute.granularity} recompute"
-    return f"{candidate.split}{virtual} MBS{config.batch.micro}{recompute}"
+    return f"{candidate.split}{virtual}{_layers(config)} MBS{config.batch.micro}{recompute}"
+
+
+def _layers(config: RunConfig) -> str:
+    """Return the layers per model chunk, if they are unequal: ` 9+9+9+5`."""
+    layout = config.parallel.pipeline_layout
+    if layout is None or len(set(layout)) == 1:
+        return ""
+    return f" {'+'.join(map(str, layout))}" if len(layout) <= MAX_SHOWN_CHUNKS else " uneven"
 
 
 def _current(advice: Advice) -> str:

@@ -16,12 +16,17 @@ LAYOUTS = {
         "tp2-sp": ["parallel.tensor=2", "parallel.sequence=true"],
         "pp2": ["parallel.pipeline=2"],
         "pp2-interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        "pp2-uneven": ["parallel={pipeline: 2, pipeline_layout: [3, 1]}"],
+        "pp2-head-alone": ["parallel={pipeline: 2, pipeline_layout: [4, 0]}"],
+        "pp2-interleaved-uneven": ["parallel={pipeline: 2, virtual_pipeline: 2, pipeline_layout: [1, 2, 1, 0]}"],
         "dp2": [],
         "dp2-plain-optimizer": ["parallel.distributed_optimizer=false"],
     },
     4: {
         "tp2-pp2": ["parallel.tensor=2", "parallel.pipeline=2"],
         "tp2-sp-dp2": ["parallel.tensor=2", "parallel.sequence=true"],
+        "tp2-pp2-uneven": ["parallel={tensor: 2, sequence: true, pipeline: 2, pipeline_layout: [1, 3]}"],
+        "pp4-uneven": ["parallel={pipeline: 4, pipeline_layout: [0, 1, 2, 1]}"],
     },
 }
 
@@ -58,9 +63,10 @@ def test_random_weights_do_not_depend_on_the_layout(run_file: Path, preset: str)
     still = [f"model.preset={preset}", "schedule.max_lr=1e-60", "schedule.min_lr=0", "stop_at_step=1"]
     still += ["model.tied_embeddings=true"] if preset == "tiny_llama" else []
     layouts = [[], ["parallel.tensor=2"], ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]]
+    layouts += [["parallel={pipeline: 2, virtual_pipeline: 2, pipeline_layout: [2, 1, 1, 0]}"]]
     runs = [[*still, *layout, f"output={folder}/{number}"] for number, layout in enumerate(layouts)]
     run_ranks(2, train_several, str(run_file), runs)
-    for number in (1, 2):
+    for number in (1, 2, 3):
         assert differing(newest(folder / "0"), newest(folder / str(number)), ignore=("optimizer.", "rng.")) == []
 
 
@@ -75,3 +81,22 @@ def test_tied_embeddings_and_full_recompute_over_a_pipeline(run_file: Path) -> N
     reference = [line["loss"] for line in read_metrics(folder / "dp2")]
     for name in ("pp2", "tp2-no-recompute"):
         assert [line["loss"] for line in read_metrics(folder / name)] == pytest.approx(reference, rel=1e-5)
+
+
+def test_three_layers_on_two_stages(run_file: Path) -> None:
+    """A run of 3 layers has the losses of one process, and resumes with another number of layers per stage."""
+    folder = run_file.parent / "three"
+    common = ["model.layers=3", "stop_at_step=6"]
+    run_ranks(1, train_here, str(run_file), [*common, f"output={folder}/alone"])
+    uneven = "parallel={pipeline: 2, pipeline_layout: [2, 1]}"
+    other = "parallel={pipeline: 2, pipeline_layout: [1, 2]}"
+    run_ranks(2, train_several, str(run_file), [
+        [*common, uneven, f"output={folder}/uneven"],
+        [*common, uneven, "stop_at_step=3", f"output={folder}/changed"],
+        [*common, other, f"output={folder}/changed"],
+        [*common, "parallel.tensor=2", "stop_at_step=3", f"output={folder}/from-tp2"],
+        [*common, uneven, f"output={folder}/from-tp2"],
+    ])  # fmt: skip
+    alone = [line["loss"] for line in read_metrics(folder / "alone")]
+    for name in ("uneven", "changed", "from-tp2"):
+        assert [line["loss"] for line in read_metrics(folder / name)] == pytest.approx(alone, rel=1e-5)

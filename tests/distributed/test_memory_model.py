@@ -8,7 +8,7 @@ from benchmarks.memory_model import CASES, measured_rows
 
 LAYOUTS = {
     1: ["fp32", "full recomputation"],
-    2: ["TP2, sequence parallel, gated", "PP2", "DP2, distributed optimizer"],
+    2: ["TP2, sequence parallel, gated", "PP2", "PP2 VPP2, unequal chunks", "DP2, distributed optimizer"],
     4: ["TP2 PP2, sequence parallel"],
 }
 

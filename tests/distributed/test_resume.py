@@ -53,13 +53,16 @@ def test_samples_follow_the_blend_within_one_and_a_half(unbroken: Path) -> None:
 
 
 def test_a_checkpoint_changes_its_layout_to_the_bit(run_file: Path, base: Path) -> None:
-    """Load and save weights and optimizer with TP x PP = 1x1, 2x1, 1x2, 1x1 (two replicas) and interleaved."""
+    """Load and save weights and optimizer with TP x PP = 1x1, 2x1, 1x2, 1x1 (two replicas), interleaved and unequal."""
     folder = run_file.parent / "reshaped"
     layouts = [
         ["parallel.tensor=2"],
         ["parallel.pipeline=2"],
         [],
         ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        ["parallel={pipeline: 2, pipeline_layout: [3, 1]}"],
+        ["parallel={pipeline: 2, virtual_pipeline: 2, pipeline_layout: [0, 1, 2, 1]}"],
+        ["parallel.tensor=2"],
     ]
     places = [base, *(folder / str(number) for number in range(len(layouts)))]
     moves = [(str(a), str(b), layout) for a, b, layout in zip(places, places[1:], layouts, strict=False)]

@@ -3,6 +3,9 @@
 A layout must divide and fit every step of the run, including the small batches of a ramp-up and the long sequences of a
 phase. Its speed is the speed in the steps that train most tokens, with the run's own options below `speed`. The option
 `tp_comm_overlap`, off by default, is on in every layout that allows it, unless the run sets it to false.
+
+Pipelines are tried with stages of equal depth, and with the depths that balance their time: with a large vocabulary the
+last stage, which has the head, takes fewer layers (`parallel.pipeline_layout`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from megatron_cpt.planning.cluster.estimate import (
     overlapped_speed,
     split_name,
 )
-from megatron_cpt.planning.cluster.step_time import Speed, with_tensor_overlap
+from megatron_cpt.planning.cluster.step_time import Speed, with_balanced_stages, with_tensor_overlap
+from megatron_cpt.planning.cost.rank_layout import Layout
 from megatron_cpt.planning.hardware import Gpu
 from megatron_cpt.planning.run_plan import RunPlan
 from megatron_cpt.planning.timeline.segments import Segment
@@ -93,7 +97,7 @@ def advise(config: RunConfig, plan: RunPlan, num_gpus: int, gpu: Gpu) -> Advice:
         micro: _with_segments(plan, use_run_micro, micro_batch=micro) for micro in (*MICRO_BATCHES, config.batch.micro)
     }
     for split in _splits(config, num_gpus, gpu):
-        layouts = [(layout, plans[layout.batch.micro]) for layout in _layouts(split)]
+        layouts = [(layout, plans[layout.batch.micro]) for layout in _layouts(split, num_gpus, gpu)]
         num_tried += len(layouts)
         possible = [pair for pair in layouts if not candidate_problems(*pair, num_gpus)]
         candidates = [Candidate.build(*pair, num_gpus, gpu) for pair in possible]
@@ -167,18 +171,23 @@ def _splits(config: RunConfig, num_gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
         for context in CONTEXTS:
             if tensor * context > gpu.gpus_per_node or any(length % (2 * context * tensor) for length in lengths):
                 continue
-            for pipeline in _divisors(model.layers):
-                if num_gpus % (tensor * context * pipeline):
+            if num_gpus % (tensor * context):
+                continue
+            for pipeline in _divisors(num_gpus // (tensor * context)):
+                if pipeline > model.layers:
                     continue
-                parallel = {"tensor": tensor, "pipeline": pipeline, "context": context, "virtual_pipeline": 1}
+                parallel: dict[str, int | None] = {"tensor": tensor, "pipeline": pipeline, "context": context}
+                parallel |= {"virtual_pipeline": 1}
                 parallel |= {"sequence": tensor > 1, "distributed_optimizer": True}
+                if config.parallel.pipeline_layout is not None:
+                    parallel |= {"pipeline_layout": None}
                 yield config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
 
 
-def _layouts(split: RunConfig) -> Iterator[RunConfig]:
-    """Yield a split with every number of model chunks, micro-batch size and recomputation."""
-    parallel = split.parallel
-    for virtual in _divisors(split.model.layers // parallel.pipeline) if parallel.pipeline > 1 else [1]:
+def _layouts(split: RunConfig, num_gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
+    """Yield a split with every number of model chunks, micro-batch size and recomputation, equal or balanced stages."""
+    parallel, num_layers = split.parallel, split.model.layers
+    for virtual in _divisors(num_layers // parallel.pipeline) if parallel.pipeline > 1 else [1]:
         chunked = parallel.model_copy(update={"virtual_pipeline": virtual})
         for micro in MICRO_BATCHES:
             batch = split.batch.model_copy(update={"micro": micro})
@@ -186,7 +195,14 @@ def _layouts(split: RunConfig) -> Iterator[RunConfig]:
                 recompute = {"granularity": granularity, "method": "uniform", "num_layers": 1}
                 changes = {"parallel": chunked, "batch": batch}
                 changes |= {"recompute": split.recompute.model_copy(update=recompute)}
-                yield with_tensor_overlap(split.model_copy(update=changes))
+                layout = with_tensor_overlap(split.model_copy(update=changes))
+                is_even = num_layers % (parallel.pipeline * virtual) == 0
+                if is_even:
+                    yield layout
+                if parallel.pipeline > 1:
+                    balanced = with_balanced_stages(layout, Layout.build(layout, num_gpus), gpu)
+                    if not is_even or len(set(balanced.parallel.pipeline_layout or ())) > 1:
+                        yield balanced
 
 
 def _divisors(number: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +11,14 @@ from megatron_cpt.config import RunConfig
 from megatron_cpt.config.checks import CHECKS
 from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
 from megatron_cpt.errors import UserError
-from megatron_cpt.planning.cluster.step_time import Overlap, Speed, estimate_speed, with_tensor_overlap
+from megatron_cpt.planning.cluster.step_time import (
+    Overlap,
+    Speed,
+    estimate_speed,
+    with_balanced_stages,
+    with_tensor_overlap,
+)
+from megatron_cpt.planning.cost.activations import default_spec
 from megatron_cpt.planning.cost.formats import format_of
 from megatron_cpt.planning.cost.memory import GIB, Memory
 from megatron_cpt.planning.cost.parameters import FlopsPerToken, flops_per_token
@@ -23,6 +30,8 @@ from megatron_cpt.planning.timeline.segments import Segment
 
 # Share of the memory that a layout should leave free, for fragmentation and errors of the estimate.
 MEMORY_MARGIN = 0.08
+# Smallest loss of time for which a plan proposes stages of other depths.
+MIN_HINT = 0.03
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Cluster:
         flops: of training on one token, in the steps of `speed`.
         seconds: of all steps of the run.
         peak: FLOP/s of the GPU in the format of the matrix products (bf16 or FP8), of which MFU is a share.
+        hints: settings that would make the run faster, with the expected gain.
     """
 
     gpu: Gpu
@@ -48,6 +58,7 @@ class Cluster:
     flops: FlopsPerToken
     seconds: float
     peak: float
+    hints: Sequence[str]
 
     @property
     def memory(self) -> Memory:
@@ -82,6 +93,7 @@ class Cluster:
             "mfu_peak_flops": self.peak,
             "days": self.seconds / 86400,
             "gpu_hours": self.gpu_hours,
+            "hints": list(self.hints),
         }
 
 
@@ -134,7 +146,33 @@ def place_on_cluster(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int |
         flops=flops_per_token(config.model, most.seq_length),
         seconds=sum(speeds[segment.shape].step * segment.num_steps for segment in plan.segments),
         peak=gpu.fp8 if format_of(config) is not None and gpu.fp8 is not None else gpu.bf16,
+        hints=tuple(_hints(config, plan, gpu, num_gpus, speeds[most.shape])),
     )
+
+
+def _hints(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None, speed: Speed) -> Iterator[str]:
+    if config.recompute.granularity == "selective" and default_spec(config) == "te":
+        yield (
+            f"recompute.granularity=none saves about {speed.recompute / speed.step:.1%} of a step; fused attention "
+            "keeps no scores, so selective recomputation frees almost no memory"
+        )
+    if speed.uneven < MIN_HINT * speed.step:
+        return
+    run = with_shape(config, largest_segment(plan))
+    layout = Layout.build(run, num_gpus)
+    chosen = with_balanced_stages(run, layout, gpu).parallel.pipeline_layout
+    balanced = config.model_copy(update={"parallel": config.parallel.model_copy(update={"pipeline_layout": chosen})})
+    if candidate_problems(balanced, plan, layout.num_gpus):
+        return
+    faster = estimate_speed(with_shape(balanced, largest_segment(plan)), layout, gpu)
+    memory = max(peak_memories(balanced, plan.segments, num_gpus, gpu), key=lambda memory: memory.total)
+    gain = faster.tokens_per_gpu / speed.tokens_per_gpu - 1
+    if gain >= MIN_HINT and fits(memory, gpu):
+        yield (
+            f"the slowest pipeline stage costs {speed.uneven / speed.step:.1%} of a step; "
+            f"parallel.pipeline_layout={_layout_text(chosen)} gives about {faster.tokens_per_gpu:,.0f} tokens/s/GPU "
+            f"({gain:+.0%}) with {memory.total / GIB:.1f} GiB"
+        )
 
 
 def overlapped_speed(config: RunConfig, plan: RunPlan, gpu: Gpu, num_gpus: int | None) -> Speed | None:
@@ -202,6 +240,8 @@ class Candidate:
         parallel, recompute = self.config.parallel, self.config.recompute
         keys = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "distributed_optimizer")
         values = {f"parallel.{key}": getattr(parallel, key) for key in keys}
+        if "pipeline_layout" in parallel.model_fields_set:
+            values["parallel.pipeline_layout"] = _layout_text(parallel.pipeline_layout)
         values |= {"batch.micro": self.config.batch.micro, "recompute.granularity": recompute.granularity}
         if recompute.granularity == "full":
             values |= {"recompute.method": recompute.method, "recompute.num_layers": recompute.num_layers}
@@ -221,6 +261,7 @@ class Candidate:
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
             "virtual_pipeline": parallel.virtual_pipeline,
+            "pipeline_layout": parallel.pipeline_layout,
             "context": parallel.context,
             "micro_batch": self.config.batch.micro,
             "recompute": self.config.recompute.granularity,
@@ -235,6 +276,10 @@ class Candidate:
             "why": self.why,
             "overrides": self.overrides,
         }
+
+
+def _layout_text(layout: Sequence[int] | None) -> str:
+    return "null" if layout is None else f"[{','.join(map(str, layout))}]"
 
 
 def split_name(config: RunConfig) -> str:

@@ -20,10 +20,10 @@ from megatron_cpt.planning.cluster.communication import (
     pipeline_seconds,
     tensor_seconds_per_layer,
 )
-from megatron_cpt.planning.cost.activations import layers_of_stage, tokens_of_micro_batch
+from megatron_cpt.planning.cost.activations import tokens_of_micro_batch
 from megatron_cpt.planning.cost.formats import format_of, quantized_layers
 from megatron_cpt.planning.cost.parameters import key_value_size, query_size
-from megatron_cpt.planning.cost.rank_layout import Layout
+from megatron_cpt.planning.cost.rank_layout import Layout, layers_of_stage, stage_chunks
 from megatron_cpt.planning.hardware import Gpu
 
 # Share of the dense peak that large matrix products reach during training, at the clock that the power limit allows.
@@ -39,13 +39,18 @@ HBM_EFFICIENCY = 0.85
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of one micro-batch on one stage, forward and backward; `Speed` explains the parts."""
+    """Seconds of one micro-batch on one stage, forward and backward; `Speed` explains the parts.
+
+    Attributes:
+        chunks: of every model chunk, without messages between stages.
+    """
 
     matmul: float
     attention: float
     memory_bound: float
     recompute: float
     communication: float
+    chunks: tuple[float, ...]
 
     @property
     def total(self) -> float:
@@ -57,7 +62,8 @@ def stage_time(
     config: RunConfig, layout: Layout, gpu: Gpu, links: Links, stage: int, *, overlaps_tensor: bool
 ) -> StageTime:
     """Estimate one micro-batch on one stage; `overlaps_tensor` hides tensor-parallel communication."""
-    layers = layers_of_stage(config)
+    sizes = [len(chunk) for chunk in stage_chunks(config, stage)]
+    layers = sum(sizes)
     matmul, casts = _layer_matmul(config, layout, gpu, stage)
     attention = _layer_attention(config, gpu)
     simple = casts + _layer_bytes(config) / (HBM_EFFICIENCY * gpu.hbm)
@@ -65,12 +71,19 @@ def stage_time(
     head_matmul, loss = _head(config, gpu) if stage == config.parallel.pipeline - 1 else (0.0, 0.0)
     # The interleaved schedule computes another chunk while a message is on its way; the plain one waits.
     messages = pipeline_seconds(config, links) if config.parallel.virtual_pipeline == 1 else 0.0
+    repeated = [_recompute(config, size, matmul, attention, simple, communication) for size in sizes]
+    chunks = [
+        size * (matmul + attention + simple + communication) + again
+        for size, again in zip(sizes, repeated, strict=True)
+    ]
+    chunks[-1] += head_matmul + loss
     return StageTime(
         matmul=layers * matmul + head_matmul,
         attention=layers * attention,
         memory_bound=layers * simple + loss,
-        recompute=_recompute(config, matmul, attention, simple, communication),
+        recompute=sum(repeated),
         communication=layers * communication + messages,
+        chunks=tuple(chunks),
     )
 
 
@@ -96,7 +109,7 @@ def _layer_matmul(config: RunConfig, layout: Layout, gpu: Gpu, stage: int) -> tu
     # Inputs and output gradients are read in bf16 (2 bytes) and written in FP8 plain and transposed (1 + 1); weights
     # are cast once per step.
     cast = sum(tokens * (k + n) + k * n / layout.num_micro_batches for k, n in linears) * (2 + 1 + 1)
-    share = quantized_layers(config, stage) / layers_of_stage(config)
+    share = quantized_layers(config, stage) / max(1, layers_of_stage(config, stage))
     return share * fp8 + (1 - share) * bf16, share * cast / (HBM_EFFICIENCY * gpu.hbm)
 
 
@@ -154,14 +167,16 @@ def _head(config: RunConfig, gpu: Gpu) -> tuple[float, float]:
     return matmul, 36 * rows * tokens / (HBM_EFFICIENCY * gpu.hbm)
 
 
-def _recompute(config: RunConfig, matmul: float, attention: float, simple: float, communication: float) -> float:
-    """Return seconds of repeated forward passes of a stage; forward is about a third of forward and backward."""
-    recompute, layers = config.recompute, layers_of_stage(config)
+def _recompute(
+    config: RunConfig, layers: int, matmul: float, attention: float, simple: float, communication: float
+) -> float:
+    """Return seconds of repeated forward passes of a model chunk; forward is about a third of forward and backward."""
+    recompute = config.recompute
     if recompute.granularity == "none":
         return 0.0
     forward_attention = attention * 2 / 7
     if recompute.granularity == "selective":
         return layers * forward_attention
     if recompute.method == "block":
-        layers = min(layers, recompute.num_layers * config.parallel.virtual_pipeline)
+        layers = min(layers, recompute.num_layers)
     return layers * (forward_attention + matmul / 3 + simple * 0.4 + communication / 2)

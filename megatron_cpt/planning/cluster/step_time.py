@@ -5,7 +5,8 @@ With m micro-batches, stages of t seconds per micro-batch (`stage_time.py`) and 
     m t_max + (sum(t) - t_max) / v + exposed gradient exchange + optimizer + scale
 
 (Narayanan et al., arXiv 2104.04473, extended to unequal stages: with a large vocabulary the stage of the head is the
-slowest). Example: 4 stages of 1, 1, 1 and 1.2 s, m = 8, v = 2 take 8 x 1.2 + 3 / 2 = 11.1 s.
+slowest). Example: 4 stages of 1, 1, 1 and 1.2 s, m = 8, v = 2 take 8 x 1.2 + 3 / 2 = 11.1 s. With chunks of unequal
+depth (`pipeline_layout`) the passes are simulated instead (`pipeline_schedule.py`).
 
 `Overlap` tells which communication runs beside computation. `benchmarks/adviser_accuracy.py` compares the estimate with
 all published figures known to us; docs/internals/adviser.md shows the table.
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from megatron_cpt.config import RunConfig
 from megatron_cpt.config.knobs import GPU_CLUSTER, is_possible, resolve_speed
 from megatron_cpt.planning.cluster.communication import GRADIENT_BYTES, GradientExchange, Links
-from megatron_cpt.planning.cluster.stage_time import HBM_EFFICIENCY, stage_time
+from megatron_cpt.planning.cluster.pipeline_schedule import balanced_layout, schedule_seconds
+from megatron_cpt.planning.cluster.stage_time import HBM_EFFICIENCY, StageTime, stage_time
 from megatron_cpt.planning.cost.memory import stage_parameters
-from megatron_cpt.planning.cost.rank_layout import Layout
+from megatron_cpt.planning.cost.rank_layout import Layout, stage_chunks
 from megatron_cpt.planning.hardware import Gpu
 
 # Seconds that each doubling of the number of nodes adds to a step: more hops, and ranks that wait for the slowest.
@@ -102,9 +104,7 @@ def estimate_speed(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap
     overlap = overlap or Overlap.of(config)
     links = Links.build(config, layout, gpu)
     num_stages, num_micro_batches = config.parallel.pipeline, layout.num_micro_batches
-    times = [
-        stage_time(config, layout, gpu, links, stage, overlaps_tensor=overlap.tensor) for stage in range(num_stages)
-    ]
+    times = _stage_times(config, layout, gpu, overlap)
     slowest = max(range(num_stages), key=lambda stage: times[stage].total)
     longest = times[slowest].total
     bubble = (sum(time.total for time in times) - longest) / config.parallel.virtual_pipeline
@@ -114,10 +114,13 @@ def estimate_speed(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap
     exchange = _exposed_exchange(config, layout, links, overlap, slowest, longest)
     optimizer = _optimizer_seconds(config, layout, gpu, slowest)
     scale = SECONDS_PER_DOUBLING * math.log2(max(1.0, layout.num_gpus / gpu.gpus_per_node))
-    step = num_micro_batches * longest + bubble + exchange + optimizer + scale
+    passes = num_micro_batches * longest + bubble
+    if config.parallel.pipeline_layout is not None and config.parallel.virtual_pipeline > 1:
+        passes = schedule_seconds([time.chunks for time in times], num_micro_batches)
+    step = passes + exchange + optimizer + scale
     return Speed(
         step=step,
-        uneven=num_micro_batches * longest - means.pop("total"),
+        uneven=passes - bubble - means.pop("total"),
         bubble=bubble,
         exchange=exchange,
         optimizer=optimizer,
@@ -125,6 +128,23 @@ def estimate_speed(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap
         tokens_per_gpu=config.batch.global_ * config.seq_length / step / layout.num_gpus,
         **means,
     )
+
+
+def _stage_times(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap) -> list[StageTime]:
+    links, stages = Links.build(config, layout, gpu), range(config.parallel.pipeline)
+    return [stage_time(config, layout, gpu, links, stage, overlaps_tensor=overlap.tensor) for stage in stages]
+
+
+def with_balanced_stages(config: RunConfig, layout: Layout, gpu: Gpu) -> RunConfig:
+    """Return the run with the `parallel.pipeline_layout` whose stages take about equally long."""
+    parallel, num_layers = config.parallel, config.model.layers
+    even = config.model_copy(update={"parallel": parallel.model_copy(update={"pipeline_layout": None})})
+    times = _stage_times(even, layout, gpu, Overlap.of(even))
+    chunk = len(stage_chunks(even, 0)[0])
+    layer = times[0].chunks[0] / chunk
+    head = times[-1].chunks[-1] / layer - chunk
+    balanced = balanced_layout(num_layers, parallel.pipeline, parallel.virtual_pipeline, head)
+    return config.model_copy(update={"parallel": parallel.model_copy(update={"pipeline_layout": balanced})})
 
 
 def _exposed_exchange(

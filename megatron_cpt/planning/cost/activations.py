@@ -14,6 +14,8 @@ The number of micro-batches in flight follows megatron-core's 1F1B and interleav
 
 from __future__ import annotations
 
+from functools import lru_cache
+from operator import mul
 from typing import Literal
 
 from megatron_cpt.config import RunConfig
@@ -21,7 +23,7 @@ from megatron_cpt.config.knobs import GPU_CLUSTER, fuses_swiglu
 from megatron_cpt.config.model import Norm
 from megatron_cpt.planning.cost.formats import format_of
 from megatron_cpt.planning.cost.parameters import key_value_size, query_size
-from megatron_cpt.planning.cost.rank_layout import Layout
+from megatron_cpt.planning.cost.rank_layout import Layout, stage_chunks
 
 Spec = Literal["te", "local"]
 
@@ -29,11 +31,6 @@ Spec = Literal["te", "local"]
 def default_spec(config: RunConfig) -> Spec:
     """Return the layer spec of a plan: Transformer Engine for bf16, else torch's own kernels."""
     return "te" if config.precision.compute == "bf16" else "local"
-
-
-def layers_of_stage(config: RunConfig) -> int:
-    """Return the number of layers per pipeline stage."""
-    return max(1, config.model.layers // config.parallel.pipeline)
 
 
 def layer_activation_bytes(config: RunConfig, *, spec: Spec | None = None, fused_attention: bool = True) -> float:
@@ -135,21 +132,25 @@ def _hidden_bytes(config: RunConfig) -> float:
 def stage_activation_bytes(config: RunConfig, layout: Layout, stage: int, spec: Spec) -> float:
     """Return bytes of activations of one stage: of its layers for all micro-batches in flight, and of the head."""
     hidden, stages = _hidden_bytes(config), config.parallel.pipeline
-    kept = _chunk_activation_bytes(config, layer_activation_bytes(config, spec=spec), hidden)
-    in_flight = _chunks_in_flight(config, layout, stage)
+    sizes = tuple(map(len, stage_chunks(config, stage)))
+    in_flight = _passes_in_flight(stages, stage, layout.num_micro_batches, sizes)
+    layer = layer_activation_bytes(config, spec=spec)
+    kept = sum(
+        passes * _chunk_activation_bytes(config, layers, layer, hidden)
+        for passes, layers in zip(in_flight, sizes, strict=True)
+    )
     if stage < stages - 1:
         # megatron-core keeps the output that a chunk has sent until its backward pass.
-        return in_flight * (kept + hidden)
+        return kept + sum(in_flight) * hidden
     # Input and output of the final norm, for one micro-batch at a time.
     head = hidden * (1 + _norm_input_bytes(config, spec) / _element_bytes(config))
-    return in_flight * kept + (in_flight - 1) * hidden + head
+    return kept + (sum(in_flight) - 1) * hidden + head
 
 
-def _chunk_activation_bytes(config: RunConfig, layer: float, layer_input: float) -> float:
-    """Return bytes that a model chunk saves of one micro-batch."""
-    layers = max(1, layers_of_stage(config) // config.parallel.virtual_pipeline)
+def _chunk_activation_bytes(config: RunConfig, layers: int, layer: float, layer_input: float) -> float:
+    """Return bytes that a model chunk of a number of layers saves of one micro-batch."""
     recompute = config.recompute
-    if recompute.granularity != "full":
+    if recompute.granularity != "full" or layers == 0:
         return layers * layer
     unit = min(recompute.num_layers, layers)
     if recompute.method == "uniform":  # the input of each unit of layers
@@ -157,7 +158,7 @@ def _chunk_activation_bytes(config: RunConfig, layer: float, layer_input: float)
     return unit * layer_input + (layers - unit) * layer
 
 
-def working_bytes(config: RunConfig, spec: Spec) -> float:
+def working_bytes(config: RunConfig, stage: int, spec: Spec) -> float:
     """Return bytes of the layer that runs backward: gradients as wide as the MLP, and one of the residual stream.
 
     With full recomputation the activations of the recomputed layers are added.
@@ -168,7 +169,7 @@ def working_bytes(config: RunConfig, spec: Spec) -> float:
     working = wide + _hidden_bytes(config)
     if recompute.granularity != "full":
         return working
-    layers = max(1, layers_of_stage(config) // config.parallel.virtual_pipeline)
+    layers = max(map(len, stage_chunks(config, stage)))
     recomputed = min(recompute.num_layers, layers)
     if recompute.method == "block":
         # The first layers of a chunk are recomputed last, when the activations of the others are freed.
@@ -176,16 +177,26 @@ def working_bytes(config: RunConfig, spec: Spec) -> float:
     return working + recomputed * layer_activation_bytes(config, spec=spec)
 
 
-def _chunks_in_flight(config: RunConfig, layout: Layout, stage: int) -> int:
-    """Return the number of chunks whose activations a stage holds: its forward passes up to the first backward pass.
+@lru_cache(maxsize=4096)
+def _passes_in_flight(stages: int, stage: int, num_micro_batches: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the number of passes of each chunk of a stage, of `sizes` layers, whose activations it holds at its peak.
 
     With 4 stages, stage 0 holds 4 micro-batches under 1F1B. Interleaved with 2 chunks per rank it holds 2 x 3 + 4 + 1 =
     11 half stages, 1 + (p - 1) / (p v) = 1.375 times as much (Narayanan et al., arXiv 2104.04473).
     """
-    stages, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
-    total = layout.num_micro_batches * virtual
-    ahead = stages - stage - 1
-    return min(total, 2 * ahead + (virtual - 1) * stages + 1 if virtual > 1 else ahead + 1)
+    virtual, ahead = len(sizes), stages - stage - 1
+    total = num_micro_batches * virtual
+    limit = min(total, 2 * ahead + (virtual - 1) * stages + 1 if virtual > 1 else ahead + 1)
+    # Chunks take turns: groups of `stages` micro-batches pass chunk 0, then chunk 1, ..., and go back in reverse order.
+    held = [0] * virtual
+    for number in range(limit):
+        held[number // stages % virtual] += 1
+    peak = tuple(held)
+    for number in range(limit, min(total, limit + 2 * stages * virtual)):
+        held[virtual - 1 - (number - limit) // stages % virtual] -= 1
+        held[number // stages % virtual] += 1
+        peak = max(peak, tuple(held), key=lambda passes: sum(map(mul, passes, sizes)))
+    return peak
 
 
 def logits_bytes(config: RunConfig) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cpt.config import RunConfig
+from megatron_cpt.planning.cost.rank_layout import stage_chunks
 from megatron_cpt.planning.hardware import Gpu
 
 
@@ -67,12 +68,9 @@ def quantized_layers(config: RunConfig, stage: int) -> int:
 
     With 8 layers, 2 stages of 2 chunks each and `first_last_bf16: 1`, stage 0 has layers 0, 1, 4, 5, of which 3 count.
     """
-    precision, parallel, layers = config.precision, config.parallel, config.model.layers
-    section = precision.fp4 or precision.fp8
+    section = config.precision.fp4 or config.precision.fp8
     if section is None or format_of(config) is None:
         return 0
-    per_chunk = max(1, layers // (parallel.pipeline * parallel.virtual_pipeline))
-    firsts = [(chunk * parallel.pipeline + stage) * per_chunk for chunk in range(parallel.virtual_pipeline)]
-    numbers = [number for first in firsts for number in range(first, first + per_chunk)]
     ends = section.first_last_bf16
-    return sum(ends <= number < layers - ends for number in numbers)
+    in_format = range(ends, config.model.layers - ends)
+    return sum(number in in_format for chunk in stage_chunks(config, stage) for number in chunk)

@@ -17,7 +17,6 @@ from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
 from megatron_cpt.planning.cost.activations import (
     Spec,
     default_spec,
-    layers_of_stage,
     logits_bytes,
     stage_activation_bytes,
     tokens_of_micro_batch,
@@ -25,7 +24,7 @@ from megatron_cpt.planning.cost.activations import (
 )
 from megatron_cpt.planning.cost.formats import format_of, quantized_layers, weight_bytes
 from megatron_cpt.planning.cost.parameters import count_parameters, norm_size
-from megatron_cpt.planning.cost.rank_layout import Layout
+from megatron_cpt.planning.cost.rank_layout import Layout, layers_of_stage
 from megatron_cpt.planning.hardware import Gpu
 
 GIB = 2**30
@@ -77,8 +76,8 @@ class Memory:
 
 def stage_memories(config: RunConfig, layout: Layout, *, gpu: Gpu | None = None) -> Sequence[Memory]:
     """Return the memory of every pipeline stage."""
-    # More stages than layers are refused later; the plan is built anyway, to report all problems together.
-    stages = range(min(config.parallel.pipeline, config.model.layers))
+    # More stages than layers, embedding and head are refused later; the plan is built to report problems together.
+    stages = range(min(config.parallel.pipeline, config.model.layers + 2))
     return [stage_memory(config, layout, stage, gpu=gpu) for stage in stages]
 
 
@@ -107,7 +106,7 @@ def stage_memory(
         optimizer=optimizer,
         activations=stage_activation_bytes(config, layout, stage, spec),
         logits=logits,
-        working=max(0.0, working_bytes(config, spec) - logits),
+        working=max(0.0, working_bytes(config, stage, spec) - logits),
         reserved=0.0 if gpu is None else _reserved(config, layout),
     )
 
@@ -118,8 +117,9 @@ def stage_parameters(config: RunConfig, stage: int) -> float:
     first, last = stage == 0, stage == config.parallel.pipeline - 1
     # If embedding and head share weights but are on different stages, the last stage has a copy.
     tables = int(first) + int(last and not (model.tied_embeddings and first))
-    sharded = layers_of_stage(config) * parts.layer.matmul + tables * model.padded_vocab * model.hidden
-    whole = layers_of_stage(config) * (parts.layer.norms + parts.layer.biases) + (norm_size(model) if last else 0)
+    layers = layers_of_stage(config, stage)
+    sharded = layers * parts.layer.matmul + tables * model.padded_vocab * model.hidden
+    whole = layers * (parts.layer.norms + parts.layer.biases) + (norm_size(model) if last else 0)
     return sharded / config.parallel.tensor + whole
 
 

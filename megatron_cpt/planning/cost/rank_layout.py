@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.planning.problem import Problem
@@ -36,6 +37,27 @@ class Layout:
         micro_batches = max(1, config.batch.global_ // (config.batch.micro * replicas))
         waiting = (config.parallel.pipeline - 1) / config.parallel.virtual_pipeline
         return cls(num_gpus, replicas, micro_batches, waiting / (micro_batches + waiting))
+
+
+def stage_chunks(config: RunConfig, stage: int) -> list[range]:
+    """Return the layers of every model chunk of a pipeline stage.
+
+    With 8 layers, 2 stages of 2 chunks each and `pipeline_layout: [3, 2, 2, 1]`, stage 1 has layers 3, 4 and layer 7.
+    """
+    parallel, layers = config.parallel, config.model.layers
+    pipeline, sizes = parallel.pipeline, parallel.pipeline_layout
+    num_chunks = pipeline * parallel.virtual_pipeline
+    numbers = range(stage, num_chunks, pipeline)
+    if sizes is None or len(sizes) != num_chunks:  # `config/checks.py` reports the wrong length
+        size = max(1, layers // num_chunks)
+        return [range(number * size, (number + 1) * size) for number in numbers]
+    firsts = [0, *accumulate(sizes)]
+    return [range(firsts[number], firsts[number + 1]) for number in numbers]
+
+
+def layers_of_stage(config: RunConfig, stage: int) -> int:
+    """Return the number of layers of a pipeline stage."""
+    return sum(map(len, stage_chunks(config, stage)))
 
 
 def layout_problems(config: RunConfig, num_gpus: int) -> Iterator[Problem]:

@@ -30,6 +30,21 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
             ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
             "2 x parallel.virtual_pipeline: 4 does not divide model.layers",
         ),
+        (["parallel.pipeline=3"], "or set the layers of each chunk: parallel.pipeline_layout=[2,1,1]"),
+        (
+            ["parallel={pipeline: 2, pipeline_layout: [2, 1, 1]}"],
+            "parallel.pipeline_layout: 3 entries, but parallel.pipeline: 2 is 2 model chunks",
+        ),
+        (
+            ["parallel={pipeline: 2, virtual_pipeline: 2, pipeline_layout: [2, 2]}"],
+            "2 entries, but parallel.pipeline: 2 x parallel.virtual_pipeline: 2 is 4 model chunks",
+        ),
+        (
+            ["parallel={pipeline: 2, pipeline_layout: [3, 2]}"],
+            "parallel.pipeline_layout: adds up to 5 layers, but model.layers is 4",
+        ),
+        (["parallel={pipeline: 3, pipeline_layout: [2, 0, 2]}"], "parallel.pipeline_layout: entry 1 is 0"),
+        (["parallel={pipeline: 2, pipeline_layout: [5, -1]}"], "parallel.pipeline_layout[1]"),
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline: 2 needs parallel.pipeline above 1"),
         (
             ["sources.web.on_exhausted=renormalize"],
@@ -127,6 +142,8 @@ def test_a_batch_that_no_step_has_needs_no_divisor(run_data):
     [
         ["parallel={tensor: 4, pipeline: 4, sequence: true}"],
         ["parallel={pipeline: 2, virtual_pipeline: 2}"],
+        ["parallel={pipeline: 3, pipeline_layout: [1, 2, 1]}"],
+        ["parallel={pipeline: 2, virtual_pipeline: 2, pipeline_layout: [0, 2, 2, 0]}"],
         ["parallel.context=2"],
         ["documents={reset_attention: true, eod_id: 256}"],
         ["documents.reset_positions=true", "tokenizer=byte"],

@@ -63,7 +63,7 @@ def test_declared_sizes_are_the_pretraining_corpus(example):
 
 def test_the_readme_shows_the_real_plan(example, capsys, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[1])
-    assert main(["plan", "examples/nemotron4_15b/run.yaml"]) == 0
+    assert main(["plan", "examples/nemotron4_15b/run.yaml", "--gpus", "32"]) == 0
     assert capsys.readouterr().out.rstrip("\n") in README
     assert main(["plan", "examples/nemotron4_15b/run.yaml", "phases.qa.blend.qa=0.2"]) == 2
     refusal = capsys.readouterr().err.splitlines()

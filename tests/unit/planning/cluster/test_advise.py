@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from megatron_cpt.config import draft_config, load_config
 from megatron_cpt.errors import UserError
 from megatron_cpt.planning import GIB, Layout, build_plan
-from megatron_cpt.planning.cluster.advise import advise
+from megatron_cpt.planning.cluster.advise import AS_GOOD, advise
 from megatron_cpt.planning.cluster.estimate import (
     MEMORY_MARGIN,
     find_gpu,
@@ -24,6 +25,7 @@ from megatron_cpt.planning.hardware import A100, B200, H100, H200
 from megatron_cpt.planning.run_plan import with_shape
 from megatron_cpt.views.advice_table import render_advice, render_cluster
 
+ONE_STAGE = ["parallel={pipeline: 1, virtual_pipeline: 1, pipeline_layout: null}"]
 PUBLISHED = {"bf16": 6159, "fp8": 8275}  # NVIDIA dgxc-benchmarking v25.04: TP2 PP1 MBS2 on 16 to 64 H100
 
 
@@ -57,11 +59,12 @@ def rendered(render, found) -> str:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize(("num_gpus", "batch"), [(64, 1152), (512, 2048)])
-def test_the_published_split_is_among_the_first_three(nemotron, precision, num_gpus, batch):
+def test_the_published_split_is_as_good_as_the_first(nemotron, precision, num_gpus, batch):
     fp8 = ["precision.fp8={}"] if precision == "fp8" else []
     advice = advice_for(nemotron(f"batch.global={batch}", *fp8), num_gpus, H100)
-    first = {candidate.split: candidate.speed.tokens_per_gpu for candidate in advice.ranking[:3]}
-    assert first["TP2 PP1"] == pytest.approx(PUBLISHED[precision], rel=0.15)
+    speeds = {candidate.split: candidate.speed.tokens_per_gpu for candidate in advice.ranking}
+    assert speeds["TP2 PP1"] >= AS_GOOD * advice.ranking[0].speed.tokens_per_gpu
+    assert speeds["TP2 PP1"] == pytest.approx(PUBLISHED[precision], rel=0.15)
 
 
 @pytest.mark.parametrize("fp8", ["null", "{}"])
@@ -103,7 +106,7 @@ def test_a_knob_set_to_false_stays_off_in_the_ranking(nemotron):
 
 def test_a_knob_that_needs_one_shape_is_not_taken_where_phases_differ(nemotron):
     """Check the whole run: each phase alone has a single shape."""
-    run = nemotron("phases.qa.seq_length=16384", "phases.qa.batch={global: 288}", "parallel.pipeline=1")
+    run = nemotron("phases.qa.seq_length=16384", "phases.qa.batch={global: 288}", *ONE_STAGE)
     assert all(candidate.plain is None for candidate in advice_for(run, 64, H100).ranking)
     cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
     assert cluster.overlapped is None
@@ -169,13 +172,53 @@ def test_overrides_set_all_fields_of_recomputation(nemotron):
         assert nemotron(*shapes, *candidate.overrides).recompute == candidate.config.recompute
 
 
+EQUAL_STAGES = ["parallel={tensor: 8, pipeline: 4, sequence: true, pipeline_layout: null, virtual_pipeline: 1}"]
+
+
 def test_the_run_s_own_layout_is_judged(nemotron):
-    advice = advice_for(nemotron(), 64, H100)
+    advice = advice_for(nemotron(*EQUAL_STAGES, "recompute.granularity=selective"), 64, H100)
     assert advice.current.split == "TP8 PP4"
     assert advice.current.speed.tokens_per_gpu < advice.ranking[0].speed.tokens_per_gpu
     text = rendered(render_advice, advice)
     assert "this run's own layout, TP8 PP4 MBS2 selective recompute: about" in text
     assert "slowest stage" in text  # the head of 256,000 ids
+
+
+def test_the_example_has_tensor_and_pipeline_parallelism_and_is_as_good_as_the_first(nemotron):
+    run = nemotron()
+    assert min(run.parallel.tensor, run.parallel.pipeline) > 1
+    advice = advice_for(run, 64, H100)
+    assert advice.current_problem == ""
+    first = advice.ranking[0]
+    assert advice.current_overlapped.tokens_per_gpu > AS_GOOD * first.speed.tokens_per_gpu
+    assert advice.current.speed.tokens_per_gpu > AS_GOOD * first.plain.tokens_per_gpu
+    assert place_on_cluster(run, build_plan(run, {}), H100, 64).hints == ()
+
+
+def test_a_plan_proposes_balanced_stages(nemotron):
+    """The proposed layout has the predicted speed, and is no longer worth a hint."""
+    run = nemotron(*EQUAL_STAGES)
+    cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
+    (hint,) = cluster.hints
+    proposed = "parallel.pipeline_layout=[8,9,9,6]"
+    assert proposed in hint
+    balanced = nemotron(*EQUAL_STAGES, proposed)
+    better = place_on_cluster(balanced, build_plan(balanced, {}), H100, 64)
+    assert f"gives about {better.speed.tokens_per_gpu:,.0f} tokens/s/GPU" in hint
+    assert f"{better.memory.total / GIB:.1f} GiB" in hint
+    assert better.speed.tokens_per_gpu > 1.1 * cluster.speed.tokens_per_gpu
+    assert better.hints == ()
+    assert cluster.to_dict()["hints"] == [hint]
+    assert "hint" in rendered(render_cluster, cluster)
+
+
+def test_a_plan_names_recomputation_that_frees_nothing(nemotron):
+    run = nemotron("recompute.granularity=selective")
+    cluster = place_on_cluster(run, build_plan(run, {}), H100, 64)
+    (hint,) = cluster.hints
+    assert f"recompute.granularity=none saves about {cluster.speed.recompute / cluster.speed.step:.1%}" in hint
+    without = place_on_cluster(nemotron(), build_plan(run, {}), H100, 64)
+    assert without.memory.total == pytest.approx(cluster.memory.total, rel=0.01)
 
 
 def test_why_a_split_does_not_fit(nemotron):
@@ -194,10 +237,10 @@ def test_another_batch_is_named_where_it_is_faster(nemotron):
 
 
 def test_a_layout_that_does_not_divide_is_reported(nemotron):
-    advice = advice_for(nemotron(), 8, H200)
+    advice = advice_for(nemotron(), 6, H200)
     assert advice.current is None
-    assert "8 ranks are not a multiple" in advice.current_problem
-    assert "this run's own layout: 8 ranks are not a multiple" in rendered(render_advice, advice)
+    assert "6 ranks are not a multiple" in advice.current_problem
+    assert "this run's own layout: 6 ranks are not a multiple" in rendered(render_advice, advice)
 
 
 def test_nothing_fits(nemotron):
@@ -211,7 +254,41 @@ def test_long_sequences_get_context_parallelism(nemotron):
     advice = advice_for(nemotron("seq_length=131072", "batch.global=64"), 64, H100)
     assert advice.ranking[0].config.parallel.context > 1
     short = advice_for(nemotron(), 64, H100)
-    assert all(candidate.config.parallel.context == 1 for candidate in short.ranking)
+    as_good = AS_GOOD * short.ranking[0].speed.tokens_per_gpu
+    fast = [candidate for candidate in short.ranking if candidate.speed.tokens_per_gpu >= as_good]
+    assert all(candidate.config.parallel.context == 1 for candidate in fast)
+
+
+def test_a_large_vocabulary_gets_a_short_last_stage(nemotron):
+    """Expect pipelines to lose next to nothing to their slowest stage; with equal stages they lose a tenth or more."""
+    by_split = {candidate.split: candidate for candidate in advice_for(nemotron(), 64, H100).ranking}
+    for split in ("TP2 PP2", "TP4 PP4"):
+        candidate = by_split[split]
+        layout = candidate.config.parallel.pipeline_layout
+        assert sum(layout) == 32
+        # the head is as long as four layers
+        assert layout[-1] < layout[0]
+        assert candidate.speed.uneven / candidate.speed.step < 0.02
+        virtual = candidate.config.parallel.virtual_pipeline
+        parallel = [f"parallel.{key}={getattr(candidate.config.parallel, key)}" for key in ("tensor", "pipeline")]
+        run = nemotron(*parallel, "parallel.virtual_pipeline=1", "parallel.pipeline_layout=null")
+        even = estimate_speed(run, Layout.build(run, 64), H100)
+        assert even.uneven / even.step > 0.08
+        assert f"'parallel.pipeline_layout=[{','.join(map(str, layout))}]'" in shlex.join(candidate.overrides)
+        assert candidate.to_dict()["pipeline_layout"] == layout
+        assert len(layout) == run.parallel.pipeline * virtual
+
+
+def test_a_small_vocabulary_keeps_equal_stages(nemotron):
+    advice = advice_for(nemotron("model.vocab=8192"), 64, H100)
+    first = next(candidate for candidate in advice.ranking if candidate.config.parallel.pipeline > 1)
+    assert first.config.parallel.pipeline_layout is None
+
+
+def test_a_number_of_layers_that_nothing_divides_gets_pipelines(nemotron):
+    advice = advice_for(nemotron("model.layers=31", *ONE_STAGE), 64, H100)
+    by_split = {candidate.split: candidate for candidate in advice.ranking}
+    assert sum(by_split["TP2 PP4"].config.parallel.pipeline_layout) == 31
 
 
 def test_gpus_that_were_not_calibrated_are_marked(nemotron):

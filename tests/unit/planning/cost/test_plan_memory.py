@@ -189,6 +189,29 @@ def test_a_gpu_takes_memory_of_its_own(run_data):
     assert on_gpu.total - bare.total == on_gpu.reserved == (512 + 2 * 32 + 3 * 2 * 32 * 4) * MIB
 
 
+def test_unequal_stages_have_their_own_layers(run_data):
+    run = config(run_data, "parallel={pipeline: 3, pipeline_layout: [1, 3, 0]}")
+    parts = count_parameters(run.model)
+    table, layer = 384 * 128, parts.layer.total
+    expected = [layer + table, 3 * layer, table + parts.final_norm]
+    assert [stage(run, number).weights / 2 for number in range(3)] == expected
+    # stage 0 holds three micro-batches of one layer, stage 1 two of three layers; the head has no layer
+    saved, hidden = layer_activation_bytes(run), 2 * HIDDEN * TOKENS
+    activations = [stage(run, number).activations for number in range(3)]
+    assert activations == pytest.approx([3 * (saved + hidden), 2 * (3 * saved + hidden), 2 * hidden])
+
+
+def test_unequal_chunks_hold_what_the_schedule_keeps(run_data):
+    """Stage 0 of 2 with 2 chunks and 8 micro-batches holds 5 passes, at its peak 4 of the first chunk.
+
+    F and B are passes of a chunk: F0 F0 F1 F1 F0, then B1 F0, B1 F1, B0 F1, B0 F0, ...: after B1 F0 it holds 4 + 1.
+    """
+    saved, hidden = layer_activation_bytes(config(run_data)), 2 * HIDDEN * TOKENS
+    for layout, layers in (([2, 1, 1, 0], 4 * 2 + 1), ([1, 1, 2, 0], 3 * 1 + 2 * 2)):
+        run = config(run_data, f"parallel={{pipeline: 2, virtual_pipeline: 2, pipeline_layout: {layout}}}")
+        assert stage(run).activations == pytest.approx(layers * saved + 5 * hidden)
+
+
 def test_logits_are_on_the_last_stage(run_data):
     run = config(run_data, "parallel={tensor: 2, pipeline: 2}")
     assert stage(run, 0).logits == 0
@@ -208,7 +231,7 @@ def test_weights_that_are_kept_in_fp8_have_no_bf16_copy(run_data):
 def test_more_stages_than_layers_are_not_counted_one_by_one(run_data):
     """Build a plan for an invalid run.yaml, so that all its problems are reported together."""
     run = draft_config(run_data, ["parallel.pipeline=1_000_000_000_000"]).config
-    assert len(stage_memories(run, Layout.build(run))) == run.model.layers
+    assert len(stage_memories(run, Layout.build(run))) == run.model.layers + 2
 
 
 def test_the_largest_stage_counts(run_data):
