@@ -65,6 +65,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(spec: str) -> Tokenizer:
     """Load the tokenizer that a `KIND:PATH` names: `sentencepiece:tokenizer.model`, `huggingface:DIR` or `byte`.
 
+    `null:VOCAB_SIZE` is Megatron-LM's NullTokenizer, for tests of speed.
+
     Raises:
         UserError: the kind is unknown, or the file is missing or of another kind.
     """
@@ -75,6 +77,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return SentencePieceTokenizer(Path(path))
     if kind == "huggingface" and path:
         return HuggingFaceTokenizer(Path(path))
+    if kind == "null" and path.isdecimal():
+        return NullTokenizer(int(path))
     raise UserError(f"tokenizer {spec!r}: not a known KIND:PATH; give one of {KINDS}")
 
 
@@ -99,6 +103,36 @@ class ByteTokenizer(Tokenizer):
         return array[array < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
 
+class NullTokenizer(Tokenizer):
+    """Tokenizer of texts that are ids already, such as "17 4 256", as Megatron-LM's; the last id ends a document."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.eod_id = vocab_size - 1
+        self.fingerprint = f"null:{vocab_size}"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids that each text lists.
+
+        Raises:
+            UserError: a text is something else than ids of the vocabulary.
+        """
+        return [self._encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the ids as text."""
+        return " ".join(map(str, ids))
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            ids = [int(word) for word in text.split(" ")] if text else []
+        except ValueError:
+            ids = [-1]
+        if not all(0 <= number < self.vocab_size for number in ids):
+            raise UserError(f"tokenizer null:{self.vocab_size}: {text[:80]!r} is not a list of ids below that number")
+        return ids
+
+
 class SentencePieceTokenizer(Tokenizer):
     """SentencePiece `tokenizer.model`, alone or in a model's folder; its template is empty.
 
@@ -120,7 +154,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {path}: not a SentencePiece model; give one of {KINDS}") from error
         self.vocab_size: int = self._model.vocab_size()
         folder = path.parent if path.name == _SENTENCEPIECE_FILE else None
-        end = find_document_end(folder, self.token_id, _not_negative(self._model.eos_id()))
+        self.model_eos_id = _not_negative(self._model.eos_id())
+        end = find_document_end(folder, self.token_id, self.model_eos_id)
         self.eod_id, self.eod_note = end.id, end.note
         is_named, bos = find_special_token(folder, "bos_token")
         self.bos_id = self.token_id(bos) if bos is not None else None
