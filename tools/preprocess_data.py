@@ -12,6 +12,7 @@ so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
@@ -26,7 +27,7 @@ from megatron_cpt.cli.tool import run_tool
 from megatron_cpt.data.preprocess.file_format import find_format
 from megatron_cpt.data.preprocess.inputs import MAX_LINE_BYTES, expand_inputs
 from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
-from megatron_cpt.data.preprocess.streams import ByteStream
+from megatron_cpt.data.preprocess.streams import ByteStream, DamageError
 from megatron_cpt.data.tokenizers.special_tokens import find_special_token
 from megatron_cpt.data.tokenizers.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
@@ -95,6 +96,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     runtime.add_argument("--workers-to-check", nargs="+", type=int, default=[16, 32, 64])
     runtime.add_argument("--max-documents", type=int, default=100_000, help="documents of each trial")
     runtime.add_argument("--performance-dir", help="folder for the results of the trials")
+    runtime.add_argument(
+        "--max-bad", help="not Megatron-LM's: fail above so many bad lines (100), or this share (0.1%%)"
+    )
+    runtime.add_argument("--allow-damaged-input", action="store_true", help="not Megatron-LM's: keep what can be read")
     runtime.add_argument("--log-interval", type=int, default=1000, help="no effect: there is a progress bar")
     runtime.add_argument("--partitions", type=int, default=1, help="no effect: the input is always cut into blocks")
     runtime.add_argument("--keep-sequential-samples", action="store_true", help="no effect: the order is always kept")
@@ -165,6 +170,8 @@ def encode(options: argparse.Namespace) -> None:
             workers=options.workers,
             fast_tokenizer="on" if options.use_gigatoken and options.tokenizer_type in _GIGATOKEN else "auto",
             prefixes=[f"{options.output_prefix}_{key}_document" for key in options.json_keys],
+            max_bad=options.max_bad,
+            allow_damaged_input=options.allow_damaged_input,
             overwrite=True,
             progress=show,
             notify=notify,
@@ -209,7 +216,7 @@ def _lines(entry: str) -> Iterator[bytes]:
         form = find_format(path)
         if form is None or form.kind != "lines":
             raise UserError(f"--find-optimal-num-workers: {path} is not JSON lines")
-        with ByteStream(path, form) as stream:
+        with ByteStream(path, form) as stream, contextlib.suppress(DamageError):
             rest = b""
             for piece in stream.lines(MAX_LINE_BYTES):
                 *lines, rest = (rest + piece).split(b"\n")

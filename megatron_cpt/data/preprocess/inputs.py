@@ -216,8 +216,9 @@ def _files_of_folder(folder: str, notify: Callable[[str], None]) -> list[str]:
     paths: list[str] = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _is_own(os.path.join(parent, name))]
-        # A folder that `datasets` has saved: the rest of its JSON files describe the Arrow files.
-        about = _DATASETS_FILES if not _DATASETS_FILES.isdisjoint(names) else frozenset()
+        # A folder that `datasets` has saved: some of its JSON files only describe the Arrow files.
+        is_dataset = "dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)
+        about = _DATASETS_FILES if is_dataset else frozenset()
         candidates = (os.path.join(parent, name) for name in names if name not in about)
         paths += [path for path in candidates if not _is_own(path)]
     formats = {path: find_format(path) for path in sorted(paths)}

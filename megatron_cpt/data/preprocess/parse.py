@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import orjson
@@ -16,8 +14,8 @@ from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.data.preprocess.jsonl import read_range
 from megatron_cpt.data.preprocess.tables import NoText, find_value
 
-Wanted = tuple[str, Callable[[Any], Any], list[str]]
-"""Key, function that finds its value in a row, and the texts found so far."""
+Wanted = tuple[str, bool, list[str]]
+"""Key, whether it may name a nested value, and the texts found so far."""
 
 
 class BadLine(NamedTuple):
@@ -66,15 +64,15 @@ def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
     lines = block.lines or read_range(block.path, block.position, block.end, options.max_line_bytes)
     parsed = ParsedBlock([[] for _ in options.keys], [], lines.num_ends, 0, 0)
     num_blank, number = 0, lines.skipped
-    wanted = [(key, _finder(key), texts) for key, texts in zip(options.keys, parsed.texts, strict=True)]
+    wanted = [(key, "." in key, texts) for key, texts in zip(options.keys, parsed.texts, strict=True)]
     for number, line in enumerate(lines, lines.skipped + 1):
         if len(line) > options.max_line_bytes:
             parsed.bad_lines.append(BadLine(number, _too_long(options), len(line)))
             continue
         try:
             row = orjson.loads(line)
-            for _, find, texts in wanted:
-                text = find(row)
+            for key, is_nested, texts in wanted:
+                text = _find_nested(row, key) if is_nested else row[key]
                 if type(text) is not str:
                     raise TypeError
                 texts.append(text)
@@ -91,11 +89,7 @@ def _parse_lines(block: Block, options: BlockOptions) -> ParsedBlock:
     return ParsedBlock(parsed.texts, parsed.bad_lines, lines.num_ends, num_lines, num_bytes)
 
 
-def _finder(key: str) -> Callable[[Any], Any]:
-    return partial(_find_nested, key) if "." in key else itemgetter(key)
-
-
-def _find_nested(key: str, row: Any) -> Any:
+def _find_nested(row: Any, key: str) -> Any:
     return row[key] if key in row else find_value(row, key.split("."))
 
 
@@ -124,11 +118,11 @@ def _parse_bad_line(line: bytes, wanted: Sequence[Wanted]) -> str:
             return f"{reason}{hint}"
     if not isinstance(row, dict):
         return f"not an object, but a JSON {type(row).__name__}"
-    if reason and any(_holds_surrogate(_value(row, find)) for _, find, _ in wanted):
+    if reason and any(_holds_surrogate(_value(row, key)) for key, _, _ in wanted):
         return reason
     reason = ""
-    for number, (key, find, texts) in enumerate(wanted):
-        text = _value(row, find)
+    for number, (key, _, texts) in enumerate(wanted):
+        text = _value(row, key)
         if type(text) is str:
             if number >= num_taken:
                 texts.append(text)
@@ -142,9 +136,9 @@ def _parse_bad_line(line: bytes, wanted: Sequence[Wanted]) -> str:
 _MISSING = object()
 
 
-def _value(row: Any, find: Callable[[Any], Any]) -> Any:
+def _value(row: Any, key: str) -> Any:
     try:
-        return find(row)
+        return _find_nested(row, key)
     except LookupError:
         return _MISSING
 
@@ -153,7 +147,7 @@ def _count_texts(row: Any, wanted: Sequence[Wanted]) -> int:
     """Return how many of the first keys have a text."""
     if not isinstance(row, dict):
         return 0
-    found = [type(_value(row, find)) is str for _, find, _ in wanted]
+    found = [type(_value(row, key)) is str for key, _, _ in wanted]
     return found.index(False) if False in found else len(found)
 
 

@@ -109,6 +109,8 @@ def preprocess(
     started, prefix = time.monotonic(), os.fspath(output_prefix)
     path = Path(work_folder_path(prefix, options.shard))
     with os_errors_as_cpt_errors(path), spool_stdin(inputs, prefix) as (found, is_spooled):
+        if is_spooled and options.shard is not None:
+            raise UserError("input -: each shard would read another standard input; write it to a file first")
         if is_spooled:  # the input of an interrupted run is gone
             options = replace(options, restart=True)
         return _preprocess(found, prefix, tokenizer, options, started)
@@ -275,7 +277,7 @@ def _estimate_text_bytes(files: InputFiles) -> int:
 def _report(
     state: dict[str, Any], layout: OutputLayout, prefix: str, input_bytes: int, started: float
 ) -> PreprocessReport:
-    counts, log = state["counts"], state["bad"]
+    counts, log = state["counts"], bad.BadLineLog(**state["bad"])
     return PreprocessReport(
         output_prefix=prefix,
         prefixes=state.get("prefixes", []),
@@ -285,13 +287,13 @@ def _report(
         text_bytes=counts["text_bytes"],
         input_bytes=input_bytes,
         empty_documents=counts["empty_documents"],
-        lines=log["num_lines"],
-        bad_lines=log["count"],
-        bad_bytes=log["bad_bytes"] / max(1, log["num_bytes"]),
-        bad_reasons=log["reasons"],
-        damaged=log["damaged"],
-        added_ids=state["added_ids"],
-        bad_path=f"{prefix}.bad.jsonl" if log["count"] and "prefixes" in state else None,
+        lines=log.num_lines,
+        bad_lines=log.count,
+        bad_bytes=log.bad_bytes / max(1, log.num_bytes),
+        bad_reasons=log.reasons,
+        damaged=log.damaged,
+        added_ids=state.get("added_ids", ""),  # shards of earlier versions have none
+        bad_path=f"{prefix}.bad.jsonl" if log.count and "prefixes" in state else None,
         engine=state["engine"],
         mismatch=state["mismatch"],
         seconds=time.monotonic() - started,
