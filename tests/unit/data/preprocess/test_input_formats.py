@@ -272,11 +272,11 @@ class TestFolders:
 
 
 def test_a_large_row_group_is_read_in_pieces(tmp_path):
-    """A single row group of 64 MB that does not pack: memory grows by far less."""
+    """A single row group of 128 MB that does not pack: memory grows by far less."""
     import random
 
     rng = random.Random(0)
-    texts = [rng.randbytes(2000).hex() for _ in range(16_000)]
+    texts = [rng.randbytes(2000).hex() for _ in range(32_000)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=len(texts), compression="none")
     code = (
         "import sys, resource\n"
@@ -290,5 +290,5 @@ def test_a_large_row_group_is_read_in_pieces(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", code, str(tmp_path / "a.parquet")]
     rows, grown = map(int, subprocess.run(command, env=environment, check=True, capture_output=True).stdout.split())
-    assert rows == 16_000
-    assert grown < 45_000  # KiB; the whole column is 64,000
+    assert rows == 32_000
+    assert grown < 110_000  # KiB: about 70,000; 188,000 when the column is read as a whole
