@@ -57,9 +57,19 @@ def print_report(report: PreprocessReport) -> None:
     )
     if len(report.prefixes) > 1:
         print(f"written: {len(report.prefixes)} pairs, {report.prefixes[0]} to {report.prefixes[-1]}")
+    if report.added_ids:
+        print(report.added_ids)
     if report.empty_documents:
         print(f"skipped: {report.empty_documents:,} empty documents")
     if report.bad_lines:
         where = f", listed in {report.bad_path}" if report.bad_path else ""
         print(f"skipped: {report.bad_lines:,} bad lines{where}")
+        kinds = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(report.bad_reasons.items(), key=_most_first))
+        print(f"  {report.bad_lines / report.lines:.2%} of the lines, {report.bad_bytes:.2%} of the bytes: {kinds}")
+    for problem in report.damaged:
+        print(f"damaged: {problem}")
     sys.stdout.flush()
+
+
+def _most_first(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]

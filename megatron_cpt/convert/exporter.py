@@ -26,8 +26,8 @@ from megatron_cpt.convert.mapping.resolve import resolve
 from megatron_cpt.convert.mapping.rules import TensorRule
 from megatron_cpt.convert.side_files import find_side_files
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
-from megatron_cpt.convert.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 BLOCK_BYTES = 16 << 20
 """Bytes of a tensor that one thread holds in memory; see `torch_dist_plan.MAX_PIECE_BYTES`."""

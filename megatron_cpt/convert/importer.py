@@ -18,8 +18,8 @@ from megatron_cpt.convert.job import Advance, JobFolder, no_progress, refuse_exi
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, Target, TensorSpec, plan_files
 from megatron_cpt.convert.megatron.torch_dist_writer import FileEntry, WrittenFile, write_extra_states, write_file
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
-from megatron_cpt.convert.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.convert.vocabulary import VocabularyReport, extend_vocabulary
+from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 _EXTRA_STATE_FILE = "__extra_0.distcp"
 _SPARE_BYTES = 64 << 20  # for the files besides the tensors

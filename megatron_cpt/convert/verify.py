@@ -19,8 +19,8 @@ from megatron_cpt.convert.job import Advance, no_progress, run_parallel
 from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
 from megatron_cpt.convert.mapping.resolve import check_hf_tensors, resolve
 from megatron_cpt.convert.source import SourceCheckpoint
-from megatron_cpt.convert.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 # Fields that do not change what a model computes, or change only its padding
 _IGNORED_FIELDS = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout", "vocab_multiple"}

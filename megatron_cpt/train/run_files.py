@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from megatron_cpt import __version__
-from megatron_cpt.backend import Ranks
+from megatron_cpt.backend import Ranks, launched_rank
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import Record
 from megatron_cpt.config import ParallelConfig, RunConfig, dump_yaml
@@ -18,6 +19,8 @@ from megatron_cpt.provenance.plans_file import note_plan
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
+
+logger = logging.getLogger(__name__)
 
 
 def read_tokenizer(config: RunConfig) -> tuple[int | None, str | None]:
@@ -44,6 +47,8 @@ def read_tokenizer(config: RunConfig) -> tuple[int | None, str | None]:
             f"tokenizer: {config.tokenizer} has {tokenizer.vocab_size} ids, model.vocab is {config.model.vocab}; "
             "make the vocabulary at least as large"
         )
+    if eod_id is None and tokenizer.eod_note and launched_rank() == 0:
+        logger.info("tokenizer: %s; set documents.eod_id for another one", tokenizer.eod_note)
     return tokenizer.eod_id if eod_id is None else eod_id, tokenizer.fingerprint
 
 

@@ -7,9 +7,16 @@ from typing import Annotated
 
 import typer
 
-INPUT_HELP = "JSON Lines (also .gz, .zst) and .parquet: one or more files, globs or folders."
+INPUT_HELP = (
+    "JSON Lines, CSV, text (also .gz, .zst, .bz2, .xz), .parquet and .arrow: one or more files, globs or folders; - is "
+    "standard input."
+)
+EOD_HELP = "The token or id that ends each document, in place of the tokenizer's; implies --append-eod."
+BOS_HELP = "Begin each document with the tokenizer's beginning-of-sequence id."
+MAX_BAD_HELP = "Fail if more lines, or with % more lines or bytes, are bad. [default: 0.1%, but at least 10 lines]"
+DAMAGED_HELP = "Keep what can be read of truncated or corrupt files; otherwise they are refused."
 TOKENIZER_HELP = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json or byte."
-KEY_HELP = "The field that holds the text. Several keys: one dataset per key, P_KEY."
+KEY_HELP = "The field that holds the text; a.b is a field of a field. Several keys: one dataset per key, P_KEY."
 SHARD_HELP = "Encode part i of n (i from 0); `slurm`: the part of this task or array job. Afterwards: --join n."
 JOIN_HELP = "Join the N shards of P into one dataset; needs neither --input nor --tokenizer."
 FAST_HELP = "Use gigatoken instead of the tokenizer's library: auto (if installed and certified), on, off."
@@ -39,6 +46,8 @@ def preprocess(
     append_eod: Annotated[
         bool, typer.Option("--append-eod", help="End each document with the end-of-document id.")
     ] = False,
+    eod: Annotated[str | None, typer.Option("--eod", metavar="TOKEN_OR_ID", help=EOD_HELP)] = None,
+    prepend_bos: Annotated[bool, typer.Option("--prepend-bos", help=BOS_HELP)] = False,
     workers: Annotated[
         int | None, typer.Option("--workers", metavar="N", min=1, help="Worker processes. [default: all cores]")
     ] = None,
@@ -49,9 +58,8 @@ def preprocess(
         str | None,
         typer.Option("--split-tokens", metavar="T", help="Pairs of at most T tokens: P-00000, P-00001 and so on."),
     ] = None,
-    max_bad: Annotated[
-        str | None, typer.Option("--max-bad", metavar="N|X%", help="Fail if more lines are bad. [default: never]")
-    ] = None,
+    max_bad: Annotated[str | None, typer.Option("--max-bad", metavar="N|X%", help=MAX_BAD_HELP)] = None,
+    allow_damaged_input: Annotated[bool, typer.Option("--allow-damaged-input", help=DAMAGED_HELP)] = False,
     max_line: Annotated[
         str, typer.Option("--max-line", metavar="BYTES", help="Longer lines count as bad (64M: 64 million).")
     ] = "64M",
@@ -89,11 +97,14 @@ def preprocess(
         options = PreprocessOptions(
             key=key or "text",
             append_eod=append_eod,
+            eod=eod,
+            prepend_bos=prepend_bos,
             workers=workers,
             shuffle=shuffle,
             split_tokens=None if split_tokens is None else _count("--split-tokens", split_tokens),
             shard=part,
             max_bad=max_bad,
+            allow_damaged_input=allow_damaged_input,
             max_line_bytes=_count("--max-line", max_line),
             fast_tokenizer=fast_tokenizer.value,
             tokenizer_check=tokenizer_check.value,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
-from megatron_cpt.convert.system_errors import name_file_in_errors
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.system_errors import name_file_in_errors
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,38 @@ can stop after any block and resume with the next one, and each node can take a 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
 
-from megatron_cpt.data.preprocess.jsonl import Lines, PackedFile, cut_stream
+from megatron_cpt.data.preprocess.file_format import KNOWN, FileFormat, convert_hint, find_format, name_files
+from megatron_cpt.data.preprocess.jsonl import Lines, cut_stream
+from megatron_cpt.data.preprocess.streams import ByteStream, needs_stream
+from megatron_cpt.data.preprocess.tables import cut_document, cut_table
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.system_errors import name_file_in_errors
 
-ENDINGS = (*(f"{ending}{packed}" for ending in (".jsonl", ".json") for packed in ("", ".gz", ".zst")), ".parquet")
 BLOCK_BYTES = 1 << 21
 MAX_LINE_BYTES = 1 << 26
+BAD_LINES_ENDING = ".bad.jsonl"
+_LISTED_LINE = 64  # bytes at the beginning of a list of bad lines
+_STDIN_MAGIC = {
+    b"\x1f\x8b": ".jsonl.gz",
+    b"\x28\xb5\x2f\xfd": ".jsonl.zst",
+    b"BZh": ".jsonl.bz2",
+    b"\xfd7zXZ\0": ".jsonl.xz",
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+}
+_DATASETS_FILES = frozenset({"state.json", "dataset_info.json", "dataset_dict.json"})
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,12 @@ class InputFiles:
         """Size of all files on disk."""
         return self.starts[-1]
 
+    def empty_archives(self) -> list[str]:
+        """Return the files of 0 bytes whose format needs some; they have no block."""
+        sizes = (end - start for start, end in pairwise(self.starts))
+        formats = ((path, find_format(path)) for path, size in zip(self.paths, sizes, strict=True) if size == 0)
+        return [path for path, form in formats if form and (form.packing or form.kind in ("parquet", "arrow"))]
+
     def identity(self) -> list[list[str | int]]:
         """Return path, size and modification time in nanoseconds per file; a changed file has another identity."""
         stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
@@ -53,7 +78,8 @@ class BlockOptions:
     """Settings that decide how the input is cut into blocks and lines.
 
     Attributes:
-        keys: keys of the texts; for parquet also the columns that are read.
+        keys: keys of the texts; for tables, parquet and Arrow also the columns that are read. `meta.text` is the key
+            `text` of the object `meta`, unless there is a key of that whole name; `parts.0` is the first of a list.
         block_bytes: approximate size of a block.
         max_line_bytes: a longer line counts as bad and is never held in memory.
     """
@@ -79,14 +105,15 @@ class Cursor:
 class Block:
     """Small piece of a file: the unit of work, of resuming and of sharding.
 
-    Packed files come with their unpacked lines, parquet files with their rows. With neither, the worker reads the bytes
-    [position, end) itself.
+    Streams come with their lines, parquet and Arrow files with their rows, tables with the values of each key. With
+    none of these, the worker reads the bytes [position, end) itself.
 
     Attributes:
         position: first byte of the unpacked file, or first row.
         end: position of the next block.
         bytes_done: bytes on disk of all files up to the end of this block.
         rows: rows as an Arrow stream.
+        values: values per key, one per row.
         damage: why the file cannot be read beyond this block.
     """
 
@@ -97,6 +124,7 @@ class Block:
     bytes_done: int
     lines: Lines | None = None
     rows: bytes | None = None
+    values: list[list[Any]] | None = None
     damage: str | None = None
 
     @property
@@ -117,10 +145,17 @@ class Shard:
         return total_bytes * self.index // self.count, total_bytes * (self.index + 1) // self.count
 
 
-def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
+def expand_inputs(
+    inputs: Sequence[str | os.PathLike[str]], notify: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """Return the files named by paths, globs and folders: in the given order, sorted within a glob or folder.
 
-    A folder stands for every file below it, at any depth, that has a known ending.
+    A folder stands for every file below it, at any depth, that has a known ending; .txt files only if it holds no other
+    kind. Files that `preprocess` itself writes are never read from a folder or a glob: work folders, lists of bad
+    lines, datasets and their sidecars.
+
+    Args:
+        notify: called with a sentence that names the files of a folder that are not read.
 
     Raises:
         UserError: a file is missing, unreadable or has an unknown ending, or a folder or glob is empty.
@@ -128,14 +163,21 @@ def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
     files: list[str] = []
     for name in inputs:
         entry = os.fspath(name)
+        if os.path.isdir(entry):
+            files += _files_of_folder(entry, notify)
+            continue
         found = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
         if not found:
             raise UserError(f"input {entry}: no such file")
+        if found != [entry]:
+            found = [path for path in found if not _is_own(path)]
         for path in found:
-            files += _files_of_folder(path) if os.path.isdir(path) else [path]
+            files += _files_of_folder(path, notify) if os.path.isdir(path) else [path]
     for file in files:
-        if not file.endswith(ENDINGS):
-            raise UserError(f"input {file}: unknown ending; known endings are {', '.join(ENDINGS)}")
+        if find_format(file) is None:
+            raise UserError(f"input {file}: unknown ending; {convert_hint(file)} (known endings are {KNOWN})")
+        if _is_own(file):
+            raise UserError(f"input {file}: is a file that preprocess wrote, not a file of documents; do not give it")
         if not os.access(file, os.R_OK):
             raise UserError(f"input {file}: no permission to read it; change its permissions")
     if not files:
@@ -143,12 +185,65 @@ def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
     return files
 
 
-def _files_of_folder(folder: str) -> list[str]:
-    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = sorted(path for path in paths if path.endswith(ENDINGS))
+@contextlib.contextmanager
+def spool_stdin(
+    inputs: Sequence[str | os.PathLike[str]], prefix: str
+) -> Iterator[tuple[list[str | os.PathLike[str]], bool]]:
+    """Copy standard input, named "-", to a file beside the output, because blocks may be read more than once.
+
+    Yields:
+        The inputs with the file in place of "-", and whether there was one. The file is removed at the end.
+    """
+    names = [os.fspath(name) for name in inputs]
+    if "-" not in names:
+        yield list(inputs), False
+        return
+    stream = sys.stdin.buffer
+    begin = stream.read(8)
+    ending = next((ending for magic, ending in _STDIN_MAGIC.items() if begin.startswith(magic)), ".jsonl")
+    spool = f"{prefix}.stdin{ending}"
+    os.makedirs(os.path.dirname(spool) or ".", exist_ok=True)
+    try:
+        with name_file_in_errors(Path(spool)), open(spool, "wb") as file:
+            file.write(begin)
+            shutil.copyfileobj(stream, file, 1 << 20)
+        yield [spool if name == "-" else name for name in names], True
+    finally:
+        Path(spool).unlink(missing_ok=True)
+
+
+def _files_of_folder(folder: str, notify: Callable[[str], None]) -> list[str]:
+    paths: list[str] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_own(os.path.join(parent, name))]
+        # A folder that `datasets` has saved: some of its JSON files only describe the Arrow files.
+        is_dataset = "dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)
+        about = _DATASETS_FILES if is_dataset else frozenset()
+        candidates = (os.path.join(parent, name) for name in names if name not in about)
+        paths += [path for path in candidates if not _is_own(path)]
+    formats = {path: find_format(path) for path in sorted(paths)}
+    found = [path for path, form in formats.items() if form is not None and form.kind != "text"]
+    found = found or [path for path, form in formats.items() if form is not None]
+    others = [path for path in formats if path not in set(found)]
     if not found:
-        raise UserError(f"input {folder}: a folder without a file that ends in {', '.join(ENDINGS)}")
+        hint = f"; {convert_hint(others[0])}" if others else ""
+        raise UserError(f"input {folder}: a folder without a file that ends in {KNOWN}{hint}")
+    if others:
+        notify(f"not read from {folder}, {len(others)} files: {name_files(others)}")
     return found
+
+
+def _is_own(path: str) -> bool:
+    """Return whether `preprocess` wrote a file or folder, in this run or an earlier one."""
+    stem, ending = os.path.splitext(path)
+    if os.path.isdir(path):
+        return re.search(r"\.preprocess(-\d+-of-\d+)?$", path) is not None
+    if path.endswith(BAD_LINES_ENDING):
+        with open(path, "rb") as file:
+            return file.readline(_LISTED_LINE).startswith(b'{"file":')
+    if ending == ".json":
+        return os.path.exists(f"{stem}.idx")
+    return ending in (".bin", ".idx") or re.search(r"/\..*\.preprocess.*\.lock$", f"/{path}") is not None
 
 
 def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
@@ -187,8 +282,8 @@ def read_blocks(
 ) -> Iterator[Block]:
     """Yield the blocks of a shard, from a cursor on.
 
-    A block belongs to the shard in which it begins. Packed files cannot be entered in the middle, so all their blocks
-    belong to the shard in which the file begins.
+    A block belongs to the shard in which it begins. Only plain JSON lines and parquet files can be entered in the
+    middle; all blocks of other files belong to the shard in which the file begins.
     """
     first, last = (shard or Shard()).interval(files.total_bytes)
     start = start or Cursor()
@@ -197,29 +292,54 @@ def read_blocks(
         if number < start.file or file_end <= first or base >= last:
             continue
         begin = start.position if number == start.file else 0
-        if path.endswith(".parquet"):
+        form = find_format(path)
+        assert form is not None
+        if form.kind == "parquet":
             from megatron_cpt.data.preprocess.parquet import cut_rows
 
             settings = (options.keys, options.block_bytes, begin)
             for position, end, done, rows, damage in cut_rows(path, (base, file_end), (first, last), *settings):
                 yield Block(number, path, position, end, done, rows=rows, damage=damage)
-        elif not path.endswith((".gz", ".zst")):
+        elif form.kind == "lines" and not needs_stream(path, form):
             # Cut at multiples of `block_bytes`; the lines of a block are those that begin in it (`read_range`).
             step, low = options.block_bytes, max(begin, first - base, 0)
             for position in range(-(-low // step) * step, min(file_end, last) - base, step):
                 end = min(position + step, file_end - base)
                 yield Block(number, path, position, end, base + end)
         elif first <= base < last:
-            with PackedFile(path) as file:
-                for cut in cut_stream(file, options.block_bytes, options.max_line_bytes):
-                    if cut.position >= begin:
-                        done = base + file.tell()
-                        yield Block(number, path, cut.position, cut.end, done, lines=cut.lines, damage=cut.damage)
+            yield from (block for block in _stream_blocks(number, files, options, form) if block.position >= begin)
+
+
+def _stream_blocks(number: int, files: InputFiles, options: BlockOptions, form: FileFormat) -> Iterator[Block]:
+    """Yield the blocks of a file that is read from its beginning."""
+    path, base, file_end = files.paths[number], *files.starts[number : number + 2]
+    if form.kind == "arrow":
+        from megatron_cpt.data.preprocess.parquet import cut_batches
+
+        for position, end, done, rows, damage in cut_batches(path, (base, file_end), options.keys, options.block_bytes):
+            yield Block(number, path, position, end, done, rows=rows, damage=damage)
+        return
+    with ByteStream(path, form) as stream:
+        if form.kind == "lines":
+            lines = stream.lines(options.max_line_bytes)
+            for cut in cut_stream(lines, options.block_bytes, options.max_line_bytes):
+                done = base + stream.tell()
+                yield Block(number, path, cut.position, cut.end, done, lines=cut.lines, damage=cut.damage)
+            return
+        if form.kind == "text":
+            cuts = cut_document(path, stream, options.keys, options.max_line_bytes)
+        else:
+            cuts = cut_table(path, stream, form, options.keys, options.block_bytes, options.max_line_bytes)
+        for rows_cut in cuts:
+            done = base + stream.tell()
+            yield Block(
+                number, path, rows_cut.position, rows_cut.end, done, values=rows_cut.values, damage=rows_cut.damage
+            )
 
 
 def lines_before(block: Block, options: BlockOptions) -> int:
     """Count the line ends of a file before a block; needed only to number a bad line of a shard's first file."""
-    if block.path.endswith(".parquet"):
+    if block.rows is not None or block.values is not None or find_format(block.path) == FileFormat("parquet"):
         return block.position
     count, left = 0, block.position
     with open(block.path, "rb") as file:

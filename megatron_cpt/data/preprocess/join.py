@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron_cpt.data.preprocess.pipeline import PreprocessReport, publish_run,
 from megatron_cpt.data.preprocess.work_folder import WorkFolder, read_finished
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.resumable import differing_names
+from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 _COPY_BYTES = 1 << 24
 
@@ -36,7 +38,13 @@ def join_shards(
             no shard holds a document.
         RefusedError: too many bad lines, or one shard found a mismatch of gigatoken and others used gigatoken.
     """
-    started, prefix, limit = time.monotonic(), os.fspath(output_prefix), bad.parse_max_bad(max_bad)
+    prefix = os.fspath(output_prefix)
+    with os_errors_as_cpt_errors(Path(work_folder_path(prefix))):
+        return _join(prefix, count, bad.parse_max_bad(max_bad), overwrite)
+
+
+def _join(prefix: str, count: int, limit: bad.MaxBad, overwrite: bool) -> PreprocessReport:
+    started = time.monotonic()
     folders = [work_folder_path(prefix, Shard(index, count)) for index in range(count)]
     interrupted = read_finished(work_folder_path(prefix))  # a killed call had started to publish: only do the rest
     states: list[dict[str, Any]] = []
@@ -49,7 +57,7 @@ def join_shards(
     if interrupted is None:
         refuse_to_overwrite(layout.prefixes, overwrite)
         state = _joined_state(states)
-        limit.check(state["bad"]["count"], state["bad"]["num_lines"], "; ".join(state["bad"]["first"]))
+        limit.check(bad.BadLineLog(**state["bad"]), is_complete=True)
     with WorkFolder(work_folder_path(prefix), settings) as folder:
         if interrupted is None:
             folder.start_from_scratch()

@@ -1,22 +1,18 @@
-"""Read the lines of JSONL files in bounded memory: byte ranges of plain files, streams of gzip and Zstandard files."""
+"""Read the lines of JSONL files in bounded memory: byte ranges of plain files, and streams of all others."""
 
 from __future__ import annotations
 
+import codecs
 import os
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import zstandard
 
-_PACKED_READ = 1 << 18  # less than a block, as it grows when unpacked
-_ZSTD_READ = 1 << 10  # at least 4 bytes per Zstandard block, at most 128 KiB out of each: at most 32 MiB per read
-_UNPACKED_PIECE = 1 << 20
+from megatron_cpt.data.preprocess.streams import DamageError
+
 _TAIL_READ = 1 << 18
 _READ_AHEAD = 1 << 16  # bytes after a range
-_MAX_WINDOW = 1 << 31  # for files of `zstd --long=31`
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
         # Read ahead what the last line is likely to need: appending it later would copy the block.
         data = os.pread(file.fileno(), before + end - start + _READ_AHEAD, start - before)
         limit = min(before + end - start, len(data))  # end of the range in `data`
-        begin = data.find(b"\n", 0, limit) + 1 if before else 0
+        begin = data.find(b"\n", 0, limit) + 1 if before else _mark_bytes(data)
         num_ends = _count_ends(data, before, limit)
         skipped = 1 if before and begin != 1 else 0
         if (before and begin == 0) or begin == limit:
@@ -77,6 +73,10 @@ def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
             data += rest
             stop = len(data)
     return Lines(data, skipped, num_ends, is_overlong, begin, last if is_overlong else stop)
+
+
+def _mark_bytes(data: bytes) -> int:
+    return len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
 
 
 def _count_ends(data: bytes, begin: int, end: int) -> int:
@@ -99,7 +99,7 @@ def _rest_of_line(fd: int, start: int, most: int) -> tuple[bytes, bool]:
 
 @dataclass(frozen=True)
 class Cut:
-    """Block of a packed file: the lines of its unpacked bytes [position, end), and the damage found after them."""
+    """Block of a stream: the lines of its unpacked bytes [position, end), and the damage found after them."""
 
     position: int
     end: int
@@ -107,55 +107,11 @@ class Cut:
     damage: str | None = None
 
 
-class PackedFile:
-    """Iterator over the unpacked bytes of a .gz or .zst file of one or more members or frames.
-
-    The libraries' own file objects either lose the bytes read before a damaged place (gzip) or accept a truncated file
-    as complete (zstandard).
-    """
-
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "rb", buffering=_PACKED_READ)  # noqa: SIM115 (closed by __exit__)
-        self._is_gzip = path.endswith(".gz")
-        self._read_bytes = _PACKED_READ if self._is_gzip else _ZSTD_READ
-        self._new_member: Callable[[], Any] = lambda: zlib.decompressobj(wbits=31)
-        if not self._is_gzip:
-            self._new_member = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj
-        self.tell = self._file.tell
-
-    def __enter__(self) -> PackedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __iter__(self) -> Iterator[bytes]:
-        member: Any = None
-        while raw := self._file.read(self._read_bytes):
-            while raw:
-                if member is None:
-                    raw = raw.lstrip(b"\0")  # gzip allows padding by zeros; no member and no frame begins with one
-                    if not raw:
-                        break
-                    member = self._new_member()
-                if self._is_gzip:  # unpack a piece at a time: a few packed bytes may hold a gigabyte
-                    yield member.decompress(raw, _UNPACKED_PIECE)
-                    raw = member.unconsumed_tail
-                else:
-                    yield member.decompress(raw)
-                    raw = b""
-                if member.eof:
-                    raw, member = member.unused_data, None
-        if member is not None:
-            raise EOFError("it ends in the middle of compressed data")
-
-
-def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Iterator[Cut]:
+def cut_stream(pieces: Iterable[bytes], block_bytes: int, max_line_bytes: int) -> Iterator[Cut]:
     """Cut unpacked bytes into blocks of whole lines of about `block_bytes`; a line that is too long is its own block.
 
-    A truncated or corrupt file gives the whole lines before the damage, and its last block carries the error. The
-    damage counts as the line after the last good one. (If only a checksum reveals the damage, it lies earlier, because
-    a checksum follows the data it covers.)
+    A truncated or corrupt file gives the whole lines before the damage, and its last block carries the error. (If only
+    a checksum reveals the damage, it lies earlier, because a checksum follows the data it covers.)
     """
     position, pending, size = 0, list[bytes](), 0
     open_line = 0  # bytes of the last line, which has not ended yet
@@ -166,8 +122,8 @@ def cut_stream(pieces: PackedFile, block_bytes: int, max_line_bytes: int) -> Ite
             piece = next(unpacked)
         except StopIteration:
             break
-        except (EOFError, zlib.error, zstandard.ZstdError) as error:
-            damage = f"the file is truncated or corrupt: {error}"
+        except DamageError as error:
+            damage = str(error)
             break
         if open_line > max_line_bytes:
             ends = piece.find(b"\n") + 1

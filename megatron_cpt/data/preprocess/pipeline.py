@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,21 @@ from typing import Any
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout, make_pairs
 from megatron_cpt.data.preprocess.buckets import count_buckets
-from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, Shard, expand_inputs
+from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, Shard, expand_inputs, spool_stdin
 from megatron_cpt.data.preprocess.preprocess_run import Job, PreprocessOptions, encode_all
 from megatron_cpt.data.preprocess.work_folder import STATE_FILE, WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodeOptions
 from megatron_cpt.data.tokenfile.header import best_dtype
 from megatron_cpt.data.tokenizers.fast import plan_tokenizer
-from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import publish
+from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 __all__ = ["PreprocessOptions", "PreprocessReport", "preprocess"]
 
 _UNPACKED_PER_PACKED = 4  # approximate bytes of text per byte of a packed file
+_PLAIN = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".arrow")
 _BLOCKS_PER_WORKER = 4  # fewer blocks than this do not pay for the start of one more worker
 
 
@@ -48,6 +50,10 @@ class PreprocessReport:
         empty_documents: texts without a token.
         lines: lines and rows read, bad ones included.
         bad_lines: lines and rows skipped because they hold no text under the key.
+        bad_bytes: share of all bytes that the bad lines hold.
+        bad_reasons: number of bad lines per kind of reason.
+        damaged: sentence per input file that could not be read to its end.
+        added_ids: sentence about the ids that each document begins and ends with; empty without such ids.
         bad_path: file that lists each bad line with its file, number and reason; None if there are no bad lines.
         engine: library that encoded most documents.
         mismatch: text on which gigatoken and the tokenizer's own library disagreed, so that the library encoded
@@ -65,6 +71,10 @@ class PreprocessReport:
     empty_documents: int
     lines: int
     bad_lines: int
+    bad_bytes: float
+    bad_reasons: dict[str, int]
+    damaged: list[str]
+    added_ids: str
     bad_path: str | None
     engine: str
     mismatch: str | None
@@ -87,20 +97,31 @@ def preprocess(
                             options=PreprocessOptions(append_eod=True, workers=16))
 
     Args:
-        inputs: files, globs and folders of `.jsonl` or `.json` (one JSON object per line; also with `.gz` or `.zst`)
-            and `.parquet`.
+        inputs: files, globs and folders in the formats of `file_format.py`; "-" is standard input.
         output_prefix: the dataset is OUTPUT_PREFIX.bin and .idx; bad lines are listed in OUTPUT_PREFIX.bad.jsonl.
         tokenizer: `KIND:PATH`, see `load_tokenizer`.
         options: everything else.
 
     Raises:
         UserError: a file is missing, the output exists, the tokenizer has no end of document, or no line has a text.
-        RefusedError: more bad lines than `options.max_bad`.
+        RefusedError: more bad lines than `options.max_bad`, or a damaged file without `options.allow_damaged_input`.
     """
-    started = time.monotonic()
-    files = InputFiles.of(expand_inputs(inputs))
+    started, prefix = time.monotonic(), os.fspath(output_prefix)
+    path = Path(work_folder_path(prefix, options.shard))
+    with os_errors_as_cpt_errors(path), spool_stdin(inputs, prefix) as (found, is_spooled):
+        if is_spooled and options.shard is not None:
+            raise UserError("input -: each shard would read another standard input; write it to a file first")
+        if is_spooled:  # the input of an interrupted run is gone
+            options = replace(options, restart=True)
+        return _preprocess(found, prefix, tokenizer, options, started)
+
+
+def _preprocess(
+    inputs: Sequence[str | os.PathLike[str]], prefix: str, tokenizer: str, options: PreprocessOptions, started: float
+) -> PreprocessReport:
+    files = InputFiles.of(expand_inputs(inputs, options.notify))
     text_bytes = _estimate_text_bytes(files)
-    job = _make_job(files, os.fspath(output_prefix), tokenizer, options, text_bytes)
+    job = _make_job(files, prefix, tokenizer, options, text_bytes)
     path, restart = work_folder_path(job.prefix, options.shard), options.restart
     # A run that was killed between its renames has published a part of its own output already.
     if restart or not os.path.exists(os.path.join(path, STATE_FILE)):
@@ -169,8 +190,8 @@ def _make_job(files: InputFiles, prefix: str, spec: str, options: PreprocessOpti
     if len(set(keys)) < len(keys) or not keys:
         raise UserError(f"key: {', '.join(keys) or 'none'}; give each key once, and at least one key")
     tokenizer = load_tokenizer(spec)
-    if options.append_eod and tokenizer.eod_id is None:
-        raise UserError(f"tokenizer {spec}: has no end-of-document id to append; do not ask for append_eod")
+    before, after = _find_added_ids(spec, tokenizer, options)
+    first, last = tokenizer.template if options.add_template else ((), ())
     workers = options.workers
     if workers is None:
         most = text_bytes // (_BLOCKS_PER_WORKER * options.block_bytes)
@@ -186,17 +207,69 @@ def _make_job(files: InputFiles, prefix: str, spec: str, options: PreprocessOpti
             split_tokens=options.split_tokens,
         ),
         tokenizer=tokenizer,
-        encode=EncodeOptions(blocks, options.append_eod, options.keep_empty),
+        encode=EncodeOptions(blocks, before, after, (tuple(first), tuple(last)), options.keep_empty),
         workers=workers,
         max_bad=bad.parse_max_bad(options.max_bad),
+        added_ids=_describe(tokenizer, (*before, *first), (*last, *after)),
         options=options,
     )
+
+
+def _find_added_ids(
+    spec: str, tokenizer: Tokenizer, options: PreprocessOptions
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that each document begins and ends with.
+
+    Raises:
+        UserError: the tokenizer has no such id.
+    """
+    before: tuple[int, ...] = ()
+    if options.prepend_bos:
+        if tokenizer.bos_id is None:
+            raise UserError(f"tokenizer {spec}: names no bos_token; do not ask for --prepend-bos")
+        before = (tokenizer.bos_id,)
+    elif any(tokenizer.template) and not options.add_template:
+        first, last = tokenizer.template
+        options.notify(
+            f"the tokenizer's template puts ids {first} before and {last} after a text; they are not written "
+            "(--prepend-bos writes the beginning of a sequence)"
+        )
+    if options.eod is not None:
+        return before, (_find_eod(spec, tokenizer, str(options.eod)),)
+    if not options.append_eod:
+        return before, ()
+    if tokenizer.eod_id is None:
+        raise UserError(f"tokenizer {spec}: has no end-of-document id to append; name one: --eod TOKEN_OR_ID")
+    if tokenizer.eod_note:
+        options.notify(f"{tokenizer.eod_note}; another one: --eod TOKEN_OR_ID")
+    return before, (tokenizer.eod_id,)
+
+
+def _find_eod(spec: str, tokenizer: Tokenizer, eod: str) -> int:
+    number = int(eod) if eod.isdecimal() else tokenizer.token_id(eod)
+    if number is None or number >= tokenizer.vocab_size:
+        raise UserError(
+            f"eod {eod!r}: not in the vocabulary of tokenizer {spec}; give one of its tokens, or an id below "
+            f"{tokenizer.vocab_size}"
+        )
+    return number
+
+
+def _describe(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> str:
+    """Return a sentence about the ids around each document; empty without such ids."""
+    parts = []
+    for verb, ids in (("begins", before), ("ends", after)):
+        names = [f"{number} ({tokenizer.token_name(number)!r})" for number in ids]
+        names = [name.removesuffix(" (None)") for name in names]
+        if ids:
+            parts.append(f"{verb} with id {', '.join(names)}")
+    return f"each document {' and '.join(parts)}" if parts else ""
 
 
 def _estimate_text_bytes(files: InputFiles) -> int:
     """Return roughly how much text the files hold; the same on every machine, as it decides the number of buckets."""
     return sum(
-        (end - start) * (1 if path.endswith((".jsonl", ".json")) else _UNPACKED_PER_PACKED)
+        (end - start) * (1 if path.lower().endswith(_PLAIN) else _UNPACKED_PER_PACKED)
         for path, (start, end) in zip(files.paths, pairwise(files.starts), strict=True)
     )
 
@@ -204,7 +277,7 @@ def _estimate_text_bytes(files: InputFiles) -> int:
 def _report(
     state: dict[str, Any], layout: OutputLayout, prefix: str, input_bytes: int, started: float
 ) -> PreprocessReport:
-    counts, log = state["counts"], state["bad"]
+    counts, log = state["counts"], bad.BadLineLog(**state["bad"])
     return PreprocessReport(
         output_prefix=prefix,
         prefixes=state.get("prefixes", []),
@@ -214,9 +287,13 @@ def _report(
         text_bytes=counts["text_bytes"],
         input_bytes=input_bytes,
         empty_documents=counts["empty_documents"],
-        lines=log["num_lines"],
-        bad_lines=log["count"],
-        bad_path=f"{prefix}.bad.jsonl" if log["count"] and "prefixes" in state else None,
+        lines=log.num_lines,
+        bad_lines=log.count,
+        bad_bytes=log.bad_bytes / max(1, log.num_bytes),
+        bad_reasons=log.reasons,
+        damaged=log.damaged,
+        added_ids=state.get("added_ids", ""),  # shards of earlier versions have none
+        bad_path=f"{prefix}.bad.jsonl" if log.count and "prefixes" in state else None,
         engine=state["engine"],
         mismatch=state["mismatch"],
         seconds=time.monotonic() - started,

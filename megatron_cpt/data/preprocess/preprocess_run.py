@@ -11,7 +11,15 @@ from typing import get_args
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout
 from megatron_cpt.data.preprocess.buckets import OrderedSink, ShuffledSink
-from megatron_cpt.data.preprocess.inputs import BLOCK_BYTES, MAX_LINE_BYTES, Cursor, InputFiles, Shard, read_blocks
+from megatron_cpt.data.preprocess.inputs import (
+    BLOCK_BYTES,
+    MAX_LINE_BYTES,
+    Block,
+    Cursor,
+    InputFiles,
+    Shard,
+    read_blocks,
+)
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodedBlock, EncodeOptions, Encoder, encode_blocks_in_pool
 from megatron_cpt.data.tokenizers.fast import (
@@ -40,13 +48,19 @@ class PreprocessOptions:
         key: the text's key in each JSON object, or its parquet column. Several keys give one dataset per key,
             OUTPUT_PREFIX_KEY.
         append_eod: end each document with the tokenizer's end-of-document id.
+        eod: token or id that ends each document, in place of the tokenizer's; implies `append_eod`.
+        prepend_bos: begin each document with the tokenizer's beginning-of-sequence id.
+        add_template: put the ids of the tokenizer's own template around each text, empty texts included.
         keep_empty: keep a text without tokens as a document without sequences, as Megatron-LM's tool does.
         workers: processes that encode. 1: this process does it. More: a script that calls `preprocess` needs the
             `if __name__ == "__main__"` guard. None: one per core, fewer for little input.
         shuffle: seed of a random order of the documents; None keeps the order of the input.
         split_tokens: write pairs of at most this many tokens, OUTPUT_PREFIX-00000 and so on; None writes one pair.
         shard: encode only this part of the input; `join_shards` makes one dataset of all parts.
-        max_bad: give up at more bad lines than this, a number (100) or a share of all lines ("0.1%"); None: no limit.
+        max_bad: give up at more bad lines than this, a number (100) or a share of all lines and bytes ("0.1%"). None:
+            0.1 %, but 10 lines and a megabyte are always accepted.
+        allow_damaged_input: keep the documents before the damage of a truncated or corrupt file; otherwise such a file
+            is refused.
         max_line_bytes: a longer line counts as bad and is never held in memory.
         block_bytes: approximate size of a block, the unit of work, of resuming and of sharding.
         fast_tokenizer: when to use gigatoken, see `plan_tokenizer`.
@@ -60,12 +74,16 @@ class PreprocessOptions:
 
     key: str | Sequence[str] = "text"
     append_eod: bool = False
+    eod: str | int | None = None
+    prepend_bos: bool = False
+    add_template: bool = False
     keep_empty: bool = False
     workers: int | None = 1
     shuffle: int | None = None
     split_tokens: int | None = None
     shard: Shard | None = None
     max_bad: int | str | None = None
+    allow_damaged_input: bool = False
     max_line_bytes: int = MAX_LINE_BYTES
     block_bytes: int = BLOCK_BYTES
     fast_tokenizer: WhenFast = "auto"
@@ -87,6 +105,10 @@ class PreprocessOptions:
                 raise UserError(f"{name}: {getattr(self, name)!r}; give one of {', '.join(choices)}")
 
 
+class DamagedInputError(RefusedError):
+    """Input file that is truncated or corrupt."""
+
+
 @dataclass
 class Counts:
     """Totals of everything written so far, documents and tokens per key; see `PreprocessReport`. Saved with the state.
@@ -104,7 +126,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Job:
-    """A call of `preprocess` with every option resolved; `options` are the options as they were given."""
+    """A call of `preprocess` with every option resolved; `options` are the options as they were given.
+
+    Attributes:
+        added_ids: sentence about the ids that each document begins and ends with.
+    """
 
     files: InputFiles
     prefix: str
@@ -113,6 +139,7 @@ class Job:
     encode: EncodeOptions
     workers: int
     max_bad: bad.MaxBad
+    added_ids: str
     options: PreprocessOptions
 
     def settings(self) -> dict[str, object]:
@@ -121,7 +148,6 @@ class Job:
         return {
             "inputs": self.files.identity(),
             "tokenizer": self.tokenizer.fingerprint,
-            "eod": self.tokenizer.eod_id,
             "encode": asdict(self.encode),
             "shard": [shard.index, shard.count] if shard else None,
             "shuffle": self.options.shuffle,
@@ -154,10 +180,26 @@ def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
             folder.start_from_scratch()
             _Run(job, replace(plan, certificate=None), folder, mismatch=str(error)).encode()
     except (RefusedError, UserError) as error:
-        # A UserError can also come from a block in the middle: then the saved progress is kept.
-        if isinstance(error, RefusedError) or not folder.state:
+        # A mistake or damage in a block in the middle keeps the saved progress.
+        if not folder.state or (isinstance(error, RefusedError) and not isinstance(error, DamagedInputError)):
             folder.remove()
         raise
+
+
+def _empty_archives(job: Job) -> list[str]:
+    """Return a sentence about each archive of 0 bytes, unless another shard does it.
+
+    Raises:
+        DamagedInputError: there is one, and it is not allowed.
+    """
+    if (job.options.shard or Shard()).index != 0:
+        return []
+    problems = [f"{path}: truncated or corrupt after 0 bytes: it is empty" for path in job.files.empty_archives()]
+    if problems and not job.options.allow_damaged_input:
+        raise DamagedInputError(f"input {problems[0]}; replace the file, or skip it with --allow-damaged-input")
+    for problem in problems:
+        job.options.notify(f"damaged input {problem}")
+    return problems
 
 
 class _Run:
@@ -167,7 +209,7 @@ class _Run:
         self._job, self._plan, self._folder, self._mismatch = job, plan, folder, mismatch
         state, num_keys = folder.state, len(job.layout.prefixes)
         self._counts = Counts(**state["counts"]) if state else Counts([0] * num_keys, [0] * num_keys)
-        self._log = bad.BadLineLog(**state["bad"]) if state else bad.BadLineLog()
+        self._log = bad.BadLineLog(**state["bad"]) if state else bad.BadLineLog(damaged=_empty_archives(job))
         self._cursor = Cursor(**state["cursor"]) if state else Cursor()
         seed, num_buckets = job.options.shuffle, job.layout.num_buckets
         self._sinks: list[OrderedSink | ShuffledSink] = [
@@ -200,7 +242,13 @@ class _Run:
         return (encoder(block) for block in blocks)
 
     def _write(self, result: EncodedBlock) -> None:
-        job, counts = self._job, self._counts
+        job, counts, block = self._job, self._counts, result.block
+        if block.damage is not None and not job.options.allow_damaged_input:
+            self._log.add(result, self._folder, job.encode.blocks)
+            raise DamagedInputError(
+                f"input {self._add_damage(block)}; replace the file, or keep what can be read of it with "
+                "--allow-damaged-input"
+            )
         for number, (sink, texts) in enumerate(zip(self._sinks, result.texts, strict=True)):
             sink.add(result.block, texts)
             counts.documents[number] += int(texts.lengths.size)
@@ -209,12 +257,17 @@ class _Run:
             counts.empty_documents += texts.num_empty
         counts.bytes_done = result.block.bytes_done
         self._log.add(result, self._folder, job.encode.blocks)
-        job.max_bad.check(self._log.count, None, self._log.summary())
-        self._cursor = result.block.next_cursor
+        if block.damage is not None:
+            job.options.notify(f"damaged input {self._add_damage(block)}")
+        job.max_bad.check(self._log, is_complete=False)
+        self._cursor = block.next_cursor
         if job.options.progress is not None:
             first, last = (job.options.shard or Shard()).interval(job.files.total_bytes)
-            done = min(result.block.bytes_done, last) - first
+            done = min(block.bytes_done, last) - first
             job.options.progress(done, last - first, sum(counts.documents), sum(counts.tokens))
+
+    def _add_damage(self, block: Block) -> str:
+        return self._log.add_damage(block, block.bytes_done - self._job.files.starts[block.file])
 
     def _check_totals(self) -> None:
         """Refuse what only the end of the input shows; for shards, `join_shards` does it."""
@@ -223,7 +276,7 @@ class _Run:
             names = ", ".join(paths[:_SHOWN_PATHS])
             more = f" and {len(paths) - _SHOWN_PATHS} more" if len(paths) > _SHOWN_PATHS else ""
             raise UserError(f"no document in {names}{more}: {counts.empty_documents} empty, {log.summary()}")
-        self._job.max_bad.check(log.count, log.num_lines, log.summary())
+        self._job.max_bad.check(log, is_complete=True)
 
     def _flush(self) -> None:
         for sink in self._sinks:
@@ -237,5 +290,6 @@ class _Run:
             "fast": self._plan.certificate is not None,
             "engine": self._plan.engine,
             "mismatch": self._mismatch,
+            "added_ids": self._job.added_ids,
             "done": done,
         }

@@ -17,6 +17,7 @@ import orjson
 
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.resumable import ResumableFolder, read_settings
+from megatron_cpt.files.system_errors import name_file_in_errors
 
 STATE_FILE = "state.json"
 
@@ -60,7 +61,7 @@ class WorkFolder(ResumableFolder):
     def append(self, name: str, data: bytes | memoryview) -> None:
         """Append bytes to a file; they count once a later `save` is complete."""
         length = self._lengths.get(name, 0)
-        with open(self.file(name), "ab", buffering=0) as file:
+        with name_file_in_errors(self.path / name), open(self.file(name), "ab", buffering=0) as file:
             if name not in self._truncated:
                 file.truncate(length)
                 self._truncated.add(name)

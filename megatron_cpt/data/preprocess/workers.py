@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, compress
 from multiprocessing import reduction
 from typing import Any
 
@@ -43,10 +43,19 @@ class WorkerLostError(CptError):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """Settings of the encoding; see `PreprocessOptions`."""
+    """Settings of the encoding.
+
+    Attributes:
+        before: ids at the beginning of each document.
+        after: ids at the end of each document.
+        template: ids of the tokenizer's template around each text, empty texts included; they stand inside the others.
+        keep_empty: see `PreprocessOptions`.
+    """
 
     blocks: BlockOptions
-    append_eod: bool = False
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    template: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     keep_empty: bool = False
 
 
@@ -76,38 +85,44 @@ class EncodedBlock:
     bad_lines: list[BadLine]
     num_ends: int
     num_lines: int
+    num_bytes: int
 
 
 class Encoder:
     """Encoder of whole blocks."""
 
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
-        assert not options.append_eod or tokenizer.eod_id is not None
         self._tokenizer = tokenizer
         self._options = options
-        self._eod = np.array([tokenizer.eod_id], np.uint32) if options.append_eod else None
+        first, last = options.template
+        self._has_template = bool(first or last)
+        self._before = np.array([*options.before, *first], np.uint32)
+        self._after = np.array([*last, *options.after], np.uint32)
         self._dtype = best_dtype(tokenizer.vocab_size)
 
     def __call__(self, block: Block, allocate: Allocate = np.empty) -> EncodedBlock:
         """Read, parse and encode one block; `allocate` makes the arrays of ids."""
         parsed = parse_block(block, self._options.blocks)
         texts = [self._encode(texts, allocate) for texts in parsed.texts]
-        without_data = replace(block, lines=None, rows=None, damage=None)
-        return EncodedBlock(without_data, texts, parsed.bad_lines, parsed.num_ends, parsed.num_lines)
+        without_data = replace(block, lines=None, rows=None, values=None)
+        return EncodedBlock(without_data, texts, parsed.bad_lines, parsed.num_ends, parsed.num_lines, parsed.num_bytes)
 
     def _encode(self, texts: list[str], allocate: Allocate) -> EncodedTexts:
         documents = self._tokenizer.encode_arrays(texts)
         lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-        not_empty = lengths > 0  # some tokenizers give no token for a text of blanks
+        not_empty = (lengths > 0) | self._has_template  # some tokenizers give no token for a text of blanks
         text_bytes = sum(
             len(text) if text.isascii() else len(text.encode())
             for text, keep in zip(texts, not_empty.tolist(), strict=True)
             if keep
         )
         num_empty = len(texts) - int(not_empty.sum())
-        if self._eod is not None:
-            documents = list(chain.from_iterable((ids, self._eod) for ids in documents if ids.size))
-            lengths = lengths + not_empty
+        num_added = self._before.size + self._after.size
+        if num_added:
+            before, after = [self._before] * bool(self._before.size), [self._after] * bool(self._after.size)
+            kept = compress(documents, not_empty.tolist())
+            documents = list(chain.from_iterable((*before, ids, *after) for ids in kept))
+            lengths = lengths + num_added * not_empty
         tokens = allocate(int(lengths.sum()), self._dtype)
         if documents:  # "unsafe" is safe: every id is below the vocabulary size, so it fits the type
             np.concatenate(documents, out=tokens, casting="unsafe")

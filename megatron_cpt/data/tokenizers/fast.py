@@ -149,7 +149,7 @@ def load_fast(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer) -> Encod
     is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
     load = gigatoken.Tokenizer.from_sentencepiece if is_sentencepiece else gigatoken.Tokenizer.from_json
     # one call and one array per document: the fastest way from Python
-    encode: EncodeOne = load(tokenizer.file.read_bytes()).backend.encode
+    encode: EncodeOne = load(tokenizer.content).backend.encode
     return encode
 
 
@@ -162,7 +162,7 @@ def build_tokenizer(plan: TokenizerPlan) -> Tokenizer:
     return CheckedTokenizer(tokenizer, load_fast(tokenizer), plan.certificate, plan.check)
 
 
-class CheckedTokenizer:
+class CheckedTokenizer(Tokenizer):
     """Tokenizer that encodes safe documents with gigatoken, compares some of them, and leaves the rest to the library.
 
     Args:
@@ -173,7 +173,6 @@ class CheckedTokenizer:
     def __init__(self, slow: Tokenizer, fast: EncodeOne, certificate: Certificate, check: Check = "sample") -> None:
         assert certificate.certified
         self.vocab_size, self.eod_id, self.fingerprint = slow.vocab_size, slow.eod_id, slow.fingerprint
-        self.encode, self.encode_batch, self.decode = slow.encode, slow.encode_batch, slow.decode
         self._slow, self._fast, self._check = slow, fast, check
         # `re` looks up the first 65,536 characters in one table, but tries the ranges above one by one. So a quick
         # pattern takes every character above for a suspect, and only texts with a suspect meet the slow pattern.
@@ -182,6 +181,14 @@ class CheckedTokenizer:
         self._unsafe_character = _character_class(certificate.unsafe_ranges).search
         texts = certificate.unsafe_texts
         self._unsafe_text = re.compile("|".join(map(re.escape, texts))).search if texts else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the library's ids of many texts."""
+        return self._slow.encode_batch(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+        return self._slow.decode(ids)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Return the ids of many texts, one array of unsigned integers per text.

@@ -120,8 +120,9 @@ class TestHuggingFaceEndOfDocument:
         assert load_tokenizer(f"huggingface:{bpe_file.parent}").eod_id == 1  # a folder without a configuration
 
     @pytest.mark.parametrize("eos", ["<|im_end|>", {"content": "<|im_end|>", "special": True}])
-    def test_of_the_folder(self, tmp_path, bpe_file, eos):
-        (tmp_path / "tokenizer.json").write_bytes(bpe_file.read_bytes())
+    def test_of_the_folder(self, tmp_path, eos):
+        bpe_file = tmp_path / "tokenizer.json"
+        save_bpe(bpe_file, ["a b", "<|im_end|>"])  # no token that ends a document
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
         tokenizer = load_tokenizer(f"huggingface:{tmp_path}")
         assert tokenizer.eod_id == 2

@@ -13,9 +13,9 @@ from megatron_cpt.files.resumable import SETTINGS_FILE
 _ADVICE = {
     errno.ENOSPC: "free some space on the disk",
     errno.EDQUOT: "free some space, or have the quota raised",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write smaller files (--shard-size)",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write smaller files",
     errno.EIO: "the disk does not read or write this file: check the kernel's log, and copy the file from elsewhere",
-    errno.ENOENT: "it existed when the conversion started: do not move or delete files while it runs",
+    errno.ENOENT: "it existed at the start: do not move or delete files while the command runs",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 
@@ -36,7 +36,7 @@ def os_errors_as_cpt_errors(work_folder: Path | None = None) -> Iterator[None]:
     """Turn an `OSError` inside the block into one message: which file, what failed, what to do, what is kept.
 
     Args:
-        work_folder: folder of a resumable conversion that the block writes into.
+        work_folder: folder of a resumable command that the block writes into.
 
     Raises:
         CptError: exit status 1, because neither the user nor the source is at fault.
