@@ -87,6 +87,8 @@ class ModelConfig(Section):
     """Token ids of the tokenizer."""
     vocab_multiple: int = Field(128, gt=0)
     """Multiple to which the vocabulary is padded; independent of `parallel.tensor`, so checkpoints can be resharded."""
+    padding_in_softmax: bool = False
+    """Let the rows of this padding take part in the softmax of the loss, as Megatron-LM does; for comparisons only."""
     max_positions: int | None = Field(None, gt=0)
     """Longest sequence of pretraining, for conversion and warnings only; null means unknown."""
     activation: Annotated[Activation, BeforeValidator(_member_of(Activation, ACTIVATION_NAMES))] = (

@@ -228,7 +228,7 @@ def _write_side_files(
 
 def _is_up_to_date(config: dict[str, Any], file: Path, model: ModelConfig, dtype: str) -> bool:
     _, original = read_model(config, file)
-    ignored = {"preset", "init_std", "attention_dropout", "hidden_dropout"}
+    ignored = {"preset", "init_std", "attention_dropout", "hidden_dropout", "padding_in_softmax"}
     if model.max_positions is None:
         ignored.add("max_positions")
     is_same_model = original.model_dump(exclude=ignored) == model.model_dump(exclude=ignored)

@@ -23,7 +23,15 @@ from megatron_cpt.convert.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.errors import RefusedError
 
 # Fields that do not change what a model computes, or change only its padding
-_IGNORED_FIELDS = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout", "vocab_multiple"}
+_IGNORED_FIELDS = {
+    "preset",
+    "max_positions",
+    "init_std",
+    "attention_dropout",
+    "hidden_dropout",
+    "vocab_multiple",
+    "padding_in_softmax",
+}
 
 
 @dataclass(frozen=True)
