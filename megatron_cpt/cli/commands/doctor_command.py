@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from megatron_cpt.cli.commands.plan_command import OVERRIDES_HELP
+from megatron_cpt.config.launcher import read_launcher
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def doctor(
     from megatron_cpt.doctor import examine
 
     examination = examine(None if run is None else str(run), overrides or (), port=port)
-    if os.environ.get("RANK", "0") == "0":
+    if read_launcher().rank == 0:
         if as_json:
             print(json.dumps(examination.to_dict(), indent=2))
         else:
