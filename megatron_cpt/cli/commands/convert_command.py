@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_cpt.cli.progress import progress_bar
-from megatron_cpt.config.launcher import read_launcher
 from megatron_cpt.errors import EXIT_REFUSED, UserError
 
 if TYPE_CHECKING:
@@ -184,6 +183,7 @@ def verify(
 
     Exit status 3 if they differ. Logits agree if no logit and no prompt's mean loss differs by more than 1e-4.
     """
+    from megatron_cpt.config.launcher import read_launcher
     from megatron_cpt.convert.verify import verify_tensors
 
     tensors = compared = None

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from megatron_cpt.cli.commands.plan_command import OVERRIDES_HELP
-from megatron_cpt.config.launcher import read_launcher
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ def doctor(
     Each finding comes with its cost and a fix. With several nodes, start one process per node under `launch`; the nodes
     are compared as well. Exit status: 0, or 1 if something keeps a run from starting.
     """
+    from megatron_cpt.config.launcher import read_launcher
     from megatron_cpt.doctor import examine
 
     examination = examine(None if run is None else str(run), overrides or (), port=port)
