@@ -60,7 +60,8 @@ def format_count(count: float) -> str:
 def parse_span(value: Any) -> Any:
     """Expand the short form of a span.
 
-    100 becomes {steps: 100}, `16B` {tokens: 16B} and 0.05 {fraction: 0.05}.
+    100 becomes {steps: 100}, `16B` {tokens: 16B} and 0.05 {fraction: 0.05}. A number such as 2e3 is neither: it looks
+    like a count of steps, and elsewhere (`tokens: 1e9`) like a count of tokens.
 
     Raises:
         ValueError: if the value has none of these forms.
@@ -71,9 +72,17 @@ def parse_span(value: Any) -> Any:
         return {"steps": value}
     if isinstance(value, float) and value <= 1.0:
         return {"fraction": value}
-    if isinstance(value, float | str):
-        return {"tokens": value}
-    return value
+    if isinstance(value, float) or (isinstance(value, str) and _is_bare_number(value)):
+        steps = f"{float(value):.0f}"
+        raise ValueError(
+            f"steps or tokens? write {steps} for steps, {{tokens: {value}}} for tokens, or a fraction of the run (0.05)"
+        )
+    return {"tokens": value} if isinstance(value, str) else value
+
+
+def _is_bare_number(text: str) -> bool:
+    match = _COUNT.fullmatch(text.strip())
+    return match is not None and not match[2]
 
 
 COUNT_SCHEMA = {

@@ -97,12 +97,19 @@ def test_formats(count, text):
         (0.05, {"fraction": 0.05}),
         (1.0, {"fraction": 1.0}),
         ("16B", {"tokens": "16B"}),
-        (1e9, {"tokens": 1e9}),
+        ("16e9K", {"tokens": "16e9K"}),
+        ({"tokens": 1e9}, {"tokens": 1e9}),
         ({"steps": 3}, {"steps": 3}),
     ],
 )
 def test_spans_have_one_reading(value, span):
     assert parse_span(value) == span
+
+
+@pytest.mark.parametrize("value", ["2e3", 2e3, "2000.0", 1.5])
+def test_a_number_that_could_be_steps_or_tokens_is_refused_with_both_readings(value):
+    with pytest.raises(ValueError, match=rf"write {float(value):.0f} for steps, {{tokens: {value}}} for tokens"):
+        parse_span(value)
 
 
 @pytest.mark.parametrize("value", ["100", True, None])
