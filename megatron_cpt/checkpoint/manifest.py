@@ -133,7 +133,7 @@ def find_faults(
         path = checkpoint / name
         if not _is_inside(name):
             faults.append(f"{name}: not a file of this folder")
-        elif not path.is_file() or path.is_symlink() or path.parent.is_symlink():
+        elif not path.is_file() or path.is_symlink() or (path.parent != checkpoint and path.parent.is_symlink()):
             faults.append(f"{name}: missing")
         elif (size := path.stat().st_size) != expected.size:
             faults.append(f"{name}: {size} bytes, should be {expected.size}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from decimal import Decimal
 from typing import Annotated, Any
@@ -83,6 +84,31 @@ def parse_span(value: Any) -> Any:
 def _is_bare_number(text: str) -> bool:
     match = _COUNT.fullmatch(text.strip())
     return match is not None and not match[2]
+
+
+_VARIABLE = re.compile(r"\$\{?(\w+)")
+
+
+def expand_paths(value: Any) -> Any:
+    """Expand `~` and `$NAME` in a path, in the paths of a list or dict, and after the colon of `KIND:PATH`.
+
+    Raises:
+        ValueError: a variable is not set, or there is no home directory.
+    """
+    if isinstance(value, list):
+        return [expand_paths(path) for path in value]
+    if isinstance(value, dict):
+        return {name: expand_paths(path) for name, path in value.items()}
+    if not isinstance(value, str):
+        return value
+    kind, colon, path = value.partition(":") if re.match(r"\w+:~", value) else ("", "", value)
+    for name in _VARIABLE.findall(path):
+        if name not in os.environ:
+            raise ValueError(f"the variable {name} is not set in the environment; set it, or write the path in full")
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~"):
+        raise ValueError(f"{expanded.partition('/')[0]} has no home directory; write the path in full")
+    return f"{kind}{colon}{expanded}"
 
 
 COUNT_SCHEMA = {

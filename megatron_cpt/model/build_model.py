@@ -93,10 +93,13 @@ def _build_chunk(
 
 
 def _scale_rope(chunk: GPTModel, model: ModelConfig) -> None:
-    """Apply Llama 3.1's RoPE scaling; the argument of GPTModel takes only its factor."""
+    """Scale the frequencies of RoPE; for Llama 3.1's rule the argument of GPTModel takes only the factor."""
     scaling = model.rope_scaling
     assert scaling is not None
     rope = chunk.rotary_pos_emb
+    if scaling.type == "linear":
+        rope.inv_freq = rope.inv_freq / scaling.factor
+        return
     rope.inv_freq = rope._apply_scaling(
         rope.inv_freq,
         factor=scaling.factor,
