@@ -42,7 +42,8 @@ def read_tokenizer(config: RunConfig) -> tuple[int | None, str | None]:
     if tokenizer.vocab_size > config.model.vocab:
         raise UserError(
             f"tokenizer: {config.tokenizer} has {tokenizer.vocab_size} ids, model.vocab is {config.model.vocab}; "
-            "make the vocabulary at least as large"
+            "import the model again with --add-tokens to give every id a row, name the tokenizer that the model was "
+            "trained with, or, for random weights, make the vocabulary as large"
         )
     return tokenizer.eod_id if eod_id is None else eod_id, tokenizer.fingerprint
 

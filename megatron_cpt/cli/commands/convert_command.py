@@ -109,6 +109,11 @@ def import_(
     )
     if report.vocabulary is not None:
         print(f"vocabulary: {report.vocabulary}")
+    if report.ids_without_row:
+        print(
+            f"warning: the tokenizer has {report.ids_without_row:,} ids more than the model has rows, and `train` "
+            "refuses that; to give them rows, import again with --add-tokens FILE, which lists these tokens"
+        )
 
 
 @app.command("export")
