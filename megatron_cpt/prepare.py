@@ -14,6 +14,7 @@ from megatron_cpt.checkpoint.layout import resolve_checkpoint
 from megatron_cpt.checkpoint.record import read_run
 from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, read_mapping
 from megatron_cpt.config.load_run import apply_overrides
+from megatron_cpt.config.quantities import expand_paths
 from megatron_cpt.data.tokenfile.reader import expand_prefixes, read_header
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.planning import RunPlan, build_plan
@@ -128,8 +129,9 @@ def _saved_model(data: dict[str, Any], overrides: Sequence[str]) -> Any:
     init = overridden.get("init")
     for folder in (overridden.get("output"), init.get("from") if isinstance(init, dict) else None):
         if isinstance(folder, str):
-            with contextlib.suppress(UserError, RefusedError):  # `train` reports what is wrong with the checkpoint
-                return read_run(resolve_checkpoint(folder)).get("model")
+            # `train` reports a wrong checkpoint, and the validation of run.yaml a wrong path
+            with contextlib.suppress(UserError, RefusedError, ValueError):
+                return read_run(resolve_checkpoint(expand_paths(folder))).get("model")
     return None
 
 

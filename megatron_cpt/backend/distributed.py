@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_cpt.backend import cpu
 from megatron_cpt.config import ParallelConfig
+from megatron_cpt.config.launcher import read_launcher
 from megatron_cpt.errors import UserError
 
 
@@ -45,17 +46,25 @@ class Ranks:
 
 
 def launched_world_size() -> int:
-    """Return the number of processes of the job; 1 without a launcher."""
+    """Return the number of processes of the job; 1 without a launcher.
+
+    Raises:
+        UserError: the launcher's variables are incomplete or contradict each other.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return read_launcher().world_size
 
 
 def launched_rank() -> int:
-    """Return the rank of this process in the job; 0 without a launcher."""
+    """Return the rank of this process in the job; 0 without a launcher.
+
+    Raises:
+        UserError: the launcher's variables are incomplete or contradict each other.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    return read_launcher().rank
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -124,12 +133,21 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
 
 
 def _initialize(on_cpu: bool, timeout: timedelta) -> None:
+    launched = read_launcher()
     if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(launched.local_rank)
     # Training uses NCCL on GPUs; saving checkpoints and agreeing on a stop move CPU tensors, over gloo.
     backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    if launched.has_launcher:
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = "the port is in use" if "EADDRINUSE" in str(error) else "nothing answers there"
+            raise UserError(
+                f"environment: MASTER_ADDR:MASTER_PORT = {address}: {reason}; start the ranks with "
+                "`megatron-cpt launch`, which chooses a free port"
+            ) from error
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # in memory, so no port is opened
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

@@ -133,7 +133,7 @@ def find_faults(
         path = checkpoint / name
         if not _is_inside(name):
             faults.append(f"{name}: not a file of this folder")
-        elif not path.is_file() or path.is_symlink() or path.parent.is_symlink():
+        elif not path.is_file() or _passes_a_link(checkpoint, name):
             faults.append(f"{name}: missing")
         elif (size := path.stat().st_size) != expected.size:
             faults.append(f"{name}: {size} bytes, should be {expected.size}")
@@ -157,7 +157,13 @@ def compare(
     return f"{name}: checksum differs: the content is damaged"
 
 
+def _passes_a_link(checkpoint: Path, name: str) -> bool:
+    """Return whether the file or a folder between it and the checkpoint is a symbolic link."""
+    path = checkpoint / name
+    return any(part.is_symlink() for part in (path, *path.parents) if checkpoint in part.parents)
+
+
 def _is_inside(name: str) -> bool:
-    """Return whether a name means a file in the folder or one level below it (`hf/config.json`)."""
+    """Return whether a name means a file in the folder or up to two levels below it (`hf/config.json`)."""
     parts = PurePosixPath(name).parts
-    return 1 <= len(parts) <= 2 and "/".join(parts) == name and ".." not in parts and parts[0] != "/"
+    return 1 <= len(parts) <= 3 and "/".join(parts) == name and ".." not in parts and parts[0] != "/"

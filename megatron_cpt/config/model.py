@@ -52,18 +52,18 @@ def _member_of(kind: type[StrEnum], other_names: dict[str, str]) -> Callable[[An
 
 
 class RopeScaling(Section):
-    """Frequency scaling of rotary embeddings as Llama 3.1 defines it."""
+    """Frequency scaling of rotary embeddings for longer contexts."""
 
-    type: Literal["llama3"] = "llama3"
-    """Scaling rule."""
+    type: Literal["llama3", "linear"] = "llama3"
+    """`llama3` divides low frequencies, as Llama 3.1 does; `linear` divides all (position interpolation)."""
     factor: float = Field(8.0, gt=0)
-    """Factor by which the context grows, and by which low frequencies are divided."""
+    """Factor by which the context grows, and by which frequencies are divided."""
     low_freq_factor: float = Field(1.0, gt=0)
-    """Wavelengths above `original_max_positions` divided by this are scaled by the full factor."""
+    """`llama3`: wavelengths above `original_max_positions` divided by this are scaled by the full factor."""
     high_freq_factor: float = Field(4.0, gt=0)
-    """Wavelengths below `original_max_positions` divided by this stay unchanged."""
+    """`llama3`: wavelengths below `original_max_positions` divided by this stay unchanged."""
     original_max_positions: int = Field(8192, gt=0)
-    """Context length of pretraining, in tokens."""
+    """`llama3`: context length of pretraining, in tokens."""
 
 
 class ModelConfig(Section):
@@ -87,6 +87,8 @@ class ModelConfig(Section):
     """Token ids of the tokenizer."""
     vocab_multiple: int = Field(128, gt=0)
     """Multiple to which the vocabulary is padded; independent of `parallel.tensor`, so checkpoints can be resharded."""
+    padding_in_softmax: bool = False
+    """Let the rows of this padding take part in the softmax of the loss, as Megatron-LM does; for comparisons only."""
     max_positions: int | None = Field(None, gt=0)
     """Longest sequence of pretraining, for conversion and warnings only; null means unknown."""
     activation: Annotated[Activation, BeforeValidator(_member_of(Activation, ACTIVATION_NAMES))] = (

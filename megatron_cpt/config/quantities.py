@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from decimal import Decimal
 from typing import Annotated, Any
@@ -60,7 +61,8 @@ def format_count(count: float) -> str:
 def parse_span(value: Any) -> Any:
     """Expand the short form of a span.
 
-    100 becomes {steps: 100}, `16B` {tokens: 16B} and 0.05 {fraction: 0.05}.
+    100 becomes {steps: 100}, `16B` {tokens: 16B} and 0.05 {fraction: 0.05}. A number such as 2e3 is neither: it looks
+    like a count of steps, and elsewhere (`tokens: 1e9`) like a count of tokens.
 
     Raises:
         ValueError: if the value has none of these forms.
@@ -71,9 +73,42 @@ def parse_span(value: Any) -> Any:
         return {"steps": value}
     if isinstance(value, float) and value <= 1.0:
         return {"fraction": value}
-    if isinstance(value, float | str):
-        return {"tokens": value}
-    return value
+    if isinstance(value, float) or (isinstance(value, str) and _is_bare_number(value)):
+        steps = f"{float(value):.0f}"
+        raise ValueError(
+            f"steps or tokens? write {steps} for steps, {{tokens: {value}}} for tokens, or a fraction of the run (0.05)"
+        )
+    return {"tokens": value} if isinstance(value, str) else value
+
+
+def _is_bare_number(text: str) -> bool:
+    match = _COUNT.fullmatch(text.strip())
+    return match is not None and not match[2]
+
+
+_VARIABLE = re.compile(r"\$\{?(\w+)")
+
+
+def expand_paths(value: Any) -> Any:
+    """Expand `~` and `$NAME` in a path, in the paths of a list or dict, and after the colon of `KIND:PATH`.
+
+    Raises:
+        ValueError: a variable is not set, or there is no home directory.
+    """
+    if isinstance(value, list):
+        return [expand_paths(path) for path in value]
+    if isinstance(value, dict):
+        return {name: expand_paths(path) for name, path in value.items()}
+    if not isinstance(value, str):
+        return value
+    kind, colon, path = value.partition(":") if re.match(r"\w+:~", value) else ("", "", value)
+    for name in _VARIABLE.findall(path):
+        if name not in os.environ:
+            raise ValueError(f"the variable {name} is not set in the environment; set it, or write the path in full")
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~"):
+        raise ValueError(f"{expanded.partition('/')[0]} has no home directory; write the path in full")
+    return f"{kind}{colon}{expanded}"
 
 
 COUNT_SCHEMA = {

@@ -9,16 +9,18 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_cpt.config.compute import PrecisionConfig, RecomputeConfig, SpeedConfig
 from megatron_cpt.config.model import ModelConfig
-from megatron_cpt.config.quantities import Section, TokenCount, parse_count, parse_span
+from megatron_cpt.config.quantities import Section, TokenCount, expand_paths, parse_count, parse_span
 from megatron_cpt.config.resilience import ResilienceConfig
 
 MAX_RAMP_SIZES = 1024
+
+ExpandPaths = BeforeValidator(expand_paths)
 
 
 class InitConfig(Section):
     """Weights of the first start; ignored if `output` already has checkpoints."""
 
-    from_: str | None = Field(None, alias="from")
+    from_: Annotated[str | None, ExpandPaths] = Field(None, alias="from")
     """A checkpoint, or a run directory for its newest checkpoint; null starts from random weights."""
     load: Literal["weights", "weights+optimizer"] = "weights"
     """Parts to load; step, data position and schedule always start from the beginning."""
@@ -136,7 +138,7 @@ class FimConfig(Section):
 class SourceConfig(Section):
     """One source of tokens."""
 
-    path: str | list[str]
+    path: Annotated[str | list[str], ExpandPaths]
     """A prefix of .bin/.idx, a list of prefixes, or a glob."""
     max_epochs: float | None = Field(None, gt=0)
     """Largest number of epochs of this source in the run; null sets no limit."""
@@ -144,7 +146,7 @@ class SourceConfig(Section):
     """Action at `max_epochs`: `error` refuses the plan, `renormalize` gives its weight to the rest of the blend."""
     fim: FimConfig | None = None
     """Fill in the middle, for code; null leaves documents unchanged."""
-    cache: str | None = None
+    cache: Annotated[str | None, ExpandPaths] = None
     """Folder on a node-local disk that caches tokens read from an object store or shared disk; null does not cache."""
     tokens: TokenCount | None = None
     """Size of the source, to plan without its files; ignored if the files exist."""
@@ -249,7 +251,7 @@ class ValidationConfig(Section):
     """Steps between validations; null validates only before the first step and after the last."""
     batches: int = Field(20, gt=0)
     """Global batches per source, at most one epoch."""
-    sources: dict[str, str | list[str]] = Field(min_length=1)
+    sources: Annotated[dict[str, str | list[str]], ExpandPaths] = Field(min_length=1)
     """Held-out data per name: a prefix of .bin/.idx, a list of prefixes, or a glob."""
 
 
@@ -295,14 +297,14 @@ class RunConfig(Section):
 
     name: str = Field(min_length=1)
     """Name of the run in logs and reports."""
-    output: str = Field(min_length=1)
-    """Run directory."""
+    output: Annotated[str, ExpandPaths] = Field(min_length=1)
+    """Run directory; `~` and `$NAME` are expanded here and in the other paths."""
     seed: int = Field(1234, ge=0, lt=2**62)  # torch takes 64 bits, and each rank adds to the seed
     """Seed of data order, random weights and dropout."""
     model: Annotated[ModelConfig, BeforeValidator(_model_preset)]
     """Shape of the model: a preset, or fields, or a preset and fields that override it; may be omitted if `init.from`
     is a checkpoint on this machine, whose model it then is."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, ExpandPaths] = None
     """KIND:PATH of the tokenizer of the data; gives the end-of-document id and is compared on resume."""
     init: InitConfig = Field(default_factory=InitConfig)
     """Weights of the first start."""

@@ -58,7 +58,7 @@ def write_checkpoint_files(
     names += [layout.STATE_FILE, layout.RUN_FILE]
     shutil.rmtree(folder / HF_FOLDER, ignore_errors=True)  # from an earlier call that was interrupted below
     for file_name, file in source.side_files.items():
-        (folder / HF_FOLDER).mkdir(exist_ok=True)
+        (folder / HF_FOLDER / file_name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / HF_FOLDER / file_name)
         names.append(f"{HF_FOLDER}/{file_name}")
     digests = {file_name: FileDigest(file.size, file.checksum) for file_name, file in written.items()}

@@ -222,13 +222,20 @@ def _write_side_files(
         (folder / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     for name, file in side.items():
         if name != CONFIG_FILE:
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
     return sorted({*side, CONFIG_FILE})
 
 
 def _is_up_to_date(config: dict[str, Any], file: Path, model: ModelConfig, dtype: str) -> bool:
+    """Return whether a config.json describes the weights for transformers 4 and 5 alike.
+
+    transformers 4 does not know `rope_parameters`: it ignores them and computes with its defaults, silently.
+    """
+    if "rope_parameters" in config and "rope_theta" not in config:
+        return False
     _, original = read_model(config, file)
-    ignored = {"preset", "init_std", "attention_dropout", "hidden_dropout"}
+    ignored = {"preset", "init_std", "attention_dropout", "hidden_dropout", "padding_in_softmax"}
     if model.max_positions is None:
         ignored.add("max_positions")
     is_same_model = original.model_dump(exclude=ignored) == model.model_dump(exclude=ignored)

@@ -18,7 +18,7 @@ from megatron_cpt.convert.job import Advance, JobFolder, no_progress, refuse_exi
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, Target, TensorSpec, plan_files
 from megatron_cpt.convert.megatron.torch_dist_writer import FileEntry, WrittenFile, write_extra_states, write_file
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
-from megatron_cpt.convert.vocabulary import VocabularyReport, extend_vocabulary
+from megatron_cpt.convert.vocabulary import VocabularyReport, count_ids_without_row, extend_vocabulary
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 _EXTRA_STATE_FILE = "__extra_0.distcp"
@@ -61,6 +61,7 @@ class ImportReport:
         num_files: number of files with tensors.
         num_kept: number of these files that an interrupted earlier call had written.
         vocabulary: changes to the vocabulary, if tokens were added.
+        ids_without_row: ids of the tokenizer for which the model has no row of the embedding.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class ImportReport:
     num_kept: int
     seconds: float
     vocabulary: VocabularyReport | None = None
+    ids_without_row: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values."""
@@ -116,6 +118,7 @@ def import_checkpoint(
             _write_tensors(opened, specs, plans, options, work, written, advance)
             write_checkpoint_files(work.path, target.name, source, opened, specs, written, vocabulary)
             work.publish()
+        ids_without_row = count_ids_without_row(opened)
     return ImportReport(
         kind=opened.kind,
         family=opened.family,
@@ -126,6 +129,7 @@ def import_checkpoint(
         num_kept=num_kept,
         seconds=time.perf_counter() - started,
         vocabulary=vocabulary,
+        ids_without_row=ids_without_row,
     )
 
 

@@ -1,4 +1,4 @@
-"""Comparison of our model's logits with the logits of transformers, at any TP x PP; run by all ranks of a job.
+"""Comparison of our model's logits and losses with transformers' at any TP x PP; run by all ranks of a job.
 
 The checkpoint is loaded into megatron-core's GPT as in training, and runs through its pipeline schedule. Rank 0 then
 runs the Hugging Face model and compares. Both compute in fp32.
@@ -39,6 +39,8 @@ class LogitsReport:
         layout: layout of our model, such as `TP 2 x PP 2`.
         tokens: origin of the prompts' ids: `tokenizer` or `random ids`.
         max_difference: largest absolute difference of any logit.
+        max_loss_difference: largest absolute difference of a prompt's mean loss per token; ours over all columns of the
+            output layer, as training computes it, so padding that takes part in the softmax shows.
         mean_kl: Kullback-Leibler divergence of our distribution from transformers', in nats, mean over positions.
         top1_agreement: share of positions where both models rank the same token first.
     """
@@ -48,6 +50,7 @@ class LogitsReport:
     num_tokens: int
     tokens: str
     max_difference: float
+    max_loss_difference: float
     mean_kl: float
     top1_agreement: float
 
@@ -87,7 +90,7 @@ def compare_logits(
         ours = _our_logits(saved, model, ids, tensor, pipeline)
         if launched_rank() != 0:
             return None
-        return _compare(ours, _hf_logits(Path(hf), ids), f"TP {tensor} x PP {pipeline}", origin)
+        return _compare(ours, _hf_logits(Path(hf), ids), ids, f"TP {tensor} x PP {pipeline}", origin)
 
 
 def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> tuple[list[torch.Tensor], str]:
@@ -107,7 +110,7 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
 def _our_logits(
     saved: SavedRun, model: ModelConfig, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int
 ) -> list[torch.Tensor]:
-    """Return (length, vocab) float32 logits per prompt, on every rank."""
+    """Return (length, padded vocab) float32 logits per prompt, on every rank."""
     longest = max(len(ids) for ids in prompts)
     run = inference_run(model, longest, ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=False))
     with process_groups(run.parallel) as ranks:
@@ -130,7 +133,7 @@ def _our_logits(
 
         def collect(logits: torch.Tensor, **_: Any) -> torch.Tensor:
             gathered: torch.Tensor = gather_from_tensor_model_parallel_region(logits)
-            return gathered[0, :, : model.vocab].float().cpu()
+            return gathered[0].float().cpu()
 
         results = []
         for ids in prompts:
@@ -183,9 +186,20 @@ def _hf_logits(hf: Path, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [model(ids[None]).logits[0].float() for ids in prompts]
 
 
-def _compare(ours: Sequence[torch.Tensor], hf: Sequence[torch.Tensor], layout: str, origin: str) -> LogitsReport:
-    differences, divergence, agreeing, num_tokens = [], 0.0, 0, 0
-    for our_logits, hf_logits in zip(ours, hf, strict=True):
+def _compare(
+    ours: Sequence[torch.Tensor],
+    hf: Sequence[torch.Tensor],
+    prompts: Sequence[torch.Tensor],
+    layout: str,
+    origin: str,
+) -> LogitsReport:
+    differences, loss_differences, divergence, agreeing, num_tokens = [], [], 0.0, 0, 0
+    for our_logits, hf_logits, ids in zip(ours, hf, prompts, strict=True):
+        our_loss, hf_loss = (
+            functional.cross_entropy(logits[:-1].double(), ids[1:]) for logits in (our_logits, hf_logits)
+        )
+        loss_differences.append((our_loss - hf_loss).abs())
+        our_logits = our_logits[:, : hf_logits.shape[1]]  # without padding
         differences.append((our_logits - hf_logits).abs().max())
         log_ours, log_hf = (functional.log_softmax(logits.double(), -1) for logits in (our_logits, hf_logits))
         divergence += float(functional.kl_div(log_ours, log_hf, reduction="sum", log_target=True))
@@ -197,6 +211,7 @@ def _compare(ours: Sequence[torch.Tensor], hf: Sequence[torch.Tensor], layout: s
         num_tokens=num_tokens,
         tokens=origin,
         max_difference=float(torch.stack(differences).max()),  # unlike Python's max, it keeps a NaN
+        max_loss_difference=float(torch.stack(loss_differences).max()),
         mean_kl=max(divergence / num_tokens, 0.0),
         top1_agreement=agreeing / num_tokens,
     )

@@ -17,21 +17,31 @@ logger = logging.getLogger(__name__)
 HF_FOLDER = "hf"
 """Folder of a checkpoint that keeps these files."""
 _TOKENIZER_FOLDERS = ("tokenizer", "context/nemo_tokenizer", "../context/nemo_tokenizer")
-_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md", ".model.v3")
+_PREFIXES = ("LICENSE", "NOTICE")
+_TEMPLATE_FOLDER = "additional_chat_templates"
 _MAX_BYTES = 256 << 20
 _MAX_ANCESTORS = 8  # runs that started from runs; also ends a cycle of `init.from`
 
 
 def find_side_files(path: Path) -> dict[str, Path]:
-    """Return config, tokenizer and generation files of a Hugging Face folder by name; never weights, never code.
+    """Return config, tokenizer, generation, license and README files of a Hugging Face folder.
+
+    Weights and code are never among them.
+
+    Returns:
+        Path by name, such as `tokenizer.json` or `additional_chat_templates/tool_use.jinja`.
 
     Raises:
         RefusedError: a file is a link that leads out of the folder.
     """
-    homes = {path.resolve(), path.resolve().parent.parent / "blobs"}  # the cache links snapshots/REVISION/NAME to blobs
+    root, templates = path.resolve(), path / _TEMPLATE_FOLDER
+    # the cache links snapshots/REVISION/NAME to blobs
+    homes = {root, root / _TEMPLATE_FOLDER, root.parent.parent / "blobs"}
     found = {}
-    for file in sorted(path.iterdir()):
-        if not file.name.endswith(_SUFFIXES) or file.name.endswith(".index.json") or file.name.startswith("."):
+    for file in sorted([*path.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
+        is_named = file.name.endswith(_SUFFIXES) or file.name.startswith(_PREFIXES)
+        if not is_named or file.name.endswith(".index.json") or file.name.startswith("."):
             continue
         real = Path(os.path.realpath(file))
         if real.parent not in homes:
@@ -39,7 +49,7 @@ def find_side_files(path: Path) -> dict[str, Path]:
                 f"{file}: a link that leads out of the folder, to {real}; replace the link by a copy of the file"
             )
         if real.is_file() and real.stat().st_size <= _MAX_BYTES:
-            found[file.name] = real
+            found[file.relative_to(path).as_posix()] = real
     return found
 
 

@@ -23,7 +23,15 @@ from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 # Fields that do not change what a model computes, or change only its padding
-_IGNORED_FIELDS = {"preset", "max_positions", "init_std", "attention_dropout", "hidden_dropout", "vocab_multiple"}
+_IGNORED_FIELDS = {
+    "preset",
+    "max_positions",
+    "init_std",
+    "attention_dropout",
+    "hidden_dropout",
+    "vocab_multiple",
+    "padding_in_softmax",
+}
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,25 @@ its row is (row 17 + row 403) / 2.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
 from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
+from megatron_cpt.convert.side_files import find_side_files
 from megatron_cpt.convert.source import SourceCheckpoint
 from megatron_cpt.errors import RefusedError, UserError
+
+logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 8192
 _NEAR_ZERO = 0.05  # share of the median norm of all rows
@@ -36,8 +41,10 @@ class VocabularyReport:
 
     Attributes:
         before, after: number of tokens before and after.
-        from_pieces: number of added tokens whose row is the mean over pieces of the old tokenizer.
-        known: tokens of the list that the tokenizer already had, which were skipped.
+        num_new: number of rows that were initialized: of the added tokens, and of all other ids that had no row.
+        from_pieces: number of these rows that are the mean over pieces of the old tokenizer; the others are the mean of
+            all rows.
+        known: tokens of the list that tokenizer and model already had, which were skipped.
         near_zero: number of rows of the old embedding with a norm under 5 % of the median; their ids were hardly
             trained.
         near_zero_ids: the first 8 of these ids.
@@ -75,27 +82,31 @@ def extend_vocabulary(
         The larger model with the files of the new tokenizer, and the changes.
 
     Raises:
-        UserError: the source has no tokenizer, or it already knows all tokens.
+        UserError: the source has no tokenizer, or tokenizer and model already have all tokens.
         RefusedError: the tokenizer cannot be loaded, or gives the new tokens ids with gaps.
     """
     tokenizer = _load_tokenizer(source, scratch / "old")
     vocab, vocabulary = source.model.vocab, tokenizer.get_vocab()
-    known = [token for token in tokens if token in vocabulary]
+    known = [token for token in tokens if vocabulary.get(token, vocab) < vocab]
     new = [token for token in tokens if token not in vocabulary]
-    if not new:
-        raise UserError("--add-tokens: the tokenizer already knows all of them; omit the option")
+    if len(known) == len(tokens) and max(vocabulary.values()) < vocab:
+        raise UserError("--add-tokens: tokenizer and model already have all of them; omit the option")
     pieces = [tokenizer(token, add_special_tokens=False).input_ids if init_rows == "pieces" else [] for token in new]
     tokenizer.add_tokens(list(new))
     ids = [tokenizer.convert_tokens_to_ids(token) for token in new]
-    first_id = ids[0]
-    if ids != list(range(first_id, first_id + len(new))):
+    if new and ids != list(range(ids[0], ids[0] + len(new))):
         raise RefusedError(
             f"--add-tokens: the tokenizer gives them the ids {ids[:_MAX_SHOWN]}..., which are not consecutive; add "
             "them to the tokenizer in another way"
         )
     tokenizer.save_pretrained(scratch / "new")
 
-    model = ModelConfig.model_validate({**source.model.model_dump(mode="json"), "vocab": max(vocab, ids[-1] + 1)})
+    after = max(vocab, *(number + 1 for number in tokenizer.get_vocab().values()))
+    # Every id from `vocab` on gets a row, also of tokens that only the tokenizer had. A model may also have spare rows.
+    filled = range(min([vocab, *ids]), after if after > vocab else ids[-1] + 1)
+    by_id = dict(zip(ids, pieces, strict=True))
+    pieces = [own if all(piece < vocab for piece in own) else [] for own in (by_id.get(n, []) for n in filled)]
+    model = ModelConfig.model_validate({**source.model.model_dump(mode="json"), "vocab": after})
     rows = {
         name: _new_rows(source.read, name, source.specs[name].shape[1], vocab, pieces)
         for name in (EMBEDDING, OUTPUT_LAYER)
@@ -105,7 +116,7 @@ def extend_vocabulary(
     report = VocabularyReport(
         before=vocab,
         after=model.vocab,
-        num_new=len(new),
+        num_new=len(filled),
         from_pieces=sum(bool(token_pieces) for token_pieces in pieces),
         known=known,
         near_zero=len(near_zero),
@@ -116,13 +127,29 @@ def extend_vocabulary(
         source,
         model=model,
         specs={name: TensorSpec(shapes[name], spec.dtype) for name, spec in source.specs.items()},
-        read=_read_with_new_rows(source, rows, first_id),
+        read=_read_with_new_rows(source, rows, filled.start),
         side_files={
             **source.side_files,
-            **{file.name: file for file in sorted((scratch / "new").iterdir()) if file.is_file()},
+            **find_side_files(scratch / "new"),
         },
     )
     return larger, report
+
+
+def count_ids_without_row(source: SourceCheckpoint) -> int:
+    """Return the number of ids of the source's tokenizer.json for which the model has no row; 0 without the file."""
+    file = source.side_files.get("tokenizer.json")
+    if file is None:
+        return 0
+    try:
+        data = orjson.loads(file.read_bytes())
+        entries = data["model"]["vocab"]
+        ids = [*(entries.values() if isinstance(entries, dict) else range(len(entries)))]
+        ids += [token["id"] for token in data.get("added_tokens") or []]
+        return int(max(0, max(ids, default=-1) + 1 - source.model.vocab))
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        logger.warning("%s: not a tokenizer of the tokenizers library; its ids are not compared with the model", file)
+        return 0
 
 
 def _load_tokenizer(source: SourceCheckpoint, folder: Path) -> Any:
@@ -134,6 +161,7 @@ def _load_tokenizer(source: SourceCheckpoint, folder: Path) -> Any:
         )
     folder.mkdir()
     for name, file in source.side_files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
     from transformers import AutoTokenizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from megatron_cpt.config.launcher import read_launcher
 from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
 from megatron_cpt.doctor.software import Software
 
@@ -55,7 +55,7 @@ def run_hashes(prepared: PreparedRun) -> tuple[tuple[str, str], ...]:
 @contextmanager
 def connect_ranks(timeout: float = 300.0) -> Iterator[int]:
     """Open a gloo process group of the launcher's ranks; yield their number, 1 without a launcher."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = read_launcher().world_size
     if size == 1:
         yield 1
         return

@@ -21,7 +21,7 @@ Under plain torchrun a rank cannot tell the two apart, and need not: agreeing to
 ranks, so after a failure no rank gets as far as status 75.
 """
 
-from megatron_cpt.launch.options import check_options, with_defaults
+from megatron_cpt.launch.options import check_options, check_port, with_defaults
 from megatron_cpt.launch.supervise import supervise
 
-__all__ = ["check_options", "supervise", "with_defaults"]
+__all__ = ["check_options", "check_port", "supervise", "with_defaults"]

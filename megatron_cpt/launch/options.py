@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 
 from megatron_cpt.errors import UserError
@@ -24,6 +25,34 @@ def check_options(options: Sequence[str]) -> None:
     """Raise `UserError` for an option of torchrun that the launcher sets itself."""
     for name in sorted(option_names(options) & _REFUSED.keys()):
         raise UserError(f"launch: --{name} is not supported: {_REFUSED[name]}")
+
+
+def check_port(options: Sequence[str]) -> None:
+    """Raise `UserError` if torchrun would open a port on this node that another process uses."""
+    values = _values(options)
+    port = values.get("master-port", "")
+    if not port.isdecimal() or port == "0" or values.get("node-rank", "0") != "0" or "rdzv-endpoint" in values:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a port"
+            raise UserError(
+                f"launch: --master-port {port}: {reason}; choose another one, or omit the option: on a single node "
+                "the launcher chooses a free port"
+            ) from error
+
+
+def _values(options: Sequence[str]) -> dict[str, str]:
+    """Return the values of long options, by name: `--master-port 29500` and `--master_port=29500` alike."""
+    values = {}
+    for word, following in zip(options, [*options[1:], ""], strict=True):
+        name, has_value, value = word.partition("=")
+        if name.startswith("--"):
+            values[name[2:].replace("_", "-")] = value if has_value else following
+    return values
 
 
 def with_defaults(options: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -16,6 +16,7 @@ from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, Ru
 from megatron_cpt.model.capabilities import read_machine
 from megatron_cpt.model.initialize import initialize_weights
 from megatron_cpt.model.kernel_options import Knobs, choose_knobs, connect_schedule, ddp_fields, initialize_user_buffers
+from megatron_cpt.model.padded_vocabulary import exclude_padding, zero_padding
 from megatron_cpt.model.spec import LayerSpec, choose_spec
 from megatron_cpt.model.transformer_config import transformer_config
 
@@ -61,6 +62,7 @@ def build_model(run: RunConfig, *, draw_weights: bool = True) -> Model:
     unwrapped = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
     if draw_weights:
         initialize_weights(unwrapped, run.model, run.seed)
+        zero_padding(unwrapped, run.model)
     chunks = [
         _wrap(chunk, config, run.parallel, run.precision, knobs, number) for number, chunk in enumerate(unwrapped)
     ]
@@ -86,14 +88,18 @@ def _build_chunk(
     )
     if model.rope_scaling is not None:
         _scale_rope(chunk, model)
+    exclude_padding(chunk, model)
     return chunk.to(torch.cuda.current_device())
 
 
 def _scale_rope(chunk: GPTModel, model: ModelConfig) -> None:
-    """Apply Llama 3.1's RoPE scaling; the argument of GPTModel takes only its factor."""
+    """Scale the frequencies of RoPE; for Llama 3.1's rule the argument of GPTModel takes only the factor."""
     scaling = model.rope_scaling
     assert scaling is not None
     rope = chunk.rotary_pos_emb
+    if scaling.type == "linear":
+        rope.inv_freq = rope.inv_freq / scaling.factor
+        return
     rope.inv_freq = rope._apply_scaling(
         rope.inv_freq,
         factor=scaling.factor,

@@ -16,6 +16,7 @@ from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
+from megatron_cpt.model.padded_vocabulary import zero_padding
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.train.run_files import rank_layout
 from megatron_cpt.train.state import TrainState
@@ -72,7 +73,8 @@ def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) ->
     path = saved.path
     with corrupt_as_refused(path):
         before, now = model_shape(saved.run), model_shape(config.to_dict())
-    wrong = [f"{key}: {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]
+    differing = [key for key in now if before.get(key) != now[key] and key != "padding_in_softmax"]
+    wrong = [f"{key}: {before.get(key)} there, {now[key]} here" for key in differing]
     if wrong:
         raise RefusedError(
             f"init.from: {path}: a checkpoint of another model: {'; '.join(wrong)}; make the model section agree"
@@ -120,6 +122,7 @@ def load_state(
         message = f"starting from random weights of seed {config.seed}: nothing is loaded"
     elif config.init.load == "weights":
         weights = load_weights(origin, model.chunks, config.checkpoint.verify)
+        zero_padding(model.chunks, config.model)
         # Refresh the fp32 master weights. Model weights in FP8 are rounded, so then take those read from the file.
         optimizer.reload_model_params(weights if config.precision.has_fp8_weights else None)
         message = (

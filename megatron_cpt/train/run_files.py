@@ -45,7 +45,8 @@ def read_tokenizer(config: RunConfig) -> tuple[int | None, str | None]:
     if tokenizer.vocab_size > config.model.vocab:
         raise UserError(
             f"tokenizer: {config.tokenizer} has {tokenizer.vocab_size} ids, model.vocab is {config.model.vocab}; "
-            "make the vocabulary at least as large"
+            "import the model again with --add-tokens to give every id a row, name the tokenizer that the model was "
+            "trained with, or, for random weights, make the vocabulary as large"
         )
     if eod_id is None and tokenizer.eod_note and launched_rank() == 0:
         logger.info("tokenizer: %s; set documents.eod_id for another one", tokenizer.eod_note)

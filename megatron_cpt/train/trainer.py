@@ -25,6 +25,7 @@ from megatron_cpt.prepare import PreparedRun, prepare_config
 from megatron_cpt.train.metrics import mean_losses, metrics_line
 from megatron_cpt.train.resilience.anomalies import Anomaly, describe, find_anomaly, note_loss, reason_to_stop
 from megatron_cpt.train.resilience.replicas import check_replicas
+from megatron_cpt.train.resilience.run_lock import run_lock
 from megatron_cpt.train.resilience.wall_time import WallTime
 from megatron_cpt.train.resilience.watchdog import Progress, Watchdog, guard
 from megatron_cpt.train.run_files import read_tokenizer, record, write_run_files
@@ -127,6 +128,7 @@ class Trainer:
             opened.enter_context(guard(limits, ranks, watchdog, self._progress))
             # Before anything is written, because a hook may refuse to run.
             self.hooks = HookList([*build_hooks(config, console=self._has_console), *self._own_hooks])
+            opened.enter_context(run_lock(Path(config.output)))
             self._progress.note("setup")
             from megatron_cpt.train.setup import setup
 

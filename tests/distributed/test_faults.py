@@ -12,6 +12,7 @@ import orjson
 import pytest
 import torch
 
+from tests.helpers.checkpoints import differing
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, read_metrics, train_here, train_with_hooks
 
@@ -240,3 +241,52 @@ def _train_against_the_clock(path: str, overrides: list[str]) -> int:
 
     # rank 1's steps take 11 s: step 9 begins at 88 s, so step 10 would end at 110 s
     return _train(path, overrides, on_step=tick, wall_time=WallTime(100.0, lambda: now["seconds"]))
+
+
+OPTIMIZERS = {
+    "distributed-bf16": ["precision.compute=bf16"],
+    "distributed-fp32": [],
+    "plain-bf16": ["precision.compute=bf16", "parallel.distributed_optimizer=false"],
+    "plain-fp32": ["parallel.distributed_optimizer=false"],
+}
+
+
+def _train_without_the_first_updates(path: str, runs: Sequence[Sequence[str]], num_skipped: int) -> None:
+    from megatron_cpt.train import trainer
+    from megatron_cpt.train.resilience.anomalies import Anomaly
+
+    find = trainer.find_anomaly
+
+    def skip_first(*arguments: Any) -> Anomaly | None:
+        return Anomaly("loss", 1.0, None, "skip") if next(steps) < num_skipped else find(*arguments)
+
+    trainer.find_anomaly = skip_first
+    for overrides in runs:
+        resumed = Path(overrides[0].removeprefix("output=")).exists()
+        steps = iter(range(num_skipped if resumed else 0, 100))
+        train_here(path, overrides)
+
+
+def test_a_checkpoint_before_the_first_update_resumes_like_the_unbroken_run(run_file: Path) -> None:
+    folder = run_file.parent / "no-update"
+    runs = []
+    for name, overrides in OPTIMIZERS.items():
+        runs.append([f"output={folder}/{name}-whole", *overrides, "stop_at_step=4"])
+        runs.append([f"output={folder}/{name}", *overrides, "stop_at_step=2"])
+        runs.append([f"output={folder}/{name}", *overrides, "stop_at_step=4"])
+    run_ranks(2, _train_without_the_first_updates, str(run_file), runs, 2)
+    for name in OPTIMIZERS:
+        whole, broken = read_metrics(folder / f"{name}-whole"), read_metrics(folder / name)
+        assert [line["skipped_updates"] for line in broken] == [1, 2, 2, 2]
+        assert [line["loss"] for line in broken] == [line["loss"] for line in whole]
+        assert [line["grad_norm"] for line in broken] == [line["grad_norm"] for line in whole]
+        assert differing(newest(folder / name), newest(folder / f"{name}-whole")) == []
+
+
+def test_a_rate_of_zero_from_the_start_saves_and_resumes(run_file: Path) -> None:
+    output = run_file.parent / "rate-0"
+    overrides = [f"output={output}", "schedule.warmup=4", "stop_at_step=1"]
+    run_ranks(1, train_here, str(run_file), overrides)
+    run_ranks(1, train_here, str(run_file), [*overrides[:2], "stop_at_step=3"])
+    assert next(line["lr"] for line in read_metrics(output)) == 0.0
+    assert newest(output).name == "step-00000003"

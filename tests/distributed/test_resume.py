@@ -108,12 +108,16 @@ def test_changed_runs_are_refused_unless_allowed(run_file: Path) -> None:
 
 def test_weights_and_optimizer_are_two_ways_to_start(run_file: Path, base: Path) -> None:
     folder = run_file.parent / "starts"
+    link = run_file.parent / "link-to-a-checkpoint"
+    link.symlink_to(newest(base))
     common = [f"init.from={base}", "stop_at_step=1", "schedule.max_lr=1e-60", "schedule.min_lr=0"]
     run_ranks(1, train_several, str(run_file), [
         [*common, "init.load=weights", f"output={folder}/weights"],
         [*common, "init.load=weights+optimizer", f"output={folder}/optimizer"],
+        [*common, f"init.from={link}", f"output={folder}/from-link"],
     ])  # fmt: skip
     origin = read_tensors(newest(base))
+    assert differing(newest(folder / "weights"), newest(folder / "from-link")) == []
     fresh, carried = (read_tensors(newest(folder / name)) for name in ("weights", "optimizer"))
     key = "optimizer.state.exp_avg.output_layer.weight"
     for tensors in (fresh, carried):

@@ -81,6 +81,8 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
         is_loading: the state is about to be loaded, so the optimizer must have its tensors.
     """
     part = _only_part(optimizer)
+    if not is_loading:
+        _create_missing_moments(part.optimizer)
     if not isinstance(part, DistributedOptimizer):
         plain: dict[str, Any] = part.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
         return plain
@@ -88,6 +90,15 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
     if is_loading:
         part.load_state_dict(part.state_dict())  # allocates moments before the first step
     return {**state, "param_state": _own_boxes(part, model), "param_state_sharding_type": _FORMAT}
+
+
+def _create_missing_moments(adam: torch.optim.Optimizer) -> None:
+    """Create the moments of a run that has not applied an update yet, because every step so far was skipped."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter].update(zeros)
 
 
 def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
@@ -118,7 +129,6 @@ def _own_boxes(optimizer: Any, model: dict[str, Any]) -> dict[int, Any]:
     state: dict[int, Any] = {}
     for parameter, (start, end) in _ranges(optimizer):
         tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-        assert {"param", "exp_avg", "exp_avg_sq"} <= set(tensors), "the optimizer has no state yet"
         state[len(state)] = {
             name: {
                 str(number): box

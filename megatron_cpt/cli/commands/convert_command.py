@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -110,6 +109,11 @@ def import_(
     )
     if report.vocabulary is not None:
         print(f"vocabulary: {report.vocabulary}")
+    if report.ids_without_row:
+        print(
+            f"warning: the tokenizer has {report.ids_without_row:,} ids more than the model has rows, and `train` "
+            "refuses that; to give them rows, import again with --add-tokens FILE, which lists these tokens"
+        )
 
 
 @app.command("export")
@@ -182,12 +186,13 @@ def verify(
 ) -> None:
     """Verify that a checkpoint is the model of a Hugging Face folder: every tensor accounted for, every byte equal.
 
-    Exit status 3 if they differ. Logits agree if no logit differs by more than 1e-4.
+    Exit status 3 if they differ. Logits agree if no logit and no prompt's mean loss differs by more than 1e-4.
     """
+    from megatron_cpt.config.launcher import read_launcher
     from megatron_cpt.convert.verify import verify_tensors
 
     tensors = compared = None
-    if int(os.environ.get("RANK", "0")) == 0:
+    if read_launcher().rank == 0:
         with progress_bar("comparing", is_bytes=True) as advance:
             tensors = verify_tensors(
                 hf, checkpoint, workers=workers, allow_pickle=allow_pickle, model=model, advance=advance
@@ -203,7 +208,8 @@ def verify(
         _print_json({"tensors": tensors.to_dict(), "logits": compared.to_dict() if compared else None})
     else:
         _print_verification(checkpoint, tensors, compared)
-    do_logits_agree = compared is None or compared.max_difference <= LOGITS_LIMIT  # False for NaN
+    # False for NaN
+    do_logits_agree = compared is None or max(compared.max_difference, compared.max_loss_difference) <= LOGITS_LIMIT
     if not (tensors.is_equal and do_logits_agree):
         raise typer.Exit(EXIT_REFUSED)
 
@@ -233,7 +239,8 @@ def _print_verification(checkpoint: Path, tensors: TensorReport, logits: LogitsR
     if logits is not None:
         print(
             f"logits at {logits.layout}, {logits.num_prompts} prompts, {logits.num_tokens} tokens "
-            f"({logits.tokens}): largest difference {logits.max_difference:.2e}, KL {logits.mean_kl:.2e}, "
+            f"({logits.tokens}): largest difference {logits.max_difference:.2e}, of a prompt's loss "
+            f"{logits.max_loss_difference:.2e}, KL {logits.mean_kl:.2e}, "
             f"same first token at {logits.top1_agreement:.2%} of positions"
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +32,11 @@ def doctor(
     Each finding comes with its cost and a fix. With several nodes, start one process per node under `launch`; the nodes
     are compared as well. Exit status: 0, or 1 if something keeps a run from starting.
     """
+    from megatron_cpt.config.launcher import read_launcher
     from megatron_cpt.doctor import examine
 
     examination = examine(None if run is None else str(run), overrides or (), port=port)
-    if os.environ.get("RANK", "0") == "0":
+    if read_launcher().rank == 0:
         if as_json:
             print(json.dumps(examination.to_dict(), indent=2))
         else:

@@ -34,11 +34,12 @@ def launch(
     error message; 1: failure.
     """
     require_module("torch")  # before torchrun, which would fail in a process of its own
-    from megatron_cpt.launch import check_options, supervise, with_defaults
+    from megatron_cpt.launch import check_options, check_port, supervise, with_defaults
 
     split = words.index("--") if "--" in words else len(words)
     options, command = words[:split], words[split + 1 :]
     if not command or command[0] not in COMMANDS:
         raise UserError(f"launch: give the command after --: launch {' '.join(options)} -- train RUN.yaml ...")
     check_options(options)
+    check_port(options)
     raise typer.Exit(supervise(with_defaults(options, os.environ), command))

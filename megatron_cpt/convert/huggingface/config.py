@@ -121,8 +121,10 @@ def _rope_scaling(config: HfConfig, values: Mapping[str, Any]) -> dict[str, Any]
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind == "default":
         return None
+    if kind == "linear":
+        return {"type": "linear", "factor": config.number("factor", values)}
     if kind != "llama3":
-        config.problems.append(f"rope_type: {kind!r}; only default and llama3 can be computed here")
+        config.problems.append(f"rope_type: {kind!r}; only default, linear and llama3 can be computed here")
         return None
     original = values.get("original_max_position_embeddings")
     return {
@@ -230,13 +232,13 @@ def _hf_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
     old: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_scaling": None}
     scaling: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": model.rope_scaling.factor,
-            "low_freq_factor": model.rope_scaling.low_freq_factor,
-            "high_freq_factor": model.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": model.rope_scaling.original_max_positions,
-        }
+        scaling = {"rope_type": model.rope_scaling.type, "factor": model.rope_scaling.factor}
+        if model.rope_scaling.type == "llama3":
+            scaling |= {
+                "low_freq_factor": model.rope_scaling.low_freq_factor,
+                "high_freq_factor": model.rope_scaling.high_freq_factor,
+                "original_max_position_embeddings": model.rope_scaling.original_max_positions,
+            }
         old["rope_scaling"] = scaling
     new = {**scaling, "rope_theta": model.rotary_base}
     if family.has_partial_rope:

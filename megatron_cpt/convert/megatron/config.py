@@ -44,8 +44,6 @@ _OPTIONAL = {
 # Arguments that change the computation without a trace in the tensors; a model that sets one is refused.
 _UNSUPPORTED = (
     "rotary_interleaved",
-    "rotary_seq_len_interpolation_factor",
-    "seq_len_interpolation_factor",
     "apply_residual_connection_post_layernorm",
     "no_rope_freq",
     "softmax_scale",
@@ -82,13 +80,24 @@ def read_megatron_model(
     if named_model is not None:
         return _named_model(named_model)
     if (path / STATE_FILE).is_file() and (path / RUN_FILE).is_file():
-        return _validate(read_mapping(path / RUN_FILE).get("model"), path / RUN_FILE)
+        return _model_of_run(read_mapping(path / RUN_FILE), path / RUN_FILE)
     arguments = common.get("args")
     fields = arguments if isinstance(arguments, Mapping) else getattr(arguments, "state", None)
     where: object = f"{path}: args"
     if not isinstance(fields, Mapping):
         where, fields = _find_config(path)
     return _validate(model_fields(fields, weights, where), where)
+
+
+def _model_of_run(run: Mapping[str, Any], where: Path) -> ModelConfig:
+    """Return the model of a run.yaml; a run on longer sequences than `max_positions` has extended it."""
+    model = _validate(run.get("model"), where)
+    phases = run.get("phases") or []
+    lengths = [run.get("seq_length"), *(phase.get("seq_length") for phase in phases if isinstance(phase, Mapping))]
+    longest = max((length for length in lengths if isinstance(length, int)), default=0)
+    if model.max_positions is None or model.max_positions >= longest:
+        return model
+    return model.model_copy(update={"max_positions": longest})
 
 
 def _named_model(name: str) -> ModelConfig:
@@ -205,6 +214,9 @@ def _rope_scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
         factors = {"factor": "scale_factor", "original_max_positions": "old_context_len"}
         factors |= {name: name for name in ("low_freq_factor", "high_freq_factor")}
         return {"rope_scaling": {field: fields[name] for field, name in factors.items() if name in fields}}
+    for name in ("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"):  # Megatron-LM, Megatron-Bridge
+        if fields.get(name) not in (None, 1, 1.0):
+            return {"rope_scaling": {"type": "linear", "factor": fields[name]}}
     if not (fields.get("use_rope_scaling") or fields.get("rope_scaling")):
         return {}
     factor = fields.get("rope_scaling_factor")

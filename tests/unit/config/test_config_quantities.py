@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.config import format_count, parse_count
+from megatron_cpt.config import draft_config, format_count, parse_count
 from megatron_cpt.config.quantities import COUNT_SCHEMA, parse_span
 
 
@@ -97,12 +97,19 @@ def test_formats(count, text):
         (0.05, {"fraction": 0.05}),
         (1.0, {"fraction": 1.0}),
         ("16B", {"tokens": "16B"}),
-        (1e9, {"tokens": 1e9}),
+        ("16e9K", {"tokens": "16e9K"}),
+        ({"tokens": 1e9}, {"tokens": 1e9}),
         ({"steps": 3}, {"steps": 3}),
     ],
 )
 def test_spans_have_one_reading(value, span):
     assert parse_span(value) == span
+
+
+@pytest.mark.parametrize("value", ["2e3", 2e3, "2000.0", 1.5])
+def test_a_number_that_could_be_steps_or_tokens_is_refused_with_both_readings(value):
+    with pytest.raises(ValueError, match=rf"write {float(value):.0f} for steps, {{tokens: {value}}} for tokens"):
+        parse_span(value)
 
 
 @pytest.mark.parametrize("value", ["100", True, None])
@@ -115,3 +122,26 @@ def test_a_quoted_number_is_neither_steps_nor_tokens(value):
 def test_the_schema_takes_what_the_parser_takes(text):
     pattern = next(option["pattern"] for option in COUNT_SCHEMA["anyOf"] if "pattern" in option)
     assert re.search(pattern, text)
+
+
+def test_home_and_variables_are_expanded_in_paths(run_data, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    run_data |= {"output": "~/runs/a", "tokenizer": "huggingface:~/tok", "init": {"from": "${SCRATCH}/base"}}
+    run_data["sources"]["web"]["path"] = ["$SCRATCH/web-*", "s3://bucket/web", "/plain"]
+    run_data["validation"] = {"sources": {"web": "$SCRATCH/val"}}
+    config = draft_config(run_data, ["output=~/runs/b"]).finish("run.yaml")
+    assert config.output == "/home/me/runs/b"
+    assert config.tokenizer == "huggingface:/home/me/tok"
+    assert config.init.from_ == "/scratch/me/base"
+    assert config.sources["web"].paths == ["/scratch/me/web-*", "s3://bucket/web", "/plain"]
+    assert config.validation.sources == {"web": "/scratch/me/val"}
+
+
+def test_a_variable_that_is_not_set_is_named(run_data, monkeypatch):
+    monkeypatch.delenv("SCRATCH", raising=False)
+    problems = draft_config(run_data, ["output=$SCRATCH/a", "sources.web.path=~nobody-here/web"]).problems
+    assert [problem.partition("; ")[0] for problem in sorted(problems)] == [
+        'output: "$SCRATCH/a": the variable SCRATCH is not set in the environment',
+        'sources.web.path: "~nobody-here/web": ~nobody-here has no home directory',
+    ]

@@ -91,7 +91,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path: Path, hf: 
 def test_config_json_says_what_the_model_is_now(tmp_path: Path, checkpoint: Path) -> None:
     path = shutil.copytree(checkpoint, tmp_path / "c")
     run = yaml.safe_load((path / "run.yaml").read_text())
-    run["model"]["max_positions"] = 4096  # training continued on longer samples
+    run["seq_length"], run["phases"] = 128, [{"name": "general"}, {"name": "long", "seq_length": 4096}]
     (path / "run.yaml").write_text(yaml.safe_dump(run))
     export_checkpoint(path, tmp_path / "longer", ExportOptions(verify="none"))
     config = json.loads((tmp_path / "longer" / "config.json").read_text())
@@ -214,12 +214,17 @@ def test_rope_scaling_of_nemo_2() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"])
+def test_interpolated_positions_are_linear_scaling(name: str) -> None:
+    assert fields_of(**{name: 4})["rope_scaling"] == {"type": "linear", "factor": 4}
+    assert "rope_scaling" not in fields_of(**{name: 1.0})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"window_size": [4096, 0]}, r"sliding-window attention \(\[4096, 0\]\)"),
         ({"rotary_interleaved": True}, "rotary_interleaved: True"),
-        ({"rotary_seq_len_interpolation_factor": 4}, "rotary_seq_len_interpolation_factor: 4"),
         ({"softmax_scale": 0.5}, "softmax_scale: 0.5"),
         ({"softmax_type": "off-by-one"}, "softmax_type: off-by-one"),
         ({"glu_linear_offset": 1.0}, "glu_linear_offset: 1.0"),

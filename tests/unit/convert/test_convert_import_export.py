@@ -312,6 +312,36 @@ def test_new_tokens(tmp_path: Path, with_tokenizer: Path, rows: str) -> None:
     assert hf_tensors(tmp_path / "back")["lm_head.weight"].shape == (103, 48)
 
 
+def test_ids_that_only_the_tokenizer_has_are_warned_about_and_become_rows(
+    tmp_path: Path, with_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(with_tokenizer, tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<a>", "<b>", "<c>"])  # ids 101 to 103; the model has 101 rows
+    tokenizer.save_pretrained(folder)
+    assert main(["convert", "import", str(folder), str(tmp_path / "c")]) == 0
+    assert "the tokenizer has 3 ids more than the model has rows" in capsys.readouterr().out
+    (tmp_path / "known.txt").write_text("<a>\n<b>\n<c>\n")
+    (tmp_path / "more.txt").write_text("abc\nA\n")
+    mean = hf_tensors(folder)["model.embed_tokens.weight"].mean(dim=0)
+    for tokens, after in (("known", 104), ("more", 105)):
+        arguments = ["--add-tokens", str(tmp_path / f"{tokens}.txt")]
+        assert main(["convert", "import", str(folder), str(tmp_path / tokens), *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert f"101 -> {after}: {after - 101} new" in printed
+        assert "more than the model has rows" not in printed
+        opened = open_source_checkpoint(tmp_path / tokens)
+        assert opened.model.vocab == after
+        rows = opened.read("embedding.word_embeddings.weight", 101, 128)
+        assert torch.allclose(rows[:3], mean.expand(3, -1), atol=1e-6)
+        assert rows[3].any() == (after == 105), "abc, from its pieces"
+        assert not rows[after - 101 :].any()
+    with pytest.raises(UserError, match="already have all of them"):
+        import_checkpoint(tmp_path / "known", tmp_path / "again", ImportOptions(new_tokens=("<a>",)))
+
+
 def test_new_tokens_for_a_model_in_the_hub_cache(tmp_path: Path, with_tokenizer: Path) -> None:
     snapshot, blobs = tmp_path / "snapshots" / "abc", shutil.copytree(with_tokenizer, tmp_path / "blobs")
     snapshot.mkdir(parents=True)

@@ -61,7 +61,10 @@ def largest_difference(config: dict[str, Any]) -> float:
 
 
 def differences(families: list[str]) -> dict[str, float]:
-    return {family: largest_difference(tiny_config(family)) for family in families}
+    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    found = {family: largest_difference(tiny_config(family)) for family in families}
+    found["linear RoPE scaling"] = largest_difference(tiny_config("llama", rope_parameters=linear))
+    return found
 
 
 def differences_of_odd_models(families: list[str], examples: int) -> dict[str, list[float]]:
@@ -85,7 +88,8 @@ def differences_of_both_kinds(families: list[str]) -> tuple[dict[str, float], di
 
 def test_logits_of_every_family_and_of_odd_models_equal_transformers():
     ((found, odd),) = run_ranks(1, differences_of_both_kinds, sorted(FAMILY_CONFIGS))
-    assert sorted(found) == sorted(odd) == sorted(FAMILY_CONFIGS)
+    assert sorted(odd) == sorted(FAMILY_CONFIGS)
+    assert found.keys() == {*FAMILY_CONFIGS, "linear RoPE scaling"}
     assert max(found.values()) < 1e-4, found
     assert all(len(odd[family]) >= 3 for family in FAMILY_CONFIGS)
 
@@ -101,8 +105,22 @@ def test_a_logit_that_is_nan_is_a_difference() -> None:
     from megatron_cpt.convert.logits import _compare
 
     logits = [torch.zeros(3, 5), torch.zeros(2, 5)]
-    assert _compare(logits, logits, "TP 1 x PP 1", "random ids").max_difference == 0.0
+    prompts = [torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.long)]
+    assert _compare(logits, logits, prompts, "TP 1 x PP 1", "random ids").max_difference == 0.0
     logits_with_nan = [logits[0], logits[1].index_fill(1, torch.tensor([4]), float("nan"))]
-    report = _compare(logits_with_nan, logits, "TP 1 x PP 1", "random ids")
+    report = _compare(logits_with_nan, logits, prompts, "TP 1 x PP 1", "random ids")
     assert not report.max_difference <= 1e-4
     assert math.isnan(report.mean_kl)
+
+
+def test_padding_that_takes_part_in_the_softmax_is_a_difference_of_losses() -> None:
+    from megatron_cpt.convert.logits import _compare
+
+    logits, prompts = [torch.full((4, 5), -6.6)], [torch.arange(4)]
+    padded = [torch.nn.functional.pad(logits[0], (0, 3))]
+    report = _compare(padded, logits, prompts, "TP 1 x PP 1", "random ids")
+    assert report.max_difference == 0.0
+    # log(5 exp(-6.6) + 3) + 6.6 - log(5)
+    assert report.max_loss_difference == pytest.approx(6.0914, abs=1e-4)
+    excluded = [torch.nn.functional.pad(logits[0], (0, 3), value=-math.inf)]
+    assert _compare(excluded, logits, prompts, "TP 1 x PP 1", "random ids").max_loss_difference == 0.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 import megatron_cpt.launch
 from megatron_cpt.backend.signals import STOP_SIGNALS
 from megatron_cpt.cli import main
 from megatron_cpt.errors import UserError
-from megatron_cpt.launch import check_options, rank_report, with_defaults
+from megatron_cpt.launch import check_options, check_port, rank_report, with_defaults
 from megatron_cpt.launch.rank_report import Report
 from megatron_cpt.launch.supervise import combine
 
@@ -76,3 +78,17 @@ def test_a_command_that_ranks_run_is_needed(words: list[str], capsys: pytest.Cap
 def test_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "--help"]) == 0
     assert "torchrun options" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spelling", ["--master-port {}", "--master_port={}", "--nnodes 2 --node-rank=0 --master-port {}"]
+)
+def test_a_port_in_use_is_named(spelling: str) -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--master-port {port}: Address already in use; choose another one"):
+            check_port(spelling.format(port).split())
+        check_port(["--node-rank", "1", f"--master-port={port}"])  # that node does not open it
+    check_port([f"--master-port={port}"])

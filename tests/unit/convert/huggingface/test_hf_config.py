@@ -130,6 +130,15 @@ def test_rope_in_the_old_and_the_new_form():
     assert model.rotary_base == 500000.0
     assert model.rope_scaling is not None
     assert (model.rope_scaling.factor, model.rope_scaling.original_max_positions) == (32.0, 8192)
+    linear = {**tiny_config("llama"), "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    family, model = hf_config.read_model(linear)
+    assert model.rope_scaling is not None
+    assert (model.rope_scaling.type, model.rope_scaling.factor) == ("linear", 4.0)
+    assert hf_config.to_hf_config(family, model)["rope_parameters"] == {
+        "rope_type": "linear",
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+    }
     new = {**tiny_config("smollm"), "rope_parameters": {"rope_theta": 500000.0, **old["rope_scaling"]}}
     assert hf_config.read_model(new)[1] == model
     _, half = hf_config.read_model({**tiny_config("nemotron"), "rope_parameters": None, "partial_rotary_factor": 0.25})
@@ -142,7 +151,7 @@ def test_rope_in_the_old_and_the_new_form():
     ("family", "changes", "message"),
     [
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type: 'yarn'"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type: 'linear'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "4"}}, "factor: '4'; it must be a number"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one flat object"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, "factor: '8'; it must be a number"),
         (

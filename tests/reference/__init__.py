@@ -1,0 +1,1 @@
+"""An independent implementation of a training run, to compare the product with."""
