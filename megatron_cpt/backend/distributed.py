@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,11 +88,10 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
         timeout: of a collective, in seconds.
 
     Raises:
-        UserError: the world size does not fit `parallel`.
+        UserError: the world size does not fit `parallel`, or Transformer Engine does not load.
     """
     on_cpu = cpu.install()
-    from megatron.core import parallel_state
-
+    parallel_state = _parallel_state()
     size = data_parallel_size(parallel, launched_world_size())
     own_group = not dist.is_initialized()
     if own_group:
@@ -123,6 +123,19 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
         # After an error, other ranks may be inside a collective, for which gloo would wait.
         if own_group and dist.is_initialized() and (has_finished or dist.get_world_size() == 1):
             dist.destroy_process_group()
+
+
+def _parallel_state() -> Any:
+    """Import megatron-core, which imports Transformer Engine and accepts no failure of it but ImportError."""
+    try:
+        from megatron.core import parallel_state
+    except OSError as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Transformer Engine is installed, but does not load: {first_line}; install a release that was built for "
+            f"torch {torch.__version__}, or uninstall transformer-engine to train with the layers of torch"
+        ) from error
+    return parallel_state
 
 
 def _abort() -> None:

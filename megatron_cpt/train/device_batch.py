@@ -162,8 +162,8 @@ def packed_offsets(arrays: Sequence[npt.NDArray[Any]]) -> tuple[list[int], int]:
 def pack(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int], memory: torch.Tensor) -> None:
     """Copy the arrays into `memory`, uint8 on the host."""
     for array, offset in zip(arrays, offsets, strict=True):
-        as_bytes = torch.from_numpy(array).reshape(-1).view(torch.uint8)
-        memory[offset : offset + array.nbytes].copy_(as_bytes)
+        as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        memory[offset : offset + array.nbytes].copy_(torch.from_numpy(as_bytes))
 
 
 def unpack(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int], memory: torch.Tensor) -> list[torch.Tensor]:
