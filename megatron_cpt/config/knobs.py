@@ -145,7 +145,7 @@ KNOBS = (
         needs=(
             _GPU,
             Need(
-                "Transformer Engine, Apex, or torch 2.8",
+                "Transformer Engine, Apex, or a torch that adds bf16 products to fp32 sums",
                 lambda run, place: place.transformer_engine or place.adds_gradients,
             ),
         ),

@@ -34,8 +34,8 @@ class TorchProducts:
 def adds_exactly(device: torch.device | int) -> bool:
     """Return whether torch adds a bf16 product to an fp32 buffer without rounding to bf16; waits for the device.
 
-    Products of small integers are exact, and 1 + 2^-12 is an fp32 but not a bf16 number. CPUs and releases of torch
-    before 2.8 have no such product.
+    Products of small integers are exact, and 1 + 2^-12 is an fp32 but not a bf16 number. CPUs and older releases of
+    torch have no such product.
     """
     left, right = (torch.arange(64 * width, device=device).view(64, width) % 5 - 2 for width in (32, 48))
     buffer = torch.full((48, 32), 1 + 2.0**-12, device=device)
@@ -66,4 +66,4 @@ def enable_in_transformer_engine(chunks: Sequence[nn.Module]) -> None:
     for chunk in chunks:
         for module in chunk.modules():
             if hasattr(module, "fuse_wgrad_accumulation"):
-                module.fuse_wgrad_accumulation = True
+                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
