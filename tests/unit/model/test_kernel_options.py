@@ -92,7 +92,7 @@ def test_what_a_run_says_counts(knob):
             "speed.fused_rope: needs a CUDA device and Transformer Engine; remove it here",
         ),
         (CPU, ["speed.overlap_param_gather=true"], "overlap_param_gather: needs speed.overlap_grad_reduce: true"),
-        (GPU, ["speed.fused_grad_accumulation=true"], "needs Transformer Engine, Apex, or torch 2.8"),
+        (GPU, ["speed.fused_grad_accumulation=true"], "needs Transformer Engine, Apex, or a torch that adds"),
         (H100_TE, ["speed.tp_comm_overlap=true"], "needs parallel.tensor above 1 and parallel.sequence"),
         (
             H100_TE,
