@@ -18,15 +18,15 @@ class ComputePlace:
 
     Attributes:
         transformer_engine: the layers come from Transformer Engine.
-        apex: the extension of Apex for weight gradients is installed.
+        adds_gradients: a matrix product of Apex or torch adds weight gradients to an fp32 buffer.
     """
 
     on_gpu: bool = False
     transformer_engine: bool = False
-    apex: bool = False
+    adds_gradients: bool = False
 
 
-GPU_CLUSTER = ComputePlace(on_gpu=True, transformer_engine=True, apex=True)
+GPU_CLUSTER = ComputePlace(on_gpu=True, transformer_engine=True, adds_gradients=True)
 """Assumption of plans: GPUs with the libraries of NVIDIA's containers."""
 
 
@@ -142,30 +142,19 @@ KNOBS = (
     ),
     Knob(
         "fused_grad_accumulation",
-        needs=(_GPU, Need("Apex (fused_weight_gradient_mlp_cuda)", lambda run, place: place.apex)),
+        needs=(
+            _GPU,
+            Need(
+                "Transformer Engine, Apex, or a torch that adds bf16 products to fp32 sums",
+                lambda run, place: place.transformer_engine or place.adds_gradients,
+            ),
+        ),
         sets="`gradient_accumulation_fusion`",
         gain="saves bf16 weight gradients and their addition to the fp32 buffer in every micro-batch",
-        source="megatron-core tensor_parallel/layers.py; NVIDIA's containers include Apex",
+        source="megatron-core tensor_parallel/layers.py; without Apex model/gradient_products.py, checked at start",
     ),
 )
 """All rows of the table."""
-
-
-ENVIRONMENT = (
-    (
-        "CUDA_DEVICE_MAX_CONNECTIONS",
-        "1",
-        "starts communication before the matrix product that hides it; set 32 with context parallelism alone",
-    ),
-    (
-        "PYTORCH_CUDA_ALLOC_CONF",
-        "expandable_segments:True",
-        "reduces fragmentation of memory by the micro-batches of a pipeline",
-    ),
-    ("NCCL_IB_TIMEOUT", "22", "waits through short failures of a network link instead of ending the run"),
-    ("NCCL_IB_RETRY_CNT", "7", "retries through short failures of a network link instead of ending the run"),
-)
-"""Name, value and gain of variables that libraries read at start, so examples/nemotron4_15b/cluster.sh sets them."""
 
 
 def has_mxfp8_weights(run: RunConfig) -> bool:
@@ -200,20 +189,19 @@ def fuses_swiglu(run: RunConfig, place: ComputePlace) -> bool:
     return is_swiglu and "fused_activation" in resolve_speed(run, place)[0]
 
 
-def markdown_tables() -> tuple[str, str]:
-    """Return the tables of knobs and of environment variables for docs/operations/speed.md."""
-    knobs: list[Sequence[str]] = [("key below `speed`", "cpu", "h100", "needs", "sets", "gain", "source")]
+def knobs_table() -> str:
+    """Return the table of knobs for docs/operations/speed.md."""
+    rows: list[Sequence[str]] = [("key below `speed`", "cpu", "h100", "needs", "sets", "gain", "source")]
     for knob in KNOBS:
         needs = ", ".join(need.text for need in knob.needs) or "nothing"
-        knobs.append(
+        rows.append(
             (f"`{knob.name}`", "off", "on" if knob.is_default else "off", needs, knob.sets, knob.gain, knob.source)
         )
-    variables: list[Sequence[str]] = [("variable", "value", "gain")]
-    variables += [(f"`{name}`", f"`{value}`", gain) for name, value, gain in ENVIRONMENT]
-    return _markdown(knobs), _markdown(variables)
+    return markdown_table(rows)
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first row is its head."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     return "\n".join(lines)
