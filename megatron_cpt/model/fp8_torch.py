@@ -51,7 +51,7 @@ def scaled_product(
             f"precision.fp8.backend: torch: a product of {tuple(left.values.shape)} and {tuple(right.values.shape)} "
             f"has a size that is not a multiple of {SIZE_MULTIPLE}; change the width of the model or the micro-batch"
         )
-    if not left.values.is_cuda:
+    if left.values.device.type == "cpu":
         # torch has this operator for CPUs, and a test compares both, but it takes seconds for a layer of a small model.
         product = left.values.float() @ right.values.float()
         return (product * left.inverse_scale * right.inverse_scale).to(dtype)

@@ -16,6 +16,7 @@ cpu.install()
 
 from megatron.core.tensor_parallel import ColumnParallelLinear  # noqa: E402
 
+from megatron_cpt.model import fp8_torch  # noqa: E402
 from megatron_cpt.model.fp8_emulated import INPUT, LocalFp8, emulated_linears, end_step, quantize, scale_for  # noqa: E402
 from megatron_cpt.model.fp8_torch import (  # noqa: E402
     Quantized,
@@ -161,3 +162,29 @@ def test_the_named_group_is_not_used_without_parallelism():
     layer = _linear(torch_linears, "tensorwise")
     layer.tp_group = SimpleNamespace(size=lambda: 1)  # any collective call with it would fail
     _compute(layer)
+
+
+class _Context:
+    """Context of an autograd function whose two halves are called by hand."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_torch_accepts_every_operand_for_a_gpu(recipe, monkeypatch):
+    """On tensors without values torch checks types, sizes, order of elements and scales as for a GPU."""
+    layer = SimpleNamespace(fp8=LocalFp8(recipe), scale_of=lambda x, operand: scale_for(x.abs().amax(), E4M3))
+    products = []
+    operator = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *x, **named: products.append(named) or operator(*x, **named))
+    x, weight = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((24, 2, 32), (64, 32)))
+    context = _Context()
+    with torch.no_grad():
+        output = fp8_torch._Fp8Linear.forward(context, x, weight, layer, None, None, False)
+        of_x, of_weight, *_ = fp8_torch._Fp8Linear.backward(context, torch.empty_like(output))
+    assert (output.shape, of_x.shape, of_weight.shape) == ((24, 2, 64), x.shape, weight.shape)
+    assert [product["use_fast_accum"] for product in products] == [True, False, False]
+    row_major_right = torch.empty(32, 64, device="meta", dtype=E4M3)
+    with pytest.raises(RuntimeError, match=r"must be row_major"):
+        operator(row_major_right.t(), row_major_right, **products[0])

@@ -28,7 +28,7 @@ def _step(optimizer: GroupStepAdam, number: int) -> None:
 
 
 def test_moments_are_rounded_after_an_update_in_fp32() -> None:
-    """The reference rounds the moments of Adam in fp32 after each step, so the next step starts from rounded moments."""
+    """The reference rounds the moments of Adam in fp32 after each step, so the next one starts from them."""
     parameter, reference = _parameter(), _parameter()
     ours, theirs = Bf16MomentsAdam([parameter], **OPTIONS), GroupStepAdam([reference], **OPTIONS)
     for number in range(STEPS):
