@@ -1,5 +1,6 @@
 """Devices, process groups, signals and random states. No other package opens a process group."""
 
+from megatron_cpt.backend.deterministic import kernel_settings
 from megatron_cpt.backend.distributed import (
     Ranks,
     data_parallel_size,
@@ -14,6 +15,7 @@ __all__ = [
     "Ranks",
     "StopRequest",
     "data_parallel_size",
+    "kernel_settings",
     "launched_rank",
     "launched_world_size",
     "own_process",

@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_cpt.config.precision_checks import check_fp8_weights, check_precision, check_quantized_shapes
+from megatron_cpt.config.precision_checks import (
+    check_fp8_weights,
+    check_moments,
+    check_precision,
+    check_quantized_shapes,
+)
 from megatron_cpt.config.schema import RunConfig
 
 
@@ -287,5 +292,6 @@ CHECKS = (
         (*_HEADS, "precision", "model.ffn_hidden", "parallel", "batch", "seq_length", "phases", "validation"),
         check_quantized_shapes,
     ),
+    ConfigCheck(("optimizer.moments", "optimizer.betas"), check_moments),
     ConfigCheck(("resilience.spike.warmup", "resilience.spike.window"), _check_spike_warmup),
 )

@@ -12,10 +12,11 @@ from megatron_cpt.config.quantities import Section
 class Fp8Config(Section):
     """FP8 in the linear layers of the transformer; embedding, output layer and attention stay in `compute`."""
 
-    backend: Literal["transformer_engine", "emulated"] = "transformer_engine"
-    """`emulated` computes the numbers of FP8 on any device without its speed; recipes `delayed`, `tensorwise` only."""
-    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    """Rule for scaling factors, as Transformer Engine names it; `tensorwise` is current scaling."""
+    backend: Literal["transformer_engine", "torch", "emulated"] | None = None
+    """`torch` needs only PyTorch, `emulated` has the numbers of FP8 on any device without its speed; null is
+    Transformer Engine where it is installed, else `torch`."""
+    recipe: Literal["delayed", "tensorwise", "rowwise", "blockwise", "mxfp8"] = "delayed"
+    """Rule for scaling factors: `tensorwise` is current scaling, `rowwise` has one factor per row (backend `torch`)."""
     format: Literal["hybrid", "e4m3"] = "hybrid"
     """FP8 format; `hybrid` uses E4M3 for weights and activations and E5M2 for gradients."""
     first_last_bf16: int = Field(0, ge=0)
@@ -27,7 +28,7 @@ class Fp8Config(Section):
     margin: int = Field(0, ge=0)
     """Powers of two between the largest magnitude and the top of the format; recipe `delayed` only."""
     params: bool = False
-    """Store and gather the weights of these layers in FP8; not for gated MLPs or backend `emulated`."""
+    """Store and gather the weights of these layers in FP8; Transformer Engine only, not for gated MLPs."""
 
 
 class Fp4Config(Section):
@@ -51,8 +52,18 @@ class PrecisionConfig(Section):
 
     @property
     def uses_transformer_engine(self) -> bool:
-        """True if matrix products run in FP8 or FP4 by Transformer Engine."""
-        return self.fp4 is not None or (self.fp8 is not None and self.fp8.backend == "transformer_engine")
+        """True if matrix products run in FP8 or FP4 by Transformer Engine, unless a machine without it is found."""
+        return self.fp4 is not None or (self.fp8 is not None and not self.has_local_fp8)
+
+    @property
+    def has_local_fp8(self) -> bool:
+        """True if FP8 is computed by our own linear layers, on real hardware or emulated."""
+        return self.fp8 is not None and (self.fp8.backend in ("torch", "emulated") or self.fp8.recipe == "rowwise")
+
+    @property
+    def has_fp8_products(self) -> bool:
+        """True if matrix products run in the FP8 units of a GPU."""
+        return self.fp8 is not None and self.fp8.backend != "emulated"
 
     @property
     def has_fp8_weights(self) -> bool:
@@ -73,6 +84,9 @@ class RecomputeConfig(Section):
 
 class SpeedConfig(Section):
     """Options that make a run faster; null is on where machine and layout allow it (docs/operations/speed.md)."""
+
+    attention: Literal["auto", "flash", "fused", "cudnn", "sdpa"] = "auto"
+    """Attention kernel; `fused` and `cudnn` are cuDNN's, `sdpa` is torch's own choice, `auto` is the best here."""
 
     overlap_grad_reduce: bool | None = None
     """Reduce gradients in buckets during the last backward pass."""

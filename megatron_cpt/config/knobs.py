@@ -5,7 +5,7 @@ docs/operations/speed.md is generated from this table. megatron_cpt/model/kernel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_cpt.config.model import Activation
@@ -73,7 +73,8 @@ def _overlaps_grad_reduce(run: RunConfig, place: ComputePlace) -> bool:
 
 
 _GPU = Need("a CUDA device", lambda run, place: place.on_gpu)
-_TE = Need("Transformer Engine", lambda run, place: place.transformer_engine)
+# Plans assume Transformer Engine, but FP8 by backend `torch` or `emulated` has layers of its own.
+_TE = Need("Transformer Engine", lambda run, place: place.transformer_engine and not run.precision.has_local_fp8)
 
 KNOBS = (
     Knob(
@@ -112,7 +113,11 @@ KNOBS = (
     Knob(
         "fused_cross_entropy",
         # The native kernel of megatron-core always returns a bf16 gradient.
-        needs=(Need("precision.compute: bf16", lambda run, place: run.precision.compute == "bf16"),),
+        needs=(
+            Need("precision.compute: bf16", lambda run, place: run.precision.compute == "bf16"),
+            # Megatron-LM's own rule: "Cross Entropy Fusion is currently not deterministic" (training/arguments.py).
+            Need("deterministic: false", lambda run, place: not run.deterministic),
+        ),
         # `te` returned wrong losses in several releases: NVIDIA/Megatron-LM issue 1750, PR 5115.
         sets="`cross_entropy_loss_fusion`, `cross_entropy_fusion_impl: native`",
         gain="saves fp32 logits, the largest tensors with a large vocabulary, and one of three collectives of the loss",
@@ -164,7 +169,7 @@ def has_mxfp8_weights(run: RunConfig) -> bool:
 
 
 def resolve_speed(run: RunConfig, place: ComputePlace) -> tuple[frozenset[str], list[str]]:
-    """Return the names of the knobs that are on, and one message per knob that is set to true but not possible."""
+    """Return the names of the knobs that are on, and one message per `speed` setting that is not possible."""
     on: set[str] = set()
     problems = []
     for knob in KNOBS:
@@ -174,7 +179,25 @@ def resolve_speed(run: RunConfig, place: ComputePlace) -> tuple[frozenset[str], 
             problems.append(f"speed.{knob.name}: needs {' and '.join(missing)}; remove it here")
         if requested or (requested is None and not missing and knob.is_default and place.on_gpu):
             on.add(knob.name)
-    return frozenset(on), problems
+    return frozenset(on), [*problems, *_attention_problems(run, place)]
+
+
+def _attention_problems(run: RunConfig, place: ComputePlace) -> Iterator[str]:
+    kernel, is_te = run.speed.attention, place.transformer_engine and not run.precision.has_local_fp8
+    key = f"speed.attention: {kernel}"
+    if kernel == "auto" or (kernel == "sdpa" and not is_te):
+        return
+    if kernel == "sdpa":
+        yield f"{key}: the layers are Transformer Engine's, which have flash and fused; choose one of them or auto"
+        return
+    if not place.on_gpu:
+        yield f"{key}: needs a CUDA device; choose auto or sdpa here"
+    if run.precision.compute != "bf16":
+        yield f"{key}: the kernel takes 16-bit numbers only; set precision.compute: bf16 or choose auto"
+    if run.deterministic and kernel in ("fused", "cudnn"):
+        yield f"{key}: cuDNN's backward pass is not deterministic; choose flash or auto, or set deterministic: false"
+    if kernel == "flash" and run.documents.reset_attention and not is_te:
+        yield f"{key}: torch's kernel takes no mask, which documents.reset_attention needs; choose cudnn or auto"
 
 
 def is_possible(name: str, run: RunConfig, place: ComputePlace) -> bool:

@@ -118,6 +118,8 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of all parameters but biases and norms."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest gradient norm over all parameters; 0 disables clipping."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Format in which both moments are stored; `bf16` saves 4 bytes per parameter. Updates are computed in fp32."""
 
 
 class FimConfig(Section):
@@ -301,6 +303,8 @@ class RunConfig(Section):
     """Run directory; `~` and `$NAME` are expanded here and in the other paths."""
     seed: int = Field(1234, ge=0, lt=2**62)  # torch takes 64 bits, and each rank adds to the seed
     """Seed of data order, random weights and dropout."""
+    deterministic: bool = False
+    """Use only kernels that give identical results in every execution, on a GPU too; slower."""
     model: Annotated[ModelConfig, BeforeValidator(_model_preset)]
     """Shape of the model: a preset, or fields, or a preset and fields that override it; may be omitted if `init.from`
     is a checkpoint on this machine, whose model it then is."""

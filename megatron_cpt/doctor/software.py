@@ -96,8 +96,8 @@ def check_transformer_engine(software: Software, *, has_gpu: bool) -> Diagnosis:
         name,
         Level.NOTE,
         "not installed",
-        "the local layer spec is used: no FP8, no fused attention, no overlap of tensor-parallel communication, "
-        "no context parallelism",
+        "the local layer spec is used: FP8 and attention by torch without fused norms, no overlap of tensor-parallel "
+        "communication, no context parallelism",
         "use NVIDIA's PyTorch container (Dockerfile), or pip install 'megatron-cpt[gpu]'",
     )
 

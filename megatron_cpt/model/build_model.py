@@ -13,11 +13,18 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
-from megatron_cpt.model.capabilities import read_machine
+from megatron_cpt.model.capabilities import read_machine, with_fp8_backend
 from megatron_cpt.model.finalize_gradients import finalize_gradients
 from megatron_cpt.model.gradient_products import enable_in_transformer_engine, prepare_layers
 from megatron_cpt.model.initialize import initialize_weights
-from megatron_cpt.model.kernel_options import Knobs, choose_knobs, connect_schedule, ddp_fields, initialize_user_buffers
+from megatron_cpt.model.kernel_options import (
+    Knobs,
+    check_attention_variables,
+    choose_knobs,
+    connect_schedule,
+    ddp_fields,
+    initialize_user_buffers,
+)
 from megatron_cpt.model.padded_vocabulary import exclude_padding, zero_padding
 from megatron_cpt.model.spec import LayerSpec, choose_spec
 from megatron_cpt.model.transformer_config import transformer_config
@@ -55,11 +62,21 @@ def build_model(run: RunConfig, *, draw_weights: bool = True) -> Model:
         UserError: this machine does not support a `speed` setting. `check_machine` checks the other sections.
     """
     machine = read_machine()
+    run = with_fp8_backend(run, machine)
     spec = choose_spec(qk_norm=run.model.qk_norm, precision=run.precision, machine=machine)
     is_te = spec.is_transformer_engine
     knobs = choose_knobs(run, machine, transformer_engine=is_te)
+    check_attention_variables(run.speed.attention)
     initialize_user_buffers(run, knobs)
-    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs)
+    config = transformer_config(
+        run.model,
+        run.parallel,
+        run.precision,
+        run.recompute,
+        knobs,
+        attention=run.speed.attention,
+        deterministic=run.deterministic,
+    )
     only_te_adds_gradients = config.gradient_accumulation_fusion and not prepare_layers()
     if only_te_adds_gradients:
         config.gradient_accumulation_fusion = False  # megatron-core's own layers would refuse it

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_cpt.config import RunConfig
+from megatron_cpt.config.precision_checks import RECIPES, check_quantized_shapes
 from megatron_cpt.errors import UserError
 from megatron_cpt.model.gradient_products import adds_exactly
 
@@ -90,12 +91,15 @@ class Requirement:
     needs: str
 
 
-def _fp8(*recipes: str) -> Callable[[RunConfig], str | None]:
+_BACKEND = "precision.fp8.backend"
+
+
+def _fp8(*recipes: str, backend: str = "transformer_engine") -> Callable[[RunConfig], str | None]:
     def setting(run: RunConfig) -> str | None:
         fp8 = run.precision.fp8
-        if fp8 is None or fp8.backend != "transformer_engine" or fp8.recipe not in recipes:
+        if fp8 is None or fp8.backend != backend or fp8.recipe not in recipes:
             return None
-        return f"precision.fp8.recipe: {fp8.recipe}"
+        return f"precision.fp8.recipe: {fp8.recipe}" if backend == "transformer_engine" else f"{_BACKEND}: {backend}"
 
     return setting
 
@@ -110,6 +114,10 @@ def _context(run: RunConfig) -> str | None:
 
 def _te_from(*version: int) -> Callable[[Machine], bool]:
     return lambda machine: machine.transformer_engine is not None and machine.transformer_engine >= version
+
+
+def _has_torch_fp8(machine: Machine) -> bool:
+    return machine.device is None or machine.capability >= (8, 9)
 
 
 _ANY = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -129,20 +137,44 @@ REQUIREMENTS = (
     Requirement(_fp8("mxfp8"), _te_from(2, 1), "Transformer Engine 2.1"),
     Requirement(_fp4, lambda m: m.capability >= (10, 0), "a Blackwell GPU (10.0)"),
     Requirement(_fp4, _te_from(2, 7), "Transformer Engine 2.7"),
+    # A CPU computes `torch._scaled_mm` too, without the speed. Rows of factors: "Rowwise scaling" in aten/native/cuda.
+    Requirement(
+        _fp8("delayed", "tensorwise", "rowwise", backend="torch"), _has_torch_fp8, "an Ada, Hopper or newer GPU (8.9)"
+    ),
 )
+
+
+def with_fp8_backend(run: RunConfig, machine: Machine) -> RunConfig:
+    """Return the run with `precision.fp8.backend` chosen for a machine, if the run leaves it open.
+
+    A Transformer Engine that is installed but does not load is chosen too, so that `check_machine` reports its fault.
+    """
+    fp8 = run.precision.fp8
+    if fp8 is None or fp8.backend is not None:
+        return run
+    has_other = machine.device is not None and _has_torch_fp8(machine) and fp8.recipe in RECIPES["torch"]
+    is_te = machine.transformer_engine is not None or machine.fault is not None or fp8.params
+    backend = "torch" if fp8.recipe == "rowwise" or (has_other and not is_te) else "transformer_engine"
+    precision = run.precision.model_copy(update={"fp8": fp8.model_copy(update={"backend": backend})})
+    return run.model_copy(update={"precision": precision})
 
 
 def check_machine(run: RunConfig, machine: Machine) -> None:
     """Check a run against the table.
 
     Raises:
-        UserError: with each unsupported setting, its requirements, and the capabilities of this machine.
+        UserError: with each unsupported setting, its requirements, and the capabilities of this machine; or with shapes
+            that the FP8 backend of this machine refuses.
     """
+    run = with_fp8_backend(run, machine)
     missing: dict[str, list[str]] = {}
     for requirement in REQUIREMENTS:
         setting = requirement.setting(run)
         if setting is not None and not requirement.is_met(machine):
             missing.setdefault(setting, []).append(requirement.needs)
+    shapes = [*check_quantized_shapes(run)]  # config checked them only if the run names its backend
+    if shapes:
+        raise UserError("; ".join(shapes))
     if not missing:
         return
     # without Transformer Engine its required version does not matter
@@ -150,7 +182,8 @@ def check_machine(run: RunConfig, machine: Machine) -> None:
     problems = [f"{setting}: needs {' and '.join(needs)}" for setting, needs in shown.items()]
     raise UserError(
         f"{'; '.join(problems)}; this machine has {machine}; remove the setting (for a rehearsal: parallel.context=1, "
-        "precision.fp4=null, precision.fp8=null or precision.fp8.backend=emulated)"
+        "precision.fp4=null, precision.fp8=null or precision.fp8.backend=emulated; without Transformer Engine, "
+        "precision.fp8.backend=torch has FP8 by PyTorch)"
     )
 
 

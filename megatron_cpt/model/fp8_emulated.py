@@ -34,17 +34,18 @@ AMAX_HISTORY = "amax_history"
 
 
 @dataclass(frozen=True)
-class Fp8Emulation:
-    """FP8 recipe.
+class LocalFp8:
+    """FP8 recipe of the local layers, emulated or real.
 
     Attributes:
+        recipe: `rowwise` is real only, see `fp8_torch.py`.
         format: `hybrid` (E4M3, gradients E5M2) or `e4m3`.
         history: steps whose maxima are kept (delayed).
         amax_compute: scale by the `max` of the history or by its `most_recent` entry (delayed).
         margin: divide the scale by 2^margin (delayed).
     """
 
-    recipe: Literal["delayed", "tensorwise"]
+    recipe: Literal["delayed", "tensorwise", "rowwise"]
     format: Literal["hybrid", "e4m3"] = "hybrid"
     history: int = 1024
     amax_compute: Literal["max", "most_recent"] = "max"
@@ -73,15 +74,15 @@ def scale_for(amax: torch.Tensor, dtype: torch.dtype, margin: int = 0) -> torch.
     return torch.where((amax > 0) & amax.isfinite() & scale.isfinite(), scale, torch.ones_like(scale))
 
 
-class EmulatedFp8(torch.nn.Module):
-    """Mixin that adds FP8 to one of megatron-core's linear layers.
+class Fp8Layer(torch.nn.Module):
+    """Mixin that adds FP8 scales to one of megatron-core's linear layers.
 
     `amax_history` (3, history) holds the largest magnitudes of input, weight and gradient, newest first; unused entries
     are 0. It is a buffer, so checkpoints contain it. In a bf16 model it becomes bf16, which holds the magnitudes of
     bf16 tensors exactly.
     """
 
-    fp8: Fp8Emulation
+    fp8: LocalFp8
     amax_history: torch.Tensor
     step_amax: torch.Tensor
 
@@ -91,21 +92,29 @@ class EmulatedFp8(torch.nn.Module):
             self.register_buffer(AMAX_HISTORY, torch.zeros(3, self.fp8.history))
             self.register_buffer("step_amax", torch.zeros(3), persistent=False)
 
-    def fp8_operand(self, x: torch.Tensor, operand: int) -> torch.Tensor:
-        """Quantize one operand and record its largest magnitude."""
+    def scale_of(self, x: torch.Tensor, operand: int) -> torch.Tensor:
+        """Return the scale of one operand, and record its largest magnitude."""
         amax = x.detach().abs().amax().float()
         if self.fp8.recipe == "tensorwise":
             if parallel_state.get_tensor_model_parallel_world_size() > 1:
                 dist.all_reduce(amax, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
-            return quantize(x, scale_for(amax, self.fp8.dtype(operand)), self.fp8.dtype(operand))
+            return scale_for(amax, self.fp8.dtype(operand))
         if self.training:
             self.step_amax[operand] = torch.maximum(self.step_amax[operand], amax)
-        return quantize(x, self._delayed_scale(operand), self.fp8.dtype(operand))
+        return self._delayed_scale(operand)
 
     def _delayed_scale(self, operand: int) -> torch.Tensor:
         history = self.amax_history[operand].float()
         amax = history.max() if self.fp8.amax_compute == "max" else history[0]
         return scale_for(amax, self.fp8.dtype(operand), self.fp8.margin)
+
+
+class EmulatedFp8(Fp8Layer):
+    """Mixin that multiplies values rounded to FP8 in one of megatron-core's linear layers."""
+
+    def fp8_operand(self, x: torch.Tensor, operand: int) -> torch.Tensor:
+        """Quantize one operand and record its largest magnitude."""
+        return quantize(x, self.scale_of(x, operand), self.fp8.dtype(operand))
 
     def _forward_impl(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
@@ -146,7 +155,7 @@ class _QuantizeGradient(torch.autograd.Function):
         return ctx.layer.fp8_operand(gradient, GRADIENT), None
 
 
-def emulated_linears(recipe: Fp8Emulation) -> tuple[type[ColumnParallelLinear], type[RowParallelLinear]]:
+def emulated_linears(recipe: LocalFp8) -> tuple[type[ColumnParallelLinear], type[RowParallelLinear]]:
     """Create subclasses of megatron-core's linear layers for a recipe; a layer spec consists of classes."""
 
     class EmulatedFp8ColumnParallelLinear(EmulatedFp8, ColumnParallelLinear):  # type: ignore[misc]  # megatron-core has no types
@@ -165,11 +174,11 @@ def end_step(chunks: Iterable[torch.nn.Module], *, keep: bool = True) -> None:
     As in Transformer Engine, a magnitude is the maximum over all ranks with a shard or a copy of the layer.
 
     Args:
-        chunks: model chunks; chunks without emulated FP8 are ignored.
+        chunks: model chunks; layers of other kinds are ignored.
         keep: False discards the magnitudes, for a step whose update was skipped.
     """
     modules = [module for chunk in chunks for module in chunk.modules()]
-    layers = [module for module in modules if isinstance(module, EmulatedFp8) and module.fp8.recipe == "delayed"]
+    layers = [module for module in modules if isinstance(module, Fp8Layer) and module.fp8.recipe == "delayed"]
     if not layers:
         return
     if keep:

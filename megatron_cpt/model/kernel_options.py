@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.jit import jit_fuser
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config import Activation, ModelConfig, ParallelConfig, RunConfig
@@ -16,6 +18,36 @@ from megatron_cpt.model.capabilities import Machine
 
 Knobs = Collection[str]
 """Names of the knobs that are on."""
+
+ATTENTION_BACKENDS = {
+    "auto": AttnBackend.auto,
+    "flash": AttnBackend.flash,
+    "fused": AttnBackend.fused,
+    "cudnn": AttnBackend.fused,
+    "sdpa": AttnBackend.unfused,
+}
+"""megatron-core's name of each `speed.attention`; `LocalAttention` reads it too, as the choice of torch's kernels."""
+
+_NVTE_VARIABLES = {"NVTE_FLASH_ATTN": "flash", "NVTE_FUSED_ATTN": "fused", "NVTE_UNFUSED_ATTN": "unfused"}
+
+
+def check_attention_variables(attention: str) -> None:
+    """Refuse variables of Transformer Engine that contradict `speed.attention`.
+
+    megatron-core sets these variables itself, and asserts that nobody has set them to other values (`_set_attention_
+    backend` in models/common/language_module/language_module.py, 0.16.1 and 0.19.2).
+
+    Raises:
+        UserError: names the variable and the setting to use instead.
+    """
+    chosen = ATTENTION_BACKENDS[attention].name
+    for variable, kernel in _NVTE_VARIABLES.items():
+        expected, value = str(int(chosen in ("auto", kernel))), os.environ.get(variable)
+        if value is not None and value != expected:
+            raise UserError(
+                f"{variable}={value}: contradicts speed.attention: {attention}, which needs {expected}; unset the "
+                "variable and choose the kernel by speed.attention (auto, flash or fused)"
+            )
 
 
 def choose_knobs(run: RunConfig, machine: Machine, *, transformer_engine: bool) -> frozenset[str]:

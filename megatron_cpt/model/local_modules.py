@@ -10,12 +10,14 @@ LayerNorm1P), which would otherwise need Transformer Engine or Apex.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class LocalAttention(nn.Module):
@@ -40,6 +42,7 @@ class LocalAttention(nn.Module):
         self.layer_number = layer_number
         self.dropout = config.attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.kernels = _kernels(config.attention_backend)
 
     def forward(
         self,
@@ -51,18 +54,45 @@ class LocalAttention(nn.Module):
     ) -> torch.Tensor:
         """Compute attention; the query heads of a group share its keys and values."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (b, heads, s, d)
-        out = nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        if attention_mask is not None and query.is_cuda and query.shape[1] != key.shape[1]:
+            # torch's efficient kernel, the one that always takes a mask, takes no groups: without these copies the math
+            # kernel would run, which stores the scores of all heads.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        choice = sdpa_kernel(self.kernels, set_priority=True) if query.is_cuda and self.kernels else nullcontext()
+        with choice:
+            out = nn.functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                is_causal=attention_mask is None,
+                dropout_p=self.dropout if self.training else 0.0,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         batch, heads, length, size = out.shape
         return out.permute(2, 0, 1, 3).reshape(length, batch, heads * size)
+
+
+def _kernels(backend: AttnBackend) -> list[SDPBackend]:
+    """Return torch's attention kernels for a choice, best first; empty leaves the choice to torch.
+
+    On Hopper and newer GPUs `auto` prefers cuDNN to torch's own order, which has FlashAttention 2 first. A kernel that
+    does not support the tensors is skipped, and cuDNN also under `torch.use_deterministic_algorithms`.
+    """
+    if backend == AttnBackend.flash:
+        return [SDPBackend.FLASH_ATTENTION]
+    if backend == AttnBackend.fused:
+        return [SDPBackend.CUDNN_ATTENTION]
+    if backend == AttnBackend.auto and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
+        names = (
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        )
+        return list(names)
+    return []
 
 
 class LocalNorm(nn.Module):

@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_cpt.config import Fp8Config, PrecisionConfig
 from megatron_cpt.model.capabilities import Machine
-from megatron_cpt.model.fp8_emulated import Fp8Emulation, emulated_linears
+from megatron_cpt.model.fp8_emulated import LocalFp8, emulated_linears
+from megatron_cpt.model.fp8_torch import torch_linears
 from megatron_cpt.model.local_modules import LocalAttention, LocalNorm
 
 
@@ -57,9 +58,8 @@ class LayerSpec:
 
 
 def choose_spec(*, qk_norm: bool, precision: PrecisionConfig, machine: Machine) -> LayerSpec:
-    """Return the fastest spec for a machine; emulated FP8 exists only in the local one."""
-    is_emulated = precision.fp8 is not None and precision.fp8.backend == "emulated"
-    if machine.transformer_engine is None or is_emulated:
+    """Return the fastest spec for a machine; FP8 by torch or emulated exists only in the local one."""
+    if machine.transformer_engine is None or precision.has_local_fp8:
         return local_spec(qk_norm=qk_norm, fp8=precision.fp8)
     return transformer_engine_spec(qk_norm=qk_norm)
 
@@ -84,16 +84,17 @@ def local_spec(*, qk_norm: bool, fp8: Fp8Config | None = None) -> LayerSpec:
     Checkpoints fit both specs: megatron-core saves local layers under Transformer Engine's weight names, in which a
     norm belongs to the linear layer after it.
 
-    The linear layers emulate FP8 if its backend is `emulated`.
+    The linear layers compute in FP8 if its backend is `torch`, and emulate it if that is `emulated`.
     """
     plain = _local_layer(qk_norm=qk_norm)
-    if fp8 is None or fp8.backend != "emulated":
+    if fp8 is None or fp8.backend not in ("torch", "emulated"):
         return LayerSpec("local", "local, of megatron-core and torch", plain, LocalNorm)
     layer = _local_layer(qk_norm=qk_norm)
-    _emulate_fp8(layer, fp8)
+    _put_fp8(layer, fp8)
+    kind = "emulated FP8" if fp8.backend == "emulated" else "FP8 by torch"
     return LayerSpec(
         name="local",
-        title=f"local, of megatron-core and torch, with emulated FP8 ({fp8.recipe}, {fp8.format})",
+        title=f"local, of megatron-core and torch, with {kind} ({fp8.recipe}, {fp8.format})",
         layer=layer,
         norm=LocalNorm,
         end_layer=plain,
@@ -112,10 +113,10 @@ def _local_layer(*, qk_norm: bool) -> ModuleSpec:
     return layer
 
 
-def _emulate_fp8(layer: ModuleSpec, fp8: Fp8Config) -> None:
-    assert fp8.recipe in ("delayed", "tensorwise")  # checked by config
-    recipe = Fp8Emulation(fp8.recipe, fp8.format, fp8.amax_history, fp8.amax_compute, fp8.margin)
-    column, row = emulated_linears(recipe)
+def _put_fp8(layer: ModuleSpec, fp8: Fp8Config) -> None:
+    assert fp8.recipe in ("delayed", "tensorwise", "rowwise")  # checked by config
+    recipe = LocalFp8(fp8.recipe, fp8.format, fp8.amax_history, fp8.amax_compute, fp8.margin)
+    column, row = emulated_linears(recipe) if fp8.backend == "emulated" else torch_linears(recipe)
     attention = layer.submodules.self_attention.submodules
     attention.linear_qkv, attention.linear_proj = column, row
     mlp = layer.submodules.mlp  # a ModuleSpec in megatron-core 0.16, a partial in 0.19

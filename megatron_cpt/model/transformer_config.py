@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from megatron_cpt.config import Activation, ModelConfig, Norm, ParallelConfig, PrecisionConfig, RecomputeConfig
-from megatron_cpt.model.kernel_options import Knobs, transformer_fields
+from megatron_cpt.model.kernel_options import ATTENTION_BACKENDS, Knobs, transformer_fields
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -48,8 +48,18 @@ def transformer_config(
     precision: PrecisionConfig,
     recompute: RecomputeConfig,
     knobs: Knobs = (),
+    *,
+    attention: str = "auto",
+    deterministic: bool = False,
 ) -> TransformerConfig:
-    """Build the configuration of one model for one layout and precision."""
+    """Build the configuration of one model for one layout and precision.
+
+    Args:
+        model, parallel, precision, recompute: sections of run.yaml.
+        knobs: names of the `speed` knobs that are on.
+        attention: value of `speed.attention`.
+        deterministic: of run.yaml.
+    """
     activation = _ACTIVATIONS[model.activation]
     return TransformerConfig(
         **_shape(model),
@@ -57,6 +67,8 @@ def transformer_config(
         **_precision(precision),
         **_recompute(recompute),
         **transformer_fields(knobs, model, activation),
+        attention_backend=ATTENTION_BACKENDS[attention],
+        deterministic_mode=deterministic,
     )
 
 
@@ -120,7 +132,7 @@ def _pipeline_layout(parallel: ParallelConfig) -> list[list[str]] | None:
 def _precision(precision: PrecisionConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"bf16": precision.compute == "bf16", "params_dtype": params_dtype(precision)}
     fp8 = precision.fp8
-    if fp8 is not None and fp8.backend == "transformer_engine":
+    if fp8 is not None and not precision.has_local_fp8:
         fields |= {"fp8": fp8.format, "fp8_recipe": fp8.recipe, "fp8_param": fp8.params}
         if fp8.recipe == "delayed":
             fields |= {

@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megatron_cpt.config import OptimizerConfig as AdamConfig
 from megatron_cpt.config import ParallelConfig, PrecisionConfig
-from megatron_cpt.optim.group_step_adam import install_if_needed
+from megatron_cpt.optim.group_step_adam import bf16_moments, install_if_needed
 
 
 def build_optimizer(
@@ -43,7 +43,8 @@ def build_optimizer(
         fp8_recipe=fp8.recipe if fp8 is not None else None,
         reuse_grad_buf_for_mxfp8_param_ag=fp8 is not None and fp8.params and fp8.recipe == "mxfp8",
     )
-    optimizer = get_megatron_optimizer(config, list(chunks))
+    with bf16_moments(adam.moments == "bf16"):
+        optimizer = get_megatron_optimizer(config, list(chunks))
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer

@@ -3,24 +3,36 @@
 megatron-core's distributed optimizer is written for FusedAdam, which keeps moments per parameter and one step count
 per group. Without these libraries megatron-core falls back to torch's AdamW, which keeps a step count per parameter.
 Then a reshardable checkpoint neither saves (`assert len(steps) == 1`) nor loads (`KeyError: 'step'`).
+
+It also stores moments in bf16 (`optimizer.moments`): they are widened to fp32, updated, and rounded to nearest. This
+needs no other library. megatron-core's `use_precision_aware_optimizer` needs Transformer Engine's FusedAdam.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class GroupStepAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay (AdamW, arXiv 1711.05101); one step count per parameter group.
+
+    Attributes:
+        moments: format in which `exp_avg` and `exp_avg_sq` are stored.
 
     Args:
         params: parameters or groups; gradients are in `p.grad` and have the dtype of the parameter.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         adam_w_mode, bias_correction, capturable: FusedAdam's arguments; only the defaults are supported.
     """
+
+    moments = torch.float32
 
     def __init__(
         self,
@@ -50,11 +62,29 @@ class GroupStepAdam(torch.optim.Optimizer):
             if parameters:
                 self._update(group, parameters)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; torch converts the moments to the format of the parameters, and this back."""
+        super().load_state_dict(state_dict)
+        for moments in self.state.values():
+            moments |= {name: moments[name].to(self.moments) for name in _MOMENTS if name in moments}
+
     def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+            for name in _MOMENTS:
+                if name not in self.state[parameter]:
+                    self.state[parameter][name] = torch.zeros_like(parameter, dtype=self.moments)
+        if self.moments == torch.float32:
+            self._update_in_place(group, parameters)
+            return
+        for parameter in parameters:  # one at a time, so that only one has its moments in fp32
+            stored = self.state[parameter]
+            self.state[parameter] = {**stored, **{name: stored[name].float() for name in _MOMENTS}}
+            self._update_in_place(group, [parameter])
+            for name in _MOMENTS:
+                stored[name].copy_(self.state[parameter][name])
+            self.state[parameter] = stored
+
+    def _update_in_place(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         previous = float(group["step"] - 1)  # the kernel adds 1
         # One kernel that gets the number as an argument. A copy per parameter would make the host wait for the GPU.
         steps = torch.full((len(parameters),), previous, device=parameters[0].device).unbind()
@@ -74,6 +104,25 @@ class GroupStepAdam(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+class Bf16MomentsAdam(GroupStepAdam):
+    """GroupStepAdam that stores both moments in bf16."""
+
+    moments = torch.bfloat16
+
+
+@contextlib.contextmanager
+def bf16_moments(enabled: bool) -> Iterator[None]:
+    """Let megatron-core build `Bf16MomentsAdam` in place of its Adam, also where it has a FusedAdam."""
+    import megatron.core.optimizer as mcore_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    with contextlib.ExitStack() as restored:
+        for module in (mcore_optimizer, distrib_optimizer) if enabled else ():
+            restored.callback(setattr, module, "Adam", module.Adam)
+            module.Adam = Bf16MomentsAdam
+        yield
 
 
 def install_if_needed() -> bool:

@@ -111,7 +111,7 @@ def peak_flops(device_name: str, precision: PrecisionConfig) -> float | None:
 
     Args:
         device_name: as CUDA reports it, for example "NVIDIA H100 80GB HBM3".
-        precision: FP8 in Transformer Engine counts with the FP8 peak, bf16 with the bf16 peak.
+        precision: FP8 in Transformer Engine or torch counts with the FP8 peak, bf16 with the bf16 peak.
 
     Returns:
         None on a CPU, in other number formats, and for GPUs that `planning/hardware.py` does not list. The PCIe and NVL
@@ -121,4 +121,4 @@ def peak_flops(device_name: str, precision: PrecisionConfig) -> float | None:
     gpu = next((GPUS[word] for word in words if word in GPUS), None)
     if gpu is None or precision.compute != "bf16" or precision.fp4 is not None or {"pcie", "nvl"} & set(words):
         return None
-    return gpu.fp8 if precision.uses_transformer_engine else gpu.bf16
+    return gpu.fp8 if precision.has_fp8_products else gpu.bf16

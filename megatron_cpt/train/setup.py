@@ -22,7 +22,7 @@ from megatron_cpt.data import Loader
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.model.build_model import Model, build_model
-from megatron_cpt.model.capabilities import check_machine, read_machine
+from megatron_cpt.model.capabilities import check_machine, read_machine, with_fp8_backend
 from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
 from megatron_cpt.optim.update import Update
 from megatron_cpt.planning import RunPlan, flops_per_token
@@ -111,7 +111,9 @@ def setup(
         RefusedError: a checkpoint is corrupt or does not fit.
         UserError: this machine cannot run what the run.yaml asks for.
     """
-    check_machine(config, read_machine())
+    machine = read_machine()
+    config = with_fp8_backend(config, machine)
+    check_machine(config, machine)
     streams = open_streams(config, eod_id)
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
 

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_cpt.backend import StopRequest, launched_rank, launched_world_size, own_process, process_groups
+from megatron_cpt.backend import (
+    StopRequest,
+    kernel_settings,
+    launched_rank,
+    launched_world_size,
+    own_process,
+    process_groups,
+)
 from megatron_cpt.checkpoint.preflight import check_allowed_names
 from megatron_cpt.config import RunConfig, format_duration
 from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
@@ -126,6 +133,7 @@ class Trainer:
                 self._stop = opened.enter_context(own_process())
             watchdog = Watchdog(self._progress, limits.hang_timeout, rank=launched_rank(), folder=stacks)
             opened.enter_context(watchdog)
+            opened.enter_context(kernel_settings(deterministic=config.deterministic))  # before CUDA and NCCL start
             ranks = opened.enter_context(process_groups(config.parallel, timeout=_COLLECTIVE_TIMEOUT))
             opened.enter_context(guard(limits, ranks, watchdog, self._progress))
             # Before anything is written, because a hook may refuse to run.

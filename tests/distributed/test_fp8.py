@@ -91,6 +91,37 @@ def test_a_layout_changes_nothing(run_file: Path, recipe: list[str]) -> None:
     assert all(a != b for a, b in zip(one, plain, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "first"), [("delayed, amax_history: 4", 1e-6), ("tensorwise", 1e-4)], ids=["delayed", "tensorwise"]
+)
+def test_fp8_by_torch_follows_the_emulation(run_file: Path, recipe: str, first: float) -> None:
+    folder = run_file.parent / f"torch-{recipe[:7]}"
+    layouts = {**LAYOUTS, "tp2-without-sequence": ["parallel.tensor=2"]}
+    runs = [
+        [f"precision.fp8={{backend: torch, recipe: {recipe}}}", *layout, f"output={folder}/{name}", "stop_at_step=8"]
+        for name, layout in layouts.items()
+    ]
+    emulated = [f"precision.fp8={{backend: emulated, recipe: {recipe}}}", f"output={folder}/emulated", "stop_at_step=8"]
+    runs.append(emulated)
+    assert run_ranks(2, train_several, str(run_file), runs) == [[0] * len(runs)] * 2
+    reference = _losses(folder / "emulated")
+    for name in layouts:
+        losses = _losses(folder / name)
+        # Later steps: a value that is rounded the other way grows into one FP8 step, as between layouts above.
+        assert losses[0] == pytest.approx(reference[0], rel=first)
+        assert losses == pytest.approx(reference, rel=1e-3)
+        assert losses != reference
+
+
+def test_histories_of_fp8_by_torch_resume_bit_for_bit(run_file: Path) -> None:
+    folder = run_file.parent / "torch-resume"
+    run = ["precision={compute: bf16, fp8: {backend: torch, recipe: delayed, amax_history: 4}}"]
+    runs = [[*run, f"output={folder}/whole"], [*run, f"output={folder}/halves", "stop_at_step=10"]]
+    runs.append([*run, f"output={folder}/halves"])
+    assert run_ranks(2, train_several, str(run_file), runs) == [[0] * 3] * 2
+    assert differing(newest(folder / "whole"), newest(folder / "halves")) == []
+
+
 def test_histories_survive_a_restart_and_another_layout(run_file: Path) -> None:
     folder, bf16 = run_file.parent / "resume", [*DELAYED, "precision.compute=bf16"]
     whole, halves, moved, forgot = (folder / name for name in ("whole", "halves", "moved", "forgot"))

@@ -103,6 +103,26 @@ def test_fused_kernels_are_the_plain_ones(preset: str, local: bool) -> None:
     _assert_close(_compute(*options, *NOTHING, local=local), _compute(*options, local=local))
 
 
+@pytest.mark.parametrize("left", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("by", ["tensor", "row"])
+def test_products_of_fp8_by_torch_are_those_of_their_operands(left: torch.dtype, by: str, can_compute) -> None:
+    from megatron_cpt.model.fp8_emulated import scale_for
+    from megatron_cpt.model.fp8_torch import cast, cast_along, column_major, row_major, scaled_product
+
+    can_compute("precision.fp8.backend=torch")
+    a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((64, 128), (128, 96)))
+    if by == "row":
+        operands = row_major(cast_along(a, 1, left)), column_major(cast_along(b, 0, torch.float8_e4m3fn))
+    else:
+        scales = scale_for(a.abs().amax(), left), scale_for(b.abs().amax(), torch.float8_e4m3fn)
+        operands = row_major(cast(a, scales[0], left)), column_major(cast(b, scales[1], torch.float8_e4m3fn))
+    x, y = (operand.values.double() * operand.inverse_scale.double() for operand in operands)
+    dtype = torch.bfloat16 if by == "row" else torch.float32
+    rounding = 2**-8 if by == "row" else 1e-3  # the tensor cores accumulate FP8 in fewer bits than fp32
+    product = scaled_product(*operands, dtype=dtype)
+    torch.testing.assert_close(product.double(), x @ y, rtol=rounding, atol=rounding * (x @ y).abs().max().item())
+
+
 @pytest.mark.te
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_gradients_of_fp8_point_where_those_of_bf16_do(recipe: str, can_compute) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import read_metrics, small_run
+from tests.helpers.checkpoints import differing
+from tests.helpers.runs import newest, read_metrics, small_run
 
 # FP8 needs tokens and widths in multiples of 16, MXFP8 and FP4 of 32; tiny_nemotron at length 32 fits.
 BF16 = "precision.compute=bf16"
@@ -120,3 +121,38 @@ def test_a_run_moves_from_bf16_to_fp8_and_says_so(run_file: Path, can_compute) -
     command = [f"output={folder}/moved", BF16, section, "--allow", "precision"]
     assert "FP8 scaling starts from scratch" in _train(run_file, *command)
     assert all(loss < 7 for loss in _losses(folder / "moved"))
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "rowwise"])
+def test_losses_of_fp8_by_torch_stay_near_bf16(run_file: Path, in_bf16: Path, recipe: str, can_compute) -> None:
+    folder, section = run_file.parent, f"precision.fp8={{backend: torch, recipe: {recipe}, amax_history: 16}}"
+    can_compute(section)
+    log = _train(run_file, f"output={folder}/torch-{recipe}", BF16, section)
+    assert f"with FP8 by torch ({recipe}, hybrid)" in log
+    bf16, low = _losses(in_bf16), _losses(folder / f"torch-{recipe}")
+    assert low != bf16
+    assert sum(low[-5:]) == pytest.approx(sum(bf16[-5:]), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["precision.fp8={backend: torch, recipe: tensorwise}"], ["speed.attention=flash"], ["optimizer.moments=bf16"]],
+    ids=["plain", "fp8", "flash", "bf16 moments"],
+)
+def test_a_deterministic_resume_is_identical(run_file: Path, options: list[str], can_compute) -> None:
+    can_compute(*options)
+    name = options[0].partition("=")[0] if options else "plain"
+    whole, halves = (run_file.parent / f"deterministic-{name}-{part}" for part in ("whole", "halves"))
+    run = [BF16, "deterministic=true", *options]
+    _train(run_file, f"output={whole}", *run)
+    _train(run_file, f"output={halves}", *run, "stop_at_step=10")
+    _train(run_file, f"output={halves}", *run)
+    assert _losses(halves) == _losses(whole)
+    assert differing(newest(whole), newest(halves)) == []
+
+
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_attention_kernels_agree(run_file: Path, in_bf16: Path, kernel: str) -> None:
+    output = run_file.parent / f"attention-{kernel}"
+    _train(run_file, f"output={output}", BF16, f"speed.attention={kernel}")
+    assert _losses(output) == pytest.approx(_losses(in_bf16), rel=1e-2)

@@ -107,8 +107,9 @@ def _layer_matmul(config: RunConfig, layout: Layout, gpu: Gpu, stage: int) -> tu
         return bf16, 0.0
     fp8 = sum(_matmul(tokens, k, n, gpu.fp8 * FP8_EFFICIENCY, 1, gpu) for k, n in linears)
     # Inputs and output gradients are read in bf16 (2 bytes) and written in FP8 plain and transposed (1 + 1); weights
-    # are cast once per step.
-    cast = sum(tokens * (k + n) + k * n / layout.num_micro_batches for k, n in linears) * (2 + 1 + 1)
+    # are cast once per step, or by backend `torch` for the two products of each micro-batch that use them.
+    casts = 2 if config.precision.has_local_fp8 else 1 / layout.num_micro_batches
+    cast = sum(tokens * (k + n) + k * n * casts for k, n in linears) * (2 + 1 + 1)
     share = quantized_layers(config, stage) / max(1, layers_of_stage(config, stage))
     return share * fp8 + (1 - share) * bf16, share * cast / (HBM_EFFICIENCY * gpu.hbm)
 

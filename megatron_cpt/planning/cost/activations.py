@@ -29,8 +29,8 @@ Spec = Literal["te", "local"]
 
 
 def default_spec(config: RunConfig) -> Spec:
-    """Return the layer spec of a plan: Transformer Engine for bf16, else torch's own kernels."""
-    return "te" if config.precision.compute == "bf16" else "local"
+    """Return the layer spec of a plan: Transformer Engine for bf16, else torch's own kernels, also for their FP8."""
+    return "te" if config.precision.compute == "bf16" and not config.precision.has_local_fp8 else "local"
 
 
 def layer_activation_bytes(config: RunConfig, *, spec: Spec | None = None, fused_attention: bool = True) -> float:
@@ -43,7 +43,7 @@ def layer_activation_bytes(config: RunConfig, *, spec: Spec | None = None, fused
     model, split, outside = config.model, config.parallel.tensor, _ranks_outside_matmuls(config)
     size = _element_bytes(config)
     kind = format_of(config)
-    linear_input = kind.saved if kind is not None and spec == "te" else size
+    linear_input = kind.saved if kind is not None else size
     # Both norms save their input, and the matrix products after them save the output of the norm.
     per_token = 2 * model.hidden * (_norm_input_bytes(config, spec) + linear_input) / outside
     per_token += 2 * model.hidden / outside if model.hidden_dropout else 0.0  # a mask of one byte per element
@@ -67,11 +67,11 @@ def _attention_bytes(config: RunConfig, spec: Spec, fused: bool) -> float:
     queries, keys_values, heads = query_size(model), key_value_size(model), model.heads
     selective = config.recompute.granularity == "selective"
     row_sums = 0.0 if selective else 4.0 * heads  # log-sum-exp per row, in fp32
+    kind = format_of(config)
+    # With FP8 or FP4 the output product also saves its input in that format, unless that is the bf16 tensor itself.
+    output_input = queries * kind.saved if kind is not None and kind.saved < size else 0
     if spec == "te":
-        kept: float = size * (queries + keys_values + queries)
-        # With FP8 or FP4 the output product also saves its input in that format.
-        kind = format_of(config)
-        kept += queries * kind.saved if kind is not None else 0
+        kept: float = size * (queries + keys_values + queries) + output_input
         kept += size * (queries + keys_values / 2) if model.qk_norm else 0
         if fused:
             return kept + row_sums
@@ -79,7 +79,7 @@ def _attention_bytes(config: RunConfig, spec: Spec, fused: bool) -> float:
         # The softmax, and with dropout its mask of one byte and the scores after dropout.
         return kept + scores * (size + (1 + size if model.attention_dropout else 0))
     # Values are a view, which keeps the joint product of queries, keys and values alive; RoPE copies queries and keys.
-    kept = size * (queries + keys_values + queries + keys_values / 2 + queries)
+    kept = size * (queries + keys_values + queries + keys_values / 2 + queries) + output_input
     kept += size * queries if model.qk_norm else 0
     if model.attention_dropout and not selective:
         # CPU kernels have no dropout: softmax, mask and product are in fp32, and so are queries, keys and values.

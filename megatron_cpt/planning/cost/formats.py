@@ -1,4 +1,4 @@
-"""Bytes per element, with scales, of tensors that Transformer Engine stores in FP8 or FP4.
+"""Bytes per element, with scales, of tensors that Transformer Engine or torch store in FP8 or FP4.
 
 Sources: Transformer Engine 2.20, `get_scale_shape` in pytorch/tensor/float8_blockwise_tensor.py, mxfp8_tensor.py and
 nvfp4_tensor.py; for gathered weights megatron-core 0.16.1 and 0.19.2, distributed/param_and_grad_buffer.py. Padding of
@@ -43,6 +43,13 @@ FORMATS = {
     # Half a byte per value, and one byte per 16 values: 0.5625.
     "nvfp4": Format(weight=1 / 2 + 1 / 16, saved=1 / 2 + 1 / 16, gathered=2.0, has_two_directions=True),
 }
+# `fp8_torch.py` casts a weight for each product. It saves inputs in FP8, or in bf16 with one factor per row, because
+# the backward pass needs factors along the other dimension.
+TORCH_FORMATS = {
+    "delayed": Format(weight=0.0, saved=1.0, gathered=2.0, has_two_directions=False),
+    "tensorwise": Format(weight=0.0, saved=1.0, gathered=2.0, has_two_directions=False),
+    "rowwise": Format(weight=0.0, saved=2.0, gathered=2.0, has_two_directions=False),
+}
 
 
 def format_of(config: RunConfig) -> Format | None:
@@ -50,7 +57,9 @@ def format_of(config: RunConfig) -> Format | None:
     if config.precision.fp4 is not None:
         return FORMATS[config.precision.fp4.recipe]
     fp8 = config.precision.fp8
-    return FORMATS[fp8.recipe] if fp8 is not None and fp8.backend == "transformer_engine" else None
+    if fp8 is None or fp8.backend == "emulated":
+        return None
+    return (TORCH_FORMATS if fp8.backend == "torch" or fp8.recipe == "rowwise" else FORMATS)[fp8.recipe]
 
 
 def weight_bytes(kind: Format, gpu: Gpu | None) -> float:

@@ -89,7 +89,7 @@ def stage_memory(
     parameters = stage_parameters(config, stage)
     is_bf16 = config.precision.compute == "bf16"
     # bf16: fp32 master weights and two moments, 4 bytes each; fp32 weights need no master copy.
-    optimizer = (12 if is_bf16 else 8) * parameters
+    optimizer = ((4 if is_bf16 else 0) + 2 * (2 if config.optimizer.moments == "bf16" else 4)) * parameters
     if config.parallel.distributed_optimizer:
         optimizer /= layout.data_parallel * config.parallel.context
     weights = (2 if is_bf16 else 4) * parameters

@@ -48,7 +48,7 @@ def test_a_missing_transformer_engine_costs_something_only_beside_a_gpu() -> Non
     assert software.check_transformer_engine(bare, has_gpu=False).level is Level.OK
     on_gpu = software.check_transformer_engine(bare, has_gpu=True)
     assert on_gpu.level is Level.NOTE
-    assert "no FP8" in on_gpu.cost
+    assert "FP8 and attention by torch" in on_gpu.cost
     assert software.check_apex(bare, has_gpu=True).level is Level.NOTE
     assert software.check_apex(dataclasses.replace(NODE, apex=None), has_gpu=True).level is Level.OK
     assert software.check_nccl(bare, has_gpu=True).level is Level.BLOCKS

@@ -13,7 +13,13 @@ from tests.helpers.runs import small_run
 
 cpu.install()
 
-from megatron_cpt.model.capabilities import Machine, check_machine, parse_version, read_machine  # noqa: E402
+from megatron_cpt.model.capabilities import (  # noqa: E402
+    Machine,
+    check_machine,
+    parse_version,
+    read_machine,
+    with_fp8_backend,
+)
 
 RUN = {
     "name": "run",
@@ -46,6 +52,7 @@ def _fp8(recipe: str) -> str:
     return f"precision.fp8.recipe={recipe}"
 
 
+TE_DELAYED = "precision.fp8={backend: transformer_engine, recipe: delayed}"
 NVFP4 = "precision.fp4.recipe=nvfp4"
 
 
@@ -54,6 +61,10 @@ NVFP4 = "precision.fp4.recipe=nvfp4"
     [
         (LAPTOP, "precision.compute=bf16"),
         (LAPTOP, "precision.fp8.backend=emulated"),
+        (LAPTOP, "precision.fp8.backend=torch"),
+        (H100_BARE, _fp8("delayed")),
+        (H100_BARE, _fp8("tensorwise")),
+        (H100, _fp8("rowwise")),
         (H100_BARE, "precision.compute=bf16"),
         (A100, "parallel.context=2"),
         (L40, _fp8("delayed")),
@@ -86,7 +97,10 @@ def test_supported_settings(machine, override):
         ),
         (LAPTOP, _fp8("mxfp8"), "recipe: mxfp8: needs Transformer Engine on a GPU; "),
         (LAPTOP, NVFP4, "fp4.recipe: nvfp4: needs Transformer Engine on a GPU"),
-        (H100_BARE, _fp8("delayed"), "this machine has NVIDIA H100 .compute capability 9.0., CUDA 12.9, no Transf"),
+        (H100_BARE, _fp8("blockwise"), "this machine has NVIDIA H100 .compute capability 9.0., CUDA 12.9, no Transf"),
+        (H100_BARE, TE_DELAYED, "needs Transformer Engine on a GPU; .*precision.fp8.backend=torch"),
+        (A100, "precision.fp8={backend: torch}", "backend: torch: needs an Ada, Hopper or newer GPU .8.9.; "),
+        (A100, _fp8("rowwise"), "backend: torch: needs an Ada, Hopper or newer GPU .8.9.; "),
         (H100_BROKEN, _fp8("delayed"), "does not load .undefined symbol: cublasLtMatmul"),
         (
             A100,
@@ -106,6 +120,33 @@ def test_supported_settings(machine, override):
 def test_unsupported_settings_are_refused(machine, override, message):
     with pytest.raises(UserError, match=message):
         check_machine(_run(override), machine)
+
+
+@pytest.mark.parametrize(
+    ("machine", "override", "backend"),
+    [
+        (H100, _fp8("tensorwise"), "transformer_engine"),
+        (H100, _fp8("rowwise"), "torch"),
+        (H100, "precision.fp8.backend=torch", "torch"),
+        (H100_BARE, _fp8("tensorwise"), "torch"),
+        (H100_BARE, _fp8("mxfp8"), "transformer_engine"),
+        (H100_BARE, "precision.fp8.params=true", "transformer_engine"),
+        (H100_BROKEN, _fp8("tensorwise"), "transformer_engine"),  # its fault is reported
+        (LAPTOP, _fp8("tensorwise"), "transformer_engine"),
+        (LAPTOP, "precision.fp8.backend=emulated", "emulated"),
+    ],
+)
+def test_the_machine_chooses_the_fp8_backend(machine, override, backend):
+    fp8 = with_fp8_backend(_run(override), machine).precision.fp8
+    assert fp8 is not None
+    assert fp8.backend == backend
+
+
+def test_shapes_are_checked_for_the_chosen_backend():
+    run = _run(_fp8("tensorwise"), "seq_length=40", "tokens=800")
+    check_machine(run, H100)
+    with pytest.raises(UserError, match=r"a micro-batch has 40 tokens per rank, but torch needs a multiple of 16"):
+        check_machine(run, H100_BARE)
 
 
 def test_all_problems_come_at_once():

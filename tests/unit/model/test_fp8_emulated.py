@@ -13,7 +13,7 @@ from megatron_cpt.model.fp8_emulated import (  # noqa: E402  # megatron-core mus
     GRADIENT,
     INPUT,
     WEIGHT,
-    Fp8Emulation,
+    LocalFp8,
     quantize,
     scale_for,
 )
@@ -74,5 +74,5 @@ def test_exact_scales():
 
 @pytest.mark.parametrize(("format", "gradient"), [("hybrid", E5M2), ("e4m3", E4M3)])
 def test_formats_of_the_operands(format, gradient):
-    recipe = Fp8Emulation("delayed", format)
+    recipe = LocalFp8("delayed", format)
     assert [recipe.dtype(operand) for operand in (INPUT, WEIGHT, GRADIENT)] == [E4M3, E4M3, gradient]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from megatron_cpt.backend import cpu
 from megatron_cpt.config import RunConfig, draft_config
@@ -21,13 +24,17 @@ from tools.dev.docs_pages import insert_speed_tables
 cpu.install()
 
 from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
+from megatron.core.models.common.language_module.language_module import LanguageModule  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
-from megatron_cpt.model.kernel_options import choose_knobs, ddp_fields  # noqa: E402
+from megatron_cpt.model.kernel_options import check_attention_variables, choose_knobs, ddp_fields  # noqa: E402
+from megatron_cpt.model.local_modules import LocalAttention  # noqa: E402
 from megatron_cpt.model.transformer_config import squared_relu, transformer_config  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 CPU, GPU, H100_TE = ComputePlace(), ComputePlace(on_gpu=True), ComputePlace(on_gpu=True, transformer_engine=True)
 CONTAINER = ComputePlace(on_gpu=True, transformer_engine=True, adds_gradients=True)
+DOCUMENTS = ["documents={reset_attention: true, eod_id: 256}"]
 ANYWHERE = {"overlap_grad_reduce", "overlap_param_gather", "fused_cross_entropy"}
 
 
@@ -47,7 +54,7 @@ def _fields(*overrides: str, knobs: frozenset[str]):
 
 
 def test_every_key_has_its_line():
-    assert [knob.name for knob in KNOBS] == list(SpeedConfig.model_fields)
+    assert ["attention", *(knob.name for knob in KNOBS)] == list(SpeedConfig.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +120,87 @@ def test_what_a_run_says_counts(knob):
             for precision in ("fp8: {recipe: blockwise}", "fp4: {}")
         ),
         (CPU, ["speed.fused_cross_entropy=true", "precision.compute=fp32"], "needs precision.compute: bf16"),
+        (
+            CPU,
+            ["speed.fused_cross_entropy=true", "deterministic=true"],
+            "fused_cross_entropy: needs deterministic: false",
+        ),
+        *(
+            (CPU, [f"speed.attention={name}"], f"attention: {name}: needs a CUDA")
+            for name in ("flash", "fused", "cudnn")
+        ),
+        (GPU, ["speed.attention=flash", "precision.compute=fp32"], "attention: flash: the kernel takes 16-bit"),
+        (GPU, ["speed.attention=cudnn", "deterministic=true"], "cuDNN's backward pass is not deterministic"),
+        (H100_TE, ["speed.attention=fused", "deterministic=true"], "cuDNN's backward pass is not deterministic"),
+        (GPU, ["speed.attention=flash", *DOCUMENTS], "takes no mask, which documents.reset_attention needs"),
+        (H100_TE, ["speed.attention=sdpa"], "layers are Transformer Engine's, which have flash and fused"),
+        (
+            H100_TE,
+            ["speed.tp_comm_overlap=true", "parallel={tensor: 2, sequence: true}", "precision.fp8.backend=torch"],
+            "tp_comm_overlap: needs Transformer Engine",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(place, overrides, message):
     _, problems = resolve_speed(_run(*overrides), place)
     assert len(problems) == 1
     assert re.search(message, problems[0])
+
+
+@pytest.mark.parametrize(
+    ("place", "overrides"),
+    [
+        (CPU, ["speed.attention=sdpa"]),
+        (GPU, ["speed.attention=flash"]),
+        (GPU, ["speed.attention=cudnn", *DOCUMENTS]),
+        (GPU, ["deterministic=true"]),
+        (H100_TE, ["speed.attention=flash", "deterministic=true"]),
+        (H100_TE, ["speed.attention=fused", *DOCUMENTS]),
+        (H100_TE, ["speed.attention=sdpa", "precision.fp8.backend=torch"]),
+    ],
+)
+def test_attention_kernels_that_are_possible(place, overrides):
+    _on(place, *overrides)
+
+
+def test_a_deterministic_run_leaves_out_the_fused_cross_entropy():
+    assert _on(H100_TE) - _on(H100_TE, "deterministic=true") == {"fused_cross_entropy"}
+
+
+@pytest.mark.parametrize(
+    ("attention", "expected", "kernels"),
+    [
+        ("auto", {"FLASH": "1", "FUSED": "1", "UNFUSED": "1"}, []),
+        ("flash", {"FLASH": "1", "FUSED": "0", "UNFUSED": "0"}, [SDPBackend.FLASH_ATTENTION]),
+        ("fused", {"FLASH": "0", "FUSED": "1", "UNFUSED": "0"}, [SDPBackend.CUDNN_ATTENTION]),
+        ("cudnn", {"FLASH": "0", "FUSED": "1", "UNFUSED": "0"}, [SDPBackend.CUDNN_ATTENTION]),
+        ("sdpa", {"FLASH": "0", "FUSED": "0", "UNFUSED": "1"}, []),
+    ],
+)
+def test_an_attention_kernel_is_set_in_megatron_core_and_torch(attention, expected, kernels, monkeypatch):
+    """megatron-core sets the variables of Transformer Engine, and refuses other values with an AssertionError."""
+    for name in ("FLASH", "FUSED", "UNFUSED"):
+        monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
+    run = _run(f"speed.attention={attention}")
+    config = transformer_config(run.model, run.parallel, run.precision, run.recompute, attention=attention)
+    LanguageModule._set_attention_backend(SimpleNamespace(config=config))
+    assert {name: os.environ[f"NVTE_{name}_ATTN"] for name in expected} == expected
+    check_attention_variables(attention)
+    local = LocalAttention(config, 1, AttnMaskType.causal, "self")
+    assert local.kernels == kernels  # `auto` prefers cuDNN on a Hopper GPU only
+    for name, value in expected.items():
+        monkeypatch.setenv(f"NVTE_{name}_ATTN", str(1 - int(value)))
+        with pytest.raises(UserError, match=f"NVTE_{name}_ATTN=.: contradicts speed.attention: {attention}"):
+            check_attention_variables(attention)
+        monkeypatch.setenv(f"NVTE_{name}_ATTN", value)
+
+
+def test_hopper_prefers_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    kernels = LocalAttention(_fields(knobs=frozenset()), 1, AttnMaskType.causal, "self").kernels
+    assert kernels[0] is SDPBackend.CUDNN_ATTENTION
+    assert kernels[-1] is SDPBackend.MATH
 
 
 def test_a_machine_is_a_place():

@@ -28,7 +28,7 @@ def _config(*overrides: str):
 
 def test_recipes_have_megatron_cores_names():
     recipes = Fp8Config.model_fields["recipe"].annotation.__args__
-    assert set(recipes) == {recipe.value for recipe in Fp8Recipe} - {"custom"}
+    assert set(recipes) - {"rowwise"} == {recipe.value for recipe in Fp8Recipe} - {"custom"}
     assert Fp4Recipe.nvfp4.value == "nvfp4"
 
 
@@ -99,7 +99,27 @@ def test_emulated_fp8_is_not_megatron_cores_business():
         (["precision={fp8: {recipe: mxfp8}, fp4: {}}"], "precision.fp4: not possible together with precision.fp8"),
         (["precision={compute: fp32, fp4: {}}"], "precision.fp4: needs precision.compute: bf16"),
         (["precision.fp4.first_last_bf16=2"], "at each end leaves none of model.layers: 4 in FP4"),
-        (["precision.fp8={backend: emulated, params: true}"], "true: the emulated backend keeps its weights"),
+        (["precision.fp8={backend: emulated, params: true}"], "true: backend emulated keeps its weights"),
+        (["precision.fp8={backend: torch, params: true}"], "true: backend torch keeps its weights"),
+        (
+            ["precision.fp8={backend: torch, recipe: mxfp8}"],
+            "backend torch has no mxfp8; choose delayed or tensorwise or r",
+        ),
+        (["precision.fp8={backend: emulated, recipe: rowwise}"], "backend emulated has no rowwise; choose delayed"),
+        (["precision={compute: fp32, fp8: {recipe: rowwise}}"], "precision.fp8: needs precision.compute: bf16"),
+        (
+            ["precision.fp8.backend=torch", "seq_length=40", "tokens=800"],
+            "a micro-batch has 40 tokens per rank, but torch needs a multiple of 16",
+        ),
+        (["precision.fp8.backend=torch", "model.ffn_hidden=520"], "is 520, but torch needs a multiple of 16"),
+        (
+            ["precision.fp8.backend=torch", "model.heads=8", "model.kv_groups=1", "model.head_dim=4"],
+            r"\(heads \+ 2 kv_groups\) x head_dim / parallel.tensor is 40, but torch needs a multiple of 16",
+        ),
+        (
+            ["optimizer={moments: bf16, betas: [0.9, 0.999]}"],
+            r"optimizer.moments: bf16: cannot follow optimizer.betas \[0.9, 0.999\]",
+        ),
         (["precision.fp8.params=true", "parallel.distributed_optimizer=false"], "needs parallel.distributed_optimizer"),
         (["precision.fp8.params=true", "model=tiny_llama", "model.ffn_hidden=352"], "first weight of a gated MLP"),
         (

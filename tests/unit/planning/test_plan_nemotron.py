@@ -35,7 +35,8 @@ def test_numbers_of_the_paper(example):
     assert general.lr_last > 9.0e-6 >= qa.lr_first
     assert plan.schedule.rate(63_580) == 4.5e-7
     assert config.optimizer.model_dump() == {
-        **{"name": "adam", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad": 1.0}
+        **{"name": "adam", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad": 1.0},
+        "moments": "fp32",
     }
     assert (config.batch.global_, config.seq_length, config.model.preset) == (1152, 4096, "nemotron4_15b")
 

@@ -16,6 +16,7 @@ from megatron_cpt.train.step import StepResult
 
 BF16 = PrecisionConfig.model_validate({"compute": "bf16"})
 FP8 = PrecisionConfig.model_validate({"compute": "bf16", "fp8": {"recipe": "delayed"}})
+TORCH_FP8 = PrecisionConfig.model_validate({"compute": "bf16", "fp8": {"backend": "torch", "recipe": "rowwise"}})
 EMULATED = PrecisionConfig.model_validate({"compute": "bf16", "fp8": {"backend": "emulated"}})
 FP4 = PrecisionConfig.model_validate({"compute": "bf16", "fp4": {}})
 FP32 = PrecisionConfig.model_validate({"compute": "fp32"})
@@ -34,6 +35,7 @@ H100 = "NVIDIA H100 80GB HBM3"
         ("NVIDIA A100-SXM4-80GB", BF16, 312e12),
         ("NVIDIA A100-SXM4-80GB", FP8, None),
         ("NVIDIA B200", FP8, 4500e12),
+        ("NVIDIA H100 80GB HBM3", TORCH_FP8, 1979e12),
         ("NVIDIA H100 PCIe", BF16, None),
         ("NVIDIA H100 NVL", BF16, None),
         ("NVIDIA GH200 480GB", BF16, None),

@@ -43,6 +43,8 @@ def weights(run, gpu=None, stage=0):
         ("fp8: {recipe: mxfp8, params: true}", 2 / 32, 2 / 32),
         ("fp4: {}", 2 * 9 / 16, 2 * 9 / 16),
         ("fp8: {backend: emulated}", 0, 0),
+        ("fp8: {backend: torch}", 0, 0),
+        ("fp8: {recipe: rowwise}", 0, 0),
     ],
 )
 def test_bytes_per_quantized_weight(run_of, precision, on_h100, on_b200):
@@ -62,6 +64,23 @@ def test_bytes_of_saved_inputs(run_of, precision, kept):
     plain, low = run_of(), run_of(f"precision={{{precision}}}")
     saved = (2 - kept) * (2 * HIDDEN + FFN) - kept * HIDDEN
     assert layer_activation_bytes(plain) - layer_activation_bytes(low) == pytest.approx(saved * TOKENS)
+
+
+@pytest.mark.parametrize(("recipe", "kept"), [("tensorwise", 1), ("delayed", 1), ("rowwise", 2)])
+def test_bytes_of_inputs_saved_by_torch(run_of, recipe, kept):
+    """The layers are the local ones; one factor per row needs the input itself."""
+    plain, low = run_of(), run_of(f"precision.fp8={{backend: torch, recipe: {recipe}}}")
+    saved = (2 - kept) * (2 * HIDDEN + FFN) - (kept * HIDDEN if kept < 2 else 0)
+    assert layer_activation_bytes(plain, spec="local") - layer_activation_bytes(low) == pytest.approx(saved * TOKENS)
+
+
+def test_torch_multiplies_as_fast_as_transformer_engine_and_casts_weights_more_often(run_of):
+    te, ours, bf16 = (
+        estimate_speed(run, Layout.build(run), H100)
+        for run in (run_of("precision.fp8.recipe=tensorwise"), run_of("precision.fp8.backend=torch"), run_of())
+    )
+    assert ours.matmul == te.matmul < bf16.matmul
+    assert ours.memory_bound > te.memory_bound
 
 
 @pytest.mark.parametrize(("recipe", "gathered"), [("delayed", 1), ("tensorwise", 1), ("blockwise", 1), ("mxfp8", 2)])

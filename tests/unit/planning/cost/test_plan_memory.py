@@ -101,6 +101,15 @@ def test_states_are_18_bytes_a_parameter(run_data):
     assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
 
 
+def test_moments_in_bf16_take_two_bytes_each(run_data):
+    plain, bf16 = config(run_data), config(run_data, "optimizer.moments=bf16")
+    assert stage(bf16).optimizer == stage(plain).optimizer * 8 / 12
+    assert stage(bf16).total == stage(plain).total - stage(plain).optimizer * 4 / 12
+    fp32 = config(run_data, "precision.compute=fp32")
+    halved = config(run_data, "precision.compute=fp32", "optimizer.moments=bf16")
+    assert stage(halved).optimizer == stage(fp32).optimizer / 2
+
+
 def test_the_distributed_optimizer_shards_over_replicas(run_data):
     run = config(run_data)
     assert stage(run, num_gpus=4).optimizer == stage(run).optimizer / 4
