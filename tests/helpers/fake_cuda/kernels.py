@@ -52,12 +52,11 @@ class _FusedKernel(torch.autograd.Function):
         own = {tensor.untyped_storage()._cdata: index for index, tensor in enumerate(tensors)}
         needed: set[int] = set()
 
-        def pack(saved: torch.Tensor) -> torch.Tensor:
+        def note(saved: torch.Tensor) -> None:
             index = own.get(saved.untyped_storage()._cdata)
             needed.update(range(len(tensors)) if index is None else [index])
-            return saved
 
-        with memory.hidden(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with memory.hidden(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda _: None):
             inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
             result = _call(function, leaves, structure, inputs)
         assert isinstance(result, torch.Tensor), f"{function}: one result is expected"

@@ -32,6 +32,11 @@ class DeviceMemory:
         self._live: dict[int, tuple[int, str]] = {}
         self._hidden = 0
 
+    def forget(self) -> None:
+        """Count nothing of what exists now, such as a model of an earlier case that something still refers to."""
+        self._live.clear()
+        self.now = self.peak = 0
+
     def reset_peak(self) -> None:
         """Forget the peak so far."""
         self.peak = self.now
@@ -67,14 +72,15 @@ class DeviceMemory:
             return
         size = -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
         self._live[key] = (size, origin)
-        weakref.finalize(storage, self._remove, key)
+        weakref.finalize(storage, self._remove, key, self._live[key])
         self.now += size
         if self.now > self.peak:
             self.peak = self.now
             self._explain()
 
-    def _remove(self, key: int) -> None:
-        self.now -= self._live.pop(key)[0]
+    def _remove(self, key: int, entry: tuple[int, str]) -> None:
+        if self._live.get(key) is entry:
+            self.now -= self._live.pop(key)[0]
 
     def _explain(self) -> None:
         if self.explains:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -70,6 +71,8 @@ def run_case(case: Case) -> dict[str, Any]:
     run = draft_config(dict(RUN), [*case.overrides, f"batch.global={size}", f"tokens={size * 4096}"]).finish("fake")
     with device.process_group(case.rank, case.world_size), mode, process_groups(run.parallel) as ranks:
         report = _train(case, run, ranks, mode)
+    gc.collect()
+    mode.memory.forget()
     return report
 
 
@@ -94,8 +97,9 @@ def _train(case: Case, run: Any, ranks: Any, mode: FakeCuda) -> dict[str, Any]:
     for _ in range(2):
         mode.waits.clear()
         mode.casts.clear()
-        mode.memory.reset_peak()
+        gc.collect()
         mode.memory.explains = case.explains
+        mode.memory.reset_peak()
         before = mode.memory.now
         train_step(
             forward,
@@ -107,6 +111,8 @@ def _train(case: Case, run: Any, ranks: Any, mode: FakeCuda) -> dict[str, Any]:
             judge=lambda *_: None,
             before_update=lambda: None,
         )
+    left = mode.memory.now
+    gc.collect()
     parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
     return {
         "case": asdict(case),
@@ -116,6 +122,6 @@ def _train(case: Case, run: Any, ranks: Any, mode: FakeCuda) -> dict[str, Any]:
         "devices": sorted({str(parameter.device) for parameter in parameters}),
         "waits": [asdict(wait) for wait in mode.waits],
         "casts": Counter(f"{cast.kind} at {cast.place}" for cast in mode.casts),
-        "memory": {"peak": mode.memory.peak, "before": before, "after": mode.memory.now},
+        "memory": {"peak": mode.memory.peak, "before": before, "after": left, "collected": mode.memory.now},
         "at_peak": mode.memory.at_peak.most_common(20),
     }
