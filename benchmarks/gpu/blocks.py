@@ -77,6 +77,7 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
     from megatron_cpt.model import build_model
     from megatron_cpt.optim.build_optimizer import build_optimizer
     from megatron_cpt.optim.update import Update
+    from megatron_cpt.train.device_batch import make_upload
     from megatron_cpt.train.forward import ForwardPass
     from megatron_cpt.train.step import train_step
 
@@ -85,8 +86,10 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
     model = build_model.build_model(run)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model.chunks)
     update = Update(optimizer, run.optimizer.weight_decay)
-    forward = ForwardPass(model, 1, 1, torch.device(torch.cuda.current_device()))
-    data = StepData(random_batches(run), run.tokens_per_step, {}, {})
+    device = torch.device("cuda", torch.cuda.current_device())
+    forward = ForwardPass(model, 1, 1, device)
+    upload = make_upload(device, packs_documents=model.packs_documents)
+    data = StepData([], run.tokens_per_step, {}, {}, upload(random_batches(run)))
     print(f"layers: {model.layers}; speed: {', '.join(sorted(model.knobs))}", file=sys.stderr)
 
     def step() -> None:
@@ -95,7 +98,7 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
             update,
             data,
             1e-5,
-            counts=True,
+            contributes_loss=True,
             requests=lambda: [],
             judge=lambda *_: None,
             before_update=lambda: None,

@@ -1,18 +1,10 @@
 # shellcheck shell=bash
 # Settings of a node with 8 H100 GPUs and InfiniBand, read by train.sh. Variables that are already set take precedence.
-# Sources: [NCCL] docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html, [Megatron] Megatron-Core developer
-# guide and README, [torch] docs.pytorch.org, notes on CUDA memory and on ProcessGroupNCCL's environment variables.
+# Source: [NCCL] docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html.
 #
 # Algorithms, protocols and channels are not set: NCCL chooses them. Its guide warns against such variables in scripts,
-# because a good choice for one release slows down the next.
-
-# One hardware queue: kernels start in the order they were issued, so the communication of tensor and sequence
-# parallelism starts before the matrix product that should hide it [Megatron]. Needed on GPUs before Blackwell. Set it
-# to 32 for runs with context parallelism only, or with FSDP, where one queue delays communication.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-
-# Growing memory segments: less memory is lost to fragmentation by a pipeline's micro-batches [torch].
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# because a good choice for one release slows down the next. `train` and `launch` set what CUDA itself reads, such as
+# CUDA_DEVICE_MAX_CONNECTIONS (docs/operations/speed.md).
 
 # Warnings only: a failing link is worth a line in the log [NCCL].
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

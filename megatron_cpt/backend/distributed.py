@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,11 +88,10 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
         timeout: of a collective, in seconds.
 
     Raises:
-        UserError: the world size does not fit `parallel`.
+        UserError: the world size does not fit `parallel`, or Transformer Engine does not load.
     """
     on_cpu = cpu.install()
-    from megatron.core import parallel_state
-
+    parallel_state = _parallel_state()
     size = data_parallel_size(parallel, launched_world_size())
     own_group = not dist.is_initialized()
     if own_group:
@@ -117,19 +117,46 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
         )
         has_finished = True
     finally:
+        if own_group and not on_cpu and not has_finished:
+            _abort()
         parallel_state.destroy_model_parallel()
-        # After an error, NCCL would wait for other ranks that are inside a collective.
-        if own_group and (has_finished or dist.get_world_size() == 1):
+        # After an error, other ranks may be inside a collective, for which gloo would wait.
+        if own_group and dist.is_initialized() and (has_finished or dist.get_world_size() == 1):
             dist.destroy_process_group()
 
 
+def _parallel_state() -> Any:
+    """Import megatron-core, which imports Transformer Engine and accepts no failure of it but ImportError."""
+    try:
+        from megatron.core import parallel_state
+    except OSError as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Transformer Engine is installed, but does not load: {first_line}; install a release that was built for "
+            f"torch {torch.__version__}, or uninstall transformer-engine to train with the layers of torch"
+        ) from error
+    return parallel_state
+
+
+def _abort() -> None:
+    """Abort all communicators after an error; otherwise their destructors wait for kernels that wait for other ranks.
+
+    torch offers this as an experiment only. If it fails, the error that led here still counts.
+    """
+    with contextlib.suppress(RuntimeError, AttributeError):
+        dist.distributed_c10d._abort_process_group()
+
+
 def _initialize(on_cpu: bool, timeout: timedelta) -> None:
+    device = None
     if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # Training uses NCCL on GPUs; saving checkpoints and agreeing on a stop move CPU tensors, over gloo.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    # Training uses NCCL on GPUs; saving checkpoints and checking files move CPU tensors, over gloo. With its device
+    # NCCL connects at once, and groups are split from the first one instead of meeting through the store.
     backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # in memory, so no port is opened
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device)

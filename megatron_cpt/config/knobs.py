@@ -151,23 +151,6 @@ KNOBS = (
 """All rows of the table."""
 
 
-ENVIRONMENT = (
-    (
-        "CUDA_DEVICE_MAX_CONNECTIONS",
-        "1",
-        "starts communication before the matrix product that hides it; set 32 with context parallelism alone",
-    ),
-    (
-        "PYTORCH_CUDA_ALLOC_CONF",
-        "expandable_segments:True",
-        "reduces fragmentation of memory by the micro-batches of a pipeline",
-    ),
-    ("NCCL_IB_TIMEOUT", "22", "waits through short failures of a network link instead of ending the run"),
-    ("NCCL_IB_RETRY_CNT", "7", "retries through short failures of a network link instead of ending the run"),
-)
-"""Name, value and gain of variables that libraries read at start, so examples/nemotron4_15b/cluster.sh sets them."""
-
-
 def has_mxfp8_weights(run: RunConfig) -> bool:
     """Return True if weights are stored in MXFP8, which megatron-core gathers in the gradient buffer."""
     fp8 = run.precision.fp8
@@ -200,20 +183,19 @@ def fuses_swiglu(run: RunConfig, place: ComputePlace) -> bool:
     return is_swiglu and "fused_activation" in resolve_speed(run, place)[0]
 
 
-def markdown_tables() -> tuple[str, str]:
-    """Return the tables of knobs and of environment variables for docs/operations/speed.md."""
-    knobs: list[Sequence[str]] = [("key below `speed`", "cpu", "h100", "needs", "sets", "gain", "source")]
+def knobs_table() -> str:
+    """Return the table of knobs for docs/operations/speed.md."""
+    rows: list[Sequence[str]] = [("key below `speed`", "cpu", "h100", "needs", "sets", "gain", "source")]
     for knob in KNOBS:
         needs = ", ".join(need.text for need in knob.needs) or "nothing"
-        knobs.append(
+        rows.append(
             (f"`{knob.name}`", "off", "on" if knob.is_default else "off", needs, knob.sets, knob.gain, knob.source)
         )
-    variables: list[Sequence[str]] = [("variable", "value", "gain")]
-    variables += [(f"`{name}`", f"`{value}`", gain) for name, value, gain in ENVIRONMENT]
-    return _markdown(knobs), _markdown(variables)
+    return markdown_table(rows)
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first row is its head."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from types import FrameType
 import psutil
 
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
+from megatron_cpt.launch.environment import set_cuda_variables
 from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_FILE, STOP_SIGNALS, Report, read_reports
 
 GRACE_SECONDS = 60.0
@@ -85,6 +86,7 @@ def _start(folder: Path, options: Sequence[str], command: Sequence[str]) -> subp
         **os.environ,
         FOLDER_VARIABLE: str(folder),
     }
+    set_cuda_variables(environment)
     run = [sys.executable, "-m", "torch.distributed.run", *options, "--module", "megatron_cpt.launch.rank", *command]
     return subprocess.Popen(run, env=environment, start_new_session=True)
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megatron_cpt.model.capabilities import read_machine
+from megatron_cpt.model.finalize_gradients import finalize_gradients
 from megatron_cpt.model.initialize import initialize_weights
 from megatron_cpt.model.kernel_options import Knobs, choose_knobs, connect_schedule, ddp_fields, initialize_user_buffers
 from megatron_cpt.model.spec import LayerSpec, choose_spec
@@ -117,7 +118,7 @@ def _wrap(
     )
     # The other chunks reduce their gradients while the first one computes, so they need no small buckets.
     wrapped = DistributedDataParallel(config=config, ddp_config=ddp_config, module=module, disable_bucketing=number > 0)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     return wrapped
 
 

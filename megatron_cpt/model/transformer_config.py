@@ -101,6 +101,10 @@ def _parallel(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
         # and swaps them silently. Megatron-LM uses overlapped single messages for every interleaved schedule.
         "overlap_p2p_comm": is_interleaved,
         "batch_p2p_comm": not is_interleaved,
+        "batch_p2p_sync": False,  # works around a race of old releases of torch by waiting for the device
+        # A sent output is needed for its autograd graph only, so its memory is freed. The interleaved schedule frees it
+        # before the overlapped message is sent: gloo, and NCCL without `record_stream`, would send other data.
+        "deallocate_pipeline_outputs": not is_interleaved,
     }
 
 

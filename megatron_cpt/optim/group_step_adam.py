@@ -56,14 +56,15 @@ class GroupStepAdam(torch.optim.Optimizer):
                 self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                 self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
         previous = float(group["step"] - 1)  # the kernel adds 1
-        steps = [torch.tensor(previous, device=parameter.device) for parameter in parameters]
+        # One kernel that gets the number as an argument. A copy per parameter would make the host wait for the GPU.
+        steps = torch.full((len(parameters),), previous, device=parameters[0].device).unbind()
         adamw(
             parameters,
             [parameter.grad for parameter in parameters],  # type: ignore[misc]
             [self.state[parameter]["exp_avg"] for parameter in parameters],
             [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
             [],
-            steps,
+            list(steps),
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],

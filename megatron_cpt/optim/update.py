@@ -6,9 +6,8 @@ step, and the decision includes the loss. The order and the functions are those 
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
@@ -21,6 +20,10 @@ class Update:
     def __init__(self, optimizer: MegatronOptimizer, weight_decay: float) -> None:
         self._optimizer, self._weight_decay = optimizer, weight_decay
         self._parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
+        # megatron-core adds the squares over this group: all ranks with the distributed optimizer, otherwise the ranks
+        # of one replica of the model. Of equal replicas, the one with rank 0 enters the sum over all ranks.
+        group = optimizer.get_grad_stats_parallel_group()
+        self._contributes_norm = 0 in dist.get_process_group_ranks(group)
         # Copies of other ranks' parameters. The norm excludes them, so a NaN in a copy must be searched for separately.
         self._not_in_norm = [
             parameter
@@ -33,18 +36,23 @@ class Update:
         """Reset the gradients."""
         self._optimizer.zero_grad()
 
-    def measure(self) -> tuple[float, bool]:
-        """Reduce the gradients; a collective call.
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prepare the gradients, without waiting for the device.
+
+        The squared norms of all ranks add up to the square of megatron-core's `get_grad_norm`.
 
         Returns:
-            The gradient norm over all ranks before clipping, and whether all gradients on this rank are finite.
+            This rank's part of the squared gradient norm over all ranks before clipping, fp32 (), and whether all
+            gradients on this rank are finite, bool ().
         """
-        overflowed = self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
-        return norm, not overflowed and math.isfinite(norm) and self._copies_are_finite()
+        self._optimizer.prepare_grads()  # its result concerns fp16, which scales the loss
+        squared_norm = _norm([g for part in self._parts for g in part.get_main_grads_for_grad_norm()]) ** 2
+        copies = [_gradient(parameter) for parameter in self._not_in_norm]
+        is_finite = squared_norm.isfinite() & _norm([g for g in copies if g is not None]).isfinite()
+        return squared_norm if self._contributes_norm else torch.zeros_like(squared_norm), is_finite
 
     def apply(self, rate: float, norm: float) -> None:
-        """Clip the gradients by the norm that `measure` returned, and update the weights; a collective call."""
+        """Clip the gradients by their norm over all ranks, and update the weights; a collective call."""
         # On every step, so that a resumed run never inherits its checkpoint's values (Megatron-LM issues 963 and 1533).
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
@@ -52,12 +60,25 @@ class Update:
         for part in self._parts:
             parameters = part.get_parameters()
             if parameters and part.config.clip_grad > 0.0:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=part.config.clip_grad,
+                    total_norm=norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
         self._optimizer.step_with_ready_grads()
 
-    @torch.no_grad()
-    def _copies_are_finite(self) -> bool:
-        gradients = [parameter.grad for parameter in self._not_in_norm if parameter.grad is not None]
-        if not gradients:
-            return True
-        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Return the gradient that the optimizer reads; precision-aware optimizers keep it under another name."""
+    gradient: torch.Tensor | None = getattr(parameter, "decoupled_grad", None)
+    return gradient if gradient is not None else parameter.grad
+
+
+@torch.no_grad()
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Return the norm of the gradients as one vector, fp32 (), in a few kernels for all of them."""
+    if not gradients:
+        return torch.zeros((), device=torch.cuda.current_device())
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
+    return norm

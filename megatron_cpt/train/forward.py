@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_cpt.data import Batch
 from megatron_cpt.model import fp8_emulated
 from megatron_cpt.model.build_model import Model
+from megatron_cpt.train.device_batch import DeviceBatch
 
 
 @dataclass(frozen=True)
@@ -26,19 +24,19 @@ class ForwardPass:
     context_parallel_size: int
     device: torch.device
 
-    def __call__(self, micro_batches: Sequence[Batch], *, train: bool) -> torch.Tensor:
+    def __call__(self, micro_batches: Sequence[DeviceBatch], *, train: bool) -> torch.Tensor:
         """Run a forward pass, and a backward pass if `train`.
 
         Args:
             micro_batches: all of one shape; the next call may have another shape.
 
         Returns:
-            (num_sources, 2) float64 on the CPU: summed loss and token count by source over this rank's micro-batches;
-            zeros on every pipeline stage but the last.
+            (num_sources, 2) float64 on the device: summed loss and token count by source over this rank's
+            micro-batches; zeros on every pipeline stage but the last.
         """
         chunks = list(self.model.chunks)
         micro_batch, length = micro_batches[0].tokens.shape
-        if self._packs(micro_batches[0]):
+        if micro_batches[0].sequence_bounds is not None:
             micro_batch, length = 1, micro_batch * length
         iterators = [iter(micro_batches) for _ in chunks]  # every virtual stage reads all micro-batches
         reports = get_forward_backward_func()(
@@ -50,9 +48,9 @@ class ForwardPass:
             micro_batch_size=micro_batch,
             forward_only=not train,
         )
-        total = torch.zeros(self.num_sources, 2, dtype=torch.float64)
+        total = torch.zeros(self.num_sources, 2, dtype=torch.float64, device=self.device)
         for report in reports:
-            total += report["loss_by_source"].to("cpu")
+            total += report["loss_by_source"]
         return total
 
     def zero_grad(self) -> None:
@@ -65,18 +63,16 @@ class ForwardPass:
         fp8_emulated.end_step(self.model.chunks, keep=keep_amax)
 
     def _forward_step(
-        self, micro_batches: Iterator[Batch], chunk: torch.nn.Module
+        self, micro_batches: Iterator[DeviceBatch], chunk: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         batch = next(micro_batches)
         tensors = self._tensors(batch)
         inputs, packing = [tensors[name] for name in ("tokens", "position_ids", "labels")], {}
-        if self._packs(batch):
-            assert batch.attention_documents is not None
+        if batch.sequence_bounds is not None:
             inputs = [tensor.view(1, -1) for tensor in inputs]
-            packing = {"packed_seq_params": packed_sequences(batch.attention_documents, self.device)}
+            packing = {"packed_seq_params": _packed_sequences(batch.sequence_bounds, batch.longest_sequence)}
         tokens, position_ids, labels = inputs
         output = chunk(tokens, position_ids, tensors.get("attention_mask"), labels=labels, **packing)
-        sources = torch.from_numpy(batch.sources).to(self.device)
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             """Return the summed loss, the token count and the report.
@@ -88,21 +84,16 @@ class ForwardPass:
             masked = losses.view(mask.shape).float() * mask
             by_source = torch.zeros(self.num_sources, 2, dtype=torch.float64, device=losses.device)
             per_sample = torch.stack([masked.detach().sum(dim=1), mask.sum(dim=1)], dim=1).double()
-            by_source.index_add_(0, sources, per_sample)
+            by_source.index_add_(0, batch.sources, per_sample)
             return masked.sum(), mask.sum().int(), {"loss_by_source": by_source}
 
         return output, loss_func
 
-    def _packs(self, batch: Batch) -> bool:
-        """Return whether the micro-batch goes through the model as one row of packed documents."""
-        return batch.attention_documents is not None and self.model.packs_documents
-
-    def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _tensors(self, batch: DeviceBatch) -> dict[str, torch.Tensor]:
         names = ("tokens", "labels", "loss_mask", "position_ids")
-        tensors = {name: torch.from_numpy(getattr(batch, name)) for name in names}
-        if batch.attention_documents is not None and not self._packs(batch):
-            tensors["attention_mask"] = document_mask(torch.from_numpy(batch.attention_documents))
-        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+        tensors = {name: getattr(batch, name) for name in names}
+        if batch.attention_documents is not None:
+            tensors["attention_mask"] = document_mask(batch.attention_documents)
         if self.context_parallel_size > 1:
             from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -110,29 +101,10 @@ class ForwardPass:
         return tensors
 
 
-def packed_sequences(documents: npt.NDArray[np.int32], device: torch.device) -> PackedSeqParams:
-    """Return the documents of a micro-batch as packed sequences, for attention kernels that take no mask.
-
-    The samples are concatenated, and every sample and every document starts a new sequence, so no token attends to
-    another document, as with `document_mask`. Positions start at 0 in each sequence; rotary embeddings
-    give equal scores for positions in the sample, because scores depend on distances only.
-
-    Example: documents [[0, 0, 1], [1, 1, 1]] have the sequence bounds [0, 2, 3, 6].
-
-    Args:
-        documents: (b, s) number of each token's document.
-        device: of the model.
-
-    Returns:
-        megatron-core's `thd` format: the start of each sequence, and the end of the last one.
-    """
-    is_start = np.ones(documents.shape, np.bool_)
-    is_start[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    bounds = np.append(np.flatnonzero(is_start), documents.size).astype(np.int32)
-    longest = int(np.diff(bounds).max())
-    offsets = torch.from_numpy(bounds).to(device, non_blocking=True)
+def _packed_sequences(bounds: torch.Tensor, longest: int) -> PackedSeqParams:
+    """Return packed documents in megatron-core's `thd` format."""
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
 
 

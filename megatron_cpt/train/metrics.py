@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_cpt.config import PrecisionConfig
 from megatron_cpt.planning.cost.memory import GIB
@@ -19,24 +18,6 @@ from megatron_cpt.planning.hardware import GPUS, TERA
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
     from megatron_cpt.train.step import StepResult
-
-
-def reduce_flags_and_losses(flags: Sequence[bool], local: torch.Tensor) -> tuple[list[bool], torch.Tensor]:
-    """Combine the flags and losses of all ranks in one small all-reduce; a collective call.
-
-    Returns:
-        For each flag whether any rank raised it, and the (num_sources, 2) losses and token counts over all ranks.
-    """
-    packed = reduce_losses(torch.cat([torch.tensor(flags, dtype=torch.float64), local.flatten()]))
-    return [flag > 0 for flag in packed[: len(flags)].tolist()], packed[len(flags) :].view_as(local)
-
-
-def reduce_losses(local: torch.Tensor) -> torch.Tensor:
-    """Return `local` summed over all ranks; a collective call."""
-    total = local.clone()
-    if dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return total
 
 
 def mean_losses(total: torch.Tensor, names: Sequence[str]) -> tuple[float, dict[str, float]]:

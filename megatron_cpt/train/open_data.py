@@ -21,6 +21,7 @@ from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.loading.fim import fill_in_middle
 from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
 from megatron_cpt.planning import RunPlan
+from megatron_cpt.train.device_batch import Upload
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.train.validation import Validator
 
@@ -45,6 +46,7 @@ def build_loader(
     documents: DocumentOptions,
     state: TrainState,
     own: Path | None,
+    upload: Upload,
 ) -> Loader:
     """Build the loader of this rank's batches from the next step on.
 
@@ -69,11 +71,12 @@ def build_loader(
         data_parallel_size=ranks.data_parallel_size,
         vocab_size=config.model.vocab,
         documents=documents,
+        upload=upload,
     )
 
 
 def build_validator(
-    config: RunConfig, ranks: Ranks, documents: DocumentOptions, contributes_loss: bool
+    config: RunConfig, ranks: Ranks, documents: DocumentOptions, upload: Upload, contributes_loss: bool
 ) -> Validator | None:
     """Build the validator; None if the run has no `validation` section."""
     if config.validation is None:
@@ -94,4 +97,4 @@ def build_validator(
             documents=documents,
         )
     group = config.batch.global_ // (config.batch.micro * ranks.data_parallel_size)
-    return Validator(batches, group, contributes_loss)
+    return Validator(batches, group, upload, contributes_loss)

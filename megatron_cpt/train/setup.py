@@ -26,6 +26,7 @@ from megatron_cpt.model.capabilities import check_machine, read_machine
 from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
 from megatron_cpt.optim.update import Update
 from megatron_cpt.planning import RunPlan, flops_per_token
+from megatron_cpt.train.device_batch import make_upload
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
 from megatron_cpt.train.open_data import build_loader, build_validator, open_streams
@@ -125,7 +126,11 @@ def setup(
     contributes_loss = ranks.is_last_stage and ranks.tensor_rank == 0
     documents = config.documents
     options = DocumentOptions(eod_id, documents.reset_attention, documents.reset_positions, documents.eod_loss)
-    names = list(streams)
+    names, saved = list(streams), own.path if own is not None else None
+    loader_upload, validator_upload = (
+        make_upload(ranks.device, packs_documents=model.packs_documents)
+        for _ in range(2)  # one per thread
+    )
     return Session(
         config=config,
         plan=plan,
@@ -134,8 +139,8 @@ def setup(
         optimizer=optimizer,
         forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
         update=Update(optimizer, config.optimizer.weight_decay),
-        loader=build_loader(config, plan, ranks, streams, options, state, own.path if own is not None else None),
-        validator=build_validator(config, ranks, options, contributes_loss),
+        loader=build_loader(config, plan, ranks, streams, options, state, saved, loader_upload),
+        validator=build_validator(config, ranks, options, validator_upload, contributes_loss),
         meter=LossMeter(names, contributes_loss),
         state=state,
         saver=Saver(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_cpt.data import StepData
-from megatron_cpt.train.metrics import reduce_flags_and_losses
+from megatron_cpt.train.agreement import agree
 from megatron_cpt.train.resilience.anomalies import Anomaly
 
 if TYPE_CHECKING:
@@ -49,30 +49,31 @@ def train_step(
 ) -> StepResult:
     """Train on one global batch; a collective call.
 
-    One small all-reduce between the backward pass and the update carries the losses, findings and requests of all
-    ranks. So every rank decides alike, and a skipped step changes neither weights, moments nor Adam's step count.
+    One small all-reduce between the backward pass and the update carries the losses, the gradient norm, findings and
+    requests of all ranks. So every rank decides alike, and a skipped step changes neither weights, moments nor Adam's
+    step count. On a GPU the host waits once, for the result of this all-reduce.
 
     Args:
         forward, update: the model on this rank and its optimizer.
-        data: this rank's micro-batches.
+        data: this rank's micro-batches, uploaded to the device.
         rate: the learning rate of this step.
         contributes_loss: whether this rank's losses enter the sum; see `LossMeter`.
-        requests: returns what this rank asks of all ranks; called after the backward pass.
+        requests: returns what this rank asks of all ranks; called after the backward pass was issued.
         judge: finds what is wrong from the losses, the gradient norm and whether all ranks have finite numbers.
         before_update: called before weights, moments and amax histories change.
     """
     forward.zero_grad()
     update.zero_grad()
-    local = forward(data.micro_batches, train=True)
-    grad_norm, is_finite = update.measure()
-    is_finite = is_finite and bool(local.isfinite().all())
+    local = forward(data.uploaded.wait(), train=True)
+    squared_norm, is_finite = update.measure()
+    is_finite &= local.isfinite().all()
     if not contributes_loss:
         local = torch.zeros_like(local)
-    (has_bad_rank, *requested), losses = reduce_flags_and_losses([not is_finite, *requests()], local)
-    anomaly = judge(losses, grad_norm, not has_bad_rank)
+    agreed = agree(local, squared_norm, is_finite, requests())
+    anomaly = judge(agreed.losses, agreed.grad_norm, agreed.is_finite)
     is_applied = anomaly is None or anomaly.is_applied
     before_update()
     if is_applied:
-        update.apply(rate, grad_norm)
+        update.apply(rate, agreed.grad_norm)
     forward.end_step(keep_amax=is_applied)
-    return StepResult(rate, losses, grad_norm, anomaly, requested)
+    return StepResult(rate, agreed.losses, agreed.grad_norm, anomaly, agreed.requests)

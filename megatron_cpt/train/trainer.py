@@ -7,6 +7,7 @@ of it first. So this module imports neither megatron-core nor `train/setup.py` b
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from megatron_cpt.config import RunConfig, format_duration
 from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
 from megatron_cpt.hooks import Hook, HookList, build_hooks
 from megatron_cpt.prepare import PreparedRun, prepare_config
+from megatron_cpt.train.garbage import COLLECT_EVERY, manual_collection
 from megatron_cpt.train.metrics import mean_losses, metrics_line
 from megatron_cpt.train.resilience.anomalies import Anomaly, describe, find_anomaly, note_loss, reason_to_stop
 from megatron_cpt.train.resilience.replicas import check_replicas
@@ -168,6 +170,10 @@ class Trainer:
         """
         if not hasattr(self, "session"):
             raise RuntimeError("fit: the run is not open; use it inside `with Trainer(run) as trainer:`")
+        with manual_collection():
+            return self._fit()
+
+    def _fit(self) -> RunResult:
         session, config, state = self.session, self.session.config, self.session.state
         hash_every = config.resilience.parameter_hash_every
         self.hooks.on_start(session)
@@ -197,6 +203,8 @@ class Trainer:
                 is_save_due = False
             else:
                 self._note_published(session.saver.poll())
+            if saves or _is_due(state.step, COLLECT_EVERY):
+                gc.collect()
             self.wall_time.end_step()
         self.hooks.on_stop(session, reason)
         return RunResult(EXIT_STOPPED if reason else EXIT_OK, state.step, self._newest, reason)

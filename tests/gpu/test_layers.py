@@ -32,6 +32,7 @@ def _batch(*, reset_attention: bool = False) -> Batch:
 def _compute(*overrides: str, local: bool = False, batch: Batch | None = None) -> Result:
     """Return losses by source, and gradients by the weight names of a checkpoint."""
     from megatron_cpt.model import build_model
+    from megatron_cpt.train.device_batch import make_upload
     from megatron_cpt.train.forward import ForwardPass
 
     run = draft_config({**RUN, "seq_length": LENGTH}, [f"batch.micro={MICRO}", *overrides]).finish("run.yaml")
@@ -44,8 +45,9 @@ def _compute(*overrides: str, local: bool = False, batch: Batch | None = None) -
             seed_everything(run.seed, pipeline_rank=0)
             model = build_model.build_model(run)
             assert model.spec == ("local" if local or machine.transformer_engine is None else "transformer_engine")
-            losses = ForwardPass(model, MICRO, 1, ranks.device)([batch or _batch()], train=True)
-            return losses, _gradients(model)
+            upload = make_upload(ranks.device, packs_documents=model.packs_documents)
+            losses = ForwardPass(model, MICRO, 1, ranks.device)(upload([batch or _batch()]).wait(), train=True)
+            return losses.cpu(), _gradients(model)
     finally:
         patch.undo()
 

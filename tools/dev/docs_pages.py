@@ -43,9 +43,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def insert_speed_tables(markdown: str) -> str:
     """Replace each marker with its table."""
-    from megatron_cpt.config.knobs import markdown_tables
+    from megatron_cpt.config.knobs import knobs_table
+    from megatron_cpt.launch.environment import variables_table
 
-    for marker, table in zip(SPEED_MARKERS, markdown_tables(), strict=True):
+    for marker, table in zip(SPEED_MARKERS, (knobs_table(), variables_table()), strict=True):
         if marker not in markdown:
             raise ValueError(f"docs/{SPEED_PAGE}: the marker {marker} is missing, so its table has no place; add it")
         markdown = markdown.replace(marker, table)

@@ -26,6 +26,9 @@ def train(
     Without a launcher it is one process; under torchrun, one rank of many. Exit status 75: stopped by a signal or by
     resilience.wall_time after a checkpoint was saved; run the same command again to resume.
     """
+    from megatron_cpt.launch.environment import set_cuda_variables
+
+    set_cuda_variables()  # before torch is imported, which reads them
     from megatron_cpt.backend import launched_world_size
     from megatron_cpt.prepare import prepare_run
     from megatron_cpt.train.trainer import Trainer

@@ -28,12 +28,14 @@ class StepData:
         num_tokens: tokens that all ranks together train on in this step.
         counts: samples per source that all ranks have read from the start of the run to the end of this step.
         state: the blend's state after this step, for its checkpoint; it does not include what was read ahead.
+        uploaded: result of the loader's `upload`; None without one.
     """
 
     micro_batches: list[Batch]
     num_tokens: int
     counts: dict[str, int]
     state: dict[str, Any]
+    uploaded: Any = None
 
 
 class Loader:
@@ -54,6 +56,7 @@ class Loader:
         micro_batch: samples per forward pass on one rank; may be a function as well.
         prefetch: steps to read ahead, at least 1.
         vocab_size: ids must be below it; None: ids are not checked.
+        upload: called in the loader's thread with the micro-batches of each step, for example to copy them to a GPU.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Loader:
         prefetch: int = 2,
         vocab_size: int | None = None,
         documents: DocumentOptions = DocumentOptions(),  # noqa: B008 - frozen
+        upload: Callable[[list[Batch]], Any] = lambda batches: None,
     ) -> None:
         assert tuple(stream.name for stream in streams) == cursor.source_names, "streams in the cursor's order"
         assert 0 <= data_parallel_rank < data_parallel_size
@@ -77,7 +81,7 @@ class Loader:
         self._global_batch = global_batch if callable(global_batch) else lambda _: global_batch
         self._micro_batch = micro_batch if callable(micro_batch) else lambda _: micro_batch
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._vocab_size, self._documents = vocab_size, documents
+        self._vocab_size, self._documents, self._upload = vocab_size, documents, upload
         self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
@@ -161,7 +165,8 @@ class Loader:
             for first, micro_sources in zip(range(0, len(samples), micro_batch), own_sources, strict=True)
         ]
         num_tokens = global_batch * micro_batches[0].tokens.shape[1]
-        return StepData(micro_batches, num_tokens, self._cursor.counts, self._cursor.state_dict())
+        uploaded = self._upload(micro_batches)
+        return StepData(micro_batches, num_tokens, self._cursor.counts, self._cursor.state_dict(), uploaded)
 
 
 def validation_batches(

@@ -11,8 +11,9 @@ import torch
 from megatron_cpt.backend import cpu
 from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.config.compute import SpeedConfig
-from megatron_cpt.config.knobs import ENVIRONMENT, KNOBS, ComputePlace, markdown_tables, resolve_speed
+from megatron_cpt.config.knobs import KNOBS, ComputePlace, knobs_table, resolve_speed
 from megatron_cpt.errors import UserError
+from megatron_cpt.launch.environment import variables_table
 from tests.unit.model.test_capabilities import H100, H100_BARE, LAPTOP, RUN
 from tools.dev.docs_pages import insert_speed_tables
 
@@ -159,10 +160,5 @@ def test_overlap_in_ddps_words():
 
 def test_the_page_shows_the_tables():
     page = insert_speed_tables((ROOT / "docs" / "operations" / "speed.md").read_text(encoding="utf-8"))
-    assert all(table in page for table in markdown_tables())
-
-
-def test_the_launcher_sets_the_variables():
-    script = (ROOT / "examples" / "nemotron4_15b" / "cluster.sh").read_text(encoding="utf-8")
-    for name, value, _ in ENVIRONMENT:
-        assert f'export {name}="${{{name}:-{value}}}"' in script
+    assert knobs_table() in page
+    assert variables_table() in page

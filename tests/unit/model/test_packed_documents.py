@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ cpu.install()
 from megatron_cpt.model import spec  # noqa: E402  # megatron-core must be imported after the CPU backend
 from megatron_cpt.model.build_model import build_model  # noqa: E402
 from megatron_cpt.model.local_modules import LocalAttention  # noqa: E402
-from megatron_cpt.train.forward import ForwardPass, packed_sequences  # noqa: E402
+from megatron_cpt.train.device_batch import make_upload  # noqa: E402
+from megatron_cpt.train.forward import ForwardPass  # noqa: E402
 
 EOD, LENGTH = 256, 48
 RUN = {
@@ -37,10 +37,6 @@ RUN = {
 }
 
 
-def _documents(rows: list[list[int]]) -> Any:
-    return packed_sequences(np.array(rows, np.int32), torch.device("cpu"))
-
-
 @pytest.mark.parametrize(
     ("rows", "bounds", "longest"),
     [
@@ -51,12 +47,14 @@ def _documents(rows: list[list[int]]) -> Any:
     ],
 )
 def test_a_sequence_begins_with_each_document_and_each_sample(rows, bounds, longest):
-    packed = _documents(rows)
-    assert packed.qkv_format == "thd"
-    assert packed.cu_seqlens_q.tolist() == bounds
-    assert packed.cu_seqlens_q.dtype == torch.int32
-    assert packed.cu_seqlens_kv is packed.cu_seqlens_q
-    assert (packed.max_seqlen_q, packed.max_seqlen_kv) == (longest, longest)
+    documents = np.array(rows, np.int32)
+    batch = dataclasses.replace(_batch(), attention_documents=documents)
+    (there,) = make_upload(torch.device("cpu"), packs_documents=True)([batch]).wait()
+    assert there.sequence_bounds is not None
+    assert there.attention_documents is None
+    assert there.sequence_bounds.tolist() == bounds
+    assert there.sequence_bounds.dtype == torch.int32
+    assert there.longest_sequence == longest
 
 
 class PackedAttention(LocalAttention):
@@ -81,7 +79,8 @@ def _losses_and_gradients(*, packed: bool) -> tuple[torch.Tensor, dict[str, torc
     run = draft_config(dict(RUN)).finish("run.yaml")
     with process_groups(run.parallel) as ranks:
         model = dataclasses.replace(build_model(run), packs_documents=packed)
-        losses = ForwardPass(model, 2, 1, ranks.device)([_batch()], train=True)
+        batches = make_upload(ranks.device, packs_documents=packed)([_batch()]).wait()
+        losses = ForwardPass(model, 2, 1, ranks.device)(batches, train=True)
         gradients = {name: p.main_grad.clone() for name, p in model.chunks[0].named_parameters()}
     return losses, gradients
 
