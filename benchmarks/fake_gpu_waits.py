@@ -1,6 +1,6 @@
 """List where the host waits for the GPU in one training step of Nemotron-4 15B, on a fake CUDA device.
 
-    python -m benchmarks.fake_gpu_waits
+    python benchmarks/fake_gpu_waits.py
 
 TP8 PP4 on 64 GPUs (two replicas), micro-batch 1, 8 micro-batches: ranks 0, 16 and 63 are the first, a middle and the
 last stage. Prints a Markdown table for docs/internals/gpu-path.md, with the number of waits per place and rank.
@@ -8,7 +8,11 @@ last stage. Prints a Markdown table for docs/internals/gpu-path.md, with the num
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.helpers.fake_cuda import train_on_fake_gpu
 

@@ -101,7 +101,8 @@ class FakeCuda(TorchDispatchMode):
 
     def _on_host(self, func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
         if func.namespace == "c10d":
-            self.note(f"collective over gloo: {func.name().partition('::')[2].strip('_')}")
+            name = func.name().partition("::")[2].strip("_")
+            self.note("barrier()" if name == "barrier" else f"collective over gloo: {name}")
         if func is aten.is_pinned.default:
             return tensors[0].untyped_storage()._cdata in self._pinned
         if func is aten._pin_memory.default:
@@ -152,8 +153,6 @@ def _places() -> tuple[str, str]:
 
 def _collective(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) -> Any:
     """Return the first argument, into which the others have "sent", and a finished work."""
-    if "barrier" in func.name():
-        mode.note("barrier()")
     work = FakeWork().boxed()
     return work if len(func._schema.returns) == 1 else (args[0], work)
 
@@ -267,9 +266,6 @@ class _Functions(TorchFunctionMode):
             leaves = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, FakeTensor)]
             if leaves:
                 return func(_as_numbers(args[0]), *args[1:], **kwargs)
-        if func is torch.Tensor.tolist and isinstance(args[0], FakeTensor):
-            self._mode.note(f"tolist() of {_describe(args[0])}")
-            return torch.zeros(args[0].shape, dtype=args[0].dtype).tolist()
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)

@@ -1,32 +1,25 @@
-"""Training steps of one rank of a large layout on the fake device."""
+"""Training steps of one rank of a large layout on the fake device, from run.yaml and token files on."""
 
 from __future__ import annotations
 
 import gc
+import tempfile
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from tests.helpers.fake_cuda import device
+from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
+from tests.helpers.fake_cuda import RUN, device
 from tests.helpers.fake_cuda.kernels import compiler_for
 from tests.helpers.fake_cuda.mode import FakeCuda
 
-RUN = {
-    "name": "fake",
-    "output": "runs/fake",
-    "model": {"preset": "nemotron4_15b"},
-    "seq_length": 4096,
-    "batch": {"global": 1152, "micro": 1},
-    "tokens": 1152 * 4096,
-    "schedule": {"max_lr": 4.5e-5},
-    "sources": {"web": {"path": "data/web"}, "code": {"path": "data/code"}},
-    "phases": [{"name": "only", "blend": {"web": 0.5, "code": 0.5}}],
-    "parallel": {"tensor": 8, "pipeline": 4, "sequence": True, "distributed_optimizer": True},
-    "precision": {"compute": "bf16"},
-}
+NUM_STEPS = 2  # the first one creates the optimizer's states and tables of positions
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,17 @@ class Case:
 _mode: FakeCuda | None = None
 
 
-def _install() -> FakeCuda:
+def run_case(case: Case) -> dict[str, Any]:
+    """Train `NUM_STEPS` steps; return the waits, casts and memory of the last one."""
+    mode = _installed()
+    with tempfile.TemporaryDirectory() as folder, device.process_group(case.rank, case.world_size), mode:
+        report = _train(case, Path(folder), mode)
+    gc.collect()
+    mode.memory.forget()
+    return report
+
+
+def _installed() -> FakeCuda:
     global _mode
     if _mode is None:
         _mode = FakeCuda()
@@ -58,70 +61,114 @@ def _install() -> FakeCuda:
     return _mode
 
 
-def run_case(case: Case) -> dict[str, Any]:
-    """Train two steps and return the waits, casts and memory of the second one."""
-    mode = _install()
+def _train(case: Case, folder: Path, mode: FakeCuda) -> dict[str, Any]:
     from megatron_cpt.backend import process_groups
-    from megatron_cpt.config import draft_config
+    from megatron_cpt.prepare import prepare_config
 
-    draft = draft_config(dict(RUN), case.overrides)
-    assert draft.config is not None, draft.problems
-    replicas = case.world_size // draft.config.parallel.model_parallel_size
-    size = case.micro_batches * draft.config.batch.micro * replicas
-    run = draft_config(dict(RUN), [*case.overrides, f"batch.global={size}", f"tokens={size * 4096}"]).finish("fake")
-    with device.process_group(case.rank, case.world_size), mode, process_groups(run.parallel) as ranks:
-        report = _train(case, run, ranks, mode)
-    gc.collect()
-    mode.memory.forget()
-    return report
+    run = _run_config(case, folder)
+    prepared = prepare_config(run, need_files=True, num_gpus=case.world_size)
+    with process_groups(run.parallel) as ranks, _local_decisions():
+        from megatron_cpt.train.setup import setup
+        from megatron_cpt.train.step import train_step
 
-
-def _train(case: Case, run: Any, ranks: Any, mode: FakeCuda) -> dict[str, Any]:
-    from megatron_cpt.backend import seed_everything
-    from megatron_cpt.data import StepData
-    from megatron_cpt.data.loading.batch import make_batch
-    from megatron_cpt.model.build_model import build_model
-    from megatron_cpt.optim.build_optimizer import build_optimizer
-    from megatron_cpt.optim.update import Update
-    from megatron_cpt.train.forward import ForwardPass
-    from megatron_cpt.train.step import train_step
-
-    seed_everything(run.seed, pipeline_rank=ranks.pipeline_rank)
-    model = build_model(run, draw_weights=False)
-    optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model.chunks)
-    forward = ForwardPass(model, len(run.sources), run.parallel.context, ranks.device)
-    update = Update(optimizer, run.optimizer.weight_decay)
-    random = np.random.default_rng(0)
-    samples = random.integers(0, 1000, (run.batch.micro, run.seq_length + 1))
-    batches = [make_batch(samples, [0] * run.batch.micro) for _ in range(case.micro_batches)]
-    for _ in range(2):
+        session = setup(prepared.config, prepared.plan, ranks, eod_id=0)
         mode.waits.clear()
-        mode.casts.clear()
-        gc.collect()
-        mode.memory.explains = case.explains
-        mode.memory.reset_peak()
-        before = mode.memory.now
-        train_step(
-            forward,
-            update,
-            StepData(batches, 1, {}, {}),
-            1e-5,
-            contributes_loss=True,
-            requests=lambda: [False],
-            judge=lambda *_: None,
-            before_update=lambda: None,
-        )
-    left = mode.memory.now
-    gc.collect()
-    parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
+        with _in_every_thread(mode):
+            steps = list(session.loader)
+        session.loader.close()
+        assert len(steps) == NUM_STEPS
+        upload_waits = [asdict(wait) for wait in mode.waits]
+        for step in steps:
+            gc.collect()
+            mode.waits.clear()
+            mode.casts.clear()
+            mode.memory.explains = case.explains
+            mode.memory.reset_peak()
+            before = mode.memory.now
+            train_step(
+                session.forward,
+                session.update,
+                step,
+                1e-5,
+                contributes_loss=session.meter.contributes_loss,
+                requests=lambda: (False, False),
+                judge=lambda *_: None,
+                before_update=session.saver.wait_for_copy,
+            )
+        after = mode.memory.now
+        session.saver.close()
+    parameters = [parameter for chunk in session.model.chunks for parameter in chunk.parameters()]
     return {
         "case": asdict(case),
-        "layers": model.layers,
-        "knobs": sorted(model.knobs),
+        "stage": ranks.pipeline_rank,
+        "layers": session.model.layers,
+        "knobs": sorted(session.model.knobs),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "devices": sorted({str(parameter.device) for parameter in parameters}),
         "waits": [asdict(wait) for wait in mode.waits],
+        "upload_waits": upload_waits,
         "casts": Counter(f"{cast.kind} at {cast.place}" for cast in mode.casts),
-        "memory": {"peak": mode.memory.peak, "before": before, "after": left, "collected": mode.memory.now},
+        "memory": {"peak": mode.memory.peak, "before": before, "after": after},
         "at_peak": mode.memory.at_peak.most_common(20),
     }
+
+
+def _run_config(case: Case, folder: Path) -> Any:
+    """Return the run of a case, with token files that last for its steps."""
+    from megatron_cpt.config import draft_config
+
+    overrides = [*case.overrides, f"output={folder / 'run'}"]
+    overrides += [f"sources.{name}.path={folder / name}" for name in RUN["sources"]]
+    draft = draft_config(dict(RUN), overrides)
+    assert draft.config is not None, draft.problems
+    config = draft.config
+    replicas = case.world_size // config.parallel.model_parallel_size
+    samples = case.micro_batches * config.batch.micro * replicas
+    tokens = NUM_STEPS * samples * config.seq_length
+    for name in RUN["sources"]:
+        with IndexedDatasetWriter(folder / name, "<i4") as writer:
+            for _ in range(4):
+                writer.add_document(np.arange(1, tokens // 4 + 2) % 1000)
+    return draft_config(dict(RUN), [*overrides, f"batch.global={samples}", f"tokens={tokens}"]).finish("fake")
+
+
+@contextmanager
+def _local_decisions() -> Iterator[None]:
+    """Let every rank look for checkpoints itself, because no other rank answers, and draw no weights on the CPU."""
+    import torch.distributed as dist
+
+    from megatron_cpt.checkpoint.loading import find_valid
+    from megatron_cpt.model import build_model
+
+    def gather_own(results: list[Any], own: Any, **_: Any) -> None:
+        results[:] = [own] * len(results)
+
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (find_valid, "on_main", lambda work: work()),
+        (dist, "all_gather_object", gather_own),
+        (build_model, "initialize_weights", lambda *_: None),
+    ]
+    originals = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, replacement in replaced:
+        setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(replaced, originals, strict=True):
+            setattr(module, name, original)
+
+
+@contextmanager
+def _in_every_thread(mode: FakeCuda) -> Iterator[None]:
+    """Let threads that start inside use the fake device too; modes of torch belong to one thread."""
+    run = threading.Thread.run
+
+    def run_with_mode(thread: threading.Thread) -> None:
+        with mode.for_thread():
+            run(thread)
+
+    threading.Thread.run = run_with_mode  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        threading.Thread.run = run  # type: ignore[method-assign]
