@@ -137,12 +137,13 @@ def stage_activation_bytes(config: RunConfig, layout: Layout, stage: int, spec: 
     hidden, stages = _hidden_bytes(config), config.parallel.pipeline
     kept = _chunk_activation_bytes(config, layer_activation_bytes(config, spec=spec), hidden)
     in_flight = _chunks_in_flight(config, layout, stage)
+    # The interleaved schedule keeps the output that a chunk has sent until its backward pass.
+    sent = hidden if config.parallel.virtual_pipeline > 1 else 0.0
     if stage < stages - 1:
-        # megatron-core keeps the output that a chunk has sent until its backward pass.
-        return in_flight * (kept + hidden)
+        return in_flight * (kept + sent)
     # Input and output of the final norm, for one micro-batch at a time.
     head = hidden * (1 + _norm_input_bytes(config, spec) / _element_bytes(config))
-    return in_flight * kept + (in_flight - 1) * hidden + head
+    return in_flight * kept + (in_flight - 1) * sent + head
 
 
 def _chunk_activation_bytes(config: RunConfig, layer: float, layer_input: float) -> float:
