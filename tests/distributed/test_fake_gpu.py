@@ -53,7 +53,7 @@ def test_the_loader_uploads_from_pinned_memory(reports: dict[str, dict[str, Any]
 
 
 def test_only_the_loss_converts_large_tensors(reports: dict[str, dict[str, Any]]) -> None:
-    """A conversion of a tensor as large as one layer's output is a pass over memory that nobody asked for."""
+    """A conversion of a tensor as large as one layer's output costs time and memory that nobody asked for."""
     for report in reports.values():
         large = {cast for cast in report["casts"] if _elements(cast) >= 4096 * 6144 // 8}
         assert all("cross_entropy.py" in cast for cast in large), large

@@ -1,7 +1,7 @@
 """Train two steps of one rank on the fake device and print what was seen, as JSON.
 
-    python -m tests.helpers.fake_cuda '[{"rank": 0, "world_size": 64, "overrides": ["parallel.tensor=8"]}]'
-    python -m tests.helpers.fake_cuda probe
+python -m tests.helpers.fake_cuda '[{"rank": 0, "world_size": 64, "overrides": ["parallel.tensor=8"]}]'
+python -m tests.helpers.fake_cuda probe
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dispatch mode in which tensors on "cuda" are fake, tensors on the CPU are real, and every wait of the host is noted."""
+"""Dispatch mode: tensors on "cuda" are fake, tensors on the CPU are real, and every wait of the host is noted."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _index_put(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) 
 
 
 def _flash_backward(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) -> Any:
-    """Also count the buffers of FlashAttention 2's backward kernel (csrc/flash_attn/flash_api.cpp, `mha_bwd`)."""
+    """Count the gradients and the buffers of FlashAttention 2's backward kernel (csrc/flash_attn/flash_api.cpp, `mha_bwd`)."""
     result = mode.run(func, args, kwargs)
     query, key = args[1], args[2]
     batch, heads, length, size = query.shape
@@ -287,17 +287,18 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Call the kernel that torch would choose on an H100 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """Call a kernel that keeps what torch's choice on an H100 keeps (ATen/native/transformers/cuda/sdp_utils.cpp).
 
-    FlashAttention takes half precision without a mask, also for groups of query heads; the memory-efficient kernel takes
-    a mask and fp32, but no groups; else torch computes attention from single operators.
+    FlashAttention takes half precision without a mask, also for groups of query heads. torch 2.13 prefers cuDNN's
+    kernel with a cuDNN above 9.15, which also keeps the output and one fp32 row sum per query. The memory-efficient
+    kernel takes a mask and fp32, but no groups; else torch computes attention from single operators.
     """
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     has_groups = query.shape[1] != key.shape[1]
     if attn_mask is None and is_half and query.shape[-1] <= 256:
-        return torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, scale=scale
-        )[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
+            0
+        ]
     if has_groups:
         assert enable_gqa
         return torch.ops.aten._scaled_dot_product_attention_math(

@@ -106,17 +106,23 @@ def _memory(mode: FakeCuda) -> dict[str, Any]:
     gate = lambda x: functional.silu(x) * x  # noqa: E731
     square = torch.compile(lambda x: torch.square(functional.relu(x)))
     add = torch.compile(lambda x, y: x + functional.dropout(y, 0.0))
-    heads = {name: torch.zeros(1, count, 512, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-             for name, count in (("query", 8), ("key", 2))}
+    heads = {
+        name: torch.zeros(1, count, 512, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for name, count in (("query", 8), ("key", 2))
+    }
     return {
         "view": _growth(mode, lambda: big.view(-1)[3:]),
         "sum": _growth(mode, lambda: big + 1),
-        "freed": _growth(mode, lambda: (big + 1).size()),
+        "freed": _growth(mode, lambda: list((big + 1).shape)),
         "fused, saves its input": _growth(mode, lambda: torch.compile(gate)(big * 2)),
         "not fused": _growth(mode, lambda: gate(big * 2)),
         "fused, saves nothing": _growth(mode, lambda: add(big * 2, big * 3)),
-        "attention": _growth(mode, lambda: functional.scaled_dot_product_attention(
-            heads["query"], heads["key"], heads["key"], is_causal=True, enable_gqa=True)),
+        "attention": _growth(
+            mode,
+            lambda: functional.scaled_dot_product_attention(
+                heads["query"], heads["key"], heads["key"], is_causal=True, enable_gqa=True
+            ),
+        ),
         "gradient": _gradient(square, big),
     }
 
