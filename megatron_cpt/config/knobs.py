@@ -18,15 +18,15 @@ class ComputePlace:
 
     Attributes:
         transformer_engine: the layers come from Transformer Engine.
-        apex: the extension of Apex for weight gradients is installed.
+        adds_gradients: a matrix product of Apex or torch adds weight gradients to an fp32 buffer.
     """
 
     on_gpu: bool = False
     transformer_engine: bool = False
-    apex: bool = False
+    adds_gradients: bool = False
 
 
-GPU_CLUSTER = ComputePlace(on_gpu=True, transformer_engine=True, apex=True)
+GPU_CLUSTER = ComputePlace(on_gpu=True, transformer_engine=True, adds_gradients=True)
 """Assumption of plans: GPUs with the libraries of NVIDIA's containers."""
 
 
@@ -142,10 +142,16 @@ KNOBS = (
     ),
     Knob(
         "fused_grad_accumulation",
-        needs=(_GPU, Need("Apex (fused_weight_gradient_mlp_cuda)", lambda run, place: place.apex)),
+        needs=(
+            _GPU,
+            Need(
+                "Transformer Engine, Apex, or a torch that adds bf16 products to fp32 sums",
+                lambda run, place: place.transformer_engine or place.adds_gradients,
+            ),
+        ),
         sets="`gradient_accumulation_fusion`",
         gain="saves bf16 weight gradients and their addition to the fp32 buffer in every micro-batch",
-        source="megatron-core tensor_parallel/layers.py; NVIDIA's containers include Apex",
+        source="megatron-core tensor_parallel/layers.py; without Apex model/gradient_products.py, checked at start",
     ),
 )
 """All rows of the table."""

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megatron_cpt.model.capabilities import read_machine
 from megatron_cpt.model.finalize_gradients import finalize_gradients
+from megatron_cpt.model.gradient_products import enable_in_transformer_engine, prepare_layers
 from megatron_cpt.model.initialize import initialize_weights
 from megatron_cpt.model.kernel_options import Knobs, choose_knobs, connect_schedule, ddp_fields, initialize_user_buffers
 from megatron_cpt.model.spec import LayerSpec, choose_spec
@@ -58,8 +59,13 @@ def build_model(run: RunConfig, *, draw_weights: bool = True) -> Model:
     knobs = choose_knobs(run, machine, transformer_engine=is_te)
     initialize_user_buffers(run, knobs)
     config = transformer_config(run.model, run.parallel, run.precision, run.recompute, knobs)
+    only_te_adds_gradients = config.gradient_accumulation_fusion and not prepare_layers()
+    if only_te_adds_gradients:
+        config.gradient_accumulation_fusion = False  # megatron-core's own layers would refuse it
     stages = range(run.parallel.virtual_pipeline) if run.parallel.virtual_pipeline > 1 else [None]
     unwrapped = [_build_chunk(run.model, run.longest_sequence, config, spec, stage) for stage in stages]
+    if only_te_adds_gradients:
+        enable_in_transformer_engine(unwrapped)
     if draw_weights:
         initialize_weights(unwrapped, run.model, run.seed)
     chunks = [

@@ -11,6 +11,7 @@ import torch
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import UserError
+from megatron_cpt.model.gradient_products import adds_exactly
 
 Version = tuple[int, int]
 """Major and minor version."""
@@ -26,7 +27,7 @@ class Machine:
         cuda: CUDA version of the torch build.
         transformer_engine: version; None: not installed, or it does not load.
         fault: error of an installed Transformer Engine that does not load.
-        apex: Apex's extension for weight gradients is installed.
+        adds_gradients: a matrix product of Apex or torch adds weight gradients to an fp32 buffer.
     """
 
     device: str | None = None
@@ -34,7 +35,7 @@ class Machine:
     cuda: Version = (0, 0)
     transformer_engine: Version | None = None
     fault: str | None = None
-    apex: bool = False
+    adds_gradients: bool = False
 
     def __str__(self) -> str:
         if self.device is None:
@@ -52,13 +53,14 @@ def read_machine() -> Machine:
     if not torch.cuda.is_available():
         return Machine()
     version, fault = _transformer_engine()
+    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return Machine(
         device=torch.cuda.get_device_name(),
         capability=torch.cuda.get_device_capability(),
         cuda=parse_version(torch.version.cuda or "0.0"),
         transformer_engine=version,
         fault=fault,
-        apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        adds_gradients=has_apex or adds_exactly(torch.cuda.current_device()),
     )
 
 

@@ -26,7 +26,7 @@ def finalize_gradients(
     Args:
         chunks: model chunks of this rank.
         num_tokens: int (), tokens with a loss that this rank has seen; only the last pipeline stage counts any.
-        pg_collection: process groups of the schedule; None: those of megatron-core's parallel state.
+        pg_collection: process groups of the schedule; None: megatron-core's parallel state has them.
         force_all_reduce: as in megatron-core.
     """
     finalize_model_grads(list(chunks), None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)

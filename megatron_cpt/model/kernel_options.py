@@ -24,7 +24,9 @@ def choose_knobs(run: RunConfig, machine: Machine, *, transformer_engine: bool) 
     Raises:
         UserError: a `speed` setting is not supported here.
     """
-    place = ComputePlace(on_gpu=machine.device is not None, transformer_engine=transformer_engine, apex=machine.apex)
+    place = ComputePlace(
+        on_gpu=machine.device is not None, transformer_engine=transformer_engine, adds_gradients=machine.adds_gradients
+    )
     on, problems = resolve_speed(run, place)
     if problems:
         raise UserError("; ".join(problems))

@@ -51,10 +51,6 @@ class LocalAttention(nn.Module):
     ) -> torch.Tensor:
         """Compute attention; the query heads of a group share its keys and values."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (b, heads, s, d)
-        if attention_mask is not None and query.is_cuda:
-            # Of torch's GPU kernels, flash takes no mask and the memory-efficient one no groups. Without copies torch
-            # would store the scores of all heads.
-            key, value = (repeat_groups(x, query.shape[1]) for x in (key, value))
         out = nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -67,11 +63,6 @@ class LocalAttention(nn.Module):
         )
         batch, heads, length, size = out.shape
         return out.permute(2, 0, 1, 3).reshape(length, batch, heads * size)
-
-
-def repeat_groups(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return keys or values with a copy per query head: (b, groups, s, d) to (b, heads, s, d)."""
-    return x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x
 
 
 class LocalNorm(nn.Module):

@@ -22,7 +22,7 @@ _ALIGNMENT = 64  # bytes; at least 16, the widest load of a kernel
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """Micro-batch as tensors on the device; the first five fields are those of `Batch`.
+    """Micro-batch as tensors on the device; the first five fields are as in `Batch`.
 
     Attributes:
         attention_documents: int32 (micro, S), as in `Batch`; None unless attention is reset by a mask.

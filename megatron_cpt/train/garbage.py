@@ -15,7 +15,7 @@ def manual_collection() -> Iterator[None]:
     """Turn automatic garbage collection off, and restore it at the end.
 
     Python collects when a rank has made enough objects. Each pause lasts as long as a small step and delays all other
-    ranks, at other times on each rank. Megatron-LM's `--manual-gc` avoids the same.
+    ranks, at other times on each rank. Megatron-LM has `--manual-gc` for this reason.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -33,6 +33,7 @@ def test_the_default_knobs_of_a_gpu_are_on(reports: dict[str, dict[str, Any]]) -
             "fused_activation",
             "fused_bias_dropout",
             "fused_cross_entropy",
+            "fused_grad_accumulation",
             "overlap_grad_reduce",
             "overlap_param_gather",
         } <= set(report["knobs"])

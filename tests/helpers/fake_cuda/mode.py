@@ -188,6 +188,16 @@ def _copy(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) -> An
     return target
 
 
+def _equal(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) -> Any:
+    mode.note(f"equal() of {_describe(args[0])}")
+    return args[0].shape == args[1].shape
+
+
+def _add_product(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) -> Any:
+    """Return the buffer of the product with an fp32 output, which has a kernel on CUDA only."""
+    return kwargs["out"]
+
+
 def _nonzero(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) -> Any:
     mode.note(f"nonzero of {_describe(args[0])}")
     return mode.run(aten.new_empty.default, (args[0], (args[0].numel(), args[0].dim())), {"dtype": torch.int64})
@@ -244,6 +254,8 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _item,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,
+    aten.equal.default: _equal,
+    aten.addmm.dtype_out: _add_product,
     aten.nonzero.default: _nonzero,
     aten.masked_select.default: _masked_select,
     aten.index.Tensor: _index,

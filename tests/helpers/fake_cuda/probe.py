@@ -55,6 +55,7 @@ def _operations() -> dict[str, Callable[[], Any]]:
         "copy into device memory": lambda: on_device.copy_(pinned, non_blocking=True),
         "torch.tensor": lambda: torch.tensor([1.0, 2.0], device="cuda"),
         "torch.full": lambda: torch.full((2,), 1.0, device="cuda"),
+        "equal": lambda: torch.equal(on_device, on_device),
         "nonzero": on_device.nonzero,
         "mask as index": lambda: on_device[mask],
         "number under a mask": lambda: on_device.__setitem__(mask, 0.0),

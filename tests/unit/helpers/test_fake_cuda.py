@@ -29,6 +29,7 @@ WAITS = {
     "copy into device memory": [],
     "torch.tensor": ["upload float32[2], pageable memory"],
     "torch.full": [],
+    "equal": ["equal() of float32[8, 8]"],
     "nonzero": ["nonzero of float32[8, 8]"],
     "mask as index": ["index with a mask bool[8, 8]"],
     "number under a mask": [],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from megatron_cpt.model.transformer_config import squared_relu, transformer_conf
 
 ROOT = Path(__file__).parents[3]
 CPU, GPU, H100_TE = ComputePlace(), ComputePlace(on_gpu=True), ComputePlace(on_gpu=True, transformer_engine=True)
-CONTAINER = ComputePlace(on_gpu=True, transformer_engine=True, apex=True)
+CONTAINER = ComputePlace(on_gpu=True, transformer_engine=True, adds_gradients=True)
 ANYWHERE = {"overlap_grad_reduce", "overlap_param_gather", "fused_cross_entropy"}
 
 
@@ -54,7 +55,11 @@ def test_every_key_has_its_line():
     [
         (CPU, set()),
         (GPU, {*ANYWHERE, "fused_activation", "fused_bias_dropout"}),
-        (H100_TE, {*ANYWHERE, "fused_activation", "fused_bias_dropout", "fused_rope"}),
+        (
+            dataclasses.replace(GPU, adds_gradients=True),
+            {*ANYWHERE, "fused_activation", "fused_bias_dropout", "fused_grad_accumulation"},
+        ),
+        (H100_TE, {*ANYWHERE, "fused_activation", "fused_bias_dropout", "fused_rope", "fused_grad_accumulation"}),
         (CONTAINER, {*ANYWHERE, "fused_activation", "fused_bias_dropout", "fused_rope", "fused_grad_accumulation"}),
     ],
 )
@@ -87,7 +92,7 @@ def test_what_a_run_says_counts(knob):
             "speed.fused_rope: needs a CUDA device and Transformer Engine; remove it here",
         ),
         (CPU, ["speed.overlap_param_gather=true"], "overlap_param_gather: needs speed.overlap_grad_reduce: true"),
-        (GPU, ["speed.fused_grad_accumulation=true"], "needs Apex"),
+        (GPU, ["speed.fused_grad_accumulation=true"], "needs Transformer Engine, Apex, or a torch that adds"),
         (H100_TE, ["speed.tp_comm_overlap=true"], "needs parallel.tensor above 1 and parallel.sequence"),
         (
             H100_TE,
