@@ -30,8 +30,6 @@ def load_guard() -> None:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     torch = Path(spec.submodule_search_locations[0])
-    if (torch / "lib" / "libtorch_cuda.so").exists():
-        return  # a CUDA build has a guard of its own
     build = compiler()
     assert build is not None, "the fake CUDA device needs a C++ compiler"
     with tempfile.TemporaryDirectory() as folder:

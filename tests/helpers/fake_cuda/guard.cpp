@@ -1,7 +1,8 @@
-// A CUDA device for a CPU build of torch, which no kernel ever runs on.
+// A CUDA device for torch, which no kernel ever runs on.
 //
-// The autograd engine asks the accelerator of the build for its device and its streams, and a CPU build has none. This
-// library must be loaded before torch: its `getAccelerator` then replaces torch's in the dynamic linker's order.
+// The autograd engine asks the accelerator of the build for its device and its streams. A CPU build has none, and a
+// CUDA build without a GPU refuses. This library must be loaded before torch: its `getAccelerator` then replaces
+// torch's in the dynamic linker's order, and its hooks come before the hooks of a CUDA build.
 
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -59,5 +60,5 @@ C10_REGISTER_GUARD_IMPL(CUDA, FakeCudaGuard)
 }  // namespace
 
 namespace at {
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, FakeCudaHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, FakeCudaHooks)
 }  // namespace at
