@@ -100,7 +100,7 @@ def install(note_wait: Callable[[str], None], compile_function: Callable[..., An
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[assignment, method-assign] # takes only real streams
     fake_tensor.FakeTensor.tolist = _tolist
     torch.compile = compile_function
-    # One thread: modes and call stacks of the step are those of the backward pass.
+    # One thread: the backward pass has the modes and the call stack of the step.
     torch.autograd.set_multithreading_enabled(False)
 
 

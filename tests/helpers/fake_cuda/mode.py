@@ -234,7 +234,7 @@ def _index_put(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) 
 
 
 def _flash_backward(mode: FakeCuda, func: Any, tensors: Any, args: Any, kwargs: Any) -> Any:
-    """Count the gradients and the buffers of FlashAttention 2's backward kernel (csrc/flash_attn/flash_api.cpp, `mha_bwd`)."""
+    """Count the buffers of FlashAttention 2's backward kernel too (csrc/flash_attn/flash_api.cpp, `mha_bwd`)."""
     result = mode.run(func, args, kwargs)
     query, key = args[1], args[2]
     batch, heads, length, size = query.shape
