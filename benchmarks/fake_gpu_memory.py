@@ -10,7 +10,9 @@ live on the device are counted, `tests/helpers/fake_cuda/memory.py`. The planner
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,12 @@ def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="run only these layouts, and write no result")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="layouts at a time")
     options = parser.parse_args()
     names = options.only or list(LAYOUTS)
-    cases = [(name, case) for name in names for case in cases_of(LAYOUTS[name])]
-    reports = train_on_fake_gpu([case for _, case in cases])
-    rows = [row_of(name, report) for (name, _), report in zip(cases, reports, strict=True)]
+    with ThreadPoolExecutor(options.jobs) as pool:  # one process per layout
+        reports = list(pool.map(lambda name: train_on_fake_gpu(cases_of(LAYOUTS[name])), names))
+    rows = [row_of(name, report) for name, ranks in zip(names, reports, strict=True) for report in ranks]
     print_rows(rows)
     if options.only:
         return

@@ -85,6 +85,8 @@ def install(note_wait: Callable[[str], None], compile_function: Callable[..., An
     import torch
     from torch._subclasses import fake_tensor
 
+    from tests.helpers.fake_cuda.mode import replace_functions
+
     global _note
     _note = note_wait
     torch._C._ensureCUDADeviceGuardSet()
@@ -99,6 +101,7 @@ def install(note_wait: Callable[[str], None], compile_function: Callable[..., An
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[assignment, method-assign] # takes only real streams
     fake_tensor.FakeTensor.tolist = _tolist
+    replace_functions()
     torch.compile = compile_function
     # One thread: the backward pass has the modes and the call stack of the step.
     torch.autograd.set_multithreading_enabled(False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -61,20 +61,10 @@ class FakeCuda(TorchDispatchMode):
         self.casts: list[Cast] = parent.casts if parent else []
         self._pinned: dict[int, Any] = parent._pinned if parent else {}
         self._lock = parent._lock if parent else threading.RLock()
-        self._functions = _Functions(self)
 
     def for_thread(self) -> FakeCuda:
         """Return the mode of another thread, with the same device and the same lists."""
         return FakeCuda(self)
-
-    def __enter__(self) -> FakeCuda:
-        super().__enter__()
-        self._functions.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._functions.__exit__(*error)
-        super().__exit__(*error)
 
     def note(self, kind: str) -> None:
         """Note that the host waits here."""
@@ -265,22 +255,23 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _Functions(TorchFunctionMode):
-    """Functions that read values without an operator, and attention, whose kernel depends on the device."""
+def replace_functions() -> None:
+    """Replace functions that read values without an operator, and attention, whose kernel depends on the device.
 
-    def __init__(self, mode: FakeCuda) -> None:
-        super().__init__()
-        self._mode = mode
+    A mode of torch functions would not do: it is off in the backward pass, where layers are recomputed.
+    """
+    tensor, attention = torch.tensor, functional.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
-            leaves = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, FakeTensor)]
-            if leaves:
-                return func(_as_numbers(args[0]), *args[1:], **kwargs)
-        if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
+    def tensor_of_numbers(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(data, torch.Tensor) and any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(data)):
+            data = _as_numbers(data)
+        return tensor(data, *args, **kwargs)
+
+    def attention_on_device(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return (_attention if isinstance(query, FakeTensor) else attention)(query, *args, **kwargs)
+
+    torch.tensor = tensor_of_numbers
+    functional.scaled_dot_product_attention = attention_on_device
 
 
 def _as_numbers(data: Any) -> Any:

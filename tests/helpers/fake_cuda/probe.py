@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.fake_cuda import device
 from tests.helpers.fake_cuda.kernels import compiler_for
@@ -124,6 +125,7 @@ def _memory(mode: FakeCuda) -> dict[str, Any]:
                 heads["query"], heads["key"], heads["key"], is_causal=True, enable_gqa=True
             ),
         ),
+        "recomputed attention": _recomputed_attention(mode, heads),
         "gradient": _gradient(square, big),
     }
 
@@ -135,6 +137,19 @@ def _growth(mode: FakeCuda, operation: Callable[[], Any]) -> tuple[float, float]
     grown, peak = mode.memory.now - before, mode.memory.peak - before
     del kept
     return grown / MIB, peak / MIB
+
+
+def _recomputed_attention(mode: FakeCuda, heads: dict[str, torch.Tensor]) -> float:
+    """Return the peak in MiB of a backward pass that computes attention again."""
+
+    def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+
+    result = checkpoint(attention, heads["query"], heads["key"], use_reentrant=True, preserve_rng_state=False).sum()
+    mode.memory.reset_peak()
+    before = mode.memory.now
+    result.backward()
+    return (mode.memory.peak - before) / MIB
 
 
 def _gradient(square: Any, big: torch.Tensor) -> list[Any]:

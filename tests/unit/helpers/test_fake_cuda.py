@@ -84,5 +84,10 @@ def test_attention_keeps_its_output_and_row_sums_but_no_scores(probe: dict[str, 
     assert grown == pytest.approx((output + row_sums) / 2**20, abs=2 * 512 / 2**20)
 
 
+def test_attention_in_the_backward_pass_keeps_no_scores(probe: dict[str, Any]) -> None:
+    scores = 4 * 8 * 512 * 512 / 2**20
+    assert probe["recomputed attention"] < scores
+
+
 def test_a_fused_function_has_gradients(probe: dict[str, Any]) -> None:
     assert probe["gradient"] == [[512, 1024], "cuda:0", "torch.bfloat16"]
