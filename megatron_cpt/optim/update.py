@@ -46,7 +46,7 @@ class Update:
             gradients on this rank are finite, bool ().
         """
         self._optimizer.prepare_grads()  # its result concerns fp16, which scales the loss
-        squared_norm = _norm([g for part in self._parts for g in part.get_main_grads_for_grad_norm()]) ** 2
+        squared_norm = _norm([g for part in self._parts for g in _gradients_in_norm(part)]) ** 2
         copies = [_gradient(parameter) for parameter in self._not_in_norm]
         is_finite = squared_norm.isfinite() & _norm([g for g in copies if g is not None]).isfinite()
         return squared_norm if self._contributes_norm else torch.zeros_like(squared_norm), is_finite
@@ -67,6 +67,13 @@ class Update:
                     use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
         self._optimizer.step_with_ready_grads()
+
+
+def _gradients_in_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """Return the gradients of an optimizer that enter the norm on this rank."""
+    renamed = getattr(part, "get_grads_for_grad_norm", None)  # megatron-core 0.19
+    gradients: list[torch.Tensor] = renamed() if renamed is not None else part.get_main_grads_for_grad_norm()
+    return gradients
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
