@@ -85,10 +85,11 @@ def config_of(overrides: list[str]) -> Any:
 def row_of(name: str, report: dict[str, Any]) -> dict[str, Any]:
     """Return the counted peak of one rank and the planner's figures."""
     case, stage, peak = report["case"], report["stage"], report["memory"]["peak"]
-    replicas = NUM_GPUS // config_of(case["overrides"]).parallel.model_parallel_size
-    micro = config_of(case["overrides"]).batch.micro
-    config = config_of([*case["overrides"], f"batch.global={case['micro_batches'] * replicas * micro}"])
-    planned = {spec: stage_memory(config, Layout.build(config, NUM_GPUS), stage, spec=spec) for spec in ("local", "te")}
+    config, num_gpus = config_of(case["overrides"]), case["world_size"]
+    replicas = num_gpus // config.parallel.model_parallel_size
+    config = config_of([*case["overrides"], f"batch.global={case['micro_batches'] * replicas * config.batch.micro}"])
+    layout = Layout.build(config, num_gpus)
+    planned = {spec: stage_memory(config, layout, stage, spec=spec) for spec in ("local", "te")}
     return {
         "layout": name,
         "stage": stage,
