@@ -24,13 +24,13 @@ class Update:
         # of one replica of the model. Of equal replicas, the one with rank 0 enters the sum over all ranks.
         group = optimizer.get_grad_stats_parallel_group()
         self._contributes_norm = 0 in dist.get_process_group_ranks(group)
-        # Copies of other ranks' parameters. The norm excludes them, so a NaN in a copy must be searched for separately.
-        self._not_in_norm = [
-            parameter
-            for part in self._parts
-            for parameter in part.get_parameters()
-            if not (param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter))
-        ]
+        # As megatron-core selects them, whose method has another name in 0.16 and 0.19. The others are copies of other
+        # ranks' parameters: the norm excludes them, so a NaN in a copy must be searched for separately.
+        self._in_norm: list[torch.Tensor] = []
+        self._not_in_norm: list[torch.Tensor] = []
+        for parameter in (p for part in self._parts for p in part.get_parameters()):
+            is_own = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+            (self._in_norm if is_own else self._not_in_norm).append(parameter)
 
     def zero_grad(self) -> None:
         """Reset the gradients."""
@@ -46,9 +46,8 @@ class Update:
             gradients on this rank are finite, bool ().
         """
         self._optimizer.prepare_grads()  # its result concerns fp16, which scales the loss
-        squared_norm = _norm([g for part in self._parts for g in _gradients_in_norm(part)]) ** 2
-        copies = [_gradient(parameter) for parameter in self._not_in_norm]
-        is_finite = squared_norm.isfinite() & _norm([g for g in copies if g is not None]).isfinite()
+        squared_norm = _gradient_norm(self._in_norm) ** 2
+        is_finite = squared_norm.isfinite() & _gradient_norm(self._not_in_norm).isfinite()
         return squared_norm if self._contributes_norm else torch.zeros_like(squared_norm), is_finite
 
     def apply(self, rate: float, norm: float) -> None:
@@ -69,13 +68,6 @@ class Update:
         self._optimizer.step_with_ready_grads()
 
 
-def _gradients_in_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
-    """Return the gradients of an optimizer that enter the norm on this rank."""
-    renamed = getattr(part, "get_grads_for_grad_norm", None)  # megatron-core 0.19
-    gradients: list[torch.Tensor] = renamed() if renamed is not None else part.get_main_grads_for_grad_norm()
-    return gradients
-
-
 def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     """Return the gradient that the optimizer reads; precision-aware optimizers keep it under another name."""
     gradient: torch.Tensor | None = getattr(parameter, "decoupled_grad", None)
@@ -83,8 +75,9 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+def _gradient_norm(parameters: list[torch.Tensor]) -> torch.Tensor:
     """Return the norm of the gradients as one vector, fp32 (), in a few kernels for all of them."""
+    gradients = [gradient for gradient in map(_gradient, parameters) if gradient is not None]
     if not gradients:
         return torch.zeros((), device=torch.cuda.current_device())
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
