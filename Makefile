@@ -68,6 +68,7 @@ bench: setup
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/memory_model.py
+	$(BIN)/python benchmarks/fake_gpu_memory.py
 	$(BIN)/python benchmarks/adviser_accuracy.py
 
 clean:

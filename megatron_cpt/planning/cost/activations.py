@@ -139,12 +139,13 @@ def stage_activation_bytes(config: RunConfig, layout: Layout, stage: int, spec: 
         passes * _chunk_activation_bytes(config, layers, layer, hidden)
         for passes, layers in zip(in_flight, sizes, strict=True)
     )
+    # The interleaved schedule keeps the output that a chunk has sent until its backward pass.
+    sent = hidden if config.parallel.virtual_pipeline > 1 else 0.0
     if stage < stages - 1:
-        # megatron-core keeps the output that a chunk has sent until its backward pass.
-        return kept + sum(in_flight) * hidden
+        return kept + sum(in_flight) * sent
     # Input and output of the final norm, for one micro-batch at a time.
     head = hidden * (1 + _norm_input_bytes(config, spec) / _element_bytes(config))
-    return kept + (sum(in_flight) - 1) * hidden + head
+    return kept + (sum(in_flight) - 1) * sent + head
 
 
 def _chunk_activation_bytes(config: RunConfig, layers: int, layer: float, layer_input: float) -> float:
