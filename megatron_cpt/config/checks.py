@@ -229,6 +229,12 @@ def _check_spike_warmup(config: RunConfig) -> Iterator[str]:
         yield f"resilience.spike.warmup: {spike.num_needed} is above window: {spike.window}; choose at most the window"
 
 
+def _check_profile(config: RunConfig) -> Iterator[str]:
+    if config.profile is not None and config.profile.steps[0] > config.profile.steps[1]:
+        first, last = config.profile.steps
+        yield f"profile.steps: [{first}, {last}] ends before it begins; give the first and the last step"
+
+
 _HEADS = ("model.heads", "model.kv_groups", "model.hidden", "model.head_dim", "model.rotary_percent", "parallel.tensor")
 _PIPELINE = ("parallel.pipeline", "parallel.virtual_pipeline")
 
@@ -258,4 +264,5 @@ CHECKS = (
         check_quantized_shapes,
     ),
     ConfigCheck(("resilience.spike.warmup", "resilience.spike.window"), _check_spike_warmup),
+    ConfigCheck(("profile.steps",), _check_profile),
 )
