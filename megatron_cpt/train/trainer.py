@@ -200,6 +200,8 @@ class Trainer:
                 is_save_due = False
             else:
                 self._note_published(session.saver.finish() if is_end else session.saver.poll())
+                if state.skipped_in_a_row == 0 and not is_end:
+                    session.saver.reserve()
             self.wall_time.end_step()
         self.hooks.on_stop(session, reason)
         return RunResult(EXIT_STOPPED if reason else EXIT_OK, state.step, self._newest, reason)
