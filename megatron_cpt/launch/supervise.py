@@ -55,7 +55,13 @@ def supervise(
         reports = read_reports(folder)
         if agent.returncode == EXIT_USER and not reports:
             return EXIT_USER  # torchrun rejected its options
-        return combine(reports, is_failure=is_failure, is_stop_requested=(folder / STOP_FILE).exists())
+        status = combine(reports, is_failure=is_failure, is_stop_requested=(folder / STOP_FILE).exists())
+        if status == EXIT_STOPPED and any(report.is_early for report in reports):
+            print(
+                "launch: stopped before training started, so nothing was saved; run the same command again",
+                file=sys.stderr,
+            )
+        return status
 
 
 def combine(reports: Sequence[Report], *, is_failure: bool, is_stop_requested: bool) -> int:
@@ -93,7 +99,7 @@ def _start(folder: Path, options: Sequence[str], command: Sequence[str]) -> subp
 def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         (folder / STOP_FILE).touch()  # for ranks that do not handle signals yet
-        message = f"launch: received {signal.Signals(number).name}; the ranks save a checkpoint and end"
+        message = f"launch: received {signal.Signals(number).name}; ranks that train save a checkpoint, and all end"
         print(message, file=sys.stderr, flush=True)
         for report in read_reports(folder):
             if report.status is None:

@@ -7,6 +7,7 @@ import logging
 import mmap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ class StagingBuffer:
     def close(self) -> None:
         """Release the memory; no copy may be in use any more."""
         for address in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)
+            _cudart().cudaHostUnregister(address)
         self._pinned = []
         self._memory = torch.empty(0, dtype=torch.uint8)
 
@@ -104,7 +105,7 @@ class StagingBuffer:
         """Pin the memory piece by piece; memory that cannot be pinned is used unpinned, which is slower."""
         for first in range(0, self._memory.nbytes, self._piece_bytes):
             piece = self._memory[first : first + self._piece_bytes]
-            error = int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0))
+            error = int(_cudart().cudaHostRegister(piece.data_ptr(), piece.nbytes, 0))
             if error:
                 logger.warning(
                     "asynchronous checkpoints: only %.1f of %.1f GiB of host memory could be pinned (CUDA error %d); "
@@ -116,6 +117,10 @@ class StagingBuffer:
                     torch.zeros(1, device="cuda")
                 return
             self._pinned.append(piece.data_ptr())
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
