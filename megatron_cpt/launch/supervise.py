@@ -154,7 +154,8 @@ def _kill(folder: Path, agent: subprocess.Popen[bytes]) -> bool:
     running = [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
     # a rank that was killed (out of memory, a crash in CUDA) had no time to report a status
     has_died = any(report.status is None and report.pid not in running for report in read_reports(folder))
-    print(f"launch: {len(running)} ranks wait for a rank that has ended; killing them", file=sys.stderr, flush=True)
+    waiting = "1 rank waits" if len(running) == 1 else f"{len(running)} ranks wait"
+    print(f"launch: {waiting} for a rank that has ended; killing", file=sys.stderr, flush=True)
     agent.kill()
     agent.wait()
     for pid in running:

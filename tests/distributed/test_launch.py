@@ -77,7 +77,7 @@ def test_ranks_that_wait_for_a_mistaken_one_are_ended(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:2", "1:wait", options=("--max-restarts", "3"))
     _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 2
-    assert "1 ranks wait for a rank that has ended" in err
+    assert "1 rank waits for a rank that has ended" in err
 
 
 def test_a_stop_signal_to_every_process_of_the_step_lets_the_ranks_save(tmp_path: Path) -> None:

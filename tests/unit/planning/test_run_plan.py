@@ -149,7 +149,7 @@ def test_layouts(run_data, overrides, num_gpus, layout):
         (
             ["parallel={tensor: 2, pipeline: 2}"],
             6,
-            "6 ranks are not a multiple of parallel.tensor x pipeline x context = 2 x 2 x 1 = 4",
+            "6 ranks: not a multiple of parallel.tensor x pipeline x context = 2 x 2 x 1 = 4",
         ),
         ([], 3, "batch.global: 8 is not a multiple of batch.micro: 2 x 3 replicas"),
         ([], 8, "batch.global: 8 is not a multiple of batch.micro: 2 x 8 replicas"),
