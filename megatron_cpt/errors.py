@@ -6,7 +6,7 @@
 | 1 | `CptError`, any other | a failure; an unexpected exception keeps its traceback |
 | 2 | `UserError` | the user's mistake; nothing was written |
 | 3 | `RefusedError` | a corrupt or unsuitable checkpoint or dataset |
-| 75 | | stopped after a checkpoint was saved; start the command again to resume |
+| 75 | | stopped after a save, or by `launch` before the first step; start the command again to resume |
 
 For a `CptError` the command line prints only the message. The message names the field or file and its value, and says
 what to do: `--sample 8: the samples of a step are 0 to 7`.

@@ -5,7 +5,7 @@ from megatron_cpt.config.fields import run_schema
 from megatron_cpt.config.load_run import Draft, draft_config, load_config
 from megatron_cpt.config.model import Activation, ModelConfig, Norm
 from megatron_cpt.config.presets import preset_names
-from megatron_cpt.config.quantities import format_count, format_duration, parse_count
+from megatron_cpt.config.quantities import format_bytes, format_count, format_duration, format_number_of, parse_count
 from megatron_cpt.config.schema import (
     BatchConfig,
     FimConfig,
@@ -40,8 +40,10 @@ __all__ = [
     "Until",
     "draft_config",
     "dump_yaml",
+    "format_bytes",
     "format_count",
     "format_duration",
+    "format_number_of",
     "load_config",
     "parse_count",
     "preset_names",

@@ -261,6 +261,12 @@ def _check_spike_warmup(config: RunConfig) -> Iterator[str]:
         yield f"resilience.spike.warmup: {spike.num_needed} is above window: {spike.window}; choose at most the window"
 
 
+def _check_profile(config: RunConfig) -> Iterator[str]:
+    if config.profile is not None and config.profile.steps[0] > config.profile.steps[1]:
+        first, last = config.profile.steps
+        yield f"profile.steps: [{first}, {last}] ends before it begins; give the first and the last step"
+
+
 MAX_SHOWN_CHUNKS = 32
 """Largest number of model chunks for which a message shows a layout."""
 
@@ -294,4 +300,5 @@ CHECKS = (
     ),
     ConfigCheck(("optimizer.moments", "optimizer.betas"), check_moments),
     ConfigCheck(("resilience.spike.warmup", "resilience.spike.window"), _check_spike_warmup),
+    ConfigCheck(("profile.steps",), _check_profile),
 )

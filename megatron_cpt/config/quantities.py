@@ -58,6 +58,19 @@ def format_count(count: float) -> str:
     return f"{count:.4g}"
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Format a size, such as 3.28 GB, 512 KB or 96 bytes; units are powers of 1,000."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if num_bytes >= size * 0.9995:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def format_number_of(count: int, noun: str) -> str:
+    """Return the count with its noun: "1 rank", "1,024 ranks"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def parse_span(value: Any) -> Any:
     """Expand the short form of a span.
 

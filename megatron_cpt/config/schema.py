@@ -236,6 +236,8 @@ class CheckpointConfig(Section):
 
     every: int | None = Field(None, gt=0)
     """Steps between checkpoints; null saves only at the end and when the run is stopped."""
+    at_end: bool = True
+    """Save after the last step of the run; false saves there only if `every` divides it, for example in benchmarks."""
     keep: int | None = Field(None, gt=0)
     """Number of newest checkpoints to keep; null keeps all."""
     keep_every: int | None = Field(None, gt=0)
@@ -275,6 +277,7 @@ def _parse_hook(entry: Any) -> Any:
 
 
 HookEntry = Annotated[str, BeforeValidator(_parse_hook)]
+Step = Annotated[int, Field(strict=True, gt=0)]
 
 
 class LogConfig(Section):
@@ -288,6 +291,19 @@ class LogConfig(Section):
     """Log to Weights & Biases; null does not."""
     hooks: list[HookEntry] = Field(default_factory=list)
     """Your own hooks, "module:Class" each: classes derived from megatron_cpt.Hook, created without arguments."""
+
+
+class ProfileConfig(Section):
+    """Trace of a few steps by torch's profiler, in OUTPUT/profile."""
+
+    steps: Annotated[tuple[Step, Step], Field(strict=False)]
+    """First and last step to record, counted from 1."""
+    ranks: list[Annotated[int, Field(strict=True, ge=0)]] | None = Field(None, min_length=1)
+    """Ranks that record; null records on every rank."""
+    record_shapes: bool = False
+    """Record the shapes of the operators' inputs."""
+    with_stack: bool = False
+    """Record the Python source line of each operator; slows down the recorded steps."""
 
 
 def _model_preset(value: Any) -> Any:
@@ -344,6 +360,8 @@ class RunConfig(Section):
     """Held-out loss; null never validates."""
     log: LogConfig = Field(default_factory=LogConfig)
     """Metrics."""
+    profile: ProfileConfig | None = None
+    """Trace of a few steps; null records none."""
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
     """Time limits, hangs and loss spikes."""
 

@@ -47,6 +47,9 @@ _STAND_INS: dict[str, Any] = {
     "validation.sources.*[*]": "source",
     "log.wandb.project": "project",
     "log.hooks[*]": "module:Class",
+    "profile.steps": [1, 1],
+    "profile.steps[*]": 1,
+    "profile.ranks[*]": 0,
 }
 # Sections to replace as a whole if one entry is invalid: without the entry they would mean something else.
 _REPLACED_AS_A_WHOLE = (
@@ -70,6 +73,7 @@ _REASONS = {
     "tuple_type": "not a list; write [a, b]",
     "finite_number": "not a finite number; choose one",
     "too_short": "empty; add at least one entry",
+    "too_long": "too many entries; write [a, b]",
     "string_too_short": "empty; give it a value",
 }
 

@@ -105,7 +105,8 @@ def num_checkpoints(prepared: PreparedRun) -> int:
 def check_space(size: int, count: int, free: int) -> Diagnosis:
     """Compare the free bytes with `count` checkpoints of `size` bytes that are kept, and one that is being written."""
     needed = size * (count + 1)
-    found = f"{free / _GB:.4g} GB free; a checkpoint takes about {size / _GB:.3g} GB, {count} are kept"
+    kept = "1 is kept" if count == 1 else f"{count} are kept"
+    found = f"{free / _GB:.4g} GB free; a checkpoint takes about {size / _GB:.3g} GB, {kept}"
     if free >= needed:
         return passed("space", found)
     level = Level.BLOCKS if free < 2 * size else Level.WARNING
@@ -116,7 +117,8 @@ def check_space(size: int, count: int, free: int) -> Diagnosis:
 def check_save_time(size: int, disk: Disk, num_writers: int) -> Diagnosis:
     """Estimate the seconds of a save from the speed of one process; shared storage may be slower."""
     seconds = size / (disk.write * num_writers)
-    found = f"about {seconds:.0f} s for {size / _GB:.3g} GB by {num_writers} ranks, if each writes as fast as this one"
+    writers = "1 rank" if num_writers == 1 else f"{num_writers} ranks"
+    found = f"about {seconds:.0f} s for {size / _GB:.3g} GB by {writers}, if each writes as fast as this one"
     if seconds <= _SIGNAL_SECONDS / 2:
         return passed("time of a save", found)
     cost = f"a signal {_SIGNAL_SECONDS} s before the time limit may be too late"

@@ -34,6 +34,10 @@ def build_hooks(config: RunConfig, *, console: bool = True) -> list[Hook]:
         from megatron_cpt.hooks.resiliency import StragglerHook
 
         hooks.append(StragglerHook())
+    if config.profile is not None:
+        from megatron_cpt.hooks.profiling import ProfileHook
+
+        hooks.append(ProfileHook(config.profile))
     if config.log.tensorboard:
         from megatron_cpt.hooks.tensorboard import TensorBoardHook
 

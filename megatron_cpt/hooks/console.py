@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_cpt.checkpoint.layout import checkpoint_name
 from megatron_cpt.config import format_count
 from megatron_cpt.hooks.hook import Hook
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
+
+_NOTABLE_WAIT = 0.05  # share of a step from which waiting for data is printed
 
 
 class ConsoleHook(Hook):
@@ -24,6 +28,7 @@ class ConsoleHook(Hook):
     def on_start(self, session: Session) -> None:
         """Print the size of the run, its layout and the checkpoint it starts from."""
         self._is_main = session.ranks.is_main
+        self._newest = session.origin if session.is_resumed else None
         self._print(_headline(session))
         if self._is_main and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -42,10 +47,12 @@ class ConsoleHook(Hook):
         """Print the line of metrics."""
         steps = session.plan.steps
         mfu = f"  MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
+        waited = line["data_wait_seconds"] / line["step_seconds"] if line["step_seconds"] else 0.0
+        data = f"  data wait {waited:.0%}" if waited >= _NOTABLE_WAIT else ""
         self._print(
             f"step {line['step']:>{len(str(steps))}}/{steps}  {line['phase']}"
             f"  loss {line['loss']:.4f}  lr {line['lr']:.3e}  grad {line['grad_norm']:.3f}"
-            f"  {format_count(line['tokens_per_second'])} tokens/s{mfu}"
+            f"  {format_count(line['tokens_per_second'])} tokens/s{mfu}{data}"
             f"  peak {line['peak_memory_gib']:.1f} GiB  {_clock_time(line['eta'])} left"
         )
 
@@ -56,6 +63,7 @@ class ConsoleHook(Hook):
 
     def on_checkpoint(self, session: Session, path: str) -> None:
         """Print the path of the checkpoint."""
+        self._newest = Path(path)
         self._print(f"saved {path}")
 
     def on_anomaly(self, session: Session, line: dict[str, Any]) -> None:
@@ -65,9 +73,14 @@ class ConsoleHook(Hook):
         self._print(f"WARNING: step {line['step']}: {line['kind']} {line['value']:.4f}{limit}: {outcome}")
 
     def on_stop(self, session: Session, reason: str) -> None:
-        """Print why the process stops before the end of the run."""
+        """Print why the process stops before the end of the run, or that the end was not saved."""
         if reason:
             self._print(f"{reason}: step {session.state.step} is saved; run the same command again to resume")
+        elif self._newest is None or self._newest.name != checkpoint_name(session.state.step):
+            restart = f"resumes from {self._newest}" if self._newest is not None else "starts over"
+            self._print(
+                f"step {session.state.step} was not saved (checkpoint.at_end: false); the same command {restart}"
+            )
 
     def on_end(self, session: Session) -> None:
         """Remove the progress bar."""

@@ -27,6 +27,9 @@ class Hook:
     def on_start(self, session: Session) -> None:
         """Called before the first step of this process; `session.state.step` steps are already done."""
 
+    def on_step_start(self, session: Session) -> None:
+        """Called before every step; `session.state.step` steps are already done."""
+
     def on_step(self, session: Session) -> None:
         """Called after every step."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from megatron_cpt.provenance.trace import trace_step
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
+
+logger = logging.getLogger(__name__)
 
 ANOMALIES_FILE = "anomalies.jsonl"
 
@@ -28,6 +31,11 @@ class MetricsFile(Hook):
         """Open the file and drop the lines of steps that a resumed run repeats."""
         if session.ranks.is_main:
             path = session.output / METRICS_FILE
+            if not session.is_resumed and path.exists() and path.stat().st_size:
+                logger.warning(
+                    "%s: its run left no checkpoint, so training starts over and the lines of that run are dropped",
+                    path,
+                )
             drop_lines_after(path, session.state.step if session.is_resumed else -1)
             self._file = JsonlLog(path)
 

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard."""
+"""Scalars for TensorBoard, and the phases as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 _TRAIN_SCALARS = (
     *("loss", "lr", "grad_norm", "tokens", "tokens_per_second"),
-    *("tflops_per_gpu", "mfu", "peak_memory_gib", "eta"),
+    *("step_seconds", "data_wait_seconds", "sync_wait_seconds"),
+    *("tflops_per_gpu", "mfu", "peak_memory_gib", "reserved_memory_gib", "eta"),
 )
 
 
@@ -23,6 +24,7 @@ class TensorBoardHook(Hook):
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
+        self._phase = ""
 
     def on_start(self, session: Session) -> None:
         """Open the writer; on a resume, hide the points after the checkpoint."""
@@ -35,11 +37,17 @@ class TensorBoardHook(Hook):
                 self._writer = SummaryWriter(str(self._folder), purge_step=first)
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
-        """Write the training scalars, and losses and samples by source."""
+        """Write the training scalars, the number of the phase, and losses and samples by source."""
         known = {name: line[name] for name in _TRAIN_SCALARS if line[name] is not None}
         self._write({f"train/{name}": value for name, value in known.items()}, line["step"])
         for key in ("loss_by_source", "samples_by_source"):
             self._write({f"{key}/{source}": value for source, value in line[key].items()}, line["step"])
+        number = next(n for n, phase in enumerate(session.plan.phases, 1) if phase.name == line["phase"])
+        self._write({"train/phase": number}, line["step"])
+        if self._writer is not None and self._phase != line["phase"]:
+            self._phase = line["phase"]
+            with write_errors_as_cpt_errors(self._folder):
+                self._writer.add_text("phase", self._phase, line["step"])
 
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:
         """Write the held-out losses."""

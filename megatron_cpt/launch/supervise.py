@@ -56,7 +56,13 @@ def supervise(
         reports = read_reports(folder)
         if agent.returncode == EXIT_USER and not reports:
             return EXIT_USER  # torchrun rejected its options
-        return combine(reports, is_failure=is_failure, is_stop_requested=(folder / STOP_FILE).exists())
+        status = combine(reports, is_failure=is_failure, is_stop_requested=(folder / STOP_FILE).exists())
+        if status == EXIT_STOPPED and any(report.is_early for report in reports):
+            print(
+                "launch: stopped before training started, so nothing was saved; run the same command again",
+                file=sys.stderr,
+            )
+        return status
 
 
 def combine(reports: Sequence[Report], *, is_failure: bool, is_stop_requested: bool) -> int:
@@ -95,7 +101,7 @@ def _start(folder: Path, options: Sequence[str], command: Sequence[str]) -> subp
 def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         (folder / STOP_FILE).touch()  # for ranks that do not handle signals yet
-        message = f"launch: received {signal.Signals(number).name}; the ranks save a checkpoint and end"
+        message = f"launch: received {signal.Signals(number).name}; ranks that train save a checkpoint, and all end"
         print(message, file=sys.stderr, flush=True)
         for report in read_reports(folder):
             if report.status is None:
@@ -150,7 +156,8 @@ def _kill(folder: Path, agent: subprocess.Popen[bytes]) -> bool:
     running = [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
     # a rank that was killed (out of memory, a crash in CUDA) had no time to report a status
     has_died = any(report.status is None and report.pid not in running for report in read_reports(folder))
-    print(f"launch: {len(running)} ranks wait for a rank that has ended; killing them", file=sys.stderr, flush=True)
+    waiting = "1 rank waits" if len(running) == 1 else f"{len(running)} ranks wait"
+    print(f"launch: {waiting} for a rank that has ended; killing", file=sys.stderr, flush=True)
     agent.kill()
     agent.wait()
     for pid in running:

@@ -16,13 +16,14 @@ from megatron_cpt.planning.problem import Problem
 from megatron_cpt.planning.timeline.epochs import (
     SourceTotal,
     epoch_problems,
+    listed,
     samples_in_epoch,
     size_problems,
     source_warnings,
     span_limits,
 )
 from megatron_cpt.planning.timeline.phases import PhasePlan, SourcePosition, batch_problems, plan_phases
-from megatron_cpt.planning.timeline.schedule import Schedule, schedule_problems
+from megatron_cpt.planning.timeline.schedule import SCHEDULE_KEYS, Schedule, schedule_problems
 from megatron_cpt.planning.timeline.segments import RunProgress, Segment
 from megatron_cpt.planning.timeline.solve_steps import solve_schedule
 from megatron_cpt.sampling.spans import SpanGrid
@@ -171,6 +172,7 @@ def build_plan(
     problems += batch_problems(config, phases, num_gpus or config.parallel.model_parallel_size)
     if num_gpus is not None:
         problems += layout_problems(config, num_gpus)
+    problems += _profile_problems(config, schedule.steps, num_gpus)
     return RunPlan(
         name=config.name,
         steps=schedule.steps,
@@ -191,6 +193,19 @@ def build_plan(
         ),
         problems=tuple(problems),
     )
+
+
+def _profile_problems(config: RunConfig, steps: int, num_gpus: int | None) -> Iterator[Problem]:
+    profile = config.profile
+    if profile is None:
+        return
+    if profile.steps[1] > steps:
+        text = f"profile.steps: {list(profile.steps)} is outside the run, which has {steps:,} steps"
+        yield Problem(f"{text}; choose earlier steps or remove profile", ("profile.steps", *SCHEDULE_KEYS))
+    outside = [str(rank) for rank in profile.ranks or () if num_gpus is not None and rank >= num_gpus]
+    if outside:
+        text = f"profile.ranks: no rank {listed(outside)} in a job of {num_gpus}; ranks count from 0"
+        yield Problem(f"{text}: choose others or remove ranks", ("profile.ranks",))
 
 
 def _span_grids(

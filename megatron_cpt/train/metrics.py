@@ -1,4 +1,4 @@
-"""Losses by source and throughput: summed on each step, reported every few steps as a line of metrics.jsonl."""
+"""Losses by source and times: summed on each step, reported every few steps as a line of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -30,12 +30,32 @@ def mean_losses(total: torch.Tensor, names: Sequence[str]) -> tuple[float, dict[
     return loss_sum / tokens if tokens else float("nan"), by_source
 
 
+class Stopwatch:
+    """Context manager that sums the wall seconds spent inside its blocks."""
+
+    def __init__(self) -> None:
+        self._seconds = self._entered = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds += time.perf_counter() - self._entered
+
+    def take(self) -> float:
+        """Return the sum, and reset it."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 @dataclass
 class LossMeter:
-    """Sums of losses, tokens and FLOPs since the last line of metrics.
+    """Sums of losses, tokens, FLOPs and times since the last line of metrics.
 
     Attributes:
         names: the sources, in the order of the vectors.
+        data_wait: runs while the training thread waits for the loader.
+        sync_wait: runs while the training thread waits for the results of a step: the device and the other ranks.
         contributes_loss: whether this rank's losses enter the sum over ranks. Only the last pipeline stage has losses,
             and its tensor-parallel ranks have equal ones, so one of them contributes.
     """
@@ -45,7 +65,8 @@ class LossMeter:
 
     def __post_init__(self) -> None:
         self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64)
-        self._tokens, self._flops = 0, 0.0
+        self.data_wait, self.sync_wait = Stopwatch(), Stopwatch()
+        self._steps, self._tokens, self._flops = 0, 0, 0.0
         self._started = time.perf_counter()
 
     def add(self, loss_by_source: torch.Tensor, tokens: int, flops_per_token: float) -> None:
@@ -56,6 +77,7 @@ class LossMeter:
             tokens: trained on in this step by all ranks.
             flops_per_token: of training.
         """
+        self._steps += 1
         self._tokens += tokens
         self._flops += tokens * flops_per_token
         if loss_by_source.isfinite().all():
@@ -67,9 +89,11 @@ class LossMeter:
         now = time.perf_counter()
         seconds = max(now - self._started, 1e-9)
         rates = {"tokens_per_second": self._tokens / seconds, "flops_per_second": self._flops / seconds}
+        sums = {"step": seconds, "data_wait": self.data_wait.take(), "sync_wait": self.sync_wait.take()}
+        times = {f"{name}_seconds": total / max(self._steps, 1) for name, total in sums.items()}
         self._sums.zero_()
-        self._tokens, self._flops, self._started = 0, 0.0, now
-        return {"loss": loss, "loss_by_source": by_source, **rates}
+        self._steps, self._tokens, self._flops, self._started = 0, 0, 0.0, now
+        return {"loss": loss, "loss_by_source": by_source, **rates, **times}
 
     def skip_time(self, seconds: float) -> None:
         """Exclude seconds that were spent on a checkpoint or a validation from the rates."""
@@ -85,6 +109,7 @@ def metrics_line(session: Session, result: StepResult) -> dict[str, Any]:
     peak = peak_flops(torch.cuda.get_device_name(), session.config.precision) if is_gpu else None
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux reports KiB
     peak_bytes = torch.cuda.max_memory_allocated() if is_gpu else peak_kib * 1024
+    reserved_bytes = torch.cuda.max_memory_reserved() if is_gpu else None
     tokens_left = plan.after(session.last_step).tokens - state.tokens
     return {
         "step": state.step,
@@ -96,9 +121,13 @@ def metrics_line(session: Session, result: StepResult) -> dict[str, Any]:
         "loss": numbers["loss"],
         "grad_norm": result.grad_norm,
         "tokens_per_second": numbers["tokens_per_second"],
+        "step_seconds": numbers["step_seconds"],
+        "data_wait_seconds": numbers["data_wait_seconds"],
+        "sync_wait_seconds": numbers["sync_wait_seconds"],
         "tflops_per_gpu": flops_per_gpu / TERA,
         "mfu": flops_per_gpu / peak if peak is not None else None,
         "peak_memory_gib": peak_bytes / GIB,
+        "reserved_memory_gib": reserved_bytes / GIB if reserved_bytes is not None else None,
         "eta": tokens_left / numbers["tokens_per_second"],
         "loss_by_source": numbers["loss_by_source"],
         "samples_by_source": state.samples_by_source,

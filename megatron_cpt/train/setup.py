@@ -81,6 +81,11 @@ class Session:
         """Step at which this process stops: the end of the run, or `stop_at_step`."""
         return min(self.config.stop_at_step or self.plan.steps, self.plan.steps)
 
+    @property
+    def saves_at_last_step(self) -> bool:
+        """False if `checkpoint.at_end` is off and the process stops at the end of the run, not at `stop_at_step`."""
+        return self.config.checkpoint.at_end or self.last_step == self.config.stop_at_step
+
     def flops_per_token(self, step: int) -> float:
         """Return the model FLOPs of training on one token of a step, full attention counted."""
         return flops_per_token(self.config.model, self.plan.segment_of(step).seq_length).full

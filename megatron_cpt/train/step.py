@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,7 @@ def train_step(
     requests: Callable[[], Sequence[bool]],
     judge: Callable[[torch.Tensor, float, bool], Anomaly | None],
     before_update: Callable[[], None],
+    sync_wait: AbstractContextManager[None] = nullcontext(),  # noqa: B008 - stateless
 ) -> StepResult:
     """Train on one global batch; a collective call.
 
@@ -61,6 +63,7 @@ def train_step(
         requests: returns what this rank asks of all ranks; called after the backward pass was issued.
         judge: finds what is wrong from the losses, the gradient norm and whether all ranks have finite numbers.
         before_update: called before weights, moments and amax histories change.
+        sync_wait: entered while this thread waits for the device and the other ranks; measures that time.
     """
     forward.zero_grad()
     update.zero_grad()
@@ -69,7 +72,9 @@ def train_step(
     is_finite &= local.isfinite().all()
     if not contributes_loss:
         local = torch.zeros_like(local)
-    agreed = agree(local, squared_norm, is_finite, requests())
+    asked = requests()
+    with sync_wait:
+        agreed = agree(local, squared_norm, is_finite, asked)
     anomaly = judge(agreed.losses, agreed.grad_norm, agreed.is_finite)
     is_applied = anomaly is None or anomaly.is_applied
     before_update()

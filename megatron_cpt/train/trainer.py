@@ -55,7 +55,8 @@ class RunResult:
     Attributes:
         status: exit status of the command: 0 if the run or its `stop_at_step` is reached, 75 if it stopped early.
         step: steps done since the start of the run.
-        checkpoint: the newest checkpoint of the run; None if it has none.
+        checkpoint: the newest checkpoint of the run; None if it has none. It is older than `step` if the run ended
+            without a save (`checkpoint.at_end: false`).
         reason: why it stopped early, for example "stopped by SIGTERM"; empty with status 0.
     """
 
@@ -190,6 +191,7 @@ class Trainer:
         if not session.is_resumed:
             self._validate()
         reason, is_save_due = "", False
+        session.meter.take()  # the first line excludes the time since setup
         while state.step < session.last_step and not reason:
             self._progress.note(f"step {state.step + 1}")
             self.wall_time.begin_step()
@@ -201,10 +203,11 @@ class Trainer:
             reason = "" if is_last else self._early_end_reason(result)
             is_end = is_last or reason != ""
             # After a skipped update the save waits for an applied one, because the weights may be the reason for it.
-            saves = is_end or (is_save_due and state.skipped_in_a_row == 0)
+            saves = reason != "" or (is_last and session.saves_at_last_step)
+            saves |= is_save_due and state.skipped_in_a_row == 0
             if hash_every is not None and (saves or _is_due(state.step, hash_every)):
                 check_replicas(session.model.chunks, state.step)
-            if saves or _is_due(state.step, config.log.every):
+            if saves or is_end or _is_due(state.step, config.log.every):
                 self.hooks.on_metrics(session, metrics_line(session, result))
             if is_last or _is_due(state.step, config.validation.every if config.validation else None):
                 self._validate()
@@ -212,7 +215,9 @@ class Trainer:
                 self._save(wait=is_end)
                 is_save_due = False
             else:
-                self._note_published(session.saver.poll())
+                self._note_published(session.saver.finish() if is_end else session.saver.poll())
+                if state.skipped_in_a_row == 0 and not is_end:
+                    session.saver.reserve()
             if saves or _is_due(state.step, COLLECT_EVERY):
                 gc.collect()
             self.wall_time.end_step()
@@ -222,7 +227,9 @@ class Trainer:
     def _train_step(self, is_save_due: bool) -> StepResult:
         """Train on the next global batch and count it."""
         session, state = self.session, self.session.state
-        data = session.loader.next_step()
+        self.hooks.on_step_start(session)
+        with session.meter.data_wait:
+            data = session.loader.next_step()
         result = train_step(
             session.forward,
             session.update,
@@ -232,6 +239,7 @@ class Trainer:
             requests=lambda: (self._stop.received is not None, self.wall_time.is_last_step(is_save_due=is_save_due)),
             judge=self._judge,
             before_update=session.saver.wait_for_copy,
+            sync_wait=session.meter.sync_wait,
         )
         state.advance(data.num_tokens, data.counts, data.state)
         session.meter.add(result.loss_by_source, data.num_tokens, session.flops_per_token(state.step))

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_cpt.config import format_count
+from megatron_cpt.config import format_count, format_number_of
 from megatron_cpt.planning.cost.memory import GIB
 from megatron_cpt.planning.run_plan import RunPlan
 from megatron_cpt.planning.timeline.epochs import REPEAT_LIMIT
@@ -64,7 +64,7 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     yield "schedule", describe_schedule(plan.schedule)
     yield (
         "layout",
-        f"{layout.num_gpus:,} ranks = {layout.data_parallel:,} x {ranks_per_replica} per replica; "
+        f"{format_number_of(layout.num_gpus, 'rank')} = {layout.data_parallel:,} x {ranks_per_replica} per replica; "
         f"{layout.num_micro_batches:,} micro-batches per step, {layout.bubble:.1%} pipeline bubble",
     )
     parts = ((name, gib) for name, gib in memory.to_dict().items() if name != "stage" and gib > 0)

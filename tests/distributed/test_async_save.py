@@ -105,6 +105,41 @@ def test_the_state_is_copied_beside_the_next_step_and_before_its_update(
     assert differing(both[0] / "checkpoints" / name, tmp_path / "late" / "checkpoints" / name) == []
 
 
+def _staged_sizes(path: str, overrides: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the sizes of all tensors of each reservation and of each copy on this rank."""
+    from megatron_cpt.checkpoint.saving.staging import StagingBuffer
+
+    reserve, copy = StagingBuffer.reserve, StagingBuffer.copy
+    reserved: list[list[int]] = []
+    copied: list[list[int]] = []
+
+    def note_reserve(staging: StagingBuffer, sizes: list[int]) -> None:
+        reserved.append(sorted(sizes))
+        reserve(staging, sizes)
+
+    def note_copy(staging: StagingBuffer, tensors: list) -> object:
+        copied.append(sorted(tensor.nbytes for tensor in tensors))
+        return copy(staging, tensors)
+
+    StagingBuffer.reserve, StagingBuffer.copy = note_reserve, note_copy
+    try:
+        assert train_here(path, overrides) == 0
+    finally:
+        StagingBuffer.reserve, StagingBuffer.copy = reserve, copy
+    return reserved, copied
+
+
+@pytest.mark.parametrize("parallel", ["{tensor: 2}", "{}", "{distributed_optimizer: false}"])
+def test_after_the_first_step_the_host_memory_has_the_size_of_every_save(
+    short_run: Path, tmp_path: Path, parallel: str
+) -> None:
+    overrides = [f"output={tmp_path}/out", "checkpoint={every: 3, async: true}", "stop_at_step=4"]
+    overrides += [f"parallel={parallel}", "model={preset: tiny_llama, vocab: 257}"]  # gated: one parameter, two tensors
+    for reserved, copied in run_ranks(2, _staged_sizes, str(short_run), overrides):
+        assert len(copied) == 2
+        assert reserved == [copied[0]] == [copied[1]]
+
+
 def _full_disk_on_one_rank(path: str, overrides: list[str], reports: str) -> None:
     import torch.distributed as dist
 

@@ -77,7 +77,7 @@ def test_ranks_that_wait_for_a_mistaken_one_are_ended(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:2", "1:wait", options=("--max-restarts", "3"))
     _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 2
-    assert "1 ranks wait for a rank that has ended" in err
+    assert "1 rank waits for a rank that has ended" in err
 
 
 def test_a_stop_signal_to_every_process_of_the_step_lets_the_ranks_save(tmp_path: Path) -> None:
@@ -91,6 +91,7 @@ def test_a_stop_signal_to_every_process_of_the_step_lets_the_ranks_save(tmp_path
     assert process.returncode == 75, err
     assert "in attempt 1" not in out
     assert f"launch: received {number.name}" in err
+    assert "nothing was saved" not in err
 
 
 def test_a_signal_before_the_ranks_listen_ends_them_with_75(tmp_path: Path) -> None:
@@ -99,6 +100,7 @@ def test_a_signal_before_the_ranks_listen_ends_them_with_75(tmp_path: Path) -> N
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 75, err
+    assert "launch: stopped before training started, so nothing was saved; run the same command again" in err
 
 
 def test_a_rank_that_torchrun_ends_after_a_failure_is_not_a_requested_stop(tmp_path: Path) -> None:

@@ -91,6 +91,37 @@ def test_the_result_says_how_a_run_ended_and_where_its_checkpoint_is(run_file: P
     ]
 
 
+def _fit_each(path: str, runs: list[list[str]]) -> list[tuple]:
+    return [result for overrides in runs for result in _fit(path, overrides, 1)]
+
+
+def test_a_run_that_saves_nothing_at_its_end_says_so(run_file: Path, tmp_path: Path) -> None:
+    short = ["checkpoint.at_end=false", "phases.general.until.lr=0.5"]
+    (results,) = run_ranks(
+        1,
+        _fit_each,
+        str(run_file),
+        [
+            [f"output={tmp_path}/signal", *short, "tokens=2048"],  # 8 steps
+            [f"output={tmp_path}/signal", *short, "tokens=2048"],
+            [f"output={tmp_path}/stop", *short, "tokens=2048", "stop_at_step=4"],
+            [f"output={tmp_path}/due", *short, "tokens=1024", "checkpoint.every=2"],
+            [f"output={tmp_path}/async", *short, "tokens=768", "checkpoint={every: 2, async: true, at_end: false}"],
+            [f"output={tmp_path}/none", *short, "tokens=1024"],
+        ],
+    )
+    assert results == [
+        (75, 6, "step-00000006", "stopped by SIGTERM"),
+        (0, 8, "step-00000006", ""),
+        (0, 4, "step-00000004", ""),
+        (0, 4, "step-00000004", ""),
+        (0, 3, "step-00000002", ""),  # the save in the background is finished first
+        (0, 4, None, ""),
+    ]
+    assert not (tmp_path / "none" / "checkpoints").exists()
+    assert [line["step"] for line in read_metrics(tmp_path / "none")] == [1, 2, 3, 4]
+
+
 def test_two_runs_in_one_process_do_not_see_each_other(run_file: Path, tmp_path: Path) -> None:
     (results,) = run_ranks(1, _fit_two, str(run_file), str(tmp_path))
     assert results == [3, 2]
@@ -149,6 +180,8 @@ def test_metrics_have_what_an_operator_asks_for(run_file: Path, base: Path) -> N
         assert line["tflops_per_gpu"] > 0
         assert line["mfu"] is None, "a CPU has no known peak"
         assert line["peak_memory_gib"] > 0
+        assert line["reserved_memory_gib"] is None
+        assert 0 <= line["data_wait_seconds"] + line["sync_wait_seconds"] <= line["step_seconds"]
         assert line["eta"] >= 0
     assert read_metrics(base)[-1]["eta"] == 0
 

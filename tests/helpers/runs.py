@@ -13,7 +13,10 @@ import yaml
 from megatron_cpt.data import IndexedDatasetWriter
 
 EOD = 256
-MACHINE_KEYS = ("tokens_per_second", "tflops_per_gpu", "mfu", "peak_memory_gib", "eta")
+MACHINE_KEYS = (
+    *("tokens_per_second", "step_seconds", "data_wait_seconds", "sync_wait_seconds"),
+    *("tflops_per_gpu", "mfu", "peak_memory_gib", "reserved_memory_gib", "eta"),
+)
 
 
 def write_source(prefix: Path, *, stride: int, documents: int = 60, seed: int = 0) -> None:

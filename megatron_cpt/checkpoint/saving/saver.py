@@ -31,7 +31,7 @@ from megatron_cpt.checkpoint.record import Record
 from megatron_cpt.checkpoint.saving.publish import Retention, delete, publish
 from megatron_cpt.checkpoint.saving.staging import StagingBuffer
 from megatron_cpt.checkpoint.saving.torch_save import AbandonedError
-from megatron_cpt.checkpoint.saving.write_plan import ShardEntry, plan_shards
+from megatron_cpt.checkpoint.saving.write_plan import ShardEntry, plan_shards, shard_sizes
 from megatron_cpt.checkpoint.saving.writer import write_files
 from megatron_cpt.checkpoint.state import state_dicts
 from megatron_cpt.errors import CptError
@@ -94,7 +94,19 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._abandon = threading.Event()
         self._save: _Save | None = None
-        self._is_validated = False
+        self._is_validated = self._is_reserved = False
+
+    def reserve(self) -> None:
+        """Allocate and pin the memory of background saves in a thread, so that the first save does not wait for it.
+
+        Only the first call has an effect. An update must have been applied before, since the optimizer's state does
+        not exist earlier.
+        """
+        if self._staging is None or self._is_reserved:
+            return
+        self._is_reserved = True
+        state = state_dicts.training_state(self._chunks, self._optimizer, is_loading=False, with_rng=True)
+        self._copier.submit(self._staging.reserve, shard_sizes(state))
 
     def save(self, step: int, record: Record) -> Path | None:
         """Save the current state under `step`; the previous save must be finished.
@@ -115,6 +127,7 @@ class Saver:
         # Only now: megatron-core takes a folder with files for the remains of an older save, and warns.
         self._on_main(step, partial(record.write, aside))
         if self._staging is not None:
+            self._is_reserved = True  # by the copy itself
             self._staging.wait_for_device()
         files = self._copier.submit(_copy, plan.files, self._staging)
         job = self._thread.submit(lambda: write_files(aside, files.result(), self._abandon))
@@ -172,6 +185,8 @@ class Saver:
         self._abandon.set()
         self._copier.shutdown()
         self._thread.shutdown()
+        if self._staging is not None:
+            self._staging.close()
 
     def _create_folder(self, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)

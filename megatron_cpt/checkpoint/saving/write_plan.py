@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
@@ -55,6 +58,13 @@ def plan_shards(state: dict[str, Any], folder: Path, *, validate: bool) -> Shard
     dist_checkpointing.save(state, str(folder), sharded_strategy=planner, validate_access_integrity=validate)
     assert planner.plan is not None
     return planner.plan
+
+
+def shard_sizes(state: dict[str, Any]) -> list[int]:
+    """Return the bytes of each tensor that `plan_shards` divides over this rank's files; changes `state`."""
+    apply_factories(state)
+    tensors = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
+    return [tensor.data.nbytes for tensor in tensors if is_main_replica(tensor.replica_id)]
 
 
 class _PlanOnly(torch_strategy.TorchDistSaveShardedStrategy):  # type: ignore[misc]

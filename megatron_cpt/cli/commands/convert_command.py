@@ -219,8 +219,9 @@ def _print_json(report: Mapping[str, Any]) -> None:
 
 
 def _size_and_speed(report: ImportReport | ExportReport) -> str:
-    gigabytes = report.num_bytes / 1e9
-    return f"{gigabytes:.2f} GB ({gigabytes / report.seconds:.2f} GB/s)"
+    from megatron_cpt.config import format_bytes
+
+    return f"{format_bytes(report.num_bytes)} ({format_bytes(report.num_bytes / report.seconds)}/s)"
 
 
 def _kept(report: ImportReport | ExportReport, parts: str) -> str:
@@ -228,9 +229,11 @@ def _kept(report: ImportReport | ExportReport, parts: str) -> str:
 
 
 def _print_verification(checkpoint: Path, tensors: TensorReport, logits: LogitsReport | None) -> None:
+    from megatron_cpt.config import format_bytes
+
     cast = f", {tensors.num_cast} of another dtype compared in the narrower one" if tensors.num_cast else ""
     verdict = "identical bit for bit" if tensors.is_equal else f"{len(tensors.differing)} DIFFER"
-    size = f"{tensors.num_bytes / 1e9:.2f} GB"
+    size = format_bytes(tensors.num_bytes)
     print(f"{checkpoint}: {tensors.family}, {tensors.num_tensors} tensors{cast}, {size}: {verdict}")
     for name, count in list(tensors.differing.items())[:_MAX_SHOWN]:
         print(f"  {name}: {count:,} elements differ")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from megatron_cpt.config import RunConfig
+from megatron_cpt.config import RunConfig, format_number_of
 from megatron_cpt.planning.problem import Problem
 
 LAYOUT_KEYS = ("parallel", "batch")
@@ -66,14 +66,19 @@ def layout_problems(config: RunConfig, num_gpus: int) -> Iterator[Problem]:
     replica = parallel.model_parallel_size
     if num_gpus % replica:
         parts = f"parallel.tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x {parallel.context}"
-        yield Problem(f"{num_gpus} ranks are not a multiple of {parts} = {replica}; change one of them", LAYOUT_KEYS)
+        yield Problem(
+            f"{format_number_of(num_gpus, 'rank')}: not a multiple of {parts} = {replica}; change one of them",
+            LAYOUT_KEYS,
+        )
         return
     replicas = num_gpus // replica
     if not config.uses_own_batch or batch.global_ % batch.micro:
         return  # `batch_problems` checks the batches of phases, config/checks.py the divisibility
     if batch.global_ % (batch.micro * replicas):
         text = f"batch.global: {batch.global_} is not a multiple of batch.micro: {batch.micro} x {replicas} replicas"
-        yield Problem(f"{text} ({num_gpus} ranks of {replica} each); change one of them", LAYOUT_KEYS)
+        yield Problem(
+            f"{text} ({format_number_of(num_gpus, 'rank')} of {replica} each); change one of them", LAYOUT_KEYS
+        )
     elif parallel.virtual_pipeline > 1 and (batch.global_ // batch.micro // replicas) % parallel.pipeline:
         text = (
             f"batch.global: {batch.global_} makes {batch.global_ // batch.micro // replicas} micro-batches per replica"

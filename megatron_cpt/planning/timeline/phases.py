@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_cpt.config import PhaseConfig, RunConfig, Until, format_count
+from megatron_cpt.config import PhaseConfig, RunConfig, Until, format_count, format_number_of
 from megatron_cpt.planning.problem import Problem
 from megatron_cpt.planning.timeline.epochs import SourceUse, divide_samples, normalize, span_limits
 from megatron_cpt.planning.timeline.schedule import LENGTH_KEYS, SCHEDULE_KEYS, Schedule
@@ -181,7 +181,8 @@ def batch_problems(config: RunConfig, phases: Sequence[PhasePlan], num_gpus: int
         if uneven:
             shown = ", ".join(f"{size:,}" for size in uneven[:4]) + (" ..." if len(uneven) > 4 else "")
             text = f"phase {phase.name}: the batch of {shown} does not divide into micro-batches of "
-            text += f"{own[0].micro_batch} on {num_gpus // replica} replicas ({num_gpus} ranks of {replica} each)"
+            ranks = format_number_of(num_gpus, "rank")
+            text += f"{own[0].micro_batch} on {num_gpus // replica} replicas ({ranks} of {replica} each)"
             if config.parallel.virtual_pipeline > 1:
                 text += f", a multiple of parallel.pipeline: {config.parallel.pipeline} on each"
             yield Problem(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.config import draft_config, format_count, parse_count
+from megatron_cpt.config import draft_config, format_bytes, format_count, format_number_of, parse_count
 from megatron_cpt.config.quantities import COUNT_SCHEMA, parse_span
 
 
@@ -145,3 +145,23 @@ def test_a_variable_that_is_not_set_is_named(run_data, monkeypatch):
         'output: "$SCRATCH/a": the variable SCRATCH is not set in the environment',
         'sources.web.path: "~nobody-here/web": ~nobody-here has no home directory',
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 KB"),
+        (3_282_000, "3.28 MB"),
+        (999_600_000, "1 GB"),
+        (33.2e9, "33.2 GB"),
+        (2e12, "2 TB"),
+    ],
+)
+def test_sizes_have_the_unit_that_shows_them(num_bytes, text):
+    assert format_bytes(num_bytes) == text
+
+
+def test_a_count_and_its_noun_agree():
+    assert [format_number_of(n, "rank") for n in (0, 1, 2, 1024)] == ["0 ranks", "1 rank", "2 ranks", "1,024 ranks"]

@@ -6,6 +6,7 @@ import contextlib
 import resource
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import orjson
@@ -37,14 +38,16 @@ def session(folder, **values):
         ranks=SimpleNamespace(is_main=True),
         state=SimpleNamespace(step=0),
         is_resumed=False,
+        plan=SimpleNamespace(phases=[SimpleNamespace(name="general"), SimpleNamespace(name="qa")]),
         config=SimpleNamespace(name="run", to_dict=dict),
         **values,
     )
 
 
 def line(step):
-    return {"step": step, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0, "tokens": step,
-            "tflops_per_gpu": 1.0, "mfu": None, "peak_memory_gib": 1.0, "eta": 1.0,
+    return {"step": step, "phase": "general", "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0,
+            "step_seconds": 2.0, "data_wait_seconds": 0.01, "sync_wait_seconds": 0.5, "tokens": step,
+            "tflops_per_gpu": 1.0, "mfu": None, "peak_memory_gib": 1.0, "reserved_memory_gib": None, "eta": 1.0,
             "loss_by_source": {"web": 1.0}, "samples_by_source": {"web": step}}  # fmt: skip
 
 
@@ -130,15 +133,16 @@ def test_the_console_prints_the_use_of_the_hardware(capsys):
     hook = ConsoleHook()
     hook._is_main = True
     run = SimpleNamespace(plan=SimpleNamespace(steps=100))
-    values = {"phase": "general", "tokens_per_second": 1500.0, "peak_memory_gib": 61.26, "eta": 3723.4}
+    values = {"tokens_per_second": 1500.0, "peak_memory_gib": 61.26, "eta": 3723.4}
     hook.on_metrics(run, {**line(7), **values, "mfu": 0.4123})
-    hook.on_metrics(run, {**line(8), **values, "mfu": None})
+    hook.on_metrics(run, {**line(8), **values, "mfu": None, "data_wait_seconds": 0.5})
     first, second = capsys.readouterr().err.splitlines()
     assert first == (
         "step   7/100  general  loss 1.0000  lr 1.000e-01  grad 1.000  1.5K tokens/s  MFU 41.2%  peak 61.3 GiB  "
         "1:02:03 left"
     )
     assert "MFU" not in second
+    assert "  1.5K tokens/s  data wait 25%  peak" in second
 
 
 class Scalars:
@@ -147,6 +151,9 @@ class Scalars:
 
     def add_scalar(self, name, value, step):
         self.written[name, step] = value
+
+    def add_text(self, name, text, step):
+        self.written[name, step] = text
 
 
 def test_tensorboard_gets_the_use_of_the_hardware_where_it_is_known(tmp_path):
@@ -159,3 +166,42 @@ def test_tensorboard_gets_the_use_of_the_hardware_where_it_is_known(tmp_path):
     assert {name for name, step in hook._writer.written if step == 2} >= {
         "train/eta", "train/peak_memory_gib", "train/tflops_per_gpu",
     }  # fmt: skip
+
+
+def test_tensorboard_gets_the_number_of_the_phase_on_each_line_and_its_name_at_each_change(tmp_path):
+    hook = TensorBoardHook()
+    hook._writer, hook._folder = Scalars(), tmp_path
+    for step, phase in ((1, "general"), (2, "general"), (3, "qa"), (4, "qa")):
+        hook.on_metrics(session(tmp_path), {**line(step), "phase": phase})
+    assert [hook._writer.written["train/phase", step] for step in (1, 2, 3, 4)] == [1, 1, 2, 2]
+    assert {key: text for key, text in hook._writer.written.items() if key[0] == "phase"} == {
+        ("phase", 1): "general",
+        ("phase", 3): "qa",
+    }
+
+
+def test_a_run_that_starts_over_after_one_without_checkpoints_says_so(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1}\n')
+    for expected in (1, 1):  # the second run finds an empty file
+        hook = MetricsFile()
+        hook.on_start(session(tmp_path))
+        hook.on_end(session(tmp_path))
+        assert caplog.text.count("left no checkpoint, so training starts over") == expected
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def _stop(reason, *, newest, capsys):
+    hook, run = ConsoleHook(), session("out", origin=None)
+    run.state.step = 12
+    hook._is_main, hook._newest = True, newest
+    hook.on_stop(run, reason)
+    return capsys.readouterr().err
+
+
+def test_the_console_says_what_the_same_command_does_after_an_end_without_a_save(capsys):
+    assert _stop("", newest=Path("out/step-00000012"), capsys=capsys) == ""
+    assert _stop("", newest=Path("out/step-00000010"), capsys=capsys) == (
+        "step 12 was not saved (checkpoint.at_end: false); the same command resumes from out/step-00000010\n"
+    )
+    assert "; the same command starts over\n" in _stop("", newest=None, capsys=capsys)
+    assert "stopped by SIGTERM: step 12 is saved" in _stop("stopped by SIGTERM", newest=None, capsys=capsys)

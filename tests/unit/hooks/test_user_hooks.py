@@ -12,6 +12,7 @@ from megatron_cpt.hooks import Hook, HookList, load_hook
 
 EVENTS = {
     "on_start": (),
+    "on_step_start": (),
     "on_step": (),
     "on_metrics": ({"step": 1},),
     "on_anomaly": ({"step": 1},),

@@ -149,7 +149,7 @@ def test_layouts(run_data, overrides, num_gpus, layout):
         (
             ["parallel={tensor: 2, pipeline: 2}"],
             6,
-            "6 ranks are not a multiple of parallel.tensor x pipeline x context = 2 x 2 x 1 = 4",
+            "6 ranks: not a multiple of parallel.tensor x pipeline x context = 2 x 2 x 1 = 4",
         ),
         ([], 3, "batch.global: 8 is not a multiple of batch.micro: 2 x 3 replicas"),
         ([], 8, "batch.global: 8 is not a multiple of batch.micro: 2 x 8 replicas"),
@@ -248,3 +248,12 @@ class TestSourcesThatEnd:
     def test_without_a_size_it_cannot_end(self, run_data):
         found = plan(run_data, *self.ENDING, sizes={name: SIZES[name] for name in ("web", "code")})
         assert found.span_limits == {}
+
+
+def test_a_profile_outside_the_run_is_a_problem(run_data):
+    assert texts(plan(run_data, "profile={steps: [99, 100]}", num_gpus=1)) == []
+    assert texts(plan(run_data, "profile={steps: [100, 101], ranks: [0, 1, 2]}", num_gpus=1)) == [
+        "profile.steps: [100, 101] is outside the run, which has 100 steps; choose earlier steps or remove profile",
+        "profile.ranks: no rank 1, 2 in a job of 1; ranks count from 0: choose others or remove ranks",
+    ]
+    assert texts(plan(run_data, "profile={steps: [1, 2], ranks: [7]}")) == []

@@ -89,6 +89,8 @@ def test_rates_are_per_second_and_gpu_without_the_time_of_saves(clock):
     assert line["tokens_per_second"] == 2000 / 4.0
     assert line["tflops_per_gpu"] == (1000 * 2e9 + 1000 * 4e9) / 4.0 / 4 / 1e12
     assert line["eta"] == 7000 / 500
+    assert line["step_seconds"] == 2.0
+    assert line["reserved_memory_gib"] is None
     assert line["mfu"] is None
     assert 0.01 < line["peak_memory_gib"] < 1000
     assert session.meter.take()["tokens_per_second"] == 0.0
@@ -97,12 +99,42 @@ def test_rates_are_per_second_and_gpu_without_the_time_of_saves(clock):
 def test_a_gpu_has_an_mfu_and_the_peak_of_its_own_memory(clock, monkeypatch):
     monkeypatch.setattr(metrics.torch.cuda, "get_device_name", lambda: H100)
     monkeypatch.setattr(metrics.torch.cuda, "max_memory_allocated", lambda: 3 << 29)
+    monkeypatch.setattr(metrics.torch.cuda, "max_memory_reserved", lambda: 1 << 31)
     session = make_session("cuda")
     session.meter.add(torch.tensor([[10.0, 4.0]], dtype=torch.float64), 1000, 989e9)
     clock.seconds += 2.0
     line = metrics_line(session, RESULT)
     assert line["mfu"] == 1000 * 989e9 / 2.0 / 4 / 989e12 == 0.125
     assert line["peak_memory_gib"] == 1.5
+    assert line["reserved_memory_gib"] == 2.0
+
+
+def test_waits_are_means_over_the_steps_of_a_line(clock):
+    session = make_session()
+    for wait in (0.5, 1.5):
+        with session.meter.data_wait:
+            clock.seconds += wait
+        with session.meter.sync_wait:
+            clock.seconds += 3.0
+        session.meter.add(torch.zeros(1, 2, dtype=torch.float64), 1000, 1e9)
+    line = metrics_line(session, RESULT)
+    assert (line["data_wait_seconds"], line["sync_wait_seconds"], line["step_seconds"]) == (1.0, 3.0, 4.0)
+    session.meter.add(torch.zeros(1, 2, dtype=torch.float64), 1000, 1e9)
+    clock.seconds += 1.0
+    line = metrics_line(session, RESULT)
+    assert (line["data_wait_seconds"], line["sync_wait_seconds"], line["step_seconds"]) == (0.0, 0.0, 1.0)
+
+
+def test_a_wait_that_ends_in_an_error_is_counted(clock):
+    meter = LossMeter(["web"], contributes_loss=True)
+
+    def fail():
+        clock.seconds += 2.0
+        raise StopIteration
+
+    with pytest.raises(StopIteration), meter.data_wait:
+        fail()
+    assert meter.data_wait.take() == 2.0
 
 
 def test_importing_the_trainer_loads_no_megatron_core():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import math
+import mmap
 import resource
 import threading
 import zipfile
@@ -69,6 +70,102 @@ def test_staged_copies_do_not_follow_their_originals() -> None:
     again = staging.copy(tensors[:2])
     assert staging.num_bytes == held, "the memory of the previous save is reused"
     assert again[0].data_ptr() == copies[0].data_ptr()
+
+
+def _tensor(num_bytes: int, kind: str) -> torch.Tensor:
+    """Return a tensor with different values; as a column it is not contiguous."""
+    values = torch.arange(num_bytes) % 251
+    if kind == "column":
+        return values.to(torch.uint8)[:, None].repeat(1, 2)[:, 1]
+    return values.to({"bytes": torch.uint8, "floats": torch.float32, "halves": torch.bfloat16}[kind])
+
+
+TENSORS = st.lists(st.tuples(st.integers(0, 12_000), st.sampled_from(["bytes", "floats", "halves", "column"])))
+
+
+@given(st.lists(TENSORS, min_size=1, max_size=3))
+def test_staged_tensors_come_back_identical_and_no_copy_touches_two_pieces(saves: list[list[tuple[int, str]]]) -> None:
+    piece = mmap.PAGESIZE
+    staging, copy_, copied = StagingBuffer(piece), torch.Tensor.copy_, []
+
+    def note(target: torch.Tensor, source: torch.Tensor, **options: bool) -> torch.Tensor:
+        copied.append((target.data_ptr(), target.nbytes))
+        return copy_(target, source, **options)
+
+    for save in saves:
+        tensors = [_tensor(size, kind) for size, kind in save]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", note)
+            copies = staging.copy(tensors)
+        assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
+        assert all(copy.is_contiguous() and copy.dtype == t.dtype for copy, t in zip(copies, tensors, strict=True))
+        base = staging._memory.data_ptr()
+        assert all((at - base) // piece == (at + max(size, 1) - 1 - base) // piece for at, size in copied)
+        copied.clear()
+    largest = max(sum(_tensor(*one).nbytes for one in save) for save in saves)
+    count = max(len(save) for save in saves)
+    assert largest <= staging.num_bytes <= largest + 63 * count
+    staging.close()
+    assert staging.num_bytes == 0
+
+
+class _CudaStandIn:
+    """Records what is pinned; fails from the piece with the number `fails_at`."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.pinned: dict[int, int] = {}
+        self.fails_at = fails_at
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        assert address % mmap.PAGESIZE == 0
+        assert flags == 0
+        if len(self.pinned) == self.fails_at:
+            return 2  # cudaErrorMemoryAllocation
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.pinned[address]
+        return 0
+
+    def synchronize(self) -> None:
+        """Stand in for the stream as well."""
+
+
+def _staging_with(cuda: _CudaStandIn, monkeypatch: pytest.MonkeyPatch) -> StagingBuffer:
+    staging = StagingBuffer(mmap.PAGESIZE)
+    staging._stream = cuda
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    return staging
+
+
+def test_the_memory_is_pinned_in_pieces_once_and_released_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, page = _CudaStandIn(), mmap.PAGESIZE
+    staging = _staging_with(cuda, monkeypatch)
+    staging.reserve([2 * page, page + 1])
+    assert list(cuda.pinned.values()) == [page, page, page, 64]
+    assert list(cuda.pinned) == [staging._memory.data_ptr() + number * page for number in range(4)]
+    before = dict(cuda.pinned)
+    staging.copy([torch.ones(3 * page, dtype=torch.uint8)])
+    assert cuda.pinned == before, "a save that fits pins nothing"
+    staging.copy([torch.ones(5 * page, dtype=torch.uint8)])
+    assert sum(cuda.pinned.values()) == 5 * page
+    staging.close()
+    assert cuda.pinned == {}
+
+
+def test_memory_that_cannot_be_pinned_is_used_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda = _CudaStandIn(fails_at=1)
+    staging = _staging_with(cuda, monkeypatch)
+    tensor = torch.arange(10_000)
+    (copy,) = staging.copy([tensor])
+    assert torch.equal(copy, tensor)
+    assert "of host memory could be pinned (CUDA error 2)" in caplog.text
+    assert len(cuda.pinned) == 1
+    staging.close()
+    assert cuda.pinned == {}
 
 
 def test_files_hold_what_was_planned_and_their_checksums(tmp_path: Path) -> None:
