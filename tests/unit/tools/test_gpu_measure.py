@@ -98,7 +98,7 @@ def test_children_of_an_item_that_ended_are_gone(tool: ModuleType, tmp_path: Pat
 
 
 def is_gone(pid: int) -> bool:
-    """Return True once a process that got SIGKILL is gone or a zombie of its new parent."""
+    """Wait until a process that got SIGKILL is gone, or a zombie of its new parent; return False if it stays."""
     for _ in range(1000):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
