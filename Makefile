@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := all,docs,dev
 
-.PHONY: setup demo test test-long test-fake-gpu gpu-bundle soak check docs bench gpu-test gpu-bench clean
+.PHONY: setup demo test test-long test-fake-gpu gpu-bundle soak check docs bench gpu-test gpu-measure gpu-rehearse clean
 
 setup: $(STAMP)
 
@@ -74,8 +74,17 @@ GPU_SETUP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
 gpu-test: $(GPU_SETUP)
 	$(GPU_PYTHON) -m pytest tests/gpu -m gpu -v
 
-gpu-bench: $(GPU_SETUP)
-	$(GPU_PYTHON) benchmarks/gpu/blocks.py
+# Measures everything that needs a GPU. On a machine that has only Python and torch: make gpu-measure GPU_PYTHON=python3
+# BUNDLE=.gpu, with the folder that `make gpu-bundle` made elsewhere.
+BUDGET ?= 540
+gpu-measure: $(GPU_SETUP)
+	$(GPU_PYTHON) tools/dev/gpu_measure.py --out build/gpu-measure --budget $(BUDGET) $(if $(BUNDLE),--bundle $(BUNDLE))
+
+# The same script at toy width on a CPU, with the software of the GPU machine and no network. A shared CPU is slower than
+# the machine for which the limits were written.
+gpu-rehearse: $(GPU_VENV)/.installed $(GPU_BUNDLE)/MANIFEST.json
+	tools/dev/offline.sh $(GPU_VENV)/bin/python tools/dev/gpu_measure.py --rehearse --bundle $(GPU_BUNDLE) \
+		--out build/gpu-rehearsal --budget 1800 --limit-factor 10
 
 check: setup
 	$(BIN)/ruff check .
