@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.gpu.measured import Report, run_item
@@ -36,7 +37,7 @@ def measure(report: Report) -> None:
         free_shared_memory_gib=shutil.disk_usage("/dev/shm").free / 2**30,
         versions=_versions(),
         nvidia_smi=_nvidia_smi(),
-        imports={name: _import(name) for name in IMPORTED},
+        imports=_imports(),
     )
     import torch
 
@@ -79,6 +80,11 @@ def _nvidia_smi() -> dict[str, str] | str:
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     return dict(zip(QUERY.split(","), done.stdout.strip().split(", "), strict=False))
+
+
+def _imports() -> dict[str, Any]:
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(IMPORTED, threads.map(_import, IMPORTED), strict=True))
 
 
 def _import(name: str) -> dict[str, Any]:

@@ -52,7 +52,6 @@ CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
     "CUDA_CACHE_PATH": "cuda",
-    "PYTHONPYCACHEPREFIX": "pycache",
     "TMPDIR": "tmp",
 }
 
@@ -357,7 +356,7 @@ def print_table(items: Sequence[Item], predictions: Sequence[Prediction]) -> Non
 
 
 def choose(items: Sequence[Item], names: str | None) -> list[Item]:
-    """Return the items that `--items` selects: "3" selects 3a to 3g, "3a" one of them."""
+    """Return the items that `--items` selects: "3" selects 3a to 3h, "3a" one of them."""
     if names is None:
         return list(items)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
