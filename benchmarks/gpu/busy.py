@@ -14,7 +14,7 @@ from benchmarks.gpu.measured import Report
 
 PROFILED_STEPS = 2
 TOP_KERNELS = 15
-SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
 class StepProfile:
@@ -43,10 +43,9 @@ class StepProfile:
         """Report the busy share, the host synchronizations per step, and the kernels that take longest."""
         events: list[Any] = list(self._profile.events())
         kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-        names = Counter(event.name for event in events if event.name in SYNCHRONIZATIONS)
-        names["cudaDeviceSynchronize"] -= 1  # by `end`
+        synchronizations = sum(event.name in SYNCHRONIZATIONS for event in events)
         report.note(
-            host_synchronizations_per_step=sum(names.values()) / PROFILED_STEPS if kernels else None,
+            host_synchronizations_per_step=synchronizations / PROFILED_STEPS if kernels else None,
             gpu_busy_share=busy_seconds((e.time_range.start, e.time_range.end) for e in kernels) / 1e6 / self._seconds
             if kernels
             else None,

@@ -19,6 +19,7 @@ from benchmarks.gpu.measured import Report, run_item
 
 TOKENS, HIDDEN, FFN, HEADS, GROUPS, HEAD_SIZE, LENGTH = 8192, 6144, 12_288, 24, 4, 128, 4096
 REPETITIONS = 5
+WARM_UP_SECONDS = 0.1
 
 
 def shard_shapes() -> dict[str, tuple[int, int]]:
@@ -45,6 +46,7 @@ class Ceilings:
 
     def __init__(self, report: Report, device: Any, divisor: int) -> None:
         self.report, self.device, self.divisor = report, device, divisor
+        self.repetitions = REPETITIONS if divisor == 1 else 2
 
     def products(self) -> None:
         """Measure products in bf16 and FP8: 8192^3, and the linear layers of the shard, forward and backward."""
@@ -87,7 +89,7 @@ class Ceilings:
                 )
             )
         except (RuntimeError, NotImplementedError) as error:
-            self.report.note(fp8_error=str(error).splitlines()[0])
+            self.report.note(fp8_error=first_line(error))
             return 0.0
         return statistics.median(2 * m * k * n / each / 1e12 for each in seconds)
 
@@ -111,7 +113,7 @@ class Ceilings:
         try:
             fused()
         except (RuntimeError, NotImplementedError) as error:
-            self.report.note(addmm_fp32_error=str(error).splitlines()[0])
+            self.report.note(addmm_fp32_error=first_line(error))
             return
         exact = a.double() @ b.double()
         self.report.note(addmm_fp32_relative_error=((total.double() - exact).norm() / exact.norm()).item())
@@ -149,7 +151,7 @@ class Ceilings:
             forward = statistics.median(self._seconds(lambda: attend(*inputs)))
             both = statistics.median(self._seconds(lambda: attend(*inputs).backward(gradient)))
         except (RuntimeError, NotImplementedError, AssertionError) as error:
-            return {"error": (str(error) or type(error).__name__).splitlines()[0][:200]}
+            return {"error": first_line(error)}
         # A backward pass has five products of the size of the two of a forward pass.
         return {"forward": flops / forward / 1e12, "both": 3.5 * flops / both / 1e12}
 
@@ -193,18 +195,27 @@ class Ceilings:
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         function()
         wait()
+        end = time.perf_counter() + (WARM_UP_SECONDS if self.divisor == 1 else 0.0)
+        while time.perf_counter() < end:  # an idle GPU has a low clock
+            function()
+            wait()
         begin = time.perf_counter()
         function()
         wait()
         calls = 1 if self.divisor > 1 else max(1, min(200, round(0.02 / (time.perf_counter() - begin))))
         seconds = []
-        for _ in range(REPETITIONS):
+        for _ in range(self.repetitions):
             begin = time.perf_counter()
             for _ in range(calls):
                 function()
             wait()
             seconds.append((time.perf_counter() - begin) / calls)
         return seconds
+
+
+def first_line(error: Exception) -> str:
+    """Return the start of a message, or the name of an error without one."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 IMPORTS = ("torch.nn.attention", "megatron_cpt.model.capabilities")

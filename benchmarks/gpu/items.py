@@ -163,6 +163,7 @@ PREDICTIONS = (
     _least("3a.tflops", 0.7, "15B layers, bf16: share of the bf16 products' speed", over="1.bf16_shard_tflops"),
     _least("3a.step_seconds", 1.2, "15B layers: tensorwise FP8 against bf16, speed-up", over="3c.step_seconds"),
     _least("3a.gpu_busy_share", 0.97, "15B layers, bf16: share of a step in which the GPU is busy"),
+    _most("3a.host_synchronizations_per_step", 2, "15B layers, bf16: host synchronizations per step"),
     _most(
         "3g.step_seconds", 1.25, "15B layers: step of local layers over Transformer Engine's", over="3a.step_seconds"
     ),

@@ -1,8 +1,9 @@
 """Rival of the GPU measurements: the same GPT in plain PyTorch, with what an experienced user would turn on.
 
 Fused attention (SDPA), fused AdamW, torch.compile, and autocast to bf16 over fp32 weights, which gives the fp32 master
-weights and fp32 gradients that this project has. The weights have the shapes and the order of megatron-core's, so that
-a test can copy them.
+weights and fp32 gradients that this project has. Each layer is compiled on its own, and the head with the loss, as
+torchtitan does: the layers share one compiled graph. The weights have the shapes and the order of megatron-core's, so
+that a test can copy them.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class PlainGPT(nn.Module):
         angles = torch.outer(torch.arange(seq_length).float(), frequencies).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        self.loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = self._loss
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of a micro-batch; both arguments are (b, s)."""
@@ -95,6 +97,15 @@ class PlainGPT(nn.Module):
         cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
+        return self.loss(x, labels)
+
+    def compile_parts(self, backend: str) -> None:
+        """Compile each layer, and the head with the loss."""
+        for layer in self.layers:
+            layer.compile(backend=backend)
+        self.loss = torch.compile(self._loss, backend=backend)
+
+    def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), labels.flatten())
 
 
@@ -150,13 +161,13 @@ def plain_steps(run: RunConfig, batches: list[Any]) -> Callable[[], float]:
         groups, lr=run.schedule.max_lr, betas=run.optimizer.betas, eps=run.optimizer.eps, fused=True
     )
     tensors = [[torch.from_numpy(x).to(device) for x in (batch.tokens, batch.labels)] for batch in batches]
-    loss_of = torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager")
+    model.compile_parts("inductor" if device.type == "cuda" else "aot_eager")
 
     def step() -> float:
         total = torch.zeros((), device=device)
         for tokens, labels in tensors:
             with torch.autocast(device.type, torch.bfloat16, enabled=run.precision.compute == "bf16"):
-                loss = loss_of(tokens, labels) / len(tensors)
+                loss = model(tokens, labels) / len(tensors)
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_grad, foreach=True)

@@ -97,6 +97,8 @@ class Child:
         self.figures = options.work / f"{item.key}.json"
         self.log = options.work / f"{item.key}.log"
         self.figures.unlink(missing_ok=True)
+        for folder in (options.work / item.key, options.memory / item.key):  # an interrupted run must not be resumed
+            shutil.rmtree(folder, ignore_errors=True)
         turn, self._pipe = os.pipe()
         os.set_inheritable(turn, True)
         arguments = [f"--figures={self.figures}", f"--work={options.work / item.key}", f"--turn={turn}"]
@@ -258,7 +260,7 @@ class Measurement:
         self._record(child.item, status, reason=reason, seconds=seconds, figures=figures, log_tail=read_tail(child.log))
 
     def _record(self, item: Item, status: str, **more: Any) -> None:
-        entry = {"title": item.title, "status": status, "expected": item.expected, **more}
+        entry = {"title": item.title, "status": status, "expected": item.expected, "limit": item.limit, **more}
         self.results["items"][item.key] = entry
         if status != "running":
             seconds = f"{entry['seconds']:6.1f} s" if "seconds" in entry else " " * 8

@@ -16,6 +16,7 @@ from tests.unit.model.test_capabilities import RUN
 
 cpu.install()
 
+from benchmarks.gpu import workload  # noqa: E402
 from benchmarks.gpu.busy import busy_seconds  # noqa: E402
 from benchmarks.gpu.gpu_tests import read_outcomes  # noqa: E402
 from benchmarks.gpu.knobs import variants  # noqa: E402
@@ -110,6 +111,20 @@ def test_every_knob_that_is_on_is_turned_off_once() -> None:
     found = dict(variants(["fused_rope", "fused_activation"], is_rehearsal=False))
     assert found["no-fused_rope"] == {"fused_rope": False}
     assert "no-overlap_grad_reduce" not in found
+
+
+def test_a_known_gpu_adds_mfu_and_the_adviser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workload, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    report = Report(None, tmp_path, tmp_path, is_rehearsal=True)
+    run = workload.config_of(workload.one_billion_run(report, steps=2))
+    workload.report_speed(report, run, [0.5, 1.0, 2.0])
+    figures = report.figures
+    assert figures["tokens_per_second"] == {"median": 512, "min": 256, "max": 1024, "repetitions": 3}
+    assert figures["mfu"]["median"] == pytest.approx(figures["tflops"]["median"] / 989)
+    assert figures["step_over_adviser"]["max"] == pytest.approx(2 / figures["adviser_step_seconds"])
+    estimate = workload.adviser_estimate(run)
+    assert estimate is not None
+    assert estimate.memory.total > estimate.memory.reserved > 0
 
 
 def test_figures_are_on_disk_after_each_note(tmp_path: Path) -> None:
