@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ cpu.install()
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.fp8_utils import get_fp8_recipe  # noqa: E402
 
 from megatron_cpt.checkpoint.loading.load import load_training, load_weights  # noqa: E402
 from megatron_cpt.checkpoint.record import SavedRun  # noqa: E402
@@ -35,6 +37,7 @@ from megatron_cpt.convert.mapping.shapes import expected_tensors  # noqa: E402
 from megatron_cpt.model import build_model  # noqa: E402
 from megatron_cpt.model.build_model import Model  # noqa: E402
 from megatron_cpt.model.capabilities import Machine, read_machine  # noqa: E402
+from megatron_cpt.model.kernel_options import initialize_user_buffers  # noqa: E402
 from megatron_cpt.optim.build_optimizer import build_optimizer  # noqa: E402
 from tests.helpers.checkpoints import differing, read_tensors  # noqa: E402
 from tests.unit.model.test_capabilities import RUN  # noqa: E402
@@ -266,3 +269,31 @@ def test_linear_layers_are_known_as_layers_with_scaling_factors() -> None:
     with _model(_run("tiny_llama")) as model:
         assert len(_linears(model)) == model.config.num_layers * len(LINEARS)
         assert all(is_te_layer(layer) for layer in _linears(model).values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [("delayed", "DelayedScaling"), ("tensorwise", "Float8CurrentScaling"), ("blockwise", "Float8BlockScaling")],
+)
+def test_recipes_of_run_yaml_are_recipes_of_transformer_engine(recipe: str, kind: str) -> None:
+    with _model(_run("tiny_llama", *FP8[recipe])) as model:
+        found = get_fp8_recipe(model.config)
+    assert type(found).__name__ == kind
+    assert found.fp8_format.name == "HYBRID"
+    if recipe == "delayed":
+        assert (found.amax_history_len, found.amax_compute_algo, found.margin) == (HISTORY, "max", 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "modes"), [("bf16", ["NONE"]), ("tensorwise", ["FP8"]), ("ends in bf16", ["FP8", "NONE"])]
+)
+def test_user_buffers_are_requested_as_this_version_expects(
+    recipe: str, modes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformer_engine.pytorch.module import base
+
+    called = create_autospec(base.initialize_ub)  # refuses arguments that the function lacks
+    monkeypatch.setattr(base, "initialize_ub", called)
+    run = _run("tiny_llama", "parallel.tensor=2", "parallel.sequence=true", "speed.tp_comm_overlap=true", *FP8[recipe])
+    initialize_user_buffers(run, {"tp_comm_overlap"})
+    assert [mode.name for mode in called.call_args.kwargs["quantization_modes"]] == modes

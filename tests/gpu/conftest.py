@@ -12,6 +12,9 @@ import torch
 
 from megatron_cpt.errors import UserError
 
+# cuBLAS reads it when CUDA starts, which an earlier test of the process may cause; deterministic runs need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 HERE = "tests/gpu/"
 REHEARSAL = "GPU_TESTS_REHEARSAL"
 """Environment variable: run the tests that need no Transformer Engine on a CPU, to test their code."""
