@@ -84,7 +84,7 @@ gpu-measure: $(GPU_SETUP)
 # the machine for which the limits were written.
 gpu-rehearse: $(GPU_VENV)/.installed $(GPU_BUNDLE)/MANIFEST.json
 	tools/dev/offline.sh $(GPU_VENV)/bin/python tools/dev/gpu_measure.py --rehearse --bundle $(GPU_BUNDLE) \
-		--out build/gpu-rehearsal --budget 1800 --limit-factor 10
+		--out build/gpu-rehearsal --budget 3600 --limit-factor 20
 
 check: setup
 	$(BIN)/ruff check .
