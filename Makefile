@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := all,docs,dev
 
-.PHONY: setup demo test test-long soak check docs bench gpu-test gpu-bench clean
+.PHONY: setup demo test test-long test-fake-gpu gpu-bundle soak check docs bench gpu-test gpu-measure gpu-rehearse clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,38 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest tests -m long -v
+	@if $(HAS_PYTHON312); then $(MAKE) test-fake-gpu; else echo "skipped: make test-fake-gpu; $(NO_PYTHON312)"; fi
+
+# Software of the GPU machine (docs/operations/gpu.md) without its GPU: Python 3.12, torch for CUDA 13, 3 to 5 GB.
+PYTHON312 ?= python3.12
+HAS_PYTHON312 := $(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
+NO_PYTHON312 := $(PYTHON312) is not Python 3.12: make PYTHON312=/path/to/python3.12 ...
+GPU_VENV ?= .venv-gpu
+GPU_PACKAGES := torch==2.11.0 numpy transformers==5.17.0 pytest pytest-xdist hypothesis
+GPU_BUNDLE := .gpu
+GPU_SITE := build/gpu-site
+# A folder with Transformer Engine's extension; without it, the extension is built: 20 CPU minutes.
+GPU_BUNDLE_PREBUILT ?= $(wildcard ../shared/gpu/bundle)
+
+$(GPU_VENV)/.installed:
+	@$(HAS_PYTHON312) || { echo "$(NO_PYTHON312)" >&2; exit 2; }
+	@echo "== setting up $(GPU_VENV) with torch for CUDA 13 (once; 3 to 5 GB)"
+	test -x $(GPU_VENV)/bin/python || $(PYTHON312) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --no-compile --progress-bar off $(GPU_PACKAGES)
+	touch $@
+
+# Collects in .gpu the software that a GPU machine without network lacks; an interrupted call resumes.
+gpu-bundle: setup $(GPU_VENV)/.installed
+	$(BIN)/python tools/dev/gpu_bundle.py --output $(GPU_BUNDLE) --python $(GPU_VENV)/bin/python \
+		$(if $(GPU_BUNDLE_PREBUILT),--prebuilt $(GPU_BUNDLE_PREBUILT))
+
+$(GPU_BUNDLE)/MANIFEST.json:
+	$(MAKE) gpu-bundle
+
+# Tests with the real Transformer Engine and torch for CUDA, on a CPU.
+test-fake-gpu: $(GPU_VENV)/.installed $(GPU_BUNDLE)/MANIFEST.json
+	$(GPU_VENV)/bin/python tools/dev/gpu_site.py --bundle $(GPU_BUNDLE) --site $(GPU_SITE) >/dev/null
+	PYTHONPATH=$(GPU_SITE):. $(GPU_VENV)/bin/python -m pytest tests/fake_gpu -m fake_gpu -v
 
 # Injects random faults into a small job and compares it with a quiet one; benchmarks/results/soak.json adds up all drills.
 FAULTS ?= 50
@@ -42,8 +74,17 @@ GPU_SETUP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),setup)
 gpu-test: $(GPU_SETUP)
 	$(GPU_PYTHON) -m pytest tests/gpu -m gpu -v
 
-gpu-bench: $(GPU_SETUP)
-	$(GPU_PYTHON) benchmarks/gpu/blocks.py
+# Measures everything that needs a GPU. On a machine that has only Python and torch: make gpu-measure GPU_PYTHON=python3
+# BUNDLE=.gpu, with the folder that `make gpu-bundle` made elsewhere.
+BUDGET ?= 540
+gpu-measure: $(GPU_SETUP)
+	$(GPU_PYTHON) tools/dev/gpu_measure.py --out build/gpu-measure --budget $(BUDGET) $(if $(BUNDLE),--bundle $(BUNDLE))
+
+# The same script at toy width on a CPU, with the software of the GPU machine and no network. A shared CPU is slower than
+# the machine for which the limits were written.
+gpu-rehearse: $(GPU_VENV)/.installed $(GPU_BUNDLE)/MANIFEST.json
+	tools/dev/offline.sh $(GPU_VENV)/bin/python tools/dev/gpu_measure.py --rehearse --bundle $(GPU_BUNDLE) \
+		--out build/gpu-rehearsal --budget 3600 --limit-factor 20
 
 check: setup
 	$(BIN)/ruff check .
@@ -72,4 +113,4 @@ bench: setup
 	$(BIN)/python benchmarks/adviser_accuracy.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) $(GPU_BUNDLE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,4 +1,9 @@
-"""Baseline of blocks.py: a minimal training loop on megatron-core alone."""
+"""Baseline of the GPU measurements: a minimal training loop on megatron-core alone.
+
+Layers and fused kernels are the fastest that megatron-core has on the machine. Its own attention without Transformer
+Engine stores the score matrix, which is neither fast nor fits at this length, so there both loops use torch's fused
+attention.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +63,15 @@ def bare_steps(run: RunConfig, batches: list[Any]) -> Callable[[], None]:
     return step
 
 
+def describe_layers() -> str:
+    """Return the layers and the attention kernel of the bare loop on this machine."""
+    from megatron_cpt.model.capabilities import read_machine
+
+    if read_machine().transformer_engine is not None:
+        return "megatron-core with Transformer Engine"
+    return "megatron-core's local layers with torch's scaled_dot_product_attention in place of their own attention"
+
+
 def _model(run: RunConfig) -> tuple[Any, Any]:
     from megatron.core.activations import squared_relu
     from megatron.core.models.gpt import GPTModel
@@ -68,6 +82,7 @@ def _model(run: RunConfig) -> tuple[Any, Any]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_cpt.model.capabilities import read_machine
+    from megatron_cpt.model.local_modules import LocalAttention
 
     here = read_machine()
     has_te = here.transformer_engine is not None
@@ -98,7 +113,11 @@ def _model(run: RunConfig) -> tuple[Any, Any]:
         cross_entropy_loss_fusion=True,
         **low,
     )
-    spec = get_gpt_layer_with_transformer_engine_spec() if has_te else get_gpt_layer_local_spec()
+    if has_te:
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec()
+        spec.submodules.self_attention.submodules.core_attention = LocalAttention
     model = GPTModel(
         config,
         spec,

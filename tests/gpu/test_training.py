@@ -1,7 +1,13 @@
-"""Complete runs on one GPU: GPU and CPU, FP8 and bf16, resumes. `make gpu-test` runs these tests."""
+"""Complete runs on one GPU: GPU and CPU, FP8 and bf16, resumes. `make gpu-test` runs these tests.
+
+The runs share the process of the test, because importing torch, megatron-core and Transformer Engine takes longer than
+20 steps. Every test has its own output folders, so the tests may run in any order and in parallel.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -9,21 +15,44 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.checkpoints import differing
-from tests.helpers.runs import newest, read_metrics, small_run
+from megatron_cpt.backend import cpu
+
+cpu.install()
+
+from tests.helpers.checkpoints import differing  # noqa: E402
+from tests.helpers.runs import newest, read_metrics, small_run, train_here  # noqa: E402
 
 # FP8 needs tokens and widths in multiples of 16, MXFP8 and FP4 of 32; tiny_nemotron at length 32 fits.
 BF16 = "precision.compute=bf16"
 
 
-def _train(run_file: Path, *overrides: str, hide_gpu: bool = False) -> str:
+def _train(run_file: Path, *overrides: str, allow: tuple[str, ...] = ()) -> str:
+    """Train in this process; return the messages of the log."""
+    log = io.StringIO()
+    handler, logger = logging.StreamHandler(log), logging.getLogger("megatron_cpt")
+    logger.addHandler(handler)
+    try:
+        status = train_here(str(run_file), overrides, allow)
+    finally:
+        logger.removeHandler(handler)
+        _forget_fp8_state()
+    assert status == 0, log.getvalue()
+    return log.getvalue()
+
+
+def _forget_fp8_state() -> None:
+    """Drop Transformer Engine's scales of the last model, which are process-wide."""
+    if "transformer_engine.pytorch" not in sys.modules:
+        return
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+
+
+def _start_command(run_file: Path, *overrides: str, hide_gpu: bool = False) -> subprocess.Popen[str]:
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {}
     command = [sys.executable, "-m", "megatron_cpt", "train", str(run_file), *overrides]
-    done = subprocess.run(
-        command, check=False, env={**os.environ, **hidden}, timeout=300, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return subprocess.Popen(command, env={**os.environ, **hidden}, stderr=subprocess.PIPE, text=True)
 
 
 def _losses(output: Path) -> list[float]:
@@ -44,10 +73,15 @@ def in_bf16(run_file: Path) -> Path:
 
 
 def test_losses_on_a_gpu_are_those_on_the_cpu(run_file: Path) -> None:
+    """Two commands, side by side."""
     folder = run_file.parent
-    _train(run_file, f"output={folder}/cpu", hide_gpu=True)
-    log = _train(run_file, f"output={folder}/gpu")
-    assert "layers: " in log
+    commands = [
+        _start_command(run_file, f"output={folder}/cpu", hide_gpu=True),
+        _start_command(run_file, f"output={folder}/gpu"),
+    ]
+    logs = [command.communicate()[1] for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], logs
+    assert all("layers: " in log for log in logs)
     # both in fp32, but TF32 may be on, and the order of sums differs
     assert _losses(folder / "gpu") == pytest.approx(_losses(folder / "cpu"), rel=2e-3)
 
@@ -118,8 +152,8 @@ def test_a_run_moves_from_bf16_to_fp8_and_says_so(run_file: Path, can_compute) -
     section = "precision.fp8={recipe: delayed, amax_history: 16}"
     can_compute(section)
     _train(run_file, f"output={folder}/moved", BF16, "stop_at_step=10")
-    command = [f"output={folder}/moved", BF16, section, "--allow", "precision"]
-    assert "FP8 scaling starts from scratch" in _train(run_file, *command)
+    log = _train(run_file, f"output={folder}/moved", BF16, section, allow=("precision",))
+    assert "FP8 scaling starts from scratch" in log
     assert all(loss < 7 for loss in _losses(folder / "moved"))
 
 

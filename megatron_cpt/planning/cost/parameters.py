@@ -101,9 +101,10 @@ def key_value_size(model: ModelConfig) -> int:
     return 2 * model.num_kv_groups * model.head_size
 
 
-def norm_size(model: ModelConfig) -> int:
-    """Return the parameters of one norm over the hidden width; RMSNorm has no bias."""
-    return model.hidden if model.norm == Norm.RMSNORM else 2 * model.hidden
+def norm_size(model: ModelConfig, width: int | None = None) -> int:
+    """Return the parameters of one norm over a width, the hidden width if not given; RMSNorm has no bias."""
+    weights = width or model.hidden
+    return weights if model.norm == Norm.RMSNORM else 2 * weights
 
 
 def _count_layer(model: ModelConfig) -> LayerParameters:
@@ -116,7 +117,7 @@ def _count_layer(model: ModelConfig) -> LayerParameters:
         attention=hidden * (queries + keys_values) + queries * hidden,
         mlp=(branches + 1) * hidden * ffn,
         biases=biases,
-        norms=2 * norm_size(model) + (2 * model.head_size if model.qk_norm else 0),
+        norms=2 * norm_size(model) + (2 * norm_size(model, model.head_size) if model.qk_norm else 0),
     )
 
 

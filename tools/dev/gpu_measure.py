@@ -1,0 +1,431 @@
+"""Measure on a GPU what this project claims, in one command within a budget of seconds.
+
+    python3 tools/dev/gpu_measure.py --list                                    # the items and the predictions
+    python3 tools/dev/gpu_measure.py --bundle .gpu --out OUT --budget 540      # on a machine with a GPU
+    python3 tools/dev/gpu_measure.py --rehearse --out OUT                      # the same at toy width on a CPU
+
+Needs only Python. `--bundle` is the folder that `make gpu-bundle` writes; without it, the items import what the
+environment has. Each item of benchmarks/gpu/items.py runs in a process group of its own, which is killed at its limit
+or at the end of the budget. The next item imports while one is measured, and waits for its turn.
+
+OUT gets results.json, rewritten after every item, summary.md and log.txt. Everything else goes to a folder below
+`--work`. `--resume` measures the items that OUT does not have yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu.items import CONVENTION, ITEMS, PREDICTIONS, Item, Prediction  # noqa: E402
+
+POLL_SECONDS = 0.05
+DEATH_SECONDS = 10.0  # after SIGKILL; a process inside the driver may take longer
+TAIL_LINES, TAIL_CHARACTERS = 40, 6000
+SHARED_MEMORY = Path("/dev/shm")
+LOG_BYTES = 1 << 20  # of one item in log.txt
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+}
+CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "CUDA_CACHE_PATH": "cuda",
+    "TMPDIR": "tmp",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Arguments of a measurement.
+
+    Attributes:
+        out: folder of the results.
+        work: folder of everything else.
+        bundle: folder that `make gpu-bundle` wrote; None imports what the environment has.
+        budget: seconds for all items.
+        is_rehearsal: toy width on a CPU.
+        limit_factor: factor of the limits; a shared CPU is slower than the machine they were written for.
+        resume: keep the items that `out` has.
+    """
+
+    out: Path
+    work: Path
+    bundle: Path | None = None
+    budget: float = 540.0
+    is_rehearsal: bool = False
+    limit_factor: float = 1.0
+    resume: bool = False
+
+    @property
+    def site(self) -> Path:
+        """Folder into which the bundle is unpacked."""
+        return self.work / "site"
+
+    @property
+    def memory(self) -> Path:
+        """Folder for checkpoints: in main memory, if there is such a file system."""
+        return (SHARED_MEMORY if SHARED_MEMORY.is_dir() else self.work) / f"{self.work.name}-memory"
+
+
+class Child:
+    """Process group of one item: started, waiting for its turn, running, and gone after `finish` or `kill`."""
+
+    def __init__(self, item: Item, options: Options) -> None:
+        self.item, self.started = item, time.monotonic()
+        self.figures = options.work / f"{item.key}.json"
+        self.log = options.work / f"{item.key}.log"
+        self.figures.unlink(missing_ok=True)
+        for folder in (options.work / item.key, options.memory / item.key):  # an interrupted run must not be resumed
+            shutil.rmtree(folder, ignore_errors=True)
+        turn, self._pipe = os.pipe()
+        os.set_inheritable(turn, True)
+        arguments = [f"--figures={self.figures}", f"--work={options.work / item.key}", f"--turn={turn}"]
+        arguments += [f"--memory={options.memory / item.key}"]
+        arguments += [f"--bundle={options.bundle}", f"--site={options.site}"] if options.bundle else []
+        arguments += ["--rehearse"] if options.is_rehearsal else []
+        with open(self.log, "wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *item.command, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[turn],
+                cwd=ROOT,
+                env=environment(options),
+            )
+        os.close(turn)
+
+    def begin(self) -> None:
+        """Tell the process that it is its turn."""
+        self.started = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it ended before its turn; `finish` reports how
+            os.write(self._pipe, b"1")
+        self._close_pipe()
+
+    def finish(self, limit: float) -> int | None:
+        """Wait for the end of the process, at most `limit` seconds; return its status, None if it was killed here."""
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            # WNOWAIT keeps the process, so that its group id cannot belong to another process when it is killed.
+            if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                self.kill()
+                return self._process.returncode
+            time.sleep(POLL_SECONDS)
+        self.kill()
+        return None
+
+    def kill(self) -> None:
+        """Kill what is left of the process group."""
+        self._close_pipe()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(DEATH_SECONDS)
+
+    def _close_pipe(self) -> None:
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+
+def environment(options: Options) -> dict[str, str]:
+    """Return the environment of an item."""
+    paths = [str(options.site)] if options.bundle else []
+    paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    for folder in CACHES.values():
+        (options.work / folder).mkdir(parents=True, exist_ok=True)
+    caches = {name: str(options.work / folder) for name, folder in CACHES.items()}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.is_rehearsal else {}
+    return {**os.environ, **ENVIRONMENT, **caches, **hidden, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@dataclass
+class Measurement:
+    """State of a measurement, as results.json has it."""
+
+    options: Options
+    items: Sequence[Item]
+    predictions: Sequence[Prediction]
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.results = {
+            "started": now,
+            "is_rehearsal": self.options.is_rehearsal,
+            "budget_seconds": self.options.budget,
+            "convention": CONVENTION,
+            "items": {},
+        }
+        if self.options.resume and (self.options.out / "results.json").exists():
+            before = json.loads((self.options.out / "results.json").read_text(encoding="utf-8"))
+            if before["is_rehearsal"] != self.options.is_rehearsal:
+                sys.exit(f"{self.options.out}: a rehearsal and a measurement do not mix; choose another --out")
+            done = {key: entry for key, entry in before["items"].items() if entry["status"] == "done"}
+            self.results |= {"items": done, "resumed": now, "started": before["started"]}
+
+    def run(self) -> None:
+        """Measure every item that is not done yet, within the budget."""
+        self._end = time.monotonic() + self.options.budget
+        queue = [item for item in self.items if self._is_due(item)]
+        waiting: Child | None = None
+        current: Child | None = None
+        try:
+            while queue:
+                item = queue.pop(0)
+                reason = self._reason_to_skip(item)
+                if reason:
+                    if waiting is not None:
+                        waiting.kill()
+                        waiting = None
+                    self._record(item, "skipped", reason=reason)
+                    continue
+                current, waiting = waiting or Child(item, self.options), None
+                self._record(item, "running")
+                current.begin()
+                if queue and not item.is_first and not self._reason_to_skip(queue[0]):
+                    waiting = Child(queue[0], self.options)
+                self._finish(current)
+                current = None
+        except KeyboardInterrupt as stop:
+            reason = str(stop) or "interrupted"
+            if current is not None:
+                current.kill()
+                self._record_end(current, "killed", reason)
+            for item in queue:
+                self._record(item, "skipped", reason=reason)
+            raise
+        finally:
+            if waiting is not None:
+                waiting.kill()
+            self.results["seconds"] = round(self.options.budget - self._left(), 1)
+            self.write()
+
+    def _is_due(self, item: Item) -> bool:
+        is_done = item.key in self.results["items"]
+        return not is_done or (item.is_first and self.options.bundle is not None and not self.options.site.exists())
+
+    def _left(self) -> float:
+        return self._end - time.monotonic()
+
+    def _reason_to_skip(self, item: Item) -> str:
+        left = self._left()
+        return (
+            f"expects {item.expected:g} s, {max(0, left):.0f} s of the budget are left" if left < item.expected else ""
+        )
+
+    def _finish(self, child: Child) -> None:
+        """Wait for an item within its limit, and record how it ended."""
+        limit, left = child.item.limit * self.options.limit_factor, self._left()
+        status = child.finish(min(limit, left))
+        if status is None:
+            self._record_end(
+                child, "killed", f"reached its limit of {limit:g} s" if limit <= left else "the budget ended"
+            )
+        elif status != 0:
+            self._record_end(child, "failed", describe_status(status, read_tail(child.log)))
+        else:
+            self._record_end(child, "done", "")
+
+    def _record_end(self, child: Child, status: str, reason: str) -> None:
+        """Record an item that has ended, with what it has measured by then."""
+        figures, fault = read_figures(child.figures)
+        if status == "done" and fault:
+            status, reason = "failed", fault
+        seconds = round(time.monotonic() - child.started, 2)
+        self._record(child.item, status, reason=reason, seconds=seconds, figures=figures, log_tail=read_tail(child.log))
+
+    def _record(self, item: Item, status: str, **more: Any) -> None:
+        entry = {"title": item.title, "status": status, "expected": item.expected, "limit": item.limit, **more}
+        self.results["items"][item.key] = entry
+        if status != "running":
+            seconds = f"{entry['seconds']:6.1f} s" if "seconds" in entry else " " * 8
+            print(f"{item.key:3} {status:8} {seconds}  {item.title}  {entry.get('reason', '')}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Rewrite results.json, summary.md and log.txt, each atomically."""
+        figures = {key: entry.get("figures") or {} for key, entry in self.results["items"].items()}
+        device = str(figures.get("0", {}).get("device", ""))
+        self.results["predictions"] = [prediction.judge(figures, device) for prediction in self.predictions]
+        order = [item.key for item in self.items]
+        entries = self.results["items"]
+        self.results["items"] = {key: entries[key] for key in sorted(entries, key=lambda key: (key not in order, key))}
+        write_atomically(self.options.out / "results.json", json.dumps(self.results, indent=1) + "\n")
+        write_atomically(self.options.out / "summary.md", summarize(self.results))
+        write_atomically(self.options.out / "log.txt", "".join(self._logs()))
+
+    def _logs(self) -> Iterator[str]:
+        for item in self.items:
+            path = self.options.work / f"{item.key}.log"
+            if path.exists():
+                yield f"===== {item.key} {item.title}\n{path.read_bytes()[-LOG_BYTES:].decode(errors='replace')}\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file; a reader sees the old or the new content."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_figures(path: Path) -> tuple[dict[str, Any], str]:
+    """Return what an item has measured, and what is wrong with it."""
+    try:
+        figures = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}, "it wrote no figures"
+    except ValueError as error:
+        return {}, f"its figures are not JSON: {error}"
+    return (figures, "") if isinstance(figures, dict) else ({}, "its figures are not a JSON object")
+
+
+def read_tail(path: Path) -> list[str]:
+    """Return the last lines of a log, whatever its bytes are."""
+    text = path.read_bytes()[-TAIL_CHARACTERS:].decode(errors="replace")
+    return text.splitlines()[-TAIL_LINES:]
+
+
+def describe_status(status: int, tail: Sequence[str]) -> str:
+    """Return how a process ended, with the last line of its log."""
+    last = next((line.strip()[:300] for line in reversed(tail) if line.strip()), "")
+    if status >= 0:
+        return f"exit status {status}: {last}"
+    memory = "; the system may be out of memory" if -status == signal.SIGKILL else ""
+    return f"ended by {signal.Signals(-status).name}{memory}"
+
+
+def summarize(results: dict[str, Any]) -> str:
+    """Return the results as two tables in Markdown: items with their figures, predictions with their verdicts."""
+    probe = results["items"].get("0", {}).get("figures") or {}
+    what = "Rehearsal at toy width on a CPU; its figures say nothing about a GPU." if results["is_rehearsal"] else ""
+    lines = [f"# GPU measurement of {results['started']}", "", what, f"Device: {probe.get('device', 'not probed')}", ""]
+    lines += ["| item | status | seconds | expected | figures |", "| --- | --- | --- | --- | --- |"]
+    for key, entry in results["items"].items():
+        figures = ", ".join(f"{name} {_short(value)}" for name, value in (entry.get("figures") or {}).items())
+        text = "; ".join(filter(None, [entry.get("reason", ""), figures])).replace("|", "/")
+        cells = (f"{key} {entry['title']}", entry["status"], entry.get("seconds", ""), f"{entry['expected']:g}", text)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "| prediction | bound | measured | verdict |", "| --- | --- | --- | --- |"]
+    for entry in results["predictions"]:
+        value = "" if entry["value"] is None else f"{entry['value']:.4g}"
+        lines.append(f"| {entry['text']} ({entry['figure']}) | {entry['bounds']} | {value} | {entry['verdict']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(value: Any) -> str:
+    """Return a figure in a few characters."""
+    if isinstance(value, dict) and "median" in value:
+        return f"{value['median']:.4g} ({value['min']:.4g} to {value['max']:.4g})"
+    if isinstance(value, dict | list):
+        return f"{len(value)} rows"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_table(items: Sequence[Item], predictions: Sequence[Prediction]) -> None:
+    """Print the items with their seconds and their predictions."""
+    for item in items:
+        print(f"{item.key:3} {item.expected:4g} s, limit {item.limit:4g} s  {item.title}")
+        for prediction in predictions:
+            if prediction.item == item.key:
+                device = f" on {prediction.device}" if prediction.device else ""
+                print(f"{'':25}{prediction.text}: {prediction.bounds}{device}")
+    print(f"{'':3} {sum(item.expected for item in items):4g} s expected in all")
+
+
+def choose(items: Sequence[Item], names: str | None) -> list[Item]:
+    """Return the items that `--items` selects: "3" selects 3a to 3h, "3a" one of them."""
+    if names is None:
+        return list(items)
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if not any(_matches(item, name) for item in items)]
+    if unknown:
+        sys.exit(f"--items {', '.join(unknown)}: no such item; choose from {', '.join(item.key for item in items)}")
+    return [item for item in items if any(_matches(item, name) for name in wanted)]
+
+
+def _matches(item: Item, name: str) -> bool:
+    return name in (item.key, item.key.rstrip("abcdefghij"))
+
+
+def main(argv: Sequence[str] | None = None, *, items: Sequence[Item] = ITEMS) -> int:
+    """Run the command; the exit status is 0 if every item is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--bundle", type=Path, help="folder that `make gpu-bundle` wrote")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for all items (540)")
+    parser.add_argument("--items", help="keys, separated by commas; all without it")
+    parser.add_argument("--resume", action="store_true", help="measure only what OUT does not have yet")
+    parser.add_argument("--rehearse", action="store_true", help="toy width on a CPU")
+    parser.add_argument("--limit-factor", type=float, default=1.0, help="factor of the items' limits (1)")
+    parser.add_argument("--work", type=Path, help="folder for everything else (a temporary folder)")
+    parser.add_argument("--list", action="store_true", help="print the items and the predictions")
+    arguments = parser.parse_args(argv)
+    chosen = choose(items, arguments.items)
+    if arguments.list:
+        print_table(chosen, PREDICTIONS)
+        return 0
+    if arguments.out is None:
+        parser.error("--out is missing: name a folder for the results")
+    if arguments.bundle is not None and not arguments.bundle.is_dir():
+        parser.error(f"--bundle {arguments.bundle}: no such folder; `make gpu-bundle` writes it")
+    if arguments.bundle is not None and not any(item.is_first for item in chosen):
+        chosen = [item for item in items if item.is_first] + chosen  # it unpacks what the others import
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    is_own = arguments.work is None
+    work = Path(tempfile.mkdtemp(prefix="gpu-measure-")) if is_own else arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    options = Options(
+        out=arguments.out.resolve(),
+        work=work,
+        bundle=arguments.bundle.resolve() if arguments.bundle else None,
+        budget=arguments.budget,
+        is_rehearsal=arguments.rehearse,
+        limit_factor=arguments.limit_factor,
+        resume=arguments.resume,
+    )
+    measurement = Measurement(options, chosen, PREDICTIONS)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        measurement.run()
+    except KeyboardInterrupt as stop:
+        print(f"stopped: {stop or 'interrupted'}; {options.out} has what was measured", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(options.memory, ignore_errors=True)
+        if is_own:
+            shutil.rmtree(work, ignore_errors=True)
+    print(f"\n{summarize(measurement.results)}\n{measurement.results['seconds']:g} s; results in {options.out}")
+    return 0 if all(measurement.results["items"][item.key]["status"] == "done" for item in chosen) else 1
+
+
+def _stop(number: int, _: Any) -> None:
+    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
