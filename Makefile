@@ -31,7 +31,8 @@ test-long: setup
 	@if $(HAS_PYTHON312); then $(MAKE) test-fake-gpu; else echo "skipped: make test-fake-gpu; $(NO_PYTHON312)"; fi
 
 # Software of the GPU machine (docs/operations/gpu.md) without its GPU: Python 3.12, torch for CUDA 13, 3 to 5 GB.
-PYTHON312 ?= python3.12
+PYTHON312 ?= $(or $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null),\
+	$(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 HAS_PYTHON312 := $(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 NO_PYTHON312 := $(PYTHON312) is not Python 3.12: make PYTHON312=/path/to/python3.12 ...
 GPU_VENV ?= .venv-gpu

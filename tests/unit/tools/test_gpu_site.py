@@ -87,10 +87,18 @@ def test_versions_and_metadata(bundle: Path, tmp_path: Path) -> None:
     assert not list(site.glob("*.data"))
 
 
-def test_the_onnx_export_is_not_needed_to_import(bundle: Path, tmp_path: Path) -> None:
+def test_the_onnx_export_is_not_needed_to_import(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_site, "_installed", lambda exclude: {})
     gpu_site.unpack(bundle, tmp_path / "site")
     command = [sys.executable, "-S", "-c", "import transformer_engine"]
     subprocess.run(command, check=True, env={"PYTHONPATH": str(tmp_path / "site")})
+
+
+def test_the_real_onnx_is_kept(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_site, "_installed", lambda exclude: {"onnx": "1.20"})
+    gpu_site.unpack(bundle, tmp_path / "site")
+    assert not (tmp_path / "site" / "onnx").exists()
+    assert (tmp_path / "site" / "onnxscript").exists()
 
 
 def test_the_command_prints_one_line_per_package(bundle: Path, tmp_path: Path) -> None:
