@@ -7,6 +7,7 @@ attention.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -109,7 +110,7 @@ def _model(run: RunConfig) -> tuple[Any, Any]:
         use_cpu_initialization=here.device is None,
         bias_dropout_fusion=here.device is not None,
         apply_rope_fusion=has_te,
-        gradient_accumulation_fusion=here.apex,
+        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,  # Apex
         cross_entropy_loss_fusion=True,
         **low,
     )
