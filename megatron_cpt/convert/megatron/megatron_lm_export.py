@@ -296,7 +296,10 @@ def model_arguments(model: ModelConfig) -> dict[str, Any]:
     activation = (model.activation, model.gated)
     if activation not in ((Activation.SQUARED_RELU, False), (Activation.SILU, True), (Activation.GELU, False)):
         gated = "gated" if model.gated else "not gated"
-        raise RefusedError(f"model.activation: {model.activation}, {gated}: Megatron-LM has no argument for it")
+        raise RefusedError(
+            f"model.activation: {model.activation}, {gated}: Megatron-LM has no argument for it; export "
+            "to Hugging Face instead"
+        )
     return {
         "num_layers": model.layers,
         "hidden_size": model.hidden,
@@ -340,7 +343,10 @@ def _rope_arguments(model: ModelConfig) -> dict[str, Any]:
         return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": scaling.factor}
     fixed = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
     if fixed != (1.0, 4.0, 8192):
-        raise RefusedError("model.rope_scaling: Megatron-LM knows low_freq_factor 1, high_freq_factor 4 and 8192 only")
+        raise RefusedError(
+            "model.rope_scaling: Megatron-LM has low_freq_factor 1, high_freq_factor 4 and original_max_positions 8192 "
+            "only; export to Hugging Face instead"
+        )
     return {
         "use_rope_scaling": True,
         "rope_scaling_factor": scaling.factor,
