@@ -76,7 +76,7 @@ def export_megatron_lm(
     Args:
         source: a checkpoint, or a run directory (its newest checkpoint).
         target: the folder to create, for `--load`; it must not exist.
-        verify: share of the checksums to compare, of the copies.
+        verify: share of the checksums to compare; shards are compared after the copy.
         workers: number of threads; 0: one per core.
         advance: progress callback, see `Advance`.
 
@@ -91,6 +91,8 @@ def export_megatron_lm(
     refuse_existing(target)
     path, started = resolve_checkpoint(source), time.perf_counter()
     saved = read_saved_run(path)
+    if faults := find_faults(path, verify, with_shards=False, manifest=saved.manifest):
+        raise CorruptCheckpointError(path, faults)
     weights = TorchDistWeights(path)
     with corrupt_as_refused(path):
         run = _RunFacts.read(saved, read_megatron_model(path, weights, {}, None))
@@ -163,7 +165,7 @@ class _RunFacts:
 
     @classmethod
     def read(cls, saved: SavedRun, model: ModelConfig) -> _RunFacts:
-        plan = read_json(saved.path / PLAN_FILE) if (saved.path / PLAN_FILE).is_file() else {}
+        plan = read_json(saved.path / PLAN_FILE) if PLAN_FILE in saved.manifest else {}
         is_run = "schedule" in plan
         train = saved.state["train"]
         return cls(

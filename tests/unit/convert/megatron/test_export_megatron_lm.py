@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from megatron_cpt.cli.commands.convert_command import app
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.mapping.shapes import expected_tensors
+from megatron_cpt.convert.megatron import megatron_lm_export
 from megatron_cpt.convert.megatron.config import model_fields
 from megatron_cpt.convert.megatron.megatron_lm_export import export_megatron_lm, model_arguments
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.source import open_source_checkpoint
-from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.errors import CptError, RefusedError, UserError
 from tests.helpers.hf_models import save_hf_model
 from tests.unit.convert.megatron.test_convert_megatron import LLAMA, save_torch_dist, stacked, weights
 
@@ -94,6 +96,32 @@ def test_a_damaged_checkpoint_is_not_exported(imported: Path, tmp_path: Path) ->
         export_megatron_lm(tmp_path / "missing", tmp_path / "out")
     with pytest.raises(RefusedError, match="holds no checkpoint"):
         export_megatron_lm(tmp_path / "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["common.pt", "state.json"])
+def test_damage_beside_the_tensors_is_found(imported: Path, tmp_path: Path, name: str) -> None:
+    with open(imported / name, "ab") as file:
+        file.write(b" ")
+    with pytest.raises(RefusedError, match=name):
+        export_megatron_lm(imported, tmp_path / "out")
+
+
+def test_an_interrupted_export_is_resumed(imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call ends after it has extended `.metadata`; the second one copies only that file again."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(megatron_lm_export, "write_common", fail)
+        with pytest.raises(CptError, match="No space left"):
+            export_megatron_lm(imported, tmp_path / "out")
+    copied: list[str] = []
+    copy = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda source, target: (copied.append(source.name), copy(source, target)))
+    export_megatron_lm(imported, tmp_path / "out")
+    assert copied == [".metadata"]
+    assert open_source_checkpoint(tmp_path / "out").specs == open_source_checkpoint(imported).specs
 
 
 def test_the_command_prints_what_megatron_lm_needs(imported: Path, tmp_path: Path) -> None:
