@@ -83,7 +83,7 @@ def our_steps(run: RunConfig) -> Callable[[], None]:
     seed_everything(run.seed, pipeline_rank=0)
     build_model.initialize_weights = draw_on_device  # drawing billions of weights on the CPU takes too long
     model = build_model.build_model(run)
-    optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model.chunks)
+    optimizer = build_optimizer(run.optimizer, run.schedule, run.parallel, run.precision, model.chunks)
     update = Update(optimizer, run.optimizer.weight_decay)
     forward = ForwardPass(model, 1, 1, torch.device(torch.cuda.current_device()))
     data = StepData(random_batches(run), run.tokens_per_step, {}, {})
