@@ -198,7 +198,7 @@ def build(gigabytes: float) -> tuple[Any, Any]:
     )
     seed_everything(config.seed, pipeline_rank=0)
     model = build_model(config)
-    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
+    optimizer = build_optimizer(config.optimizer, config.schedule, config.parallel, config.precision, model.chunks)
     for chunk in model.chunks:  # no data is needed: random gradients give moments that do not compress
         for parameter in chunk.parameters():
             parameter.main_grad.normal_()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -32,11 +33,12 @@ def write_checkpoint_files(
     vocabulary: VocabularyReport | None,
 ) -> None:
     """Write all files besides the tensors into the work folder; the manifest with all checksums comes last."""
-    names = write_metadata(folder, specs, source.model.layers, written)
+    common = {"optimizer": {"optimizer": {"param_groups": source.groups}}} if source.groups is not None else {}
+    names = write_metadata(folder, specs, source.model.layers, written, common)
     # state.json of a checkpoint that no run has written: no step is trained, no sample is read
-    state = {
+    state: dict[str, Any] = {
         "format_version": layout.FORMAT_VERSION,
-        "content": "weights",
+        "content": "weights" if source.groups is None else "weights+optimizer",
         "train": {"step": 0, "tokens": 0, "samples_by_source": {}, "data": None},
         "layout": {"world_size": 1, "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1},
         "data_fingerprints": {},

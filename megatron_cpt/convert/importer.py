@@ -15,10 +15,18 @@ from megatron_cpt import __version__
 from megatron_cpt.convert.checkpoint_files import write_checkpoint_files
 from megatron_cpt.convert.dtypes import cast, check_finite, find_dtype
 from megatron_cpt.convert.job import Advance, JobFolder, no_progress, refuse_existing, run_parallel
+from megatron_cpt.convert.mapping.names import is_optimizer_tensor
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, Target, TensorSpec, plan_files
-from megatron_cpt.convert.megatron.torch_dist_writer import FileEntry, WrittenFile, write_extra_states, write_file
+from megatron_cpt.convert.megatron.torch_dist_writer import (
+    FileEntry,
+    WrittenFile,
+    extra_state_keys,
+    write_extra_states,
+    write_file,
+)
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.convert.vocabulary import VocabularyReport, count_ids_without_row, extend_vocabulary
+from megatron_cpt.errors import UserError
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 _EXTRA_STATE_FILE = "__extra_0.distcp"
@@ -36,6 +44,7 @@ class ImportOptions:
         model: a preset, or a YAML file with a model section, for Megatron checkpoints without a usable config.
         allow_pickle: also read pickled `.bin` weights of a Hugging Face folder; tensors only, no code is run.
         allow_nan: import weights that are NaN or infinite.
+        optimizer: also import Adam's moments, master weights and step, for `init.load: weights+optimizer`.
         init_rows: initial embeddings of new tokens: `pieces` (mean over the old tokenizer's pieces of the token) or
             `mean` (mean over all tokens).
     """
@@ -46,6 +55,7 @@ class ImportOptions:
     model: str | None = None
     allow_pickle: bool = False
     allow_nan: bool = False
+    optimizer: bool = False
     new_tokens: tuple[str, ...] = ()
     init_rows: str = "pieces"
 
@@ -57,11 +67,13 @@ class ImportReport:
     Attributes:
         kind: format of the source: `huggingface`, `torch_dist` or `legacy`.
         family: family of the model, if known.
-        num_tensors, num_parameters, num_bytes: size of the model as written, padding included.
+        num_tensors, num_bytes: size of the checkpoint as written, padding and optimizer included.
+        num_parameters: size of the model, padding included.
         num_files: number of files with tensors.
         num_kept: number of these files that an interrupted earlier call had written.
         vocabulary: changes to the vocabulary, if tokens were added.
         ids_without_row: ids of the tokenizer for which the model has no row of the embedding.
+        optimizer_step: Adam's step, if the optimizer was imported.
     """
 
     kind: str
@@ -74,6 +86,7 @@ class ImportReport:
     seconds: float
     vocabulary: VocabularyReport | None = None
     ids_without_row: int = 0
+    optimizer_step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values."""
@@ -100,16 +113,26 @@ def import_checkpoint(
         CptError: the operating system failed, for example with a full disk.
     """
     source, target, options = Path(source), Path(target), options or ImportOptions()
+    if options.optimizer and options.new_tokens:
+        raise UserError("--optimizer: new tokens have no moments; import with --add-tokens or with --optimizer")
     refuse_existing(target)
     work_path = target.with_name(f".{target.name}.tmp")
     with os_errors_as_cpt_errors(work_path), tempfile.TemporaryDirectory() as scratch:
-        opened = open_source_checkpoint(source, named_model=options.model, allow_pickle=options.allow_pickle)
+        opened = open_source_checkpoint(
+            source,
+            named_model=options.model,
+            allow_pickle=options.allow_pickle,
+            with_optimizer=options.optimizer,
+        )
         vocabulary = None
         if options.new_tokens:
             opened, vocabulary = extend_vocabulary(opened, options.new_tokens, options.init_rows, Path(scratch))
         started = time.perf_counter()
         dtype = find_dtype(options.dtype)
-        specs = {name: TensorSpec(spec.shape, dtype or spec.dtype) for name, spec in opened.specs.items()}
+        specs = {
+            name: spec if is_optimizer_tensor(name) else TensorSpec(spec.shape, dtype or spec.dtype)
+            for name, spec in opened.specs.items()
+        }
         num_bytes = sum(spec.num_bytes for spec in specs.values())
         plans = plan_files(specs, opened.model.layers, options.target)
         with JobFolder(work_path, target, _job(opened, options), needed_bytes=num_bytes + _SPARE_BYTES) as work:
@@ -123,13 +146,16 @@ def import_checkpoint(
         kind=opened.kind,
         family=opened.family,
         num_tensors=len(specs),
-        num_parameters=sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values()),
+        num_parameters=sum(
+            spec.num_bytes // spec.dtype.itemsize for name, spec in specs.items() if not is_optimizer_tensor(name)
+        ),
         num_bytes=num_bytes,
         num_files=len(plans),
         num_kept=num_kept,
         seconds=time.perf_counter() - started,
         vocabulary=vocabulary,
         ids_without_row=ids_without_row,
+        optimizer_step=opened.groups[0]["step"] if opened.groups is not None else None,
     )
 
 
@@ -141,6 +167,7 @@ def _job(source: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
         "dtype": options.dtype,
         "target": asdict(options.target),
         "allow_nan": options.allow_nan,
+        "optimizer": options.optimizer,
         "new_tokens": [*options.new_tokens, options.init_rows],
     }
 
@@ -186,4 +213,5 @@ def _write_tensors(
     missing.sort(key=lambda plan: plan.num_bytes, reverse=True)  # a large file at the end would run alone
     run_parallel(write, missing, options.workers)
     if _EXTRA_STATE_FILE not in written:
-        record(_EXTRA_STATE_FILE, write_extra_states(work.path / _EXTRA_STATE_FILE, source.model.layers))
+        keys = extra_state_keys(source.model.layers)
+        record(_EXTRA_STATE_FILE, write_extra_states(work.path / _EXTRA_STATE_FILE, keys))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from megatron_cpt.convert.huggingface.config import read_model
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, HfFolder
 from megatron_cpt.convert.huggingface.untrusted_json import read_json_object
 from megatron_cpt.convert.mapping.families import detect
-from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
+from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER, is_optimizer_tensor, weight_name
 from megatron_cpt.convert.mapping.resolve import check_hf_tensors, refuse_wrong_tensors, resolve, tied_copies
 from megatron_cpt.convert.mapping.rules import TensorRule
 from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.mapping.tensors import MosaicWeights
 from megatron_cpt.convert.megatron.config import read_megatron_model
 from megatron_cpt.convert.megatron.legacy import LegacyWeights, is_legacy
+from megatron_cpt.convert.megatron.torch_dist_optimizer import is_padded, read_adam_state
 from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights, find_torch_dist
 from megatron_cpt.convert.side_files import find_side_files, side_files_of_checkpoint
@@ -44,6 +45,7 @@ class SourceCheckpoint:
         read: read(name, first, last) returns rows [first, last) of a tensor.
         side_files: config, tokenizer and generation files by name.
         origins: descriptions of tensors for messages, such as `lm_head.weight in hf/model.safetensors`, by name.
+        groups: the optimizer's parameter groups, if `specs` includes its tensors; None: weights only.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class SourceCheckpoint:
     side_files: Mapping[str, Path] = field(default_factory=dict)
     sources: tuple[Path, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
+    groups: list[dict[str, Any]] | None = None
 
     def identity(self) -> list[Any]:
         """Return names, sizes and modification times of the files, which show whether the source has changed."""
@@ -62,7 +65,12 @@ class SourceCheckpoint:
 
 
 def open_source_checkpoint(
-    path: Path, *, named_model: str | None = None, allow_pickle: bool = False, verify: Verify = "full"
+    path: Path,
+    *,
+    named_model: str | None = None,
+    allow_pickle: bool = False,
+    verify: Verify = "full",
+    with_optimizer: bool = False,
 ) -> SourceCheckpoint:
     """Open a Hugging Face folder or a Megatron checkpoint; the format is detected.
 
@@ -71,9 +79,10 @@ def open_source_checkpoint(
         named_model: a preset or a YAML file with a model section, for checkpoints without a usable config.
         allow_pickle: also read `.bin` files of a Hugging Face folder.
         verify: share of the checksums of one of our checkpoints to compare, each before its file is read.
+        with_optimizer: open moments, master weights and Adam's step as well.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: the folder does not exist, or `with_optimizer` is not possible for its format.
         RefusedError: it is corrupt, or holds a model that cannot be converted.
     """
     if not path.is_dir():
@@ -86,7 +95,11 @@ def open_source_checkpoint(
     if find_torch_dist(path) is not None:
         weights = TorchDistWeights(path, before_read)
         files = sorted(weights.folder.iterdir())
-        return _from_megatron("torch_dist", weights, path, weights.common(), named_model, files)
+        common = weights.common()
+        source = _from_megatron("torch_dist", weights, path, common, named_model, files)
+        return _add_optimizer(source, weights, common) if with_optimizer else source
+    if with_optimizer:
+        raise UserError(f"--optimizer: {path}: only torch_dist checkpoints are read with their optimizer; omit it")
     if is_legacy(path):
         legacy = LegacyWeights(path)
         return _from_megatron("legacy", legacy, path, {"args": legacy.arguments}, named_model, legacy.files)
@@ -175,6 +188,28 @@ def _from_megatron(
         side_files=side,
         sources=tuple(file for file in files if file.is_file()),
     )
+
+
+def _add_optimizer(source: SourceCheckpoint, weights: TorchDistWeights, common: Mapping[str, Any]) -> SourceCheckpoint:
+    """Return the source with moments and master weights among its tensors.
+
+    Rows of padding are zero in all of them: a moment there would move weights that no gradient reaches.
+    """
+    model = source.model
+    adam = read_adam_state(weights, common, {name: spec.shape for name, spec in source.specs.items()})
+    shapes = {name: source.specs[weight_name(name)].shape for name in adam.tensors.tensors}
+    specs = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
+
+    def read(name: str, first: int, last: int) -> torch.Tensor:
+        if is_optimizer_tensor(name):
+            rows = _read_with_padding(adam.tensors, specs, name, first, last)
+        else:
+            rows = source.read(name, first, last)
+        if is_padded(name) and not model.padding_in_softmax:
+            rows[max(0, model.vocab - first) :] = 0
+        return rows
+
+    return replace(source, specs={**source.specs, **specs}, read=read, groups=adam.groups)
 
 
 def _read_with_padding(

@@ -9,12 +9,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_cpt.config import OptimizerConfig as AdamConfig
-from megatron_cpt.config import ParallelConfig, PrecisionConfig
+from megatron_cpt.config import ParallelConfig, PrecisionConfig, ScheduleConfig
 from megatron_cpt.optim.group_step_adam import bf16_moments, install_if_needed
 
 
 def build_optimizer(
     adam: AdamConfig,
+    schedule: ScheduleConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     chunks: Sequence[DistributedDataParallel],
@@ -28,10 +29,9 @@ def build_optimizer(
     fp8 = precision.fp8 if precision.uses_transformer_engine else None
     config = OptimizerConfig(
         optimizer="adam",
-        # Constants, because megatron-core identifies the parameter groups of a checkpoint by these two: with the run's
-        # own rates, a checkpoint could not be loaded under another schedule. `Update` sets the rate of every step.
-        lr=1.0,
-        min_lr=0.0,
+        # Saved with the parameter groups, where megatron-core's scheduler looks them up. Here `Update` sets the rate.
+        lr=schedule.max_lr,
+        min_lr=schedule.min_lr,
         weight_decay=adam.weight_decay,
         adam_beta1=adam.betas[0],
         adam_beta2=adam.betas[1],

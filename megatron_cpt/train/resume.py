@@ -82,7 +82,7 @@ def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) ->
     if config.init.load == "weights+optimizer" and saved.state.get("content") == "weights":
         raise RefusedError(
             f"init.load: weights+optimizer: {path} was imported from weights alone and has no optimizer; "
-            "set init.load=weights"
+            "set init.load=weights, or import it with --optimizer"
         )
     return saved
 

@@ -201,7 +201,7 @@ def _build_and_load(
     if ranks.is_main:
         knobs = ", ".join(sorted(model.knobs)) or "nothing fused or overlapped"
         logger.info("layers: %s; speed: %s", model.layers, knobs)
-    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
+    optimizer = build_optimizer(config.optimizer, config.schedule, config.parallel, config.precision, model.chunks)
     state = load_state(config, ranks, model, optimizer, own, origin)
     set_adam(optimizer, config.optimizer)
     return model, optimizer, state

@@ -99,7 +99,7 @@ def load_beside_torch(run: str, checkpoint: str, folder: str) -> dict[str, Any]:
     config = prepare_run(run, need_files=True).config
     with process_groups(config.parallel):
         chunks = build_model(config).chunks
-        optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, chunks)
+        optimizer = build_optimizer(config.optimizer, config.schedule, config.parallel, config.precision, chunks)
         _use_torch(Path(folder))  # imports what it needs
         before = _attributes()
         sys.addaudithook(in_a_reading_thread)

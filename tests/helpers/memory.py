@@ -79,7 +79,7 @@ def _measure(config: RunConfig, data_parallel: int) -> dict[str, float]:
 
     seed_everything(config.seed, pipeline_rank=0)
     model = build_model(config)
-    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model.chunks)
+    optimizer = build_optimizer(config.optimizer, config.schedule, config.parallel, config.precision, model.chunks)
     parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
     weights = _storages(parameters)
     gradients = _storages(parameter.main_grad for parameter in parameters)

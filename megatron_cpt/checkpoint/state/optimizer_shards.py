@@ -27,6 +27,7 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 
 _FORMAT = "fully_reshardable"  # megatron-core's other formats cannot change TP or PP
 _RESHARDABLE = {"distrib_optim_sharding_type": _FORMAT}
+_SCHEDULE_KEYS = ("start_wd", "end_wd", "optimizer")  # overrides of one group, which no run of this package has
 
 Box = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -111,9 +112,21 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         saved = other.pop("param_groups")
         parameters = own.get("param_groups", [{}] * len(saved))
         own["param_groups"] = [{**group, **numbers} for group, numbers in zip(saved, parameters, strict=True)]
+    _set_rates(own["param_groups"], part.config)
     if isinstance(part, DistributedOptimizer):
         state.pop("param_state", None)  # its tensors are the optimizer's own and are filled already
     part.load_state_dict(state)
+
+
+def _set_rates(groups: list[dict[str, Any]], config: Any) -> None:
+    """Give saved parameter groups the run's own rates, because megatron-core 0.19 finds a group by them.
+
+    Without this a checkpoint could not be loaded under another schedule.
+    """
+    for group in groups:
+        for name in _SCHEDULE_KEYS:
+            group.pop(name, None)
+        group.update(max_lr=config.lr, min_lr=config.min_lr)
 
 
 def _only_part(optimizer: Any) -> Any:

@@ -50,7 +50,7 @@ _STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 # Packages of the objects that checkpoints hold beside tensors (argument lists, enums); each becomes an `Inert`.
-_STANDARD_PACKAGES = {"_codecs", "argparse", "collections", "enum", "functools", "pathlib", "types"}
+_STANDARD_PACKAGES = {"_codecs", "argparse", "collections", "enum", "functools", "pathlib", "signal", "types"}
 _TRAINING_PACKAGES = {"apex", "lightning", "megatron", "nemo", "numpy", "torch", "transformer_engine"}
 _KNOWN_PACKAGES = _STANDARD_PACKAGES | _TRAINING_PACKAGES
 

@@ -35,6 +35,7 @@ _MAX_SHOWN = 20
 
 
 DType = enum.StrEnum("DType", ["FP32", "BF16", "FP16"])
+Format = enum.StrEnum("Format", ["HUGGINGFACE", "MEGATRON"])
 
 
 class Verify(enum.StrEnum):
@@ -64,6 +65,10 @@ def import_(
     shard_size: ShardSize = "256MB",
     workers: Workers = 0,
     model: ModelOption = None,
+    optimizer: Annotated[
+        bool,
+        typer.Option("--optimizer", help="Also import Adam's moments, master weights and step, from torch_dist."),
+    ] = False,
     add_tokens: Annotated[
         Path | None, typer.Option("--add-tokens", metavar="FILE", help="Tokens to add to the vocabulary, one per line.")
     ] = None,
@@ -95,6 +100,7 @@ def import_(
         model=model,
         allow_pickle=allow_pickle,
         allow_nan=allow_nan,
+        optimizer=optimizer,
         new_tokens=tuple(dict.fromkeys(_read_lines("--add-tokens", add_tokens, "token"))) if add_tokens else (),
         init_rows=init_rows,
     )
@@ -107,6 +113,8 @@ def import_(
         f"{target}: {report.num_tensors} tensors, {report.num_parameters / 1e6:,.1f}M parameters with padding, "
         f"{_size_and_speed(report)} in {report.num_files} files{_kept(report, 'files')}"
     )
+    if report.optimizer_step is not None:
+        print(f"optimizer: moments and master weights after {report.optimizer_step:,} updates")
     if report.vocabulary is not None:
         print(f"vocabulary: {report.vocabulary}")
     if report.ids_without_row:
@@ -119,7 +127,11 @@ def import_(
 @app.command("export")
 def export(
     source: Checkpoint,
-    target: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The folder to create.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The folder to create.", show_default=False)],
+    to: Annotated[
+        Format,
+        typer.Option("--format", help="huggingface: weights; megatron: a folder that Megatron-LM resumes from."),
+    ] = Format.HUGGINGFACE,
     dtype: DTypeOption = None,
     shard_size: ShardSize = "5GB",
     workers: Workers = 0,
@@ -141,6 +153,12 @@ def export(
 
     Run the same command again to resume an interrupted export.
     """
+    if to is Format.MEGATRON:
+        given = {"--dtype": dtype, "--family": family, "--files": files, "--model": model}
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise UserError(f"{', '.join(unused)}: of no use with --format megatron, which copies tensors; omit it")
+        _export_for_megatron_lm(source, target, workers, verify, as_json)
+        return
     from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 
     options = ExportOptions(
@@ -161,6 +179,18 @@ def export(
         f"{target}: {report.family}, {report.num_tensors} tensors, {_size_and_speed(report)}"
         f"{_kept(report, 'tensors')}; with {', '.join(report.side_files)}"
     )
+
+
+def _export_for_megatron_lm(source: Path, target: Path, workers: int, verify: Verify, as_json: bool) -> None:
+    from megatron_cpt.convert.megatron.megatron_lm_export import describe, export_megatron_lm
+
+    with progress_bar("copying", is_bytes=True) as advance:
+        report = export_megatron_lm(source, target, workers=workers, verify=verify.value, advance=advance)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print(f"{target}: iteration {report.iteration}, {report.num_bytes / 1e9:.2f} GB")
+        print(describe(report))
 
 
 @app.command("verify")

@@ -27,6 +27,8 @@ TE_SUFFIXES = {
 LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 """Number of the layer, and the name inside the layer."""
 
+_OPTIMIZER_TENSOR = re.compile(r"(optimizer\.state\.\w+\.)(.+)")
+
 
 def te_name(name: str) -> str:
     """Return the name in Transformer Engine's layer spec for a name in the local spec."""
@@ -43,8 +45,26 @@ def stored_name(name: str) -> tuple[str, int | None]:
 
     The index is None for tensors outside the layers, such as the embedding.
     """
-    match = LAYER_NAME.fullmatch(te_name(name))
-    return (f"decoder.layers.{match[2]}", int(match[1])) if match else (name, None)
+    weight = weight_name(name)
+    prefix = name.removesuffix(weight)
+    match = LAYER_NAME.fullmatch(te_name(weight))
+    return (f"{prefix}decoder.layers.{match[2]}", int(match[1])) if match else (name, None)
+
+
+def optimizer_prefix(kind: str) -> str:
+    """Return what precedes a weight's name in the names of its moments (`exp_avg`) and its master weight (`param`)."""
+    return f"optimizer.state.{kind}."
+
+
+def weight_name(name: str) -> str:
+    """Return the weight that a tensor of the optimizer belongs to; the name of a weight is unchanged."""
+    match = _OPTIMIZER_TENSOR.fullmatch(name)
+    return match[2] if match else name
+
+
+def is_optimizer_tensor(name: str) -> bool:
+    """Return whether a tensor is a moment or a master weight."""
+    return weight_name(name) != name
 
 
 def _replace_suffix(name: str, suffixes: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_cpt.convert.job import group_by_size
-from megatron_cpt.convert.mapping.names import EMBEDDING, LAYER_NAME, OUTPUT_LAYER
+from megatron_cpt.convert.mapping.names import EMBEDDING, LAYER_NAME, OUTPUT_LAYER, weight_name
 
 MAX_PIECE_BYTES = 16 << 20
 """Largest piece of a tensor. A piece is read and loaded whole, so this bounds the memory per thread.
@@ -79,6 +79,7 @@ def _tensors_of_stage(specs: Mapping[str, TensorSpec], stage: int, layers_per_st
     """Return the tensors of one stage in the order of the layers, so that a rank reads a file from front to back."""
 
     def stage_and_position(name: str) -> tuple[int, int]:
+        name = weight_name(name)
         if match := LAYER_NAME.fullmatch(name):
             layer = int(match[1])
             return min(layer // layers_per_stage, num_stages - 1), layer
@@ -96,7 +97,7 @@ def row_cuts(name: str, spec: TensorSpec, tensor_parallel: int) -> list[int]:
     """
     num_rows = spec.shape[0]
     parts = 1
-    if name.endswith(_COLUMN_PARALLEL) or name in (EMBEDDING, OUTPUT_LAYER):
+    if name.endswith(_COLUMN_PARALLEL) or weight_name(name) in (EMBEDDING, OUTPUT_LAYER):
         parts = 2 * tensor_parallel if ".linear_fc1." in name else tensor_parallel
     while num_rows % parts:  # the target cannot load this model anyway; another layout will
         parts -= 1

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
+_COMMON_ENTRY = "common_state/shard_0_1"  # the content of common.pt in a shard, as megatron-core 0.19 writes it
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?(optimizer|optim)\.|rng|rerun_state|opt_param_scheduler")
 _FP8_STATE = ("_extra_state", ".amax_history")  # Transformer Engine's pickle, and the tensors we store instead of it
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
@@ -56,11 +57,12 @@ class TorchDistWeights(MosaicWeights):
             RefusedError: the checkpoint is corrupt or incomplete, or holds no GPT model.
         """
         self.folder = find_torch_dist(path) or path
+        self._before_read = before_read
         metadata_file = self.folder / METADATA_FILE
         try:
             with open(metadata_file, "rb") as file:
-                metadata = load_plain(file)
-            super().__init__(_collect_tensors(self.folder, metadata, before_read))
+                self._metadata = load_plain(file)
+            super().__init__(self.collect())
         except FileNotFoundError as error:
             raise RefusedError(f"{metadata_file}: missing, so this is no torch_dist checkpoint") from error
         except pickle.UnpicklingError as error:
@@ -72,8 +74,27 @@ class TorchDistWeights(MosaicWeights):
     def common(self) -> Mapping[str, Any]:
         """Return what is stored besides the tensors, such as Megatron-LM's `args`."""
         path = self.folder / COMMON_FILE
-        found = open_torch_file(path) if path.is_file() else {}
+        if path.is_file():
+            found = open_torch_file(path)
+        else:
+            places = {index.fqn: info for index, info in self._metadata.storage_data.items()}
+            info = places.get(_COMMON_ENTRY)
+            if info is None:
+                return {}
+            path = _shard_path(self.folder, info)
+            if self._before_read is not None:
+                self._before_read(path)
+            found = open_torch_file(path, info.offset, info.length)
+            found = found[0] if isinstance(found, list) and found else found
         return found if isinstance(found, dict) else {}
+
+    def keys(self) -> list[str]:
+        """Return the names of everything in the shards as the file has them, the optimizer's tensors included."""
+        return list(self._metadata.state_dict_metadata)
+
+    def collect(self, prefix: str = "") -> dict[str, Mosaic]:
+        """Return the tensors whose names begin with `prefix`, or else the weights, by the local layer spec's names."""
+        return _collect_tensors(self.folder, self._metadata, self._before_read, prefix)
 
 
 def find_torch_dist(path: Path) -> Path | None:
@@ -97,12 +118,19 @@ def newest_iteration(path: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _collect_tensors(folder: Path, metadata: Any, before_read: Callable[[Path], None] | None) -> dict[str, Mosaic]:
-    places = _places(folder, metadata)
+def _collect_tensors(
+    folder: Path, metadata: Any, before_read: Callable[[Path], None] | None, first_part: str
+) -> dict[str, Mosaic]:
+    places = _places(metadata)
+    stored = {
+        key.removeprefix(first_part): entry
+        for key, entry in metadata.state_dict_metadata.items()
+        if hasattr(entry, "chunks") and key.startswith(first_part)
+    }
     stored = {
         key: entry
-        for key, entry in metadata.state_dict_metadata.items()
-        if hasattr(entry, "chunks") and not _NOT_WEIGHTS.match(key) and not any(part in key for part in _FP8_STATE)
+        for key, entry in stored.items()
+        if not _NOT_WEIGHTS.match(key) and not any(part in key for part in _FP8_STATE)
     }
     prefix = _find_prefix(folder, stored)
     tensors: dict[str, Mosaic] = {}
@@ -111,8 +139,8 @@ def _collect_tensors(folder: Path, metadata: Any, before_read: Callable[[Path], 
             logger.warning("%s: %s is not a tensor of the model; it is ignored", folder, key)
             continue
         shape, dtype = tuple(entry.size), entry.properties.dtype
-        pieces = [_piece(folder, key, chunk, places, before_read) for chunk in entry.chunks]
-        for name, mosaic in _unstack(local_name(key[len(prefix) :]), shape, dtype, pieces):
+        pieces = [_piece(folder, first_part + key, chunk, places, before_read) for chunk in entry.chunks]
+        for name, mosaic in _unstack(first_part, local_name(key[len(prefix) :]), shape, dtype, pieces):
             if name in tensors:
                 raise RefusedError(f"{folder}: two tensors are {name}; do not use this checkpoint")
             tensors[name] = mosaic
@@ -128,20 +156,24 @@ def _find_prefix(folder: Path, keys: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def _places(folder: Path, metadata: Any) -> dict[tuple[str, tuple[int, ...]], Any]:
+def _places(metadata: Any) -> dict[tuple[str, tuple[int, ...]], Any]:
     """Return file, offset and length of every piece by (key, offsets of the piece)."""
-    places = {}
-    for index, info in metadata.storage_data.items():
-        if index.offset is None:
-            continue  # not a tensor
-        name = PurePosixPath(info.relative_path)
-        if name.is_absolute() or ".." in name.parts:
-            raise RefusedError(
-                f"{folder}: {METADATA_FILE} names {info.relative_path}, which is outside of the folder; do not use "
-                "this checkpoint"
-            )
-        places[index.fqn, tuple(index.offset)] = info
-    return places
+    stored = metadata.storage_data.items()
+    return {(index.fqn, tuple(index.offset)): info for index, info in stored if index.offset is not None}
+
+
+def _shard_path(folder: Path, info: Any) -> Path:
+    """Return the file that holds an entry; refuse files outside of the folder, missing ones and links."""
+    name = PurePosixPath(info.relative_path)
+    if name.is_absolute() or ".." in name.parts:
+        raise RefusedError(
+            f"{folder}: {METADATA_FILE} names {info.relative_path}, which is outside of the folder; do not use "
+            "this checkpoint"
+        )
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise RefusedError(f"{path}: missing, or a link; copy all files of the checkpoint")
+    return path
 
 
 def _piece(
@@ -161,9 +193,7 @@ def _piece(
             f"{folder}: {key}: stored with the transforms {info.transform_descriptors}, which are not read here; save "
             "the checkpoint without them"
         )
-    path = folder / info.relative_path
-    if path.is_symlink() or not path.is_file():
-        raise RefusedError(f"{path}: missing, or a link; copy all files of the checkpoint")
+    path = _shard_path(folder, info)
     opened = cache(partial(_open, path, info.offset, info.length, before_read))
     return Piece(tuple(chunk.offsets), tuple(chunk.sizes), opened)
 
@@ -182,7 +212,7 @@ def _open(path: Path, offset: int, length: int, before_read: Callable[[Path], No
 
 
 def _unstack(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, pieces: Sequence[Piece]
+    prefix: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, pieces: Sequence[Piece]
 ) -> list[tuple[str, Mosaic]]:
     """Return one tensor per layer if the layers are stacked along the first dimension, else the tensor itself.
 
@@ -191,7 +221,7 @@ def _unstack(
     """
     match = _STACKED.fullmatch(name)
     if match is None:
-        return [(name, Mosaic(name, shape, dtype, pieces))]
+        return [(prefix + name, Mosaic(prefix + name, shape, dtype, pieces))]
     pieces_by_layer: dict[int, list[Piece]] = defaultdict(list)
     for piece in pieces:
         for index in range(piece.sizes[0]):
@@ -199,7 +229,7 @@ def _unstack(
             pieces_by_layer[piece.offsets[0] + index].append(Piece(piece.offsets[1:], piece.sizes[1:], opened))
     tensors = []
     for layer in range(shape[0]):
-        layer_name = f"decoder.layers.{layer}.{match[1]}"
+        layer_name = f"{prefix}decoder.layers.{layer}.{match[1]}"
         tensors.append((layer_name, Mosaic(layer_name, shape[1:], dtype, pieces_by_layer[layer])))
     return tensors
 

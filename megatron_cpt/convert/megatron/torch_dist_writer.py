@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_cpt.checkpoint.saving.torch_save import HashedStream, save_tensor
 from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, TensorSpec, column_cuts, row_cuts
+from megatron_cpt.convert.megatron.torch_dist_reader import COMMON_FILE, METADATA_FILE
 from megatron_cpt.files.atomic import close_durably
 from megatron_cpt.files.system_errors import name_file_in_errors
 
@@ -110,33 +111,54 @@ def write_file(
     return WrittenFile(out.tell(), out.checksum(), entries)
 
 
-def write_extra_states(path: Path, num_layers: int) -> WrittenFile:
-    """Write the empty entries of FP8 state that megatron-core expects besides the tensors."""
+def extra_state_keys(num_layers: int) -> list[str]:
+    """Return the keys of the FP8 state that megatron-core expects besides the tensors."""
+    layers = range(num_layers)
+    return [
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
+        for layer in layers
+        for module in _EXTRA_STATES
+    ]
+
+
+def write_extra_states(path: Path, keys: Sequence[str]) -> WrittenFile:
+    """Write empty entries of FP8 state, see `extra_state_keys`."""
     empty = io.BytesIO()
     torch.save([None], empty)
     entries = []
     with name_file_in_errors(path), open(path, "wb", buffering=0) as file:
         out = HashedStream(file)
-        for layer in range(num_layers):
-            for module in _EXTRA_STATES:
-                key = f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
-                entries.append(FileEntry(key, None, None, out.tell(), empty.tell()))
-                out.write(empty.getbuffer())
+        for key in keys:
+            entries.append(FileEntry(key, None, None, out.tell(), empty.tell()))
+            out.write(empty.getbuffer())
         out.flush()
         close_durably(file)
     return WrittenFile(out.tell(), out.checksum(), entries)
 
 
 def write_metadata(
-    folder: Path, specs: Mapping[str, TensorSpec], num_layers: int, files: Mapping[str, WrittenFile]
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    num_layers: int,
+    files: Mapping[str, WrittenFile],
+    common: Mapping[str, Any],
 ) -> list[str]:
-    """Write `.metadata`, `metadata.json` and `common.pt`, which megatron-core reads first; return these names."""
+    """Write `.metadata`, `metadata.json` and `common.pt`, which megatron-core reads first; return these names.
+
+    Args:
+        common: values that are not sharded, such as the optimizer's parameter groups.
+    """
     _write_tensor_index(folder, specs, num_layers, files)
+    return [METADATA_FILE, *write_common(folder, common)]
+
+
+def write_common(folder: Path, common: Mapping[str, Any]) -> list[str]:
+    """Write `metadata.json` and `common.pt`, which every version of megatron-core reads; return these names."""
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     (folder / "metadata.json").write_bytes(orjson.dumps(backends | versions))
-    torch.save({}, folder / "common.pt")
-    return [".metadata", "metadata.json", "common.pt"]
+    torch.save(dict(common), folder / COMMON_FILE)
+    return ["metadata.json", COMMON_FILE]
 
 
 def _write_tensor_index(
@@ -161,7 +183,7 @@ def _write_tensor_index(
             offsets = torch.Size(entry.offsets)
             places[MetadataIndex(entry.key, offsets, len(tensor.chunks))] = info
             tensor.chunks.append(ChunkStorageMetadata(offsets, torch.Size(entry.sizes)))
-    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(described, None, places)))
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(Metadata(described, None, places)))
 
 
 def _pieces(

@@ -80,7 +80,7 @@ def test_the_optimizer_knows_the_recipe(monkeypatch):
 
     def optimizer_config(*overrides: str) -> OptimizerConfig:
         run, _ = _config(*overrides)
-        build_optimizer.build_optimizer(run.optimizer, run.parallel, run.precision, [])
+        build_optimizer.build_optimizer(run.optimizer, run.schedule, run.parallel, run.precision, [])
         return seen["config"]
 
     assert optimizer_config("precision.fp8={recipe: tensorwise, params: true}").fp8_recipe == "tensorwise"
