@@ -116,7 +116,7 @@ def _save(model: Model, folder: Path, optimizer: Any = None) -> SavedRun:
 
 def _build_optimizer(run: RunConfig, model: Model) -> Any:
     """Return the optimizer, with random moments and master weights as after a step."""
-    optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model.chunks)
+    optimizer = build_optimizer(run.optimizer, run.schedule, run.parallel, run.precision, model.chunks)
     state = state_dicts.training_state(model.chunks, optimizer, is_loading=True, with_rng=False)
     generator = torch.Generator().manual_seed(run.seed)
     for entry in nested_values(state["optimizer"]):
