@@ -7,6 +7,7 @@ of it first. So this module imports neither megatron-core nor `train/setup.py` b
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from megatron_cpt.train.resilience.replicas import check_replicas
 from megatron_cpt.train.resilience.run_lock import run_lock
 from megatron_cpt.train.resilience.wall_time import WallTime
 from megatron_cpt.train.resilience.watchdog import Progress, Watchdog, guard
-from megatron_cpt.train.run_files import read_tokenizer, record, write_run_files
+from megatron_cpt.train.run_files import compare_eod_ids, read_tokenizer, record, write_run_files
 from megatron_cpt.train.step import StepResult, train_step
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 # Seconds after which torch.distributed aborts a collective: 20 days, because the watchdog ends what hangs. torch counts
 # the time in which a job is suspended, and in places it counts milliseconds in 32 bits (24 days).
+logger = logging.getLogger(__name__)
+
 _COLLECTIVE_TIMEOUT = 20 * 86400.0
 
 
@@ -129,6 +132,13 @@ class Trainer:
             # Before anything is written, because a hook may refuse to run.
             self.hooks = HookList([*build_hooks(config, console=self._has_console), *self._own_hooks])
             opened.enter_context(run_lock(Path(config.output)))
+            if ranks.is_main:
+                for note in (*self._prepared.notes, *compare_eod_ids(eod_id, self._prepared.eod_ids)):
+                    logger.info(note)
+            if limits.verify_data:
+                from megatron_cpt.train.open_data import verify_data
+
+                verify_data(self._prepared.prefixes, self._progress.note)
             self._progress.note("setup")
             from megatron_cpt.train.setup import setup
 
@@ -138,6 +148,7 @@ class Trainer:
                 ranks,
                 eod_id=eod_id,
                 tokenizer_fingerprint=tokenizer_fingerprint,
+                data_tokenizer=self._prepared.tokenizer,
                 allow=self._allow,
             )
             if self.session.is_resumed:
