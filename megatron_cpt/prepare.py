@@ -15,10 +15,13 @@ from megatron_cpt.checkpoint.record import read_run
 from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, read_mapping
 from megatron_cpt.config.load_run import apply_overrides
 from megatron_cpt.config.quantities import expand_paths
-from megatron_cpt.data.tokenfile.reader import expand_prefixes, read_header
+from megatron_cpt.data.tokenfile.header import IndexHeader, read_header
+from megatron_cpt.data.tokenfile.reader import expand_prefixes
+from megatron_cpt.data.tokenfile.sidecar import Sidecar, name_tokenizer, read_sidecar, sidecar_path
+from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.planning import RunPlan, build_plan
-from megatron_cpt.planning.timeline.epochs import listed
+from megatron_cpt.planning.timeline.epochs import listed, samples_in_epoch
 
 _SIZE_TOLERANCE = 0.01  # relative difference between declared and actual tokens that needs no warning
 
@@ -30,12 +33,19 @@ class PreparedRun:
     Attributes:
         source_tokens: tokens per source.
         prefixes: dataset prefixes per source; sources whose files are missing have no entry.
+        tokenizer: name and fingerprint of the tokenizer of the run's ids, from run.yaml or else from the sidecars of
+            its data; None: unknown.
+        eod_ids: ids that end the documents of the data, by its sidecars.
+        notes: sentences about the files that the start of training should show.
     """
 
     config: RunConfig
     plan: RunPlan
     source_tokens: dict[str, int]
     prefixes: dict[str, list[str]]
+    tokenizer: tuple[str, str] | None = None
+    eod_ids: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -49,6 +59,19 @@ class _Files:
     damaged: list[str] = field(default_factory=list)
     declared: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    too_short: list[str] = field(default_factory=list)
+    sidecars: dict[str, Sidecar | None] = field(default_factory=dict)  # by prefix
+
+    def start_notes(self) -> tuple[str, ...]:
+        """Return the sentences for the start of training."""
+        without = [prefix for prefix, sidecar in self.sidecars.items() if sidecar is None]
+        if not without:
+            return tuple(self.too_short)
+        count = f"{len(without)} of {len(self.sidecars)} datasets have" if len(self.sidecars) > 1 else "the dataset has"
+        return (
+            *self.too_short,
+            f"{count} no sidecar PREFIX.json ({listed(without)}): their tokenizer and content are not compared",
+        )
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -145,10 +168,13 @@ def _prepare(name: str, draft: Draft, need_files: bool, num_gpus: int | None) ->
     problems = [*draft.problems, *files.missing, *plan_problems]
     if problems:
         raise ConfigError(name, [*problems, *files.damaged])
+    tokenizer = _compare_tokenizers(files, config.tokenizer)
     if files.damaged:
         raise RefusedError("\n".join(files.damaged))
-    plan = replace(plan, warnings=(*files.notes, *plan.warnings))
-    return PreparedRun(config, plan, files.tokens, files.prefixes)
+    plan = replace(plan, warnings=(*files.notes, *files.too_short, *plan.warnings))
+    origins = [sidecar.origin for sidecar in files.sidecars.values() if sidecar is not None]
+    eod_ids = frozenset(origin.eod_id for origin in origins if origin.eod_id is not None)
+    return PreparedRun(config, plan, files.tokens, files.prefixes, tokenizer, eod_ids, files.start_notes())
 
 
 def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
@@ -168,7 +194,7 @@ def _find_source(files: _Files, name: str, source: SourceConfig, seq_length: int
     key = f"sources.{name}"
     try:
         prefixes = expand_prefixes(source.paths)
-        sizes = [read_header(prefix).num_tokens for prefix in prefixes]
+        sizes = [_read_files(files, prefix).num_tokens for prefix in prefixes]
     except UserError as error:
         if need_files:
             files.missing.append(_line(f"{key}.path", error))
@@ -183,7 +209,14 @@ def _find_source(files: _Files, name: str, source: SourceConfig, seq_length: int
         return
     tokens = sum(sizes)
     files.prefixes[name], files.tokens[name] = prefixes, tokens
-    files.samples_per_epoch[name] = sum(max(0, size - 1) // seq_length for size in sizes)
+    files.samples_per_epoch[name] = sum(samples_in_epoch(size, seq_length) for size in sizes)
+    short = [size for size in sizes if samples_in_epoch(size, seq_length) == 0]
+    if short and files.samples_per_epoch[name]:  # a source without any sample is a problem of the plan
+        files.too_short.append(
+            f"source {name}: {len(short)} of its {len(sizes)} files, {sum(short) / tokens:.1%} of its tokens, are "
+            f"shorter than one sample (seq_length + 1 = {seq_length + 1:,} tokens) and are never read; join them: "
+            "`megatron-cpt merge`"
+        )
     if source.tokens is not None and abs(tokens - source.tokens) > _SIZE_TOLERANCE * source.tokens:
         files.notes.append(
             f"source {name}: its files hold {format_count(tokens)} tokens, not the declared "
@@ -197,10 +230,36 @@ def _find_validation(files: _Files, draft: Draft, config: RunConfig) -> None:
     for name, path in config.validation.sources.items():
         try:
             for prefix in expand_prefixes(path):
-                read_header(prefix)
+                _read_files(files, prefix)
         except (UserError, RefusedError) as error:
             problems = files.damaged if isinstance(error, RefusedError) else files.missing
             problems.append(_line(f"validation.sources.{name}", error))
+
+
+def _read_files(files: _Files, prefix: str) -> IndexHeader:
+    header = read_header(prefix)
+    files.sidecars[prefix] = read_sidecar(header)
+    return header
+
+
+def _compare_tokenizers(files: _Files, spec: str | None) -> tuple[str, str] | None:
+    """Note each dataset whose ids are of another tokenizer; return name and fingerprint of the run's tokenizer."""
+    reference, owner = None, "run.yaml"
+    if spec is not None:
+        with contextlib.suppress(UserError):  # `train` reports a missing tokenizer
+            reference = (spec, read_fingerprint(spec))
+    for prefix, sidecar in files.sidecars.items():
+        if sidecar is None or sidecar.origin.fingerprint is None:
+            continue
+        if reference is None:
+            reference, owner = (sidecar.origin.tokenizer or "unknown", sidecar.origin.fingerprint), prefix
+        elif sidecar.origin.fingerprint != reference[1]:
+            files.damaged.append(
+                f"{prefix}: its ids are of tokenizer {sidecar.origin.name}, {owner} has {name_tokenizer(*reference)}: "
+                "equal ids mean other text; set tokenizer to the first one, encode the text again, or, if both give "
+                f"the same ids, remove {sidecar_path(prefix)}"
+            )
+    return reference
 
 
 def _missing_start(draft: Draft, config: RunConfig) -> Iterator[str]:
@@ -212,8 +271,15 @@ def _missing_start(draft: Draft, config: RunConfig) -> Iterator[str]:
         fix = "give a checkpoint or a run directory, or remove it to start from random weights"
         yield f"init.from: {start}: no such checkpoint; {fix}"
     kind, _, path = (config.tokenizer or "").partition(":")
-    if path and draft.is_untouched("tokenizer") and not os.path.exists(path):
+    if not path or kind == "null" or not draft.is_untouched("tokenizer"):
+        return
+    if not os.path.exists(path):
         yield f"tokenizer: {kind}:{path}: no such file; give KIND:PATH of the tokenizer that the data was made with"
+        return
+    try:
+        read_fingerprint(f"{kind}:{path}")
+    except UserError as error:  # a folder without the tokenizer's file
+        yield str(error)
 
 
 def _line(key: str, error: Exception) -> str:

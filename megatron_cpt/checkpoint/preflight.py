@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from megatron_cpt.config import ModelConfig, RunConfig
+from megatron_cpt.data.tokenfile.fingerprint import is_same_data
 from megatron_cpt.errors import RefusedError, UserError
 
 # Fields about the origin or the training of a model, which its weights do not depend on.
@@ -137,6 +138,7 @@ def find_changes(
     saved_data: Mapping[str, str],
     data: Mapping[str, str],
     tokenizers: tuple[str | None, str | None] = (None, None),
+    document_ends: tuple[int | None, int | None] | None = None,
 ) -> list[Change]:
     """Return the differences that matter; parallel layout, micro-batch, logging and the like may change freely.
 
@@ -146,6 +148,7 @@ def find_changes(
         saved_data: fingerprint of each source in the checkpoint.
         data: fingerprint of each source now; only sources in both are compared.
         tokenizers: fingerprints of the tokenizer's content, saved and now; if both are known, its path may change.
+        document_ends: end-of-document ids, saved and now; None: the checkpoint is of a version that did not save it.
     """
     now = run.to_dict()
     saved_run = _with_defaults(RunConfig, saved_run)
@@ -156,14 +159,28 @@ def find_changes(
             before, after = (f"content {fingerprint}" for fingerprint in tokenizers)
         if before != after:
             changes.append(Change(rule, _difference(before, after)))
+    if document_ends is not None and document_ends[0] != document_ends[1]:
+        changes = _add_document_end(changes, *document_ends)
     was, will = span_lengths(saved_run), span_lengths(now)
     recut = [f"source {name} {was[name]} -> {will[name]}" for name in will if was.get(name, will[name]) != will[name]]
     if recut:
         changes.append(Change(SPANS, f"{', '.join(recut)} tokens"))
-    replaced = [name for name in data if name in saved_data and saved_data[name] != data[name]]
+    replaced = [name for name in data if name in saved_data and not is_same_data(saved_data[name], data[name])]
     if replaced:
         changes.append(Change(DATA, f"the files of {', '.join(replaced)} differ from the files that were read before"))
     return changes
+
+
+def _add_document_end(changes: list[Change], before: int | None, after: int | None) -> list[Change]:
+    """Return the changes with a changed end of documents, as a part of the change that causes it."""
+    what = f"end-of-document id {before} -> {after}"
+    rules = [change.rule.name for change in changes]
+    cause = next((name for name in ("documents", "tokenizer") if name in rules), None)
+    if cause is None:
+        return [*changes, Change(next(rule for rule in RULES if rule.name == "documents"), what)]
+    return [
+        replace(change, what=f"{change.what}, {what}") if change.rule.name == cause else change for change in changes
+    ]
 
 
 def refuse_unless_allowed(changes: list[Change], allow: Collection[str], where: str) -> None:

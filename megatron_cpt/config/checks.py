@@ -242,10 +242,6 @@ def _check_phase_ends(config: RunConfig) -> Iterator[str]:
 
 def _check_documents(config: RunConfig) -> Iterator[str]:
     documents, context = config.documents, config.parallel.context
-    options = [key for key in ("reset_attention", "reset_positions") if getattr(documents, key)]
-    options += [] if documents.eod_loss else ["eod_loss: false"]
-    if options and documents.eod_id is None and config.tokenizer is None:
-        yield f"documents.{options[0]}: needs the end-of-document id; set tokenizer: KIND:PATH or documents.eod_id"
     if documents.reset_attention and context > 1:
         yield (
             f"documents.reset_attention: not possible with parallel.context: {context}, which splits documents over "
@@ -291,7 +287,7 @@ CHECKS = (
     ConfigCheck(("sources",), _check_exhaustion),
     ConfigCheck(("sources", "documents.eod_id", "tokenizer", "model.vocab"), _check_fim),
     ConfigCheck(("phases[*].until", "phases[*].name"), _check_phase_ends),
-    ConfigCheck(("documents.eod_id", "tokenizer", "model.vocab", "parallel.context"), _check_documents),
+    ConfigCheck(("documents.eod_id", "model.vocab", "parallel.context"), _check_documents),
     ConfigCheck(("precision.compute", "precision.fp8", "precision.fp4", "model.layers"), check_precision),
     ConfigCheck(("precision.fp8", "parallel.distributed_optimizer", "model.gated"), check_fp8_weights),
     ConfigCheck(

@@ -44,6 +44,8 @@ class ResilienceConfig(Section):
     """Consecutive skipped updates after which the run ends with status 1."""
     spike: SpikeConfig = Field(default_factory=SpikeConfig)
     """Loss spikes."""
+    verify_data: bool = False
+    """Compare all sources with the content hashes in their PREFIX.json before the first step; reads every byte once."""
     parameter_hash_every: int | None = Field(None, gt=0)
     """Steps between bitwise comparisons of data-parallel replicas, also done before each save; null never compares."""
     straggler: bool = False

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megatron_cpt.data import IndexedDataset, TokenStream
 from megatron_cpt.data.tokenfile.documents import document_bounds
-from megatron_cpt.data.tokenfile.fingerprint import fingerprint
+from megatron_cpt.data.tokenfile.fingerprint import fingerprint, is_same_data
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
 from megatron_cpt.provenance.plans_file import PlanRecord, read_plan_records
@@ -155,7 +155,7 @@ def _locate(replay: Replay, record: PlanRecord, *, is_done: bool) -> tuple[list[
     names = [blends.source_names[source] for source in replay.sources.tolist()]
     streams = {name: _open_source(name, blends) for name in dict.fromkeys(names)}
     for name, stream in streams.items():
-        if name not in fingerprints or fingerprint(stream.datasets) == fingerprints[name]:
+        if name not in fingerprints or is_same_data(fingerprints[name], fingerprint(stream.datasets)):
             continue
         if is_done:
             raise RefusedError(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_cpt.backend import Ranks
+from megatron_cpt.backend.collectives import on_all
 from megatron_cpt.checkpoint.record import corrupt_as_refused
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import (
@@ -20,6 +24,10 @@ from megatron_cpt.data import (
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.loading.fim import fill_in_middle
 from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
+from megatron_cpt.data.tokenfile.header import read_header
+from megatron_cpt.data.tokenfile.sidecar import content_faults, read_sidecar
+from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.remote import is_remote
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.train.device_batch import Upload
 from megatron_cpt.train.state import TrainState
@@ -36,6 +44,33 @@ def open_streams(config: RunConfig, eod_id: int | None) -> dict[str, TokenStream
         fim = fill_in_middle(name, source.fim, eod_id)
         streams[name] = TokenStream(name, datasets, seq_length=config.span_length(name), seed=config.seed, fim=fim)
     return streams
+
+
+def verify_data(prefixes: Mapping[str, Sequence[str]], note: Callable[[str], None]) -> None:
+    """Compare the files of all sources with the content hashes in their sidecars; a collective call.
+
+    Each dataset is read by one rank. Datasets without a sidecar and those in an object store are skipped.
+
+    Args:
+        prefixes: dataset prefixes per source.
+        note: called during the work, with its name.
+
+    Raises:
+        RefusedError: on all ranks, if a file differs.
+    """
+    every = dict.fromkeys(prefix for some in prefixes.values() for prefix in some if not is_remote(prefix))
+    own = list(every)[dist.get_rank() :: dist.get_world_size()]
+
+    def verify() -> None:
+        faults = []
+        for prefix in own:
+            sidecar = read_sidecar(read_header(prefix))
+            if sidecar is not None:
+                faults += content_faults(prefix, sidecar, lambda _: note("verifying data"))
+        if faults:
+            raise RefusedError("; ".join(f"{path}: {problem}" for path, problem in faults))
+
+    on_all(verify)
 
 
 def build_loader(

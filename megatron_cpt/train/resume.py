@@ -14,6 +14,9 @@ from megatron_cpt.checkpoint.loading.load import load_training, load_weights
 from megatron_cpt.checkpoint.preflight import find_changes, model_shape, refuse_unless_allowed
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.config import RunConfig
+from megatron_cpt.convert.side_files import side_files_of_checkpoint
+from megatron_cpt.data.tokenfile.sidecar import name_tokenizer
+from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
 from megatron_cpt.model.padded_vocabulary import zero_padding
@@ -32,6 +35,7 @@ def preflight(
     ranks: Ranks,
     fingerprints: dict[str, str],
     tokenizer: str | None,
+    eod_id: int | None,
     allow: Collection[str],
 ) -> None:
     """Compare the run with the checkpoint it resumes from, report the changes, and refuse those not allowed.
@@ -40,6 +44,7 @@ def preflight(
         own: the run's own checkpoint.
         config, plan, ranks: the run now.
         fingerprints, tokenizer: hashes of the sources' files and of the tokenizer's content; None: unknown.
+        eod_id: the end-of-document id; None: there is none.
         allow: names of allowed changes.
 
     Raises:
@@ -48,7 +53,8 @@ def preflight(
     with corrupt_as_refused(own.path):
         saved = own.state
         tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
-        changes = find_changes(own.run, config, saved["data_fingerprints"], fingerprints, tokenizers)
+        ends = (saved["eod_id"], eod_id) if "eod_id" in saved else None
+        changes = find_changes(own.run, config, saved["data_fingerprints"], fingerprints, tokenizers, ends)
         step = saved["train"]["step"] + 1
         samples, rate = saved["train"]["samples_by_source"], plan.schedule.rate(step)
         if ranks.is_main:
@@ -85,6 +91,39 @@ def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) ->
             "set init.load=weights, or import it with --optimizer"
         )
     return saved
+
+
+def compare_tokenizer(origin: SavedRun, tokenizer: tuple[str, str] | None) -> None:
+    """Compare the run's tokenizer with the tokenizer of the checkpoint to start from, where both are known.
+
+    Args:
+        origin: the checkpoint that `init.from` names.
+        tokenizer: name and fingerprint of the run's tokenizer.
+
+    Raises:
+        RefusedError: they differ.
+    """
+    if tokenizer is None:
+        return
+    known = _tokenizers_of(origin)
+    if known and tokenizer[1] not in known.values():
+        names = " or ".join(name_tokenizer(name, value) for name, value in known.items())
+        raise RefusedError(
+            f"init.from: {origin.path}: its model was trained with tokenizer {names}, this run has "
+            f"{name_tokenizer(*tokenizer)}: equal ids mean other text; encode the data with the checkpoint's "
+            "tokenizer, or start anyway: --allow tokenizer"
+        )
+
+
+def _tokenizers_of(origin: SavedRun) -> dict[str, str]:
+    """Return names and fingerprints of a checkpoint's tokenizer, which may exist as two kinds of file."""
+    recorded = origin.state.get("tokenizer_fingerprint")
+    if recorded is not None:
+        return {str(origin.run.get("tokenizer")): recorded}
+    files = side_files_of_checkpoint(origin.path)
+    found = {"huggingface": files.get("tokenizer.json"), "sentencepiece": files.get("tokenizer.model")}
+    specs = [f"{kind}:{path}" for kind, path in found.items() if path is not None]
+    return {spec: read_fingerprint(spec) for spec in specs}
 
 
 def load_state(

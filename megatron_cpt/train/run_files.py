@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -53,6 +54,21 @@ def read_tokenizer(config: RunConfig) -> tuple[int | None, str | None]:
     return tokenizer.eod_id if eod_id is None else eod_id, tokenizer.fingerprint
 
 
+def compare_eod_ids(eod_id: int | None, of_data: Collection[int]) -> Iterator[str]:
+    """Yield a sentence if the data ends documents with another id than the run.
+
+    Args:
+        eod_id: end-of-document id of the run; None: there is none.
+        of_data: ids that end documents, by the sidecars.
+    """
+    others = [str(other) for other in sorted(of_data) if other != eod_id]
+    if others and eod_id is not None:
+        yield (
+            f"documents end with id {', '.join(others)} by the sidecars of the data, and with id {eod_id} by run.yaml; "
+            "set documents.eod_id"
+        )
+
+
 def write_run_files(session: Session) -> None:
     """Write run.yaml, plan.json and plans.jsonl to the run directory, on the main rank.
 
@@ -90,6 +106,7 @@ def record(session: Session) -> Record:
         "next_rate": session.plan.schedule.rate(session.state.step + 1),
         "data_fingerprints": session.data_fingerprints,
         "tokenizer_fingerprint": session.tokenizer_fingerprint,
+        "eod_id": session.eod_id,
         "layer_spec": session.model.spec,
         "versions": {
             "megatron_cpt": __version__,

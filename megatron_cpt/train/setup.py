@@ -30,7 +30,7 @@ from megatron_cpt.train.device_batch import make_upload
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
 from megatron_cpt.train.open_data import build_loader, build_validator, open_streams
-from megatron_cpt.train.resume import init_checkpoint, load_state, preflight
+from megatron_cpt.train.resume import compare_tokenizer, init_checkpoint, load_state, preflight
 from megatron_cpt.train.state import TrainState, check_progress
 from megatron_cpt.train.validation import Validator
 
@@ -50,6 +50,7 @@ class Session:
         state: progress of the run; changes with every step.
         data_fingerprints: hashes of the files of all sources, including sources that have left the run.
         tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
+        eod_id: the end-of-document id; None: there is none.
         origin: the checkpoint that was loaded; None: random weights.
         is_resumed: whether `origin` is the run's own checkpoint.
     """
@@ -68,6 +69,7 @@ class Session:
     saver: Saver
     data_fingerprints: dict[str, str]
     tokenizer_fingerprint: str | None
+    eod_id: int | None
     origin: Path | None
     is_resumed: bool
 
@@ -98,6 +100,7 @@ def setup(
     *,
     eod_id: int | None,
     tokenizer_fingerprint: str | None = None,
+    data_tokenizer: tuple[str, str] | None = None,
     allow: Collection[str] = (),
 ) -> Session:
     """Open the data, find the checkpoint to start from, and build and load the model; a collective call.
@@ -110,6 +113,7 @@ def setup(
         config, plan, ranks: the run.yaml, its plan, and this process's place in the job.
         eod_id: the end-of-document id; None: there is none.
         tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
+        data_tokenizer: name and fingerprint of the tokenizer of the run's ids, as in `PreparedRun`.
         allow: names of the changes that a resume may make.
 
     Raises:
@@ -123,9 +127,13 @@ def setup(
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
 
     def check_resume(own: SavedRun) -> None:
-        preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, allow)
+        preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, eod_id, allow)
 
-    own, origin, model, optimizer, state = _build_from_newest_valid(config, ranks, check_resume)
+    def check_init(origin: SavedRun) -> None:
+        if "tokenizer" not in allow:
+            compare_tokenizer(origin, data_tokenizer)
+
+    own, origin, model, optimizer, state = _build_from_newest_valid(config, ranks, check_resume, check_init)
     if own is not None:
         fingerprints = own.state["data_fingerprints"] | fingerprints
         with corrupt_as_refused(own.path):
@@ -159,13 +167,17 @@ def setup(
         ),
         data_fingerprints=fingerprints,
         tokenizer_fingerprint=tokenizer_fingerprint,
+        eod_id=eod_id,
         origin=origin.path if origin is not None else None,
         is_resumed=own is not None,
     )
 
 
 def _build_from_newest_valid(
-    config: RunConfig, ranks: Ranks, check_resume: Callable[[SavedRun], None]
+    config: RunConfig,
+    ranks: Ranks,
+    check_resume: Callable[[SavedRun], None],
+    check_init: Callable[[SavedRun], None],
 ) -> tuple[SavedRun | None, SavedRun | None, Model, MegatronOptimizer, TrainState]:
     """Find the checkpoint to start from, build the model and load it; a collective call.
 
@@ -179,6 +191,8 @@ def _build_from_newest_valid(
         if own is not None:
             check_resume(own)
         origin = own or init_checkpoint(config, corrupt)
+        if own is None and origin is not None:
+            check_init(origin)
         try:
             return own, origin, *_build_and_load(config, ranks, own, origin)
         except CorruptCheckpointError as error:

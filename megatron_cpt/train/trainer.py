@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from megatron_cpt.train.resilience.replicas import check_replicas
 from megatron_cpt.train.resilience.run_lock import run_lock
 from megatron_cpt.train.resilience.wall_time import WallTime
 from megatron_cpt.train.resilience.watchdog import Progress, Watchdog, guard
-from megatron_cpt.train.run_files import read_tokenizer, record, write_run_files
+from megatron_cpt.train.run_files import compare_eod_ids, read_tokenizer, record, write_run_files
 from megatron_cpt.train.step import StepResult, train_step
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 # Seconds after which torch.distributed aborts a collective: 20 days, because the watchdog ends what hangs. torch counts
 # the time in which a job is suspended, and in places it counts milliseconds in 32 bits (24 days).
+logger = logging.getLogger(__name__)
+
 _COLLECTIVE_TIMEOUT = 20 * 86400.0
 
 
@@ -140,6 +143,13 @@ class Trainer:
             # Before anything is written, because a hook may refuse to run.
             self.hooks = HookList([*build_hooks(config, console=self._has_console), *self._own_hooks])
             opened.enter_context(run_lock(Path(config.output)))
+            if ranks.is_main:
+                for note in (*self._prepared.notes, *compare_eod_ids(eod_id, self._prepared.eod_ids)):
+                    logger.info(note)
+            if limits.verify_data:
+                from megatron_cpt.train.open_data import verify_data
+
+                verify_data(self._prepared.prefixes, self._progress.note)
             self._progress.note("setup")
             from megatron_cpt.train.setup import setup
 
@@ -149,6 +159,7 @@ class Trainer:
                 ranks,
                 eod_id=eod_id,
                 tokenizer_fingerprint=tokenizer_fingerprint,
+                data_tokenizer=self._prepared.tokenizer,
                 allow=self._allow,
             )
             if self.session.is_resumed:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_cpt.config import dump_yaml
 from megatron_cpt.data import TokenStream
-from megatron_cpt.data.preprocess.pipeline import PreprocessOptions
+from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 from megatron_cpt.data.tokenfile.reader import IndexedDatasetWriter
 from megatron_cpt.errors import EXIT_REFUSED, EXIT_USER, ConfigError, RefusedError, UserError
 from megatron_cpt.prepare import load_run, plan_run, prepare_run
@@ -211,3 +211,61 @@ def test_gpus_must_fit(with_files, write_run):
     assert prepare_run(write_run(with_files), need_files=True, num_gpus=2).plan.layout.data_parallel == 2
     with pytest.raises(ConfigError, match=r"batch\.global: 8 is not a multiple of batch\.micro: 2 x 3 replicas"):
         prepare_run(write_run(with_files), need_files=True, num_gpus=3)
+
+
+class TestTokenizers:
+    """The sidecars of the data are compared with run.yaml's tokenizer, and with each other."""
+
+    @pytest.fixture
+    def encoded(self, with_files, tmp_path):
+        """The small run with a web source of the byte tokenizer, 257 ids."""
+        (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' * 100)
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "data" / "web2", tokenizer="byte")
+        with_files["sources"]["web"] = {"path": "data/web2"}
+        return with_files
+
+    @pytest.mark.parametrize("need_files", [True, False])
+    def test_another_one_in_run_yaml_is_refused(self, encoded, write_run, need_files):
+        with pytest.raises(RefusedError, match=r"data/web2: its ids are of tokenizer byte, run\.yaml has null:257: "):
+            prepare_run(write_run(encoded), ["tokenizer=null:257"], need_files=need_files)
+        prepared = prepare_run(write_run(encoded), ["tokenizer=byte"], need_files=need_files)
+        assert prepared.tokenizer == ("byte", "byte")
+
+    def test_known_from_the_data_alone(self, encoded, write_run):
+        assert prepare_run(write_run(encoded), need_files=True).tokenizer == ("byte", "byte")
+
+    def test_two_sources_of_different_ones(self, encoded, write_run, tmp_path):
+        (tmp_path / "ids.jsonl").write_text('{"text": "1 2 3"}\n' * 100)
+        preprocess([tmp_path / "ids.jsonl"], tmp_path / "data" / "ids", tokenizer="null:257")
+        encoded["sources"]["code"] = {"path": "data/ids"}
+        with pytest.raises(RefusedError, match="data/ids: its ids are of tokenizer null:257, data/web2 has byte"):
+            prepare_run(write_run(encoded), need_files=True)
+
+    def test_held_out_data_too(self, encoded, write_run):
+        encoded["validation"] = {"sources": {"web": "data/web2"}}
+        encoded["sources"]["web"] = {"path": "data/web"}
+        with pytest.raises(RefusedError, match="data/web2: its ids are of tokenizer byte"):
+            prepare_run(write_run(encoded), ["tokenizer=null:257"], need_files=True)
+
+    def test_data_without_a_sidecar_is_noted_once(self, encoded, write_run):
+        (note,) = prepare_run(write_run(encoded), need_files=True).notes
+        assert note.startswith("2 of 3 datasets have no sidecar PREFIX.json (data/code, data/qa)")
+
+
+def test_files_shorter_than_a_sample_are_named(with_files, write_run, tmp_path):
+    for number, count in enumerate([64, 64, 372]):
+        write_tokens(tmp_path / "data" / f"part{number}", count)
+    with_files["sources"]["web"] = {"path": "data/part*"}
+    prepared = prepare_run(write_run(with_files), need_files=True)
+    warning = next(one for one in prepared.plan.warnings if "shorter" in one)
+    assert warning.startswith(
+        "source web: 2 of its 3 files, 25.6% of its tokens, are shorter than one sample (seq_length + 1 = 65 tokens)"
+    )
+    assert warning in prepared.notes
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece"])
+def test_a_tokenizer_folder_without_its_file(with_files, write_run, tmp_path, kind):
+    (tmp_path / "tok").mkdir()
+    with pytest.raises(ConfigError, match=r"tokenizer tok: no tokenizer\.(json|model) in it"):
+        prepare_run(write_run(with_files), [f"tokenizer={kind}:tok"], need_files=True)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from megatron_cpt.data.inspect.check import CheckReport
 
 PREFIXES_HELP = "Datasets: prefixes of .bin/.idx, or globs."
-EOD_HELP = "Id that documents must end with. [default: the id that most of them end with]"
+EOD_HELP = "Id that documents must end with. [default: the id in PREFIX.json]"
+TOKENIZER_HELP = "Tokenizer that the ids must be of, by the fingerprint in PREFIX.json."
+LENGTH_HELP = "Warn of datasets that are too short for a sample of N tokens."
 
 
 def check(
@@ -25,10 +27,12 @@ def check(
         typer.Option("--vocab-size", metavar="N", min=1, help="Every id must be below N."),
     ] = None,
     eod_id: Annotated[int | None, typer.Option("--eod-id", metavar="ID", min=0, help=EOD_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="KIND:PATH", help=TOKENIZER_HELP)] = None,
+    seq_length: Annotated[int | None, typer.Option("--seq-length", metavar="N", min=1, help=LENGTH_HELP)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Skip the search for duplicate documents.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Validate datasets completely: the index, file sizes, every id, every document.
+    """Validate datasets completely: the index, file sizes, every id, every document, the hashes in PREFIX.json.
 
     Exit status 0: all datasets are valid, perhaps with warnings; 3: a dataset is invalid; 2: a file does not exist.
     """
@@ -38,7 +42,15 @@ def check(
     names = expand_prefixes(prefixes)
     with progress_bar("checking", total_bytes(names)) as advance:
         reports = [
-            check_dataset(name, vocab_size=vocab_size, eod_id=eod_id, duplicates=not quick, progress=advance)
+            check_dataset(
+                name,
+                vocab_size=vocab_size,
+                eod_id=eod_id,
+                tokenizer=tokenizer,
+                seq_length=seq_length,
+                duplicates=not quick,
+                progress=advance,
+            )
             for name in names
         ]
     are_valid = all(report.is_valid for report in reports)
@@ -65,7 +77,16 @@ def _print_report(report: CheckReport) -> None:
     if report.documents is not None:
         documents = report.documents
         copies = "not searched" if documents.num_duplicates is None else f"{documents.num_duplicates:,}"
-        print(f"  end-of-document id: {documents.eod_id}; empty: {documents.num_empty:,}; duplicates: {copies}")
+        end = f"{documents.eod_id}"
+        if documents.eod_id is None:
+            likely, share = documents.likely_eod_id, documents.likely_share
+            end = "unknown" if likely is None else f"unknown ({share:.1%} of the documents end with id {likely})"
+        print(f"  end-of-document id: {end}; empty: {documents.num_empty:,}; duplicates: {copies}")
+    if report.sidecar is not None:
+        content = "differs" if any(finding.kind == "content" for finding in report.findings) else "verified"
+        print(f"  tokenizer {report.sidecar.origin.name}; content {content} by {report.prefix}.json")
+    elif report.documents is not None:
+        print("  no sidecar: tokenizer and content are unknown")
     if report.fingerprint is not None:
         print(f"  fingerprint {report.fingerprint}")
     for finding in report.findings:

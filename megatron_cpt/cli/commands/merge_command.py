@@ -11,12 +11,14 @@ import typer
 from megatron_cpt.cli.progress import progress_bar
 
 INPUT_HELP = "Datasets in this order: prefixes of .bin/.idx, or globs. A single folder: all of its datasets, by name."
+MIXED_HELP = "Accept datasets whose sidecars name different tokenizers."
 
 
 def merge(
     inputs: Annotated[list[str], typer.Option("--input", metavar="DIR_OR_PREFIX ...", help=INPUT_HELP)],
     output_prefix: Annotated[str, typer.Option("--output-prefix", metavar="P", help="Write P.bin and P.idx.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    allow_mixed_tokenizers: Annotated[bool, typer.Option("--allow-mixed-tokenizers", help=MIXED_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Join datasets into one, as Megatron-LM's merge_datasets.py does, byte for byte."""
@@ -26,7 +28,13 @@ def merge(
     is_folder = len(inputs) == 1 and os.path.isdir(inputs[0])
     prefixes = folder_prefixes(inputs[0]) if is_folder else expand_prefixes(inputs)
     with progress_bar("merging", total_bytes(prefixes)) as advance:
-        merged = merge_datasets(prefixes, output_prefix, overwrite=overwrite, progress=advance)
+        merged = merge_datasets(
+            prefixes,
+            output_prefix,
+            overwrite=overwrite,
+            allow_mixed_tokenizers=allow_mixed_tokenizers,
+            progress=advance,
+        )
     documents, tokens, dtype = merged.num_documents, merged.num_tokens, merged.dtype.name
     if as_json:
         plain = {"prefix": merged.prefix, "inputs": prefixes, "documents": documents, "tokens": tokens, "dtype": dtype}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.commands.merge_command import total_bytes
+from megatron_cpt.cli.commands.merge_command import MIXED_HELP, total_bytes
 from megatron_cpt.cli.progress import progress_bar
 
 FRACTION_HELP = "Share of the documents to hold out, above 0 and below 1."
@@ -25,6 +25,7 @@ def split(
     rest_prefix: Annotated[str | None, typer.Option("--rest-prefix", metavar="P", help=REST_HELP)] = None,
     seed: Annotated[int, typer.Option("--seed", help="A different seed draws different documents.")] = 1234,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    allow_mixed_tokenizers: Annotated[bool, typer.Option("--allow-mixed-tokenizers", help=MIXED_HELP)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Hold documents out, or draw a sample, by a hash of their content.
@@ -44,6 +45,7 @@ def split(
             fraction=fraction,
             seed=seed,
             overwrite=overwrite,
+            allow_mixed_tokenizers=allow_mixed_tokenizers,
             progress=advance,
         )
     if as_json:

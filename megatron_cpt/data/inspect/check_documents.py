@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,17 @@ class DocumentReport:
     Attributes:
         num_empty: documents without tokens.
         num_duplicates: documents with the same tokens as an earlier document; None: not searched.
-        eod_id: end-of-document id: the given one, or the id that most documents end with; None: no such id.
+        eod_id: end-of-document id, as given; None: it is unknown.
+        likely_eod_id: without `eod_id`, the id that most documents end with, such as the end of a sentence.
+        likely_share: share of the nonempty documents that end with `likely_eod_id`.
         num_without_eod: nonempty documents that do not end with `eod_id`; None without an `eod_id`.
     """
 
     num_empty: int
     num_duplicates: int | None
     eod_id: int | None
+    likely_eod_id: int | None
+    likely_share: float
     num_without_eod: int | None
     findings: list[Finding]
 
@@ -44,7 +48,7 @@ def check_documents(dataset: IndexedDataset, *, eod_id: int | None = None, dupli
     The search for duplicates takes 16 bytes of memory per document; without it, memory is constant.
 
     Args:
-        eod_id: id that each document must end with; None: the most frequent last id.
+        eod_id: id that each document must end with; None: unknown.
     """
     tokens = _tokens(dataset)
     last_ids, num_empty, first_empty = Counter[int](), 0, list[int]()
@@ -56,15 +60,12 @@ def check_documents(dataset: IndexedDataset, *, eod_id: int | None = None, dupli
         last_ids.update(dict(zip(ids.tolist(), counts.tolist(), strict=True)))
     named = [(f"document {number}", 0, "is empty") for number in first_empty]
     findings = list(listed("warning", "empty_document", f"{dataset.prefix}.idx", num_empty, named))
-    found_eod = eod_id if eod_id is not None else _most_frequent_end(last_ids)
-    num_without = None if found_eod is None else last_ids.total() - last_ids[found_eod]
-    if found_eod is not None and num_without:
-        findings += _without_eod(dataset, tokens, found_eod, num_without, is_given=eod_id is not None)
-    if found_eod is None and last_ids:
-        problem = (
-            "documents have no common last id: training cannot see where a document ends; use preprocess --append-eod"
-        )
-        findings.append(Finding("warning", "no_eod", f"{dataset.prefix}.bin", "", None, problem))
+    num_without = None if eod_id is None else last_ids.total() - last_ids[eod_id]
+    if eod_id is not None and num_without:
+        findings += _without_eod(dataset, tokens, eod_id, num_without)
+    likely, share = (None, 0.0) if eod_id is not None else _most_frequent_end(last_ids)
+    if eod_id is None and last_ids and share < 1:
+        findings.append(_uncertain_end(dataset, likely, share))
     num_duplicates = None
     if duplicates:
         copies = find_duplicates(dataset)
@@ -73,7 +74,7 @@ def check_documents(dataset: IndexedDataset, *, eod_id: int | None = None, dupli
             (f"document {copy}", first, f"is a duplicate of document {first}") for copy, first in copies[:MOST_NAMED]
         ]
         findings += listed("warning", "duplicate_document", f"{dataset.prefix}.bin", num_duplicates, named)
-    return DocumentReport(num_empty, num_duplicates, found_eod, num_without, findings)
+    return DocumentReport(num_empty, num_duplicates, eod_id, likely, share, num_without, findings)
 
 
 def _tokens(dataset: IndexedDataset) -> npt.NDArray[Any]:
@@ -83,17 +84,27 @@ def _tokens(dataset: IndexedDataset) -> npt.NDArray[Any]:
     return np.memmap(f"{dataset.prefix}.bin", dataset.dtype, mode="r", shape=(dataset.num_tokens,))
 
 
-def _most_frequent_end(last_ids: Counter[int]) -> int | None:
-    """Return the id that most documents end with; None if they only end with the last id of their text."""
+def _most_frequent_end(last_ids: Counter[int]) -> tuple[int | None, float]:
+    """Return the id that most documents end with, and their share; None if no id is that frequent."""
     if last_ids.total() < 2:  # the last id of a single document proves nothing
-        return None
+        return None, 0.0
     token, count = last_ids.most_common(1)[0]
-    return token if count >= _LEAST_EOD_SHARE * last_ids.total() else None
+    share = count / last_ids.total()
+    return (token, share) if share >= _LEAST_EOD_SHARE else (None, 0.0)
 
 
-def _without_eod(
-    dataset: IndexedDataset, tokens: npt.NDArray[Any], eod_id: int, total: int, *, is_given: bool
-) -> Iterator[Finding]:
+def _uncertain_end(dataset: IndexedDataset, likely: int | None, share: float) -> Finding:
+    found = "documents have no common last id"
+    if likely is not None:
+        found = f"{share:.1%} of the documents end with id {likely}, which may only end a sentence"
+    problem = (
+        f"{found}: the model does not learn where a document ends; use preprocess --append-eod, or name the id that "
+        "must end each document: --eod-id"
+    )
+    return Finding("warning", "no_eod", f"{dataset.prefix}.bin", "", likely, problem)
+
+
+def _without_eod(dataset: IndexedDataset, tokens: npt.NDArray[Any], eod_id: int, total: int) -> Iterator[Finding]:
     named: list[tuple[str, int, str]] = []
     for first, bounds in bounds_in_blocks(dataset):
         nonempty = np.flatnonzero(np.diff(bounds) > 0)
@@ -103,8 +114,7 @@ def _without_eod(
             named.append((f"document {first + nonempty[i]}", int(ends[i]), problem))
         if len(named) >= min(MOST_NAMED, total):
             break
-    level: Literal["fault", "warning"] = "fault" if is_given else "warning"
-    yield from listed(level, "missing_eod", f"{dataset.prefix}.bin", total, named)
+    yield from listed("fault", "missing_eod", f"{dataset.prefix}.bin", total, named)
 
 
 def find_duplicates(dataset: IndexedDataset) -> list[tuple[int, int]]:

@@ -16,6 +16,8 @@ from megatron_cpt.errors import UserError
 class DocumentOptions:
     """Treatment of the boundaries between documents inside a sample.
 
+    A document ends at an end-of-document id, and at each boundary in the `.idx` of its file.
+
     Attributes:
         eod_id: end-of-document id; None if the data has none.
         reset_attention: tokens attend only to tokens of their own document.
@@ -28,18 +30,10 @@ class DocumentOptions:
     reset_positions: bool = False
     eod_loss: bool = True
 
-    def __post_init__(self) -> None:
-        is_set = {
-            "reset_attention: true": self.reset_attention,
-            "reset_positions: true": self.reset_positions,
-            "eod_loss: false": not self.eod_loss,
-        }
-        needs_eod = [setting for setting, applies in is_set.items() if applies]
-        if needs_eod and self.eod_id is None:
-            raise UserError(
-                f"documents: {', '.join(needs_eod)} needs an end-of-document id, and none is known; "
-                "name a tokenizer that has one, or remove the option"
-            )
+    @property
+    def need_ends(self) -> bool:
+        """True if an option depends on the ends of documents."""
+        return self.reset_attention or self.reset_positions or not self.eod_loss
 
 
 @dataclass(frozen=True)
@@ -68,12 +62,13 @@ def make_batch(
     samples: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
     sources: npt.ArrayLike,
     options: DocumentOptions = DocumentOptions(),
+    ends: npt.NDArray[np.bool_] | None = None,
 ) -> Batch:
     """Build a micro-batch.
 
-    An end-of-document token belongs to the document it ends. Masks and positions follow megatron-core
-    (`datasets/gpt_dataset.py`, `_get_ltor_masks_and_position_ids`): with `eod_loss` off, a position whose *input* is an
-    end of document does not count, because it predicts the start of an unrelated text.
+    The last token of a document, such as its end-of-document token, belongs to the document it ends. Masks and
+    positions follow megatron-core (`datasets/gpt_dataset.py`, `_get_ltor_masks_and_position_ids`): with `eod_loss` off,
+    a position whose *input* is an end of document does not count, because it predicts the start of an unrelated text.
 
     Example: with eod_id 9, `eod_loss` off and both resets on, the sample [5, 6, 9, 7, 8] gives
         tokens               5 6 9 7
@@ -86,6 +81,10 @@ def make_batch(
         samples: (micro, S + 1) ids of any integer type, as one array or a sequence of rows.
         sources: (micro,), source index per sample.
         options: treatment of document boundaries.
+        ends: (micro, S), True at the last token of each document by the `.idx`, besides the end-of-document ids.
+
+    Raises:
+        UserError: an option depends on the ends of documents, and neither these nor an end-of-document id is given.
     """
     samples = np.asarray(samples)
     # Widened only here, because samples are read and checked faster in their files' narrower type. Contiguous, because
@@ -94,8 +93,11 @@ def make_batch(
     loss_mask = np.ones(tokens.shape, np.float32)
     position_ids = np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1))
     attention_documents = None
-    if options.eod_id is not None:
-        ends = tokens == options.eod_id
+    if options.need_ends:
+        if options.eod_id is None and ends is None:
+            raise UserError("documents: the options need an end-of-document id or the boundaries in the .idx; give one")
+        at_id = tokens == options.eod_id if options.eod_id is not None else np.zeros(tokens.shape, np.bool_)
+        ends = at_id if ends is None else at_id | ends
         if not options.eod_loss:
             loss_mask[ends] = 0.0
         if options.reset_positions:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.loading.batch import Batch, DocumentOptions, make_batch
-from megatron_cpt.data.loading.samples import read_samples
+from megatron_cpt.data.loading.samples import read_document_ends, read_samples
 from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.sampling.blend import BlendCursor
 
@@ -159,14 +159,20 @@ class Loader:
         length = self._cursor.seq_length
         shape = (-1, self._size, micro_batch)  # (micro-batches, ranks, samples), see the example in the class
         own_sources, own_indices = sources.reshape(shape)[:, self._rank], indices.reshape(shape)[:, self._rank]
-        samples = read_samples(self._streams, own_sources.ravel(), own_indices.ravel(), self._vocab_size, length)
+        wanted = (self._streams, own_sources.ravel(), own_indices.ravel())
+        samples = read_samples(*wanted, self._vocab_size, length)
+        ends = read_document_ends(*wanted, length) if self._documents.need_ends else None
         micro_batches = [
-            make_batch(samples[first : first + micro_batch], micro_sources, self._documents)
-            for first, micro_sources in zip(range(0, len(samples), micro_batch), own_sources, strict=True)
+            make_batch(samples[rows], micro_sources, self._documents, None if ends is None else ends[rows])
+            for micro_sources, rows in zip(own_sources, _slices(len(samples), micro_batch), strict=True)
         ]
         num_tokens = global_batch * micro_batches[0].tokens.shape[1]
         uploaded = self._upload(micro_batches)
         return StepData(micro_batches, num_tokens, self._cursor.counts, self._cursor.state_dict(), uploaded)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, count, size)]
 
 
 def validation_batches(
@@ -201,6 +207,7 @@ def validation_batches(
     for first in range(data_parallel_rank * micro_batch, -(-num_samples // block) * block, block):
         indices = np.arange(first, first + micro_batch)
         sources = np.zeros_like(indices)
-        batch = make_batch(read_samples([stream], sources, indices, vocab_size), sources, documents)
+        ends = read_document_ends([stream], sources, indices) if documents.need_ends else None
+        batch = make_batch(read_samples([stream], sources, indices, vocab_size), sources, documents, ends)
         batch.loss_mask[indices >= num_samples] = 0.0
         yield batch

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.loading.stream import TokenStream
+from megatron_cpt.data.tokenfile.documents import document_ends
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.remote import is_remote
 
 
 def read_samples(
@@ -62,6 +64,35 @@ def read_samples(
         source, index = wanted[first_bad_row]
         raise _id_outside_vocabulary(streams[source], index, vocab_size, seq_length)
     return samples
+
+
+def read_document_ends(
+    streams: Sequence[TokenStream],
+    sources: npt.NDArray[np.int64],
+    sample_indices: npt.NDArray[np.int64],
+    seq_length: int | None = None,
+) -> npt.NDArray[np.bool_]:
+    """Return which inputs of the samples end a document by the `.idx` of their file; arguments as for `read_samples`.
+
+    Fill-in-the-middle moves tokens, so the rows of a source that has it are False: its documents end at the
+    end-of-document ids, which stay at the end of their pieces.
+
+    Returns:
+        bool (n, seq_length).
+    """
+    length = seq_length or streams[0].seq_length
+    ends = np.zeros((len(sources), length), np.bool_)
+    used = dict[str, IndexedDataset]()
+    for row, (source, index) in enumerate(zip(sources.tolist(), sample_indices.tolist(), strict=True)):
+        stream = streams[source]
+        if stream.fim is None:
+            location = stream.locate(index, seq_length)
+            dataset = used.setdefault(location.prefix, stream.datasets[location.file])
+            ends[row] = document_ends(dataset, location.token_offset, length)
+    for dataset in used.values():
+        if not is_remote(dataset.prefix):  # there may be thousands of files, and a map keeps a descriptor open
+            dataset.close()
+    return ends
 
 
 def _id_outside_vocabulary(stream: TokenStream, index: int, vocab_size: int, length: int | None) -> RefusedError:

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.preprocess.buckets import ordered_names, shuffled_buckets
+from megatron_cpt.data.tokenfile.sidecar import Origin, describe_pair, is_free, sidecar_path
 from megatron_cpt.data.tokenfile.writer import write_index
-from megatron_cpt.files.atomic import Rename, close_durably
+from megatron_cpt.files.atomic import Rename, close_durably, write_atomically
 
 _DOCUMENTS_PER_COPY = 1 << 20
 _COPY_BYTES = 1 << 30
@@ -42,10 +43,13 @@ class OutputLayout:
     split_tokens: int | None = None
 
 
-def make_pairs(layout: OutputLayout, sources: Sequence[str], folder: str) -> tuple[list[Rename], list[str]]:
-    """Write all pairs of the datasets under temporary names in a work folder.
+def make_pairs(
+    layout: OutputLayout, origin: Origin | None, sources: Sequence[str], folder: str
+) -> tuple[list[Rename], list[str]]:
+    """Write all pairs of the datasets, and their sidecars, under temporary names in a work folder.
 
     Args:
+        origin: facts for the sidecars; None: there are none.
         sources: work folders of the shards, in order.
         folder: the folder to write to; may be one of `sources`.
 
@@ -71,8 +75,13 @@ def make_pairs(layout: OutputLayout, sources: Sequence[str], folder: str) -> tup
                         output.add(sizes, functools.partial(_write_tokens, tokens))
             pairs = output.finish()
         for bin_name, idx_name, target in pairs:
-            renames += [(os.path.join(folder, bin_name), f"{target}.bin")]
-            renames += [(os.path.join(folder, idx_name), f"{target}.idx")]
+            bin_path, idx_path = os.path.join(folder, bin_name), os.path.join(folder, idx_name)
+            renames.append((bin_path, f"{target}.bin"))
+            if origin is not None and is_free(target):
+                path = Path(idx_path).with_suffix(".json")
+                write_atomically(path, describe_pair(bin_path, idx_path, origin).to_json())
+                renames.append((str(path), sidecar_path(target)))
+            renames.append((idx_path, f"{target}.idx"))
             prefixes.append(target)
     return renames, prefixes
 

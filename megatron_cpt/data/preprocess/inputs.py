@@ -22,6 +22,7 @@ from megatron_cpt.data.preprocess.file_format import KNOWN, FileFormat, convert_
 from megatron_cpt.data.preprocess.jsonl import Lines, cut_stream
 from megatron_cpt.data.preprocess.streams import ByteStream, needs_stream
 from megatron_cpt.data.preprocess.tables import cut_document, cut_table
+from megatron_cpt.data.tokenfile.sidecar import is_sidecar
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.system_errors import name_file_in_errors
 
@@ -235,14 +236,14 @@ def _files_of_folder(folder: str, notify: Callable[[str], None]) -> list[str]:
 
 def _is_own(path: str) -> bool:
     """Return whether `preprocess` wrote a file or folder, in this run or an earlier one."""
-    stem, ending = os.path.splitext(path)
+    ending = os.path.splitext(path)[1]
     if os.path.isdir(path):
         return re.search(r"\.preprocess(-\d+-of-\d+)?$", path) is not None
     if path.endswith(BAD_LINES_ENDING):
         with open(path, "rb") as file:
             return file.readline(_LISTED_LINE).startswith(b'{"file":')
     if ending == ".json":
-        return os.path.exists(f"{stem}.idx")
+        return is_sidecar(path)
     return ending in (".bin", ".idx") or re.search(r"/\..*\.preprocess.*\.lock$", f"/{path}") is not None
 
 

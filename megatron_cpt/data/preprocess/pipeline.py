@@ -25,6 +25,7 @@ from megatron_cpt.data.preprocess.preprocess_run import Job, PreprocessOptions, 
 from megatron_cpt.data.preprocess.work_folder import STATE_FILE, WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodeOptions
 from megatron_cpt.data.tokenfile.header import best_dtype
+from megatron_cpt.data.tokenfile.sidecar import Origin, is_free, own_versions, sidecar_path
 from megatron_cpt.data.tokenizers.fast import plan_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
@@ -98,7 +99,8 @@ def preprocess(
 
     Args:
         inputs: files, globs and folders in the formats of `file_format.py`; "-" is standard input.
-        output_prefix: the dataset is OUTPUT_PREFIX.bin and .idx; bad lines are listed in OUTPUT_PREFIX.bad.jsonl.
+        output_prefix: the dataset is OUTPUT_PREFIX.bin and .idx, with a sidecar OUTPUT_PREFIX.json; bad lines are
+            listed in OUTPUT_PREFIX.bad.jsonl.
         tokenizer: `KIND:PATH`, see `load_tokenizer`.
         options: everything else.
 
@@ -127,6 +129,9 @@ def _preprocess(
     if restart or not os.path.exists(os.path.join(path, STATE_FILE)):
         ending = "" if options.split_tokens is None else "-00000"
         refuse_to_overwrite([prefix + ending for prefix in job.layout.prefixes], options.overwrite)
+    for target in job.layout.prefixes:
+        if not is_free(target):
+            options.notify(f"{sidecar_path(target)} is not of a dataset and stays; {target} gets no sidecar")
     plan = plan_tokenizer(
         tokenizer,
         job.tokenizer,
@@ -157,7 +162,8 @@ def publish_run(
         started: `time.monotonic` at the start of the call, for the report.
     """
     if "renames" not in folder.state:
-        renames, prefixes = make_pairs(layout, sources, str(folder.path))
+        origin = folder.state.get("origin")  # shards of earlier versions have none
+        renames, prefixes = make_pairs(layout, origin and Origin(**origin), sources, str(folder.path))
         folder.save(folder.state | {"renames": renames, "prefixes": prefixes})
     publish([(source, target) for source, target in folder.state["renames"]])
     bad_path = f"{prefix}.bad.jsonl"
@@ -211,7 +217,36 @@ def _make_job(files: InputFiles, prefix: str, spec: str, options: PreprocessOpti
         workers=workers,
         max_bad=bad.parse_max_bad(options.max_bad),
         added_ids=_describe(tokenizer, (*before, *first), (*last, *after)),
+        origin=_find_origin(spec, tokenizer, files, options, (*before, *first), (*last, *after)),
         options=options,
+    )
+
+
+def _find_origin(
+    spec: str,
+    tokenizer: Tokenizer,
+    files: InputFiles,
+    options: PreprocessOptions,
+    before: Sequence[int],
+    after: Sequence[int],
+) -> Origin:
+    """Return the facts for the sidecars: only those that are equal on all shards."""
+    library = getattr(tokenizer, "library", None)
+    return Origin(
+        tokenizer=spec,
+        fingerprint=tokenizer.fingerprint,
+        eod_id=after[-1] if after else None,
+        made_by={
+            "command": "preprocess",
+            "input_files": len(files.paths),
+            "input_bytes": files.total_bytes,
+            "key": options.key if isinstance(options.key, str) else list(options.key),
+            "begins_with": list(before),
+            "ends_with": list(after),
+            "shuffle": options.shuffle,
+            "split_tokens": options.split_tokens,
+        },
+        versions=own_versions(*([library] if library else [])),
     )
 
 

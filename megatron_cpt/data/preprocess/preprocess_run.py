@@ -22,6 +22,7 @@ from megatron_cpt.data.preprocess.inputs import (
 )
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodedBlock, EncodeOptions, Encoder, encode_blocks_in_pool
+from megatron_cpt.data.tokenfile.sidecar import Origin
 from megatron_cpt.data.tokenizers.fast import (
     Check,
     FastTokenizerMismatchError,
@@ -130,6 +131,7 @@ class Job:
 
     Attributes:
         added_ids: sentence about the ids that each document begins and ends with.
+        origin: facts for the sidecars of the datasets.
     """
 
     files: InputFiles
@@ -140,6 +142,7 @@ class Job:
     workers: int
     max_bad: bad.MaxBad
     added_ids: str
+    origin: Origin
     options: PreprocessOptions
 
     def settings(self) -> dict[str, object]:
@@ -291,5 +294,6 @@ class _Run:
             "engine": self._plan.engine,
             "mismatch": self._mismatch,
             "added_ids": self._job.added_ids,
+            "origin": asdict(self._job.origin),
             "done": done,
         }

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.header import MAGIC, PREAMBLE, VERSION, dtype_code
-from megatron_cpt.data.tokenfile.reader import IndexedDataset, open_with_one_dtype
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, join_tokenizers, open_with_one_dtype
+from megatron_cpt.data.tokenfile.sidecar import Origin
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import close_durably
@@ -26,6 +27,7 @@ def merge_datasets(
     output_prefix: str,
     *,
     overwrite: bool = False,
+    allow_mixed_tokenizers: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> IndexedDataset:
     """Write the documents of several datasets, one dataset after the other, as one dataset.
@@ -35,11 +37,12 @@ def merge_datasets(
 
     Args:
         output_prefix: prefix of the new `.bin` and `.idx`; they get this name only when they are complete.
+        allow_mixed_tokenizers: join datasets although their sidecars name different tokenizers.
         progress: called with the number of bytes after each piece of a `.bin` was copied.
 
     Raises:
         UserError: no dataset is given, a file is missing, token types differ, or the output exists or is an input.
-        RefusedError: an input is damaged.
+        RefusedError: an input is damaged, or the tokenizers differ.
     """
     datasets = open_with_one_dtype(prefixes)
     first = datasets[0]
@@ -49,7 +52,8 @@ def merge_datasets(
                 f"{dataset.prefix} and {first.prefix}: one is multimodal and one is not; they cannot be merged"
             )
     require_free(output_prefix, prefixes, overwrite=overwrite)
-    with _MergeWriter(output_prefix, first.dtype) as writer:
+    origin = join_tokenizers(datasets, "merge", {}, allow_mixed=allow_mixed_tokenizers)
+    with _MergeWriter(output_prefix, first.dtype, origin=origin) as writer:
         for dataset in datasets:
             writer.append(dataset, progress)
     return IndexedDataset(output_prefix)
@@ -77,17 +81,16 @@ def folder_prefixes(folder: str | os.PathLike[str]) -> list[str]:
 class _MergeWriter(IndexedDatasetWriter):
     """Dataset writer that copies whole datasets, including their index tables."""
 
-    def __init__(self, prefix: str, dtype: np.dtype[np.generic]) -> None:
-        super().__init__(prefix, dtype)
+    def __init__(self, prefix: str, dtype: np.dtype[np.generic], *, origin: Origin) -> None:
+        super().__init__(prefix, dtype, origin=origin)
         self._datasets: list[IndexedDataset] = []
 
     def append(self, dataset: IndexedDataset, progress: Callable[[int], None] | None) -> None:
         """Copy the `.bin` of a dataset; its index is copied when the writer closes."""
-        assert self._bin is not None
         self._datasets.append(dataset)
         with open(f"{dataset.prefix}.bin", "rb") as source:
             while piece := source.read(_COPY_BYTES):
-                self._bin.write(piece)
+                self._write_tokens(piece)
                 if progress is not None:
                     progress(len(piece))
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.documents import DocumentBlock, document_blocks
-from megatron_cpt.data.tokenfile.reader import open_with_one_dtype
+from megatron_cpt.data.tokenfile.reader import join_tokenizers, open_with_one_dtype
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 from megatron_cpt.errors import UserError
 
@@ -43,6 +43,7 @@ def split_datasets(
     fraction: float,
     seed: int = 1234,
     overwrite: bool = False,
+    allow_mixed_tokenizers: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> SplitReport:
     """Write a fraction of the documents to one dataset, and the rest to another.
@@ -56,11 +57,12 @@ def split_datasets(
         fraction: share of the documents, above 0 and below 1. Documents are drawn independently, so the number of
             documents deviates by about sqrt(fraction * documents).
         seed: a different seed draws different documents.
+        allow_mixed_tokenizers: accept datasets although their sidecars name different tokenizers.
         progress: called with the number of bytes after each block.
 
     Raises:
         UserError: a file is missing, token types differ, an output exists or is an input, or the seed is too large.
-        RefusedError: an input is damaged.
+        RefusedError: an input is damaged, or the tokenizers differ.
     """
     if not 0 < fraction < 1:
         raise UserError(f"fraction: {fraction}: give a share of the documents above 0 and below 1")
@@ -72,9 +74,14 @@ def split_datasets(
     datasets = open_with_one_dtype(prefixes)
     for output in outputs:
         require_free(output, prefixes, overwrite=overwrite)
+    origin = join_tokenizers(
+        datasets, "split", {"fraction": fraction, "seed": seed}, allow_mixed=allow_mixed_tokenizers
+    )
     totals = np.zeros((2, 2), np.int64)  # documents and tokens of each side
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(IndexedDatasetWriter(output, datasets[0].dtype)) for output in outputs]
+        writers = [
+            stack.enter_context(IndexedDatasetWriter(output, datasets[0].dtype, origin=origin)) for output in outputs
+        ]
         for dataset in datasets:
             for block in document_blocks(dataset):
                 is_held_out = content_hashes(block, seed) < int(fraction * 2**64)

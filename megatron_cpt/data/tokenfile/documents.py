@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,36 @@ def document_bounds(dataset: IndexedDataset, first: int, stop: int) -> npt.NDArr
     if int(starts[0]) < 0 or int(starts[-1]) > dataset.num_tokens or (np.diff(starts) < 0).any():
         raise refuse(f"{dataset.prefix}.idx", f"has sequence pointers out of order in documents [{first}, {stop})")
     return starts
+
+
+def document_ends(dataset: IndexedDataset, start: int, count: int) -> npt.NDArray[np.bool_]:
+    """Return which of the tokens [start, start + count) are the last one of their document, by the `.idx`.
+
+    Example: for documents [7, 8, 9] and [5], tokens 1 to 3 give [False, True, True].
+
+    Returns:
+        bool (count,).
+
+    Raises:
+        RefusedError: the index points outside the data or backwards.
+    """
+    assert 0 <= start <= start + count <= dataset.num_tokens
+    itemsize = dataset.dtype.itemsize
+    pointers, documents = dataset.sequence_pointers, dataset.document_indices
+    # bisect reads a few entries; np.searchsorted would first copy the complete unaligned table
+    first, stop = (bisect_right(pointers, offset * itemsize) for offset in (start, start + count))
+    first_document, stop_document = bisect_left(documents, first), bisect_left(documents, stop)
+    sequences = np.array(documents[first_document:stop_document], np.int64)
+    if sequences.size and not first <= int(sequences.min()) <= int(sequences.max()) < stop:
+        raise refuse(f"{dataset.prefix}.idx", f"has document boundaries out of order near token {start}")
+    starts = np.array(pointers[first:stop], np.int64)[sequences - first] // itemsize - start
+    if starts.size and not 1 <= int(starts.min()) <= int(starts.max()) <= count:
+        raise refuse(f"{dataset.prefix}.idx", f"has sequence pointers out of order near token {start}")
+    ends = np.zeros(count, np.bool_)
+    ends[starts - 1] = True
+    if count and start + count == dataset.num_tokens:
+        ends[-1] = True
+    return ends
 
 
 def bounds_in_blocks(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:

@@ -12,7 +12,7 @@ import glob
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.header import IndexHeader, best_dtype, read_header, refuse
+from megatron_cpt.data.tokenfile.sidecar import Origin, join_origins, read_sidecar
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.remote import RangeFile, find, is_file, is_remote, open_ranges
 
 __all__ = [
@@ -203,6 +204,35 @@ def open_with_one_dtype(prefixes: Sequence[str]) -> list[IndexedDataset]:
                 "vocabularies differ; process them separately, or build one again with `megatron-cpt preprocess`"
             )
     return datasets
+
+
+def join_tokenizers(
+    datasets: Sequence[IndexedDataset], command: str, options: Mapping[str, Any], *, allow_mixed: bool
+) -> Origin:
+    """Return the origin of a dataset that is made of others.
+
+    Args:
+        command, options: the command that makes it, and its main options.
+        allow_mixed: accept datasets whose sidecars name different tokenizers; the result's tokenizer is then unknown.
+
+    Raises:
+        RefusedError: the tokenizers differ, or a sidecar describes other files.
+    """
+    sidecars = [read_sidecar(dataset.header) for dataset in datasets]
+    origins = [None if sidecar is None else sidecar.origin for sidecar in sidecars]
+    known = [
+        (dataset.prefix, origin)
+        for dataset, origin in zip(datasets, origins, strict=True)
+        if origin is not None and origin.fingerprint is not None
+    ]
+    for prefix, origin in known[1:]:
+        if origin.fingerprint != known[0][1].fingerprint and not allow_mixed:
+            raise RefusedError(
+                f"{prefix}: its ids are of tokenizer {origin.name}, {known[0][0]} has {known[0][1].name}: equal ids "
+                "mean other text; process them separately, or join them anyway: --allow-mixed-tokenizers"
+            )
+    inputs = [os.path.basename(dataset.prefix) for dataset in datasets]
+    return join_origins(origins, {"command": command, "inputs": inputs, **options})
 
 
 def expand_prefixes(path: str | list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Writer of Megatron's `.bin`/`.idx` pairs, byte for byte equal to megatron-core's `IndexedDatasetBuilder`.
 
-Both files are written under temporary names, flushed to disk and then renamed, the `.bin` first. So if a `.idx` exists
-under its final name, the dataset is complete.
+All files are written under temporary names, flushed to disk and then renamed, the `.bin` first and the `.idx` last. So
+if a `.idx` exists under its final name, the dataset is complete.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.header import MAGIC, PREAMBLE, VERSION, dtype_code
+from megatron_cpt.data.tokenfile.sidecar import Origin, describe_pair, is_free, sidecar_path
 from megatron_cpt.errors import UserError
-from megatron_cpt.files.atomic import close_durably, publish
+from megatron_cpt.files.atomic import close_durably, publish, write_atomically
+from megatron_cpt.files.checksum import Checksum
 
 _MAX_SEQUENCE = int(np.iinfo(np.int32).max)
 _TABLE_BLOCK = 1 << 20  # documents per block when the index tables are written
@@ -38,16 +40,19 @@ class IndexedDatasetWriter:
     Args:
         prefix: path without `.bin` or `.idx`; a missing folder is created.
         dtype: token type, for example `best_dtype(vocab_size)`.
+        origin: facts for the sidecar PREFIX.json; None: no sidecar.
 
     Raises:
         UserError: the format cannot store the token type or a token, or the folder is not writable.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike, *, origin: Origin | None = None) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
         self._code = dtype_code(self.dtype)
-        self._temporary = {end: f"{self.prefix}.{end}.tmp-{os.getpid()}" for end in ("bin", "idx")}
+        self._origin = origin if is_free(self.prefix) else None
+        self._checksum = Checksum()
+        self._temporary = {end: f"{self.prefix}.{end}.tmp-{os.getpid()}" for end in ("bin", "json", "idx")}
         self._sizes = array("i")  # tokens per document; an array takes 4 bytes per entry
         self._bin: IO[bytes] | None = None
         self.num_documents = 0
@@ -67,7 +72,8 @@ class IndexedDatasetWriter:
             if error[0] is None:
                 close_durably(self._bin)
                 self._write_index()
-                publish([(self._temporary[end], f"{self.prefix}.{end}") for end in ("bin", "idx")])
+                self._write_sidecar()
+                publish([(path, f"{self.prefix}.{end}") for end, path in self._temporary.items()])
         finally:  # after a success the temporary files no longer exist
             for path in self._temporary.values():
                 Path(path).unlink(missing_ok=True)
@@ -89,7 +95,7 @@ class IndexedDatasetWriter:
             raise UserError(
                 f"a document of {int(sizes.max())} tokens: the format allows at most {_MAX_SEQUENCE}; split it"
             )
-        self._bin.write(self._cast(tokens).data)
+        self._write_tokens(self._cast(tokens).data)
         self._sizes.frombytes(sizes.astype(np.int32).tobytes())
         self.num_documents += sizes.size
         self.num_tokens += tokens.size
@@ -104,6 +110,26 @@ class IndexedDatasetWriter:
                         f"{self.prefix}.bin: token id {extreme} does not fit {self.dtype.name}; use a wider type"
                     )
         return np.ascontiguousarray(tokens, dtype=self.dtype)
+
+    def _write_tokens(self, content: memoryview | bytes) -> None:
+        """Append bytes to the `.bin`."""
+        assert self._bin is not None
+        self._bin.write(content)
+        if self._origin is not None:
+            self._checksum.update(content)
+
+    def _write_sidecar(self) -> None:
+        """Write the sidecar, or remove the sidecar of the dataset that is replaced."""
+        if self._origin is not None:
+            sidecar = describe_pair(
+                self._temporary["bin"],
+                self._temporary["idx"],
+                self._origin,
+                bin_checksum=self._checksum.hexdigest(),
+            )
+            write_atomically(Path(self._temporary["json"]), sidecar.to_json())
+        elif is_free(self.prefix):
+            Path(sidecar_path(self.prefix)).unlink(missing_ok=True)
 
     def _write_index(self) -> None:
         sizes = np.frombuffer(self._sizes, dtype=np.int32)

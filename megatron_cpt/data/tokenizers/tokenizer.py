@@ -82,6 +82,23 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise UserError(f"tokenizer {spec!r}: not a known KIND:PATH; give one of {KINDS}")
 
 
+def read_fingerprint(spec: str) -> str:
+    """Return the fingerprint of a tokenizer; in most cases only its file is read, and no library is imported.
+
+    Raises:
+        UserError: the kind is unknown, or the file is missing.
+    """
+    kind, _, name = spec.partition(":")
+    path = Path(name)
+    if kind == "sentencepiece" and name:
+        file = _sentencepiece_file(path) if path.is_dir() else path
+    elif kind == "huggingface" and name:
+        file = path / _JSON_FILE if path.is_dir() else path
+    if kind not in ("sentencepiece", "huggingface") or not name or not file.exists():
+        return load_tokenizer(spec).fingerprint
+    return hashlib.sha256(_read(file)).hexdigest()
+
+
 class ByteTokenizer(Tokenizer):
     """Tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text; 256 ends a document."""
 

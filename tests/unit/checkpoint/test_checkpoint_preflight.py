@@ -95,3 +95,31 @@ def test_a_field_that_is_not_known_any_more_is_told(run_data: dict[str, Any]) ->
 
 def test_help_names_every_change_that_can_be_allowed() -> None:
     assert ALLOW_HELP.endswith(f"{', '.join(ALLOWABLE)}.")
+
+
+class TestEndOfDocument:
+    def _changes(self, data, ends, *changes, tokenizers=(None, None)):
+        return find_changes(_config(data).to_dict(), _config(data, *changes), DATA, DATA, tokenizers, ends)
+
+    @pytest.mark.parametrize("ends", [None, (7, 7), (None, None)])
+    def test_unchanged_or_of_an_earlier_version(self, run_data, ends):
+        assert self._changes(run_data, ends) == []
+
+    def test_another_id_is_refused_unless_allowed(self, run_data):
+        changes = self._changes(run_data, (501, 0))
+        with pytest.raises(RefusedError, match=r"documents: end-of-document id 501 -> 0: .*\n.*--allow documents"):
+            refuse_unless_allowed(changes, [], "here")
+        refuse_unless_allowed(changes, ["documents"], "here")
+
+    def test_a_part_of_the_tokenizer_that_causes_it(self, run_data):
+        (change,) = self._changes(run_data, (501, 0), tokenizers=("a", "b"))
+        assert change.rule.name == "tokenizer"
+        assert change.what == "content a -> content b, end-of-document id 501 -> 0"
+
+
+def test_fingerprints_of_an_earlier_version(run_data):
+    now = {"web": "a+x+y", "code": "b+x+-", "qa": "c+x+y"}
+    config = _config(run_data)
+    assert find_changes(config.to_dict(), config, DATA, now) == []
+    (change,) = find_changes(config.to_dict(), config, now, now | {"qa": "c+x+z", "code": "b+x+q"})
+    assert change.what.startswith("the files of qa differ")

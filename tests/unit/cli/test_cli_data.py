@@ -40,7 +40,7 @@ class TestCheck:
         out = capsys.readouterr().out
         assert "web: valid\n  3 documents, 82 uint16 tokens\n" in out
         assert "largest id 256, of a vocabulary of 257" in out
-        assert "end-of-document id: 256; empty: 0; duplicates: 1" in out
+        assert "end-of-document id: unknown (100.0% of the documents end with id 256); empty: 0; duplicates: 1" in out
         assert "warning: web.bin: document 2: is a duplicate of document 1" in out
         assert "code: valid" in out
 
@@ -68,6 +68,20 @@ class TestCheck:
             faults = {(one["level"], one["kind"], one["file"], one["value"]) for one in code["findings"]}
             assert ("fault", "bin_length", "code.bin", 39) in faults
             assert all(one["message"].startswith("code.") for one in code["findings"])
+
+    def test_with_a_sidecar(self, folder, capsys):
+        Path("a.jsonl").write_text('{"text": "abc."}\n{"text": "d."}\n')
+        made = ["preprocess", "--input", "a.jsonl", "--output-prefix", "a", "--tokenizer", "byte", "--workers", "1"]
+        assert main([*made, "--append-eod"]) == 0
+        capsys.readouterr()
+        assert main(["check", "a", "--tokenizer", "byte"]) == 0
+        out = capsys.readouterr().out
+        assert "end-of-document id: 256; empty: 0" in out
+        assert "tokenizer byte; content verified by a.json" in out
+        assert main(["check", "a", "--tokenizer", "null:257", "--seq-length", "8"]) == 3
+        out = capsys.readouterr().out
+        assert "fault: a.bin: its ids are of tokenizer byte, not of null:257" in out
+        assert "warning: a.bin: 8 tokens are too few for a sample of 9" in out
 
     def test_no_such_file(self, folder, capsys):
         assert main(["check", "none"]) == 2

@@ -115,7 +115,6 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         (["phases.qa.name=general"], "phases: two phases have the name general"),
         (["phases.general.until="], "phases[0].until (phase general): missing; every phase but the last"),
         (["phases.qa.until={step: 90}"], "phases[1].until (phase qa): the last phase runs to the end"),
-        (["documents.reset_attention=true"], "documents.reset_attention: needs the end-of-document id"),
         (["documents.eod_id=257"], "documents.eod_id: 257 is outside model.vocab: 257"),
         (["precision={compute: fp32, fp8: {}}"], "precision.fp8: needs precision.compute: bf16"),
     ],
@@ -147,6 +146,7 @@ def test_a_batch_that_no_step_has_needs_no_divisor(run_data):
         ["parallel.context=2"],
         ["documents={reset_attention: true, eod_id: 256}"],
         ["documents.reset_positions=true", "tokenizer=byte"],
+        ["documents={reset_attention: true, eod_loss: false}"],  # the .idx knows where documents end
         ["model.rotary_percent=0.25"],
         ["schedule={shape: wsd, max_lr: 1, min_lr: 0, decay_shape: exponential}"],
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_cpt.data.inspect.check import check_dataset
 from megatron_cpt.data.inspect.check_documents import find_duplicates
-from megatron_cpt.data.inspect.scan_ids import scan_ids
+from megatron_cpt.data.inspect.scan_ids import LONG_RUN, _find_runs, _join_runs, scan_ids
 from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
@@ -154,7 +154,7 @@ def test_a_sound_one(sound):
     assert report.scan is not None
     assert (report.scan.max_id, report.scan.num_bytes) == (9, 30)
     assert report.documents is not None
-    assert (report.documents.eod_id, report.documents.num_without_eod) == (9, 0)
+    assert (report.documents.eod_id, report.documents.likely_eod_id, report.documents.likely_share) == (None, 9, 1.0)
     assert report.fingerprint == fingerprint([sound])
 
 
@@ -226,6 +226,48 @@ class TestIds:
             scan_ids(str(path), np.dtype("<u2"), 60)
 
 
+class TestRunsOfOneId:
+    def test_a_file_of_zeros(self, make_dataset):
+        report = check_dataset(make_dataset("zeros", [[0] * 500, [0] * 700]).prefix)
+        (fault,) = report.faults
+        assert "id 0 stands 1,200 times in a row" in str(fault)
+
+    @pytest.mark.parametrize("start", [0, 1000, 70_001])
+    def test_a_hole_in_the_middle(self, tmp_path, monkeypatch, start):
+        ids = np.random.default_rng(1).integers(1, 50, 200_000)
+        ids[start : start + 50_000] = 0
+        with IndexedDatasetWriter(tmp_path / "web", "<u2") as writer:
+            writer.add_documents(ids, [1000] * 200)
+        monkeypatch.setattr("megatron_cpt.data.inspect.scan_ids._BLOCK_BYTES", 1 << 16)
+        report = check_dataset(str(tmp_path / "web"))
+        assert report.is_valid
+        (run,) = [one for one in report.findings if one.kind == "run_of_one_id"]
+        assert run.value == 0
+        assert report.scan is not None
+        ((first, count, token),) = report.scan.long_runs
+        assert token == 0
+        assert start <= first < start + 4096
+        assert start + 50_000 - 4096 < first + count <= start + 50_000
+
+    @pytest.mark.parametrize("start", [0, 513, 4095])
+    def test_the_shortest_that_is_certainly_found(self, start):
+        ids = np.random.default_rng(1).integers(1, 50, 50_000).astype("<u2")
+        ids[start : start + LONG_RUN] = 0
+        assert len(_join_runs(_find_runs(ids, 0), ids.size)) == 1
+
+    def test_text_has_none(self, make_dataset):
+        report = check_dataset(make_dataset("web", [[1, 2] * 5000, [3] * 1000, [9] * 50]).prefix)
+        assert report.scan is not None
+        assert report.scan.long_runs == ()
+
+
+def test_too_short_for_a_sample(make_dataset):
+    prefix = make_dataset("web", [[1, 2, 9]]).prefix
+    (finding,) = [one for one in check_dataset(prefix, seq_length=3).findings if one.kind == "too_short"]
+    assert "3 tokens are too few for a sample of 4: it is never read" in str(finding)
+    assert "too_short" not in {one.kind for one in check_dataset(prefix, seq_length=2).findings}
+
+
 class TestDocuments:
     def test_empty_ones(self, make_dataset):
         report = check_dataset(make_dataset("web", [[], [1, 9], [], [2, 9], []]).prefix)
@@ -238,8 +280,10 @@ class TestDocuments:
         dataset = make_dataset("web", [[1, 9], [2, 9], [3, 4], [], [5, 9]])
         report = check_dataset(dataset.prefix)
         assert report.is_valid
-        (missing,) = [one for one in report.findings if one.kind == "missing_eod"]
-        assert (missing.level, missing.place, missing.value) == ("warning", "document 2", 4)
+        (missing,) = [one for one in report.findings if one.kind == "no_eod"]
+        assert (missing.level, missing.value) == ("warning", 9)
+        assert "75.0% of the documents end with id 9, which may only end a sentence" in str(missing)
+        assert report.to_dict()["eod_id"] is None
         asked_for = check_dataset(dataset.prefix, eod_id=9)
         assert [(one.kind, one.place, one.value) for one in asked_for.faults] == [("missing_eod", "document 2", 4)]
         other = check_dataset(dataset.prefix, eod_id=4)

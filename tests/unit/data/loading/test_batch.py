@@ -60,5 +60,18 @@ def test_equals_megatron_core(reset_attention, reset_positions, eod_loss):
 
 @pytest.mark.parametrize("option", [{"reset_attention": True}, {"reset_positions": True}, {"eod_loss": False}])
 def test_options_need_an_end_of_document(option):
-    with pytest.raises(UserError, match=f"{next(iter(option))}: .* needs an end-of-document id"):
-        DocumentOptions(**option)
+    with pytest.raises(UserError, match=r"need an end-of-document id or the boundaries in the \.idx"):
+        make_batch(np.zeros((1, 5), np.int64), [0], DocumentOptions(**option))
+
+
+def test_boundaries_of_the_index():
+    """The sample 5 6 | 7 9 8, with an end of document 9 inside the second document."""
+    options = DocumentOptions(9, reset_attention=True, reset_positions=True, eod_loss=False)
+    samples, ends = np.array([[5, 6, 7, 9, 8, 4]]), np.array([[False, True, False, False, False]])
+    batch = make_batch(samples, [0], options, ends)
+    assert batch.loss_mask.tolist() == [[1, 0, 1, 0, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 0]]
+    assert batch.attention_documents is not None
+    assert batch.attention_documents.tolist() == [[0, 0, 1, 1, 2]]
+    alone = make_batch(samples, [0], DocumentOptions(reset_positions=True), ends)
+    assert alone.position_ids.tolist() == [[0, 1, 0, 1, 2]]

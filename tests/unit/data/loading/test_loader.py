@@ -13,7 +13,7 @@ from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.loading.loader import Loader, StepData, validation_batches
 from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
-from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.errors import RefusedError
 from megatron_cpt.sampling.blend import BlendCursor, PhaseBlend
 
 S, GLOBAL, STEPS = 8, 12, 5
@@ -152,15 +152,26 @@ def test_a_file_cut_during_the_run(streams, tmp_path):
             list(loader)
 
 
-def test_options_without_an_end_of_document(streams):
-    with pytest.raises(UserError, match="eod_loss: false"):
-        Loader(
-            streams,
-            BlendCursor(PHASES, NAMES),
-            global_batch=GLOBAL,
-            micro_batch=1,
-            documents=DocumentOptions(eod_loss=False),
-        )
+def test_without_end_of_document_ids_the_index_tells_where_documents_end(write_pair, tmp_path):
+    """Documents of 7 and 5 tokens in turn, without an id that ends them; as with such an id in their last place."""
+    lengths = [7, 0, 5] * 40
+    plain = [np.arange(1, length + 1) for length in lengths]
+    ended = [np.append(ids[:-1], 99) if len(ids) else ids for ids in plain]
+    options = {"reset_attention": True, "reset_positions": True, "eod_loss": False}
+    batches = []
+    for name, documents, eod_id in (("plain", plain, None), ("ended", ended, 99)):
+        stream = TokenStream("web", [write_pair(tmp_path / name, documents)], seq_length=16, seed=1)
+        cursor = BlendCursor([PhaseBlend("all", 0, 24, {"web": 1.0})], ["web"])
+        documents_options = DocumentOptions(eod_id, **options)
+        with Loader([stream], cursor, global_batch=12, micro_batch=12, documents=documents_options) as loader:
+            batches.append([step.micro_batches[0] for step in loader])
+        batches[-1] += validation_batches(stream, num_samples=8, micro_batch=4, documents=documents_options)
+    for one, other in zip(*batches, strict=True):
+        assert (one.loss_mask == other.loss_mask).all()
+        assert (one.position_ids == other.position_ids).all()
+        assert one.attention_documents is not None
+        assert (one.attention_documents == other.attention_documents).all()
+        assert (one.loss_mask == 0).any()
 
 
 def test_options_reach_the_batches(streams):

@@ -231,7 +231,7 @@ def test_standard_input(tmp_path):
         done = subprocess.run(command, input=data, cwd=tmp_path, env=environment, check=False, capture_output=True)
         assert done.returncode == 0, done.stderr
         assert documents(tmp_path / "p") == TEXTS
-        assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.idx"]
+        assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.idx", "p.json"]
 
 
 class TestFolders:
@@ -261,7 +261,7 @@ class TestFolders:
             preprocess(inputs, prefix, tokenizer="byte", options=PreprocessOptions(block_bytes=500, progress=stop))
         assert (tmp_path / "p.preprocess").is_dir()
         assert preprocess(inputs, prefix, tokenizer="byte", options=PreprocessOptions(block_bytes=500)).bad_lines == 1
-        (tmp_path / "p.json").write_text("{}")  # a sidecar
+        assert (tmp_path / "p.json").exists()
         for again in (inputs, [tmp_path / "*"]):
             notes: list[str] = []
             options = PreprocessOptions(overwrite=True, notify=notes.append)

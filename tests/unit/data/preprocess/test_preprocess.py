@@ -65,7 +65,7 @@ def test_documents_and_report(tmp_path, name):
     assert (report.empty_documents, report.bad_lines, report.bad_path) == (0, 0, None)
     assert report.input_bytes == (tmp_path / name).stat().st_size
     assert report.dtype == "uint16"
-    assert sorted(os.listdir(tmp_path / "out")) == ["web.bin", "web.idx"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["web.bin", "web.idx", "web.json"]
 
 
 def test_append_eod(tmp_path):

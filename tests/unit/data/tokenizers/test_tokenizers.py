@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer, read_fingerprint
 from megatron_cpt.errors import UserError
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "äöü 中文 🦊", ""]
@@ -165,3 +165,8 @@ def test_importing_the_package_loads_no_tokenizer_library():
         f"import sys, megatron_cpt.data, megatron_cpt.data.preprocess.pipeline; assert not {heavy} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_fingerprints_without_the_library(sentencepiece_model, bpe_file):
+    for spec in ("byte", "null:300", f"sentencepiece:{sentencepiece_model}", f"huggingface:{bpe_file}"):
+        assert read_fingerprint(spec) == load_tokenizer(spec).fingerprint
