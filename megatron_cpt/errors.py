@@ -15,6 +15,9 @@ what to do: `--sample 8: the samples of a step are 0 to 7`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -55,3 +58,10 @@ class ConfigError(UserError):
         count = len(self.problems)
         head = f"{where}: {count} problem{'' if count == 1 else 's'}"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of setup.py. The package is on no index, so it names the checkout."""
+    if (_CHECKOUT / "setup.py").is_file():
+        return f"pip install -e '{_CHECKOUT}[{extra}]'"
+    return f"pip install '.[{extra}]' in the folder of megatron-cpt's setup.py"
