@@ -7,6 +7,7 @@
 | 2 | `UserError` | the user's mistake; nothing was written |
 | 3 | `RefusedError` | a corrupt or unsuitable checkpoint or dataset |
 | 75 | | stopped after a checkpoint was saved; start the command again to resume |
+| 130 | | ended by Ctrl-C without a save, in training by the second one |
 
 For a `CptError` the command line prints only the message. The message names the field or file and its value, and says
 what to do: `--sample 8: the samples of a step are 0 to 7`.
@@ -24,6 +25,7 @@ EXIT_FAILURE = 1
 EXIT_USER = 2
 EXIT_REFUSED = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h; a scheduler may requeue the job
+EXIT_INTERRUPTED = 130  # as shells report a death by SIGINT
 
 
 class CptError(Exception):

@@ -18,7 +18,8 @@ from tests.helpers.slurm import free_port
 _PATIENCE = 600  # seconds; only a hang takes so long, on however busy a machine
 
 LAUNCH = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
 from megatron_cpt.launch import supervise
 options, behaviors = sys.argv[2:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]
 sys.exit(supervise(["--standalone", "--nproc-per-node", "2", *options], [sys.argv[1], *behaviors],
@@ -99,6 +100,30 @@ def test_a_signal_before_the_ranks_listen_ends_them_with_75(tmp_path: Path) -> N
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 75, err
+
+
+def test_ctrl_c_saves_and_ends_with_75(tmp_path: Path) -> None:
+    process = _start(tmp_path, "0:stop", "1:stop", options=("--max-restarts", "2"))
+    _wait_for_ranks(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 75, err
+    assert "attempt 1" not in out
+    assert "received SIGINT; the ranks save a checkpoint and end; press Ctrl-C again to end without saving" in err
+
+
+def test_a_second_ctrl_c_kills_the_ranks_and_ends_with_130(tmp_path: Path) -> None:
+    process = _start(tmp_path, "0:deaf", "1:deaf")
+    _wait_for_ranks(tmp_path, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert any("press Ctrl-C again" in line for line in iter(process.stderr.readline, ""))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 130, err
+    assert "2 ranks run; killing them" in err
+    assert psutil.wait_procs(family, timeout=_PATIENCE)[1] == []
 
 
 def test_a_rank_that_torchrun_ends_after_a_failure_is_not_a_requested_stop(tmp_path: Path) -> None:
