@@ -159,6 +159,8 @@ def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
     if need_files:
         _find_validation(files, draft, config)
         files.missing += _missing_start(draft, config)
+    else:
+        files.notes += [f"{line} (planned without it; `train` needs it)" for line in _missing_start(draft, config)]
     if files.declared:
         files.notes.insert(0, f"planned with declared sizes, because the files are missing: {listed(files.declared)}")
     return files

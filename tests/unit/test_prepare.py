@@ -41,6 +41,17 @@ def test_files_give_the_sizes(with_files, write_run):
     assert prepared.config.name == "small"
 
 
+def test_a_plan_names_a_checkpoint_and_a_tokenizer_that_are_not_here(with_files, write_run):
+    with_files |= {"init": {"from": "nowhere/base"}, "tokenizer": "huggingface:nowhere/tokenizer"}
+    prepared = prepare_run(write_run(with_files), need_files=False)
+    start, tokenizer = prepared.plan.warnings
+    assert start.startswith("init.from: nowhere/base: no such checkpoint")
+    assert tokenizer.startswith("tokenizer: huggingface:nowhere/tokenizer: no such file")
+    assert start.endswith("(planned without it; `train` needs it)")
+    with pytest.raises(ConfigError, match="init.from: nowhere/base"):
+        prepare_run(write_run(with_files), need_files=True)
+
+
 def test_an_epoch_of_several_files_is_what_the_stream_reads(with_files, write_run, tmp_path):
     for number in range(3):
         write_tokens(tmp_path / "data" / f"part{number}", 100)  # one sample of 64 each, and 36 tokens left over
