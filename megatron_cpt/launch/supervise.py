@@ -33,7 +33,8 @@ def supervise(
     """Run a command on all ranks of this node until they end.
 
     A stop signal goes to the ranks, which save and end; saving has no time limit here, and no rank is restarted after
-    it. A second SIGINT (Ctrl-C) kills the ranks. If a rank fails, torchrun restarts all ranks, up to `--max-restarts` times.
+    it. A second SIGINT (Ctrl-C) kills the ranks. If a rank fails, torchrun restarts all ranks, up to `--max-restarts`
+    times.
 
     Args:
         command: arguments of `module` on each rank.

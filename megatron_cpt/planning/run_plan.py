@@ -28,7 +28,6 @@ from megatron_cpt.planning.timeline.segments import RunProgress, Segment
 from megatron_cpt.planning.timeline.solve_steps import solve_schedule
 from megatron_cpt.sampling.spans import SpanGrid
 
-
 _SUM_TOLERANCE = 1e-6
 
 

@@ -48,7 +48,7 @@ def test_a_plan_names_a_checkpoint_and_a_tokenizer_that_are_not_here(with_files,
     assert start.startswith("init.from: nowhere/base: no such checkpoint")
     assert tokenizer.startswith("tokenizer: huggingface:nowhere/tokenizer: no such file")
     assert start.endswith("(planned without it; `train` needs it)")
-    with pytest.raises(ConfigError, match="init.from: nowhere/base"):
+    with pytest.raises(ConfigError, match=r"init\.from: nowhere/base"):
         prepare_run(write_run(with_files), need_files=True)
 
 

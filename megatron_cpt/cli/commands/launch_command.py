@@ -30,8 +30,8 @@ def launch(
 
     Give torchrun's options before -- and the command after it: `launch --nproc-per-node 8 --max-restarts 3 -- train
     RUN.yaml`. On SIGTERM, SIGUSR1 or Ctrl-C the ranks save a checkpoint and end. If a rank fails, all ranks are
-    restarted, up to --max-restarts times. Exit status of the ranks: 0; 75: stopped after saving, start again to resume; 2 or 3: an
-    error message; 1: failure.
+    restarted, up to --max-restarts times. Exit status of the ranks: 0; 75: stopped after saving, start again to resume;
+    2 or 3: an error message; 1: failure; 130: a second Ctrl-C.
     """
     require_module("torch")  # before torchrun, which would fail in a process of its own
     from megatron_cpt.launch import check_options, check_port, supervise, with_defaults
