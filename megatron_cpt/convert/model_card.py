@@ -65,9 +65,7 @@ def write_model_card(folder: Path, checkpoint: Path, side: Mapping[str, Path]) -
         saved = read_saved_run(checkpoint)
         with corrupt_as_refused(checkpoint):
             card = describe_training(saved, kept) if saved.state["train"]["step"] else None
-    except (
-        RefusedError
-    ) as error:  # `--verify none`, or records of an earlier version; the weights are exported all the same
+    except RefusedError as error:  # records of an earlier version, for example; the weights are exported anyway
         logger.warning("no model card is written: %s", error)
         return []
     if card is None:
