@@ -14,7 +14,9 @@ DATA = ["sentencepiece>=0.2", "tokenizers>=0.20", "zstandard>=0.22", "pyarrow>=1
 PLOT = ["matplotlib>=3.8"]
 TENSORBOARD = ["tensorboard>=2.15"]
 TRAIN = [
-    "torch>=2.6",
+    # backend/cpu.py replaces functions of torch.cuda, and checkpoint/ builds on the planners and the metadata of
+    # torch.distributed.checkpoint. Each new release may change both: the suite runs with 2.13, releases up to 2.15 were tried.
+    "torch>=2.6,<2.16",
     "megatron-core>=0.16.1,<0.20",
     "psutil>=5.9",  # megatron-core's checkpoint writer imports it without requiring it
     *TENSORBOARD,  # log.tensorboard is on by default
@@ -61,6 +63,18 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_cpt", "megatron_cpt.*"]),
     package_data={"megatron_cpt": ["py.typed", "config/presets/*.yaml"]},
@@ -74,7 +88,6 @@ setup(
         "filelock>=3.20",
         "packaging>=22",
         "xxhash>=3.5",
-        "filelock>=3.12",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-cpt = megatron_cpt.cli:main"]},

@@ -184,7 +184,9 @@ def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
             _find_source(files, name, source, config.span_length(name), need_files)
     if need_files:
         _find_validation(files, draft, config)
-        files.missing += _missing_start(draft, config)
+        files.missing += [f"{problem}; {fix}" for problem, fix in _missing_start(draft, config)]
+    else:
+        files.notes += [f"{problem}; `train` needs it" for problem, _ in _missing_start(draft, config)]
     if files.declared:
         files.notes.insert(0, f"planned with declared sizes, because the files are missing: {listed(files.declared)}")
     return files
@@ -262,24 +264,26 @@ def _compare_tokenizers(files: _Files, spec: str | None) -> tuple[str, str] | No
     return reference
 
 
-def _missing_start(draft: Draft, config: RunConfig) -> Iterator[str]:
-    """Yield a message if the named checkpoint or tokenizer does not exist."""
+def _missing_start(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield problem and fix if the named checkpoint or tokenizer does not exist."""
     start = config.init.from_
     # A run that has checkpoints of its own resumes from them and ignores `init`.
     has_started = any(Path(config.output, "checkpoints").glob("step-*"))
     if start is not None and draft.is_untouched("init") and not os.path.exists(start) and not has_started:
         fix = "give a checkpoint or a run directory, or remove it to start from random weights"
-        yield f"init.from: {start}: no such checkpoint; {fix}"
+        yield f"init.from: {start}: no such checkpoint", fix
     kind, _, path = (config.tokenizer or "").partition(":")
     if not path or kind == "null" or not draft.is_untouched("tokenizer"):
         return
     if not os.path.exists(path):
-        yield f"tokenizer: {kind}:{path}: no such file; give KIND:PATH of the tokenizer that the data was made with"
+        fix = "give KIND:PATH of the tokenizer that the data was made with"
+        yield f"tokenizer: {kind}:{path}: no such file", fix
         return
     try:
         read_fingerprint(f"{kind}:{path}")
     except UserError as error:  # a folder without the tokenizer's file
-        yield str(error)
+        problem, _, fix = str(error).partition("; ")
+        yield problem, fix
 
 
 def _line(key: str, error: Exception) -> str:

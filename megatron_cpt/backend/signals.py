@@ -1,13 +1,14 @@
 """Process that belongs to one run: its signals, log messages and warnings.
 
-The handler of a signal only records it; the training loop acts at the end of a step. A second signal does not interrupt
-the save that the first one caused.
+The handler of a signal records it; the training loop acts at the end of a step. A second SIGTERM or SIGUSR1 does not
+interrupt the save that the first one caused. A second SIGINT (Ctrl-C) ends the process at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -16,7 +17,8 @@ from types import FrameType
 
 from megatron_cpt.backend.distributed import launched_rank
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: SLURM's usual warning before the time limit
+# SIGUSR1: SLURM's usual warning before the time limit
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -25,8 +27,13 @@ class StopRequest:
     received: signal.Signals | None = None
 
     def handle_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Record a signal."""
+        """Record a signal. After SIGINT its default action is restored, which also interrupts waiting in C."""
         self.received = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            if launched_rank() == 0:
+                # not print: its buffer may be locked by the code that the signal has interrupted
+                os.write(2, b"\nreceived SIGINT: saving after this step; press Ctrl-C again to end without saving\n")
 
 
 @contextlib.contextmanager
@@ -47,7 +54,9 @@ def own_process() -> Iterator[StopRequest]:
     for name in ("megatron", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
     request = StopRequest()
-    earlier = {number: signal.signal(number, request.handle_signal) for number in STOP_SIGNALS}
+    # A shell starts background jobs with SIGINT ignored, so that Ctrl-C for another job does not reach them.
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, request.handle_signal) for number in handled}
     try:
         yield request
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
+from megatron_cpt.errors import install_command
+
 _EXTRA_BY_MODULE = {
     "torch": "train",
     "megatron": "train",
@@ -25,7 +27,7 @@ def describe_missing_package(error: ModuleNotFoundError) -> str | None:
     extra = _EXTRA_BY_MODULE.get(module)
     if extra is None or importlib.util.find_spec(module) is not None:
         return None
-    return f"{module} is not installed; pip install 'megatron-cpt[{extra}]'"
+    return f"{module} is not installed; {install_command(extra)}"
 
 
 def require_module(module: str) -> None:

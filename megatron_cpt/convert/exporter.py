@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
@@ -13,7 +14,9 @@ from typing import Any
 import orjson
 import torch
 
+from megatron_cpt.checkpoint.layout import checkpoints_folder, is_checkpoint, resolve_checkpoint
 from megatron_cpt.checkpoint.manifest import Verify
+from megatron_cpt.checkpoint.record import read_run
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.dtypes import cast, find_dtype
 from megatron_cpt.convert.huggingface.config import matching, read_model, to_hf_config
@@ -24,14 +27,20 @@ from megatron_cpt.convert.job import Advance, no_progress, refuse_existing, run_
 from megatron_cpt.convert.mapping.families import Family, by_name, detect
 from megatron_cpt.convert.mapping.resolve import resolve
 from megatron_cpt.convert.mapping.rules import TensorRule
+from megatron_cpt.convert.model_card import write_model_card
 from megatron_cpt.convert.side_files import find_side_files
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
+from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 << 20
 """Bytes of a tensor that one thread holds in memory; see `torch_dist_plan.MAX_PIECE_BYTES`."""
 
+GENERATION_FILE = "generation_config.json"
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id")
 _HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -129,7 +138,10 @@ def export_checkpoint(
         with HfWriter(target, tensors, options.shard_bytes, source=repr(checkpoint.identity())) as writer:
             _write_tensors(checkpoint, rules, tensors, writer, options.workers, advance)
             config_dtype = _HF_DTYPES[next(iter(tensors.values()))[1]]
-            names = _write_side_files(writer.folder, family, checkpoint.model, side, config_dtype)
+            own = _own_checkpoint(source)
+            eod_id = (read_run(own).get("documents") or {}).get("eod_id") if is_checkpoint(own) else None
+            names = _write_side_files(writer.folder, family, checkpoint.model, side, config_dtype, eod_id)
+            names = sorted({*names, *write_model_card(writer.folder, own, side)})
             writer.finish()
     return ExportReport(
         family=family.name,
@@ -149,6 +161,11 @@ def open_checkpoint(path: Path, *, model: str | None = None, verify: Verify = "f
     if checkpoint.kind == "huggingface":
         raise UserError(f"{path}: a Hugging Face folder already; give a checkpoint or a run directory")
     return checkpoint
+
+
+def _own_checkpoint(source: Path) -> Path:
+    """Return the checkpoint that a run directory stands for; other folders are returned unchanged."""
+    return resolve_checkpoint(source) if checkpoints_folder(source).is_dir() else source
 
 
 def blocks(rules: list[TensorRule], itemsize: int = 4) -> Iterator[TensorBlock]:
@@ -204,27 +221,51 @@ def _write_tensors(
 
 
 def _write_side_files(
-    folder: Path, family: Family, model: ModelConfig, side: Mapping[str, Path], dtype: str
+    folder: Path, family: Family, model: ModelConfig, side: Mapping[str, Path], dtype: str, eod_id: int | None
 ) -> list[str]:
     """Copy tokenizer and generation files, and write a config.json that describes the exported weights.
 
     Keys of the original config.json that the model section has no field for are kept. If nothing has changed, the
     original file is copied byte for byte.
     """
+    for name, file in side.items():
+        if name != CONFIG_FILE:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
     config = read_json_object(side[CONFIG_FILE]) if CONFIG_FILE in side else {}
+    ids = {key: config[key] for key in _SPECIAL_IDS if key in config} if config else _special_ids(folder, model, eod_id)
+    names = {*side, CONFIG_FILE}
     if config and detect(config, side[CONFIG_FILE]) is not family:
         config = {}  # exported as another family, whose keys have other meanings
     if config and _is_up_to_date(config, side[CONFIG_FILE], model, dtype):
         shutil.copyfile(side[CONFIG_FILE], folder / CONFIG_FILE)
     else:
-        config |= to_hf_config(family, model, dtype)
+        config |= {**to_hf_config(family, model, dtype), **ids}
         config.pop("dtype", None)  # the newer name of torch_dtype
         (folder / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
-    for name, file in side.items():
-        if name != CONFIG_FILE:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / name)
-    return sorted({*side, CONFIG_FILE})
+    if GENERATION_FILE not in side and CONFIG_FILE not in side and any(value is not None for value in ids.values()):
+        (folder / GENERATION_FILE).write_bytes(orjson.dumps(ids, option=orjson.OPT_INDENT_2))
+        names.add(GENERATION_FILE)
+    return sorted(names)
+
+
+def _special_ids(folder: Path, model: ModelConfig, eod_id: int | None) -> dict[str, int | None]:
+    """Return the ids that begin and end a document, by the tokenizer in an exported folder and `documents.eod_id`.
+
+    They are null if unknown: without the keys transformers takes the defaults of a class, such as 1 and 2 for Llama.
+    """
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": eod_id}
+    kinds = {"tokenizer.json": "huggingface", "tokenizer.model": "sentencepiece"}
+    kind = next((kind for name, kind in kinds.items() if (folder / name).is_file()), None)
+    if kind is None:
+        return ids
+    try:
+        tokenizer = load_tokenizer(f"{kind}:{folder}")
+    except (UserError, ImportError) as error:
+        logger.warning("config.json has no ids that begin and end a document: %s", error)
+        return ids
+    found = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id if eod_id is None else eod_id}
+    return {key: value if value is not None and value < model.vocab else None for key, value in found.items()}
 
 
 def _is_up_to_date(config: dict[str, Any], file: Path, model: ModelConfig, dtype: str) -> bool:

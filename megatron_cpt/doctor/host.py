@@ -52,6 +52,20 @@ def check_ports(ports: Sequence[Port], *, num_nodes: int) -> Diagnosis:
     return passed(name, found)
 
 
+def check_bf16(compute: str, *, is_emulated: bool) -> Diagnosis:
+    """Check that a run without a GPU does not use bf16 on a CPU that emulates it.
+
+    Args:
+        compute: `precision.compute` of the run.
+    """
+    if not is_emulated:
+        return passed("CPU", "computes in bf16")
+    if compute != "bf16":
+        return passed("CPU", f"emulates bf16; the run uses {compute}")
+    cost = "precision.compute: bf16, the default, is several times slower than fp32 here"
+    return Diagnosis("CPU", Level.NOTE, "emulates bf16", cost, "set precision.compute=fp32 to train on this CPU")
+
+
 def read_limit(number: int) -> int | None:
     """Return a soft limit of this process; None: unlimited."""
     soft, _ = resource.getrlimit(number)

@@ -16,6 +16,7 @@ from megatron_cpt.config import ParallelConfig
 from megatron_cpt.doctor import disk, host, nodes, software
 from megatron_cpt.doctor import gpus as gpu_checks
 from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
+from megatron_cpt.planning.hardware import emulates_bf16
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _examine_node(run: str | None, overrides: Sequence[str], port: int) -> tuple
         *_examine_host(port, num_nodes),
     ]
     hashes = None
+    if run is None and not has_gpu:
+        findings.append(host.check_bf16("bf16", is_emulated=emulates_bf16()))
     if run is not None:
         hashes, of_run = _examine_run(run, overrides, len(found.gpus), num_nodes)
         findings += of_run
@@ -130,6 +133,8 @@ def _examine_run(
         findings.append(disk.check_save_time(size, measured, writers))
     if num_gpus:
         findings.append(check_layout(config.parallel, num_gpus, num_nodes))
+    else:
+        findings.append(host.check_bf16(config.precision.compute, is_emulated=emulates_bf16()))
     return nodes.run_hashes(prepared), findings
 
 

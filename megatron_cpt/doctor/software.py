@@ -11,10 +11,10 @@ from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
 from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
+from megatron_cpt.errors import install_command
 
 _TESTED_CORE = {"3.11": "0.16.1", "3.12": "0.19"}
 """Version of megatron-core in our tests, per Python version."""
-_INSTALL = "pip install 'megatron-cpt[train]'"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Software:
     Attributes:
         cuda: CUDA version of the torch build; None: a CPU build.
         nccl: NCCL version of the torch build.
-        required: requirements of `megatron-cpt[train]`, such as `("torch", ">=2.6")`.
+        required: requirements of the extra `train`, such as `("torch", ">=2.6")`.
     """
 
     python: str
@@ -72,7 +72,8 @@ def check_core(software: Software) -> list[Diagnosis]:
     findings = []
     for name, found in (("torch", software.torch), ("megatron-core", software.megatron_core)):
         if found is None:
-            findings.append(Diagnosis(name, Level.BLOCKS, "not installed", "no run can start", _INSTALL))
+            way_out = install_command("train")
+            findings.append(Diagnosis(name, Level.BLOCKS, "not installed", "no run can start", way_out))
         elif not _fits(found, ranges.get(name, "")):
             cost = f"outside of the supported range {ranges[name]}"
             findings.append(Diagnosis(name, Level.BLOCKS, found, cost, f"pip install '{name}{ranges[name]}'"))
@@ -98,7 +99,7 @@ def check_transformer_engine(software: Software, *, has_gpu: bool) -> Diagnosis:
         "not installed",
         "the local layer spec is used: FP8 and attention by torch without fused norms, no overlap of tensor-parallel "
         "communication, no context parallelism",
-        "use NVIDIA's PyTorch container (Dockerfile), or pip install 'megatron-cpt[gpu]'",
+        f"use NVIDIA's PyTorch container (Dockerfile), or {install_command('gpu')}",
     )
 
 

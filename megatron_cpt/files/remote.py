@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.errors import CptError, UserError, install_command
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,6 @@ def _file_system(path: str) -> Any:
         return fsspec.filesystem(protocol)  # fsspec returns the same object each time
     except (ImportError, ValueError) as error:  # ValueError: a protocol that fsspec does not know
         raise UserError(
-            f"{path}: {protocol}:// cannot be opened: {error}; pip install 'megatron-cpt[cloud]' and the package that "
+            f"{path}: {protocol}:// cannot be opened: {error}; {install_command('cloud')} and the package that "
             f"fsspec opens {protocol}:// with (s3fs, gcsfs, adlfs), or copy the files to a local disk"
         ) from error

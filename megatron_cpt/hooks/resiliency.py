@@ -10,7 +10,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import UserError, install_command
 from megatron_cpt.hooks.hook import Hook
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class StragglerHook(Hook):
             from nvidia_resiliency_ext import straggler
         except ImportError as error:
             raise UserError(
-                "resilience.straggler: the package is not installed; pip install 'megatron-cpt[resiliency]'"
+                f"resilience.straggler: the package is not installed; {install_command('resiliency')}"
             ) from error
         self._detector = straggler.Detector
         self._section = contextlib.ExitStack()

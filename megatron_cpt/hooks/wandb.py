@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_cpt.config.schema import WandbConfig
-from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.errors import CptError, UserError, install_command
 from megatron_cpt.hooks.hook import Hook
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class WandbHook(Hook):
         try:
             import wandb
         except ImportError as error:
-            raise UserError("log.wandb: the package is not installed; pip install 'megatron-cpt[wandb]'") from error
+            raise UserError(f"log.wandb: the package is not installed; {install_command('wandb')}") from error
         self._wandb, self._config = wandb, config
         self._run: Any = None
 

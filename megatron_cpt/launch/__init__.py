@@ -8,6 +8,7 @@ torchrun alone mishandles a preempted job (torch 2.13 and 2.15: `torch/distribut
 | a rank ends with 75 (stopped, saved) | a failure: kills ranks that still save after 30 s, restarts all | 75 |
 | SIGTERM | the ranks get 30 s | the ranks save, however long that takes |
 | SIGUSR1 | torchrun dies, its ranks live on | as SIGTERM |
+| SIGINT (Ctrl-C) | the ranks get 30 s | as SIGTERM; the second one kills the ranks: 130 |
 | a rank fails | SIGTERM to the other ranks, restart | unchanged |
 
 torchrun inherits blocked stop signals, so only the launcher handles them (`supervise.py`). Each rank runs inside

@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
 
     Report(os.getpid()).write(path)
     for number in STOP_SIGNALS:
-        signal.signal(number, stop_before_training)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # SIGINT, if the launcher runs in the background
+            signal.signal(number, stop_before_training)
     status = EXIT_FAILURE
     try:
         # torchrun has the signals blocked; a signal that arrived meanwhile is delivered by this call

@@ -12,7 +12,8 @@ from megatron_cpt.files.atomic import write_atomically
 FOLDER_VARIABLE = "MEGATRON_CPT_LAUNCH_FOLDER"
 STOP_FILE = "stopping"
 """Created by the launcher when it receives a stop signal; read by ranks that start after that."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # megatron_cpt.backend.signals, which imports torch, has the same two
+# megatron_cpt.backend.signals, which imports torch, has the same signals
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from types import FrameType
 
 import psutil
 
-from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
+from megatron_cpt.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
 from megatron_cpt.launch.environment import set_cuda_variables
 from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_FILE, STOP_SIGNALS, Report, read_reports
 
@@ -23,7 +23,8 @@ GRACE_SECONDS = 60.0
 """Seconds that the ranks of a node may wait for a rank that has ended with nothing to save."""
 
 _POLL_SECONDS = 0.2
-_DEATH_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # passed on: torchrun ends its ranks on these
+_END_FILE = "ending"  # created in the folder of the launch by the second SIGINT
+_DEATH_SIGNALS = (signal.SIGHUP, signal.SIGQUIT)  # passed on: torchrun ends its ranks on these
 
 
 def supervise(
@@ -32,7 +33,8 @@ def supervise(
     """Run a command on all ranks of this node until they end.
 
     A stop signal goes to the ranks, which save and end; saving has no time limit here, and no rank is restarted after
-    it. If a rank fails, torchrun restarts all ranks, up to `--max-restarts` times.
+    it. A second SIGINT (Ctrl-C) kills the ranks. If a rank fails, torchrun restarts all ranks, up to `--max-restarts`
+    times.
 
     Args:
         command: arguments of `module` on each rank.
@@ -40,7 +42,7 @@ def supervise(
         grace: see `GRACE_SECONDS`.
 
     Returns:
-        The combined status of this node's ranks, see `combine`.
+        The combined status of this node's ranks, see `combine`; 130 after a second SIGINT.
     """
     with tempfile.TemporaryDirectory(prefix="megatron-cpt-launch-") as name:
         folder = Path(name)
@@ -53,6 +55,8 @@ def supervise(
                 is_failure = _wait(folder, agent, grace)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+        if (folder / _END_FILE).exists():
+            return EXIT_INTERRUPTED
         reports = read_reports(folder)
         if agent.returncode == EXIT_USER and not reports:
             return EXIT_USER  # torchrun rejected its options
@@ -99,10 +103,18 @@ def _start(folder: Path, options: Sequence[str], command: Sequence[str]) -> subp
 
 @contextlib.contextmanager
 def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[None]:
+    num_interrupts = 0
+
     def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal num_interrupts
+        num_interrupts += number == signal.SIGINT
+        if num_interrupts > 1:
+            (folder / _END_FILE).touch()
+            return
         (folder / STOP_FILE).touch()  # for ranks that do not handle signals yet
         message = f"launch: received {signal.Signals(number).name}; ranks that train save a checkpoint, and all end"
-        print(message, file=sys.stderr, flush=True)
+        hint = "; press Ctrl-C again to end without saving" if number == signal.SIGINT else ""
+        print(message + hint, file=sys.stderr, flush=True)
         for report in read_reports(folder):
             if report.status is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -110,6 +122,8 @@ def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[N
 
     pass_on = dict.fromkeys(_DEATH_SIGNALS, lambda number, _frame: agent.send_signal(number))
     handlers = dict.fromkeys(STOP_SIGNALS, stop) | pass_on
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so
+        del handlers[signal.SIGINT]
     earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -119,7 +133,7 @@ def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[N
 
 
 def _wait(folder: Path, agent: subprocess.Popen[bytes], grace: float) -> bool:
-    """Wait for torchrun; end it if its ranks wait in vain for a rank that has ended.
+    """Wait for torchrun; end it if its ranks wait in vain for a rank that has ended, or after a second SIGINT.
 
     Returns:
         True if a rank failed.
@@ -128,6 +142,8 @@ def _wait(folder: Path, agent: subprocess.Popen[bytes], grace: float) -> bool:
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return agent.wait(_POLL_SECONDS) != 0
+        if (folder / _END_FILE).exists():
+            return _kill(folder, agent, "Ctrl-C came twice")
         # An early end without a stop request is torchrun's reaction to a failure: it restarts the ranks, or ends soon.
         is_stop_requested = (folder / STOP_FILE).exists()
         is_final = any(
@@ -139,11 +155,11 @@ def _wait(folder: Path, agent: subprocess.Popen[bytes], grace: float) -> bool:
         elif deadline is None:
             deadline = time.monotonic() + grace
         elif time.monotonic() > deadline:
-            return _kill(folder, agent)
+            return _kill(folder, agent, "a rank has ended, and the others wait for it")
 
 
-def _kill(folder: Path, agent: subprocess.Popen[bytes]) -> bool:
-    """Kill torchrun and the ranks that still run.
+def _kill(folder: Path, agent: subprocess.Popen[bytes], reason: str) -> bool:
+    """Kill torchrun and the ranks that still run, and say why.
 
     Returns:
         True if a rank had failed and torchrun had not noticed yet.
@@ -156,8 +172,8 @@ def _kill(folder: Path, agent: subprocess.Popen[bytes]) -> bool:
     running = [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
     # a rank that was killed (out of memory, a crash in CUDA) had no time to report a status
     has_died = any(report.status is None and report.pid not in running for report in read_reports(folder))
-    waiting = "1 rank waits" if len(running) == 1 else f"{len(running)} ranks wait"
-    print(f"launch: {waiting} for a rank that has ended; killing", file=sys.stderr, flush=True)
+    count = "1 rank" if len(running) == 1 else f"{len(running)} ranks"
+    print(f"launch: {reason}: killing {count}", file=sys.stderr, flush=True)
     agent.kill()
     agent.wait()
     for pid in running:

@@ -1,8 +1,10 @@
-"""Published figures of GPUs."""
+"""Published figures of GPUs, and the instructions of this machine's CPU."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 TERA, GIGA = 1e12, 1e9
 
@@ -85,3 +87,16 @@ B200 = Gpu(
 )
 
 GPUS = {gpu.name: gpu for gpu in (A100, H100, H200, B200)}
+
+
+def emulates_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return True if the CPU has no instruction for matrix products in bf16; False if that is unknown.
+
+    Args:
+        cpuinfo: the kernel's list of CPUs. Their features are in a line `flags` (x86) or `Features` (ARM).
+    """
+    try:
+        found = re.search(r"^(flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"} & set(found[2].split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from megatron_cpt.planning.timeline.schedule import SCHEDULE_KEYS, Schedule, sch
 from megatron_cpt.planning.timeline.segments import RunProgress, Segment
 from megatron_cpt.planning.timeline.solve_steps import solve_schedule
 from megatron_cpt.sampling.spans import SpanGrid
+
+_SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ def build_plan(
         memory_stages=peak_memories(config, segments, num_gpus),
         warnings=(
             *_schedule_warnings(config),
+            *_blend_warnings(config),
             *_shape_warnings(config, segments),
             *source_warnings(totals),
             *_end_warnings(config, phases),
@@ -297,6 +301,17 @@ def _schedule_warnings(config: RunConfig) -> Iterator[str]:
     for key in sorted(schedule.model_fields_set & {"decay", "decay_shape"}):
         if schedule.shape != "wsd":
             yield f"schedule.{key} has no effect with schedule.shape: {schedule.shape}; remove it"
+
+
+def _blend_warnings(config: RunConfig) -> Iterator[str]:
+    for phase in config.phases:
+        total = sum(phase.blend.values())
+        if not math.isclose(total, 1.0, rel_tol=_SUM_TOLERANCE):
+            percent = " (percent)" if math.isclose(total, 100.0, rel_tol=_SUM_TOLERANCE) else ""
+            yield (
+                f"phase {phase.name}: the weights of its blend add up to {total:g}{percent}, not 1; each is divided by "
+                "the sum"
+            )
 
 
 def _end_warnings(config: RunConfig, phases: Sequence[PhasePlan]) -> Iterator[str]:

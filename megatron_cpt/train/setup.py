@@ -26,6 +26,7 @@ from megatron_cpt.model.capabilities import check_machine, read_machine, with_fp
 from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
 from megatron_cpt.optim.update import Update
 from megatron_cpt.planning import RunPlan, flops_per_token
+from megatron_cpt.planning.hardware import emulates_bf16
 from megatron_cpt.train.device_batch import make_upload
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
@@ -123,6 +124,11 @@ def setup(
     machine = read_machine()
     config = with_fp8_backend(config, machine)
     check_machine(config, machine)
+    if ranks.is_main and ranks.device.type == "cpu" and config.precision.compute == "bf16" and emulates_bf16():
+        logger.warning(
+            "precision.compute: bf16 is emulated on this CPU and several times slower than fp32; to train here, set "
+            "precision.compute=fp32"
+        )
     streams = open_streams(config, eod_id)
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
 

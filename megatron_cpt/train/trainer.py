@@ -85,8 +85,8 @@ class Trainer:
         hooks: called after the hooks that the run itself asks for.
         allow: changes since the checkpoint that are intended; see `megatron-cpt train --allow`.
         console: whether to print progress to stderr.
-        owns_process: whether to handle SIGTERM and SIGUSR1, print log messages to stderr and silence warnings. The
-            command does so; without it the trainer changes neither signal handlers, loggers nor warnings filters.
+        owns_process: whether to handle SIGTERM, SIGUSR1 and SIGINT, print log messages to stderr and silence warnings.
+            The command does so; without it the trainer changes neither signal handlers, loggers nor warnings filters.
 
     Attributes:
         session: the run, from `__enter__` on.

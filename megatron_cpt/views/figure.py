@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import UserError, install_command
 
 INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 
@@ -31,7 +31,7 @@ def save_figure(path: str | Path, size: tuple[float, float], **subplots: Any) ->
         import matplotlib
     except ImportError as error:
         text = f"--plot {path}: plots need matplotlib, which cannot be imported: {error}"
-        raise UserError(f"{text}; pip install 'megatron-cpt[plot]'") from error
+        raise UserError(f"{text}; {install_command('plot')}") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -42,12 +42,21 @@ def unbroken(run_file: Path) -> Path:
     return output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+# A process started in the background ignores SIGINT; this one takes it as from a terminal.
+_FOREGROUND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from megatron_cpt.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_75_and_a_later_call_goes_on(
     run_file: Path, unbroken: Path, number: signal.Signals
 ) -> None:
     output = run_file.parent / f"signal-{number.name}"
-    command = [*TRAIN, str(run_file), LONGER, f"output={output}"]
+    command = [sys.executable, "-c", _FOREGROUND, "train", str(run_file), LONGER, f"output={output}"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     _wait_for_lines(output, 3, process)
     process.send_signal(number)
@@ -119,3 +128,20 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(run_file: Path) -> None:
 
     with pytest.raises(RankError, match=r"CorruptCheckpointError: .*step-00000004: corrupt: __0_\d\.distcp: 100 bytes"):
         run_ranks(1, train_here, str(run_file), from_broken)
+
+
+def test_bf16_on_a_cpu_that_emulates_it_is_said_once_with_what_to_set(run_file: Path) -> None:
+    code = (
+        "import sys\n"
+        "from megatron_cpt.planning import hardware\n"
+        "hardware.emulates_bf16 = lambda: True\n"
+        "from megatron_cpt.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "train", str(run_file), "stop_at_step=1"]
+    slow = _run([*command, f"output={run_file.parent}/bf16", "precision.compute=bf16"])
+    assert slow.returncode == 0, slow.stderr
+    assert slow.stderr.count("bf16 is emulated on this CPU") == 1
+    assert "set precision.compute=fp32" in slow.stderr
+    fast = _run([*command, f"output={run_file.parent}/fp32"])
+    assert "emulated" not in fast.stderr

@@ -18,7 +18,8 @@ from tests.helpers.slurm import free_port
 _PATIENCE = 600  # seconds; only a hang takes so long, on however busy a machine
 
 LAUNCH = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
 from megatron_cpt.launch import supervise
 options, behaviors = sys.argv[2:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]
 sys.exit(supervise(["--standalone", "--nproc-per-node", "2", *options], [sys.argv[1], *behaviors],
@@ -77,7 +78,7 @@ def test_ranks_that_wait_for_a_mistaken_one_are_ended(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:2", "1:wait", options=("--max-restarts", "3"))
     _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 2
-    assert "1 rank waits for a rank that has ended" in err
+    assert "a rank has ended, and the others wait for it: killing 1 rank" in err
 
 
 def test_a_stop_signal_to_every_process_of_the_step_lets_the_ranks_save(tmp_path: Path) -> None:
@@ -103,12 +104,36 @@ def test_a_signal_before_the_ranks_listen_ends_them_with_75(tmp_path: Path) -> N
     assert "launch: stopped before training started, so nothing was saved; run the same command again" in err
 
 
+def test_ctrl_c_saves_and_ends_with_75(tmp_path: Path) -> None:
+    process = _start(tmp_path, "0:stop", "1:stop", options=("--max-restarts", "2"))
+    _wait_for_ranks(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 75, err
+    assert "attempt 1" not in out
+    assert "received SIGINT; the ranks save a checkpoint and end; press Ctrl-C again to end without saving" in err
+
+
+def test_a_second_ctrl_c_kills_the_ranks_and_ends_with_130(tmp_path: Path) -> None:
+    process = _start(tmp_path, "0:deaf", "1:deaf")
+    _wait_for_ranks(tmp_path, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert any("press Ctrl-C again" in line for line in iter(process.stderr.readline, ""))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=_PATIENCE)
+    assert process.returncode == 130, err
+    assert "Ctrl-C came twice: killing 2 ranks" in err
+    assert psutil.wait_procs(family, timeout=_PATIENCE)[1] == []
+
+
 def test_a_rank_that_torchrun_ends_after_a_failure_is_not_a_requested_stop(tmp_path: Path) -> None:
     # Rank 0 is still starting when rank 1 fails; rank 2 keeps torchrun waiting for longer than the grace period.
     process = _start(tmp_path, "0:wait", "1:fault", "2:linger", options=("--nproc-per-node", "3"))
     _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 1, err
-    assert "ranks wait for" not in err
+    assert "wait for it" not in err
 
 
 def test_a_rank_that_was_killed_is_a_failure_even_if_torchrun_has_not_noticed(tmp_path: Path) -> None:
@@ -121,7 +146,7 @@ def test_a_rank_that_was_killed_is_a_failure_even_if_torchrun_has_not_noticed(tm
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 1, err
-    assert "0 ranks wait for a rank that has ended" in err
+    assert "the others wait for it: killing 0 ranks" in err
 
 
 def test_doctor_on_two_nodes_compares_them(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ The first argument is a folder for traces of this rank. Each further one is `RAN
 | fault | in the first attempt, end with 9 once all ranks have started; in a later one, end with 0 |
 | stop | on a stop signal save for a while, then end with 75 |
 | linger | on a stop signal wait until rank 0 was stopped before training, and for some polls of the launcher more |
+| deaf | on a stop signal run on |
 | wait | run until something ends this rank |
 """
 
@@ -29,7 +30,7 @@ def main() -> int:
     folder, *words = sys.argv[1:]
     rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     behavior = dict(word.split(":") for word in words).get(rank, "wait")
-    on_signal = {"stop": _save, "linger": _linger}.get(behavior)
+    on_signal = {"stop": _save, "linger": _linger, "deaf": _run_on}.get(behavior)
     if on_signal is not None:
         _listen(on_signal)
     Path(folder, f"started-{rank}-{attempt}").touch()
@@ -40,7 +41,7 @@ def main() -> int:
         while len(list(Path(folder).glob("started-*-0"))) < int(os.environ["WORLD_SIZE"]):
             time.sleep(0.05)
         return 9
-    if behavior in ("wait", "stop", "linger"):
+    if behavior in ("wait", "stop", "linger", "deaf"):
         time.sleep(3600)
         return 1
     return int(behavior)
@@ -49,6 +50,11 @@ def main() -> int:
 def _save() -> int:
     time.sleep(0.5 * (1 + int(os.environ["RANK"])))
     return 75
+
+
+def _run_on() -> int:
+    time.sleep(3600)
+    return 1
 
 
 def _linger() -> int:
@@ -62,7 +68,7 @@ def _listen(on_signal: Callable[[], int]) -> None:
     def handle(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(on_signal())
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, handle)
 
 

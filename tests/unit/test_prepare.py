@@ -41,6 +41,16 @@ def test_files_give_the_sizes(with_files, write_run):
     assert prepared.config.name == "small"
 
 
+def test_a_plan_names_a_checkpoint_and_a_tokenizer_that_are_not_here(with_files, write_run):
+    with_files |= {"init": {"from": "nowhere/base"}, "tokenizer": "huggingface:nowhere/tokenizer"}
+    prepared = prepare_run(write_run(with_files), need_files=False)
+    start, tokenizer = prepared.plan.warnings
+    assert start == "init.from: nowhere/base: no such checkpoint; `train` needs it"
+    assert tokenizer == "tokenizer: huggingface:nowhere/tokenizer: no such file; `train` needs it"
+    with pytest.raises(ConfigError, match=r"init\.from: nowhere/base"):
+        prepare_run(write_run(with_files), need_files=True)
+
+
 def test_an_epoch_of_several_files_is_what_the_stream_reads(with_files, write_run, tmp_path):
     for number in range(3):
         write_tokens(tmp_path / "data" / f"part{number}", 100)  # one sample of 64 each, and 36 tokens left over

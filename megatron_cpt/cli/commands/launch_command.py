@@ -29,9 +29,9 @@ def launch(
     """Run a command on every rank of this node under torchrun; start it once per node.
 
     Give torchrun's options before -- and the command after it: `launch --nproc-per-node 8 --max-restarts 3 -- train
-    RUN.yaml`. On SIGTERM or SIGUSR1 the ranks save a checkpoint and end. If a rank fails, all ranks are restarted, up
-    to --max-restarts times. Exit status of the ranks: 0; 75: stopped after saving, start again to resume; 2 or 3: an
-    error message; 1: failure.
+    RUN.yaml`. On SIGTERM, SIGUSR1 or Ctrl-C the ranks save a checkpoint and end. If a rank fails, all ranks are
+    restarted, up to --max-restarts times. Exit status of the ranks: 0; 75: stopped after saving, start again to resume;
+    2 or 3: an error message; 1: failure; 130: a second Ctrl-C.
     """
     require_module("torch")  # before torchrun, which would fail in a process of its own
     from megatron_cpt.launch import check_options, check_port, supervise, with_defaults

@@ -18,7 +18,7 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=OVERRIDES_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw the plan; needs megatron-cpt[plot].")
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw the plan; needs matplotlib.")
     ] = None,
     gpus: Annotated[
         int | None,

@@ -23,8 +23,9 @@ def train(
 ) -> None:
     """Train a run, from its start or from the newest valid checkpoint in its output.
 
-    Without a launcher it is one process; under torchrun, one rank of many. Exit status 75: stopped by a signal or by
-    resilience.wall_time after a checkpoint was saved; run the same command again to resume.
+    Without a launcher it is one process; under torchrun, one rank of many. Exit status 75: stopped by a signal, by
+    Ctrl-C or by resilience.wall_time after a checkpoint was saved; run the same command again to resume. A second
+    Ctrl-C ends it without a save.
     """
     from megatron_cpt.launch.environment import set_cuda_variables
 

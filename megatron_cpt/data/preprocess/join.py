@@ -16,6 +16,7 @@ from megatron_cpt.data.preprocess.assemble import OutputLayout
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.preprocess.pipeline import PreprocessReport, publish_run, refuse_to_overwrite, work_folder_path
 from megatron_cpt.data.preprocess.work_folder import WorkFolder, read_finished
+from megatron_cpt.data.tokenfile.writer import require_file_name
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.resumable import differing_names
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
@@ -39,6 +40,7 @@ def join_shards(
         RefusedError: too many bad lines, or one shard found a mismatch of gigatoken and others used gigatoken.
     """
     prefix = os.fspath(output_prefix)
+    require_file_name(prefix)
     with os_errors_as_cpt_errors(Path(work_folder_path(prefix))):
         return _join(prefix, count, bad.parse_max_bad(max_bad), overwrite)
 

@@ -26,6 +26,7 @@ from megatron_cpt.data.preprocess.work_folder import STATE_FILE, WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodeOptions
 from megatron_cpt.data.tokenfile.header import best_dtype
 from megatron_cpt.data.tokenfile.sidecar import Origin, is_free, own_versions, sidecar_path
+from megatron_cpt.data.tokenfile.writer import require_file_name
 from megatron_cpt.data.tokenizers.fast import plan_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
@@ -109,6 +110,8 @@ def preprocess(
         RefusedError: more bad lines than `options.max_bad`, or a damaged file without `options.allow_damaged_input`.
     """
     started, prefix = time.monotonic(), os.fspath(output_prefix)
+    for name in options.prefixes or [prefix]:
+        require_file_name(name)
     path = Path(work_folder_path(prefix, options.shard))
     with os_errors_as_cpt_errors(path), spool_stdin(inputs, prefix) as (found, is_spooled):
         if is_spooled and options.shard is not None:
@@ -184,8 +187,6 @@ def work_folder_path(prefix: str, shard: Shard | None = None) -> str:
 
 def refuse_to_overwrite(prefixes: Sequence[str], overwrite: bool) -> None:
     """Raise a UserError if one of the datasets exists, unless `overwrite`."""
-    if not all(os.path.basename(prefix) for prefix in prefixes):
-        raise UserError("output prefix: has no file name; give a path such as data/web")
     found = [f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx") if os.path.exists(f"{prefix}.{end}")]
     if found and not overwrite:
         raise UserError(f"{' and '.join(found)}: already exists; choose another output prefix, or allow overwriting")

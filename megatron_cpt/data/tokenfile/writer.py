@@ -176,10 +176,18 @@ def require_free(output_prefix: str, inputs: Sequence[str], *, overwrite: bool) 
     Raises:
         UserError: the output may not be written.
     """
-    if not os.path.basename(output_prefix):
-        raise UserError(f"output prefix {output_prefix!r}: has no file name; give a path such as data/web")
+    require_file_name(output_prefix)
     existing = [f"{output_prefix}{end}" for end in (".bin", ".idx") if os.path.exists(f"{output_prefix}{end}")]
     if any(os.path.realpath(f"{output_prefix}.bin") == os.path.realpath(f"{prefix}.bin") for prefix in inputs):
         raise UserError(f"{output_prefix}: is an input too; choose another output")
     if existing and not overwrite:
         raise UserError(f"{' and '.join(existing)}: exists already; choose another output, or replace it: --overwrite")
+
+
+def require_file_name(output_prefix: str) -> None:
+    """Raise a UserError for a prefix such as `io/`, which would give the hidden files `io/.bin` and `io/.idx`."""
+    if os.path.basename(output_prefix) in ("", ".", ".."):
+        raise UserError(
+            f"output prefix {output_prefix!r}: has no file name, so its files would be hidden; give a path such as "
+            f"{os.path.join(os.path.dirname(output_prefix) or 'data', 'web')}"
+        )

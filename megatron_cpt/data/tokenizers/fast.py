@@ -27,7 +27,7 @@ from megatron_cpt.data.tokenizers.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
-from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.errors import CptError, UserError, install_command
 
 WhenFast = Literal["auto", "on", "off"]
 Check = Literal["sample", "all"]
@@ -105,7 +105,7 @@ def _find_certificate(
         return None, "gigatoken does not support this kind"
     versions = library_versions(tokenizer)
     if versions is None:
-        return None, "the package gigatoken is not installed; pip install 'megatron-cpt[fast]'"
+        return None, f"the package gigatoken is not installed; {install_command('fast')}"
     certificate = store.load(tokenizer.fingerprint, versions)
     if certificate is None and (when == "on" or input_bytes >= PAYS_FROM_BYTES):
         notify("comparing gigatoken with the tokenizer's own library, once per tokenizer")

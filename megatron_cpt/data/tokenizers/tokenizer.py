@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenizers.special_tokens import CONFIG_FILE, find_document_end, find_special_token
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import UserError, install_command
 
 KINDS = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json, byte"
 _SENTENCEPIECE_FILE = "tokenizer.model"
@@ -313,8 +313,7 @@ def _convert_folder(folder: Path) -> bytes:
         import transformers
     except ImportError as error:
         raise UserError(
-            f"tokenizer {folder}: no {_JSON_FILE} in it; transformers can read its {found[0]}: pip install "
-            "'megatron-cpt[hf]'"
+            f"tokenizer {folder}: no {_JSON_FILE} in it; transformers can read its {found[0]}: {install_command('hf')}"
         ) from error
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -269,6 +269,7 @@ class TestSplit:
             ({"--held-out-prefix": "web"}, 2, "web: is an input too"),
             ({"--rest-prefix": "./out"}, 2, "out: is given for both outputs"),
             ({"--rest-prefix": ""}, 2, "output prefix '': has no file name"),
+            ({"--held-out-prefix": "io/."}, 2, "output prefix 'io/.': has no file name"),
             ({"--held-out-prefix": "code"}, 2, "code.bin and code.idx: exists already"),
             ({"--input": "none"}, 2, "no such file"),
             ({"--input": "cut"}, 3, "cut.bin: has 2 bytes"),

@@ -98,3 +98,14 @@ def test_mistakes_with_parts(texts, capsys, arguments, text):
     assert main(["preprocess", *arguments, "--output-prefix", "x"]) == 2
     assert text in capsys.readouterr().err
     assert not list(texts.glob("x*"))
+
+
+@pytest.mark.parametrize("prefix", ["io/", "io/.", ""])
+@pytest.mark.parametrize("options", [[], ["--key", "text", "body"], ["--split-tokens", "2"], ["--shard", "0/2"]])
+def test_a_prefix_without_a_file_name_is_refused_because_its_files_would_be_hidden(texts, capsys, prefix, options):
+    arguments = ["--input", "a.jsonl", "--tokenizer", "byte", "--output-prefix", prefix, *options]
+    assert main(["preprocess", *arguments]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert f"output prefix {prefix!r}: has no file name" in message
+    assert main(["preprocess", "--join", "2", "--output-prefix", prefix]) == 2
+    assert sorted(path.name for path in texts.iterdir()) == ["a.jsonl", "b.jsonl"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from megatron_cpt import errors
 from megatron_cpt.cli import app, main
 from megatron_cpt.cli.command_groups import GROUPS
+from megatron_cpt.errors import install_command
 
 _WITHOUT = """
 import sys
@@ -70,16 +73,16 @@ def test_bash_gets_a_script() -> None:
 @pytest.mark.parametrize(
     ("missing", "words", "message"),
     [
-        ("torch", "train run.yaml", "megatron-cpt train: torch is not installed; pip install 'megatron-cpt[train]'"),
+        ("torch", "train run.yaml", f"megatron-cpt train: torch is not installed; {install_command('train')}"),
         (
             "torch",
             "launch --nproc-per-node 2 -- train run.yaml",
-            "megatron-cpt launch: torch is not installed; pip install 'megatron-cpt[train]'",
+            f"megatron-cpt launch: torch is not installed; {install_command('train')}",
         ),
         (
             "zstandard",
             "preprocess --input a.jsonl --output-prefix p --tokenizer byte",
-            "megatron-cpt preprocess: zstandard is not installed; pip install 'megatron-cpt[data]'",
+            f"megatron-cpt preprocess: zstandard is not installed; {install_command('data')}",
         ),
     ],
 )
@@ -91,7 +94,12 @@ def test_a_missing_package_is_one_message(missing: str, words: str, message: str
 def test_doctor_reports_a_missing_torch() -> None:
     done = _run("-c", _WITHOUT, "torch", "doctor")
     assert done.returncode == 1, done.stderr
-    assert "pip install 'megatron-cpt[train]'" in done.stdout
+    assert f"pip install -e '{Path(__file__).parents[3]}[train]'" in done.stdout
+
+
+def test_without_a_checkout_the_command_says_where_to_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_CHECKOUT", tmp_path)
+    assert install_command("hf") == "pip install '.[hf]' in the folder of megatron-cpt's setup.py"
 
 
 def test_help_and_import_load_nothing_heavy() -> None:

@@ -16,6 +16,7 @@ from megatron_cpt.doctor.gpus import Gpus, InstalledGpu
 from megatron_cpt.doctor.host import Port
 from megatron_cpt.doctor.run_checks import Examination, check_layout
 from megatron_cpt.doctor.software import Software
+from megatron_cpt.planning.hardware import emulates_bf16
 
 RANGES = (("torch", ">=2.6"), ("megatron-core", ">=0.16.1,<0.20"))
 NODE = Software("3.12.3", "2.10.0a0+b4e4ee81d3", "0.19.2", "2.10", "0.1", "13.1", "2.28.9", RANGES)
@@ -41,6 +42,34 @@ def test_the_real_requirements_are_read() -> None:
     found = software.read_software()
     assert dict(found.required)["megatron-core"] in (">=0.16.1,<0.20", "<0.20,>=0.16.1")
     assert set(_levels(software.check_core(found)).values()) <= {Level.OK, Level.NOTE}
+
+
+X86 = "processor : 0\nflags\t\t: fpu avx2 avx512f {}\n\nprocessor : 1\nflags\t\t: fpu avx2 avx512f {}\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "is_emulated"),
+    [
+        (X86.format("", ""), True),
+        (X86.format("avx512_bf16", "avx512_bf16"), False),
+        (X86.format("amx_bf16", "amx_bf16"), False),
+        ("Features\t: fp asimd bf16\n", False),
+        ("Features\t: fp asimd\n", True),
+        ("unknown\n", False),
+        (None, False),
+    ],
+)
+def test_a_cpu_without_bf16_is_told_from_its_flags(tmp_path: Path, cpuinfo: str | None, is_emulated: bool) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert emulates_bf16(tmp_path / "cpuinfo") == is_emulated
+
+
+def test_bf16_is_a_note_only_where_it_is_emulated_and_used() -> None:
+    slow = host.check_bf16("bf16", is_emulated=True)
+    assert (slow.level, slow.way_out) == (Level.NOTE, "set precision.compute=fp32 to train on this CPU")
+    assert host.check_bf16("fp32", is_emulated=True).level is Level.OK
+    assert host.check_bf16("bf16", is_emulated=False).level is Level.OK
 
 
 def test_a_missing_transformer_engine_costs_something_only_beside_a_gpu() -> None:

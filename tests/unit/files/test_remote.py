@@ -130,7 +130,7 @@ def test_a_run_is_prepared_from_it(run_data, write_run, counting_dataset, upload
 
 def test_without_fsspec(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(UserError, match=r"s3:// cannot be opened: .*pip install 'megatron-cpt\[cloud\]'"):
+    with pytest.raises(UserError, match=r"s3:// cannot be opened: .*pip install -e '.*\[cloud\]'"):
         read_header("s3://bucket/web")
 
 

@@ -111,7 +111,7 @@ def test_tensorboard_on_a_full_disk_names_its_folder(tmp_path):
 
 def test_wandb_that_is_missing_or_refuses_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'megatron-cpt\[wandb\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[wandb\]'"):
         WandbHook(WandbConfig(project="p"))
 
     class Error(Exception):  # as wandb.Error is named

@@ -50,3 +50,6 @@ def test_the_job_on_kubernetes_means_the_runtime_beside_it_and_files_that_are_he
     words = job["spec"]["trainer"]["args"][0].split()
     for path in (word for word in words if word.startswith("examples/")):
         assert (ROOT / path).exists(), path
+    # Kubeflow Trainer 2.2 removed numProcPerNode from the runtime's torch policy (PR 3239); the job has it.
+    assert runtime["spec"]["mlPolicy"]["torch"] == {}
+    assert job["spec"]["trainer"]["numProcPerNode"] == 8

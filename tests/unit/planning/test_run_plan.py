@@ -118,6 +118,23 @@ def test_warnings(run_data):
     assert worn.startswith("read more than 4 times: qa (5.50 times); repeated tokens")
 
 
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        ((0.6, 0.4), None),
+        ((0.7, 0.1 + 0.2), None),
+        ((60, 40), "add up to 100 (percent), not 1; each is divided by the sum"),
+        ((0.6, 0.3), "add up to 0.9, not 1; each is divided by the sum"),
+    ],
+)
+def test_a_blend_that_does_not_add_up_to_1_is_named_with_its_sum(run_data, weights, text):
+    run_data["phases"][0]["blend"] = dict(zip(("web", "code"), weights, strict=True))
+    found = [line for line in plan(run_data).warnings if "blend" in line]
+    assert found == (
+        [] if text is None else [f"phase {run_data['phases'][0]['name']}: the weights of its blend {text}"]
+    )
+
+
 def test_warnings_about_very_many_sources_stay_short(run_data):
     run_data["sources"] |= {f"idle{n}": {"path": "x"} for n in range(1000)}
     (warning,) = plan(run_data).warnings

@@ -131,10 +131,10 @@ def test_rope_in_the_old_and_the_new_form():
     assert model.rope_scaling is not None
     assert (model.rope_scaling.factor, model.rope_scaling.original_max_positions) == (32.0, 8192)
     linear = {**tiny_config("llama"), "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}
-    family, scaled = hf_config.read_model(linear)
-    assert scaled.rope_scaling is not None
-    assert (scaled.rope_scaling.type, scaled.rope_scaling.factor) == ("linear", 4.0)
-    assert hf_config.to_hf_config(family, scaled)["rope_parameters"] == {
+    family, interpolated = hf_config.read_model(linear)
+    assert interpolated.rope_scaling is not None
+    assert (interpolated.rope_scaling.type, interpolated.rope_scaling.factor) == ("linear", 4.0)
+    assert hf_config.to_hf_config(family, interpolated)["rope_parameters"] == {
         "rope_type": "linear",
         "factor": 4.0,
         "rope_theta": 10000.0,

@@ -169,7 +169,7 @@ class TestPlan:
         monkeypatch.setattr(module, "library_versions", lambda tokenizer: None)
         tokenizer = load_tokenizer(bpe_spec)
         assert plan_tokenizer(bpe_spec, tokenizer, input_bytes=1 << 40).certificate is None
-        with pytest.raises(UserError, match=r"gigatoken is not installed; pip install 'megatron-cpt\[fast\]'"):
+        with pytest.raises(UserError, match=r"gigatoken is not installed; pip install -e '.*\[fast\]'"):
             plan_tokenizer(bpe_spec, tokenizer, when="on")
 
     def test_made_where_it_pays_and_kept(self, bpe_spec, tmp_path, monkeypatch):

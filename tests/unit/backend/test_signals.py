@@ -1,0 +1,45 @@
+"""Stop signals of a process that belongs to one run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+# Each case runs in a process of its own, whose disposition of SIGINT does not depend on how the tests were started.
+_CASE = """
+import signal, sys
+from megatron_cpt.backend.signals import own_process
+signal.signal(signal.SIGINT, {before})
+with own_process() as request:
+    for number in sys.argv[1:]:
+        signal.raise_signal(getattr(signal, number))
+        print(number, request.received and request.received.name, flush=True)
+print(signal.getsignal(signal.SIGINT) is {before})
+"""
+
+
+def _raise_signals(*names: str, before: str = "signal.default_int_handler") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _CASE.format(before=before), *names]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_ctrl_c_is_recorded_and_said_at_once() -> None:
+    done = _raise_signals("SIGINT")
+    assert (done.returncode, done.stdout) == (0, "SIGINT SIGINT\nTrue\n")
+    assert "received SIGINT: saving after this step; press Ctrl-C again to end without saving" in done.stderr
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
+    done = _raise_signals("SIGINT", "SIGINT")
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGINT SIGINT\n")  # a shell reports 130
+
+
+def test_a_second_sigterm_does_not_interrupt_the_save() -> None:
+    done = _raise_signals("SIGTERM", "SIGTERM")
+    assert (done.returncode, done.stdout) == (0, "SIGTERM SIGTERM\nSIGTERM SIGTERM\nTrue\n")
+
+
+def test_a_background_job_still_ignores_ctrl_c() -> None:
+    done = _raise_signals("SIGINT", before="signal.SIG_IGN")
+    assert (done.returncode, done.stdout) == (0, "SIGINT None\nTrue\n")
