@@ -15,7 +15,8 @@ PLOT = ["matplotlib>=3.8"]
 TENSORBOARD = ["tensorboard>=2.15"]
 TRAIN = [
     # backend/cpu.py replaces functions of torch.cuda, and checkpoint/ builds on the planners and the metadata of
-    # torch.distributed.checkpoint. Each new release may change both: the suite runs with 2.13, releases up to 2.15 were tried.
+    # torch.distributed.checkpoint. Each new release may change both: the suite runs with 2.13, and releases up to 2.15
+    # were tried.
     "torch>=2.6,<2.16",
     "megatron-core>=0.16.1,<0.20",
     "psutil>=5.9",  # megatron-core's checkpoint writer imports it without requiring it
