@@ -241,3 +241,42 @@ def test_the_environment_of_an_item_keeps_caches_out_of_the_tree(tool: ModuleTyp
     assert found["PYTHONPATH"].split(os.pathsep)[:2] == [str(tmp_path / "work" / "site"), str(TOOL.parents[2])]
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR"):
         assert found[name].startswith(str(tmp_path / "work"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"items": {"1": {}}, "is_rehearsal": false, "started": ""}'])
+def test_resume_names_a_damaged_file_of_results(tool: ModuleType, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(content)
+    with pytest.raises(SystemExit, match="not the results of a measurement"):
+        measure(tool, tmp_path, [script("1", GOOD)], "--resume")
+    assert (tmp_path / "out" / "results.json").read_text() == content
+
+
+def test_a_folder_of_results_that_cannot_be_made_is_named(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit):
+        measure(tool, tmp_path, [script("1", GOOD)])
+    assert "File exists; choose another folder" in capsys.readouterr().err
+
+
+def test_no_process_outlives_results_that_cannot_be_written(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = []
+
+    class Noted(tool.Child):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            children.append(self)
+
+    def disk_is_full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tool, "Child", Noted)
+    monkeypatch.setattr(tool, "write_atomically", disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        measure(tool, tmp_path, [script("1", HANGS), script("2", HANGS)])
+    assert children
+    assert all(child._process.returncode is not None for child in children)
