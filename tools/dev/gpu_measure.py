@@ -426,10 +426,12 @@ def main(argv: Sequence[str] | None = None, *, items: Sequence[Item] = ITEMS) ->
     )
     measurement = Measurement(options, chosen, PREDICTIONS)
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a lost terminal; `nohup` ignores it
+        signal.signal(signal.SIGHUP, _stop)
     try:
         measurement.run()
     except KeyboardInterrupt as stop:
-        print(f"stopped: {stop or 'interrupted'}; {options.out} has what was measured", file=sys.stderr)
+        print(f"stopped: {str(stop) or 'interrupted'}; {options.out} has what was measured", file=sys.stderr)
         return 1
     finally:
         shutil.rmtree(options.memory, ignore_errors=True)
