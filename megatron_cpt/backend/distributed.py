@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cpt.backend import cpu
-from megatron_cpt.config import ParallelConfig
+from megatron_cpt.config import ParallelConfig, format_number_of
 from megatron_cpt.config.launcher import read_launcher
 from megatron_cpt.errors import UserError
 
@@ -159,6 +159,13 @@ def _abort() -> None:
 def _initialize(on_cpu: bool, timeout: timedelta) -> None:
     launched, device = read_launcher(), None
     if not on_cpu:
+        if launched.local_rank >= torch.cuda.device_count():
+            seen = format_number_of(torch.cuda.device_count(), "GPU")
+            raise UserError(
+                f"environment: LOCAL_RANK={launched.local_rank}, but this process sees {seen}; "
+                "start at most one rank per GPU, and let every rank see all GPUs of its node (CUDA_VISIBLE_DEVICES; "
+                "SLURM's --gpus-per-task hides the others)"
+            )
         device = torch.device("cuda", launched.local_rank)
         torch.cuda.set_device(device)
     # Training uses NCCL on GPUs; saving checkpoints and checking files move CPU tensors, over gloo. With its device

@@ -11,6 +11,7 @@ from megatron_cpt.errors import UserError
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun sets for every rank."""
 
+_LAST_PORT = 65535
 _START = "start the ranks with `megatron-cpt launch` or torchrun"
 
 
@@ -50,13 +51,15 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> LaunchedRank:
             f"environment: {', '.join(present)} set, {', '.join(missing)} not; {_START}, or unset "
             f"{' '.join(name for name in present if not name.startswith('MASTER'))} for a run of one process"
         )
-    rank, world_size, local_rank, _ = (
+    rank, world_size, local_rank, port = (
         _number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     )
     if world_size < 1 or rank >= world_size:
         raise UserError(
             f"environment: RANK={rank} in WORLD_SIZE={world_size}; ranks count from 0 to WORLD_SIZE - 1: {_START}"
         )
+    if port > _LAST_PORT:
+        raise UserError(f"environment: MASTER_PORT={port}: ports end at {_LAST_PORT}; {_START}")
     return LaunchedRank(rank, world_size, local_rank, has_launcher=True)
 
 
@@ -67,9 +70,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def _refuse_several_tasks(environment: Mapping[str, str]) -> None:
-    if "SLURM_PROCID" not in environment:
-        return  # a shell inside an allocation, not a task
-    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    # srun's variable. A batch script has SLURM_PROCID=0 and SLURM_NTASKS=8 too, but there is one of it (sbatch(1)).
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1":
         raise UserError(
             f"environment: SLURM started {tasks} tasks without a launcher, and each would train the whole run alone; "

@@ -99,14 +99,23 @@ def _is_bare_number(text: str) -> bool:
     return match is not None and not match[2]
 
 
-_VARIABLE = re.compile(r"\$\{?(\w+)")
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|(\{[^}]*\}?))", re.ASCII)
+
+
+def _value_of_variable(match: re.Match[str]) -> str:
+    name = match[1] or match[2][1:-1]
+    if match[2] and not (name.isidentifier() and match[2].endswith("}")):
+        raise ValueError(f"{match[0]}: only $NAME and ${{NAME}} are expanded; write the path in full")
+    if name not in os.environ:
+        raise ValueError(f"the variable {name} is not set in the environment; set it, or write the path in full")
+    return os.environ[name]
 
 
 def expand_paths(value: Any) -> Any:
     """Expand `~` and `$NAME` in a path, in the paths of a list or dict, and after the colon of `KIND:PATH`.
 
     Raises:
-        ValueError: a variable is not set, or there is no home directory.
+        ValueError: a variable is not set, `${...}` holds more than a name, or there is no home directory.
     """
     if isinstance(value, list):
         return [expand_paths(path) for path in value]
@@ -115,10 +124,7 @@ def expand_paths(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     kind, colon, path = value.partition(":") if re.match(r"\w+:~", value) else ("", "", value)
-    for name in _VARIABLE.findall(path):
-        if name not in os.environ:
-            raise ValueError(f"the variable {name} is not set in the environment; set it, or write the path in full")
-    expanded = os.path.expanduser(os.path.expandvars(path))
+    expanded = os.path.expanduser(_VARIABLE.sub(_value_of_variable, path))
     if expanded.startswith("~"):
         raise ValueError(f"{expanded.partition('/')[0]} has no home directory; write the path in full")
     return f"{kind}{colon}{expanded}"

@@ -97,6 +97,9 @@ def _start(folder: Path, options: Sequence[str], command: Sequence[str]) -> subp
         FOLDER_VARIABLE: str(folder),
     }
     set_cuda_variables(environment)
+    # Otherwise the ranks of a restart share the store of those before, and connect to the addresses of killed ranks
+    # (pytorch issues 135712 and 167288; torch 2.13 has no prefix per attempt any more).
+    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     run = [sys.executable, "-m", "torch.distributed.run", *options, "--module", "megatron_cpt.launch.rank", *command]
     return subprocess.Popen(run, env=environment, start_new_session=True)
 

@@ -67,6 +67,15 @@ def test_a_fault_is_started_again_and_the_last_attempt_counts(tmp_path: Path) ->
     assert "rank 1 of 2 in attempt 1" in out
 
 
+def test_ranks_of_a_restart_connect_to_each_other(tmp_path: Path) -> None:
+    """They read the addresses of the killed ranks before, because torchrun's agent kept the store."""
+    program = LAUNCH.replace("tests.helpers.stand_in_rank", "tests.helpers.restarting_rank")
+    command = [sys.executable, "-c", program, str(tmp_path), "--max-restarts", "1", "--"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("connected in attempt 1") == 2
+
+
 def test_a_fault_without_restarts_is_1(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:0", "1:fault")
     _, err = process.communicate(timeout=_PATIENCE)

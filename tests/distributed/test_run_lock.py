@@ -102,3 +102,38 @@ def test_every_rank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         (tmp_path / "out" / "run.yaml").stat()
     assert run_ranks(2, _try_lock, str(tmp_path / "out")) == ["held", "held"]
+
+
+FAILS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+from megatron_cpt.errors import CptError
+from megatron_cpt.train.resilience import run_lock as module
+write = module.write_atomically
+def disk_is_full(*_): raise OSError(28, "No space left on device")
+def attempt(output):
+    try:
+        with module.run_lock(output, wait=0.1):
+            return "held"
+    except CptError as error:
+        return str(error)
+output = Path(sys.argv[1]) / "new" / "out"
+module.write_atomically = disk_is_full
+print(attempt(output), output.parent.exists())
+module.write_atomically = write
+print(attempt(output))
+print(attempt(output.with_name("a" * 300)))
+"""
+
+
+def test_a_lock_that_could_not_be_described_is_released_with_its_folders(tmp_path: Path) -> None:
+    """After a full disk, a second attempt of the same process was told that another run trains in the directory."""
+    command = [sys.executable, "-c", FAILS, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
+    full, second, too_long = ended.stdout.splitlines()
+    assert "No space left on device" in full
+    assert full.endswith("False")
+    assert second == "held"
+    assert "File name too long: the run directory cannot be written" in too_long

@@ -182,7 +182,7 @@ class Measurement:
             "items": {},
         }
         if self.options.resume and (self.options.out / "results.json").exists():
-            before = json.loads((self.options.out / "results.json").read_text(encoding="utf-8"))
+            before = read_results(self.options.out / "results.json")
             if before["is_rehearsal"] != self.options.is_rehearsal:
                 sys.exit(f"{self.options.out}: a rehearsal and a measurement do not mix; choose another --out")
             done = {key: entry for key, entry in before["items"].items() if entry["status"] == "done"}
@@ -220,8 +220,9 @@ class Measurement:
                 self._record(item, "skipped", reason=reason)
             raise
         finally:
-            if waiting is not None:
-                waiting.kill()
+            for child in (waiting, current):  # the current one is left only after an error, such as a full disk
+                if child is not None:
+                    child.kill()
             self.results["seconds"] = round(self.options.budget - self._left(), 1)
             self.write()
 
@@ -291,6 +292,18 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return the results of an earlier measurement."""
+    try:
+        results: dict[str, Any] = json.loads(path.read_bytes())
+        statuses = [entry["status"] for entry in results["items"].values()]
+        assert all(isinstance(status, str) for status in statuses)
+        assert {"started", "is_rehearsal"} <= results.keys()
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        sys.exit(f"{path}: not the results of a measurement ({error!r}); remove it or choose another --out")
+    return results
 
 
 def read_figures(path: Path) -> tuple[dict[str, Any], str]:
@@ -395,7 +408,10 @@ def main(argv: Sequence[str] | None = None, *, items: Sequence[Item] = ITEMS) ->
         parser.error(f"--bundle {arguments.bundle}: no such folder; `make gpu-bundle` writes it")
     if arguments.bundle is not None and not any(item.is_first for item in chosen):
         chosen = [item for item in items if item.is_first] + chosen  # it unpacks what the others import
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {arguments.out}: {error.strerror}; choose another folder")
     is_own = arguments.work is None
     work = Path(tempfile.mkdtemp(prefix="gpu-measure-")) if is_own else arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -410,10 +426,12 @@ def main(argv: Sequence[str] | None = None, *, items: Sequence[Item] = ITEMS) ->
     )
     measurement = Measurement(options, chosen, PREDICTIONS)
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a lost terminal; `nohup` ignores it
+        signal.signal(signal.SIGHUP, _stop)
     try:
         measurement.run()
     except KeyboardInterrupt as stop:
-        print(f"stopped: {stop or 'interrupted'}; {options.out} has what was measured", file=sys.stderr)
+        print(f"stopped: {str(stop) or 'interrupted'}; {options.out} has what was measured", file=sys.stderr)
         return 1
     finally:
         shutil.rmtree(options.memory, ignore_errors=True)

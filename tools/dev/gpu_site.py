@@ -82,6 +82,8 @@ def unpack(bundle: Path, site: Path) -> dict[str, str]:
     mark = f"{checksum} without {sorted(skipped)}\n"
     if (site / MARK).is_file() and (site / MARK).read_text() == mark:
         return versions
+    if site.exists() and not site.is_dir():
+        raise BundleError(f"{site}: not a folder; choose an empty or new folder")
     if site.exists() and any(site.iterdir()) and not (site / MARK).is_file():
         raise BundleError(f"{site}: has files that no bundle left there; choose an empty or new folder")
     part = site.with_name(f".{site.name}.part")
@@ -102,6 +104,8 @@ def _read_manifest(bundle: Path) -> tuple[dict[str, Any], str]:
     try:
         manifest: dict[str, Any] = json.loads(content)
         wanted, packages = manifest["python"], manifest["packages"]
+        for package in packages:
+            _check_names(package)
         engine = {
             package["name"]: package["version"] for package in packages if "transformer_engine" in package["name"]
         }
@@ -114,6 +118,13 @@ def _read_manifest(bundle: Path) -> tuple[dict[str, Any], str]:
         found = ", ".join(f"{name} {version}" for name, version in engine.items())
         raise BundleError(f"{path}: Transformer Engine refuses parts of different versions: {found}")
     return manifest, hashlib.sha256(content).hexdigest()
+
+
+def _check_names(package: dict[str, Any]) -> None:
+    """Raise a ValueError if a file would be read outside the bundle, or written outside the site."""
+    for name in (package["name"], package["version"], package["file"], package["sha256"]):
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not a plain name")
 
 
 def _installed(exclude: Path) -> dict[str, str]:

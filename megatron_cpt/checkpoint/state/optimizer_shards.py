@@ -98,7 +98,8 @@ def _create_missing_moments(adam: torch.optim.Optimizer) -> None:
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                dtype = getattr(adam, "moments", torch.float32)  # FusedAdam's are fp32
+                zeros = {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
                 adam.state[parameter].update(zeros)
 
 

@@ -43,15 +43,16 @@ def run_lock(output: Path, *, wait: float = WAIT_SECONDS) -> Iterator[None]:
         CptError: the directory cannot be written.
     """
     held: list[filelock.BaseFileLock] = []
-    created = _missing_folders(output)
-    on_main(lambda: _acquire(output, wait, held))
+    created: list[Path] = []
     try:
+        on_main(lambda: _acquire(output, wait, held, created))
         yield
     finally:
         for lock in held:  # on the main rank only
-            (output / HOLDER_FILE).unlink(missing_ok=True)
             # Removed while the lock is held: filelock never takes a lock on a file that has lost its name.
-            (output / LOCK_FILE).unlink(missing_ok=True)
+            for name in (HOLDER_FILE, LOCK_FILE):
+                with contextlib.suppress(OSError):  # a lock must be released on a disk that has failed, too
+                    (output / name).unlink()
             lock.release()
             with contextlib.suppress(OSError):  # not empty: the run has written something
                 for folder in created:
@@ -63,9 +64,10 @@ def _missing_folders(output: Path) -> list[Path]:
     return [folder for folder in (output, *output.parents) if not folder.exists()]
 
 
-def _acquire(output: Path, wait: float, held: list[filelock.BaseFileLock]) -> None:
+def _acquire(output: Path, wait: float, held: list[filelock.BaseFileLock], created: list[Path]) -> None:
     lock = filelock.FileLock(output / LOCK_FILE, timeout=wait, thread_local=False)
     try:
+        created += _missing_folders(output)
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         held.append(lock)
@@ -103,6 +105,8 @@ def _holder(output: Path) -> str:
     try:
         entry = orjson.loads((output / HOLDER_FILE).read_bytes())
     except (OSError, orjson.JSONDecodeError):
+        entry = None
+    if not isinstance(entry, dict):
         return "it does not say which"
     job = f", job {entry['job']}" if entry.get("job") else ""
     return f"process {entry.get('pid')} on {entry.get('host')}{job}, since {entry.get('since')}"

@@ -165,3 +165,12 @@ def test_sizes_have_the_unit_that_shows_them(num_bytes, text):
 
 def test_a_count_and_its_noun_agree():
     assert [format_number_of(n, "rank") for n in (0, 1, 2, 1024)] == ["0 ranks", "1 rank", "2 ranks", "1,024 ranks"]
+
+
+def test_other_forms_of_a_shell_are_refused_and_a_price_is_no_variable(run_data, monkeypatch):
+    """`${SCRATCH:-/tmp}/a` was the name of a folder."""
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    for path in ("${SCRATCH:-/tmp}/a", "${SCRATCH/a", "${}/a"):
+        (problem,) = draft_config(run_data, [f"output={path}"]).problems
+        assert "only $NAME and ${NAME} are expanded" in problem
+    assert draft_config(run_data, ["output=/books/$5/a$"]).finish("run.yaml").output == "/books/$5/a$"

@@ -38,6 +38,7 @@ def test_world_size_alone_is_refused() -> None:
         ("WORLD_SIZE", "many", "WORLD_SIZE=many: not a number"),
         ("RANK", "-1", "RANK=-1: not a number"),
         ("MASTER_PORT", "x", "MASTER_PORT=x: not a number"),
+        ("MASTER_PORT", "65536", "MASTER_PORT=65536: ports end at 65535"),
         ("RANK", "4", "RANK=4 in WORLD_SIZE=4"),
         ("WORLD_SIZE", "0", "RANK=3 in WORLD_SIZE=0"),
     ],
@@ -48,11 +49,12 @@ def test_values_that_cannot_be_are_refused(name: str, value: str, reason: str) -
 
 
 def test_tasks_of_slurm_without_a_launcher_are_refused() -> None:
-    task = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    task = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
     with pytest.raises(UserError, match=r"SLURM started 8 tasks .*megatron-cpt launch"):
         read_launcher(task)
     with pytest.raises(UserError, match="SLURM started 2 tasks"):
         read_launcher({**task, "SLURM_STEP_NUM_TASKS": "2"})
     assert read_launcher({**task, "SLURM_STEP_NUM_TASKS": "1"}) == LaunchedRank()
     assert read_launcher({"SLURM_NTASKS": "8"}) == LaunchedRank(), "a shell inside an allocation"
+    assert read_launcher({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == LaunchedRank(), "a batch script"
     assert read_launcher({**task, **COMPLETE}).world_size == 4

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_cpt.backend import cpu
+from megatron_cpt.checkpoint.state.optimizer_shards import _create_missing_moments
 from megatron_cpt.optim.group_step_adam import Bf16MomentsAdam, GroupStepAdam, bf16_moments
 
 cpu.install()
@@ -93,3 +94,12 @@ def test_megatron_core_gets_its_own_adam_back() -> None:
     assert (mcore_optimizer.Adam, distrib_optimizer.Adam) == before
     with bf16_moments(False):
         assert (mcore_optimizer.Adam, distrib_optimizer.Adam) == before
+
+
+@pytest.mark.parametrize("cls", [GroupStepAdam, Bf16MomentsAdam])
+def test_moments_created_for_a_save_before_the_first_update_have_the_optimizer_s_format(cls: type) -> None:
+    parameter = _parameter()
+    optimizer = cls([parameter], **OPTIONS)
+    _create_missing_moments(optimizer)
+    assert {moment.dtype for moment in optimizer.state[parameter].values()} == {cls.moments}
+    assert not any(moment.any() for moment in optimizer.state[parameter].values())

@@ -170,10 +170,14 @@ def test_an_item_that_dies_before_its_turn_is_named(tool: ModuleType, tmp_path: 
     assert found["2"]["reason"] == "exit status 1: OSError: libcublas.so"
 
 
-def test_a_signal_to_the_runner_leaves_whole_results_and_no_process(tmp_path: Path) -> None:
-    """The runner is a process of its own here, which SIGTERM ends."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_runner_leaves_whole_results_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    """The runner is a process of its own here, which the signal ends."""
+    reason = "interrupted" if number is signal.SIGINT else f"stopped by {number.name}"
     items = tmp_path / "items.py"
     items.write_text(
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which `nohup` and `&` ignore
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"import importlib.util, sys\nspec = importlib.util.spec_from_file_location('gpu_measure', {str(TOOL)!r})\n"
         "tool = sys.modules['gpu_measure'] = importlib.util.module_from_spec(spec); spec.loader.exec_module(tool)\n"
         f"codes = {[START + HANGS, START + GOOD]!r}\n"
@@ -187,12 +191,12 @@ def test_a_signal_to_the_runner_leaves_whole_results_and_no_process(tmp_path: Pa
         while not (log.exists() and "started" in log.read_text()):
             assert runner.poll() is None
             time.sleep(0.02)
-        runner.send_signal(signal.SIGTERM)
-        assert "stopped by SIGTERM" in runner.communicate(timeout=GENEROUS)[1]
+        runner.send_signal(number)
+        assert reason in runner.communicate(timeout=GENEROUS)[1]
     found = read(tmp_path)["items"]
     assert found["0"]["status"] == "killed"
     assert found["0"]["figures"] == {"speed": 1.0}
-    assert found["1"]["reason"] == "stopped by SIGTERM"
+    assert found["1"]["reason"] == reason
 
 
 def test_predictions_are_met_missed_or_not_measured() -> None:
@@ -241,3 +245,42 @@ def test_the_environment_of_an_item_keeps_caches_out_of_the_tree(tool: ModuleTyp
     assert found["PYTHONPATH"].split(os.pathsep)[:2] == [str(tmp_path / "work" / "site"), str(TOOL.parents[2])]
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR"):
         assert found[name].startswith(str(tmp_path / "work"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"items": {"1": {}}, "is_rehearsal": false, "started": ""}'])
+def test_resume_names_a_damaged_file_of_results(tool: ModuleType, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(content)
+    with pytest.raises(SystemExit, match="not the results of a measurement"):
+        measure(tool, tmp_path, [script("1", GOOD)], "--resume")
+    assert (tmp_path / "out" / "results.json").read_text() == content
+
+
+def test_a_folder_of_results_that_cannot_be_made_is_named(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit):
+        measure(tool, tmp_path, [script("1", GOOD)])
+    assert "File exists; choose another folder" in capsys.readouterr().err
+
+
+def test_no_process_outlives_results_that_cannot_be_written(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = []
+
+    class Noted(tool.Child):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            children.append(self)
+
+    def disk_is_full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tool, "Child", Noted)
+    monkeypatch.setattr(tool, "write_atomically", disk_is_full)
+    with pytest.raises(OSError, match="No space left"):
+        measure(tool, tmp_path, [script("1", HANGS), script("2", HANGS)])
+    assert children
+    assert all(child._process.returncode is not None for child in children)

@@ -200,3 +200,25 @@ def test_damage_is_named_and_leaves_no_site(bundle: Path, tmp_path: Path, damage
     with pytest.raises(gpu_site.BundleError, match=says):
         gpu_site.unpack(bundle, tmp_path / "site")
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"file": "../pkg.whl"}, {"version": "1/../../x"}, {"name": "/tmp/x"}, {"file": None}, {"sha256": 1}]
+)
+def test_a_damaged_entry_of_the_manifest_is_named(bundle: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    packages = packages_of(bundle)
+    write_manifest(bundle, [{**packages[0], **change}])
+    with pytest.raises(gpu_site.BundleError, match="not a manifest"):
+        gpu_site.unpack(bundle, tmp_path / "site")
+    del packages[0]["sha256"]
+    write_manifest(bundle, packages)
+    with pytest.raises(gpu_site.BundleError, match="not a manifest"):
+        gpu_site.unpack(bundle, tmp_path / "site")
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_site_that_is_a_file_is_kept(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").write_text("mine")
+    with pytest.raises(gpu_site.BundleError, match="not a folder"):
+        gpu_site.unpack(bundle, tmp_path / "site")
+    assert (tmp_path / "site").read_text() == "mine"
