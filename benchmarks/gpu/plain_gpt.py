@@ -80,6 +80,7 @@ class PlainGPT(nn.Module):
 
     def __init__(self, model: ModelConfig, seq_length: int) -> None:
         super().__init__()
+        self.vocab = model.vocab
         self.embedding = nn.Embedding(model.padded_vocab, model.hidden)
         self.layers = nn.ModuleList(PlainLayer(model) for _ in range(model.layers))
         self.norm = PlainNorm(model)
@@ -106,7 +107,8 @@ class PlainGPT(nn.Module):
         self.loss = torch.compile(self._loss, backend=backend)
 
     def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), labels.flatten())
+        logits = self.head(self.norm(x))[..., : self.vocab]  # rows that pad the vocabulary take no part, as in ours
+        return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def test_advice(run_data, write_run, capsys):
     assert plan["steps"] == 100
     advice = plan["advice"]
     assert advice["current"] is None  # 3 replicas do not divide the batch
-    assert advice["ranking"] == []
+    assert [entry["pipeline_layout"] for entry in advice["ranking"]] == [[1, 2, 1]]  # of one replica
     assert advice["other_batch"]["global_batch"] == 6
 
 
