@@ -95,10 +95,11 @@ class Prediction:
 
     @property
     def bounds(self) -> str:
-        """The bounds as text, such as ">= 700" or "0.9 to 1.1"."""
+        """The bounds as text, such as ">= 700 on H100" or "0.9 to 1.1"."""
+        device = f" on {self.device}" if self.device else ""
         if self.at_least is not None and self.at_most is not None:
-            return f"{self.at_least:g} to {self.at_most:g}"
-        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+            return f"{self.at_least:g} to {self.at_most:g}{device}"
+        return f">= {self.at_least:g}{device}" if self.at_least is not None else f"<= {self.at_most:g}{device}"
 
     def judge(self, figures: Mapping[str, Mapping[str, Any]], device: str) -> dict[str, Any]:
         """Compare the figure with its bounds.

@@ -48,7 +48,7 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> LaunchedRank:
     missing = [name for name in VARIABLES if name not in present]
     if missing:
         raise UserError(
-            f"environment: {', '.join(present)} set, {', '.join(missing)} not; {_START}, or unset "
+            f"environment: {', '.join(present)} set, but not {', '.join(missing)}; {_START}, or unset "
             f"{' '.join(name for name in present if not name.startswith('MASTER'))} for a run of one process"
         )
     rank, world_size, local_rank, port = (

@@ -67,8 +67,10 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_number_of(count: int, noun: str) -> str:
-    """Return the count with its noun: "1 rank", "1,024 ranks"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    """Return the count with its noun: "1 rank", "1,024 ranks", "2 micro-batches"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 def parse_span(value: Any) -> Any:

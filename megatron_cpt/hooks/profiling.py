@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from megatron_cpt.hooks.hook import Hook
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
+
+logger = logging.getLogger(__name__)
 
 PROFILE_FOLDER = "profile"
 _TABLE_ROWS = 40
@@ -82,6 +85,7 @@ class ProfileHook(Hook):
             os.replace(aside, trace)
             heading = f"{session.config.name}: steps {steps}, rank {session.ranks.rank}, torch {torch.__version__}"
             write_atomically(folder / f"{name}.txt", f"{heading}\n\n{_tables(profiler)}")
+        logger.info("profile of steps %s: table and timeline are in %s", steps, folder)
 
 
 def _tables(profiler: profile) -> str:

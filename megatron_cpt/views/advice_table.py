@@ -62,7 +62,7 @@ def _cluster_lines(cluster: Cluster) -> Iterator[tuple[str, str]]:
 
 
 def _knobs(on: frozenset[str]) -> str:
-    return f"with Transformer Engine and Apex: {', '.join(sorted(on)) or 'nothing fused or overlapped'}"
+    return f"with Transformer Engine: {', '.join(sorted(on)) or 'nothing fused or overlapped'}"
 
 
 def _caution(is_calibrated: bool) -> str:

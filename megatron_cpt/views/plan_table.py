@@ -65,7 +65,7 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
     yield (
         "layout",
         f"{format_number_of(layout.num_gpus, 'rank')} = {layout.data_parallel:,} x {ranks_per_replica} per replica; "
-        f"{layout.num_micro_batches:,} micro-batches per step, {layout.bubble:.1%} pipeline bubble",
+        f"{format_number_of(layout.num_micro_batches, 'micro-batch')} per step, {layout.bubble:.1%} pipeline bubble",
     )
     parts = ((name, gib) for name, gib in memory.to_dict().items() if name != "stage" and gib > 0)
     listed = ", ".join(f"{name} {_gib(gib)}" for name, gib in parts)

@@ -88,6 +88,7 @@ def import_(
 
     Run the same command again to resume an interrupted import.
     """
+    from megatron_cpt.config import format_number_of
     from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
     from megatron_cpt.convert.megatron.torch_dist_plan import Target
 
@@ -111,7 +112,7 @@ def import_(
         return
     print(
         f"{target}: {report.num_tensors} tensors, {report.num_parameters / 1e6:,.1f}M parameters with padding, "
-        f"{_size_and_speed(report)} in {report.num_files} files{_kept(report, 'files')}"
+        f"{_size_and_speed(report)} in {format_number_of(report.num_files, 'file')}{_kept(report, 'files')}"
     )
     if report.optimizer_step is not None:
         print(f"optimizer: moments and master weights after {report.optimizer_step:,} updates")

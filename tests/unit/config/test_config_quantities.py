@@ -165,6 +165,7 @@ def test_sizes_have_the_unit_that_shows_them(num_bytes, text):
 
 def test_a_count_and_its_noun_agree():
     assert [format_number_of(n, "rank") for n in (0, 1, 2, 1024)] == ["0 ranks", "1 rank", "2 ranks", "1,024 ranks"]
+    assert [format_number_of(n, "micro-batch") for n in (1, 2)] == ["1 micro-batch", "2 micro-batches"]
 
 
 def test_other_forms_of_a_shell_are_refused_and_a_price_is_no_variable(run_data, monkeypatch):

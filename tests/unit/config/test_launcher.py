@@ -21,9 +21,9 @@ def test_all_variables_are_read() -> None:
 
 @pytest.mark.parametrize("name", VARIABLES)
 def test_one_missing_variable_is_named(name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name} not; start the ranks with `megatron-cpt launch`"):
+    with pytest.raises(UserError, match=rf"but not {name}; start the ranks with `megatron-cpt launch`"):
         read_launcher({key: value for key, value in COMPLETE.items() if key != name})
-    with pytest.raises(UserError, match=f"{name} not"):
+    with pytest.raises(UserError, match=f"but not {name}"):
         read_launcher({**COMPLETE, name: ""})
 
 

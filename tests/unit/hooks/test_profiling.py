@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +47,8 @@ def events(output):
     return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 
 
-def test_the_trace_has_exactly_the_requested_steps_and_the_table_their_costs(tmp_path):
+def test_the_trace_has_exactly_the_requested_steps_and_the_table_their_costs(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     hook, session = make_hook(steps=[3, 4], record_shapes=True), make_session(tmp_path)
     run_steps(hook, session, 2)
     assert names(tmp_path) == []
@@ -54,6 +56,7 @@ def test_the_trace_has_exactly_the_requested_steps_and_the_table_their_costs(tmp
     hook.on_stop(session, "")
     hook.on_end(session)
     assert names(tmp_path) == ["steps-3-4-rank-0.pt.trace.json.gz", "steps-3-4-rank-0.txt"]
+    assert f"profile of steps 3-4: table and timeline are in {tmp_path / 'profile'}" in caplog.text
     found = events(tmp_path)
     assert sorted(event["name"] for event in found if str(event.get("name")).startswith("step ")) == [
         "step 3",

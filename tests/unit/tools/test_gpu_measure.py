@@ -134,6 +134,17 @@ def test_resume_measures_only_missing_items(tool: ModuleType, tmp_path: Path) ->
         measure(tool, tmp_path, [script("1", count)], "--resume", "--rehearse")
 
 
+def test_a_rehearsal_has_more_time_and_judges_nothing(tool: ModuleType, tmp_path: Path) -> None:
+    found = measure(tool, tmp_path, [script("4", "write(mfu=0.01)")], "--rehearse")
+    assert found["budget_seconds"] == 3600
+    (verdict,) = [entry for entry in found["predictions"] if entry["figure"] == "4.mfu"]
+    assert (verdict["value"], verdict["verdict"]) == (0.01, "not measured")
+    measured = measure(tool, tmp_path / "gpu", [script("4", "write(mfu=0.01)")])
+    assert measured["budget_seconds"] == 540
+    (verdict,) = [entry for entry in measured["predictions"] if entry["figure"] == "4.mfu"]
+    assert verdict["verdict"] == "missed"
+
+
 def test_the_next_item_imports_early_and_waits_for_its_turn(tool: ModuleType, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     first = f"""
@@ -236,7 +247,12 @@ def test_items_are_chosen_by_number_or_letter(tool: ModuleType, capsys: pytest.C
     with pytest.raises(SystemExit, match="no such item"):
         tool.choose(ITEMS, "9")
     assert tool.main(["--list"]) == 0
-    assert "plain PyTorch, torch.compile" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "plain PyTorch, torch.compile" in text
+    assert ">= 700 on H100" in text
+    assert "a budget of 540 s may skip the last items" in text
+    assert tool.main(["--list", "--items=1"]) == 0
+    assert "may skip" not in capsys.readouterr().out
 
 
 def test_the_environment_of_an_item_keeps_caches_out_of_the_tree(tool: ModuleType, tmp_path: Path) -> None:

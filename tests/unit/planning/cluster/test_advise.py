@@ -325,7 +325,7 @@ def test_time_and_gpu_hours(run_data):
     assert values["fits"] == fits(cluster.memory, H100) is True
     text = rendered(render_cluster, cluster)
     assert "fits" in text
-    assert "with Transformer Engine and Apex: fused_activation, " in text
+    assert "with Transformer Engine: fused_activation, " in text
 
 
 def test_a_run_of_several_shapes(run_data):
