@@ -204,7 +204,8 @@ def test_unequal_stages_have_their_own_layers(run_data):
     table, layer = 384 * 128, parts.layer.total
     expected = [layer + table, 3 * layer, table + parts.final_norm]
     assert [stage(run, number).weights / 2 for number in range(3)] == expected
-    # stage 0 holds three micro-batches of one layer, stage 1 two of three layers; the head has no layer
+    # stage 0 holds three micro-batches of one layer, stage 1 two of three layers, both without the outputs they sent;
+    # the head has no layer
     saved, hidden = layer_activation_bytes(run), 2 * HIDDEN * TOKENS
     activations = [stage(run, number).activations for number in range(3)]
     assert activations == pytest.approx([3 * saved, 2 * 3 * saved, 2 * hidden])
