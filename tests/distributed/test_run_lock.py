@@ -129,7 +129,7 @@ print(attempt(output.with_name("a" * 300)))
 
 
 def test_a_lock_that_could_not_be_described_is_released_with_its_folders(tmp_path: Path) -> None:
-    """After a full disk, a second attempt of the same process was told that another run trains in the directory."""
+    """After a full disk, a second attempt of the same process printed that another run trains in the directory."""
     command = [sys.executable, "-c", FAILS, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
     full, second, too_long = ended.stdout.splitlines()

@@ -12,7 +12,7 @@ from megatron_cpt.errors import UserError
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with SLURM's --gpus-per-task, where every rank sees one GPU; torch says "invalid device ordinal"."""
+    """SLURM with --gpus-per-task shows every rank one GPU; torch reports "invalid device ordinal" there."""
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
