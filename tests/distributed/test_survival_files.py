@@ -21,7 +21,7 @@ from megatron_cpt.prepare import PreparedRun, prepare_run
 from tests.helpers.checkpoints import differing
 from tests.helpers.faults import cut, flip_bit, seal_again
 from tests.helpers.ranks import RankError, run_ranks
-from tests.helpers.runs import EOD, newest, small_run, train_here, train_several, write_source
+from tests.helpers.runs import newest, small_run, train_here, train_several, write_source
 
 SMALL = {"preset": "tiny_llama", "layers": 2, "hidden": 64, "ffn_hidden": 96, "vocab": 257}
 SEED = 20
@@ -53,7 +53,7 @@ def _set_up(prepared: PreparedRun, ranks: Ranks, output: str) -> tuple[str | Non
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
-        session = setup(prepared.config.model_copy(update={"output": output}), prepared.plan, ranks, eod_id=EOD)
+        session = setup(prepared.config.model_copy(update={"output": output}), prepared.plan, ranks, eod_id=None)
         session.saver.close()
         session.loader.close()
         return session.origin.name if session.origin else None, messages
