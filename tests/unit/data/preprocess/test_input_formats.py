@@ -45,6 +45,10 @@ class TestJsonLikePythonReadsIt:
         lines = [f'{{"score": {number}, "text": "{number}"}}' for number in ("NaN", "Infinity", "-Infinity", "1")]
         assert encode(tmp_path, "a.jsonl", "\n".join(lines).encode()) == ["NaN", "Infinity", "-Infinity", "1"]
 
+    def test_a_number_of_many_digits_in_an_array(self, tmp_path):
+        data = b'[\n{"text": "one"},\n{"text": "two", "n": ' + b"1" * 5000 + b'},\n{"text": "three"}]'
+        assert encode(tmp_path, "a.json", data) == ["one", "three"]
+
     def test_several_keys(self, tmp_path):
         lines = b'{"a": "1", "b": "2", "c": NaN}\n{"a": "3", "c": NaN}\n'
         (tmp_path / "a.jsonl").write_bytes(lines)
@@ -135,6 +139,20 @@ class TestTables:
             (3, "the value of 'text' "),
             (4, "has another number o"),
         ]
+
+    @pytest.mark.parametrize("head", ["id,text\n", "text,id\n"])
+    def test_a_quote_that_is_not_closed_is_damage(self, tmp_path, head):
+        rows = "".join(f"one {number},two {number}\n" for number in range(300))
+        with pytest.raises(RefusedError, match=r"a\.csv: truncated or corrupt .* row 301 begins a quoted value"):
+            encode(tmp_path, "a.csv", (head + rows + 'three,"' + rows).encode())
+        assert encode(tmp_path, "b.csv", f'{head}1,1\n"2","2"'.encode()) == ["1", "2"]
+
+    def test_rows_lost_in_quotes_count_by_their_bytes(self, tmp_path):
+        """A stray quote that a later one closes makes one bad row of many."""
+        rows = "".join(f"{number},{'text ' * 20}\n" for number in range(20_000))
+        data = "id,text\n" + rows + '"' + rows + '"\n' + rows
+        with pytest.raises(RefusedError, match=r"bytes are bad, more than 0\.1000%"):
+            encode(tmp_path, "a.csv", data.encode(), PreprocessOptions())
 
     def test_no_such_column(self, tmp_path):
         with pytest.raises(UserError, match=r"a\.csv: has no column 'text'; its columns are 'id', 'body'"):
