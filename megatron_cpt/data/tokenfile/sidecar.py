@@ -98,7 +98,8 @@ def is_sidecar(path: str) -> bool:
 
 def is_free(prefix: str) -> bool:
     """Return whether a sidecar may be written: there is none, or it is a sidecar too."""
-    return not is_file(sidecar_path(prefix)) or is_sidecar(sidecar_path(prefix))
+    path = Path(sidecar_path(prefix))
+    return not path.exists() or (path.is_file() and is_sidecar(str(path)))
 
 
 def read_sidecar(header: IndexHeader) -> Sidecar | None:

@@ -262,6 +262,24 @@ class TestFolders:
         (note,) = notes
         assert all(name in note for name in ("3 files", "notes.txt", "f.doc", "g.jsonl.lz4"))
 
+    def test_links_lead_to_each_folder_once(self, tmp_path):
+        (tmp_path / "in" / "a").mkdir(parents=True)
+        (tmp_path / "other").mkdir()
+        for name in ("in/a/a.jsonl", "other/b.jsonl"):
+            (tmp_path / name).touch()
+        (tmp_path / "in" / "a" / "up").symlink_to("..")
+        for name in ("latest", "other"):
+            (tmp_path / "in" / name).symlink_to(tmp_path / "other")
+        found = [Path(path).relative_to(tmp_path / "in").as_posix() for path in expand_inputs([tmp_path / "in"])]
+        assert found == ["a/a.jsonl", "latest/b.jsonl"]
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.bad.jsonl"])
+    def test_a_link_to_nothing(self, tmp_path, name):
+        (tmp_path / name).symlink_to("nowhere")
+        for entry in (tmp_path, tmp_path / "*"):
+            with pytest.raises(UserError, match=rf"{name}: a link to a file that does not exist; remove it"):
+                expand_inputs([entry])
+
     def test_a_folder_without_a_known_ending(self, tmp_path):
         (tmp_path / "g.jsonl.lz4").touch()
         with pytest.raises(UserError, match=r"lz4 -dc .*g\.jsonl\.lz4 \| megatron-cpt preprocess --input -"):

@@ -87,6 +87,11 @@ class TestWriters:
         assert any("web.json is not of a dataset and stays" in note for note in notes)
         assert read_sidecar(read_header(tmp_path / "web")) is None
 
+    def test_a_folder_in_its_place_is_kept(self, texts, tmp_path):
+        (tmp_path / "a.json").mkdir()
+        preprocess([texts], tmp_path / "a", tokenizer="byte")
+        assert read_sidecar(read_header(tmp_path / "a")) is None
+
     def test_merge_and_split(self, texts, tmp_path):
         for name in "ab":
             preprocess([texts], tmp_path / name, tokenizer="byte", options=EOD)
