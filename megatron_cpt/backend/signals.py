@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from megatron_cpt.backend.distributed import launched_rank
+from megatron_cpt.files.system_errors import print_now
 
 # SIGUSR1: SLURM's usual warning before the time limit
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -32,8 +32,7 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             if launched_rank() == 0:
-                # not print: its buffer may be locked by the code that the signal has interrupted
-                os.write(2, b"\nreceived SIGINT: saving after this step; press Ctrl-C again to end without saving\n")
+                print_now("\nreceived SIGINT: saving after this step; press Ctrl-C again to end without saving")
 
 
 @contextlib.contextmanager

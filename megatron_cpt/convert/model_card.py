@@ -60,7 +60,7 @@ def write_model_card(folder: Path, checkpoint: Path, side: Mapping[str, Path]) -
         return []
     kept = {}
     if CARD_FILE in side:
-        kept = _front_matter(side[CARD_FILE].read_text(encoding="utf-8", errors="replace"))
+        kept = _front_matter(side[CARD_FILE].read_text(encoding="utf-8-sig", errors="replace"))
     try:
         saved = read_saved_run(checkpoint)
         with corrupt_as_refused(checkpoint):
@@ -104,7 +104,7 @@ def describe_training(saved: SavedRun, kept: Mapping[str, Any]) -> str:
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {saved.run['name']}",
+        f"# {_one_line(saved.run['name'])}",
         "",
         f"This model was {origin} with megatron-cpt. This card was written by `megatron-cpt convert export` "
         f"{__version__} from the records of the checkpoint.",
@@ -147,13 +147,16 @@ def _hub_name(checkpoint: Path, source: str) -> str | None:
 
 
 def _front_matter(card: str) -> dict[str, Any]:
-    """Return the keys of a card's YAML front matter that also hold for a model trained from it."""
+    """Return the keys of a card's YAML front matter that also hold for a model trained from it.
+
+    All values are read as text; YAML itself reads the language `no` (Norwegian) as False and a name 1.10 as 1.1.
+    """
     found = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
     try:
-        front = yaml.safe_load(found[1]) if found is not None else None
+        front = yaml.load(found[1], yaml.BaseLoader) if found is not None else None
     except yaml.YAMLError:
         return {}
-    return {key: front[key] for key in _KEPT_KEYS if key in front} if isinstance(front, dict) else {}
+    return {key: front[key] for key in _KEPT_KEYS if front.get(key)} if isinstance(front, dict) else {}
 
 
 def _settings(saved: SavedRun, plan: Mapping[str, Any], base: Base | None) -> Iterator[tuple[str, str]]:
@@ -252,4 +255,8 @@ def _section(title: str, lines: list[str]) -> list[str]:
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
     cells = [head, ("---",) * len(head), *rows]
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells]
+    return [f"| {' | '.join(_one_line(cell).replace('|', '/') for cell in row)} |" for row in cells]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

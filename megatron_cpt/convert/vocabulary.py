@@ -83,12 +83,12 @@ def extend_vocabulary(
 
     Raises:
         UserError: the source has no tokenizer, or tokenizer and model already have all tokens.
-        RefusedError: the tokenizer cannot be loaded, or gives the new tokens ids with gaps.
+        RefusedError: the tokenizer cannot be loaded, or gives the new tokens ids with gaps or in use.
     """
     tokenizer = _load_tokenizer(source, scratch / "old")
     vocab, vocabulary = source.model.vocab, tokenizer.get_vocab()
     known = [token for token in tokens if vocabulary.get(token, vocab) < vocab]
-    new = [token for token in tokens if token not in vocabulary]
+    new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
     if len(known) == len(tokens) and max(vocabulary.values()) < vocab:
         raise UserError("--add-tokens: tokenizer and model already have all of them; omit the option")
     pieces = [tokenizer(token, add_special_tokens=False).input_ids if init_rows == "pieces" else [] for token in new]
@@ -99,12 +99,20 @@ def extend_vocabulary(
             f"--add-tokens: the tokenizer gives them the ids {ids[:_MAX_SHOWN]}..., which are not consecutive; add "
             "them to the tokenizer in another way"
         )
+    by_number = {number: token for token, number in vocabulary.items()}
+    if taken := [f"{number} ({by_number[number]!r})" for number in ids if number in by_number]:
+        raise RefusedError(
+            "--add-tokens: the vocabulary has gaps, and the tokenizer gives new tokens ids that others have already: "
+            f"{', '.join(taken[:_MAX_SHOWN])}; add them to the tokenizer with ids from {max(by_number) + 1} on"
+        )
     tokenizer.save_pretrained(scratch / "new")
 
     after = max(vocab, *(number + 1 for number in tokenizer.get_vocab().values()))
     # Every id from `vocab` on gets a row, also of tokens that only the tokenizer had. A model may also have spare rows.
     filled = range(min([vocab, *ids]), after if after > vocab else ids[-1] + 1)
     by_id = dict(zip(ids, pieces, strict=True))
+    kept = [number for number in filled if number < vocab and number not in by_id]  # between new ids, in a gap
+    by_id |= {number: [number] for number in kept}
     pieces = [own if all(piece < vocab for piece in own) else [] for own in (by_id.get(n, []) for n in filled)]
     model = ModelConfig.model_validate({**source.model.model_dump(mode="json"), "vocab": after})
     rows = {
@@ -116,8 +124,8 @@ def extend_vocabulary(
     report = VocabularyReport(
         before=vocab,
         after=model.vocab,
-        num_new=len(filled),
-        from_pieces=sum(bool(token_pieces) for token_pieces in pieces),
+        num_new=len(filled) - len(kept),
+        from_pieces=sum(map(bool, pieces)) - len(kept),
         known=known,
         near_zero=len(near_zero),
         near_zero_ids=near_zero[:_MAX_SHOWN],

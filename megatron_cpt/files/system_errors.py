@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +52,21 @@ def os_errors_as_cpt_errors(work_folder: Path | None = None) -> Iterator[None]:
         if work_folder is not None and (work_folder / SETTINGS_FILE).is_file():
             message += f". Finished parts are kept in {work_folder}; run the same command again to resume"
         raise CptError(message) from error
+
+
+def print_now(text: str) -> None:
+    """Print a line to stderr, also inside a signal handler.
+
+    If nobody reads stderr any more, it leads to /dev/null from then on: Ctrl-C also ends `tee` in `train 2>&1 | tee
+    log`, and the run should still save.
+    """
+    try:
+        os.write(2, f"{text}\n".encode())  # not print: its buffer may be locked by the code that the signal interrupted
+    except OSError:
+        close_stderr()
+
+
+def close_stderr() -> None:
+    """Lead stderr to /dev/null."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_cpt.checkpoint.layout import checkpoint_name
 from megatron_cpt.config import format_count
+from megatron_cpt.files.system_errors import close_stderr
 from megatron_cpt.hooks.hook import Hook
 
 if TYPE_CHECKING:
@@ -18,11 +19,20 @@ if TYPE_CHECKING:
 _NOTABLE_WAIT = 0.05  # share of a step from which waiting for data is printed
 
 
+class _LastingConsole(Console):
+    """Console that outlives the reader of its pipe; rich's own console ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on."""
+        self.quiet = True
+        close_stderr()
+
+
 class ConsoleHook(Hook):
     """One line per report and, on a terminal, a progress bar below; prints on the main rank only."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = _LastingConsole(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
 
     def on_start(self, session: Session) -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 import psutil
 
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
+from megatron_cpt.files.system_errors import print_now
 from megatron_cpt.launch.environment import set_cuda_variables
 from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_FILE, STOP_SIGNALS, Report, read_reports
 
@@ -62,10 +63,7 @@ def supervise(
             return EXIT_USER  # torchrun rejected its options
         status = combine(reports, is_failure=is_failure, is_stop_requested=(folder / STOP_FILE).exists())
         if status == EXIT_STOPPED and any(report.is_early for report in reports):
-            print(
-                "launch: stopped before training started, so nothing was saved; run the same command again",
-                file=sys.stderr,
-            )
+            print_now("launch: stopped before training started, so nothing was saved; run the same command again")
         return status
 
 
@@ -117,7 +115,7 @@ def _forward_signals(folder: Path, agent: subprocess.Popen[bytes]) -> Iterator[N
         (folder / STOP_FILE).touch()  # for ranks that do not handle signals yet
         message = f"launch: received {signal.Signals(number).name}; ranks that train save a checkpoint, and all end"
         hint = "; press Ctrl-C again to end without saving" if number == signal.SIGINT else ""
-        print(message + hint, file=sys.stderr, flush=True)
+        print_now(message + hint)
         for report in read_reports(folder):
             if report.status is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -176,7 +174,7 @@ def _kill(folder: Path, agent: subprocess.Popen[bytes], reason: str) -> bool:
     # a rank that was killed (out of memory, a crash in CUDA) had no time to report a status
     has_died = any(report.status is None and report.pid not in running for report in read_reports(folder))
     count = "1 rank" if len(running) == 1 else f"{len(running)} ranks"
-    print(f"launch: {reason}: killing {count}", file=sys.stderr, flush=True)
+    print_now(f"launch: {reason}: killing {count}")
     agent.kill()
     agent.wait()
     for pid in running:

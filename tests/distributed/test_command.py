@@ -68,6 +68,19 @@ def test_a_signal_saves_and_ends_with_75_and_a_later_call_goes_on(
     assert differing(newest(unbroken), newest(output)) == []
 
 
+def test_ctrl_c_that_also_ends_tee_saves(run_file: Path) -> None:
+    """In `train 2>&1 | tee log`, Ctrl-C reaches both processes."""
+    output = run_file.parent / "tee"
+    command = [sys.executable, "-c", _FOREGROUND, "train", str(run_file), LONGER, f"output={output}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    _wait_for_lines(output, 3, process)
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 75
+    assert newest(output).name >= "step-00000003"
+
+
 def test_torchrun_trains_on_two_ranks(run_file: Path) -> None:
     output = run_file.parent / "torchrun"
     done = _run([*TORCHRUN, *TRAIN[1:], str(run_file), f"output={output}", "parallel.tensor=2", "stop_at_step=2"])

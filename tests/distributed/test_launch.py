@@ -120,7 +120,18 @@ def test_ctrl_c_saves_and_ends_with_75(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 75, err
     assert "attempt 1" not in out
-    assert "received SIGINT; the ranks save a checkpoint and end; press Ctrl-C again to end without saving" in err
+    assert "received SIGINT; ranks that train save a checkpoint, and all end; press Ctrl-C again to end" in err
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_stderr_reaches_the_ranks(tmp_path: Path) -> None:
+    process = _start(tmp_path, "0:stop", "1:stop")
+    _wait_for_ranks(tmp_path, process)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    assert process.wait(timeout=_PATIENCE) == 75
 
 
 def test_a_second_ctrl_c_kills_the_ranks_and_ends_with_130(tmp_path: Path) -> None:

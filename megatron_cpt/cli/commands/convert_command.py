@@ -281,7 +281,7 @@ def _print_verification(checkpoint: Path, tensors: TensorReport, logits: LogitsR
 
 def _read_lines(option: str, file: Path, unit: str, keep: Callable[[str], str] = str) -> list[str]:
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if keep(line)]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if keep(line)]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {file}: cannot be read ({error})") from error
     if not lines:

@@ -179,6 +179,8 @@ def expand_inputs(
             raise UserError(f"input {file}: unknown ending; {convert_hint(file)} (known endings are {KNOWN})")
         if _is_own(file):
             raise UserError(f"input {file}: is a file that preprocess wrote, not a file of documents; do not give it")
+        if not os.path.exists(file):
+            raise UserError(f"input {file}: a link to a file that does not exist; remove it or restore the file")
         if not os.access(file, os.R_OK):
             raise UserError(f"input {file}: no permission to read it; change its permissions")
     if not files:
@@ -215,8 +217,14 @@ def spool_stdin(
 
 def _files_of_folder(folder: str, notify: Callable[[str], None]) -> list[str]:
     paths: list[str] = []
+    seen = set[str]()  # a link may lead to a folder around it, or to one that is read under another name
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_own(os.path.join(parent, name))]
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in sorted(folders) if not _is_own(os.path.join(parent, name))]
         # A folder that `datasets` has saved: some of its JSON files only describe the Arrow files.
         is_dataset = "dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)
         about = _DATASETS_FILES if is_dataset else frozenset()
@@ -239,6 +247,8 @@ def _is_own(path: str) -> bool:
     ending = os.path.splitext(path)[1]
     if os.path.isdir(path):
         return re.search(r"\.preprocess(-\d+-of-\d+)?$", path) is not None
+    if not os.access(path, os.R_OK):
+        return False
     if path.endswith(BAD_LINES_ENDING):
         with open(path, "rb") as file:
             return file.readline(_LISTED_LINE).startswith(b'{"file":')

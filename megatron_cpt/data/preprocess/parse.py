@@ -22,7 +22,7 @@ class BadLine(NamedTuple):
     """Line or row that gave no document, numbered from 1 at the beginning of its block.
 
     Attributes:
-        num_bytes: size of the line; 0 for a row.
+        num_bytes: size of the line, or of a table's row with missing or extra columns; 0 for other rows.
     """
 
     line: int
@@ -170,16 +170,18 @@ def _parse_rows(block: Block, options: BlockOptions) -> ParsedBlock:
         assert block.rows is not None
         columns = unpack_columns(block.rows, options.keys)
     texts: list[list[str]] = []
-    bad: dict[int, str] = {}
+    bad: dict[int, tuple[str, int]] = {}
     num_rows = 0
     for key, values in zip(options.keys, columns, strict=True):
         num_rows = len(values)
         texts.append([value for value in values if type(value) is str])
         for number, value in enumerate(values, 1):
             if type(value) is not str:
-                bad.setdefault(number, _not_a_text(key, value))
-    bad_lines = [BadLine(*item) for item in sorted(bad.items())]
-    return ParsedBlock(texts, bad_lines, num_rows, num_rows, sum(len(text) for column in texts for text in column))
+                num_bytes = value.num_bytes if isinstance(value, NoText) else 0
+                bad.setdefault(number, (_not_a_text(key, value), num_bytes))
+    bad_lines = [BadLine(number, *problem) for number, problem in sorted(bad.items())]
+    num_bytes = sum(len(text) for column in texts for text in column) + sum(line.num_bytes for line in bad_lines)
+    return ParsedBlock(texts, bad_lines, num_rows, num_rows, num_bytes)
 
 
 def _not_a_text(key: str, value: Any) -> str:

@@ -179,7 +179,8 @@ def _value_lines(pieces: Iterable[bytes], max_line_bytes: int) -> Iterator[bytes
     b'[{"a": 1,\\n "b": 2},\\n{"a": 3}]' gives the lines b'{"a": 1,  "b": 2}' and b'{"a": 3}'.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    parse = json.JSONDecoder().raw_decode
+    # Numbers are not needed here, and Python refuses to convert integers of more than 4,300 digits.
+    parse = json.JSONDecoder(parse_int=str).raw_decode
     text, depth, number, wanted = "", 0, 1, 0
     for piece in itertools.chain(pieces, [None]):
         text += decoder.decode(piece or b"", final=piece is None)

@@ -18,9 +18,10 @@ _MAX_ROWS = 1 << 14
 
 
 class NoText(NamedTuple):
-    """Value that stands for a row without text, with the reason."""
+    """Value that stands for a row without text, with the reason and the size of the row."""
 
     reason: str
+    num_bytes: int = 0
 
 
 def find_value(value: Any, parts: Sequence[str]) -> Any:
@@ -80,7 +81,14 @@ def cut_table(
         UserError: a key is not a column.
     """
     csv.field_size_limit(max_line_bytes)
-    rows = csv.reader(_text_lines(stream, max_line_bytes), delimiter=form.delimiter)
+    is_over = False
+
+    def lines() -> Iterator[str]:
+        nonlocal is_over
+        yield from _text_lines(stream, max_line_bytes)
+        is_over = True
+
+    rows = csv.reader(lines(), delimiter=form.delimiter)
     values: list[list[Any]] = [[] for _ in keys]
     position = row_number = size = 0
     try:
@@ -90,17 +98,17 @@ def cut_table(
             raise UserError(f"input {path}: has no column {missing[0]!r}; its columns are {known}")
         columns = [names.index(key) for key in keys]
         for row in rows:
+            if is_over:  # the reader asks for a line after the last one only inside of quotes
+                raise DamageError(f"row {row_number + 1} begins a quoted value that does not end")
             if not row:
                 continue
             row_number += 1
-            is_whole = len(row) == len(names)
+            num_bytes, is_whole = sum(map(len, row)), len(row) == len(names)
+            problem = f"has another number of columns than the first row: {len(row)}, not {len(names)}"
             for column, texts in zip(columns, values, strict=True):
-                texts.append(
-                    _text(row[column].encode("utf-8", "surrogateescape"))
-                    if is_whole
-                    else NoText(f"has another number of columns than the first row: {len(row)}, not {len(names)}")
-                )
-                size += len(row[column]) if is_whole else 0
+                text = _text(row[column].encode("utf-8", "surrogateescape")) if is_whole else NoText(problem, num_bytes)
+                texts.append(text)
+            size += num_bytes
             if size >= block_bytes or row_number - position >= _MAX_ROWS:
                 yield ValueCut(position, row_number, values)
                 position, size, values = row_number, 0, [[] for _ in keys]

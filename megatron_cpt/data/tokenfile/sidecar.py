@@ -7,13 +7,14 @@ sidecar: it is never replaced, and the dataset then has none.
 from __future__ import annotations
 
 import importlib.metadata
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_cpt import __version__
 from megatron_cpt.data.tokenfile.header import DTYPE_CODES, PREAMBLE, IndexHeader
@@ -22,6 +23,8 @@ from megatron_cpt.files.checksum import ALGORITHM, file_checksum
 from megatron_cpt.files.remote import is_file, open_ranges
 
 _FORMAT = "megatron-cpt dataset"
+_VERSION = 1
+_HEAD = re.compile(rb'\s*\{\s*"format"\s*:\s*"' + _FORMAT.encode() + b'"')
 _HEAD_BYTES = 64
 _MOST_BYTES = 1 << 20
 _SHOWN_DIGITS = 12
@@ -63,12 +66,12 @@ class Sidecar:
     documents: int
     tokens: int
     dtype: str
-    checksums: Mapping[str, str]
+    checksums: Mapping[Literal["bin", "idx"], str]
 
     def to_json(self) -> bytes:
         """Return the file's content."""
         facts = {key: value for key, value in asdict(self).items() if key != "origin"}
-        plain = {"format": _FORMAT, "format_version": 1, **asdict(self.origin), **facts, "algorithm": ALGORITHM}
+        plain = {"format": _FORMAT, "format_version": _VERSION, **asdict(self.origin), **facts, "algorithm": ALGORITHM}
         return orjson.dumps(plain, option=orjson.OPT_INDENT_2) + b"\n"
 
 
@@ -88,25 +91,27 @@ def sidecar_path(prefix: str) -> str:
 
 
 def is_sidecar(path: str) -> bool:
-    """Return whether a JSON file is the sidecar of a dataset."""
-    return _parse(path) is not None
+    """Return whether a JSON file is the sidecar of a dataset, intact or damaged."""
+    with open_ranges(path) as file:
+        return _HEAD.match(file.read(0, _HEAD_BYTES)) is not None  # the file may be a large one of the user
 
 
 def is_free(prefix: str) -> bool:
     """Return whether a sidecar may be written: there is none, or it is a sidecar too."""
-    return not is_file(sidecar_path(prefix)) or is_sidecar(sidecar_path(prefix))
+    path = Path(sidecar_path(prefix))
+    return not path.exists() or (path.is_file() and is_sidecar(str(path)))
 
 
 def read_sidecar(header: IndexHeader) -> Sidecar | None:
     """Return a dataset's sidecar; None if it has none.
 
     Raises:
-        RefusedError: it describes other files.
+        RefusedError: it is damaged, of a newer format, or describes other files.
     """
     path = sidecar_path(header.prefix)
-    sidecar = _parse(path) if is_file(path) else None
-    if sidecar is None:
+    if not is_file(path) or not is_sidecar(path):
         return None
+    sidecar = _parse(path)
     there = (sidecar.documents, sidecar.tokens, sidecar.dtype)
     if there != (header.num_documents, header.num_tokens, header.dtype.name):
         raise RefusedError(
@@ -126,6 +131,7 @@ def describe_pair(bin_path: str, idx_path: str, origin: Origin, *, bin_checksum:
     with open(idx_path, "rb") as idx:
         _, _, code, _, num_boundaries = PREAMBLE.unpack(idx.read(PREAMBLE.size))
     dtype = DTYPE_CODES[code]
+    checksums: dict[Literal["bin", "idx"], str]
     checksums = {"bin": bin_checksum or file_checksum(Path(bin_path)), "idx": file_checksum(Path(idx_path))}
     tokens = Path(bin_path).stat().st_size // dtype.itemsize
     return Sidecar(origin=origin, documents=num_boundaries - 1, tokens=tokens, dtype=dtype.name, checksums=checksums)
@@ -171,18 +177,28 @@ def content_faults(
     return faults
 
 
-def _parse(path: str) -> Sidecar | None:
-    """Return a sidecar; None for a file of another program."""
+def _parse(path: str) -> Sidecar:
     with open_ranges(path) as file:
-        if _FORMAT.encode() not in file.read(0, _HEAD_BYTES):  # the file may be a large one of the user
-            return None
         content = file.read(0, _MOST_BYTES)
     try:
-        plain = json.loads(content)
-        if plain["format"] != _FORMAT:
-            return None
+        plain = orjson.loads(content)
+        if plain["format_version"] > _VERSION:
+            raise RefusedError(
+                f"{path}: format version {plain['format_version']}, this software reads up to {_VERSION}; update it"
+            )
         origin = {name: plain[name] for name in Origin.__dataclass_fields__}
         facts = {name: plain[name] for name in Sidecar.__dataclass_fields__ if name != "origin"}
-        return Sidecar(origin=Origin(**origin), **facts)
-    except (ValueError, KeyError, TypeError):
-        return None
+        sidecar = TypeAdapter(Sidecar).validate_python({**facts, "origin": origin})
+        if set(sidecar.checksums) != {"bin", "idx"}:
+            raise KeyError("checksums")
+    except (orjson.JSONDecodeError, ValidationError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, orjson.JSONDecodeError) else _first_fault(error)
+        raise RefusedError(f"{path}: damaged ({reason}); copy it again, or remove it: a dataset needs none") from error
+    return sidecar
+
+
+def _first_fault(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"

@@ -98,7 +98,7 @@ def find_special_token(folder: Path | None, kind: Literal["eos_token", "bos_toke
     if kind in config:
         token = config[kind]
         text = token.get("content") if isinstance(token, dict) else token
-        return True, text if isinstance(text, str) else None
+        return True, text if text and isinstance(text, str) else None  # transformers: "" is no token
     defaults = _OF_CLASS.get(str(config.get("tokenizer_class")).removesuffix("Fast"))
     return defaults is not None, defaults and defaults[0 if kind == "eos_token" else 1]
 

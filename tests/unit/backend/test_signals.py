@@ -43,3 +43,10 @@ def test_a_second_sigterm_does_not_interrupt_the_save() -> None:
 def test_a_background_job_still_ignores_ctrl_c() -> None:
     done = _raise_signals("SIGINT", before="signal.SIG_IGN")
     assert (done.returncode, done.stdout) == (0, "SIGINT None\nTrue\n")
+
+
+def test_ctrl_c_is_recorded_if_nobody_reads_stderr() -> None:
+    code = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 2)\n" + _CASE
+    command = [sys.executable, "-c", code.format(before="signal.default_int_handler"), "SIGINT"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "SIGINT SIGINT\nTrue\n")

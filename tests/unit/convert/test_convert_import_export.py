@@ -366,6 +366,28 @@ def test_ids_that_only_the_tokenizer_has_are_warned_about_and_become_rows(
         import_checkpoint(tmp_path / "known", tmp_path / "again", ImportOptions(new_tokens=("<a>",)))
 
 
+def test_new_tokens_beside_gaps_of_the_vocabulary(tmp_path: Path, with_tokenizer: Path) -> None:
+    """A tokenizer counts its tokens to find the next id, so it may give an id twice."""
+    folder = shutil.copytree(with_tokenizer, tmp_path / "hf")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    entries = data["model"]["vocab"]
+    data["added_tokens"] = []
+    data["model"]["vocab"] = {token: number for token, number in entries.items() if number < 90 or number == 95}
+    data["model"]["unk_token"] = "!"
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "!"}')
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(RefusedError, match=r"ids that others have already: 95 \('<1>'\).* ids from 96 on"):
+        import_checkpoint(folder, tmp_path / "taken", ImportOptions(new_tokens=("ab", "bc", "cd", "de", "ef")))
+    data["model"]["vocab"]["beyond"] = 103
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    report = import_checkpoint(folder, tmp_path / "c", ImportOptions(new_tokens=("ab", "ab")))
+    assert report.vocabulary is not None
+    assert (report.vocabulary.num_new, report.vocabulary.from_pieces) == (4, 1)  # ids 92, and 101 to 103
+    rows = open_source_checkpoint(tmp_path / "c").read("embedding.word_embeddings.weight", 0, 104)
+    old = hf_tensors(folder)["model.embed_tokens.weight"]
+    assert [n for n in range(101) if not torch.equal(rows[n], old[n])] == [92]
+
+
 def test_new_tokens_for_a_model_in_the_hub_cache(tmp_path: Path, with_tokenizer: Path) -> None:
     snapshot, blobs = tmp_path / "snapshots" / "abc", shutil.copytree(with_tokenizer, tmp_path / "blobs")
     snapshot.mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import yaml
 
 import megatron_cpt as cpt
+from megatron_cpt.checkpoint.record import read_saved_run
 from megatron_cpt.config import dump_yaml, read_mapping
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.importer import import_checkpoint
+from megatron_cpt.convert.model_card import describe_training, write_model_card
 from tests.helpers.faults import seal_again
 from tests.helpers.hf_models import save_hf_model
 from tests.helpers.runs import small_run
@@ -124,6 +127,23 @@ def test_a_run_that_started_from_a_run_names_the_first_base_and_keeps_both_cards
     names = export_checkpoint(third, tmp_path / "third-out").side_files
     assert {"README.md", "README_base.md", "README_base_2.md"} <= set(names)
     assert (tmp_path / "third-out" / "README_base.md").read_text() == BASE_CARD
+
+
+def test_front_matter_is_kept_as_text_and_a_name_cannot_add_lines(tmp_path: Path, base: Path) -> None:
+    run = trained(tmp_path / "run", base, step=20, start=base)
+    checkpoint = run / "checkpoints" / "step-00000020"
+    saved = read_saved_run(checkpoint)
+    saved = replace(saved, run={**saved.run, "name": "our\n---\nlicense: other"})
+    assert "# our --- license: other" in describe_training(saved, {}).splitlines()
+    side = tmp_path / "side" / "README.md"
+    side.parent.mkdir()
+    side.write_text("\ufeff---\nlicense_name: 1.10\nlicense_link:\nlanguage:\n- no\n- en\n---\n")
+    (tmp_path / "out").mkdir()
+    shutil.copyfile(side, tmp_path / "out" / "README.md")
+    write_model_card(tmp_path / "out", checkpoint, {"README.md": side})
+    front, _ = read_card(tmp_path / "out")
+    assert (front["license_name"], front["language"]) == ("1.10", ["no", "en"])
+    assert "license_link" not in front
 
 
 def test_an_imported_checkpoint_keeps_its_card_unchanged(tmp_path: Path, base: Path) -> None:

@@ -45,6 +45,10 @@ class TestJsonLikePythonReadsIt:
         lines = [f'{{"score": {number}, "text": "{number}"}}' for number in ("NaN", "Infinity", "-Infinity", "1")]
         assert encode(tmp_path, "a.jsonl", "\n".join(lines).encode()) == ["NaN", "Infinity", "-Infinity", "1"]
 
+    def test_a_number_of_many_digits_in_an_array(self, tmp_path):
+        data = b'[\n{"text": "one"},\n{"text": "two", "n": ' + b"1" * 5000 + b'},\n{"text": "three"}]'
+        assert encode(tmp_path, "a.json", data) == ["one", "three"]
+
     def test_several_keys(self, tmp_path):
         lines = b'{"a": "1", "b": "2", "c": NaN}\n{"a": "3", "c": NaN}\n'
         (tmp_path / "a.jsonl").write_bytes(lines)
@@ -135,6 +139,20 @@ class TestTables:
             (3, "the value of 'text' "),
             (4, "has another number o"),
         ]
+
+    @pytest.mark.parametrize("head", ["id,text\n", "text,id\n"])
+    def test_a_quote_that_is_not_closed_is_damage(self, tmp_path, head):
+        rows = "".join(f"one {number},two {number}\n" for number in range(300))
+        with pytest.raises(RefusedError, match=r"a\.csv: truncated or corrupt .* row 301 begins a quoted value"):
+            encode(tmp_path, "a.csv", (head + rows + 'three,"' + rows).encode())
+        assert encode(tmp_path, "b.csv", f'{head}1,1\n"2","2"'.encode()) == ["1", "2"]
+
+    def test_rows_lost_in_quotes_count_by_their_bytes(self, tmp_path):
+        """A stray quote that a later one closes makes one bad row of many."""
+        rows = "".join(f"{number},{'text ' * 20}\n" for number in range(20_000))
+        data = "id,text\n" + rows + '"' + rows + '"\n' + rows
+        with pytest.raises(RefusedError, match=r"bytes are bad, more than 0\.1000%"):
+            encode(tmp_path, "a.csv", data.encode(), PreprocessOptions())
 
     def test_no_such_column(self, tmp_path):
         with pytest.raises(UserError, match=r"a\.csv: has no column 'text'; its columns are 'id', 'body'"):
@@ -243,6 +261,24 @@ class TestFolders:
         assert found == ["C.JSONL", "a.jsonl", "b.ndjson", "d.jsonl.bz2", "e.csv"]
         (note,) = notes
         assert all(name in note for name in ("3 files", "notes.txt", "f.doc", "g.jsonl.lz4"))
+
+    def test_links_lead_to_each_folder_once(self, tmp_path):
+        (tmp_path / "in" / "a").mkdir(parents=True)
+        (tmp_path / "other").mkdir()
+        for name in ("in/a/a.jsonl", "other/b.jsonl"):
+            (tmp_path / name).touch()
+        (tmp_path / "in" / "a" / "up").symlink_to("..")
+        for name in ("latest", "other"):
+            (tmp_path / "in" / name).symlink_to(tmp_path / "other")
+        found = [Path(path).relative_to(tmp_path / "in").as_posix() for path in expand_inputs([tmp_path / "in"])]
+        assert found == ["a/a.jsonl", "latest/b.jsonl"]
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.bad.jsonl"])
+    def test_a_link_to_nothing(self, tmp_path, name):
+        (tmp_path / name).symlink_to("nowhere")
+        for entry in (tmp_path, tmp_path / "*"):
+            with pytest.raises(UserError, match=rf"{name}: a link to a file that does not exist; remove it"):
+                expand_inputs([entry])
 
     def test_a_folder_without_a_known_ending(self, tmp_path):
         (tmp_path / "g.jsonl.lz4").touch()

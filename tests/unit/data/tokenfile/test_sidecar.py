@@ -87,6 +87,11 @@ class TestWriters:
         assert any("web.json is not of a dataset and stays" in note for note in notes)
         assert read_sidecar(read_header(tmp_path / "web")) is None
 
+    def test_a_folder_in_its_place_is_kept(self, texts, tmp_path):
+        (tmp_path / "a.json").mkdir()
+        preprocess([texts], tmp_path / "a", tokenizer="byte")
+        assert read_sidecar(read_header(tmp_path / "a")) is None
+
     def test_merge_and_split(self, texts, tmp_path):
         for name in "ab":
             preprocess([texts], tmp_path / name, tokenizer="byte", options=EOD)
@@ -140,6 +145,46 @@ def test_a_file_of_another_program_is_none(make_dataset, tmp_path, content):
     dataset = make_dataset("a", [[1, 2]])
     (tmp_path / "a.json").write_text(content)
     assert read_sidecar(dataset.header) is None
+
+
+DAMAGED = [
+    ("tokens", None),
+    ("documents", "many"),
+    ("checksums", ["a", "b"]),
+    ("checksums", {"bin": 1, "idx": "2"}),
+    ("checksums", {"bin": "1"}),
+    ("checksums", {"bin": "1", "idx": "2", "/../other": "3"}),
+    ("fingerprint", 5),
+    ("eod_id", "</s>"),
+    ("made_by", 3),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), DAMAGED)
+def test_a_damaged_one_is_refused(texts, tmp_path, key, value):
+    preprocess([texts], tmp_path / "a", tokenizer="byte")
+    plain = json.loads((tmp_path / "a.json").read_bytes())
+    (tmp_path / "a.json").write_text(json.dumps({**plain, key: value}, indent=2))
+    with pytest.raises(RefusedError, match=rf"a\.json: damaged \(.*{key}.*\); copy it again, or remove it"):
+        read_sidecar(read_header(tmp_path / "a"))
+    assert [one.kind for one in check_dataset(str(tmp_path / "a")).faults] == ["sidecar"]
+
+
+def test_a_truncated_one_is_refused_and_may_be_replaced(texts, tmp_path):
+    preprocess([texts], tmp_path / "a", tokenizer="byte")
+    (tmp_path / "a.json").write_bytes((tmp_path / "a.json").read_bytes()[:100])
+    with pytest.raises(RefusedError, match=r"a\.json: damaged"):
+        read_sidecar(read_header(tmp_path / "a"))
+    preprocess([texts], tmp_path / "a", tokenizer="byte", options=PreprocessOptions(overwrite=True))
+    assert sidecar_of(tmp_path / "a").documents == len(TEXTS)
+
+
+def test_a_newer_one_is_refused(texts, tmp_path):
+    preprocess([texts], tmp_path / "a", tokenizer="byte")
+    plain = json.loads((tmp_path / "a.json").read_bytes())
+    (tmp_path / "a.json").write_text(json.dumps({**plain, "format_version": 2}))
+    with pytest.raises(RefusedError, match=r"a\.json: format version 2, this software reads up to 1; update it"):
+        read_sidecar(read_header(tmp_path / "a"))
 
 
 class TestCheck:

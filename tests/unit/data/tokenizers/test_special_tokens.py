@@ -46,6 +46,7 @@ CASES = {
     "string": ({**FAST, "eos_token": "<eos>"}, None),
     "object": ({**FAST, "eos_token": {"content": "<eos>", "__type": "AddedToken"}}, None),
     "null": ({**FAST, "eos_token": None}, None),
+    "empty": ({**FAST, "eos_token": ""}, None),
     "map alone": (None, {"eos_token": "</s>"}),
     "map with an object": (FAST, {"eos_token": {"content": "</s>"}}),
     "map before configuration": ({**FAST, "eos_token": "<eos>"}, {"eos_token": "</s>"}),
@@ -67,7 +68,7 @@ def test_the_answer_of_transformers(tmp_path, case):
     transformers = pytest.importorskip("transformers")
     config, token_map = CASES[case]
     folder = write_tokenizer(tmp_path, config=config, token_map=token_map)
-    theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True).eos_token
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True).eos_token or None
     for spec in (f"huggingface:{folder}", f"huggingface:{folder}/tokenizer.json"):
         ours = load_tokenizer(spec)
         assert (None if ours.eod_id is None else ours.token_name(ours.eod_id)) == theirs
