@@ -99,7 +99,8 @@ def extend_vocabulary(
             f"--add-tokens: the tokenizer gives them the ids {ids[:_MAX_SHOWN]}..., which are not consecutive; add "
             "them to the tokenizer in another way"
         )
-    tokenizer.save_pretrained(scratch / "new")
+    if new:
+        tokenizer.save_pretrained(scratch / "new")
 
     after = max(vocab, *(number + 1 for number in tokenizer.get_vocab().values()))
     # Every id from `vocab` on gets a row, also of tokens that only the tokenizer had. A model may also have spare rows.
@@ -128,10 +129,8 @@ def extend_vocabulary(
         model=model,
         specs={name: TensorSpec(shapes[name], spec.dtype) for name, spec in source.specs.items()},
         read=_read_with_new_rows(source, rows, filled.start),
-        side_files={
-            **source.side_files,
-            **find_side_files(scratch / "new"),
-        },
+        # Without a token that is new to it, the tokenizer keeps its files and so its fingerprint in data.
+        side_files={**source.side_files, **(find_side_files(scratch / "new") if new else {})},
     )
     return larger, report
 
