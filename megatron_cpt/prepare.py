@@ -140,22 +140,36 @@ def prepare_config(config: RunConfig, *, need_files: bool, num_gpus: int | None 
 
 def _read_draft(path: str | Path, overrides: Sequence[str]) -> Draft:
     data = read_mapping(path)
-    if "model" not in data and (model := _saved_model(data, overrides)) is not None:
-        data["model"] = model
-    return draft_config(data, overrides)
+    if "model" in data:
+        return draft_config(data, overrides)
+    model, problem = _saved_model(data, overrides)
+    draft = draft_config(data if model is None else {**data, "model": model}, overrides)
+    if problem is not None:
+        missing = f"model: missing, and the checkpoint in init.from does not give it: {problem}"
+        draft.problems[:] = [missing if text.startswith("model: missing;") else text for text in draft.problems]
+    return draft
 
 
-def _saved_model(data: dict[str, Any], overrides: Sequence[str]) -> Any:
-    """Return the model section of the checkpoint that the run resumes or starts from; None without a valid one."""
+def _saved_model(data: dict[str, Any], overrides: Sequence[str]) -> tuple[Any, str | None]:
+    """Return the model section of the checkpoint that the run resumes or starts from.
+
+    Without a valid one it is None, and the second value says why `init.from`, if it is given, has none.
+    """
+    problem = None
     overridden = copy.deepcopy(data)
     apply_overrides(overridden, overrides)
     init = overridden.get("init")
-    for folder in (overridden.get("output"), init.get("from") if isinstance(init, dict) else None):
+    start = init.get("from") if isinstance(init, dict) else None
+    for folder in (overridden.get("output"), start):
         if isinstance(folder, str):
             # `train` reports a wrong checkpoint, and the validation of run.yaml a wrong path
-            with contextlib.suppress(UserError, RefusedError, ValueError):
-                return read_run(resolve_checkpoint(expand_paths(folder))).get("model")
-    return None
+            try:
+                return read_run(resolve_checkpoint(expand_paths(folder))).get("model"), None
+            except (UserError, RefusedError) as error:
+                problem = str(error) if folder is start else None
+            except ValueError:
+                continue
+    return None, problem
 
 
 def _prepare(name: str, draft: Draft, need_files: bool, num_gpus: int | None) -> PreparedRun:

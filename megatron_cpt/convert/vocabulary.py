@@ -105,7 +105,8 @@ def extend_vocabulary(
             "--add-tokens: the vocabulary has gaps, and the tokenizer gives new tokens ids that others have already: "
             f"{', '.join(taken[:_MAX_SHOWN])}; add them to the tokenizer with ids from {max(by_number) + 1} on"
         )
-    tokenizer.save_pretrained(scratch / "new")
+    if new:
+        tokenizer.save_pretrained(scratch / "new")
 
     after = max(vocab, *(number + 1 for number in tokenizer.get_vocab().values()))
     # Every id from `vocab` on gets a row, also of tokens that only the tokenizer had. A model may also have spare rows.
@@ -136,10 +137,8 @@ def extend_vocabulary(
         model=model,
         specs={name: TensorSpec(shapes[name], spec.dtype) for name, spec in source.specs.items()},
         read=_read_with_new_rows(source, rows, filled.start),
-        side_files={
-            **source.side_files,
-            **find_side_files(scratch / "new"),
-        },
+        # Without a token that is new to it, the tokenizer keeps its files and so its fingerprint in data.
+        side_files={**source.side_files, **(find_side_files(scratch / "new") if new else {})},
     )
     return larger, report
 

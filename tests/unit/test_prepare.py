@@ -79,8 +79,12 @@ def test_the_model_is_that_of_the_checkpoint(with_files, write_run, tmp_path):
     assert load_run(path, ["output=runs/base", "init.from=gone"]).model == model  # a resume needs no init.from
     assert load_run(path, ["init.from=imported", "model.vocab=500"]).model.vocab == 500
     (tmp_path / "imported" / "run.yaml").write_text("][")
-    for overrides in (["init.from=gone"], ["init.from=imported"], []):
-        with pytest.raises(ConfigError, match=r"model: missing.*may be omitted if `init\.from` is a checkpoint"):
+    for overrides, problem in (
+        (["init.from=gone"], r", and the checkpoint in init\.from does not give it: gone: no such checkpoint"),
+        (["init.from=imported"], r", and the checkpoint in init\.from does not give it: damaged: imported/run\.yaml"),
+        ([], r".*may be omitted if `init\.from` is a checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=f"model: missing{problem}"):
             load_run(path, overrides)
 
 

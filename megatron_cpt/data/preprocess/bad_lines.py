@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from megatron_cpt.data.preprocess.file_format import FileFormat, find_format
 from megatron_cpt.data.preprocess.inputs import Block, BlockOptions, lines_before
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodedBlock
@@ -126,8 +127,11 @@ class BadLineLog:
         Args:
             bytes_read: bytes on disk that were read.
         """
-        lines = "" if self.lines_before is None else f" and {self.lines_before:,} lines"
-        problem = f"{block.path}: truncated or corrupt after {bytes_read:,} bytes{lines}: {block.damage}"
+        if find_format(block.path) in (FileFormat("parquet"), FileFormat("arrow")):
+            place = f"{block.position:,} rows"  # where the damage lies in bytes is unknown
+        else:
+            place = f"{bytes_read:,} bytes" + ("" if self.lines_before is None else f" and {self.lines_before:,} lines")
+        problem = f"{block.path}: truncated or corrupt after {place}: {str(block.damage).rstrip('.')}"
         self.damaged.append(problem)
         return problem
 

@@ -345,6 +345,8 @@ def test_ids_that_only_the_tokenizer_has_are_warned_about_and_become_rows(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<a>", "<b>", "<c>"])  # ids 101 to 103; the model has 101 rows
     tokenizer.save_pretrained(folder)
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write("\n")  # so that a rewritten file differs
     assert main(["convert", "import", str(folder), str(tmp_path / "c")]) == 0
     assert "the tokenizer has 3 ids more than the model has rows" in capsys.readouterr().out
     (tmp_path / "known.txt").write_text("<a>\n<b>\n<c>\n")
@@ -362,6 +364,8 @@ def test_ids_that_only_the_tokenizer_has_are_warned_about_and_become_rows(
         assert torch.allclose(rows[:3], mean.expand(3, -1), atol=1e-6)
         assert rows[3].any() == (after == 105), "abc, from its pieces"
         assert not rows[after - 101 :].any()
+        is_unchanged = opened.side_files["tokenizer.json"].read_bytes() == (folder / "tokenizer.json").read_bytes()
+        assert is_unchanged == (tokens == "known"), "data made with the tokenizer stays usable"
     with pytest.raises(UserError, match="already have all of them"):
         import_checkpoint(tmp_path / "known", tmp_path / "again", ImportOptions(new_tokens=("<a>",)))
 
