@@ -128,7 +128,7 @@ class BadLineLog:
             bytes_read: bytes on disk that were read.
         """
         if find_format(block.path) in (FileFormat("parquet"), FileFormat("arrow")):
-            place = f"{block.position:,} rows"  # where the damage lies in bytes is unknown
+            place = f"{block.position:,} rows"  # where the damage is in bytes is unknown
         else:
             place = f"{bytes_read:,} bytes" + ("" if self.lines_before is None else f" and {self.lines_before:,} lines")
         problem = f"{block.path}: truncated or corrupt after {place}: {str(block.damage).rstrip('.')}"
