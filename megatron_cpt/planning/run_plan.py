@@ -288,7 +288,7 @@ def _shape_warnings(config: RunConfig, segments: Sequence[Segment]) -> Iterator[
             f"reach batch.global: {config.batch.global_:,}"
         )
     known, longest = config.model.max_positions or config.seq_length, config.longest_sequence
-    if longest > config.seq_length and longest > known:
+    if longest > known:
         which = "model.max_positions" if config.model.max_positions else "seq_length"
         yield (
             f"sequences of {longest:,} tokens have positions beyond {which}: {known:,}, new to the model; "

@@ -274,3 +274,13 @@ def test_a_profile_outside_the_run_is_a_problem(run_data):
         "profile.ranks: no rank 1, 2 in a job of 1; ranks count from 0: choose others or remove ranks",
     ]
     assert texts(plan(run_data, "profile={steps: [1, 2], ranks: [7]}")) == []
+
+
+def test_sequences_longer_than_those_of_pretraining_are_named(run_data):
+    assert run_data["seq_length"] == 64
+    assert not [text for text in plan(run_data, "model.max_positions=64").warnings if "positions" in text]
+    found = [text for text in plan(run_data, "model.max_positions=32").warnings if "positions" in text]
+    assert found == [
+        "sequences of 64 tokens have positions beyond model.max_positions: 32, new to the model; check "
+        "model.rotary_base and model.rope_scaling"
+    ]
