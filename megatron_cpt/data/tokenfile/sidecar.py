@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from pydantic import TypeAdapter, ValidationError
 
 from megatron_cpt import __version__
 from megatron_cpt.data.tokenfile.header import DTYPE_CODES, PREAMBLE, IndexHeader
@@ -178,6 +177,8 @@ def content_faults(
 
 
 def _parse(path: str) -> Sidecar:
+    from pydantic import TypeAdapter, ValidationError  # here: a process that only reads tokens starts without it
+
     with open_ranges(path) as file:
         content = file.read(0, _MOST_BYTES)
     try:
@@ -198,6 +199,8 @@ def _parse(path: str) -> Sidecar:
 
 
 def _first_fault(error: Exception) -> str:
+    from pydantic import ValidationError
+
     if not isinstance(error, ValidationError):
         return f"{type(error).__name__}: {error}"
     fault = error.errors()[0]
