@@ -92,6 +92,15 @@ class Fp8Layer(torch.nn.Module):
             self.register_buffer(AMAX_HISTORY, torch.zeros(3, self.fp8.history))
             self.register_buffer("step_amax", torch.zeros(3), persistent=False)
 
+    @classmethod
+    def linears(cls, recipe: LocalFp8) -> tuple[type, type]:
+        """Return the column- and row-parallel layers of this kind for a recipe; a layer spec consists of classes."""
+        column, row = (
+            type(f"{cls.__name__}{base.__name__}", (cls, base), {"fp8": recipe})
+            for base in (ColumnParallelLinear, RowParallelLinear)
+        )
+        return column, row
+
     def scale_of(self, x: torch.Tensor, operand: int) -> torch.Tensor:
         """Return the scale of one operand, and record its largest magnitude."""
         amax = x.detach().abs().amax().float()
@@ -153,18 +162,6 @@ class _QuantizeGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.layer.fp8_operand(gradient, GRADIENT), None
-
-
-def emulated_linears(recipe: LocalFp8) -> tuple[type[ColumnParallelLinear], type[RowParallelLinear]]:
-    """Create subclasses of megatron-core's linear layers for a recipe; a layer spec consists of classes."""
-
-    class EmulatedFp8ColumnParallelLinear(EmulatedFp8, ColumnParallelLinear):  # type: ignore[misc]  # megatron-core has no types
-        fp8 = recipe
-
-    class EmulatedFp8RowParallelLinear(EmulatedFp8, RowParallelLinear):  # type: ignore[misc]
-        fp8 = recipe
-
-    return EmulatedFp8ColumnParallelLinear, EmulatedFp8RowParallelLinear
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.jit import jit_fuser
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from megatron_cpt.model.fp8_emulated import GRADIENT, INPUT, WEIGHT, Fp8Layer, LocalFp8, scale_for
+from megatron_cpt.model.fp8_emulated import GRADIENT, INPUT, WEIGHT, Fp8Layer, scale_for
 
 SIZE_MULTIPLE = 16
 
@@ -234,15 +233,3 @@ def _accumulate(weight: torch.Tensor, main_grad: torch.Tensor, gradient: torch.T
         return None
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
-
-
-def torch_linears(recipe: LocalFp8) -> tuple[type[ColumnParallelLinear], type[RowParallelLinear]]:
-    """Create subclasses of megatron-core's linear layers for a recipe; a layer spec consists of classes."""
-
-    class TorchFp8ColumnParallelLinear(TorchFp8, ColumnParallelLinear):  # type: ignore[misc]  # megatron-core has no types
-        fp8 = recipe
-
-    class TorchFp8RowParallelLinear(TorchFp8, RowParallelLinear):  # type: ignore[misc]
-        fp8 = recipe
-
-    return TorchFp8ColumnParallelLinear, TorchFp8RowParallelLinear

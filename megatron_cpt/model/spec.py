@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_cpt.config import Fp8Config, PrecisionConfig
 from megatron_cpt.model.capabilities import Machine
-from megatron_cpt.model.fp8_emulated import LocalFp8, emulated_linears
-from megatron_cpt.model.fp8_torch import torch_linears
+from megatron_cpt.model.fp8_emulated import EmulatedFp8, LocalFp8
+from megatron_cpt.model.fp8_torch import TorchFp8
 from megatron_cpt.model.local_modules import LocalAttention, LocalNorm
 
 
@@ -116,7 +116,7 @@ def _local_layer(*, qk_norm: bool) -> ModuleSpec:
 def _put_fp8(layer: ModuleSpec, fp8: Fp8Config) -> None:
     assert fp8.recipe in ("delayed", "tensorwise", "rowwise")  # checked by config
     recipe = LocalFp8(fp8.recipe, fp8.format, fp8.amax_history, fp8.amax_compute, fp8.margin)
-    column, row = emulated_linears(recipe) if fp8.backend == "emulated" else torch_linears(recipe)
+    column, row = (EmulatedFp8 if fp8.backend == "emulated" else TorchFp8).linears(recipe)
     attention = layer.submodules.self_attention.submodules
     attention.linear_qkv, attention.linear_proj = column, row
     mlp = layer.submodules.mlp  # a ModuleSpec in megatron-core 0.16, a partial in 0.19

@@ -17,15 +17,15 @@ cpu.install()
 from megatron.core.tensor_parallel import ColumnParallelLinear  # noqa: E402
 
 from megatron_cpt.model import fp8_torch  # noqa: E402
-from megatron_cpt.model.fp8_emulated import INPUT, LocalFp8, emulated_linears, end_step, quantize, scale_for  # noqa: E402
+from megatron_cpt.model.fp8_emulated import INPUT, EmulatedFp8, LocalFp8, end_step, quantize, scale_for  # noqa: E402
 from megatron_cpt.model.fp8_torch import (  # noqa: E402
     Quantized,
+    TorchFp8,
     cast,
     cast_along,
     column_major,
     row_major,
     scaled_product,
-    torch_linears,
 )
 from megatron_cpt.model.transformer_config import transformer_config  # noqa: E402
 
@@ -51,7 +51,7 @@ def _linear(kind, recipe: str, *, dtype: str = "fp32", **options) -> torch.nn.Mo
     """Return a column-parallel layer of `kind`, whose weight is the same for every kind."""
     run = draft_config(dict(RUN), [f"precision.compute={dtype}"]).finish("run.yaml")
     config = transformer_config(run.model, run.parallel, run.precision, run.recompute)
-    cls = kind(LocalFp8(recipe, history=4, **options))[0] if kind is not None else ColumnParallelLinear
+    cls = kind.linears(LocalFp8(recipe, history=4, **options))[0] if kind is not None else ColumnParallelLinear
     layer = cls(
         INPUTS, OUTPUTS, config=config, init_method=lambda weight: weight, bias=False, skip_bias_add=True,
         gather_output=False,
@@ -112,7 +112,7 @@ def test_a_cast_saturates_and_keeps_the_emulations_values():
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 @pytest.mark.parametrize("format", ["hybrid", "e4m3"])
 def test_a_layer_computes_what_the_emulation_computes(recipe, format):
-    real, reference = (_linear(kind, recipe, format=format) for kind in (torch_linears, emulated_linears))
+    real, reference = (_linear(kind, recipe, format=format) for kind in (TorchFp8, EmulatedFp8))
     for _ in range(3):  # delayed scales differ from 1 from the second step on
         for ours, theirs in zip(_compute(real), _compute(reference), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
@@ -124,7 +124,7 @@ def test_a_layer_computes_what_the_emulation_computes(recipe, format):
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_gradients_are_near_those_of_bf16(recipe):
-    fp8 = _compute(_linear(torch_linears, recipe, dtype="bf16"), torch.bfloat16)
+    fp8 = _compute(_linear(TorchFp8, recipe, dtype="bf16"), torch.bfloat16)
     bf16 = _compute(_linear(None, recipe, dtype="bf16"), torch.bfloat16)
     for ours, plain in zip(fp8, bf16, strict=True):
         assert ours.dtype is torch.bfloat16
@@ -140,7 +140,7 @@ def test_a_row_of_small_values_keeps_its_precision_with_a_factor_of_its_own():
 
 
 def test_the_input_is_saved_in_one_byte_per_value():
-    layer = _linear(torch_linears, "tensorwise")
+    layer = _linear(TorchFp8, "tensorwise")
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         layer(_random(TOKENS // 2, 2, INPUTS).requires_grad_())
@@ -149,7 +149,7 @@ def test_the_input_is_saved_in_one_byte_per_value():
 
 
 def test_weight_gradients_are_added_to_the_fp32_buffer():
-    layer = _linear(torch_linears, "tensorwise")
+    layer = _linear(TorchFp8, "tensorwise")
     plain = _compute(layer)[2]
     layer.gradient_accumulation_fusion = True
     layer.weight.main_grad, layer.weight.grad_added_to_main_grad = torch.ones_like(plain), False
@@ -159,7 +159,7 @@ def test_weight_gradients_are_added_to_the_fp32_buffer():
 
 
 def test_the_named_group_is_not_used_without_parallelism():
-    layer = _linear(torch_linears, "tensorwise")
+    layer = _linear(TorchFp8, "tensorwise")
     layer.tp_group = SimpleNamespace(size=lambda: 1)  # any collective call with it would fail
     _compute(layer)
 
