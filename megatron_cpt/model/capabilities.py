@@ -159,8 +159,8 @@ def with_fp8_backend(run: RunConfig, machine: Machine) -> RunConfig:
     return run.model_copy(update={"precision": precision})
 
 
-def check_machine(run: RunConfig, machine: Machine) -> None:
-    """Check a run against the table.
+def check_machine(run: RunConfig, machine: Machine) -> RunConfig:
+    """Check a run against the table, and return it with the FP8 backend of this machine.
 
     Raises:
         UserError: with each unsupported setting, its requirements, and the capabilities of this machine; or with shapes
@@ -176,7 +176,7 @@ def check_machine(run: RunConfig, machine: Machine) -> None:
     if shapes:
         raise UserError("; ".join(shapes))
     if not missing:
-        return
+        return run
     # without Transformer Engine its required version does not matter
     shown = {setting: needs[:1] if needs[0] == _WITH_TE else needs for setting, needs in missing.items()}
     problems = [f"{setting}: needs {' and '.join(needs)}" for setting, needs in shown.items()]

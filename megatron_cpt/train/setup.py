@@ -22,7 +22,7 @@ from megatron_cpt.data import Loader
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.model.build_model import Model, build_model
-from megatron_cpt.model.capabilities import check_machine, read_machine, with_fp8_backend
+from megatron_cpt.model.capabilities import check_machine, read_machine
 from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
 from megatron_cpt.optim.update import Update
 from megatron_cpt.planning import RunPlan, flops_per_token
@@ -121,14 +121,9 @@ def setup(
         RefusedError: a checkpoint is corrupt or does not fit.
         UserError: this machine cannot run what the run.yaml asks for.
     """
-    machine = read_machine()
-    config = with_fp8_backend(config, machine)
-    check_machine(config, machine)
-    if ranks.is_main and ranks.device.type == "cpu" and config.precision.compute == "bf16" and emulates_bf16():
-        logger.warning(
-            "precision.compute: bf16 is emulated on this CPU and several times slower than fp32; to train here, set "
-            "precision.compute=fp32"
-        )
+    config = check_machine(config, read_machine())
+    if ranks.is_main:
+        _warn_of_emulated_bf16(config, ranks)
     streams = open_streams(config, eod_id)
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
 
@@ -177,6 +172,14 @@ def setup(
         origin=origin.path if origin is not None else None,
         is_resumed=own is not None,
     )
+
+
+def _warn_of_emulated_bf16(config: RunConfig, ranks: Ranks) -> None:
+    if ranks.device.type == "cpu" and config.precision.compute == "bf16" and emulates_bf16():
+        logger.warning(
+            "precision.compute: bf16 is emulated on this CPU and several times slower than fp32; to train here, set "
+            "precision.compute=fp32"
+        )
 
 
 def _build_from_newest_valid(
