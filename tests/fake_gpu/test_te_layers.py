@@ -134,6 +134,13 @@ def _moments(model: Model, optimizer: Any) -> dict[str, torch.Tensor]:
     return {f"{entry.key} {entry.global_offset}": entry.data.clone() for entry in tensors}
 
 
+def _saved_tensors(run: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
+    """Build a model, save it, and return what the checkpoint holds."""
+    with _model(run) as model:
+        _save(model, folder)
+    return read_tensors(folder)
+
+
 def test_the_machine_of_this_process_has_no_gpu() -> None:
     assert read_machine() == Machine()
 
@@ -142,9 +149,7 @@ def test_the_machine_of_this_process_has_no_gpu() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_checkpoint_has_the_tensors_that_conversion_expects(preset: str, recipe: str, tmp_path: Path) -> None:
     run = _run(preset, *FP8[recipe])
-    with _model(run) as model:
-        _save(model, tmp_path / "te")
-    tensors = read_tensors(tmp_path / "te")
+    tensors = _saved_tensors(run, tmp_path / "te")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == _stored_shapes(run)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
@@ -153,9 +158,7 @@ def test_a_checkpoint_has_the_tensors_that_conversion_expects(preset: str, recip
 @pytest.mark.parametrize("preset", PRESETS)
 def test_all_settings_build(preset: str, options: str, tmp_path: Path) -> None:
     run = _run(preset, *KNOBS[options])
-    with _model(run) as model:
-        _save(model, tmp_path / "te")
-    shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(tmp_path / "te").items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in _saved_tensors(run, tmp_path / "te").items()}
     assert shapes == _stored_shapes(run)
 
 
