@@ -9,7 +9,10 @@ dead ranks, and ends with the same reason. For example, rank 2 of 4 is killed an
 
     rank 0 in step 17: rank 2 gives no sign of life; rank 3 in step 17: Connection closed by peer
 
-Timeouts count iterations of the thread, not seconds. If a scheduler suspends the whole job (SIGSTOP, a frozen cgroup),
+If the store's host freezes or is cut off, a call of the store never returns, and torch's own timeout of a call does not
+end it. So a second thread watches the first one and ends this rank when a call waits for too long.
+
+Timeouts count iterations of a thread, not seconds. If a scheduler suspends the whole job (SIGSTOP, a frozen cgroup),
 no rank iterates, so no timeout expires. A single suspended rank is missed by the others.
 """
 
@@ -71,6 +74,32 @@ def job_store() -> Any:
     return dist.PrefixStore(f"peers/{next(_jobs)}", store.clone())  # type: ignore[attr-defined]
 
 
+class _Store:
+    """Store that knows whether a call waits for its answer.
+
+    Attributes:
+        is_waiting: True while a call has not returned.
+        num_calls: number of calls so far.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.is_waiting, self.num_calls = False, 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._store, name)
+
+        def call(*args: Any) -> Any:
+            self.num_calls += 1
+            self.is_waiting = True
+            try:
+                return method(*args)
+            finally:
+                self.is_waiting = False
+
+        return call
+
+
 class Peers:
     """Context manager that sends heartbeats and watches the other ranks.
 
@@ -92,19 +121,21 @@ class Peers:
         end: Callable[[str], object],
     ) -> None:
         self._is_watching = store is not None and timeout is not None and world_size > 1
-        self._store = store
+        self._store = _Store(store)
         self._rank, self._timeout, self._doing, self._end = rank, timeout or 0.0, doing, end
         self._others = [other for other in range(world_size) if other != rank]
         self._alarm = ""  # raised by this rank, not yet in the store
         self._verdict = ""
         self._wake, self._stop, self._is_known = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._second_thread = threading.Thread(target=self._watch_store, name="peers-store", daemon=True)
         self._beats = itertools.count(1)
 
     def __enter__(self) -> Peers:
         if self._is_watching:
             self._beat()
             self._thread.start()
+            self._second_thread.start()
         return self
 
     def __exit__(
@@ -116,8 +147,7 @@ class Peers:
         self._wake.set()
         self._thread.join(timeout=_GRACE_SECONDS)
         if kind is None:
-            with contextlib.suppress(RuntimeError):  # rank 0 hosts the store and may have ended
-                self._store.set(f"end/{self._rank}", _DONE)
+            self._in_time(lambda: self._store.set(f"end/{self._rank}", _DONE))
 
     def announce(self, error: BaseException) -> None:
         """Report to the other ranks that this rank ends with an error."""
@@ -142,12 +172,21 @@ class Peers:
         if not self._is_watching:
             return
         if is_ending:  # this rank's thread ends too, so write to the store here
-            with contextlib.suppress(RuntimeError):
-                self._store.set(f"end/{self._rank}", text)
-                self._store_alarm(text)
+            self._in_time(lambda: (self._store.set(f"end/{self._rank}", text), self._store_alarm(text)))
             return
         self._alarm = self._alarm or text
         self._wake.set()
+
+    def _in_time(self, call: Callable[[], object]) -> None:
+        """Call the store from the main thread, which must end even if the store never answers or is gone."""
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError):  # rank 0 hosts the store and may have ended
+                call()
+
+        thread = threading.Thread(target=run, name="peers-end", daemon=True)
+        thread.start()
+        thread.join(timeout=_GRACE_SECONDS)
 
     def _watch(self) -> None:
         seen = dict.fromkeys(self._others if self._rank == 0 else [0], (b"", 0))
@@ -166,6 +205,26 @@ class Peers:
                 alarm = self._alarm or (f"the store of the job is gone ({_first_line(error)})" if is_lost else "")
             if alarm:
                 return self._answer(alarm)
+
+    def _watch_store(self) -> None:
+        """End this rank if the other thread waits for one answer of the store for too long."""
+        call, num_iterations = 0, 0
+        while not self._stop.wait(_BEAT_SECONDS):
+            is_same_call = self._store.is_waiting and self._store.num_calls == call
+            call, num_iterations = self._store.num_calls, num_iterations + 1 if is_same_call else 0
+            if self._is_too_long(num_iterations):
+                trouble = (
+                    f"the store of the job gave no answer for {self._timeout:.0f} s (resilience.peer_timeout); "
+                    "its host, the node of rank 0, is frozen or cut off"
+                )
+                return self._conclude(trouble)
+
+    def _conclude(self, reason: str) -> None:
+        """Publish the verdict to the main thread, and end the process if that thread does not end by itself."""
+        self._verdict = f"rank {self._rank} in {self._doing()}: {reason}"
+        self._is_known.set()
+        if not self._stop.wait(_GRACE_SECONDS):
+            self._end(self._verdict)
 
     def _find_silent_rank(self, seen: dict[int, tuple[bytes, int]]) -> str:
         """Return an alarm if a watched rank has not beaten for too long, else an empty text.
@@ -198,11 +257,7 @@ class Peers:
         # the alarm already names a rank that timed out
         unnamed = [rank for rank in dead if not alarm.startswith(f"rank {rank} gave no sign of life ")]
         names = "".join(f"rank {rank} gives no sign of life; " for rank in unnamed)
-        alarm = alarm.removeprefix(f"rank {self._rank} in ")
-        self._verdict = f"rank {self._rank} in {self._doing()}: {names}{alarm}"
-        self._is_known.set()
-        if not self._stop.wait(_GRACE_SECONDS):
-            self._end(self._verdict)
+        self._conclude(f"{names}{alarm.removeprefix(f'rank {self._rank} in ')}")
 
     def _roll_call(self) -> list[int]:
         """Return the ranks whose counter does not change, except those that reported their end."""

@@ -143,6 +143,7 @@ TokenCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonS
 
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
+_MAX_SECONDS = 3650 * 86400.0
 _NOT_A_DURATION = "not a time; write days, hours, minutes and seconds in this order (3h50m, 1d12h, 90s) or seconds"
 
 
@@ -150,7 +151,7 @@ def parse_duration(value: Any) -> float:
     """Return the seconds of a length of time such as `3h50m`, `1d12h`, `90s`, or a number of seconds.
 
     Raises:
-        ValueError: if it has another form, or is not above 0.
+        ValueError: if it has another form, is not above 0, or is longer than 10 years.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(_NOT_A_DURATION)
@@ -163,6 +164,8 @@ def parse_duration(value: Any) -> float:
         seconds = float(value)
     if not seconds > 0:
         raise ValueError("not above 0; choose a longer time")
+    if not seconds <= _MAX_SECONDS:
+        raise ValueError("longer than 10 years, which timers cannot count; write null for no limit")
     return seconds
 
 

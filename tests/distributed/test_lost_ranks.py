@@ -81,6 +81,16 @@ def test_a_stopped_rank_is_missed_before_anything_hangs_too_long(run_file: Path)
         assert [path.name[:10] for path in (output / "stacks").iterdir()] == ["rank-00001"]
 
 
+def test_a_frozen_host_of_the_store_ends_all_ranks_in_time(run_file: Path) -> None:
+    output = run_file.parent / "frozen-store"
+    with _start(run_file, output, 2, ENDLESS, "resilience.peer_timeout=3") as job:
+        job.freeze_store()
+        assert job.wait(timeout=BOUND + 3) == 1
+        assert job.left_behind == []
+        for log in job.logs:
+            assert "the store of the job gave no answer for 3 s (resilience.peer_timeout)" in log.read_text()
+
+
 @pytest.mark.parametrize("seconds", [6, pytest.param(70, marks=pytest.mark.long)])
 @pytest.mark.parametrize("parallel", ["parallel.distributed_optimizer=true", "parallel.pipeline=2"])
 def test_a_job_that_is_suspended_as_a_whole_goes_on(run_file: Path, parallel: str, seconds: int) -> None:

@@ -47,12 +47,15 @@ class Job:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        here, there = context.Pipe()
+        self._store: Any = context.Process(target=_host_store, args=(there,))
+        self._store.start()
+        port = here.recv()
         self.seconds_to_end: float | None = None
         self.left_behind: list[int] = []
         self._processes: list[Any] = [
             context.Process(
-                target=_rank, args=(rank, num_ranks, self._store.port, [*arguments], str(self.logs[rank]), prepare)
+                target=_rank, args=(rank, num_ranks, port, [*arguments], str(self.logs[rank]), prepare)
             )
             for rank in range(num_ranks)
         ]
@@ -75,6 +78,10 @@ class Job:
         for process in self._processes if rank is None else [self._processes[rank]]:
             if process.exitcode is None:
                 os.kill(process.pid, number)
+
+    def freeze_store(self) -> None:
+        """Stop the process that hosts the job's store, as torchrun's agent on the first node does."""
+        os.kill(self._store.pid, signal.SIGSTOP)
 
     def wait(self, *, timeout: float = 120.0, grace: float = 30.0) -> int:
         """Wait for the end as torchrun does: after the first rank fails, the others have `grace` seconds to end.
@@ -112,12 +119,19 @@ class Job:
     def kill(self) -> None:
         """Kill the ranks that still run."""
         self.send(signal.SIGKILL)
-        for process in self._processes:
+        self._store.kill()
+        for process in (*self._processes, self._store):
             process.join()
 
     def output(self) -> str:
         """Return the output of all ranks."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+
+def _host_store(pipe: Any) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    signal.pause()
 
 
 def _rank(rank: int, num_ranks: int, port: int, arguments: list[str], log: str, prepare: Prepare | None) -> None:

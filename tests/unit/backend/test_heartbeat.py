@@ -131,9 +131,58 @@ def test_a_store_that_is_gone_ends_the_rank_after_the_timeout():
     store = dist.HashStore()
     peers = Peers(store, 1, 2, timeout=0.5, doing=lambda: "setup", end=lambda text: (ends.append(text), done.set()))
     with peers:
-        peers._store = Gone()
+        peers._store._store = Gone()
         assert done.wait(300)
     assert ends == ["rank 1 in setup: the store of the job is gone (the host has closed the connection)"]
+
+
+class Frozen:
+    """Store of a host that no longer answers: no call returns until the test ends."""
+
+    def __init__(self):
+        self.thaw = threading.Event()
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.thaw.wait(300)
+            raise dist.DistNetworkError("the host has closed the connection")
+
+        return call
+
+
+@pytest.fixture
+def freeze():
+    stores = []
+
+    def freeze_store_of(peers):
+        stores.append(Frozen())
+        peers._store._store = stores[-1]
+
+    yield freeze_store_of
+    for store in stores:
+        store.thaw.set()
+
+
+FROZEN = "the store of the job gave no answer for 1 s (resilience.peer_timeout); its host, the node of rank 0,"
+
+
+def test_a_store_that_never_answers_ends_every_rank(job, freeze):
+    ranks = job(3, timeout=0.8)
+    for peers in ranks.ranks:
+        freeze(peers)
+    ranks.wait_for_ends([0, 1, 2])
+    for rank in range(3):
+        assert ranks.ends[rank] == f"rank {rank} in step 17: {FROZEN} is frozen or cut off"
+
+
+def test_an_error_ends_a_rank_although_the_store_never_answers(job, freeze):
+    ranks = job(2)
+    freeze(ranks.ranks[1])
+    error = ValueError("a defect")
+    ranks.ranks[1].announce(error)
+    ranks.leave(1, error)
+    ranks.leave(0)
+    assert ranks.ends == {}
 
 
 def test_alone_or_without_a_limit_nothing_is_watched():

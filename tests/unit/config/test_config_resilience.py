@@ -38,6 +38,12 @@ def test_a_duration_is_above_0(value):
         parse_duration(value)
 
 
+@pytest.mark.parametrize("value", ["3651d", 1e12, 1e300])
+def test_a_duration_fits_into_timers(value):
+    with pytest.raises(ValueError, match="longer than 10 years"):
+        parse_duration(value)
+
+
 def test_the_defaults_watch_but_change_nothing(run_data):
     config = draft_config(run_data).config.resilience
     assert (config.wall_time, config.hang_timeout, config.peer_timeout) == (None, 1800.0, 120.0)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
+import psutil
+
 from megatron_cpt.train.resilience.wall_time import WallTime, seconds_since_process_start
 
 
@@ -128,5 +132,11 @@ def test_the_first_step_is_judged_by_what_is_known_of_it():
     assert wall_time.is_last_step()
 
 
-def test_the_age_of_a_process_is_positive():
-    assert seconds_since_process_start() > 0
+def test_the_age_of_a_process_does_not_depend_on_the_date(monkeypatch):
+    before = seconds_since_process_start()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    after = seconds_since_process_start()
+    process = psutil.Process()
+    assert 0 < before <= after
+    monkeypatch.undo()
+    assert abs(time.time() - process.create_time() - seconds_since_process_start()) < 1.0
