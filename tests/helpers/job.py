@@ -54,9 +54,7 @@ class Job:
         self.seconds_to_end: float | None = None
         self.left_behind: list[int] = []
         self._processes: list[Any] = [
-            context.Process(
-                target=_rank, args=(rank, num_ranks, port, [*arguments], str(self.logs[rank]), prepare)
-            )
+            context.Process(target=_rank, args=(rank, num_ranks, port, [*arguments], str(self.logs[rank]), prepare))
             for rank in range(num_ranks)
         ]
         for process in self._processes:
