@@ -22,12 +22,13 @@ from tests.reference.loop import Result, Settings, Step, train
 STEPS, BATCH, LENGTH = 8, 8, 32
 # None is a multiple of 128, so every model has rows of padding.
 VOCABULARIES = {"nemotron": 257, "llama": 301, "mistral": 259, "qwen2": 500, "qwen3": 257, "smollm": 300}
-LAYOUTS = {
+# number of ranks -> layout -> overrides; `tp2` and `pp2` are parts of `tp2-pp2`, so their runs take place in long tests
+LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {"alone": []},
-    2: {"tp2": ["parallel={tensor: 2, sequence: true}"], "pp2": ["parallel.pipeline=2"], "dp2": []},
+    2: {"dp2": []},
     4: {"tp2-pp2": ["parallel={tensor: 2, pipeline: 2}"]},
 }
-ALL_LAYOUTS = [name for layouts in LAYOUTS.values() for name in layouts]
+LONG_LAYOUTS = {2: {"tp2": ["parallel={tensor: 2, sequence: true}"], "pp2": ["parallel.pipeline=2"]}}
 # A large epsilon, because Adam divides by the gradient's size: at 1e-8 a gradient that is zero but for rounding moves a
 # weight by the whole learning rate in a random direction.
 SETTINGS = Settings(steps=STEPS, max_lr=1e-3, min_lr=1e-5, eps=1e-5)
@@ -49,8 +50,8 @@ VARIANTS = {
 VARIANT_FAMILY = "llama"
 
 
-def _prepare(folder: Path, family: str) -> Path:
-    """Write a Hugging Face model, import it, and return the run.yaml that starts from it."""
+def _prepare(folder: Path, family: str) -> None:
+    """Write a Hugging Face model, import it, and write the run.yaml that starts from it."""
     sizes = {"vocab_size": VOCABULARIES[family], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
     import_checkpoint(save_hf_model(folder / "hf", family, **sizes), folder / "base", ImportOptions())
     run_file = small_run(
@@ -63,7 +64,6 @@ def _prepare(folder: Path, family: str) -> Path:
     run = yaml.safe_load(run_file.read_text())
     del run["model"]  # taken from the checkpoint
     run_file.write_text(yaml.safe_dump(run, sort_keys=False))
-    return run_file
 
 
 def _train_all(runs: Sequence[tuple[str, Sequence[str]]]) -> None:
@@ -73,10 +73,24 @@ def _train_all(runs: Sequence[tuple[str, Sequence[str]]]) -> None:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train every family in every layout, and one family with every variant; return the folder of the families."""
+    """Train every family in `LAYOUTS`, and one family with every variant; return the folder of the families."""
     root = tmp_path_factory.mktemp("reference")
-    run_files = {family: _prepare(root / family, family) for family in FAMILY_CONFIGS}
-    for num_ranks, layouts in LAYOUTS.items():
+    for family in FAMILY_CONFIGS:
+        _prepare(root / family, family)
+    _train_in(root, LAYOUTS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def long_outputs(outputs: Path) -> Path:
+    """Train the runs of `outputs` also in `LONG_LAYOUTS`."""
+    _train_in(outputs, LONG_LAYOUTS)
+    return outputs
+
+
+def _train_in(root: Path, layouts_by_ranks: dict[int, dict[str, list[str]]]) -> None:
+    run_files = {family: root / family / "run.yaml" for family in FAMILY_CONFIGS}
+    for num_ranks, layouts in layouts_by_ranks.items():
         runs = []
         for layout, changes in layouts.items():
             for family, path in run_files.items():
@@ -85,7 +99,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 output = f"output={root}/{VARIANT_FAMILY}/{variant}-{layout}"
                 runs.append((str(run_files[VARIANT_FAMILY]), [*changes, setting, output]))
         run_ranks(num_ranks, _train_all, runs, timeout=900)
-    return root
 
 
 def _train_plain_pytorch(
@@ -101,9 +114,15 @@ def _train_plain_pytorch(
     return result, {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def _assert_equal_to_plain_pytorch(folder: Path, settings: Settings, variant: str = "") -> Result:
+def _assert_equal_to_plain_pytorch(
+    folder: Path,
+    settings: Settings,
+    *,
+    variant: str = "",
+    layouts_by_ranks: dict[int, dict[str, list[str]]] = LAYOUTS,
+) -> Result:
     reference, weights = _train_plain_pytorch(folder, f"{variant}alone", settings)
-    for layout in ALL_LAYOUTS:
+    for layout in (name for layouts in layouts_by_ranks.values() for name in layouts):
         output = folder / f"{variant}{layout}"
         lines = read_metrics(output)
         assert [line["loss"] for line in lines] == pytest.approx(reference.losses, rel=1e-5), layout
@@ -133,7 +152,7 @@ def test_training_equals_plain_pytorch(outputs: Path, family: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_masks_and_skipped_steps_equal_plain_pytorch(outputs: Path, variant: str) -> None:
-    reference = _assert_equal_to_plain_pytorch(outputs / VARIANT_FAMILY, VARIANTS[variant][1], f"{variant}-")
+    reference = _assert_equal_to_plain_pytorch(outputs / VARIANT_FAMILY, VARIANTS[variant][1], variant=f"{variant}-")
     assert bool(reference.skipped) == (variant == "skipped")
     if variant != "skipped":
         plain = read_metrics(outputs / VARIANT_FAMILY / "alone")
@@ -149,3 +168,17 @@ def test_padding_takes_part_in_the_softmax_only_if_asked(outputs: Path) -> None:
     reference, _ = _train_plain_pytorch(folder, "alone", settings, num_steps=1)
     assert line["loss"] == pytest.approx(reference.losses[0], rel=1e-5)
     assert line["loss"] > read_metrics(folder / "alone")[0]["loss"] + 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
+def test_long_layouts_equal_plain_pytorch(long_outputs: Path, family: str) -> None:
+    _assert_equal_to_plain_pytorch(long_outputs / family, SETTINGS, layouts_by_ranks=LONG_LAYOUTS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masks_and_skipped_steps_in_long_layouts_equal_plain_pytorch(long_outputs: Path, variant: str) -> None:
+    _assert_equal_to_plain_pytorch(
+        long_outputs / VARIANT_FAMILY, VARIANTS[variant][1], variant=f"{variant}-", layouts_by_ranks=LONG_LAYOUTS
+    )
