@@ -17,7 +17,7 @@ import orjson
 
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.resumable import ResumableFolder, read_settings
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.retry import name_file_in_errors
 
 STATE_FILE = "state.json"
 
