@@ -33,6 +33,7 @@ import orjson
 
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import sync_folder, write_atomically
+from megatron_cpt.files.whole_io import DiskFile, exists, is_regular_file, read_file
 
 SETTINGS_FILE = "settings.json"
 
@@ -160,7 +161,7 @@ class DurableJournal:
         self.lines: list[Any] = []
         self._path = path
         self._mutex = threading.Lock()
-        content = path.read_bytes() if path.is_file() else b""
+        content = read_file(path) if is_regular_file(path) else b""
         for line in content.splitlines():
             try:
                 self.lines.append(orjson.loads(line))
@@ -174,11 +175,10 @@ class DurableJournal:
         """Append a value; call it only once the part it names is on the disk."""
         content = orjson.dumps(line)
         with self._mutex:
-            is_new = not self._path.exists()
-            with open(self._path, "ab") as file:
+            is_new = not exists(self._path)
+            with DiskFile(self._path, "ab") as file:
                 file.write(content + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                file.sync()
             if is_new:
                 sync_folder(self._path.parent)
             self.lines.append(orjson.loads(content))
@@ -186,8 +186,10 @@ class DurableJournal:
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings that a work folder belongs to; None if it has none that can be read."""
-    with contextlib.suppress(OSError, orjson.JSONDecodeError):
-        settings = orjson.loads((folder / SETTINGS_FILE).read_bytes())
+    if not is_regular_file(folder / SETTINGS_FILE):
+        return None
+    with contextlib.suppress(orjson.JSONDecodeError):
+        settings = orjson.loads(read_file(folder / SETTINGS_FILE))
         return settings if isinstance(settings, dict) else None
     return None
 
