@@ -31,6 +31,7 @@ from megatron_cpt.data.tokenizers.fast import plan_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import publish
+from megatron_cpt.files.identity import FileIdentity, check_unchanged
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 __all__ = ["PreprocessOptions", "PreprocessReport", "preprocess"]
@@ -143,16 +144,24 @@ def _preprocess(
         input_bytes=text_bytes,
         notify=options.notify,
     )
-    with WorkFolder(path, job.settings(), should_restart=restart) as folder:
+    with WorkFolder(path, job.settings(), should_restart=restart, notify=options.notify) as folder:
         if not folder.state.get("done"):
             encode_all(job, plan, folder)
         if options.shard is not None:
             return _report(folder.state, job.layout, job.prefix, files.total_bytes, started)
-        return publish_run(folder, [str(folder.path)], job.layout, job.prefix, files.total_bytes, started)
+        return publish_run(
+            folder, [str(folder.path)], files.identities, job.layout, job.prefix, files.total_bytes, started
+        )
 
 
 def publish_run(
-    folder: WorkFolder, sources: Sequence[str], layout: OutputLayout, prefix: str, input_bytes: int, started: float
+    folder: WorkFolder,
+    sources: Sequence[str],
+    inputs: Sequence[FileIdentity],
+    layout: OutputLayout,
+    prefix: str,
+    input_bytes: int,
+    started: float,
 ) -> PreprocessReport:
     """Make the pairs of a finished run, publish them, and remove the work folders.
 
@@ -161,19 +170,22 @@ def publish_run(
     Args:
         folder: the run's own folder; its state counts everything that is published.
         sources: folders that hold the tokens: `folder` itself, or the folders of the shards.
+        inputs: files that the result was made of; they must not have changed.
         input_bytes: size of the input files, for the report.
         started: `time.monotonic` at the start of the call, for the report.
     """
-    if "renames" not in folder.state:
+    if folder.renames is None:
         origin = folder.state.get("origin")  # shards of earlier versions have none
-        renames, prefixes = make_pairs(layout, origin and Origin(**origin), sources, str(folder.path))
-        folder.save(folder.state | {"renames": renames, "prefixes": prefixes})
-    publish([(source, target) for source, target in folder.state["renames"]])
-    bad_path = f"{prefix}.bad.jsonl"
-    if os.path.exists(folder.file(bad.FILE)):
-        publish([(folder.file(bad.FILE), bad_path)])
-    elif not folder.state["bad"]["count"]:
-        Path(bad_path).unlink(missing_ok=True)  # belongs to the dataset that was replaced
+        made = make_pairs(layout, origin and Origin(**origin), sources, folder)
+        check_unchanged(inputs)
+        if (listed := folder.sums().get(bad.FILE)) is not None:
+            made.renames.append((folder.file(bad.FILE), f"{prefix}.bad.jsonl"))
+            made.files[bad.FILE] = listed
+        folder.save_result(folder.state | {"prefixes": made.prefixes}, made.renames, made.files)
+    assert folder.renames is not None
+    publish(folder.renames)
+    if not folder.state["bad"]["count"]:
+        Path(f"{prefix}.bad.jsonl").unlink(missing_ok=True)  # belongs to the dataset that was replaced
     report = _report(folder.state, layout, prefix, input_bytes, started)
     for path in (*sources, str(folder.path)):
         shutil.rmtree(path, ignore_errors=True)
