@@ -17,7 +17,7 @@ from typing import Any, Self
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import sync_folder
 from megatron_cpt.files.resumable import DurableJournal, ResumableFolder
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.retry import name_file_in_errors
 
 JOURNAL_FILE = "journal.jsonl"
 

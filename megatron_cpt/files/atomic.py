@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from megatron_cpt.files.retry import name_file_in_errors, retry_disk
+from megatron_cpt.files.whole_io import DiskFile, exists
+
 Rename = tuple[str, str]
 
 
@@ -22,30 +25,35 @@ def write_atomically(path: Path, content: str | bytes, *, has_several_writers: b
             a killed process has left.
     """
     temporary = path.with_name(f".{path.name}{f'.{uuid.uuid4().hex}' if has_several_writers else ''}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+    data = content.encode() if isinstance(content, str) else content
+
+    def write() -> None:
+        with DiskFile(temporary, "wb") as file:
+            file.write(data)
+            file.sync()
         os.replace(temporary, path)
+        sync_folder(path.parent)
+
+    try:
+        retry_disk(path, write)  # unlike a single fsync it can be repeated, because it writes everything again
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 def close_durably(file: IO[bytes]) -> None:
     """Close a file once its content is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+    with name_file_in_errors(file.name), file:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+    fd = retry_disk(folder, lambda: os.open(folder, os.O_RDONLY))
     try:
-        os.fsync(fd)
+        with name_file_in_errors(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -60,7 +68,7 @@ def publish(renames: Sequence[Rename]) -> None:
         renames: (from, to) in order. A source that no longer exists was renamed before the kill.
     """
     for source, target in renames:
-        if not os.path.exists(source):
+        if not exists(source):
             continue
         if target.endswith(".bin"):
             with contextlib.suppress(FileNotFoundError):

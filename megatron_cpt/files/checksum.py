@@ -14,6 +14,8 @@ from pathlib import Path
 
 import xxhash
 
+from megatron_cpt.files.whole_io import DiskFile
+
 ALGORITHM = "xxh3_128"
 _PIECE = 1 << 20
 
@@ -25,7 +27,7 @@ Checksum = xxhash.xxh3_128
 def file_checksum(path: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> str:
     """Return the checksum of a file; `progress` is called after each piece with the number of bytes read so far."""
     checksum, piece, done = Checksum(), memoryview(bytearray(_PIECE)), 0
-    with open(path, "rb", buffering=0) as file:
+    with DiskFile(path) as file:
         while count := file.readinto(piece):
             checksum.update(piece[:count])
             done += count
@@ -36,7 +38,7 @@ def file_checksum(path: Path, progress: Callable[[int], None] = lambda num_bytes
 def checksum_of_start(path: Path, num_bytes: int) -> xxhash.xxh3_128:
     """Return the running checksum of the first bytes of a file."""
     checksum, piece = Checksum(), memoryview(bytearray(_PIECE))
-    with open(path, "rb", buffering=0) as file:
+    with DiskFile(path) as file:
         while num_bytes and (count := file.readinto(piece[: min(_PIECE, num_bytes)])):
             checksum.update(piece[:count])
             num_bytes -= count

@@ -12,6 +12,7 @@ import orjson
 
 from megatron_cpt.errors import CptError
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.whole_io import DiskFile, exists, read_file
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ class JsonlLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         with write_errors_as_cpt_errors(path):
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close
+            self._file = DiskFile(path, "ab")
 
     def append(self, line: dict[str, Any]) -> None:
         """Append a line; on an error the file keeps its earlier content."""
@@ -43,16 +44,15 @@ class JsonlLog:
         with write_errors_as_cpt_errors(self._path):
             size = os.fstat(self._file.fileno()).st_size
             try:
-                while content:  # a disk that is nearly full writes a part of the line before the call that fails
-                    content = content[self._file.write(content) :]
-            except OSError:
+                self._file.write(content)
+            except OSError:  # a disk that is nearly full may have taken a part of the line
                 self._file.truncate(size)
                 raise
 
     def close(self) -> None:
         """Make all lines durable and close the file."""
         with write_errors_as_cpt_errors(self._path), self._file:
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -61,10 +61,10 @@ def drop_lines_after(path: Path, step: int) -> None:
     Raises:
         CptError: the file cannot be written.
     """
-    if not path.exists():
+    if not exists(path):
         return
     kept = []
-    for line in path.read_bytes().splitlines():
+    for line in read_file(path).splitlines():
         try:
             if orjson.loads(line)["step"] <= step:
                 kept.append(line)

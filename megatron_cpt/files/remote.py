@@ -8,17 +8,13 @@ finds credentials in its usual places. Requests to a store that fail are retried
 from __future__ import annotations
 
 import glob
-import itertools
-import logging
 import os
-import random
-import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from megatron_cpt.errors import CptError, UserError, install_command
-
-logger = logging.getLogger(__name__)
+from megatron_cpt.files.retry import retry
+from megatron_cpt.files.whole_io import DiskFile, is_regular_file
 
 T = TypeVar("T")
 
@@ -36,7 +32,6 @@ _LASTING_ERRORS = (  # a further attempt would fail in the same way
     TypeError,
     CptError,
 )
-_jitter = random.Random()  # a generator of its own: a retry must not move the global one, which runs are seeded with
 
 
 class RangeFile(Protocol):
@@ -50,7 +45,7 @@ class RangeFile(Protocol):
         """Return the bytes [offset, offset + count), fewer at the end of the file."""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill the front of a buffer from `offset`; return the number of bytes read, 0 only at the end of the file."""
+        """Fill a buffer from `offset` on; return the number of bytes, fewer only at the end of the file."""
 
     def will_read(self, offset: int, count: int) -> None:
         """Announce a read: a local disk starts to fetch the bytes in the background."""
@@ -79,7 +74,7 @@ def open_ranges(path: str) -> RangeFile:
 def is_file(path: str) -> bool:
     """Return whether a file exists."""
     if not is_remote(path):
-        return os.path.isfile(path)
+        return is_regular_file(path)
     return bool(_with_retries(path, lambda: _file_system(path).isfile(path)))
 
 
@@ -95,27 +90,27 @@ class _LocalFile:
     """`pread` on a descriptor: threads share no position and hold no lock while the disk works."""
 
     def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
+        self._file = DiskFile(path)
 
     @property
     def size(self) -> int:
-        return os.fstat(self._fd).st_size
+        return self._file.size
 
     def read(self, offset: int, count: int) -> bytes:
-        return os.pread(self._fd, count, offset)
+        return self._file.read_at(offset, count)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        return os.preadv(self._fd, [buffer], offset)
+        return self._file.read_into_at(buffer, offset)
 
     def will_read(self, offset: int, count: int) -> None:
         if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
 
     def __enter__(self) -> _LocalFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        self._file.close()
 
 
 class _RemoteFile:
@@ -151,29 +146,20 @@ class _RemoteFile:
 
 
 def _with_retries(path: str, request: Callable[[], T]) -> T:
-    """Return the result of a request; retry it when it fails, after `RETRY_DELAYS` times 0.5 to 1.5.
+    """Return the result of a request; retry it when it fails, after `RETRY_DELAYS`."""
 
-    The random factor keeps the ranks of a run, which all met the same failure, from asking again all at once.
-    """
-    attempts = len(RETRY_DELAYS) + 1
-    for attempt in itertools.count(1):
-        try:
-            return request()
-        except _LASTING_ERRORS:
+    def is_passing(error: Exception) -> bool:  # every store has exceptions of its own
+        return not isinstance(error, _LASTING_ERRORS)
+
+    try:
+        return retry(path, request, is_passing, RETRY_DELAYS)
+    except Exception as error:
+        if not is_passing(error):
             raise
-        except Exception as error:  # every store has exceptions of its own
-            reason = f"{type(error).__name__}: {error}"
-            if attempt == attempts:
-                raise CptError(
-                    f"{path}: cannot be read, {attempts} attempts failed ({reason}); check the store and the network, "
-                    "then run the command again"
-                ) from error
-            wait = RETRY_DELAYS[attempt - 1] * _jitter.uniform(0.5, 1.5)
-            logger.warning(
-                "%s: attempt %d of %d failed (%s); retrying in %.1f s", path, attempt, attempts, reason, wait
-            )
-            time.sleep(wait)
-    raise AssertionError("unreachable")
+        raise CptError(
+            f"{path}: cannot be read, {len(RETRY_DELAYS) + 1} attempts failed ({type(error).__name__}: {error}); check "
+            "the store and the network, then run the command again"
+        ) from error
 
 
 def _file_system(path: str) -> Any:

@@ -40,6 +40,7 @@ import orjson
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.files.atomic import sync_folder, write_atomically
 from megatron_cpt.files.checksum import Checksum, checksum_of_start
+from megatron_cpt.files.whole_io import DiskFile, exists, is_regular_file, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def verify_part(path: Path, size: int, checksum: str) -> Any:
         DamagedWorkError: they differ.
     """
     try:
-        found = path.stat().st_size
+        found = os.stat(path).st_size
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedWorkError(f"{path}: is missing") from None
     if found < size:
@@ -211,7 +212,7 @@ class DurableJournal:
         self.lines: list[Any] = []
         self._path = path
         self._mutex = threading.Lock()
-        content = path.read_bytes() if path.is_file() else b""
+        content = read_file(path) if is_regular_file(path) else b""
         for line in content.splitlines():
             try:
                 self.lines.append(unseal(line))
@@ -244,11 +245,10 @@ class DurableJournal:
         """Append a value; call it only once the part it names is on the disk."""
         content = seal(line)
         with self._mutex:
-            is_new = not self._path.exists()
-            with open(self._path, "ab") as file:
+            is_new = not exists(self._path)
+            with DiskFile(self._path, "ab") as file:
                 file.write(content + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                file.sync()
             if is_new:
                 sync_folder(self._path.parent)
             self.lines.append(unseal(content))
@@ -256,6 +256,11 @@ class DurableJournal:
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings that a work folder belongs to; None if it has none that can be read.
+    """Return the settings that a work folder belongs to; None if it has none that can be read."""
+    if not is_regular_file(folder / SETTINGS_FILE):
+        return None
+    with contextlib.suppress(orjson.JSONDecodeError):
+        settings = orjson.loads(read_file(folder / SETTINGS_FILE))
 
     Earlier versions have written them without a checksum.
     """

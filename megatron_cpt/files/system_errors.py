@@ -16,20 +16,11 @@ _ADVICE = {
     errno.EDQUOT: "free some space, or have the quota raised",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write smaller files",
     errno.EIO: "the disk does not read or write this file: check the kernel's log, and copy the file from elsewhere",
+    errno.ESTALE: "the file server no longer knows this file: check the mount, then run the command again",
+    errno.ETIMEDOUT: "the file server does not answer: check it and the network, then run the command again",
     errno.ENOENT: "it existed at the start: do not move or delete files while the command runs",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
-
-
-@contextlib.contextmanager
-def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Add a file's name to an `OSError` that has none, because the failed call knew only a file descriptor."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 @contextlib.contextmanager
@@ -45,13 +36,17 @@ def os_errors_as_cpt_errors(work_folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        message = f"{files or 'operating system'}: {error.strerror or error}"
-        if error.errno in _ADVICE:
-            message += f"; {_ADVICE[error.errno]}"
+        message = describe_os_error(error)
         if work_folder is not None and (work_folder / SETTINGS_FILE).is_file():
             message += f". Finished parts are kept in {work_folder}; run the same command again to resume"
         raise CptError(message) from error
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return one line: the file, what failed, and what to do."""
+    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    message = f"{files or 'operating system'}: {error.strerror or error}"
+    return f"{message}; {_ADVICE[error.errno]}" if error.errno in _ADVICE else message
 
 
 def print_now(text: str) -> None:

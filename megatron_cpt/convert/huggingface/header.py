@@ -22,7 +22,7 @@ import torch
 
 from megatron_cpt.convert.huggingface.untrusted_json import parse_json_object
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.retry import name_file_in_errors
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

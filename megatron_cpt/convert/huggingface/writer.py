@@ -25,7 +25,7 @@ from megatron_cpt.convert.huggingface.header import DTYPES, TensorInfo
 from megatron_cpt.convert.job import JOURNAL_FILE, JobFolder, group_by_size
 from megatron_cpt.files.atomic import sync_folder
 from megatron_cpt.files.resumable import SETTINGS_FILE
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.retry import name_file_in_errors
 
 TensorSizes = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Name -> (shape, dtype), in the order in which the tensors are to be stored."""

@@ -16,7 +16,7 @@ import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.retry import name_file_in_errors
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from megatron_cpt.checkpoint.torchfile.unpickle import load_plain
 from megatron_cpt.convert.mapping.names import EMBEDDING, local_name
 from megatron_cpt.convert.mapping.tensors import Mosaic, MosaicWeights, Piece
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.retry import name_file_in_errors
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, TensorSpec, column_cuts, row_cuts
 from megatron_cpt.convert.megatron.torch_dist_reader import COMMON_FILE, METADATA_FILE
 from megatron_cpt.files.atomic import close_durably
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.retry import name_file_in_errors
 
 # Modules with FP8 state in Transformer Engine. A converted model has none, but megatron-core expects the entries.
 _EXTRA_STATES = (

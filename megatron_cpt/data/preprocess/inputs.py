@@ -24,7 +24,7 @@ from megatron_cpt.data.preprocess.streams import ByteStream, needs_stream
 from megatron_cpt.data.preprocess.tables import cut_document, cut_table
 from megatron_cpt.data.tokenfile.sidecar import is_sidecar
 from megatron_cpt.errors import UserError
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.retry import name_file_in_errors
 
 BLOCK_BYTES = 1 << 21
 MAX_LINE_BYTES = 1 << 26

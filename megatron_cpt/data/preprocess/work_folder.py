@@ -20,7 +20,7 @@ from megatron_cpt.files.atomic import Rename, write_atomically
 from megatron_cpt.files.checksum import Checksum, checksum_of_start
 from megatron_cpt.files.identity import FileIdentity, identify
 from megatron_cpt.files.resumable import DamagedWorkError, ResumableFolder, read_settings, seal, unseal, verify_part
-from megatron_cpt.files.system_errors import name_file_in_errors
+from megatron_cpt.files.whole_io import DiskFile, exists, read_file
 
 STATE_FILE = "state.json"
 _VERSION = 1
@@ -53,7 +53,7 @@ class _Saved:
 
         def compare(name: str) -> Any:
             path = folder / name
-            if not path.exists() and str(path) in published:  # a killed run had renamed it already
+            if not exists(path) and str(path) in published:  # a killed run had renamed it already
                 path = Path(published[str(path)])
             return verify_part(path, *self.files[name])
 
@@ -74,7 +74,7 @@ class _Saved:
         """
         path = folder / STATE_FILE
         try:
-            saved = unseal(path.read_bytes())
+            saved = unseal(read_file(path))
             if saved.pop("version") != _VERSION:
                 raise ValueError("it is of another version")
             return cls(
@@ -142,18 +142,16 @@ class WorkFolder(ResumableFolder):
         """
         size = self._sizes.get(name, 0)
         view = memoryview(data).cast("B")
-        with name_file_in_errors(self.path / name), open(self.file(name), "ab", buffering=0) as file:
-            if name not in self._truncated and os.fstat(file.fileno()).st_size > size:
+        with DiskFile(self.path / name, "ab") as file:
+            if name not in self._truncated and file.size > size:
                 file.truncate(size)
             self._truncated.add(name)
-            if (found := os.fstat(file.fileno()).st_size) != size:
+            if file.size != size:
                 raise CptError(
-                    f"{self.path / name}: has {found:,} bytes, {size:,} were written: another program has changed it; "
-                    "run the command again with --restart"
+                    f"{self.path / name}: has {file.size:,} bytes, {size:,} were written: another program has changed "
+                    "it; run the command again with --restart"
                 )
-            unwritten = view
-            while unwritten.nbytes:  # one write takes at most 2 GiB
-                unwritten = unwritten[file.write(unwritten) :]
+            file.write(view)
         self._checksums.setdefault(name, Checksum()).update(view)
         self._sizes[name] = size + view.nbytes
         self._changed.add(name)
@@ -205,7 +203,7 @@ class WorkFolder(ResumableFolder):
 
     def _resume(self) -> None:
         """Take over the state of an interrupted run, or start from scratch if any of its files is damaged."""
-        if not (self.path / STATE_FILE).exists():
+        if not exists(self.path / STATE_FILE):
             return
         try:
             saved = _Saved.read(self.path)
@@ -221,8 +219,8 @@ class WorkFolder(ResumableFolder):
 
     def _write_state(self, changed: Iterable[str], content: bytes) -> None:
         for name in changed:
-            with name_file_in_errors(self.path / name), open(self.file(name), "rb") as file:
-                os.fsync(file.fileno())
+            with DiskFile(self.path / name) as file:
+                file.sync()
         write_atomically(self.path / STATE_FILE, content)
 
     def _finish_saving(self) -> None:
@@ -254,13 +252,13 @@ def read_finished(path: str) -> FinishedWork | None:
     """
     folder = Path(path)
     settings = read_settings(folder)
-    if settings is None or not (folder / STATE_FILE).exists():
+    if settings is None or not exists(folder / STATE_FILE):
         return None
     try:
         saved = _Saved.read(folder)
         if not saved.state.get("done"):
             return None
-        identities = identify(folder / name for name in saved.files if (folder / name).exists())
+        identities = identify(folder / name for name in saved.files if exists(folder / name))
         saved.verify(folder)
     except DamagedWorkError as error:
         raise RefusedError(f"{error}; copy {folder} again, or run its command again") from error

@@ -226,7 +226,7 @@ class TestRetries:
         slept: list[float] = []
         fail(4, OSError("reset by peer"))
         monkeypatch.setattr(remote, "RETRY_DELAYS", (2, 4, 8, 16))
-        monkeypatch.setattr(remote.time, "sleep", slept.append)
+        monkeypatch.setattr("time.sleep", slept.append)
         before = random.getstate()
         assert open_ranges(self.PATH).size == 10
         assert random.getstate() == before

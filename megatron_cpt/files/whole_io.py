@@ -1,0 +1,191 @@
+"""Files that are read and written as a whole: no short read or write, retried reads, errors that name the file.
+
+The operating system may transfer fewer bytes than a call asks for: at a signal, on network file systems, and always
+beyond 2 GiB. `DiskFile` repeats the call until the range is complete or the file ends. All code of the package reads
+and writes through it; `tests/unit/files/test_whole_io.py` finds other calls.
+
+A failed read is repeated (see `retry_disk`). A failed write or fsync is not: after an error the kernel may have dropped
+the data, and a second fsync would report success. The command ends, publishes nothing, and its next call writes again.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from megatron_cpt.files.retry import is_path_error, name_file_in_errors, retry_disk
+
+T = TypeVar("T")
+
+FilePath = str | os.PathLike[str]
+
+BUFFER_BYTES = 1 << 16
+_MOST_BYTES = 1 << 30  # per system call; Linux transfers at most 2 GiB
+
+
+class DiskFile(io.FileIO):
+    """Unbuffered file in which every call transfers everything; errors carry the name of the file.
+
+    The positional methods need no lock between threads. After ESTALE (the file server no longer knows the handle) a
+    file opened for reading is opened again, and must be the same file.
+
+    Args:
+        path: the file.
+        mode: as for `open`.
+    """
+
+    def __init__(self, path: FilePath, mode: str = "rb") -> None:
+        self._path, self._is_stale = os.fspath(path), False
+        open_file = super().__init__
+        retry_disk(path, lambda: open_file(self._path, mode))
+        self._identity = self._identify(self.fileno())
+
+    @property
+    def size(self) -> int:
+        """Present size in bytes."""
+        return os.fstat(self.fileno()).st_size
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        """Return the bytes [offset, offset + count), fewer only at the end of the file."""
+
+        def read(done: int) -> bytes:
+            return os.pread(self.fileno(), min(count - done, _MOST_BYTES), offset + done)
+
+        return self._read_all(read, count)
+
+    def read_into_at(self, buffer: Any, offset: int) -> int:
+        """Fill a buffer with the bytes from `offset` on; return their number, fewer only at the end of the file."""
+        return self._fill(lambda view, done: os.preadv(self.fileno(), [view], offset + done), buffer)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer from the current position; return the number of bytes, fewer only at the end of the file."""
+        read = super().readinto
+        return self._fill(lambda view, _: read(view) or 0, buffer)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the next `size` bytes, fewer only at the end of the file; by default all that follow."""
+        if size is None or size < 0:
+            return self.readall()
+        read = super().read
+        return self._read_all(lambda done: read(min(size - done, _MOST_BYTES)) or b"", size)
+
+    def readall(self) -> bytes:
+        """Return all bytes from the current position on."""
+        position, read = self.tell(), super().readall
+
+        def read_from_position() -> bytes:
+            self.seek(position)  # a failed attempt may have read a part
+            return read() or b""
+
+        return self._retry(read_from_position)
+
+    def write(self, data: Any) -> int:
+        """Write all bytes at the current position, and return their number."""
+        write = super().write
+        return self._write_all(lambda view, _: write(view) or 0, data)
+
+    def write_at(self, data: Any, offset: int) -> None:
+        """Write all bytes at `offset`."""
+        self._write_all(lambda view, done: os.pwrite(self.fileno(), view, offset + done), data)
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        with name_file_in_errors(self._path):
+            os.fsync(self.fileno())
+
+    def _read_all(self, read: Callable[[int], bytes], count: int) -> bytes:
+        data = self._retry(read, 0)
+        pieces, done = [data], len(data)
+        while data and done < count:
+            data = self._retry(read, done)
+            pieces.append(data)
+            done += len(data)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _fill(self, read: Callable[[memoryview, int], int], buffer: Any) -> int:
+        view, done = memoryview(buffer).cast("B"), 0
+        while done < len(view) and (count := self._retry(read, view[done : done + _MOST_BYTES], done)):
+            done += count
+        return done
+
+    def _write_all(self, write: Callable[[memoryview, int], int], data: Any) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        with name_file_in_errors(self._path):
+            while done < len(view):
+                done += write(view[done : done + _MOST_BYTES], done)
+        return done
+
+    def _retry(self, request: Callable[..., T], *arguments: Any) -> T:
+        def attempt() -> T:
+            try:
+                if self._is_stale:
+                    self._open_again()
+                return request(*arguments)
+            except OSError as error:
+                self._is_stale = error.errno == errno.ESTALE and not self.writable()
+                raise
+
+        return retry_disk(self._path, attempt)
+
+    def _open_again(self) -> None:
+        position = self.tell()
+        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if self._identify(fd) != self._identity:
+                raise OSError(errno.ESTALE, "was replaced by another file while it was read", self._path)
+            os.dup2(fd, self.fileno(), inheritable=False)
+        finally:
+            os.close(fd)
+        self.seek(position)
+
+    @staticmethod
+    def _identify(fd: int) -> tuple[int, ...]:
+        now = os.fstat(fd)
+        return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+
+
+def open_reader(path: FilePath, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader:
+    """Open a file for buffered reading."""
+    return io.BufferedReader(DiskFile(path), buffer_bytes)
+
+
+def open_writer(path: FilePath, mode: str = "wb", buffer_bytes: int = BUFFER_BYTES) -> io.BufferedWriter:
+    """Open a file for buffered writing."""
+    return io.BufferedWriter(DiskFile(path, mode), buffer_bytes)
+
+
+def read_file(path: FilePath) -> bytes:
+    """Return the content of a file."""
+    with DiskFile(path) as file:
+        return file.readall()
+
+
+def exists(path: FilePath) -> bool:
+    """Return whether a path exists; `os.path.exists` would return False when the disk fails."""
+    return _mode(path) != 0
+
+
+def is_regular_file(path: FilePath) -> bool:
+    """Return whether a regular file exists."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: FilePath) -> bool:
+    """Return whether a folder exists."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: FilePath) -> int:
+    """Return the type and permissions of a path, 0 if nothing exists there."""
+    try:
+        return retry_disk(path, lambda: os.stat(path)).st_mode
+    except OSError as error:
+        if is_path_error(error):
+            return 0
+        raise
+    except ValueError:  # a NUL in the path
+        return 0
