@@ -256,23 +256,18 @@ class DurableJournal:
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings that a work folder belongs to; None if it has none that can be read.
-    """Return the settings that a work folder belongs to; None if it has none that can be read."""
-    if not is_regular_file(folder / SETTINGS_FILE):
-        return None
-    with contextlib.suppress(orjson.JSONDecodeError):
-        settings = orjson.loads(read_file(folder / SETTINGS_FILE))
 
     Earlier versions have written them without a checksum.
     """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError):
-        content = (folder / SETTINGS_FILE).read_bytes()
-        try:
-            settings = unseal(content)
-        except ValueError:
-            settings = orjson.loads(content)
-            if isinstance(settings, dict) and {"xxh3", "value"} & settings.keys():  # damaged
-                return None
-        return settings if isinstance(settings, dict) else None
+    if not is_regular_file(folder / SETTINGS_FILE):
+        return None
+    content = read_file(folder / SETTINGS_FILE)
+    with contextlib.suppress(ValueError):
+        return dict(unseal(content))
+    with contextlib.suppress(orjson.JSONDecodeError):
+        settings = orjson.loads(content)
+        if isinstance(settings, dict) and not {"xxh3", "value"} & settings.keys():  # with these it is damaged
+            return settings
     return None
 
 

@@ -24,6 +24,7 @@ from megatron_cpt.data.preprocess.streams import ByteStream, needs_stream
 from megatron_cpt.data.preprocess.tables import cut_document, cut_table
 from megatron_cpt.data.tokenfile.sidecar import is_sidecar
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.identity import FileIdentity, identify
 from megatron_cpt.files.retry import name_file_in_errors
 
 BLOCK_BYTES = 1 << 21
@@ -47,15 +48,18 @@ class InputFiles:
 
     Attributes:
         starts: bytes on disk before each file, then the total, (files + 1,). Files of 10 and 20 bytes: [0, 10, 30].
+        identities: of the files when the command began; a file that changes until the result is published is refused.
     """
 
     paths: list[str]
     starts: list[int]
+    identities: list[FileIdentity]
 
     @classmethod
     def of(cls, paths: Sequence[str]) -> InputFiles:
-        """Read the sizes from the disk."""
-        return cls(list(paths), [0, *accumulate(map(os.path.getsize, paths))])
+        """Read sizes and identities from the disk."""
+        identities = identify(paths)
+        return cls(list(paths), [0, *accumulate(each.num_bytes for each in identities)], identities)
 
     @property
     def total_bytes(self) -> int:
@@ -68,10 +72,9 @@ class InputFiles:
         formats = ((path, find_format(path)) for path, size in zip(self.paths, sizes, strict=True) if size == 0)
         return [path for path, form in formats if form and (form.packing or form.kind in ("parquet", "arrow"))]
 
-    def identity(self) -> list[list[str | int]]:
-        """Return path, size and modification time in nanoseconds per file; a changed file has another identity."""
-        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
-        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    def settings(self) -> list[list[str | int]]:
+        """Return path, size and modification time per file, without the inode: shards may read copies of the files."""
+        return [[os.path.abspath(each.path), each.num_bytes, each.mtime_ns] for each in self.identities]
 
 
 @dataclass(frozen=True)

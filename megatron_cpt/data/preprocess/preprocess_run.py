@@ -149,7 +149,7 @@ class Job:
         """Return everything that decides which bytes are written; the library that encodes does not."""
         shard = self.options.shard
         return {
-            "inputs": self.files.identity(),
+            "inputs": self.files.settings(),
             "tokenizer": self.tokenizer.fingerprint,
             "encode": asdict(self.encode),
             "shard": [shard.index, shard.count] if shard else None,
