@@ -298,6 +298,9 @@ def read_blocks(
 
     A block belongs to the shard in which it begins. Only plain JSON lines and parquet files can be entered in the
     middle; all blocks of other files belong to the shard in which the file begins.
+
+    Raises:
+        ChangedFileError: a file is not the one that was identified at the start.
     """
     first, last = (shard or Shard()).interval(files.total_bytes)
     start = start or Cursor()
@@ -306,22 +309,33 @@ def read_blocks(
         if number < start.file or file_end <= first or base >= last:
             continue
         begin = start.position if number == start.file else 0
-        form = find_format(path)
-        assert form is not None
-        if form.kind == "parquet":
-            from megatron_cpt.data.preprocess.parquet import cut_rows
+        files.identities[number].check()
+        yield from _file_blocks(number, files, options, (first, last), begin)
+        files.identities[number].check()
 
-            settings = (options.keys, options.block_bytes, begin)
-            for position, end, done, rows, damage in cut_rows(path, (base, file_end), (first, last), *settings):
-                yield Block(number, path, position, end, done, rows=rows, damage=damage)
-        elif form.kind == "lines" and not needs_stream(path, form):
-            # Cut at multiples of `block_bytes`; the lines of a block are those that begin in it (`read_range`).
-            step, low = options.block_bytes, max(begin, first - base, 0)
-            for position in range(-(-low // step) * step, min(file_end, last) - base, step):
-                end = min(position + step, file_end - base)
-                yield Block(number, path, position, end, base + end)
-        elif first <= base < last:
-            yield from (block for block in _stream_blocks(number, files, options, form) if block.position >= begin)
+
+def _file_blocks(
+    number: int, files: InputFiles, options: BlockOptions, interval: tuple[int, int], begin: int
+) -> Iterator[Block]:
+    """Yield the blocks of one file that begin at `begin` or later, and in an interval of all files laid end to end."""
+    path, base, file_end = files.paths[number], *files.starts[number : number + 2]
+    first, last = interval
+    form = find_format(path)
+    assert form is not None
+    if form.kind == "parquet":
+        from megatron_cpt.data.preprocess.parquet import cut_rows
+
+        settings = (options.keys, options.block_bytes, begin)
+        for position, end, done, rows, damage in cut_rows(path, (base, file_end), interval, *settings):
+            yield Block(number, path, position, end, done, rows=rows, damage=damage)
+    elif form.kind == "lines" and not needs_stream(path, form):
+        # Cut at multiples of `block_bytes`; the lines of a block are those that begin in it (`read_range`).
+        step, low = options.block_bytes, max(begin, first - base, 0)
+        for position in range(-(-low // step) * step, min(file_end, last) - base, step):
+            end = min(position + step, file_end - base)
+            yield Block(number, path, position, end, base + end)
+    elif first <= base < last:
+        yield from (block for block in _stream_blocks(number, files, options, form) if block.position >= begin)
 
 
 def _stream_blocks(number: int, files: InputFiles, options: BlockOptions, form: FileFormat) -> Iterator[Block]:

@@ -20,6 +20,7 @@ from typing import Any
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout, make_pairs
 from megatron_cpt.data.preprocess.buckets import count_buckets
+from megatron_cpt.data.preprocess.file_format import name_files
 from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, Shard, expand_inputs, spool_stdin
 from megatron_cpt.data.preprocess.preprocess_run import Job, PreprocessOptions, encode_all
 from megatron_cpt.data.preprocess.work_folder import STATE_FILE, WorkFolder
@@ -31,7 +32,8 @@ from megatron_cpt.data.tokenizers.fast import plan_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import publish
-from megatron_cpt.files.identity import FileIdentity, check_unchanged
+from megatron_cpt.files.identity import ChangedFileError, FileIdentity, check_unchanged
+from megatron_cpt.files.resumable import read_settings
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 __all__ = ["PreprocessOptions", "PreprocessReport", "preprocess"]
@@ -109,6 +111,7 @@ def preprocess(
     Raises:
         UserError: a file is missing, the output exists, the tokenizer has no end of document, or no line has a text.
         RefusedError: more bad lines than `options.max_bad`, or a damaged file without `options.allow_damaged_input`.
+        ChangedFileError: an input file changed while it was read.
     """
     started, prefix = time.monotonic(), os.fspath(output_prefix)
     for name in options.prefixes or [prefix]:
@@ -144,13 +147,33 @@ def _preprocess(
         input_bytes=text_bytes,
         notify=options.notify,
     )
+    if not restart:
+        _refuse_changed_inputs(Path(path), files)
     with WorkFolder(path, job.settings(), should_restart=restart, notify=options.notify) as folder:
-        if not folder.state.get("done"):
-            encode_all(job, plan, folder)
-        if options.shard is not None:
-            return _report(folder.state, job.layout, job.prefix, files.total_bytes, started)
-        return publish_run(
-            folder, [str(folder.path)], files.identities, job.layout, job.prefix, files.total_bytes, started
+        try:
+            if not folder.state.get("done"):
+                encode_all(job, plan, folder)
+            if options.shard is not None:
+                return _report(folder.state, job.layout, job.prefix, files.total_bytes, started)
+            return publish_run(
+                folder, [str(folder.path)], files.identities, job.layout, job.prefix, files.total_bytes, started
+            )
+        except ChangedFileError:
+            folder.remove()  # no later call has this input
+            raise
+
+
+def _refuse_changed_inputs(folder: Path, files: InputFiles) -> None:
+    """Name the files that have changed since a run was interrupted; `WorkFolder` knows only that some have."""
+    before = (read_settings(folder) or {}).get("inputs") if (folder / STATE_FILE).exists() else None
+    if not isinstance(before, list):
+        return
+    facts = {path: [path, *fact] for path, *fact in before}
+    changed = [now[0] for now in files.settings() if facts.get(str(now[0]), now) != now]
+    if changed:
+        raise UserError(
+            f"input {name_files(list(map(str, changed)))}: changed since the run in {folder} was interrupted; give the "
+            "same files again to resume it, or --restart to discard it"
         )
 
 
