@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import RefusedError
 
 _MOUNTS = "/proc/self/mountinfo"
 
 
-class ChangedFileError(CptError):
+class ChangedFileError(RefusedError):
     """Input file that changed while a command read it."""
 
     def __init__(self, path: str, change: str) -> None:
         super().__init__(
-            f"{path}: changed while it was read ({change}), so the result would be a mixture; nothing was published: "
-            "wait until nobody writes the file, then run the command again"
+            f"{path}: {change} since it was opened: what was read may be a mixture of two versions, so nothing of it "
+            "is used; wait until nobody writes the file, then run the command again"
         )
 
 
@@ -55,13 +55,14 @@ class FileIdentity:
         try:
             stat = os.stat(self.path) if fd is None else os.fstat(fd)
         except FileNotFoundError:
-            raise ChangedFileError(self.path, "it was removed") from None
+            raise ChangedFileError(self.path, "was removed") from None
         if stat.st_size != self.num_bytes:
-            raise ChangedFileError(self.path, f"{self.num_bytes:,} bytes became {stat.st_size:,}")
+            change = "truncated" if stat.st_size < self.num_bytes else "changed"
+            raise ChangedFileError(self.path, f"was {change} from {self.num_bytes} to {stat.st_size} bytes")
         if stat.st_mtime_ns != self.mtime_ns:
-            raise ChangedFileError(self.path, "it was written to")
+            raise ChangedFileError(self.path, "was written to")
         if stat.st_ino != self.inode and _has_lasting_inodes(stat.st_dev):
-            raise ChangedFileError(self.path, "another file has its name")
+            raise ChangedFileError(self.path, "was replaced by another file")
 
 
 def identify(paths: Iterable[str | os.PathLike[str]]) -> list[FileIdentity]:

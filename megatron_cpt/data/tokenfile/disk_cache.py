@@ -23,6 +23,7 @@ import numpy.typing as npt
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.identity import FileIdentity
 from megatron_cpt.files.remote import open_ranges
 
 BLOCK_BYTES = 1 << 14  # a sample of 4,096 int32 tokens spans two blocks
@@ -113,6 +114,13 @@ class CachedFile:
                 future = _pool.submit(self._fetch, numbers)
                 self._pending |= dict.fromkeys(numbers, future)
 
+    def identity(self) -> FileIdentity | None:
+        """Return None: the blocks may be of different times, so each fetch compares the original file."""
+        return None
+
+    def check(self, identity: FileIdentity | None) -> None:
+        """Do nothing; see `identity`."""
+
     def __enter__(self) -> CachedFile:
         return self
 
@@ -147,6 +155,7 @@ class CachedFile:
         start = first * BLOCK_BYTES
         data = bytearray(min((last + 1) * BLOCK_BYTES, self._end) - start)
         with open_ranges(self._path) as origin:
+            origin.check(self._dataset.header.identities[0])
             done = 0
             while done < len(data) and (num_read := origin.read_into(memoryview(data)[done:], start + done)):
                 done += num_read

@@ -45,9 +45,13 @@ class IndexedDataset:
         tokens_file: file that the tokens are read from, such as a cache (see `disk_cache.py`); None: the `.bin` itself,
             opened for each read.
 
+    Every read compares the file with the one that was opened here: a dataset that is replaced during a run would be
+    read in part, and no later check could tell.
+
     Raises:
         UserError: a file is missing.
         RefusedError: the files are damaged or not a pair (see `read_header`).
+        ChangedFileError: from a read: a file was replaced or written to since it was opened.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -106,6 +110,7 @@ class IndexedDataset:
             return
         itemsize = self.dtype.itemsize
         with self._open_tokens() as file:
+            file.check(self.header.identities[0])
             for start, row in zip(starts, rows, strict=True):
                 unread, offset = row.data.cast("B"), start * itemsize
                 while unread:  # one call reads at most 2 GiB, and may be interrupted
@@ -165,6 +170,14 @@ class IndexedDataset:
         sequence = bisect_right(self.sequence_pointers, token_offset * self.dtype.itemsize) - 1
         return bisect_right(self.document_indices, sequence) - 1
 
+    def check_unchanged(self) -> None:
+        """Compare both files with the ones that were opened; called before a result of them is published.
+
+        Raises:
+            ChangedFileError: a file was replaced, written to or removed.
+        """
+        self.header.check_unchanged()
+
     def close(self) -> None:
         """Release the memory maps; they are created again at the next use."""
         for name in ("sizes", "sequence_pointers", "document_indices"):
@@ -180,8 +193,9 @@ class IndexedDataset:
     def _table(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
         if count == 0:
             return np.empty(0, dtype)
-        if is_remote(self.prefix):
-            with open_ranges(f"{self.prefix}.idx") as idx:
+        with open_ranges(f"{self.prefix}.idx") as idx:
+            idx.check(self.header.identities[1])
+            if is_remote(self.prefix):
                 return np.frombuffer(idx.read(offset, count * np.dtype(dtype).itemsize), dtype)
         return np.memmap(f"{self.prefix}.idx", dtype=dtype, mode="r", offset=offset, shape=(count,))
 
