@@ -6,13 +6,14 @@ notes inode, size and modification time of each file when it opens it, and compa
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_cpt.errors import RefusedError
+from megatron_cpt.errors import CptError, RefusedError
 
 _MOUNTS = "/proc/self/mountinfo"
 
@@ -74,6 +75,22 @@ def check_unchanged(identities: Iterable[FileIdentity]) -> None:
     """Raise a ChangedFileError for the first file that is no longer the one that was identified."""
     for identity in identities:
         identity.check()
+
+
+@contextlib.contextmanager
+def must_not_change(identities: Iterable[FileIdentity]) -> Iterator[None]:
+    """Compare files at the end of the block, and also after an error: a file that was cut a moment ago looks corrupt.
+
+    Raises:
+        ChangedFileError: a file is no longer the one that was identified.
+    """
+    identities = list(identities)
+    try:
+        yield
+    except CptError:
+        check_unchanged(identities)
+        raise
+    check_unchanged(identities)
 
 
 @cache
