@@ -15,6 +15,8 @@ import orjson
 from megatron_cpt.checkpoint.layout import MANIFEST_FILE
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.checksum import ALGORITHM, file_checksum
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import is_regular_file, read_file
 
 Verify = Literal["full", "sampled", "none"]
 SAMPLED_SHARE = 16  # a sampled verification takes one shard in 16
@@ -58,16 +60,19 @@ def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
 
     Raises:
         RefusedError: the manifest is missing or damaged.
+        OSError: the disk failed.
     """
     path = checkpoint / MANIFEST_FILE
     try:
         if path.is_symlink():
             raise ValueError("a symbolic link")
-        plain: Any = orjson.loads(path.read_bytes())
+        plain: Any = orjson.loads(read_file(path))
         if plain["algorithm"] != ALGORITHM:
             raise ValueError(f"checksums by {plain['algorithm']}")
         return {name: FileDigest(int(entry["size"]), str(entry["checksum"])) for name, entry in plain["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and not is_path_error(error):
+            raise
         raise RefusedError(f"{path}: missing or damaged ({error}); this checkpoint cannot be verified") from error
 
 
@@ -133,7 +138,7 @@ def find_faults(
         path = checkpoint / name
         if not _is_inside(name):
             faults.append(f"{name}: not a file of this folder")
-        elif not path.is_file() or _passes_a_link(checkpoint, name):
+        elif not is_regular_file(path) or _passes_a_link(checkpoint, name):
             faults.append(f"{name}: missing")
         elif (size := path.stat().st_size) != expected.size:
             faults.append(f"{name}: {size} bytes, should be {expected.size}")

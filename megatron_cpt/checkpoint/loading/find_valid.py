@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from megatron_cpt.backend.collectives import gathered, on_all, on_main
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, find_faults, read_manifest
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, FileDigest, Verify, find_faults, read_manifest
 from megatron_cpt.checkpoint.record import SavedRun, read_saved_run
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.retry import retry_disk
+from megatron_cpt.files.whole_io import exists, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def newest_valid(
         RefusedError: the run has or had checkpoints, and none is valid: a run never restarts from scratch by itself.
     """
     # Rank 0 lists the folder: all ranks must verify the same checkpoints, even if a file system shows them late.
-    found, latest = on_main(lambda: _list(folder))
+    found, latest = on_main(lambda: retry_disk(folder, lambda: _list(folder)))
     if not found and latest is not None:
         raise RefusedError(
             f"{folder}: latest names {latest}, but there is no checkpoint; restore one, choose another output, or "
@@ -61,7 +63,7 @@ def newest_valid(
 def _list(folder: Path) -> tuple[list[Path], str | None]:
     """Return the checkpoints in a folder, and the content of `latest` if it exists."""
     latest = folder / layout.LATEST_FILE
-    return layout.list_checkpoints(folder), latest.read_text(errors="replace").strip() if latest.exists() else None
+    return layout.list_checkpoints(folder), read_text(latest, errors="replace").strip() if exists(latest) else None
 
 
 def find_valid(
@@ -87,13 +89,20 @@ def find_valid(
 def _verify_before_load(
     path: Path, how: Verify, known_faults: Mapping[Path, Sequence[str]]
 ) -> SavedRun | Sequence[str]:
-    """Return a checkpoint, or its faults except those in the content of shards; the same answer on all ranks."""
+    """Return a checkpoint, or its faults except those in the content of shards; the same answer on all ranks.
+
+    Raises:
+        CptError: the disk failed on a rank. An older checkpoint is no answer to that.
+    """
     if path in known_faults:
         return known_faults[path]
-    manifest = None
-    try:
-        manifest = read_manifest(path)
-        own = find_faults(path, how, with_shards=False, manifest=manifest)
-    except (RefusedError, OSError) as error:  # OSError: a bad block of the disk, which may affect one rank only
-        own = [str(error)]
+
+    def examine() -> tuple[Mapping[str, FileDigest] | None, list[str]]:
+        try:
+            manifest = read_manifest(path)
+            return manifest, find_faults(path, how, with_shards=False, manifest=manifest)
+        except RefusedError as error:
+            return None, [str(error)]
+
+    manifest, own = on_all(examine)
     return gathered(own) or on_all(lambda: read_saved_run(path, manifest))

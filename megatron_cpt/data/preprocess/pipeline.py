@@ -35,6 +35,7 @@ from megatron_cpt.files.atomic import publish
 from megatron_cpt.files.identity import ChangedFileError, FileIdentity, check_unchanged
 from megatron_cpt.files.resumable import read_settings
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
+from megatron_cpt.files.whole_io import exists
 
 __all__ = ["PreprocessOptions", "PreprocessReport", "preprocess"]
 
@@ -133,7 +134,7 @@ def _preprocess(
     job = _make_job(files, prefix, tokenizer, options, text_bytes)
     path, restart = work_folder_path(job.prefix, options.shard), options.restart
     # A run that was killed between its renames has published a part of its own output already.
-    if restart or not os.path.exists(os.path.join(path, STATE_FILE)):
+    if restart or not exists(os.path.join(path, STATE_FILE)):
         ending = "" if options.split_tokens is None else "-00000"
         refuse_to_overwrite([prefix + ending for prefix in job.layout.prefixes], options.overwrite)
     for target in job.layout.prefixes:
@@ -165,7 +166,7 @@ def _preprocess(
 
 def _refuse_changed_inputs(folder: Path, files: InputFiles) -> None:
     """Name the files that have changed since a run was interrupted; `WorkFolder` knows only that some have."""
-    before = (read_settings(folder) or {}).get("inputs") if (folder / STATE_FILE).exists() else None
+    before = (read_settings(folder) or {}).get("inputs") if exists(folder / STATE_FILE) else None
     if not isinstance(before, list):
         return
     facts = {path: [path, *fact] for path, *fact in before}
@@ -222,7 +223,7 @@ def work_folder_path(prefix: str, shard: Shard | None = None) -> str:
 
 def refuse_to_overwrite(prefixes: Sequence[str], overwrite: bool) -> None:
     """Raise a UserError if one of the datasets exists, unless `overwrite`."""
-    found = [f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx") if os.path.exists(f"{prefix}.{end}")]
+    found = [f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx") if exists(f"{prefix}.{end}")]
     if found and not overwrite:
         raise UserError(f"{' and '.join(found)}: already exists; choose another output prefix, or allow overwriting")
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from megatron_cpt.errors import CptError, RefusedError
 from megatron_cpt.files.atomic import Rename, write_atomically
-from megatron_cpt.files.checksum import Checksum, checksum_of_start
+from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.identity import FileIdentity, identify
 from megatron_cpt.files.resumable import DamagedWorkError, ResumableFolder, read_settings, seal, unseal, verify_part
 from megatron_cpt.files.whole_io import DiskFile, exists, read_file

@@ -30,6 +30,7 @@ import numpy as np
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.identity import FileIdentity, check_unchanged
 from megatron_cpt.files.remote import RangeFile, is_file, open_ranges
+from megatron_cpt.files.retry import is_path_error
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -137,6 +138,8 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
             _check_ends(idx, header, idx_path, bin_path, bin_bytes)
             identities = tokens.identity(), idx.identity()
     except OSError as error:
+        if not is_path_error(error):
+            raise
         path = error.filename or idx_path
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     return replace(header, identities=identities)
