@@ -31,6 +31,7 @@ from megatron_cpt.convert.side_files import find_side_files
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.identity import identify, must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import copy_file, write_content
 
@@ -118,7 +119,7 @@ def export_checkpoint(
 
     Raises:
         UserError: the source does not exist, the target does, or the disk is too small.
-        RefusedError: the source is corrupt, or no family can express its model.
+        RefusedError: the source is corrupt or changes while it is read, or no family can express its model.
         CptError: the operating system failed, for example with a full disk.
     """
     source, target, options = Path(source), Path(target), options or ExportOptions()
@@ -127,6 +128,7 @@ def export_checkpoint(
         started = time.perf_counter()
         checkpoint = open_checkpoint(source, model=options.model, verify=options.verify)
         side = find_side_files(Path(options.files)) if options.files is not None else dict(checkpoint.side_files)
+        identities = identify(side.values())
         family = _choose_family(checkpoint, side, options.family)
         rules = resolve(family, checkpoint.model)
         dtype = find_dtype(options.dtype)
@@ -136,12 +138,13 @@ def export_checkpoint(
             for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
         }
         with HfWriter(target, tensors, options.shard_bytes, source=repr(checkpoint.identity())) as writer:
-            _write_tensors(checkpoint, rules, tensors, writer, options.workers, advance)
-            config_dtype = _HF_DTYPES[next(iter(tensors.values()))[1]]
-            own = _own_checkpoint(source)
-            eod_id = (read_run(own).get("documents") or {}).get("eod_id") if is_checkpoint(own) else None
-            names = _write_side_files(writer.folder, family, checkpoint.model, side, config_dtype, eod_id)
-            names = sorted({*names, *write_model_card(writer.folder, own, side)})
+            with must_not_change([*checkpoint.identities, *identities]):
+                _write_tensors(checkpoint, rules, tensors, writer, options.workers, advance)
+                config_dtype = _HF_DTYPES[next(iter(tensors.values()))[1]]
+                own = _own_checkpoint(source)
+                eod_id = (read_run(own).get("documents") or {}).get("eod_id") if is_checkpoint(own) else None
+                names = _write_side_files(writer.folder, family, checkpoint.model, side, config_dtype, eod_id)
+                names = sorted({*names, *write_model_card(writer.folder, own, side)})
             writer.finish()
     return ExportReport(
         family=family.name,

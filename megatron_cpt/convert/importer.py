@@ -27,6 +27,7 @@ from megatron_cpt.convert.megatron.torch_dist_writer import (
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.convert.vocabulary import VocabularyReport, count_ids_without_row, extend_vocabulary
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.identity import must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 _EXTRA_STATE_FILE = "__extra_0.distcp"
@@ -109,7 +110,8 @@ def import_checkpoint(
 
     Raises:
         UserError: the source does not exist, the target does, or the disk is too small.
-        RefusedError: the source is corrupt or unsafe, or is a model that cannot be trained here.
+        RefusedError: the source is corrupt or unsafe, changes while it is read, or is a model that cannot be trained
+            here.
         CptError: the operating system failed, for example with a full disk.
     """
     source, target, options = Path(source), Path(target), options or ImportOptions()
@@ -138,8 +140,9 @@ def import_checkpoint(
         with JobFolder(work_path, target, _job(opened, options), needed_bytes=num_bytes + _SPARE_BYTES) as work:
             written = _files_written_before(work)
             num_kept = len(written)
-            _write_tensors(opened, specs, plans, options, work, written, advance)
-            write_checkpoint_files(work.path, target.name, source, opened, specs, written, vocabulary)
+            with must_not_change(opened.identities):
+                _write_tensors(opened, specs, plans, options, work, written, advance)
+                write_checkpoint_files(work.path, target.name, source, opened, specs, written, vocabulary)
             work.publish()
         ids_without_row = count_ids_without_row(opened)
     return ImportReport(
@@ -173,12 +176,10 @@ def _job(source: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
 
 
 def _files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
-    """Return the files that an interrupted call has finished and that still exist."""
-    lines = {line["file"]: line for line in work.journal.lines}
+    """Return the files that an interrupted call has finished and that are as it wrote them."""
     return {
         name: WrittenFile(line["size"], line["checksum"], [FileEntry(**entry) for entry in line["entries"]])
-        for name, line in lines.items()
-        if (path := work.path / name).is_file() and path.stat().st_size == line["size"]
+        for name, line in work.journal.verified_parts(work.path).items()
     }
 
 

@@ -29,7 +29,8 @@ from megatron_cpt.convert.megatron.torch_dist_optimizer import is_padded, read_a
 from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights, find_torch_dist
 from megatron_cpt.convert.side_files import find_side_files, side_files_of_checkpoint
-from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.errors import CptError, RefusedError, UserError
+from megatron_cpt.files.identity import FileIdentity, check_unchanged
 
 _COMPARED_ROWS = 8192  # rows of tied embeddings that are in memory at the same time
 
@@ -44,6 +45,8 @@ class SourceCheckpoint:
         specs: shape and dtype of every global tensor.
         read: read(name, first, last) returns rows [first, last) of a tensor.
         side_files: config, tokenizer and generation files by name.
+        sources: files with tensors.
+        identities: of all files that the result depends on, from before the first of them was read.
         origins: descriptions of tensors for messages, such as `lm_head.weight in hf/model.safetensors`, by name.
         groups: the optimizer's parameter groups, if `specs` includes its tensors; None: weights only.
     """
@@ -55,13 +58,13 @@ class SourceCheckpoint:
     read: Callable[[str, int, int], torch.Tensor]
     side_files: Mapping[str, Path] = field(default_factory=dict)
     sources: tuple[Path, ...] = ()
+    identities: tuple[FileIdentity, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
     groups: list[dict[str, Any]] | None = None
 
     def identity(self) -> list[Any]:
-        """Return names, sizes and modification times of the files, which show whether the source has changed."""
-        stats = [(str(path), path.stat()) for path in self.sources]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        """Return names, sizes and modification times of the files, which tell work of another source apart."""
+        return [[each.path, each.num_bytes, each.mtime_ns] for each in self.identities]
 
 
 def open_source_checkpoint(
@@ -87,9 +90,28 @@ def open_source_checkpoint(
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a Hugging Face folder or a Megatron checkpoint")
-    before_read = None
     if is_checkpoint(path) or checkpoints_folder(path).is_dir():
         path = resolve_checkpoint(path)
+    before = identify_folder(path)
+    try:
+        source = _open(path, named_model, allow_pickle, verify, with_optimizer)
+    except CptError:
+        check_unchanged(before.values())  # a file that was cut a moment ago looks corrupt
+        raise
+    files = [*source.sources, *source.side_files.values()]
+    return replace(source, identities=tuple(before.get(file.resolve()) or FileIdentity.read(file) for file in files))
+
+
+def identify_folder(path: Path) -> dict[Path, FileIdentity]:
+    """Return the identities of all files below a folder, by their paths with links resolved."""
+    return {file.resolve(): FileIdentity.read(file) for file in path.rglob("*") if file.is_file()}
+
+
+def _open(
+    path: Path, named_model: str | None, allow_pickle: bool, verify: Verify, with_optimizer: bool
+) -> SourceCheckpoint:
+    before_read = None
+    if is_checkpoint(path):
         if verify != "none":
             before_read = verify_before_read(path, verify)
     if find_torch_dist(path) is not None:

@@ -18,8 +18,9 @@ from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, HfFolder
 from megatron_cpt.convert.job import Advance, no_progress, run_parallel
 from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
 from megatron_cpt.convert.mapping.resolve import check_hf_tensors, resolve
-from megatron_cpt.convert.source import SourceCheckpoint
+from megatron_cpt.convert.source import SourceCheckpoint, identify_folder
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.identity import must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 # Fields that do not change what a model computes, or change only its padding
@@ -83,12 +84,13 @@ def verify_tensors(
 
     Raises:
         UserError: the folder or the checkpoint does not exist.
-        RefusedError: one of them is corrupt, or they are different models: tensors are missing, unknown or of another
+        RefusedError: one of them is corrupt or changes while it is read, or they are different models: tensors are missing, unknown or of another
             shape.
         CptError: the operating system failed, for example with a block that cannot be read.
     """
     hf, checkpoint = Path(hf), Path(checkpoint)
     with os_errors_as_cpt_errors():
+        before = identify_folder(hf)
         folder = HfFolder(hf, allow_pickle=allow_pickle)
         family, hf_model = read_model(folder.config, hf / CONFIG_FILE)
         rules = resolve(family, hf_model)
@@ -110,7 +112,9 @@ def verify_tensors(
                     differing[block.name] += count
             advance(ours.nbytes, total)
 
-        run_parallel(compare, list(blocks(rules)), workers)
+        files = {(hf / CONFIG_FILE).resolve(), *(info.file for info in folder.tensors.values())}
+        with must_not_change([*opened.identities, *(before[file] for file in files & before.keys())]):
+            run_parallel(compare, list(blocks(rules)), workers)
         dtypes = [(folder.tensors[name].dtype, opened.specs[rule.megatron].dtype) for rule in rules for name in rule.hf]
         return TensorReport(
             family=family.name,

@@ -33,3 +33,13 @@ def file_checksum(path: Path, progress: Callable[[int], None] = lambda num_bytes
             done += count
             progress(done)
     return checksum.hexdigest()
+
+
+def checksum_of_start(path: Path, num_bytes: int) -> xxhash.xxh3_128:
+    """Return the running checksum of the first bytes of a file."""
+    checksum, piece = Checksum(), memoryview(bytearray(_PIECE))
+    with DiskFile(path) as file:
+        while num_bytes and (count := file.readinto(piece[: min(_PIECE, num_bytes)])):
+            checksum.update(piece[:count])
+            num_bytes -= count
+    return checksum

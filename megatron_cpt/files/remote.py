@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from megatron_cpt.errors import CptError, UserError, install_command
+from megatron_cpt.files.identity import FileIdentity
 from megatron_cpt.files.retry import retry
 from megatron_cpt.files.whole_io import DiskFile, is_regular_file
 
@@ -49,6 +50,12 @@ class RangeFile(Protocol):
 
     def will_read(self, offset: int, count: int) -> None:
         """Announce a read: a local disk starts to fetch the bytes in the background."""
+
+    def identity(self) -> FileIdentity | None:
+        """Return the identity of the open file; None for an object in a store, which is replaced as a whole."""
+
+    def check(self, identity: FileIdentity | None) -> None:
+        """Raise a ChangedFileError if the open file has another identity; None: it is not known."""
 
     def __enter__(self) -> RangeFile: ...
 
@@ -90,7 +97,7 @@ class _LocalFile:
     """`pread` on a descriptor: threads share no position and hold no lock while the disk works."""
 
     def __init__(self, path: str) -> None:
-        self._file = DiskFile(path)
+        self._path, self._file = path, DiskFile(path)
 
     @property
     def size(self) -> int:
@@ -105,6 +112,13 @@ class _LocalFile:
     def will_read(self, offset: int, count: int) -> None:
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self._file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
+
+    def identity(self) -> FileIdentity | None:
+        return FileIdentity.read(self._path, self._file.fileno())
+
+    def check(self, identity: FileIdentity | None) -> None:
+        if identity is not None:
+            identity.check(self._file.fileno())
 
     def __enter__(self) -> _LocalFile:
         return self
@@ -135,6 +149,12 @@ class _RemoteFile:
 
     def will_read(self, offset: int, count: int) -> None:
         """Do nothing: bytes fetched ahead would have to be kept somewhere."""
+
+    def identity(self) -> FileIdentity | None:
+        return None
+
+    def check(self, identity: FileIdentity | None) -> None:
+        """Do nothing: a request for the object's facts would take as long as the read."""
 
     def _range(self, start: int, end: int) -> bytes:
         return _with_retries(self._path, lambda: bytes(self._files.cat_file(self._path, start=start, end=end)))

@@ -8,34 +8,85 @@ Three parts make a job resumable:
 3. a progress file that says which parts of the work are finished and on the disk: a `DurableJournal`, or a state that
    is replaced as a whole (`megatron_cpt.data.preprocess.work_folder`).
 
+Nothing that an earlier process has left is trusted. Settings and progress carry a checksum of themselves (`seal`), and
+progress names size and checksum of every part, which `verify_part` compares before the part is used.
+
     with ResumableFolder(output.with_name("out.partial"), settings, progress_file="journal.jsonl") as folder:
         journal = DurableJournal(folder.path / "journal.jsonl")
-        finished = {line["file"] for line in journal.lines}
+        finished = journal.verified_parts(folder.path)
         for part in parts:
             if part.name not in finished:
-                write_and_sync(folder.path / part.name)
-                journal.record({"file": part.name})
+                size, checksum = write_and_sync(folder.path / part.name)
+                journal.record({"file": part.name, "size": size, "checksum": checksum})
         folder.publish_as(output)
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import filelock
 import orjson
 
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.files.atomic import sync_folder, write_atomically
+from megatron_cpt.files.checksum import Checksum, checksum_of_start
 from megatron_cpt.files.whole_io import DiskFile, exists, is_regular_file, read_file
 
+logger = logging.getLogger(__name__)
+
 SETTINGS_FILE = "settings.json"
+_THREADS = 4  # that compare checksums
+_SEALED = re.compile(rb'\{"xxh3":"([0-9a-f]{32})","value":(.*)\}', re.DOTALL)
+
+
+class DamagedWorkError(CptError):
+    """Part of the work of an earlier process that is not as it was recorded."""
+
+
+def seal(value: Any) -> bytes:
+    """Return a value as JSON together with its checksum, on one line without a line end."""
+    content = orjson.dumps(value)
+    return b'{"xxh3":"%s","value":%s}' % (Checksum(content).hexdigest().encode(), content)
+
+
+def unseal(data: bytes) -> Any:
+    """Return the value that was given to `seal`.
+
+    Raises:
+        ValueError: the data is not what `seal` has returned.
+    """
+    match = _SEALED.fullmatch(data)
+    if match is None or Checksum(match[2]).hexdigest().encode() != match[1]:
+        raise ValueError("its content does not have the checksum that it names")
+    return orjson.loads(match[2])
+
+
+def verify_part(path: Path, size: int, checksum: str) -> Any:
+    """Compare the first `size` bytes of a file with what an earlier process recorded; return their running checksum.
+
+    Raises:
+        DamagedWorkError: they differ.
+    """
+    try:
+        found = os.stat(path).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedWorkError(f"{path}: is missing") from None
+    if found < size:
+        raise DamagedWorkError(f"{path}: only {found:,} of {size:,} bytes are left")
+    running = checksum_of_start(path, size)
+    if running.hexdigest() != checksum:
+        raise DamagedWorkError(f"{path}: its content differs from what was written")
+    return running
 
 
 class ResumableFolder:
@@ -100,7 +151,7 @@ class ResumableFolder:
         if self.path.is_dir():
             _empty(self.path, self._progress_path)
         self.path.mkdir(exist_ok=True)
-        write_atomically(self.path / SETTINGS_FILE, orjson.dumps(self._settings))
+        write_atomically(self.path / SETTINGS_FILE, seal(self._settings))
 
     def remove(self) -> None:
         """Remove the folder with everything in it."""
@@ -149,9 +200,9 @@ class ResumableFolder:
 
 
 class DurableJournal:
-    """Append-only record of finished parts, one JSON value per line; each line is on the disk when `record` returns.
+    """Append-only record of finished parts, one sealed value per line; each line is on the disk when `record` returns.
 
-    Several threads may call `record`. A last line that a kill or a power cut left incomplete is dropped.
+    Several threads may call `record`. A line that is incomplete or damaged is dropped, with all lines after it.
 
     Attributes:
         lines: everything recorded, by earlier processes and this one.
@@ -164,16 +215,35 @@ class DurableJournal:
         content = read_file(path) if is_regular_file(path) else b""
         for line in content.splitlines():
             try:
-                self.lines.append(orjson.loads(line))
-            except orjson.JSONDecodeError:
+                self.lines.append(unseal(line))
+            except ValueError:
                 break
-        complete = b"".join(orjson.dumps(line) + b"\n" for line in self.lines)
+        complete = b"".join(seal(line) + b"\n" for line in self.lines)
         if complete != content:
             write_atomically(path, complete)
 
+    def verified_parts(self, folder: Path, workers: int = _THREADS) -> dict[str, Any]:
+        """Return the lines with `file`, `size` and `checksum` whose file in a folder is as it was recorded, by file.
+
+        A warning names each damaged file; the caller writes it again.
+        """
+
+        def is_intact(line: Any) -> bool:
+            try:
+                verify_part(folder / line["file"], line["size"], line["checksum"])
+            except DamagedWorkError as error:
+                logger.warning("%s; it is written again", error)
+                return False
+            return True
+
+        lines = {line["file"]: line for line in self.lines}
+        with ThreadPoolExecutor(max(1, workers)) as threads:
+            intact = list(threads.map(is_intact, lines.values()))
+        return {name: line for (name, line), good in zip(lines.items(), intact, strict=True) if good}
+
     def record(self, line: Any) -> None:
         """Append a value; call it only once the part it names is on the disk."""
-        content = orjson.dumps(line)
+        content = seal(line)
         with self._mutex:
             is_new = not exists(self._path)
             with DiskFile(self._path, "ab") as file:
@@ -181,16 +251,23 @@ class DurableJournal:
                 file.sync()
             if is_new:
                 sync_folder(self._path.parent)
-            self.lines.append(orjson.loads(content))
+            self.lines.append(unseal(content))
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the settings that a work folder belongs to; None if it has none that can be read."""
+    """Return the settings that a work folder belongs to; None if it has none that can be read.
+
+    Earlier versions have written them without a checksum.
+    """
     if not is_regular_file(folder / SETTINGS_FILE):
         return None
+    content = read_file(folder / SETTINGS_FILE)
+    with contextlib.suppress(ValueError):
+        return dict(unseal(content))
     with contextlib.suppress(orjson.JSONDecodeError):
-        settings = orjson.loads(read_file(folder / SETTINGS_FILE))
-        return settings if isinstance(settings, dict) else None
+        settings = orjson.loads(content)
+        if isinstance(settings, dict) and not {"xxh3", "value"} & settings.keys():  # with these it is damaged
+            return settings
     return None
 
 

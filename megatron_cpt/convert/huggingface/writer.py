@@ -9,12 +9,15 @@ The files are in the work folder `NAME.partial` until `finish` renames it to NAM
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
 import struct
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,15 +27,22 @@ from megatron_cpt.convert.huggingface.folder import INDEX_FILE, SINGLE_FILE
 from megatron_cpt.convert.huggingface.header import DTYPES, TensorInfo
 from megatron_cpt.convert.job import JOURNAL_FILE, JobFolder, group_by_size
 from megatron_cpt.files.atomic import sync_folder
+from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.resumable import SETTINGS_FILE
 from megatron_cpt.files.retry import name_file_in_errors
 from megatron_cpt.files.whole_io import DiskFile, is_regular_file, write_content
 
+logger = logging.getLogger(__name__)
+
 TensorSizes = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Name -> (shape, dtype), in the order in which the tensors are to be stored."""
 
+WrittenRows = tuple[int, int, str]
+"""First row, end, and checksum of rows that were written together."""
+
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_THREADS = 4  # that compare kept tensors
 _SYNC_BYTES = 256 << 20  # bytes between two calls of fdatasync, each followed by a line in the journal
 
 
@@ -75,8 +85,8 @@ class HfWriter:
         self.total_bytes = sum(place.num_bytes for place in self._places.values())
         self._lock = threading.Lock()  # guards the attributes below, except _files
         self._sync_lock = threading.Lock()
-        self._rows: dict[str, list[tuple[int, int]]] = {}  # rows written, of tensors that are not complete
-        self._unsynced: list[str] = []  # complete tensors that may not be on the disk
+        self._rows: dict[str, list[WrittenRows]] = {}  # of tensors that are not complete
+        self._unsynced: dict[str, list[WrittenRows]] = {}  # complete tensors that may not be on the disk
         self._unsynced_bytes = 0
         self._files: dict[Path, DiskFile] = {}
         job = {"source": source, "headers": {file.name: header.hex() for file, header in self._headers.items()}}
@@ -109,7 +119,7 @@ class HfWriter:
         offset, file = place.start + start * place.row_bytes, self._files[place.file]
         file.write_at(numbers, offset)
         os.posix_fadvise(file.fileno(), offset, numbers.nbytes, os.POSIX_FADV_DONTNEED)  # starts writing to the disk
-        self._note_rows(name, place, start, stop)
+        self._note_rows(name, place, (start, stop, Checksum(numbers).hexdigest()))
 
     def finish(self) -> Path:
         """Write the index, wait until everything is on the disk, and publish the folder; return its final path."""
@@ -134,7 +144,7 @@ class HfWriter:
         finally:
             for file in self._files.values():
                 file.close()
-            self._files, self._unsynced = {}, []
+            self._files, self._unsynced = {}, {}
 
     def _open_files(self) -> frozenset[str]:
         """Open the files of the interrupted writer, or create new ones; return the names of finished tensors."""
@@ -149,41 +159,60 @@ class HfWriter:
             self._work.start_from_scratch()
         for file in self._headers:
             self._files[file] = DiskFile(file, "r+b" if is_laid_out else "xb", flags=os.O_NOFOLLOW)
+        # also of kept files, which may have been cut; their tensors are compared below
+        for file, header in self._headers.items():
+            size = max((place.stop for place in self._places.values() if place.file == file), default=len(header))
+            self._files[file].write_at(header, 0)
+            with name_file_in_errors(file):
+                self._files[file].truncate(size)
+            self._files[file].sync()
+        sync_folder(self.folder)
         if not is_laid_out:
-            for file, header in self._headers.items():
-                size = max((place.stop for place in self._places.values() if place.file == file), default=len(header))
-                self._files[file].write_at(header, 0)
-                with name_file_in_errors(file):
-                    self._files[file].truncate(size)
-                self._files[file].sync()
-            sync_folder(self.folder)
-            self._work.journal.record([])
-        return frozenset(name for record in self._work.journal.lines for name in record if name in self._places)
+            self._work.journal.record({})
+        return self._intact_tensors()
 
-    def _note_rows(self, name: str, place: TensorInfo, start: int, stop: int) -> None:
+    def _intact_tensors(self) -> frozenset[str]:
+        """Return the tensors that the interrupted writer has finished and that are as it wrote them."""
+        recorded = {name: rows for record in self._work.journal.lines for name, rows in record.items()}
+
+        def is_intact(name: str) -> bool:
+            place = self._places[name]
+            with DiskFile(place.file) as file:
+                for first, stop, checksum in recorded[name]:
+                    start, num_bytes = place.start + first * place.row_bytes, (stop - first) * place.row_bytes
+                    if Checksum(file.read_at(start, num_bytes)).hexdigest() != checksum:
+                        logger.warning("%s: %s differs from what was written; it is written again", place.file, name)
+                        return False
+            return True
+
+        names = [name for name in recorded if name in self._places]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return frozenset(itertools.compress(names, threads.map(is_intact, names)))
+
+    def _note_rows(self, name: str, place: TensorInfo, written: WrittenRows) -> None:
         """Remember which rows are written, and record finished tensors once they are on the disk."""
+        start, stop, _ = written
         with self._lock:
             rows = self._rows.setdefault(name, [])
-            assert all(stop <= first or last <= start for first, last in rows), f"{name}: rows written twice"
-            rows.append((start, stop))
+            assert all(stop <= first or last <= start for first, last, _ in rows), f"{name}: rows written twice"
+            rows.append(written)
             self._unsynced_bytes += (stop - start) * place.row_bytes
-            if sum(last - first for first, last in rows) == place.num_rows:
-                del self._rows[name]
+            if sum(last - first for first, last, _ in rows) == place.num_rows:
                 self._finished.add(name)
-                self._unsynced.append(name)
+                self._unsynced[name] = self._rows.pop(name)
             if self._unsynced_bytes < _SYNC_BYTES:
                 return
-            names, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
-        self._sync(names)  # outside the lock, so that other threads continue to write
+            tensors, self._unsynced, self._unsynced_bytes = self._unsynced, {}, 0
+        self._sync(tensors)  # outside the lock, so that other threads continue to write
 
-    def _sync(self, names: list[str]) -> None:
+    def _sync(self, tensors: Mapping[str, Sequence[WrittenRows]]) -> None:
         """Write the data to the disk first, then the journal's line about it."""
         with self._sync_lock:
             for file in self._files.values():
                 file.sync()
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if names:
-                self._work.journal.record(names)
+            if tensors:
+                self._work.journal.record(tensors)
 
 
 def _assign_to_shards(tensors: TensorSizes, shard_bytes: int) -> dict[str, list[str]]:

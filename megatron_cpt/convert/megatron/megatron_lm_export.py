@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_cpt.checkpoint.layout import PLAN_FILE, resolve_checkpoint
-from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, find_faults, is_shard
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, FileDigest, Verify, find_faults, is_shard
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused, read_json, read_saved_run
 from megatron_cpt.checkpoint.torchfile.unpickle import METADATA_FILE, read_metadata
 from megatron_cpt.config import Activation, ModelConfig, Norm
@@ -34,6 +34,7 @@ from megatron_cpt.convert.megatron.config import read_megatron_model
 from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.megatron.torch_dist_writer import extra_state_keys, write_common, write_extra_states
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.identity import check_unchanged, identify
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import copy_file, write_content
 
@@ -98,13 +99,14 @@ def export_megatron_lm(
         run = _RunFacts.read(saved, read_megatron_model(path, weights, {}, None))
         common = run.common(weights.common())
     shards = {name: expected for name, expected in saved.manifest.items() if is_shard(name) or name == METADATA_FILE}
+    identities = identify(path / name for name in shards)
     num_bytes = sum(expected.size for expected in shards.values())
     job = {"source": str(path.resolve()), "manifest": {name: expected.checksum for name, expected in shards.items()}}
     work_path = target.with_name(f".{target.name}.tmp")
     with os_errors_as_cpt_errors(work_path), JobFolder(work_path, target, job, needed_bytes=num_bytes) as work:
         folder = work.path / (f"iter_{run.iteration:07d}" if run.has_optimizer else "release")
         folder.mkdir(exist_ok=True)
-        copied = {line["file"] for line in work.journal.lines}
+        copied = {line["file"] for line in work.journal.lines if not _has_fault(folder, line["file"], shards)}
 
         def copy(name: str) -> None:
             copy_file(path / name, folder / name)
@@ -113,6 +115,7 @@ def export_megatron_lm(
 
         # .metadata again: a call that was interrupted may have added to it
         run_parallel(copy, [name for name in shards if name not in copied or name == METADATA_FILE], workers)
+        check_unchanged(identities)
         if faults := find_faults(folder, verify, manifest=shards):
             raise CorruptCheckpointError(path, faults)
         _add_extra_states(folder, run.model.layers)
@@ -127,6 +130,11 @@ def export_megatron_lm(
         run.notes(),
         time.perf_counter() - started,
     )
+
+
+def _has_fault(folder: Path, name: str, shards: Mapping[str, FileDigest]) -> bool:
+    """Return whether the copy that an earlier call has made of a shard is not the shard."""
+    return name not in shards or bool(find_faults(folder, manifest={name: shards[name]}))
 
 
 def _add_extra_states(folder: Path, num_layers: int) -> None:

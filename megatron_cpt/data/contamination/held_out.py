@@ -13,6 +13,7 @@ from megatron_cpt.data.tokenfile.documents import document_blocks
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.identity import FileIdentity
 from megatron_cpt.files.whole_io import is_regular_file, open_reader
 
 JSON_LINES = (".jsonl", ".json")
@@ -34,6 +35,7 @@ def held_out_documents(
     Raises:
         UserError: a file is missing, or JSON Lines are given without a tokenizer.
         RefusedError: a file is damaged.
+        ChangedFileError: a file changed while it was read.
     """
     for name in inputs:
         if name.endswith(JSON_LINES):
@@ -42,15 +44,17 @@ def held_out_documents(
             yield from _json_lines(name, tokenizer, keys)
         else:
             for prefix in expand_prefixes(name):
-                for block in document_blocks(IndexedDataset(prefix)):
+                dataset = IndexedDataset(prefix)
+                for block in document_blocks(dataset):
                     for index in range(block.num_documents):
                         yield f"{prefix}[{block.first + index}]", block.document(index)
+                dataset.check_unchanged()
 
 
 def _json_lines(path: str, tokenizer: Tokenizer, keys: Sequence[str]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     if not is_regular_file(path):
         raise UserError(f"no such file: {path}")
-    has_text = False
+    has_text, identity = False, FileIdentity.read(path)
     with open_reader(path) as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
@@ -64,5 +68,6 @@ def _json_lines(path: str, tokenizer: Tokenizer, keys: Sequence[str]) -> Iterato
                 if isinstance(text, str):
                     has_text = True
                     yield f"{path}:{number}:{key}", np.array(tokenizer.encode(text), np.int64)
+    identity.check()
     if not has_text:
         raise UserError(f"{path}: no line has text under {' or '.join(keys)}; name the fields with --key")

@@ -220,6 +220,7 @@ def find_overlap(
 
     Raises:
         RefusedError: a dataset is damaged.
+        ChangedFileError: a dataset changed while it was read.
     """
     report = OverlapReport(held_out.ngram, near, held_out.documents)
     worst: list[tuple[int, int, TrainingHit]] = []
@@ -235,6 +236,8 @@ def find_overlap(
             report.training_tokens += block.tokens.size
             if on_block is not None:
                 on_block(dataset, block, is_hit)
+    for dataset in training:
+        dataset.check_unchanged()
     report.held_out = held_out.results()
     report.worst = [hit for _, _, hit in sorted(worst, reverse=True, key=lambda entry: entry[:2])]
     return report

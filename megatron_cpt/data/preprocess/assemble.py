@@ -13,17 +13,18 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.preprocess.buckets import ordered_names, shuffled_buckets
+from megatron_cpt.data.preprocess.work_folder import FileSum, WorkFolder
 from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.sidecar import Origin, describe_pair, is_free, sidecar_path
 from megatron_cpt.data.tokenfile.writer import write_index
 from megatron_cpt.files.atomic import Rename, close_durably, write_atomically
+from megatron_cpt.files.checksum import file_checksum
 from megatron_cpt.files.whole_io import DiskFile, exists, open_writer
 
 _DOCUMENTS_PER_COPY = 1 << 20
@@ -45,47 +46,66 @@ class OutputLayout:
     split_tokens: int | None = None
 
 
-def make_pairs(
-    layout: OutputLayout, origin: Origin | None, sources: Sequence[str], folder: str
-) -> tuple[list[Rename], list[str]]:
+@dataclass(frozen=True)
+class MadePairs:
+    """Finished pairs in a work folder.
+
+    Attributes:
+        renames: publish the pairs and their sidecars, in order.
+        prefixes: of the published datasets.
+        files: size and checksum of each file to rename, by name.
+    """
+
+    renames: list[Rename]
+    prefixes: list[str]
+    files: dict[str, FileSum]
+
+
+def make_pairs(layout: OutputLayout, origin: Origin | None, sources: Sequence[str], folder: WorkFolder) -> MadePairs:
     """Write all pairs of the datasets, and their sidecars, under temporary names in a work folder.
 
     Args:
         origin: facts for the sidecars; None: there are none.
-        sources: work folders of the shards, in order.
-        folder: the folder to write to; may be one of `sources`.
-
-    Returns:
-        The renames that publish the pairs, in order, and the prefixes of the published datasets.
+        sources: work folders of the shards, in order; may be the path of `folder` itself.
+        folder: the folder to write to.
     """
-    renames: list[Rename] = []
-    prefixes: list[str] = []
+    made, appended = MadePairs([], [], {}), folder.sums()
     for number, prefix in enumerate(layout.prefixes):
-        if layout.num_buckets is None and layout.split_tokens is None and list(sources) == [folder]:
-            tokens_name, sizes_name = ordered_names(number)
-            for name in (tokens_name, sizes_name):
-                Path(folder, name).touch()
-            _write_index(folder, sizes_name, f"{number}.idx", layout)
-            pairs = [(tokens_name, f"{number}.idx", prefix)]
-        else:
-            with contextlib.closing(_SplitOutput(layout, number, folder)) as output:
-                if layout.num_buckets is None:
-                    for sizes, write in _ordered_parts(sources, number, layout.dtype):
-                        output.add(sizes, write)
-                else:
-                    for tokens, sizes in shuffled_buckets(sources, number, layout.num_buckets, layout.dtype):
-                        output.add(sizes, functools.partial(_write_tokens, tokens))
-            pairs = output.finish()
-        for bin_name, idx_name, target in pairs:
-            bin_path, idx_path = os.path.join(folder, bin_name), os.path.join(folder, idx_name)
-            renames.append((bin_path, f"{target}.bin"))
+        for bin_name, idx_name, target in _pairs_of_key(layout, number, prefix, sources, folder):
+            bin_path, idx_path = folder.path / bin_name, folder.path / idx_name
+            known = appended[bin_name][1] if bin_name in appended else file_checksum(bin_path)
+            pair = describe_pair(str(bin_path), str(idx_path), origin or Origin(), bin_checksum=known)
+            made.files[bin_name] = (bin_path.stat().st_size, pair.checksums["bin"])
+            made.files[idx_name] = (idx_path.stat().st_size, pair.checksums["idx"])
+            made.renames.append((str(bin_path), f"{target}.bin"))
             if origin is not None and is_free(target):
-                path = Path(idx_path).with_suffix(".json")
-                write_atomically(path, describe_pair(bin_path, idx_path, origin).to_json())
-                renames.append((str(path), sidecar_path(target)))
-            renames.append((idx_path, f"{target}.idx"))
-            prefixes.append(target)
-    return renames, prefixes
+                path = idx_path.with_suffix(".json")
+                write_atomically(path, pair.to_json())
+                made.files[path.name] = (path.stat().st_size, file_checksum(path))
+                made.renames.append((str(path), sidecar_path(target)))
+            made.renames.append((str(idx_path), f"{target}.idx"))
+            made.prefixes.append(target)
+    return made
+
+
+def _pairs_of_key(
+    layout: OutputLayout, number: int, prefix: str, sources: Sequence[str], folder: WorkFolder
+) -> list[tuple[str, str, str]]:
+    """Write the pairs of one key; return (name of the .bin, name of the .idx, final prefix) per pair."""
+    if layout.num_buckets is None and layout.split_tokens is None and list(sources) == [str(folder.path)]:
+        tokens_name, sizes_name = ordered_names(number)
+        for name in (tokens_name, sizes_name):
+            (folder.path / name).touch()
+        _write_index(str(folder.path), sizes_name, f"{number}.idx", layout)
+        return [(tokens_name, f"{number}.idx", prefix)]
+    with contextlib.closing(_SplitOutput(layout, number, str(folder.path))) as output:
+        if layout.num_buckets is None:
+            for sizes, write in _ordered_parts(sources, number, layout.dtype):
+                output.add(sizes, write)
+        else:
+            for tokens, sizes in shuffled_buckets(sources, number, layout.num_buckets, layout.dtype):
+                output.add(sizes, functools.partial(_write_tokens, tokens))
+    return output.finish()
 
 
 def _write_index(folder: str, sizes_name: str, idx_name: str, layout: OutputLayout) -> None:

@@ -24,6 +24,7 @@ from megatron_cpt.data.preprocess.streams import ByteStream, needs_stream
 from megatron_cpt.data.preprocess.tables import cut_document, cut_table
 from megatron_cpt.data.tokenfile.sidecar import is_sidecar
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.identity import FileIdentity, identify
 from megatron_cpt.files.whole_io import exists, is_folder, open_reader, open_writer
 
 BLOCK_BYTES = 1 << 21
@@ -47,15 +48,18 @@ class InputFiles:
 
     Attributes:
         starts: bytes on disk before each file, then the total, (files + 1,). Files of 10 and 20 bytes: [0, 10, 30].
+        identities: of the files when the command began; a file that changes until the result is published is refused.
     """
 
     paths: list[str]
     starts: list[int]
+    identities: list[FileIdentity]
 
     @classmethod
     def of(cls, paths: Sequence[str]) -> InputFiles:
-        """Read the sizes from the disk."""
-        return cls(list(paths), [0, *accumulate(map(os.path.getsize, paths))])
+        """Read sizes and identities from the disk."""
+        identities = identify(paths)
+        return cls(list(paths), [0, *accumulate(each.num_bytes for each in identities)], identities)
 
     @property
     def total_bytes(self) -> int:
@@ -68,10 +72,9 @@ class InputFiles:
         formats = ((path, find_format(path)) for path, size in zip(self.paths, sizes, strict=True) if size == 0)
         return [path for path, form in formats if form and (form.packing or form.kind in ("parquet", "arrow"))]
 
-    def identity(self) -> list[list[str | int]]:
-        """Return path, size and modification time in nanoseconds per file; a changed file has another identity."""
-        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
-        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    def settings(self) -> list[list[str | int]]:
+        """Return path, size and modification time per file, without the inode: shards may read copies of the files."""
+        return [[os.path.abspath(each.path), each.num_bytes, each.mtime_ns] for each in self.identities]
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,9 @@ def read_blocks(
 
     A block belongs to the shard in which it begins. Only plain JSON lines and parquet files can be entered in the
     middle; all blocks of other files belong to the shard in which the file begins.
+
+    Raises:
+        ChangedFileError: a file is not the one that was identified at the start.
     """
     first, last = (shard or Shard()).interval(files.total_bytes)
     start = start or Cursor()
@@ -303,22 +309,33 @@ def read_blocks(
         if number < start.file or file_end <= first or base >= last:
             continue
         begin = start.position if number == start.file else 0
-        form = find_format(path)
-        assert form is not None
-        if form.kind == "parquet":
-            from megatron_cpt.data.preprocess.parquet import cut_rows
+        files.identities[number].check()
+        yield from _file_blocks(number, files, options, (first, last), begin)
+        files.identities[number].check()
 
-            settings = (options.keys, options.block_bytes, begin)
-            for position, end, done, rows, damage in cut_rows(path, (base, file_end), (first, last), *settings):
-                yield Block(number, path, position, end, done, rows=rows, damage=damage)
-        elif form.kind == "lines" and not needs_stream(path, form):
-            # Cut at multiples of `block_bytes`; the lines of a block are those that begin in it (`read_range`).
-            step, low = options.block_bytes, max(begin, first - base, 0)
-            for position in range(-(-low // step) * step, min(file_end, last) - base, step):
-                end = min(position + step, file_end - base)
-                yield Block(number, path, position, end, base + end)
-        elif first <= base < last:
-            yield from (block for block in _stream_blocks(number, files, options, form) if block.position >= begin)
+
+def _file_blocks(
+    number: int, files: InputFiles, options: BlockOptions, interval: tuple[int, int], begin: int
+) -> Iterator[Block]:
+    """Yield the blocks of one file that begin at `begin` or later, and in an interval of all files laid end to end."""
+    path, base, file_end = files.paths[number], *files.starts[number : number + 2]
+    first, last = interval
+    form = find_format(path)
+    assert form is not None
+    if form.kind == "parquet":
+        from megatron_cpt.data.preprocess.parquet import cut_rows
+
+        settings = (options.keys, options.block_bytes, begin)
+        for position, end, done, rows, damage in cut_rows(path, (base, file_end), interval, *settings):
+            yield Block(number, path, position, end, done, rows=rows, damage=damage)
+    elif form.kind == "lines" and not needs_stream(path, form):
+        # Cut at multiples of `block_bytes`; the lines of a block are those that begin in it (`read_range`).
+        step, low = options.block_bytes, max(begin, first - base, 0)
+        for position in range(-(-low // step) * step, min(file_end, last) - base, step):
+            end = min(position + step, file_end - base)
+            yield Block(number, path, position, end, base + end)
+    elif first <= base < last:
+        yield from (block for block in _stream_blocks(number, files, options, form) if block.position >= begin)
 
 
 def _stream_blocks(number: int, files: InputFiles, options: BlockOptions, form: FileFormat) -> Iterator[Block]:

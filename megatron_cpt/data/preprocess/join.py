@@ -15,7 +15,7 @@ from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.preprocess.pipeline import PreprocessReport, publish_run, refuse_to_overwrite, work_folder_path
-from megatron_cpt.data.preprocess.work_folder import WorkFolder, read_finished
+from megatron_cpt.data.preprocess.work_folder import FinishedWork, WorkFolder, read_finished
 from megatron_cpt.data.tokenfile.writer import require_file_name
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.resumable import differing_names
@@ -38,7 +38,8 @@ def join_shards(
     Raises:
         UserError: a shard is missing or not finished, shards were made with different settings, the output exists, or
             no shard holds a document.
-        RefusedError: too many bad lines, or one shard found a mismatch of gigatoken and others used gigatoken.
+        RefusedError: files of a shard are damaged, there are too many bad lines, or one shard found a mismatch of
+            gigatoken and others used gigatoken.
     """
     prefix = os.fspath(output_prefix)
     require_file_name(prefix)
@@ -49,17 +50,16 @@ def join_shards(
 def _join(prefix: str, count: int, limit: bad.MaxBad, overwrite: bool) -> PreprocessReport:
     started = time.monotonic()
     folders = [work_folder_path(prefix, Shard(index, count)) for index in range(count)]
-    interrupted = read_finished(work_folder_path(prefix))  # a killed call had started to publish: only do the rest
-    states: list[dict[str, Any]] = []
-    if interrupted is not None:
-        settings = interrupted[0]
-    else:
-        settings, states = _finished_shards(folders)
+    shards: list[FinishedWork] = []
+    interrupted = _read_interrupted(prefix)  # a killed call had started to publish: only do the rest
+    if interrupted is None:
+        shards = _finished_shards(folders)
+    settings = (interrupted or shards[0]).settings | {"shard": None}
     dtype = np.dtype(settings["dtype"]).newbyteorder("<")
     layout = OutputLayout(settings["prefixes"], dtype, settings["num_buckets"], settings["split_tokens"])
     if interrupted is None:
         refuse_to_overwrite(layout.prefixes, overwrite)
-        state = _joined_state(states)
+        state = _joined_state([shard.state for shard in shards])
         limit.check(bad.BadLineLog(**state["bad"]), is_complete=True)
     with WorkFolder(work_folder_path(prefix), settings) as folder:
         if interrupted is None:
@@ -68,29 +68,44 @@ def _join(prefix: str, count: int, limit: bad.MaxBad, overwrite: bool) -> Prepro
                 _append_file(folder, os.path.join(source, bad.FILE))
             folder.save(state)
         input_bytes = sum(size for _, size, _ in settings["inputs"])
-        return publish_run(folder, folders, layout, prefix, input_bytes, started)
+        inputs = [identity for shard in shards for identity in shard.identities]
+        return publish_run(folder, folders, inputs, layout, prefix, input_bytes, started)
 
 
-def _finished_shards(folders: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the settings that all shards share, and the state of each shard."""
+def _read_interrupted(prefix: str) -> FinishedWork | None:
+    """Return the work folder of a join that was killed while it published; None if there is none to continue."""
+    try:
+        found = read_finished(work_folder_path(prefix))
+    except RefusedError:  # damaged: join the shards again
+        return None
+    return found if found is not None and found.is_assembled else None
+
+
+def _finished_shards(folders: Sequence[str]) -> list[FinishedWork]:
+    """Read all shards, which must have the same settings.
+
+    Raises:
+        UserError: a shard is missing or not finished, or was made with other settings.
+        RefusedError: files of a shard are damaged, or some shards used gigatoken and another found it wrong.
+    """
     found = [read_finished(folder) for folder in folders]
     missing = [folder for folder, shard in zip(folders, found, strict=True) if shard is None]
     if missing:
         raise UserError(f"{', '.join(missing)}: missing or not finished; run these shards (again) first")
     shards = [shard for shard in found if shard is not None]
-    first = shards[0][0] | {"shard": None}
-    for folder, (settings, _) in zip(folders, shards, strict=True):
-        names = differing_names(settings | {"shard": None}, first)
+    first = shards[0].settings | {"shard": None}
+    for folder, shard in zip(folders, shards, strict=True):
+        names = differing_names(shard.settings | {"shard": None}, first)
         if names:
             raise UserError(f"{folder}: made with other settings than {folders[0]} ({', '.join(names)}); run it again")
-    mismatched = [folder for folder, (_, state) in zip(folders, shards, strict=True) if state["mismatch"]]
-    fast = [folder for folder, (_, state) in zip(folders, shards, strict=True) if state["fast"]]
+    mismatched = [folder for folder, shard in zip(folders, shards, strict=True) if shard.state["mismatch"]]
+    fast = [folder for folder, shard in zip(folders, shards, strict=True) if shard.state["fast"]]
     if mismatched and fast:
         raise RefusedError(
             f"{mismatched[0]}: found that gigatoken gives other ids with this tokenizer; run the shards that used it "
             f"again with --fast-tokenizer off --restart: {', '.join(fast)}"
         )
-    return first, [state for _, state in shards]
+    return shards
 
 
 def _joined_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout, make_pairs
 from megatron_cpt.data.preprocess.buckets import count_buckets
+from megatron_cpt.data.preprocess.file_format import name_files
 from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, Shard, expand_inputs, spool_stdin
 from megatron_cpt.data.preprocess.preprocess_run import Job, PreprocessOptions, encode_all
 from megatron_cpt.data.preprocess.work_folder import STATE_FILE, WorkFolder
@@ -31,6 +32,8 @@ from megatron_cpt.data.tokenizers.fast import plan_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import publish
+from megatron_cpt.files.identity import ChangedFileError, FileIdentity, check_unchanged
+from megatron_cpt.files.resumable import read_settings
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import exists
 
@@ -109,6 +112,7 @@ def preprocess(
     Raises:
         UserError: a file is missing, the output exists, the tokenizer has no end of document, or no line has a text.
         RefusedError: more bad lines than `options.max_bad`, or a damaged file without `options.allow_damaged_input`.
+        ChangedFileError: an input file changed while it was read.
     """
     started, prefix = time.monotonic(), os.fspath(output_prefix)
     for name in options.prefixes or [prefix]:
@@ -144,16 +148,44 @@ def _preprocess(
         input_bytes=text_bytes,
         notify=options.notify,
     )
-    with WorkFolder(path, job.settings(), should_restart=restart) as folder:
-        if not folder.state.get("done"):
-            encode_all(job, plan, folder)
-        if options.shard is not None:
-            return _report(folder.state, job.layout, job.prefix, files.total_bytes, started)
-        return publish_run(folder, [str(folder.path)], job.layout, job.prefix, files.total_bytes, started)
+    if not restart:
+        _refuse_changed_inputs(Path(path), files)
+    with WorkFolder(path, job.settings(), should_restart=restart, notify=options.notify) as folder:
+        try:
+            if not folder.state.get("done"):
+                encode_all(job, plan, folder)
+            if options.shard is not None:
+                return _report(folder.state, job.layout, job.prefix, files.total_bytes, started)
+            return publish_run(
+                folder, [str(folder.path)], files.identities, job.layout, job.prefix, files.total_bytes, started
+            )
+        except ChangedFileError:
+            folder.remove()  # no later call has this input
+            raise
+
+
+def _refuse_changed_inputs(folder: Path, files: InputFiles) -> None:
+    """Name the files that have changed since a run was interrupted; `WorkFolder` knows only that some have."""
+    before = (read_settings(folder) or {}).get("inputs") if exists(folder / STATE_FILE) else None
+    if not isinstance(before, list):
+        return
+    facts = {path: [path, *fact] for path, *fact in before}
+    changed = [now[0] for now in files.settings() if facts.get(str(now[0]), now) != now]
+    if changed:
+        raise UserError(
+            f"input {name_files(list(map(str, changed)))}: changed since the run in {folder} was interrupted; give the "
+            "same files again to resume it, or --restart to discard it"
+        )
 
 
 def publish_run(
-    folder: WorkFolder, sources: Sequence[str], layout: OutputLayout, prefix: str, input_bytes: int, started: float
+    folder: WorkFolder,
+    sources: Sequence[str],
+    inputs: Sequence[FileIdentity],
+    layout: OutputLayout,
+    prefix: str,
+    input_bytes: int,
+    started: float,
 ) -> PreprocessReport:
     """Make the pairs of a finished run, publish them, and remove the work folders.
 
@@ -162,19 +194,22 @@ def publish_run(
     Args:
         folder: the run's own folder; its state counts everything that is published.
         sources: folders that hold the tokens: `folder` itself, or the folders of the shards.
+        inputs: files that the result was made of; they must not have changed.
         input_bytes: size of the input files, for the report.
         started: `time.monotonic` at the start of the call, for the report.
     """
-    if "renames" not in folder.state:
+    if folder.renames is None:
         origin = folder.state.get("origin")  # shards of earlier versions have none
-        renames, prefixes = make_pairs(layout, origin and Origin(**origin), sources, str(folder.path))
-        folder.save(folder.state | {"renames": renames, "prefixes": prefixes})
-    publish([(source, target) for source, target in folder.state["renames"]])
-    bad_path = f"{prefix}.bad.jsonl"
-    if exists(folder.file(bad.FILE)):
-        publish([(folder.file(bad.FILE), bad_path)])
-    elif not folder.state["bad"]["count"]:
-        Path(bad_path).unlink(missing_ok=True)  # belongs to the dataset that was replaced
+        made = make_pairs(layout, origin and Origin(**origin), sources, folder)
+        check_unchanged(inputs)
+        if (listed := folder.sums().get(bad.FILE)) is not None:
+            made.renames.append((folder.file(bad.FILE), f"{prefix}.bad.jsonl"))
+            made.files[bad.FILE] = listed
+        folder.save_result(folder.state | {"prefixes": made.prefixes}, made.renames, made.files)
+    assert folder.renames is not None
+    publish(folder.renames)
+    if not folder.state["bad"]["count"]:
+        Path(f"{prefix}.bad.jsonl").unlink(missing_ok=True)  # belongs to the dataset that was replaced
     report = _report(folder.state, layout, prefix, input_bytes, started)
     for path in (*sources, str(folder.path)):
         shutil.rmtree(path, ignore_errors=True)

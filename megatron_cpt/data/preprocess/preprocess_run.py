@@ -33,6 +33,7 @@ from megatron_cpt.data.tokenizers.fast import (
 )
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.identity import check_unchanged
 
 Progress = Callable[[int, int, int, int], None]
 Notify = Callable[[str], None]
@@ -149,7 +150,7 @@ class Job:
         """Return everything that decides which bytes are written; the library that encodes does not."""
         shard = self.options.shard
         return {
-            "inputs": self.files.identity(),
+            "inputs": self.files.settings(),
             "tokenizer": self.tokenizer.fingerprint,
             "encode": asdict(self.encode),
             "shard": [shard.index, shard.count] if shard else None,
@@ -183,6 +184,7 @@ def encode_all(job: Job, plan: TokenizerPlan, folder: WorkFolder) -> None:
             folder.start_from_scratch()
             _Run(job, replace(plan, certificate=None), folder, mismatch=str(error)).encode()
     except (RefusedError, UserError) as error:
+        check_unchanged(job.files.identities)  # a file that was cut a moment ago looks damaged
         # A mistake or damage in a block in the middle keeps the saved progress.
         if not folder.state or (isinstance(error, RefusedError) and not isinstance(error, DamagedInputError)):
             folder.remove()
@@ -231,6 +233,7 @@ class _Run:
                     self._flush()
                     self._folder.save_in_background(self._state(done=False))
                     last_save = time.monotonic()
+        check_unchanged(self._job.files.identities)  # workers may read a block after `read_blocks` has cut its file
         if self._job.options.shard is None:
             self._check_totals()
         self._flush()

@@ -43,6 +43,7 @@ def merge_datasets(
     Raises:
         UserError: no dataset is given, a file is missing, token types differ, or the output exists or is an input.
         RefusedError: an input is damaged, or the tokenizers differ.
+        ChangedFileError: an input changed while it was read.
     """
     datasets = open_with_one_dtype(prefixes)
     first = datasets[0]
@@ -120,6 +121,8 @@ class _MergeWriter(IndexedDatasetWriter):
                     with DiskFile(f"{dataset.prefix}.idx") as source:
                         idx.write(source.read_at(dataset.header.modes_offset, dataset.num_sequences))
             close_durably(idx)
+        for dataset in self._datasets:  # everything is read, and nothing is published
+            dataset.check_unchanged()
 
 
 def _copy_table(idx: IO[bytes], table: NumberTable, added: int, first: int = 0) -> None:

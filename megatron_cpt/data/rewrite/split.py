@@ -63,6 +63,7 @@ def split_datasets(
     Raises:
         UserError: a file is missing, token types differ, an output exists or is an input, or the seed is too large.
         RefusedError: an input is damaged, or the tokenizers differ.
+        ChangedFileError: an input changed while it was read.
     """
     if not 0 < fraction < 1:
         raise UserError(f"fraction: {fraction}: give a share of the documents above 0 and below 1")
@@ -91,6 +92,8 @@ def split_datasets(
                 totals += [(len(lengths), tokens.size) for tokens, lengths in sides]
                 if progress is not None:
                     progress(block.tokens.nbytes)
+        for dataset in datasets:  # everything is read, and nothing is published
+            dataset.check_unchanged()
     return SplitReport(*totals.ravel().tolist())
 
 

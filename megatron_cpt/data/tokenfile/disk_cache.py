@@ -23,6 +23,7 @@ import numpy.typing as npt
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.identity import FileIdentity
 from megatron_cpt.files.remote import open_ranges
 from megatron_cpt.files.whole_io import DiskFile
 
@@ -114,6 +115,13 @@ class CachedFile:
                 future = _pool.submit(self._fetch, numbers)
                 self._pending |= dict.fromkeys(numbers, future)
 
+    def identity(self) -> FileIdentity | None:
+        """Return None: the blocks may be of different times, so each fetch compares the original file."""
+        return None
+
+    def check(self, identity: FileIdentity | None) -> None:
+        """Do nothing; see `identity`."""
+
     def __enter__(self) -> CachedFile:
         return self
 
@@ -148,6 +156,7 @@ class CachedFile:
         start = first * BLOCK_BYTES
         data = bytearray(min((last + 1) * BLOCK_BYTES, self._end) - start)
         with open_ranges(self._path) as origin:
+            origin.check(self._dataset.header.identities[0])
             done = origin.read_into(memoryview(data), start)
         is_complete = done == len(data)
         del data[done:]  # the file was truncated since it was opened: the reader of the dataset reports it

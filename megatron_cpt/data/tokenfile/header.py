@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.identity import FileIdentity, check_unchanged
 from megatron_cpt.files.remote import RangeFile, is_file, open_ranges
 from megatron_cpt.files.retry import is_path_error
 
@@ -59,6 +60,7 @@ class IndexHeader:
         prefix: path without `.bin` or `.idx`.
         num_sequences: number of sequences; a document has one or more.
         has_modes: the dataset is multimodal: its index has a mode per sequence.
+        identities: of the `.bin` and the `.idx` whose header this is; None for files in an object store.
     """
 
     prefix: str
@@ -67,6 +69,15 @@ class IndexHeader:
     num_documents: int
     num_tokens: int
     has_modes: bool = False
+    identities: tuple[FileIdentity | None, FileIdentity | None] = field(default=(None, None), compare=False, repr=False)
+
+    def check_unchanged(self) -> None:
+        """Compare both files with the ones that were opened.
+
+        Raises:
+            ChangedFileError: a file was replaced, written to or removed.
+        """
+        check_unchanged(identity for identity in self.identities if identity is not None)
 
     @property
     def sizes_offset(self) -> int:
@@ -125,12 +136,13 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
             bin_bytes = tokens.size
             header = _parse_preamble(prefix, idx_path, idx.read(0, PREAMBLE.size), idx.size, bin_bytes)
             _check_ends(idx, header, idx_path, bin_path, bin_bytes)
+            identities = tokens.identity(), idx.identity()
     except OSError as error:
         if not is_path_error(error):
             raise
         path = error.filename or idx_path
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return header
+    return replace(header, identities=identities)
 
 
 def refuse(path: str, problem: str) -> RefusedError:

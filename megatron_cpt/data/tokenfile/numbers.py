@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.header import refuse
+from megatron_cpt.files.identity import FileIdentity
 from megatron_cpt.files.remote import open_ranges
 
 _PAGE_ENTRIES = 1 << 10
@@ -23,9 +24,15 @@ class NumberTable:
     """Sequence of `count` numbers from a byte of a file on; slices are arrays.
 
     Single numbers are read with their page, which is kept, because a binary search asks for the same ones again.
+
+    Args:
+        identity: of the file; each read compares it. None: unknown.
     """
 
-    def __init__(self, path: str, dtype: npt.DTypeLike, offset: int, count: int) -> None:
+    def __init__(
+        self, path: str, dtype: npt.DTypeLike, offset: int, count: int, identity: FileIdentity | None = None
+    ) -> None:
+        self._identity = identity
         self._path, self._dtype, self._offset, self._count = path, np.dtype(dtype), offset, count
         self._pages = OrderedDict[int, npt.NDArray[Any]]()
 
@@ -60,6 +67,7 @@ class NumberTable:
         numbers = np.empty(stop - start, self._dtype)
         if numbers.size:
             with open_ranges(self._path) as file:
+                file.check(self._identity)
                 if file.read_into(numbers.data.cast("B"), self._offset + start * numbers.itemsize) < numbers.nbytes:
                     raise refuse(self._path, "was truncated since it was opened")
         return numbers

@@ -46,9 +46,13 @@ class IndexedDataset:
         tokens_file: file that the tokens are read from, such as a cache (see `disk_cache.py`); None: the `.bin` itself,
             opened for each read.
 
+    Every read compares the file with the one that was opened here: a dataset that is replaced during a run would be
+    read in part, and no later check could tell.
+
     Raises:
         UserError: a file is missing.
         RefusedError: the files are damaged or not a pair (see `read_header`).
+        ChangedFileError: from a read: a file was replaced or written to since it was opened.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -107,6 +111,7 @@ class IndexedDataset:
             return
         itemsize = self.dtype.itemsize
         with self._open_tokens() as file:
+            file.check(self.header.identities[0])
             for start, row in zip(starts, rows, strict=True):
                 if file.read_into(row.data.cast("B"), start * itemsize) < row.nbytes:
                     sizes = f"from {self.num_tokens * itemsize} to {file.size} bytes"
@@ -161,6 +166,14 @@ class IndexedDataset:
         sequence = bisect_right(self.sequence_pointers, token_offset * self.dtype.itemsize) - 1
         return bisect_right(self.document_indices, sequence) - 1
 
+    def check_unchanged(self) -> None:
+        """Compare both files with the ones that were opened; called before a result of them is published.
+
+        Raises:
+            ChangedFileError: a file was replaced, written to or removed.
+        """
+        self.header.check_unchanged()
+
     def close(self) -> None:
         """Release the pages of the `.idx`; they are read again at the next use."""
         for name in ("sizes", "sequence_pointers", "document_indices"):
@@ -174,7 +187,7 @@ class IndexedDataset:
         return self.tokens_file or open_ranges(f"{self.prefix}.bin")
 
     def _table(self, dtype: str, offset: int, count: int) -> NumberTable:
-        return NumberTable(f"{self.prefix}.idx", dtype, offset, count)
+        return NumberTable(f"{self.prefix}.idx", dtype, offset, count, self.header.identities[1])
 
 
 def open_with_one_dtype(prefixes: Sequence[str]) -> list[IndexedDataset]:

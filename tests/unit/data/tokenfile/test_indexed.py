@@ -236,9 +236,9 @@ def test_missing_file_is_the_users_mistake(tmp_path, make_dataset, ending):
 def test_bin_cut_after_it_was_opened(tmp_path, make_dataset):
     dataset = make_dataset("p", DOCUMENTS)
     cut(f"{tmp_path}/p.bin", 4)
-    assert dataset.read(0, 4).tolist() == TOKENS[:4]
-    with pytest.raises(RefusedError, match=r"p\.bin: was truncated from 12 to 8 bytes"):
-        dataset.read(2, 4)
+    for start in (0, 2):  # tokens that are left may be of another version, too
+        with pytest.raises(RefusedError, match=r"p\.bin: was truncated from 12 to 8 bytes"):
+            dataset.read(start, 4)
 
 
 def write_and_fail(prefix: Path) -> None:

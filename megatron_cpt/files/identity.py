@@ -1,0 +1,103 @@
+"""Identity of input files: whether a file is still the one that a command started to read.
+
+Half of an old and half of a new file, or the beginning of a file that was cut, look like valid input. So a command
+notes inode, size and modification time of each file when it opens it, and compares them before it publishes its result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from megatron_cpt.errors import CptError, RefusedError
+
+_MOUNTS = "/proc/self/mountinfo"
+
+
+class ChangedFileError(RefusedError):
+    """Input file that changed while a command read it."""
+
+    def __init__(self, path: str, change: str) -> None:
+        super().__init__(
+            f"{path}: {change} since it was opened: what was read may be a mixture of two versions, so nothing of it "
+            "is used; wait until nobody writes the file, then run the command again"
+        )
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """Identity of a local file. It does not include the device number, which differs between mounts of one server.
+
+    Attributes:
+        mtime_ns: modification time in nanoseconds.
+    """
+
+    path: str
+    inode: int
+    num_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], fd: int | None = None) -> FileIdentity:
+        """Return the identity of the file that has a name now, or of an open file."""
+        stat = os.stat(path) if fd is None else os.fstat(fd)
+        return cls(os.fspath(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    def check(self, fd: int | None = None) -> None:
+        """Compare with the file that has the name now, or with an open file.
+
+        Raises:
+            ChangedFileError: they differ, or no file has the name any more.
+        """
+        try:
+            stat = os.stat(self.path) if fd is None else os.fstat(fd)
+        except FileNotFoundError:
+            raise ChangedFileError(self.path, "was removed") from None
+        if stat.st_size != self.num_bytes:
+            change = "truncated" if stat.st_size < self.num_bytes else "changed"
+            raise ChangedFileError(self.path, f"was {change} from {self.num_bytes} to {stat.st_size} bytes")
+        if stat.st_mtime_ns != self.mtime_ns:
+            raise ChangedFileError(self.path, "was written to")
+        if stat.st_ino != self.inode and _has_lasting_inodes(stat.st_dev):
+            raise ChangedFileError(self.path, "was replaced by another file")
+
+
+def identify(paths: Iterable[str | os.PathLike[str]]) -> list[FileIdentity]:
+    """Return the identities of files."""
+    return [FileIdentity.read(path) for path in paths]
+
+
+def check_unchanged(identities: Iterable[FileIdentity]) -> None:
+    """Raise a ChangedFileError for the first file that is no longer the one that was identified."""
+    for identity in identities:
+        identity.check()
+
+
+@contextlib.contextmanager
+def must_not_change(identities: Iterable[FileIdentity]) -> Iterator[None]:
+    """Compare files at the end of the block, and also after an error: a file that was cut a moment ago looks corrupt.
+
+    Raises:
+        ChangedFileError: a file is no longer the one that was identified.
+    """
+    identities = list(identities)
+    try:
+        yield
+    except CptError:
+        check_unchanged(identities)
+        raise
+    check_unchanged(identities)
+
+
+@cache
+def _has_lasting_inodes(device: int) -> bool:
+    """Return False for FUSE (such as gcsfuse), which gives a file another inode number once it has forgotten it."""
+    name = f"{os.major(device)}:{os.minor(device)}"
+    mounts = Path(_MOUNTS).read_text(encoding="utf-8", errors="replace") if os.path.exists(_MOUNTS) else ""
+    # Example of a line: 36 35 98:0 / /mnt rw,noatime shared:1 - ext4 /dev/sda1 rw
+    lines = [line.partition(" - ") for line in mounts.splitlines()]
+    return not any(left.split()[2] == name and right.startswith("fuse") for left, _, right in lines)
