@@ -171,7 +171,7 @@ def test_a_crash_leaves_nothing_that_looks_whole(data, monkeypatch):
 def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
-    with pytest.raises(UserError, match=r"pip cannot fetch evals==.*\n.*put their wheels into") as caught:
+    with pytest.raises(UserError, match=r"pip cannot download evals==.*\n.*put their wheels into") as caught:
         corpora.prepare(tmp_path / "data")
     assert caught.value.exit_status == 2
 
