@@ -90,7 +90,7 @@ def build_root(folder: str, num_bytes: int) -> None:
     for source in (sys.base_prefix, "/usr", "/lib", "/lib64"):
         if os.path.islink(source):
             os.symlink(os.readlink(source), folder + source)
-        elif os.path.isdir(source) and not any(source.startswith(parent) for parent in seen):
+        elif os.path.isdir(source) and not f"{source}/".startswith(tuple(seen)):
             seen.append(f"{source}/")
             os.makedirs(folder + source, exist_ok=True)
             mount(source, folder + source, None, MS_BIND | MS_REC)
