@@ -60,7 +60,9 @@ class FinishedRequests:
         found = {}
         with self._errors_as_cpt_errors():
             for key in keys:
-                row = self._database.execute("SELECT answer, checksum FROM answers WHERE request = ?", (key,)).fetchone()
+                row = self._database.execute(
+                    "SELECT answer, checksum FROM answers WHERE request = ?", (key,)
+                ).fetchone()
                 if row is not None and isinstance(row[0], bytes) and _checksum(key, row[0]) == row[1]:
                     found[key] = orjson.loads(row[0])
         return found

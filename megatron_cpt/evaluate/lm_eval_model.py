@@ -52,8 +52,7 @@ class HarnessModel(TemplateLM):
 
     Args:
         engine: scores and generates token ids.
-        tokenizer: of the model.
-        eod_id: the end-of-document id: it ends a generated text, and begins a text without a start id.
+        tokenizer: of the model; its `eos_id` ends a generated text, and begins a text if there is no start id.
         add_bos: put the start id in front of every prompt; None: as the tokenizer's own template does.
         finished: file with the answers of finished requests; None keeps none.
         scope: digest of everything that the answers depend on besides the request itself.
@@ -65,14 +64,15 @@ class HarnessModel(TemplateLM):
         engine: LeadingEngine,
         tokenizer: Tokenizer,
         *,
-        eod_id: int,
         add_bos: bool | None = None,
         finished: FinishedRequests | None = None,
         scope: str = "",
         advance: Callable[[int, int], None] = lambda amount, total: None,
     ) -> None:
         super().__init__()
-        self._engine, self._ids, self._eod_id = engine, tokenizer, eod_id
+        if tokenizer.eos_id is None:
+            raise UserError("evaluation: the tokenizer has no id that ends a text; name its eos_token in its files")
+        self._engine, self._ids, self._eos_id = engine, tokenizer, tokenizer.eos_id
         self._template = _template(tokenizer, add_bos)
         self._bos_text = tokenizer.decode([self.prefix_token_id])
         self._finished, self._scope, self._advance = finished, scope, advance
@@ -81,12 +81,12 @@ class HarnessModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """Id that ends a text."""
-        return self._eod_id
+        return self._eos_id
 
     @property
     def prefix_token_id(self) -> int:
         """Id in front of a text without a context."""
-        return self._ids.bos_id if self._ids.bos_id is not None else self._eod_id
+        return self._ids.bos_id if self._ids.bos_id is not None else self._eos_id
 
     @property
     def max_length(self) -> int:
@@ -136,12 +136,12 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text generated after each prompt, up to its first stop text."""
         self._begin(requests)
-        eod_text = self._ids.decode([self._eod_id])
+        eos_text = self._ids.decode([self._eos_id])
         calls: dict[tuple[GenerationOptions, tuple[str, ...]], list[tuple[int, Tokens]]] = defaultdict(list)
         seen: Counter[tuple[Tokens, GenerationOptions]] = Counter()
         for number, instance in enumerate(requests):
             context, arguments = instance.args
-            options, stops = self._generation_options(arguments, instance.task_name, eod_text)
+            options, stops = self._generation_options(arguments, instance.task_name, eos_text)
             prompt = self._truncated(tuple(self.tok_encode(context)), options.max_new_tokens, instance.task_name)
             if options.temperature:  # a repeated prompt gets another sample
                 seen[prompt, options] += 1
@@ -178,7 +178,7 @@ class HarnessModel(TemplateLM):
             ids,
             keys=lambda prompt: request_key(self._scope, "generate", [plain, prompt]),
             parse=lambda found: Generation(tuple(found["token_ids"]), found["reason"]),
-            compute=lambda unique, finished, on_batch: self._engine.generate(unique, options, stops, finished, on_batch),
+            compute=lambda unique, known, on_batch: self._engine.generate(unique, options, stops, known, on_batch),
             weights=Counter(ids),
         )
 
@@ -229,10 +229,10 @@ class HarnessModel(TemplateLM):
             self._finished = None
 
     def _generation_options(
-        self, arguments: Mapping[str, Any], task: str | None, eod_text: str
+        self, arguments: Mapping[str, Any], task: str | None, eos_text: str
     ) -> tuple[GenerationOptions, tuple[str, ...]]:
         options: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), _DEFAULT_NEW_TOKENS))
-        stops = handle_stop_sequences(options.pop("until", None), eos=eod_text or None)
+        stops = handle_stop_sequences(options.pop("until", None), eos=eos_text or None)
         max_new_tokens = options.pop("max_gen_toks")
         if unknown := sorted(set(options) - _KNOWN_OPTIONS):
             raise UserError(
@@ -241,9 +241,11 @@ class HarnessModel(TemplateLM):
             )
         sampling = {name: options[name] for name in ("top_p", "top_k", "seed") if options.get(name) is not None}
         temperature = float(options.get("temperature") or 0.0) if options["do_sample"] else 0.0
-        stop_ids = frozenset([self._eod_id])
         found = GenerationOptions(
-            max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=stop_ids, **(sampling if temperature else {})
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop_ids=frozenset([self._eos_id]),
+            **(sampling if temperature else {}),
         )
         return found, tuple(stops)
 
@@ -251,8 +253,8 @@ class HarnessModel(TemplateLM):
         longest = self.max_length - max_new_tokens
         if longest <= 0:
             raise UserError(
-                f"task {task}: max_gen_toks: {max_new_tokens} leaves no room for a prompt, because the model's length is "
-                f"{self.max_length}; set fewer in generation_kwargs of the task's file"
+                f"task {task}: max_gen_toks: {max_new_tokens} leaves no room for a prompt in the model's "
+                f"{self.max_length} tokens; set fewer in generation_kwargs of the task's file"
             )
         self.counts.truncated += len(prompt) > longest
         # The harness allows an empty prompt; its text then begins as a document does.

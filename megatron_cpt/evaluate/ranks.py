@@ -165,9 +165,7 @@ class LeadingEngine:
 
         return self._engine.score(call.requests, finished=call.finished, on_batch=finish_batch)
 
-    def _generate(
-        self, call: _GenerateCall, on_batch: Callable[[dict[int, Generation]], None]
-    ) -> list[Generation]:
+    def _generate(self, call: _GenerateCall, on_batch: Callable[[dict[int, Generation]], None]) -> list[Generation]:
         def finish_batch(batch: dict[int, Generation]) -> None:
             self.progress()
             on_batch(batch)
