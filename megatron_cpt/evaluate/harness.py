@@ -81,13 +81,16 @@ class HarnessResults:
 class LoadedTasks:
     """Tasks of lm-evaluation-harness with their documents; each `run` gives the same prompts.
 
+    Attributes:
+        choice: the tasks as they were asked for.
+
     Raises:
         UserError: the harness is missing, a task is unknown, cannot be loaded, or needs what was not allowed.
     """
 
     def __init__(self, choice: TaskChoice) -> None:
         _require_harness(choice)
-        self._choice = choice
+        self.choice = choice
         with _quiet(), _preserved_random_states():
             self._loaded = _load(choice)
         for name, task in self._tasks.items():
@@ -113,7 +116,7 @@ class LoadedTasks:
             for name, task in self._tasks.items():
                 self._seed(task)
                 with _harness_errors(f"task {name}: its prompts cannot be built"):
-                    task.build_all_requests(limit=self._choice.limit)
+                    task.build_all_requests(limit=self.choice.limit)
 
     def run(self, model: LM, *, with_samples: bool = False, bootstrap: int = BOOTSTRAP_ITERATIONS) -> HarnessResults:
         """Evaluate a model on all tasks.
@@ -133,10 +136,10 @@ class LoadedTasks:
             found = evaluate(
                 lm=model,
                 task_dict=self._loaded,
-                limit=self._choice.limit,
+                limit=self.choice.limit,
                 bootstrap_iters=bootstrap,
                 log_samples=with_samples,
-                confirm_run_unsafe_code=self._choice.allow_code_execution,
+                confirm_run_unsafe_code=self.choice.allow_code_execution,
             )
         assert found is not None, "HarnessModel has rank 0"
         return self._results(found)
@@ -162,7 +165,7 @@ class LoadedTasks:
 
     def _set_fewshot(self, task: Task) -> None:
         """Set the number of few-shot examples with the harness's rule: a task's own 0 stays."""
-        own, asked = task.get_config("num_fewshot"), self._choice.num_fewshot
+        own, asked = task.get_config("num_fewshot"), self.choice.num_fewshot
         if own is None or (asked is not None and own != 0):
             task.set_config(key="num_fewshot", value=asked or 0)
 

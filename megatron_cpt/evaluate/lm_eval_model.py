@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.evaluate.finished_requests import FinishedRequests, request_key
-from megatron_cpt.evaluate.ranks import LeadingEngine
+from megatron_cpt.evaluate.ranks import LeadingEngine, decode_text
 from megatron_cpt.evaluate.requests import Generation, GenerationOptions, Score, ScoreRequest
 
 logger = logging.getLogger(__name__)
@@ -259,11 +259,6 @@ class HarnessModel(TemplateLM):
         self.counts.truncated += len(prompt) > longest
         # The harness allows an empty prompt; its text then begins as a document does.
         return prompt[-longest:] or (self.prefix_token_id,)
-
-
-def decode_text(tokenizer: Tokenizer, token_ids: Iterable[int]) -> str:
-    """Return the text of ids, without special tokens such as the end of a document."""
-    return tokenizer.decode([number for number in token_ids if number not in tokenizer.special_ids])
 
 
 def _template(tokenizer: Tokenizer, add_bos: bool | None) -> tuple[list[int], list[int]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import CptError
 from megatron_cpt.evaluate.requests import Generation, GenerationOptions, Score, ScoreRequest
 
@@ -63,6 +64,11 @@ class _End:
     failure: CptError | None
 
 
+def decode_text(tokenizer: Tokenizer, token_ids: Iterable[int]) -> str:
+    """Return the text of ids, without special tokens such as the end of a document."""
+    return tokenizer.decode([number for number in token_ids if number not in tokenizer.special_ids])
+
+
 class StopTexts:
     """Detection of stop texts in generated tokens, by decoding the last few.
 
@@ -90,12 +96,12 @@ class LeadingEngine:
 
     Args:
         engine: this rank's engine.
-        decode: returns the text of token ids, for stop texts.
+        tokenizer: decodes tokens to find stop texts.
         num_ranks: number of processes.
     """
 
-    def __init__(self, engine: ScoringEngine, decode: Callable[[Sequence[int]], str], num_ranks: int) -> None:
-        self._engine, self._decode, self._num_ranks = engine, decode, num_ranks
+    def __init__(self, engine: ScoringEngine, tokenizer: Tokenizer, num_ranks: int) -> None:
+        self._engine, self._tokenizer, self._num_ranks = engine, tokenizer, num_ranks
         self.max_length = engine.max_length
         self.progress: Callable[[], None] = lambda: None
 
@@ -170,7 +176,7 @@ class LeadingEngine:
             self.progress()
             on_batch(batch)
 
-        stop = StopTexts(call.stop_texts, self._decode)
+        stop = StopTexts(call.stop_texts, lambda ids: decode_text(self._tokenizer, ids))
         return self._engine.generate(
             call.prompts, call.options, stop=stop, finished=call.finished, on_batch=finish_batch
         )
