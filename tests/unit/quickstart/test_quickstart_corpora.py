@@ -141,7 +141,7 @@ def test_twice_gives_the_same_bytes(data):
 
 def test_second_call_does_no_work(data, monkeypatch):
     accounts = corpora.prepare(data)
-    monkeypatch.setattr(corpora, "fetch", lambda folder: pytest.fail("fetched again"))
+    monkeypatch.setattr(corpora, "download_wheels", lambda *_, **__: pytest.fail("fetched again"))
     assert corpora.prepare(data) == accounts
 
 
