@@ -124,6 +124,12 @@ def run_program(
     return outcome_of(report, status)
 
 
+def available_isolation() -> str:
+    """Return the isolation that programs get on this machine, see `Outcome`."""
+    with allow_code_execution():
+        return run_program("pass").isolation
+
+
 def read_report(descriptor: int, deadline: float) -> bytes:
     """Return what the child reports before it ends or the deadline comes."""
     report = b""

@@ -28,6 +28,7 @@ from megatron_cpt.convert.importer import import_checkpoint
 from megatron_cpt.convert.side_files import side_files_of_checkpoint
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
+from megatron_cpt.evaluate.code_execution import available_isolation
 from megatron_cpt.evaluate.finished_requests import FinishedRequests
 from megatron_cpt.evaluate.harness import BOOTSTRAP_ITERATIONS, SEED, HarnessResults, LoadedTasks, TaskChoice
 from megatron_cpt.evaluate.ranks import LeadingEngine
@@ -304,6 +305,7 @@ def _config(options: EvaluateOptions, run: RunConfig, tasks: LoadedTasks, engine
         "bootstrap_iterations": BOOTSTRAP_ITERATIONS,
         "max_length": engine.max_length,
         "add_bos": options.add_bos,
+        "code_isolation": available_isolation() if options.allow_code_execution else None,
         "overrides": list(options.overrides),
         "parallel": run.parallel.model_dump(mode="json"),
         "precision": run.precision.model_dump(mode="json"),

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_cpt.errors import CptError, UserError, install_command
+from megatron_cpt.evaluate.code_execution import allow_code_execution
+from megatron_cpt.evaluate.offline import BUILD_COMMAND, task_folder
+from megatron_cpt.evaluate.offline.scores import token_counter
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -130,7 +133,11 @@ class LoadedTasks:
         """
         from lm_eval.evaluator import evaluate
 
-        with _quiet(), _preserved_random_states(), _harness_errors("evaluation"):
+        with _quiet(), _preserved_random_states(), _harness_errors("evaluation"), contextlib.ExitStack() as stack:
+            if (encode := getattr(model, "tok_encode", None)) is not None:
+                stack.enter_context(token_counter(lambda text: len(encode(text, add_special_tokens=False))))
+            if self.choice.allow_code_execution:
+                stack.enter_context(allow_code_execution())
             for task in self._tasks.values():
                 self._seed(task)
             found = evaluate(
@@ -218,14 +225,18 @@ def _load(choice: TaskChoice) -> dict[str, Any]:
 
 
 def _manager(choice: TaskChoice) -> TaskManager:
-    """Return the index of task files: only those of `include_path` if they are enough, because 14,000 take seconds."""
+    """Return the index of task files: without the harness's own if others are enough, because 14,000 take seconds."""
     from lm_eval.tasks import TaskManager
 
-    if choice.include_path is not None:
-        own = TaskManager(include_path=choice.include_path, include_defaults=False)
+    offline = task_folder()
+    folders = [str(offline)] if offline.is_dir() else []
+    if choice.include_path is not None:  # the last one wins
+        folders.append(choice.include_path)
+    if folders:
+        own = TaskManager(include_path=folders, include_defaults=False)
         if all(own.match_tasks([name]) for name in choice.names) and _are_complete(choice.names, own):
             return own
-    return TaskManager(include_path=choice.include_path)
+    return TaskManager(include_path=folders)
 
 
 def _are_complete(names: Sequence[str], manager: TaskManager) -> bool:
@@ -241,6 +252,7 @@ def _matching(names: Sequence[str], manager: TaskManager) -> list[str]:
             hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them"
             raise UserError(
                 f"task {name}: not a known task, group or tag; {hint} Task files of your own need include_path"
+                f"{'' if task_folder().is_dir() else f', and `{BUILD_COMMAND}` builds the offline tasks'}"
             )
         matching.update(dict.fromkeys(found or [name]))
     return list(matching)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 VARIABLE = "MEGATRON_CPT_TASKS"
+BUILD_COMMAND = "python -m megatron_cpt.evaluate.offline"
 
 
 def task_folder() -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from megatron_cpt.evaluate.offline import BUILD_COMMAND
 from megatron_cpt.evaluate.offline.question_rows import CODE, HELDOUT, PACKAGES, READERS, Row, Rows
 from megatron_cpt.evaluate.offline.task_files import NUM_FEWSHOT, task_files
 from megatron_cpt.files.atomic import write_atomically
@@ -23,8 +24,7 @@ from megatron_cpt.files.checksum import Checksum, file_checksum
 from megatron_cpt.files.wheels import download_wheels
 
 MANIFEST = "offline.json"
-COMMAND = "python -m megatron_cpt.evaluate.offline"
-REBUILD = f"run `{COMMAND}` again, with the same --output"
+REBUILD = f"run `{BUILD_COMMAND}` again, with the same --output"
 
 Manifest = dict[str, Any]
 

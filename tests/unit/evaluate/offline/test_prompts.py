@@ -13,13 +13,19 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from megatron_cpt.errors import EXIT_USER, UserError
 from megatron_cpt.evaluate.code_execution import allow_code_execution
+from megatron_cpt.evaluate.harness import LoadedTasks, TaskChoice
+from megatron_cpt.evaluate.offline import VARIABLE
 from megatron_cpt.evaluate.offline.question_rows import EXAMS, HELDOUT, MULTIPLE_CHOICE
 from megatron_cpt.evaluate.offline.task_files import PAPER, PAPER_OWN, all_groups, all_tasks
 
 
 class ByteModel(LM):
     """Every byte of a text has a probability of 1/4, and an answer is always "4 apples" or a right program."""
+
+    def tok_encode(self, string, add_special_tokens=True):
+        return list(string.encode())
 
     def loglikelihood(self, requests):
         return [(-2 * math.log(2) * len(request.args[1].encode()), False) for request in requests]
@@ -158,3 +164,39 @@ def test_an_evaluation_of_everything(manager):
     assert found["asdiv_gen"]["exact_match,none"] in (0.0, pytest.approx(1 / 3))
     assert "acc_mutual_info,none" in found["openbookqa_cloze"]
     assert "acc_mutual_info,none" not in found["piqa_cloze"]
+
+
+@pytest.fixture
+def built(monkeypatch, tasks):
+    monkeypatch.setenv(VARIABLE, str(tasks))
+
+
+def test_built_tasks_need_no_include_path(built):
+    found = LoadedTasks(TaskChoice(names=["piqa_cloze", "exams_*_mc"])).run(ByteModel(), bootstrap=0)
+    assert len(found.tasks) == 1 + len(EXAMS)
+    assert found.metrics["piqa_cloze"]["bits_per_byte"] == pytest.approx(20 / 9)
+    assert "acc_tokens" in found.metrics["piqa_cloze"]
+
+
+def test_programs_are_refused_before_anything_is_computed(built):
+    with pytest.raises(UserError, match=r"task humaneval_gen: .*--allow-code-execution") as caught:
+        LoadedTasks(TaskChoice(names=["piqa_cloze", "humaneval_gen"]))
+    assert caught.value.exit_status == EXIT_USER
+    allowed = LoadedTasks(TaskChoice(names=["humaneval_gen"], allow_code_execution=True))
+    assert allowed.run(ByteModel(), bootstrap=0).metrics["humaneval_gen"]["pass@1"] == 1.0
+
+
+@pytest.mark.long  # the harness reads 14,000 files
+def test_the_paper_s_group_says_what_is_missing(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"task paper: cannot be loaded .*its data is not on this machine") as caught:
+        LoadedTasks(TaskChoice(names=["paper"], allow_code_execution=True))
+    assert caught.value.exit_status == EXIT_USER
+
+
+@pytest.mark.long  # the harness reads 14,000 files
+def test_tasks_that_were_not_built_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "none"))
+    with pytest.raises(UserError, match="`python -m megatron_cpt.evaluate.offline` builds the offline tasks"):
+        LoadedTasks(TaskChoice(names=["offline"]))
