@@ -198,5 +198,5 @@ def test_the_paper_s_group_says_what_is_missing(built, tmp_path, monkeypatch):
 @pytest.mark.long  # the harness reads 14,000 files
 def test_tasks_that_were_not_built_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "none"))
-    with pytest.raises(UserError, match="`python -m megatron_cpt.evaluate.offline` builds the offline tasks"):
+    with pytest.raises(UserError, match=r"`python -m megatron_cpt\.evaluate\.offline` builds the offline tasks"):
         LoadedTasks(TaskChoice(names=["offline"]))
