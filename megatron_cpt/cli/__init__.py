@@ -14,10 +14,11 @@ import typer
 
 from megatron_cpt import __version__
 from megatron_cpt.cli.arguments import repeat_options
-from megatron_cpt.cli.command_groups import CHECKPOINTS, DATA, OPERATIONS, PLAN, TRAIN, GroupedCommands
+from megatron_cpt.cli.command_groups import CHECKPOINTS, DATA, EVALUATE, OPERATIONS, PLAN, TRAIN, GroupedCommands
 from megatron_cpt.cli.commands.check_command import check
 from megatron_cpt.cli.commands.convert_command import app as convert_app
 from megatron_cpt.cli.commands.doctor_command import doctor
+from megatron_cpt.cli.commands.evaluate_command import evaluate
 from megatron_cpt.cli.commands.inspect_command import inspect
 from megatron_cpt.cli.commands.launch_command import WordsCommand, launch
 from megatron_cpt.cli.commands.merge_command import merge
@@ -46,6 +47,7 @@ for command in (preprocess, check, inspect, merge, split, overlap, trace):
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
+app.command(rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=OPERATIONS)(doctor)
 
 

@@ -12,6 +12,7 @@ MANY_VALUES = {
     "split": ("--input",),
     "overlap": ("--train", "--held-out", "--key"),
     "train": ("--allow",),
+    "evaluate": ("--tasks",),
 }
 """Options with several values, per command."""
 
@@ -34,7 +35,7 @@ def repeat_options(argv: Sequence[str]) -> list[str]:
             following = argv[number + 1 : number + 2]
             if current and (not following or following[0].startswith("--")):
                 raise UserError(f"{current}: give at least one value after it")
-        elif command == "train" and ("=" in word or word.endswith((".yaml", ".yml"))):
+        elif command in ("train", "evaluate") and ("=" in word or word.endswith((".yaml", ".yml"))):
             current = ""  # the run or an override
         elif current:
             words += [current] if has_value else []

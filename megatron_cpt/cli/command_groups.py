@@ -9,7 +9,14 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-GROUPS = PLAN, DATA, TRAIN, CHECKPOINTS, OPERATIONS = "Plan", "Data", "Train", "Checkpoints", "Operations"
+GROUPS = PLAN, DATA, TRAIN, CHECKPOINTS, EVALUATE, OPERATIONS = (
+    "Plan",
+    "Data",
+    "Train",
+    "Checkpoints",
+    "Evaluate",
+    "Operations",
+)
 
 
 class GroupedCommands(TyperGroup):

@@ -263,6 +263,16 @@ def _check_profile(config: RunConfig) -> Iterator[str]:
         yield f"profile.steps: [{first}, {last}] ends before it begins; give the first and the last step"
 
 
+def _check_evaluation(config: RunConfig) -> Iterator[str]:
+    if config.evaluation is not None and config.tokenizer is None:
+        yield "evaluation: needs the tokenizer of the model to encode its tasks; set tokenizer: KIND:PATH"
+    if config.evaluation is not None and config.parallel.context > 1:
+        yield (
+            f"evaluation: not possible with parallel.context: {config.parallel.context}; set it to 1, or remove "
+            "evaluation and run `megatron-cpt evaluate` on a checkpoint"
+        )
+
+
 MAX_SHOWN_CHUNKS = 32
 """Largest number of model chunks for which a message shows a layout."""
 
@@ -297,4 +307,5 @@ CHECKS = (
     ConfigCheck(("optimizer.moments", "optimizer.betas"), check_moments),
     ConfigCheck(("resilience.spike.warmup", "resilience.spike.window"), _check_spike_warmup),
     ConfigCheck(("profile.steps",), _check_profile),
+    ConfigCheck(("evaluation", "tokenizer", "parallel.context"), _check_evaluation),
 )

@@ -259,6 +259,23 @@ class ValidationConfig(Section):
     """Held-out data per name: a prefix of .bin/.idx, a list of prefixes, or a glob."""
 
 
+class EvaluationConfig(Section):
+    """Tasks of lm-evaluation-harness, measured on the model in memory during the run."""
+
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    """Names of tasks, groups or tags."""
+    every: int | None = Field(None, gt=0)
+    """Steps between evaluations; null evaluates only at the points of `at`."""
+    at: list[Literal["start", "switch", "end"]] = Field(default_factory=lambda: ["start", "switch", "end"])
+    """Also evaluate before the first step (`start`), after the last step of each phase (`switch`), and at the `end`."""
+    limit: int | None = Field(None, gt=0)
+    """Documents per task, the first ones; null takes all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples in each prompt, except for tasks that set 0; null uses the number that each task sets."""
+    include_path: Annotated[str | None, ExpandPaths] = None
+    """Folder with task files of your own, besides those of lm-evaluation-harness."""
+
+
 class WandbConfig(Section):
     """Logging to Weights & Biases."""
 
@@ -358,6 +375,8 @@ class RunConfig(Section):
     """Checkpoints."""
     validation: ValidationConfig | None = None
     """Held-out loss; null never validates."""
+    evaluation: EvaluationConfig | None = None
+    """Benchmarks; null never evaluates."""
     log: LogConfig = Field(default_factory=LogConfig)
     """Metrics."""
     profile: ProfileConfig | None = None

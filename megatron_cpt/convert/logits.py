@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from megatron_cpt.backend import launched_rank, launched_world_size, process_groups
-from megatron_cpt.checkpoint.layout import RUN_FILE, is_checkpoint, resolve_checkpoint
-from megatron_cpt.checkpoint.record import SavedRun, read_saved_run
-from megatron_cpt.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_cpt.backend import launched_rank, launched_world_size
+from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
+from megatron_cpt.checkpoint.record import SavedRun
+from megatron_cpt.config import ModelConfig
 from megatron_cpt.errors import UserError
 
 PROMPTS = (
@@ -79,15 +79,12 @@ def compare_logits(
             f"--logits: TP {tensor} x PP {pipeline} takes {tensor * pipeline} processes, but {launched_world_size()} "
             f"started; run torchrun --nproc-per-node {tensor * pipeline} -m megatron_cpt convert verify ..."
         )
-    path = resolve_checkpoint(checkpoint)
-    if not is_checkpoint(path) or not (path / RUN_FILE).is_file():
-        raise UserError(f"{checkpoint}: --logits needs a checkpoint of this package; import it first")
-    saved = read_saved_run(path)
+    saved = open_checkpoint(checkpoint)
     model = ModelConfig.model_validate(saved.run["model"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of transformers and torch do not concern a reader of the report
         ids, origin = _prompt_ids(Path(hf), model, prompts)
-        ours = _our_logits(saved, model, ids, tensor, pipeline)
+        ours = _our_logits(saved, ids, tensor, pipeline)
         if launched_rank() != 0:
             return None
         return _compare(ours, _hf_logits(Path(hf), ids), ids, f"TP {tensor} x PP {pipeline}", origin)
@@ -107,28 +104,18 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
     return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS], "random ids"
 
 
-def _our_logits(
-    saved: SavedRun, model: ModelConfig, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int
-) -> list[torch.Tensor]:
+def _our_logits(saved: SavedRun, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int) -> list[torch.Tensor]:
     """Return (length, padded vocab) float32 logits per prompt, on every rank."""
-    longest = max(len(ids) for ids in prompts)
-    run = inference_run(model, longest, ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=False))
-    with process_groups(run.parallel) as ranks:
-        # imported here: megatron-core reads torch.cuda on import, and process_groups replaces it on a CPU
+    layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
+    with load_inference_model(saved, inference_run(saved, [*layout, "precision={compute: fp32}"])) as loaded:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-        from megatron_cpt.checkpoint.loading.load import load_weights
-        from megatron_cpt.model.build_model import build_model
-
-        chunks = build_model(run).chunks
-        load_weights(saved, chunks)
-        for chunk in chunks:
-            chunk.eval()
+        device = loaded.ranks.device
 
         def forward(ids: torch.Tensor, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            tokens = ids[None].to(ranks.device)
-            positions = torch.arange(len(ids), device=ranks.device)[None]
+            tokens = ids[None].to(device)
+            positions = torch.arange(len(ids), device=device)[None]
             return chunk(tokens, positions, None), collect
 
         def collect(logits: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -141,7 +128,7 @@ def _our_logits(
                 found = get_forward_backward_func()(
                     forward_step_func=lambda iterator, chunk: forward(next(iterator), chunk),
                     data_iterator=iter([ids]),
-                    model=list(chunks),
+                    model=list(loaded.model.chunks),
                     num_microbatches=1,
                     seq_length=len(ids),
                     micro_batch_size=1,
@@ -152,26 +139,6 @@ def _our_logits(
             dist.broadcast_object_list(shared, src=dist.get_world_size() - 1)  # the last rank is on the last stage
             results.append(shared[0])
         return results
-
-
-def inference_run(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> RunConfig:
-    """Return a run of this model that only computes logits; its sources are placeholders that are never opened."""
-    return RunConfig.model_validate(
-        {
-            "name": "logits",
-            "output": "unused",
-            "model": model.model_dump(mode="json"),
-            "seq_length": seq_length,
-            "batch": {"global": 1, "micro": 1},
-            "tokens": seq_length,
-            "schedule": {"max_lr": 1.0},
-            "sources": {"none": {"path": "unused"}},
-            "phases": [{"name": "none", "blend": {"none": 1.0}}],
-            "parallel": parallel.model_dump(mode="json"),
-            "precision": {"compute": "fp32"},
-            "recompute": {"granularity": "none"},
-        }
-    )
 
 
 def _hf_logits(hf: Path, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

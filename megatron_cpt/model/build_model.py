@@ -51,12 +51,13 @@ class Model:
     knobs: frozenset[str]
 
 
-def build_model(run: RunConfig, *, draw_weights: bool = True) -> Model:
+def build_model(run: RunConfig, *, draw_weights: bool = True, is_trainable: bool = True) -> Model:
     """Build the model with random weights from `run.seed`, equal in every layout.
 
     Args:
         run: the run.
         draw_weights: False if a checkpoint is loaded next; then the weights are uninitialized memory.
+        is_trainable: False builds no gradient buffers, which take 4 bytes per parameter.
 
     Raises:
         UserError: this machine does not support a `speed` setting. `check_machine` checks the other sections.
@@ -87,6 +88,9 @@ def build_model(run: RunConfig, *, draw_weights: bool = True) -> Model:
     if draw_weights:
         initialize_weights(unwrapped, run.model, run.seed)
         zero_padding(unwrapped, run.model)
+    if not is_trainable:
+        for chunk in unwrapped:
+            chunk.requires_grad_(False)
     chunks = [
         _wrap(chunk, config, run.parallel, run.precision, knobs, number) for number, chunk in enumerate(unwrapped)
     ]

@@ -43,6 +43,7 @@ class RunPlan:
         sources: tokens read of each source over all phases.
         flops: of training on one token; the mean over all tokens if sequence lengths differ.
         memory_stages: memory of every pipeline stage, in the phase that needs most.
+        evaluation_steps: steps after which the tasks of section `evaluation` are measured; 0 is before the first step.
         warnings: messages about settings that are allowed but may be mistakes.
         problems: reasons why the run cannot start; the caller raises them.
     """
@@ -58,6 +59,7 @@ class RunPlan:
     flops: FlopsPerToken
     layout: Layout
     memory_stages: Sequence[Memory]
+    evaluation_steps: Sequence[int]
     warnings: Sequence[str]
     problems: Sequence[Problem]
 
@@ -135,6 +137,7 @@ class RunPlan:
             "schedule": asdict(self.schedule),
             "phases": [_with_file_keys(asdict(phase)) for phase in self.phases],
             "sources": {name: _with_file_keys(asdict(total)) for name, total in self.sources.items()},
+            "evaluation_steps": list(self.evaluation_steps),
             "warnings": list(self.warnings),
         }
 
@@ -188,6 +191,7 @@ def build_plan(
         flops=_mean_flops(config, phases),
         layout=Layout.build(config, num_gpus),
         memory_stages=peak_memories(config, segments, num_gpus),
+        evaluation_steps=_evaluation_steps(config, phases, schedule.steps),
         warnings=(
             *_schedule_warnings(config),
             *_blend_warnings(config),
@@ -197,6 +201,16 @@ def build_plan(
         ),
         problems=tuple(problems),
     )
+
+
+def _evaluation_steps(config: RunConfig, phases: Sequence[PhasePlan], last_step: int) -> tuple[int, ...]:
+    section = config.evaluation
+    if section is None:
+        return ()
+    ends = [phase.last_step for phase in phases[:-1]]
+    points = {"start": [0], "switch": ends, "end": [last_step]}
+    every = [] if section.every is None else range(section.every, last_step + 1, section.every)
+    return tuple(sorted({*every, *(step for name in section.at for step in points[name])}))
 
 
 def _profile_problems(config: RunConfig, steps: int, num_gpus: int | None) -> Iterator[Problem]:

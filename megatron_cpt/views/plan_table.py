@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 from rich import box
@@ -67,6 +67,8 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
         f"{format_number_of(layout.num_gpus, 'rank')} = {layout.data_parallel:,} x {ranks_per_replica} per replica; "
         f"{format_number_of(layout.num_micro_batches, 'micro-batch')} per step, {layout.bubble:.1%} pipeline bubble",
     )
+    if plan.evaluation_steps:
+        yield "evaluation", _evaluations(plan.evaluation_steps)
     parts = ((name, gib) for name, gib in memory.to_dict().items() if name != "stage" and gib > 0)
     listed = ", ".join(f"{name} {_gib(gib)}" for name, gib in parts)
     yield "memory", f"about {_gib(memory.total / GIB)} per rank on pipeline stage {memory.stage}: {listed}"
@@ -82,6 +84,14 @@ def _ramp(plan: RunPlan) -> str:
         f"batches of {', '.join(shown)} until step {last.last_step:,}, the end of {last.end.samples:,} samples and "
         f"{format_count(last.end.tokens)} tokens"
     )
+
+
+def _evaluations(steps: Sequence[int]) -> str:
+    shown = [f"{step:,}" for step in steps]
+    if len(shown) > 6:
+        shown = [*shown[:4], f"... {shown[-1]}"]
+    times = f"{len(steps)} times: " if len(steps) > 1 else ""
+    return f"{times}after step{'s' if len(steps) > 1 else ''} {', '.join(shown)}"
 
 
 def _flops(value: float) -> str:

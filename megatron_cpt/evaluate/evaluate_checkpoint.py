@@ -1,0 +1,341 @@
+"""Evaluation of a checkpoint or a Hugging Face folder, alone or on every rank of a job."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from megatron_cpt import __version__
+from megatron_cpt.backend.collectives import on_main
+from megatron_cpt.backend.distributed import job_group, launched_rank
+from megatron_cpt.checkpoint.layout import checkpoints_folder, is_checkpoint, list_checkpoints
+from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
+from megatron_cpt.checkpoint.manifest import is_shard
+from megatron_cpt.checkpoint.record import SavedRun
+from megatron_cpt.convert.importer import import_checkpoint
+from megatron_cpt.convert.side_files import side_files_of_checkpoint
+from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.errors import UserError
+from megatron_cpt.evaluate.code_execution import available_isolation
+from megatron_cpt.evaluate.finished_requests import FinishedRequests
+from megatron_cpt.evaluate.harness import BOOTSTRAP_ITERATIONS, SEED, HarnessResults, LoadedTasks, TaskChoice
+from megatron_cpt.evaluate.ranks import LeadingEngine
+from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
+
+if TYPE_CHECKING:
+    from megatron_cpt.checkpoint.loading.inference_model import InferenceModel
+    from megatron_cpt.config import RunConfig
+    from megatron_cpt.evaluate.engine import Engine
+    from megatron_cpt.evaluate.lm_eval_model import HarnessModel
+
+logger = logging.getLogger(__name__)
+
+CACHE_FILE = "finished_requests.sqlite"
+"""Name of the file of finished requests, beside the output."""
+# The other ranks wait in a collective while rank 0 reads documents, encodes them and computes standard errors.
+_COLLECTIVE_TIMEOUT = 86400.0
+
+Advance = Callable[[int, int], None]
+"""Progress callback: advance(requests finished since the last call, requests known so far)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Options of an evaluation; the defaults suit most models.
+
+    Attributes:
+        overrides: `key=value` entries such as `parallel.tensor=2` or `precision.compute=bf16`.
+        limit: documents per task, the first ones; None: all.
+        num_fewshot: examples in each prompt; None: the number that each task sets.
+        include_path: folder with further task files.
+        batch_size: rows of tokens in flight per data-parallel rank; None: 8. Answers do not depend on it.
+        max_length: largest number of tokens in a forward pass; None: the model's.
+        tokenizer: KIND:PATH; None: the tokenizer of the checkpoint's run, or the one imported with its weights.
+        add_bos: put the start id in front of every prompt; None: as the tokenizer's own template does.
+        cache: SQLite file of finished requests; None: `finished_requests.sqlite` beside the output.
+        log_samples: also write documents, prompts and answers beside the output.
+        allow_code_execution: run the programs that a model writes, for tasks that need it.
+        online: let `datasets` download from a hub.
+    """
+
+    overrides: Sequence[str] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    batch_size: int | None = None
+    max_length: int | None = None
+    tokenizer: str | None = None
+    add_bos: bool | None = None
+    cache: Path | None = None
+    log_samples: bool = False
+    allow_code_execution: bool = False
+    online: bool = False
+
+
+def evaluate(
+    model: str | Path,
+    tasks: Sequence[str],
+    output: str | Path | None = None,
+    options: EvaluateOptions | None = None,
+    *,
+    advance: Advance = lambda amount, total: None,
+) -> dict[str, Any] | None:
+    """Evaluate a model on tasks of lm-evaluation-harness; every rank of the job calls this function.
+
+    Example:
+
+        results = evaluate("runs/my-run", ["mmlu"], "results.json", EvaluateOptions(limit=200))
+        results["results"]["mmlu"]["acc"]
+
+    Args:
+        model: a checkpoint, a run directory for its newest checkpoint, or a Hugging Face folder.
+        tasks: names of tasks, groups or tags.
+        output: JSON file to write; None writes nothing, and an interrupted evaluation starts over.
+        advance: progress callback, see `Advance`.
+
+    Returns:
+        The content of the output on rank 0, None on the other ranks.
+
+    Raises:
+        UserError: a task is unknown or cannot be loaded, or an option is wrong; nothing was written.
+        RefusedError: the checkpoint is corrupt.
+    """
+    options, output = options or EvaluateOptions(), Path(output) if output is not None else None
+    if output is None and options.log_samples:
+        raise UserError("--log-samples: writes beside the output; give --output FILE")
+    if not tasks:
+        raise UserError("--tasks: give at least one task")
+    choice = TaskChoice(
+        names=tasks,
+        include_path=options.include_path,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        allow_code_execution=options.allow_code_execution,
+        online=options.online,
+    )
+    started = time.perf_counter()
+    with job_group(timeout=_COLLECTIVE_TIMEOUT):
+        loaded_tasks: list[LoadedTasks] = []
+        on_main(lambda: _prepare(choice, output, loaded_tasks))
+        with _as_checkpoint(Path(model), output) as path:
+            saved = open_checkpoint(path)
+            run = inference_run(saved, options.overrides)
+            spec = options.tokenizer or find_tokenizer(saved)
+            tokenizer = load_tokenizer(spec)
+            _compare_tokenizer(saved, tokenizer, spec)
+            with load_inference_model(saved, run) as loaded:
+                return _evaluate(
+                    model, saved, loaded, tokenizer, loaded_tasks, output, options, advance=advance, started=started
+                )
+
+
+def _prepare(choice: TaskChoice, output: Path | None, tasks: list[LoadedTasks]) -> None:
+    if output is not None:
+        if output.is_dir():
+            raise UserError(f"--output {output}: a folder; give the name of a file")
+        with os_errors_as_cpt_errors():
+            output.parent.mkdir(parents=True, exist_ok=True)
+    tasks.append(LoadedTasks(choice))
+
+
+def _evaluate(
+    model: str | Path,
+    saved: SavedRun,
+    loaded: InferenceModel,
+    tokenizer: Tokenizer,
+    tasks: list[LoadedTasks],
+    output: Path | None,
+    options: EvaluateOptions,
+    *,
+    advance: Advance,
+    started: float,
+) -> dict[str, Any] | None:
+    # imported here: the engine imports megatron-core, which reads torch.cuda on import, and the harness is optional
+    from megatron_cpt.evaluate.engine import Engine
+
+    batch = {} if options.batch_size is None else {"batch_size": options.batch_size}
+    engine = Engine(loaded.model, loaded.run, loaded.ranks, max_length=options.max_length, **batch)
+    leading = LeadingEngine(engine, tokenizer, loaded.ranks.world_size)
+    digest = weights_digest(saved)
+
+    def work() -> dict[str, Any]:
+        from megatron_cpt.evaluate.lm_eval_model import HarnessModel
+
+        scope = json.dumps([digest, loaded.run.precision.model_dump(mode="json")])
+        with _finished_requests(options.cache, output) as finished:
+            harness_model = HarnessModel(
+                leading, tokenizer, add_bos=options.add_bos, finished=finished, scope=scope, advance=advance
+            )
+            found = tasks[0].run(harness_model, with_samples=options.log_samples)
+        samples = None
+        if output is not None and options.log_samples:
+            samples = output.with_name(f"{output.stem}.samples.jsonl")
+            _write_samples(samples, found)
+        results = {
+            **_results(found),
+            "model": {"path": str(model), "checkpoint": saved.path.name, "step": _step(saved)},
+            "digests": {
+                "checkpoint": digest,
+                "tokenizer": tokenizer.fingerprint,
+                "tasks": {name: facts["digest"] for name, facts in found.tasks.items()},
+            },
+            "config": _config(options, loaded.run, tasks[0], engine),
+            "versions": _versions(),
+            "requests": _counts(harness_model, engine),
+            "seconds": time.perf_counter() - started,
+            "samples_file": samples and samples.name,
+        }
+        if output is not None:
+            with os_errors_as_cpt_errors():
+                write_atomically(output, orjson.dumps(results, option=orjson.OPT_INDENT_2), has_several_writers=True)
+        return results
+
+    return leading.lead(work)
+
+
+@contextlib.contextmanager
+def _as_checkpoint(model: Path, output: Path | None) -> Iterator[Path]:
+    """Yield the path of a checkpoint: `model` itself, or a temporary import of a Hugging Face folder."""
+    if is_checkpoint(model) or list_checkpoints(checkpoints_folder(model)) or not (model / "config.json").is_file():
+        yield model
+        return
+    folder = Path(on_main(lambda: _import_aside(model, output)))
+    try:
+        yield folder / "step-00000000"
+    finally:
+        if launched_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _import_aside(model: Path, output: Path | None) -> str:
+    with os_errors_as_cpt_errors():
+        folder = tempfile.mkdtemp(prefix=f".{model.name}-", dir=output.parent if output is not None else None)
+        try:
+            logger.info("importing %s to a temporary checkpoint in %s", model, folder)
+            import_checkpoint(model, Path(folder) / "step-00000000")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return folder
+
+
+def find_tokenizer(saved: SavedRun) -> str:
+    """Return KIND:PATH of a checkpoint's tokenizer: the one of its run, or the files that were imported with it.
+
+    Raises:
+        UserError: there is none on this machine.
+    """
+    spec = saved.run.get("tokenizer")
+    if isinstance(spec, str) and (":" not in spec or Path(spec.partition(":")[2]).exists()):
+        return spec
+    files = side_files_of_checkpoint(saved.path)
+    for name, kind in (
+        ("tokenizer.json", "huggingface"),
+        ("vocab.json", "huggingface"),
+        ("tokenizer.model", "sentencepiece"),
+    ):
+        if name in files:
+            return f"{kind}:{files[name].parent if kind == 'huggingface' else files[name]}"
+    missing = f"its tokenizer {spec} is not on this machine" if spec else "it names no tokenizer"
+    raise UserError(f"{saved.path}: {missing}; give one with --tokenizer KIND:PATH")
+
+
+def weights_digest(saved: SavedRun) -> str:
+    """Return a digest of a checkpoint's tensors and model section; a renamed or copied checkpoint has the same one."""
+    shards = {name: entry.checksum for name, entry in sorted(saved.manifest.items()) if is_shard(name)}
+    plain = orjson.dumps([shards, saved.run.get("model")], option=orjson.OPT_SORT_KEYS)
+    return f"sha256:{hashlib.sha256(plain).hexdigest()}"
+
+
+@contextlib.contextmanager
+def _finished_requests(cache: Path | None, output: Path | None) -> Iterator[FinishedRequests | None]:
+    path = cache or (output.with_name(CACHE_FILE) if output is not None else None)
+    if path is None:
+        yield None
+        return
+    with contextlib.closing(FinishedRequests(path)) as finished:
+        yield finished
+
+
+def _compare_tokenizer(saved: SavedRun, tokenizer: Tokenizer, spec: str) -> None:
+    expected = saved.state.get("tokenizer_fingerprint")
+    if expected is not None and expected != tokenizer.fingerprint:
+        raise UserError(
+            f"tokenizer {spec}: not the one that {saved.path} was trained with, so its ids mean other text; give that "
+            "one with --tokenizer KIND:PATH"
+        )
+
+
+def _results(found: HarnessResults) -> dict[str, Any]:
+    return {
+        "results": found.metrics,
+        "tasks": {
+            name: {**facts, "higher_is_better": found.higher_is_better.get(name, {})}
+            for name, facts in found.tasks.items()
+        },
+        "groups": found.groups,
+    }
+
+
+def _step(saved: SavedRun) -> int | None:
+    train: Mapping[str, Any] = saved.state.get("train") or {}
+    return train.get("step")
+
+
+def _config(options: EvaluateOptions, run: RunConfig, tasks: LoadedTasks, engine: Engine) -> dict[str, Any]:
+    return {
+        "tasks": list(tasks.choice.names),
+        "limit": options.limit,
+        "num_fewshot": options.num_fewshot,
+        "include_path": options.include_path,
+        "fewshot_seed": SEED,
+        "bootstrap_iterations": BOOTSTRAP_ITERATIONS,
+        "max_length": engine.max_length,
+        "add_bos": options.add_bos,
+        "code_isolation": available_isolation() if options.allow_code_execution else None,
+        "overrides": list(options.overrides),
+        "parallel": run.parallel.model_dump(mode="json"),
+        "precision": run.precision.model_dump(mode="json"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lm_eval", "torch", "megatron-core", "datasets")
+    return {"megatron_cpt": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _counts(model: HarnessModel, engine: Engine) -> dict[str, int]:
+    own, tokens = model.counts, engine.counts
+    return {
+        "total": own.total,
+        "answered_from_cache": own.answered_from_file,
+        "truncated": own.truncated,
+        "forward_tokens": tokens.forward_tokens,
+        "padding_tokens": tokens.padding_tokens,
+    }
+
+
+def _write_samples(path: Path, found: HarnessResults) -> None:
+    """Write one line per document of each task."""
+    from lm_eval.utils import handle_non_serializable
+
+    lines = (
+        json.dumps({"task": task, **sample}, default=handle_non_serializable, ensure_ascii=False)
+        for task, samples in found.samples.items()
+        for sample in samples
+    )
+    with os_errors_as_cpt_errors():
+        write_atomically(path, "".join(f"{line}\n" for line in lines), has_several_writers=True)

@@ -1,0 +1,103 @@
+"""Log-probabilities, largest logits and samples from logits whose vocabulary is divided over tensor-parallel ranks.
+
+Every rank of a tensor-parallel group calls these functions and gets the same answer, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_cpt.evaluate.requests import GenerationOptions
+
+
+def own_logits(logits: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Return this rank's columns in fp32, with those of padding (ids at and above `vocab`) at -inf; may change them.
+
+    Args:
+        logits: (n, columns of this rank).
+    """
+    logits = logits.float()
+    logits[:, max(0, vocab - _first_column(logits)) :] = float("-inf")
+    return logits
+
+
+def log_probabilities(logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each target in the row of logits with its number.
+
+    Args:
+        logits: result of `own_logits`.
+        rows, targets: (m,) row and token id.
+    """
+    local = torch.logsumexp(logits, dim=-1)
+    largest = _reduced(local, dist.ReduceOp.MAX)
+    # exp(0) and log(1) are exact, so one rank gives `local` unchanged
+    total = largest + _reduced(torch.exp(local - largest), dist.ReduceOp.SUM).log()
+    columns = targets - _first_column(logits)
+    is_mine = (columns >= 0) & (columns < logits.shape[1])
+    chosen = logits[rows, columns.clamp(0, logits.shape[1] - 1)]
+    return _reduced(torch.where(is_mine, chosen, torch.zeros_like(chosen)), dist.ReduceOp.SUM) - total[rows]
+
+
+def largest_ids(logits: torch.Tensor) -> torch.Tensor:
+    """Return for each row the id with the largest logit; of equal ones, the first.
+
+    Args:
+        logits: result of `own_logits`.
+    """
+    values, columns = logits.max(dim=-1)  # the first of equal ones
+    ids = columns + _first_column(logits)
+    is_largest = values == _reduced(values, dist.ReduceOp.MAX)
+    return _reduced(torch.where(is_largest, ids, torch.iinfo(torch.int64).max), dist.ReduceOp.MIN)
+
+
+def sampled_ids(logits: torch.Tensor, draws: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
+    """Return for each row an id sampled with temperature, top_k and top_p.
+
+    Args:
+        logits: result of `own_logits`.
+        draws: (n,) fp64, uniform in [0, 1).
+    """
+    full = _gathered(logits).double() / options.temperature
+    probabilities, ids = torch.softmax(full, dim=-1).sort(dim=-1, descending=True, stable=True)
+    if options.top_k:
+        probabilities[:, options.top_k :] = 0.0
+    before = probabilities.cumsum(dim=-1) - probabilities  # of the more likely tokens
+    limit = options.top_p * probabilities.sum(dim=-1, keepdim=True)
+    kept = torch.where(before < limit, probabilities, torch.zeros_like(probabilities))
+    kept[:, 0] = probabilities[:, 0]
+    cumulative = kept.cumsum(dim=-1)
+    # the first token whose cumulative probability is above the draw; rounding must not lead past the last kept one
+    chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+    last = (kept > 0).sum(dim=-1, keepdim=True) - 1
+    return ids.gather(1, torch.minimum(chosen, last))[:, 0]
+
+
+def draw(seed: int, prompt: bytes, position: int) -> float:
+    """Return a number in [0, 1) that depends on the seed, the prompt and the position of the new token only."""
+    digest = hashlib.blake2b(prompt, digest_size=8, key=f"{seed}:{position}".encode()).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def _first_column(logits: torch.Tensor) -> int:
+    return int(parallel_state.get_tensor_model_parallel_rank()) * logits.shape[1]
+
+
+def _reduced(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, operation, group=parallel_state.get_tensor_model_parallel_group())
+    return tensor
+
+
+def _gathered(logits: torch.Tensor) -> torch.Tensor:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if size == 1:
+        return logits
+    parts = [torch.empty_like(logits) for _ in range(size)]
+    dist.all_gather(parts, logits.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(parts, dim=-1)
