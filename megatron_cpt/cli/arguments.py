@@ -12,6 +12,7 @@ MANY_VALUES = {
     "split": ("--input",),
     "overlap": ("--train", "--held-out", "--key"),
     "train": ("--allow",),
+    "report": ("--compare",),
 }
 """Options with several values, per command."""
 
