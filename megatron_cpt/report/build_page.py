@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_cpt.config import format_count
+from megatron_cpt.config import format_count, format_number_of
 from megatron_cpt.report.course import curves_section, plan_section, rate_verdict, seen_switch, sources_section
 from megatron_cpt.report.identity import configuration_section, differences, digests, identity_section
 from megatron_cpt.report.learning import held_out, learning_section, task_scores
@@ -23,7 +23,7 @@ from megatron_cpt.report.operation import (
     speed_section,
     time_spent,
 )
-from megatron_cpt.report.page import PageSection, RunPage, decimal, finite, percent, signed
+from megatron_cpt.report.page import PageSection, RunPage, decimal, finite, percent, signed, whole
 from megatron_cpt.report.run_record import RunRecord
 
 _SAME_START = 1e-4  # nats per token by which two runs from the same weights may differ at step 0
@@ -128,16 +128,16 @@ def _comparison_sentences(run: RunRecord, others: Sequence[RunRecord]) -> Iterat
         theirs = {row.source: row.losses for row in held_out(other)[1]}
         ends = [(own[name][-1], theirs[name][-1]) for name in own if name in theirs]
         gaps = [mine - their for mine, their in ends if mine is not None and their is not None]
-        differ = len(differences([run.config, other.config]))
+        differ = format_number_of(len(differences([run.config, other.config]).keys() - {"name", "output"}), "setting")
         if not gaps:
-            yield f"Against {other.title}: no held-out source in common; {differ} settings differ."
+            yield f"Against {other.title}: no held-out source in common; {differ} differ."
             continue
         starts = [(own[name][0], theirs[name][0]) for name in own if name in theirs]
         moved = any(a is not None and b is not None and abs(a - b) > _SAME_START for a, b in starts)
         note = " The two began at different losses, so from different weights." if moved else ""
         yield (
             f"Against {other.title}: lower held-out loss at the end on {sum(gap < 0 for gap in gaps)} of {len(gaps)} "
-            f"sources, mean {signed(math.fsum(gaps) / len(gaps), 3)}; {differ} settings differ.{note}"
+            f"sources, mean {signed(math.fsum(gaps) / len(gaps), 3)}; {differ} differ.{note}"
         )
 
 
@@ -146,22 +146,22 @@ def _switch_sentences(run: RunRecord) -> Iterator[str]:
     rates = run.metrics.scalars["lr"]
     text = ""
     if losses:
-        text = f"Training loss {decimal(losses[0], 3)} to {decimal(losses[-1], 3)}, "
+        text = f"Course: training loss {decimal(losses[0], 3)} to {decimal(losses[-1], 3)}, "
         text += f"learning rate {rates[0]:.3g} to {rates[-1]:.3g}"
         if run.schedule is not None:
             text += f" ({rate_verdict(run)})"
     for last_step, name in run.switches if run.phases else ():
         verdict = seen_switch(run, last_step, name)[1]
-        text += f"{'; ' if text else ''}switch to phase {name} after step {last_step:,}, {verdict}"
+        text += f"{'; ' if text else 'Course: '}switch to phase {name} after step {last_step:,}, {verdict}"
     if text:
-        yield f"{text[0].upper()}{text[1:]}."
+        yield f"{text}."
 
 
 def _speed_sentences(run: RunRecord) -> Iterator[str]:
     speed, mfu, spent = median_speed(run), median_mfu(run), time_spent(run)
     if math.isnan(speed):
         return
-    text = f"Speed: {format_count(speed)} tokens per second"
+    text = f"Speed: {whole(speed) if speed < 1e6 else format_count(speed)} tokens per second"
     text += "" if math.isnan(mfu) else f", MFU {percent(mfu)}"
     text += f"; {duration(spent.steps)} in training steps"
     text += "" if math.isnan(spent.wall) else f" of {duration(spent.wall)} since the first start"
@@ -169,10 +169,10 @@ def _speed_sentences(run: RunRecord) -> Iterator[str]:
 
 
 def _health_sentence(run: RunRecord) -> str:
-    restarts = f"{num_restarts(run)} restarts" if run.events else "restarts unknown"
-    counts = [restarts, f"{len(run.anomalies)} bad steps", f"{skipped_updates(run)} skipped updates"]
-    counts.append(f"{len(fallbacks(run))} checkpoint fallbacks")
-    return f"Health: {', '.join(counts)}."
+    counts = {"restart": num_restarts(run), "bad step": len(run.anomalies), "skipped update": skipped_updates(run)}
+    counts["corrupt checkpoint"] = len(fallbacks(run))
+    named = [format_number_of(count, noun) for noun, count in counts.items() if noun != "restart" or run.events]
+    return f"Health: {', '.join(named if run.events else ['restarts unknown', *named])}."
 
 
 def _run_data(run: RunRecord) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _RATES_COMPARED = 500
 def plan_section(run: RunRecord) -> PageSection:
     """Return the table of planned and actual figures."""
     rows = [row for row in _plan_rows(run) if row[1] != MISSING or row[2] != MISSING]
-    table = DataTable("Plan and reality", ["", "planned", "happened", "difference"], rows, frozenset({3}))
+    table = DataTable("Plan and reality", ["figure", "planned", "happened", "difference"], rows, frozenset({3}))
     return PageSection("plan", "Planned against what happened", (), [table] if rows else [])
 
 

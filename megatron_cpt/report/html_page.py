@@ -18,9 +18,10 @@ import orjson
 
 from megatron_cpt import __version__
 from megatron_cpt.report.page import ChangeChart, CurveChart, DataTable, PageSection, RunPage, plain_text
-from megatron_cpt.report.svg import NUM_COLORS, change_svg, curve_style, curve_svg
+from megatron_cpt.report.svg import NUM_COLORS, change_svg, curve_style, curve_svg, marker
 
 UPLOT_VERSION = "1.6.32"
+_LONG_TEXT = 40  # characters
 _ASSETS = resources.files("megatron_cpt.report") / "assets"
 
 
@@ -89,21 +90,28 @@ def _table(table: DataTable) -> Iterator[str]:
     label = _safe(table.title)
     yield f'<div class="table" role="region" tabindex="0" aria-label="{label}"><table><caption>{label}</caption>'
     yield "<thead><tr>"
-    for place, header in enumerate(table.headers):
-        yield f'<th scope="col"{_kind(table, place)}>{_safe(header)}</th>'
+    kinds = _kinds(table)
+    for kind, header in zip(kinds, table.headers, strict=True):
+        yield f'<th scope="col"{kind}>{_safe(header)}</th>'
     yield "</tr></thead><tbody>"
     for row in table.rows:
         yield f'<tr><th scope="row">{_safe(row[0])}</th>'
-        for place, cell in enumerate(row[1:], start=1):
-            yield f"<td{_kind(table, place)}>{_safe(cell)}</td>"
+        for kind, cell in zip(kinds[1:], row[1:], strict=True):
+            yield f"<td{kind}>{_safe(cell)}</td>"
         yield "</tr>"
     yield "</tbody></table></div>"
     if table.note:
         yield f'<p class="note">{_safe(table.note)}</p>'
 
 
-def _kind(table: DataTable, place: int) -> str:
-    return ' class="text"' if place in table.text_columns else "" if place else ' class="first"'
+def _kinds(table: DataTable) -> list[str]:
+    """Return the attribute of the cells of each column; long texts, such as digests, may break anywhere."""
+    longest = [max((len(row[place]) for row in table.rows), default=0) for place in range(len(table.headers))]
+    kinds = ["text long" if length > _LONG_TEXT else "text" for length in longest]
+    return [
+        f' class="{kind}"' if place in table.text_columns else "" if place else ' class="first"'
+        for place, kind in enumerate(kinds)
+    ]
 
 
 def _figure(chart: CurveChart | ChangeChart) -> Iterator[str]:
@@ -116,9 +124,9 @@ def _figure(chart: CurveChart | ChangeChart) -> Iterator[str]:
     yield '<ul class="legend">'
     for place, label in enumerate(labels):
         color, dashes = curve_style(place)
-        dash = f' stroke-dasharray="{dashes}"' if dashes and key else ""
-        swatch = f'<svg viewBox="0 0 28 10" aria-hidden="true"><path class="curve c{color}"{dash} d="M0 5H28"/></svg>'
-        yield f"<li>{swatch}<span>{_safe(label)}</span></li>"
+        dash = f' stroke-dasharray="{dashes}"' if dashes else ""
+        sample = f'<path class="curve c{color}"{dash} d="M0 6H28"/>' if key else marker(place, 14, 6)
+        yield f'<li><svg viewBox="0 0 28 12" aria-hidden="true">{sample}</svg><span>{_safe(label)}</span></li>'
     yield f"</ul>{content}</figure>\n"
 
 

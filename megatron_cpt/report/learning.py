@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_cpt.report.page import (
+    MISSING,
     ChangeChart,
     Curve,
     CurveChart,
@@ -14,7 +15,6 @@ from megatron_cpt.report.page import (
     PageSection,
     decimal,
     finite,
-    percent,
     signed,
 )
 from megatron_cpt.report.run_record import RunRecord
@@ -234,7 +234,7 @@ def _held_out_table(
 def _held_out_line(row: HeldOut, theirs: Mapping[str, Mapping[str, HeldOut]]) -> list[str]:
     relative = row.change / row.losses[0] if row.change is not None and row.losses[0] else None
     line = [row.source, *map(decimal, row.losses), signed(row.change)]
-    line += [percent(relative).replace("-", "−"), row.verdict]
+    line += [f"{signed(None if relative is None else 100 * relative, 1)} %", row.verdict]
     for found in theirs.values():
         other = found[row.source].losses[-1] if row.source in found else None
         own = row.losses[-1]
@@ -262,7 +262,7 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
         line += [with_error(score.change, score.change_error, signed), score.verdict]
         for found in theirs.values():
             other = found.get((score.task, score.metric))
-            line.append(with_error(other.values[-1], other.errors[-1]) if other else decimal(None))
+            line.append(with_error(other.values[-1], other.errors[-1]) if other else MISSING)
         rows.append(line)
     note = f"A change below {_CERTAIN:g} standard errors is within the error."
     if len(scores) > MAX_ROWS:
@@ -302,10 +302,11 @@ def _common_metrics(scores: Sequence[TaskScore]) -> list[str]:
     return sorted(most, key=lambda metric: not is_lower_better(metric))
 
 
-def with_error(value: float | None, error: float | None, form: Callable[[float | None], str] = decimal) -> str:
-    """Return a value with its standard error."""
-    text = form(value)
-    return f"{text} ± {error:.4f}" if value is not None and error is not None else text
+def with_error(value: float | None, error: float | None, form: Callable[[float | None, int], str] = decimal) -> str:
+    """Return a value with its standard error, with three decimals; with four where no error is known."""
+    if value is None or error is None:
+        return form(value, 4)
+    return f"{form(value, 3)} ± {error:.3f}"
 
 
 def _known(value: float | None) -> float | None:

@@ -47,7 +47,8 @@ def time_spent(run: RunRecord) -> TimeSpent:
         name: float(np.nansum(np.array(scalars[f"{name}_seconds"]) * covered))
         for name in ("step", "data_wait", "sync_wait")
     }
-    pauses = np.array(scalars["pause_seconds"])
+    last_pauses = [number(line.get("pause_seconds")) for line in run.events if line.get("event") == "stop"]
+    pauses = np.array([*scalars["pause_seconds"], *last_pauses])
     known_pauses = float(np.nansum(pauses)) if np.isfinite(pauses).any() else math.nan
     return TimeSpent(sums["step"], sums["data_wait"], sums["sync_wait"], known_pauses, _wall_seconds(run))
 
@@ -110,13 +111,16 @@ def speed_section(runs: Sequence[RunRecord]) -> PageSection:
             ]
         )
     headers = ["run", "tokens/s", "TFLOP/s per GPU", "MFU", "peak memory, GiB", "ranks"]
-    tables = [DataTable("Speed (medians)", headers, rows), DataTable("Time", ["", *_titles(runs)], _time_rows(runs))]
+    tables = [
+        DataTable("Speed (medians)", headers, rows),
+        DataTable("Where the time went", ["time", *_titles(runs)], _time_rows(runs)),
+    ]
     known = [run for run in runs if run.metrics.steps]
     return PageSection("speed", "Speed and time", [], [*tables, *speed_charts(runs)] if known else [])
 
 
 def _titles(runs: Sequence[RunRecord]) -> list[str]:
-    return [f"{run.title}{suffix}" for run in runs for suffix in ("", ": share of training")]
+    return [f"{run.title}{suffix}" for run in runs for suffix in ("", ": share")]
 
 
 def _time_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
@@ -135,7 +139,8 @@ def _time_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
     for name, seconds in parts.items():
         row = [name]
         for value, one in zip(seconds, spent, strict=True):
-            row += [duration(value), percent(value / one.steps) if one.steps else MISSING]
+            total = one.steps if math.isnan(one.wall) else one.wall
+            row += [duration(value), percent(value / total) if total else MISSING]
         if any(not math.isnan(value) for value in seconds):
             rows.append(row)
     return rows

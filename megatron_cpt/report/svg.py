@@ -121,7 +121,7 @@ def _change_parts(chart: ChangeChart) -> Iterator[str]:
         yield f'<text x="{x_of(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{signed(tick, 3)}</text>'
     for number, name in enumerate(chart.rows):
         y = 8 + _ROW_HEIGHT * (number + 0.5)
-        shown = name if len(name) <= 22 else f"{name[:21]}…"
+        shown = name if len(name) <= 20 else f"{name[:19]}…"
         label = f"{_safe(shown)}<title>{_safe(name)}</title>"
         yield f'<text x="{_LABEL_WIDTH}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
         yield f'<path class="grid" d="M{left} {y:.1f}H{_WIDTH - _RIGHT}"/>'
@@ -129,19 +129,18 @@ def _change_parts(chart: ChangeChart) -> Iterator[str]:
             value = values[number]
             if value is None:
                 continue
-            color, _ = curve_style(place)
             title = f"<title>{_safe(run)}, {_safe(name)}: {signed(value)}</title>"
             if not place:
-                yield f'<path class="stem c{color}" d="M{x_of(0.0):.1f} {y:.1f}H{x_of(value):.1f}"/>'
-            yield _marker(place, color, x_of(value), y, title)
+                yield f'<path class="stem c0" d="M{x_of(0.0):.1f} {y:.1f}H{x_of(value):.1f}"/>'
+            yield marker(place, x_of(value), y, title)
     yield "</svg>"
 
 
-def _marker(place: int, color: int, x: float, y: float, title: str) -> str:
-    """Return a dot; the shape differs by run, for readers who do not see colors."""
+def marker(place: int, x: float, y: float, title: str = "") -> str:
+    """Return the dot of a run; its shape differs as well, for readers who do not see colors."""
     shapes = ("M{x} {y}m-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z", "M{x} {y}m-5 -5h10v10h-10z", "M{x} {y}m0 -6l6 11h-12z")
     path = shapes[place % len(shapes)].format(x=f"{x:.1f}", y=f"{y:.1f}")
-    return f'<path class="dot c{color}" d="{path}">{title}</path>'
+    return f'<path class="dot c{curve_style(place)[0]}" d="{path}">{title}</path>'
 
 
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
