@@ -130,7 +130,7 @@ def _chart(
     curves = [Curve(run.title, [one.get(step) for step in union]) for run, one in zip(runs, values, strict=True)]
     known = [value for value in runs[0].metrics.scalars[column] if math.isfinite(value)]
     summary = f"{runs[0].title}: from {known[0]:.4g} to {known[-1]:.4g}." if known else "No finite value."
-    return CurveChart(column, title, unit, summary, union, curves, runs[0].switches, flags)
+    return CurveChart(column, title, unit, summary, union, curves, runs[0].switches, flags, may_coincide=True)
 
 
 def speed_charts(runs: Sequence[RunRecord]) -> list[CurveChart]:

@@ -123,7 +123,7 @@ def _figure(chart: CurveChart | ChangeChart) -> Iterator[str]:
     yield f"<figure{key}><figcaption><b>{_safe(chart.title)}</b>{unit}</figcaption>"
     yield '<ul class="legend">'
     for place, label in enumerate(labels):
-        color, dashes = curve_style(place)
+        color, dashes = curve_style(place, may_coincide=isinstance(chart, CurveChart) and chart.may_coincide)
         dash = f' stroke-dasharray="{dashes}"' if dashes else ""
         sample = f'<path class="curve c{color}"{dash} d="M0 6H28"/>' if key else marker(place, 14, 6)
         yield f'<li><svg viewBox="0 0 28 12" aria-hidden="true">{sample}</svg><span>{_safe(label)}</span></li>'
@@ -141,10 +141,11 @@ def _data(page: RunPage) -> dict[str, Any]:
                     "label": curve.label,
                     "values": list(curve.values),
                     "errors": list(curve.errors) if curve.errors else None,
-                    "color": curve_style(place)[0],
-                    "dashes": [int(length) for length in curve_style(place)[1].split()],
+                    "color": color,
+                    "dashes": [int(length) for length in dashes.split()],
                 }
                 for place, curve in enumerate(chart.curves)
+                for color, dashes in [curve_style(place, may_coincide=chart.may_coincide)]
             ],
             "switches": [list(switch) for switch in chart.switches],
             "flags": [list(flag) for flag in chart.flags],

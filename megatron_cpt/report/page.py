@@ -46,6 +46,7 @@ class CurveChart:
         switches: (last step of a phase, name of the next one).
         flags: (step, text) of single events, such as a spike.
         has_points: the values are few measurements, each drawn as a point.
+        may_coincide: the curves are of several runs and may cover each other.
     """
 
     key: str
@@ -57,6 +58,7 @@ class CurveChart:
     switches: Sequence[tuple[int, str]] = ()
     flags: Sequence[tuple[int, str]] = ()
     has_points: bool = False
+    may_coincide: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,13 @@ _MAX_BUCKETS = 240
 _ROW_HEIGHT, _LABEL_WIDTH = 22, 150
 
 
-def curve_style(place: int) -> tuple[int, str]:
-    """Return color and dashes of a curve: three plain lines in distinct colors first, then dashed ones."""
-    return place % NUM_COLORS, DASHES[place // 3 % len(DASHES)]
+def curve_style(place: int, *, may_coincide: bool = False) -> tuple[int, str]:
+    """Return color and dashes of a curve.
+
+    Three plain lines in distinct colors come first, then dashed ones. Curves that may coincide, such as the rates of
+    two runs, have other dashes from the second on, so that the lower one stays visible.
+    """
+    return place % NUM_COLORS, DASHES[(place if may_coincide else place // 3) % len(DASHES)]
 
 
 def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -80,7 +84,7 @@ def _curve_parts(chart: CurveChart) -> Iterator[str]:
             mark = f"M{x_of(step):.1f} {_TOP}l-4 -7h8z"
             yield f'<path class="flag" d="{mark}"><title>step {step:,}: {_safe(text)}</title></path>'
     for place, curve in enumerate(chart.curves):
-        color, dashes = curve_style(place)
+        color, dashes = curve_style(place, may_coincide=chart.may_coincide)
         points = _thinned(chart.steps, curve.values)
         path = "M" + "L".join(f"{x_of(step):.1f} {y_of(value):.1f}" for step, value in points)
         dash = f' stroke-dasharray="{dashes}"' if dashes else ""
