@@ -78,7 +78,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_cpt", "megatron_cpt.*"]),
-    package_data={"megatron_cpt": ["py.typed", "config/presets/*.yaml"]},
+    package_data={"megatron_cpt": ["py.typed", "config/presets/*.yaml", "report/assets/*"]},
     install_requires=[
         "numpy>=1.26",
         "pydantic>=2.7",

@@ -37,6 +37,7 @@ _PUBLIC_NAMES = {
     "plan": "prepare:plan_run",
     "preprocess": "data.preprocess.pipeline",
     "trace": "provenance.trace:trace_step",
+    "write_report": "report.write_report",
 }
 """Public names and the modules that define them, as "module" or "module:name"."""
 

@@ -4,7 +4,8 @@
 
 Steps: real corpora, a tokenizer, `.bin`/`.idx` pairs, a small base model, and two continued runs of equal length from
 its checkpoint. The baseline keeps the pretraining blend; the recipe moves from a general blend to a QA blend. The demo
-ends with a table and a picture, `runs/quickstart/quickstart.png`. Run it again to resume an interrupted demo.
+ends with a table, a picture and a report of the recipe beside the baseline, `runs/quickstart/report.html`. Run it again
+to resume an interrupted demo.
 """
 
 from __future__ import annotations
@@ -44,13 +45,16 @@ def train(walkthrough: Walkthrough, name: str) -> None:
 
 
 def report(walkthrough: Walkthrough) -> None:
-    """Print the tables; write the picture and `results.json`."""
+    """Print the tables; write the picture, `results.json` and the report of the recipe beside the baseline."""
     base, baseline, recipe = (results.read_metrics(RUNS / name) for name in ("base", "baseline", "recipe"))
     rows = results.loss_rows(baseline, recipe, GROUPS)
     results.draw(base, baseline, recipe, rows, RUNS / "quickstart.png")
     walkthrough.console.print(results.reading_table([base, baseline, recipe], SEQ_LENGTH))
     walkthrough.console.print(results.loss_table(rows))
     walkthrough.console.print(f"Picture: {RUNS / 'quickstart.png'}")
+    page = ["--compare", str(RUNS / "baseline"), "--output", str(RUNS / "report.html")]
+    walkthrough.run([*MEGATRON_CPT, "report", str(RUNS / "recipe"), *page])
+    walkthrough.console.print(f"Report: open {(RUNS / 'report.html').resolve()} in a browser", soft_wrap=True)
     record = {"held_out_loss": rows, "seconds": walkthrough.seconds}
     (RUNS / "results.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
 

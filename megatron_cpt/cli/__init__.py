@@ -25,6 +25,7 @@ from megatron_cpt.cli.commands.merge_command import merge
 from megatron_cpt.cli.commands.overlap_command import overlap
 from megatron_cpt.cli.commands.plan_command import plan
 from megatron_cpt.cli.commands.preprocess_command import preprocess
+from megatron_cpt.cli.commands.report_command import report
 from megatron_cpt.cli.commands.split_command import split
 from megatron_cpt.cli.commands.trace_command import trace
 from megatron_cpt.cli.commands.train_command import train
@@ -46,6 +47,7 @@ for command in (preprocess, check, inspect, merge, split, overlap, trace):
     app.command(rich_help_panel=DATA)(command)
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)
+app.command(rich_help_panel=TRAIN)(report)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
 app.command(rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=OPERATIONS)(doctor)

@@ -13,6 +13,7 @@ MANY_VALUES = {
     "overlap": ("--train", "--held-out", "--key"),
     "train": ("--allow",),
     "evaluate": ("--tasks",),
+    "report": ("--compare",),
 }
 """Options with several values, per command."""
 

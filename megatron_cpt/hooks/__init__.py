@@ -23,9 +23,11 @@ def build_hooks(config: RunConfig, *, console: bool = True) -> list[Hook]:
     Raises:
         UserError: a hook cannot be imported, or this machine lacks what it needs.
     """
+    from megatron_cpt.hooks.event_log import EventsFile
     from megatron_cpt.hooks.jsonl_files import AnomaliesFile, MetricsFile
+    from megatron_cpt.hooks.report_page import ReportPage
 
-    hooks: list[Hook] = [MetricsFile(), AnomaliesFile()]
+    hooks: list[Hook] = [MetricsFile(), AnomaliesFile(), EventsFile(), ReportPage()]
     if console:
         from megatron_cpt.hooks.console import ConsoleHook
 

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_cpt.errors import CptError
 from megatron_cpt.files.jsonl_log import JsonlLog, drop_lines_after
 from megatron_cpt.hooks.hook import Hook
-from megatron_cpt.provenance.run_history import METRICS_FILE
+from megatron_cpt.provenance.run_history import ANOMALIES_FILE, METRICS_FILE
 from megatron_cpt.provenance.trace import trace_step
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
 
 logger = logging.getLogger(__name__)
-
-ANOMALIES_FILE = "anomalies.jsonl"
 
 
 class MetricsFile(Hook):

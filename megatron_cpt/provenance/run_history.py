@@ -17,6 +17,10 @@ from megatron_cpt.files.whole_io import is_regular_file, open_reader
 from megatron_cpt.planning import Segment, SpanGrid
 
 METRICS_FILE = "metrics.jsonl"
+ANOMALIES_FILE = "anomalies.jsonl"
+EVENTS_FILE = "events.jsonl"
+"""File with a line per start and per planned stop of the run's processes; a start without a stop was killed or failed.
+"""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class LossMeter:
         names: the sources, in the order of the vectors.
         data_wait: runs while the training thread waits for the loader.
         sync_wait: runs while the training thread waits for the results of a step: the device and the other ranks.
+        pause: seconds spent on checkpoints and validations, which the rates exclude.
         contributes_loss: whether this rank's losses enter the sum over ranks. Only the last pipeline stage has losses,
             and its tensor-parallel ranks have equal ones, so one of them contributes.
     """
@@ -67,7 +68,7 @@ class LossMeter:
         self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64)
         self.data_wait, self.sync_wait = Stopwatch(), Stopwatch()
         self._steps, self._tokens, self._flops = 0, 0, 0.0
-        self._started = time.perf_counter()
+        self._started, self.pause = time.perf_counter(), 0.0
 
     def add(self, loss_by_source: torch.Tensor, tokens: int, flops_per_token: float) -> None:
         """Add one step; losses that are not finite are skipped.
@@ -91,13 +92,15 @@ class LossMeter:
         rates = {"tokens_per_second": self._tokens / seconds, "flops_per_second": self._flops / seconds}
         sums = {"step": seconds, "data_wait": self.data_wait.take(), "sync_wait": self.sync_wait.take()}
         times = {f"{name}_seconds": total / max(self._steps, 1) for name, total in sums.items()}
+        times["pause_seconds"] = self.pause
         self._sums.zero_()
-        self._steps, self._tokens, self._flops, self._started = 0, 0, 0.0, now
+        self._steps, self._tokens, self._flops, self._started, self.pause = 0, 0, 0.0, now, 0.0
         return {"loss": loss, "loss_by_source": by_source, **rates, **times}
 
     def skip_time(self, seconds: float) -> None:
-        """Exclude seconds that were spent on a checkpoint or a validation from the rates."""
+        """Exclude seconds that were spent on a checkpoint or a validation from the rates, and count them as a pause."""
         self._started += seconds
+        self.pause += seconds
 
 
 def metrics_line(session: Session, result: StepResult) -> dict[str, Any]:
@@ -124,6 +127,7 @@ def metrics_line(session: Session, result: StepResult) -> dict[str, Any]:
         "step_seconds": numbers["step_seconds"],
         "data_wait_seconds": numbers["data_wait_seconds"],
         "sync_wait_seconds": numbers["sync_wait_seconds"],
+        "pause_seconds": numbers["pause_seconds"],
         "tflops_per_gpu": flops_per_gpu / TERA,
         "mfu": flops_per_gpu / peak if peak is not None else None,
         "peak_memory_gib": peak_bytes / GIB,

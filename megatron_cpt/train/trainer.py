@@ -199,10 +199,10 @@ class Trainer:
         session, config, state = self.session, self.session.config, self.session.state
         hash_every = config.resilience.parameter_hash_every
         self.hooks.on_start(session)
+        session.meter.take()  # the first line excludes the time since setup
         if not session.is_resumed:
             self._validate()
         reason, is_save_due = "", False
-        session.meter.take()  # the first line excludes the time since setup
         while state.step < session.last_step and not reason:
             self._progress.note(f"step {state.step + 1}")
             self.wall_time.begin_step()
@@ -292,8 +292,8 @@ class Trainer:
             return
         activity, started = f"validation after step {session.state.step}", time.perf_counter()
         losses = session.validator.run(session.forward, lambda source: self._progress.note(f"{activity}: {source}"))
-        session.meter.skip_time(time.perf_counter() - started)
         self.hooks.on_validation(session, {"step": session.state.step, "validation": losses})
+        session.meter.skip_time(time.perf_counter() - started)
 
     def _save(self, *, wait: bool) -> None:
         """Start a save; finish the previous one first, and this one too if `wait`."""

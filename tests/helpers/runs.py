@@ -14,7 +14,7 @@ from megatron_cpt.data import IndexedDatasetWriter
 
 EOD = 256
 MACHINE_KEYS = (
-    *("tokens_per_second", "step_seconds", "data_wait_seconds", "sync_wait_seconds"),
+    *("tokens_per_second", "step_seconds", "data_wait_seconds", "sync_wait_seconds", "pause_seconds"),
     *("tflops_per_gpu", "mfu", "peak_memory_gib", "reserved_memory_gib", "eta"),
 )
 

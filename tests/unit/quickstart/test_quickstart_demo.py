@@ -115,4 +115,6 @@ def test_report_of_three_finished_runs(tmp_path, monkeypatch):
     ]
     assert {(row["before"], row["baseline"], row["recipe"]) for row in record["held_out_loss"]} == {(5.0, 4.5, 4.0)}
     assert (demo.RUNS / "quickstart.png").stat().st_size > 10_000
+    assert "compared with baseline" in (demo.RUNS / "report.html").read_text()
+    assert f"Report: open {tmp_path}/runs/quickstart/report.html" in walkthrough.console.file.getvalue()
     assert "-0.500" in walkthrough.console.file.getvalue()

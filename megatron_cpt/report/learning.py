@@ -1,0 +1,317 @@
+"""Learning against forgetting: held-out losses and tasks before the run, at each switch of phase, and at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_cpt.report.page import (
+    MISSING,
+    ChangeChart,
+    Curve,
+    CurveChart,
+    DataTable,
+    PageSection,
+    decimal,
+    finite,
+    signed,
+)
+from megatron_cpt.report.run_record import RunRecord
+
+MAX_CURVES = 12
+"""Curves of a chart: as many as six colors and four kinds of dashes tell apart."""
+
+MAX_ROWS = 200
+_SAME = 0.0005  # nats per token below which a held-out loss has not changed
+_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "loss", "bpb", "nll", "error")
+_CERTAIN = 2.0  # standard errors from which a change of a task counts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Moment of a run that its measurements are compared at: its step and its name."""
+
+    step: int
+    name: str
+
+    @property
+    def header(self) -> str:
+        """Title of its column."""
+        return f"{self.name} (step {self.step:,})"
+
+
+def stages(run: RunRecord, measured: Collection[int]) -> list[Stage]:
+    """Return the moments before the run, at each switch of phase and at the end, as far as they were measured.
+
+    The measurement of a switch is the last one of the phase that ends there. Example: measured at steps 0, 60, 120 and
+    171 with a switch after step 122, the moments are the steps 0, 120 and 171.
+    """
+    steps = sorted(measured)
+    if not steps:
+        return []
+    found = [Stage(steps[0], "before" if steps[0] == 0 else "first")]
+    for last_step, following in run.switches:
+        until = [step for step in steps if found[-1].step < step <= last_step]
+        if until and steps[-1] > last_step:
+            found.append(Stage(until[-1], f"switch to {following}"))
+    if steps[-1] > found[-1].step:
+        is_end = run.planned_steps is None or steps[-1] >= run.planned_steps
+        found.append(Stage(steps[-1], "end" if is_end else "now"))
+    return found
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out loss of one source at the stages of a run; None: not measured."""
+
+    source: str
+    losses: tuple[float | None, ...]
+
+    @property
+    def change(self) -> float | None:
+        """Change from the first stage to the last."""
+        first, last = self.losses[0], self.losses[-1]
+        return last - first if len(self.losses) > 1 and first is not None and last is not None else None
+
+    @property
+    def verdict(self) -> str:
+        """Word for the change."""
+        if self.change is None:
+            return ""
+        return "same" if abs(self.change) < _SAME else "learned" if self.change < 0 else "forgot"
+
+
+def held_out(run: RunRecord) -> tuple[list[Stage], list[HeldOut]]:
+    """Return the stages of a run and the held-out losses of each source at them."""
+    at = stages(run, run.metrics.validations)
+    names = dict.fromkeys(name for stage in at for name in run.metrics.validations[stage.step])
+    rows = [
+        HeldOut(name, tuple(_known(run.metrics.validations[stage.step].get(name)) for stage in at)) for name in names
+    ]
+    return at, rows
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of a task at the stages of a run, with standard errors; None: not measured."""
+
+    task: str
+    metric: str
+    values: tuple[float | None, ...]
+    errors: tuple[float | None, ...]
+
+    @property
+    def change(self) -> float | None:
+        """Change from the first measured stage to the last."""
+        known = [value for value in self.values if value is not None]
+        return known[-1] - known[0] if len(known) > 1 else None
+
+    @property
+    def change_error(self) -> float | None:
+        """Standard error of the change, as if both were measured on different questions, which is cautious."""
+        pairs = zip(self.values, self.errors, strict=True)
+        known = [error for value, error in pairs if value is not None]
+        if len(known) < 2 or known[0] is None or known[-1] is None:
+            return None
+        return math.hypot(known[0], known[-1])
+
+    @property
+    def verdict(self) -> str:
+        """Word for the change: within the error, better or worse."""
+        if self.change is None:
+            return ""
+        if self.change == 0 or (self.change_error and abs(self.change) < _CERTAIN * self.change_error):
+            return "within error" if self.change else "same"
+        return "better" if (self.change < 0) == is_lower_better(self.metric) else "worse"
+
+
+def task_scores(run: RunRecord) -> tuple[list[Stage], list[TaskScore]]:
+    """Return the stages of a run and the metrics of each task at them; bits per byte come first."""
+    at = stages(run, run.evaluations)
+    results = [run.evaluations[stage.step] for stage in at]
+    keys = dict.fromkeys(
+        (task, metric)
+        for one in results
+        for task, metrics in one.items()
+        for metric in metrics
+        if not _is_error(metric)
+    )
+    scores = []
+    for task, metric in sorted(keys, key=lambda key: (key[0], not is_lower_better(key[1]))):
+        values = tuple(one.get(task, {}).get(metric) for one in results)
+        errors = tuple(one.get(task, {}).get(error_name(metric)) for one in results)
+        scores.append(TaskScore(task, metric, values, errors))
+    return at, scores
+
+
+def is_lower_better(metric: str) -> bool:
+    """Return whether a smaller value of a metric is better."""
+    return any(word in metric.lower() for word in _LOWER_IS_BETTER)
+
+
+def error_name(metric: str) -> str:
+    """Return the name of a metric's standard error, as lm-eval writes it: `acc,none` has `acc_stderr,none`."""
+    name, comma, rule = metric.partition(",")
+    return f"{name}_stderr{comma}{rule}"
+
+
+def _is_error(metric: str) -> bool:
+    return metric.partition(",")[0].endswith("_stderr")
+
+
+def learning_section(run: RunRecord, others: Sequence[RunRecord]) -> PageSection:
+    """Return the section with the held-out losses and the tasks."""
+    parts = [*_held_out_parts(run, others), *_task_parts(run, others)]
+    sentences = ["Held-out loss in nats per token: lower is better. Standard errors (±) are those of the evaluation."]
+    if not parts:
+        sentences = [
+            "Nothing was measured on held-out data. Add a `validation` section to run.yaml, or run "
+            f"`megatron-cpt evaluate {run.folder} --tasks ...`."
+        ]
+    return PageSection("learning", "Learning against forgetting", sentences, parts)
+
+
+def _held_out_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTable | CurveChart | ChangeChart]:
+    at, rows = held_out(run)
+    if not rows:
+        return
+    changed = [row for row in rows if row.change is not None]
+    if changed:
+        by_run = {run.title: [finite(row.change) for row in rows[:MAX_ROWS]]}
+        for other in others:
+            changes = {row.source: row.change for row in held_out(other)[1]}
+            by_run[other.title] = [finite(changes.get(row.source)) for row in rows[:MAX_ROWS]]
+        most = min(changed, key=lambda row: row.change or 0.0)
+        yield ChangeChart(
+            "held-out-change",
+            "Change of the held-out loss",
+            "nats per token; left of zero is better",
+            f"{len(changed)} sources; the largest gain is {signed(most.change)} on {most.source}.",
+            [row.source for row in rows[:MAX_ROWS]],
+            by_run,
+        )
+    yield _held_out_table(run, others, at, rows)
+    if len(run.metrics.validations) > 1:
+        steps = sorted(run.metrics.validations)
+        shown = rows[:MAX_CURVES]
+        yield CurveChart(
+            "held-out-loss",
+            f"Held-out loss by source{f' ({run.title})' if others else ''}",
+            "nats per token",
+            f"{len(shown)} sources, measured {len(steps)} times.",
+            steps,
+            [
+                Curve(row.source, [finite(run.metrics.validations[step].get(row.source)) for step in steps])
+                for row in shown
+            ],
+            run.switches,
+            has_points=len(steps) <= 60,
+        )
+
+
+def _held_out_table(
+    run: RunRecord, others: Sequence[RunRecord], at: Sequence[Stage], rows: Sequence[HeldOut]
+) -> DataTable:
+    theirs = {other.title: {row.source: row for row in held_out(other)[1]} for other in others}
+    headers = ["held-out source", *(stage.header for stage in at), "change", "in percent", "result"]
+    for name in theirs:
+        headers += [f"{name}: end", "this run − that"]
+    lines = [_held_out_line(row, theirs) for row in rows[:MAX_ROWS]]
+    complete = [row for row in rows if None not in row.losses]
+    if len(complete) > 1:
+        mean = HeldOut("mean", tuple(_mean(losses) for losses in zip(*(row.losses for row in complete), strict=True)))
+        means = {}
+        for name, found in theirs.items():
+            ends = [found[row.source].losses[-1] for row in complete if row.source in found]
+            if len(ends) == len(complete) and None not in ends:
+                means[name] = {"mean": HeldOut("mean", (_mean(ends),))}
+        lines.append(_held_out_line(mean, {name: means.get(name, {}) for name in theirs}))
+    note = f"Only the first {MAX_ROWS} of {len(rows):,} sources are shown." if len(rows) > MAX_ROWS else ""
+    return DataTable("Held-out loss", headers, lines, frozenset({len(at) + 3}), note)
+
+
+def _held_out_line(row: HeldOut, theirs: Mapping[str, Mapping[str, HeldOut]]) -> list[str]:
+    relative = row.change / row.losses[0] if row.change is not None and row.losses[0] else None
+    line = [row.source, *map(decimal, row.losses), signed(row.change)]
+    line += [f"{signed(None if relative is None else 100 * relative, 1)} %", row.verdict]
+    for found in theirs.values():
+        other = found[row.source].losses[-1] if row.source in found else None
+        own = row.losses[-1]
+        line += [decimal(other), signed(own - other if own is not None and other is not None else None)]
+    return line
+
+
+def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTable | CurveChart]:
+    at, scores = task_scores(run)
+    if not scores:
+        return
+    theirs = {other.title: {(s.task, s.metric): s for s in task_scores(other)[1]} for other in others}
+    headers = [
+        "task",
+        "metric",
+        *(stage.header for stage in at),
+        "change",
+        "result",
+        *(f"{name}: end" for name in theirs),
+    ]
+    rows = []
+    for score in scores[:MAX_ROWS]:
+        line = [score.task, score.metric.removesuffix(",none")]
+        line += [with_error(value, error) for value, error in zip(score.values, score.errors, strict=True)]
+        line += [with_error(score.change, score.change_error, signed), score.verdict]
+        for found in theirs.values():
+            other = found.get((score.task, score.metric))
+            line.append(with_error(other.values[-1], other.errors[-1]) if other else MISSING)
+        rows.append(line)
+    note = f"A change below {_CERTAIN:g} standard errors is within the error."
+    if len(scores) > MAX_ROWS:
+        note += f" Only the first {MAX_ROWS} of {len(scores):,} metrics are shown."
+    yield DataTable("Tasks", headers, rows, frozenset({1, len(at) + 3}), note)
+    steps = sorted(run.evaluations)
+    if len(steps) < 2:
+        return
+    for metric in _common_metrics(scores):
+        tasks = [score.task for score in scores if score.metric == metric][:MAX_CURVES]
+        results = [run.evaluations[step] for step in steps]
+        yield CurveChart(
+            f"tasks-{metric}",
+            f"Tasks: {metric.removesuffix(',none')}{f' ({run.title})' if others else ''}",
+            "lower is better" if is_lower_better(metric) else "higher is better",
+            f"{len(tasks)} tasks, evaluated {len(steps)} times; bars are one standard error.",
+            steps,
+            [
+                Curve(
+                    task,
+                    [finite(one.get(task, {}).get(metric)) for one in results],
+                    [finite(one.get(task, {}).get(error_name(metric))) for one in results],
+                )
+                for task in tasks
+            ],
+            run.switches,
+            has_points=True,
+        )
+
+
+def _common_metrics(scores: Sequence[TaskScore]) -> list[str]:
+    """Return the two metrics that most tasks have; bits per byte and other losses first."""
+    counts: dict[str, int] = {}
+    for score in scores:
+        counts[score.metric] = counts.get(score.metric, 0) + 1
+    most = sorted(counts, key=lambda metric: (-counts[metric], metric))[:2]
+    return sorted(most, key=lambda metric: not is_lower_better(metric))
+
+
+def with_error(value: float | None, error: float | None, form: Callable[[float | None, int], str] = decimal) -> str:
+    """Return a value with its standard error, with three decimals; with four where no error is known."""
+    if value is None or error is None:
+        return form(value, 4)
+    return f"{form(value, 3)} ± {error:.3f}"
+
+
+def _known(value: float | None) -> float | None:
+    return value if value is not None and not math.isnan(value) else None
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return math.fsum(value for value in values if value is not None) / len(values)

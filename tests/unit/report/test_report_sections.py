@@ -1,0 +1,222 @@
+"""Sentences and tables of a report, by exact content on a small run."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+
+from megatron_cpt.report.build_page import build_page
+from megatron_cpt.report.learning import held_out, stages, task_scores
+from megatron_cpt.report.operation import duration, time_spent
+from megatron_cpt.report.page import CurveChart, DataTable
+from megatron_cpt.report.run_record import RunReader
+from tests.helpers.report_runs import config, training_line, validation_line, write_lines, write_run
+
+
+def page_of(*folders):
+    return build_page([RunReader(folder).read() for folder in folders])
+
+
+def tables(page):
+    parts = (part for section in page.sections for part in section.parts)
+    return {part.title: part for part in parts if isinstance(part, DataTable)}
+
+
+def charts(page):
+    parts = (part for section in page.sections for part in section.parts)
+    return {part.key: part for part in parts if isinstance(part, CurveChart)}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_run(tmp_path / "recipe", name="recipe")
+
+
+@pytest.fixture
+def baseline(tmp_path):
+    return write_run(tmp_path / "baseline", name="baseline", gain=0.1)
+
+
+def test_the_summary_says_what_a_team_lead_must_know(recipe, baseline):
+    assert page_of(recipe, baseline).summary == [
+        "Finished: all 200 steps, 200K tokens.",
+        "Learned: held-out loss fell on 2 of 3 sources, most on qa (−0.300); the mean changed by −0.117 nats per token "
+        "since step 0.",
+        "Forgot: held-out loss rose on 1 of 3 sources, most on code (+0.050).",
+        "Tasks: 2 better, 1 within error of 3 metrics, step 0 to 200.",
+        "Against baseline: lower held-out loss at the end on 2 of 3 sources, mean −0.089; 0 settings differ.",
+        "Course: training loss 4.900 to 3.000, learning rate 0.000995 to 1.01e-05 (as planned at 20 lines); switch to "
+        "phase qa after step 150, as planned.",
+        "Speed: 500 tokens per second, MFU 40.0 %; 6 min 40 s in training steps of 10 min 0 s since the first start.",
+        "Health: 1 restart, 2 bad steps, 0 skipped updates, 1 corrupt checkpoint.",
+    ]
+
+
+def test_learning_against_forgetting_comes_first_with_before_switch_and_end(recipe, baseline):
+    page = page_of(recipe, baseline)
+    assert page.sections[0].key == "learning"
+    table = tables(page)["Held-out loss"]
+    assert table.headers == [
+        *("held-out source", "before (step 0)", "switch to qa (step 150)", "end (step 200)", "change", "in percent"),
+        *("result", "baseline: end", "this run − that"),
+    ]
+    assert table.rows == [
+        ["web", "4.0000", "3.9250", "3.9000", "−0.1000", "−2.5 %", "learned", "3.9667", "−0.0667"],
+        ["code", "3.0000", "3.0375", "3.0500", "+0.0500", "+1.7 %", "forgot", "3.0500", "+0.0000"],
+        ["qa", "5.0000", "4.7750", "4.7000", "−0.3000", "−6.0 %", "learned", "4.9000", "−0.2000"],
+        ["mean", "4.0000", "3.9125", "3.8833", "−0.1167", "−2.9 %", "learned", "3.9722", "−0.0889"],
+    ]
+    assert tables(page)["Tasks"].rows[0][:2] == ["quiz", "bits_per_byte"], "bits per byte first"
+    assert tables(page)["Tasks"].rows[1] == [
+        *("quiz", "acc", "0.300 ± 0.020", "0.525 ± 0.020", "0.600 ± 0.020", "+0.300 ± 0.028", "better", "0.400 ± 0.020")
+    ]
+    assert tables(page)["Tasks"].rows[2][5:7] == ["−0.010 ± 0.042", "within error"]
+    assert charts(page)["tasks-acc,none"].curves[0].errors == [0.02, 0.02, 0.02]
+
+
+def test_the_plan_is_compared_with_what_happened(recipe):
+    assert tables(page_of(recipe))["Plan and reality"].rows == [
+        ["steps", "200", "200", "none"],
+        ["tokens", "200,000", "200,000", "none"],
+        ["switch to qa", "after step 150", "between the lines of steps 150 and 160", "as planned"],
+        ["steps of phase 1, general", "150", "150", "none"],
+        ["steps of phase 2, qa", "50", "50", "none"],
+        ["learning rate of step 200", "1.006e-05", "1.006e-05", "as planned at 20 lines"],
+        ["peak memory of rank 0, GiB", "2.50", "3.00", "+0.50"],
+    ]
+
+
+def test_a_run_that_differs_from_its_plan_says_so(recipe):
+    lines = [training_line(step, lr=5e-4, phase="general" if step < 130 else "qa") for step in (10, 120, 130)]
+    write_lines(recipe / "metrics.jsonl", lines)
+    page = page_of(recipe)
+    rows = {row[0]: row[1:] for row in tables(page)["Plan and reality"].rows}
+    assert rows["steps"] == ["200", "130", "−70"]
+    assert rows["switch to qa"][-1] == "differs"
+    assert rows["learning rate of step 130"][-1] == "up to 49.5 % of the maximum at 3 lines"
+    assert page.summary[0] == "Not finished: 130 of 200 steps (65.0 %), 130K tokens."
+
+
+def test_loss_and_rate_share_their_steps_and_mark_the_switch(recipe, baseline):
+    found = charts(page_of(recipe, baseline))
+    loss, lr = found["loss"], found["lr"]
+    assert list(loss.steps) == list(lr.steps) == list(range(10, 201, 10))
+    assert [curve.label for curve in loss.curves] == ["recipe", "baseline"]
+    assert list(loss.curves[0].values)[:2] == [4.9, 4.8]
+    assert loss.switches == ((150, "qa"),)
+    assert loss.flags == [(90, "spike"), (91, "loss")]
+    assert [curve.label for curve in found["loss-by-source"].curves] == ["web", "code", "qa"]
+
+
+def test_tokens_and_epochs_are_counted_by_source(recipe):
+    rows = tables(page_of(recipe))["Tokens read by source"].rows
+    assert rows[0] == ["web", "80K", "80K", "47.1 %", "0.500", "0.500", "4.0", "4.900", "3.000"]
+    assert rows[2] == ["qa", "10K", "10K", "5.9 %", "0.500", "0.500", "4.0", "3.600", "3.200"]
+
+
+def test_the_time_adds_up(recipe):
+    spent = time_spent(RunReader(recipe).read())
+    assert (spent.steps, spent.data_wait, spent.sync_wait) == pytest.approx((400, 20, 50))
+    assert (spent.pauses, spent.wall) == (25.0, 600.0)  # 20 lines of one second, and 5 after the last line
+    rows = tables(page_of(recipe))["Where the time went"].rows
+    assert [row[:3] for row in rows] == [
+        ["training steps", "6 min 40 s", "66.7 %"],
+        ["  of it: waiting for data", "20.0 s", "3.3 %"],
+        ["  of it: waiting for device and other ranks", "50.0 s", "8.3 %"],
+        ["validation, evaluation and saves", "25.0 s", "4.2 %"],
+        ["start-up and time between processes", "2 min 55 s", "29.2 %"],
+        ["from the first start to the last event", "10 min 0 s", "100.0 %"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0.0, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h 0 min")),
+        *((13_800, "3 h 50 min"), (86_399, "1 d 0 h"), (187_200, "2 d 4 h"), (float("nan"), "–"), (-1.0, "0.0 s")),
+    ],
+)
+def test_durations_are_said_as_people_say_them(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_restarts_fallbacks_and_documents_of_bad_steps_are_listed(recipe):
+    page = page_of(recipe)
+    health = next(section for section in page.sections if section.key == "health")
+    assert health.sentences == [
+        "1 restart. Skipped as corrupt: step-00000120.",
+        "Bad steps: 1 x loss, 1 x spike. 0 updates skipped.",
+        f"Text of a step's documents: megatron-cpt trace {recipe} --step 91",
+    ]
+    events = [row[1] for row in tables(page)["Starts and stops"].rows]
+    assert events == ["started", "ended without a record", "resumed", "stopped"]
+    assert tables(page)["Bad steps"].rows[0] == ["90", "spike", "9.5000", "6.0000", "applied", "code (15.000)"]
+    assert tables(page)["Documents of the bad steps"].rows[0] == ["90", "code", "data/code", "1", "30, 31"]
+
+
+def test_a_run_without_events_does_not_claim_to_have_no_restarts(recipe):
+    (recipe / "events.jsonl").unlink()
+    page = page_of(recipe)
+    assert page.summary[-1] == "Health: restarts unknown, 2 bad steps, 0 skipped updates, 0 corrupt checkpoints."
+    again = training_line(50)
+    with open(recipe / "metrics.jsonl", "ab") as file:
+        file.write(orjson.dumps(again) + b"\n")
+    health = next(section for section in page_of(recipe).sections if section.key == "health")
+    assert health.sentences[0] == "Restarts: unknown; metrics.jsonl shows 1 at least."
+
+
+def test_differences_of_the_configuration_are_listed(tmp_path, recipe, baseline):
+    other = config(name="baseline", batch={"global": 20, "micro": 2}, seed=7)
+    (baseline / "run.yaml").write_text(orjson.dumps(other).decode())
+    rows = tables(page_of(recipe, baseline))["Differences between the runs"].rows
+    assert rows == [["name", "recipe", "baseline"], ["batch.global", "10", "20"], ["seed", "not set", "7"]]
+    plans = [{"after_step": 0, "run": config()}, {"after_step": 100, "run": config(seq_length=50)}]
+    write_lines(recipe / "plans.jsonl", plans)
+    assert tables(page_of(recipe))["Changes during the run"].rows == [["100", "seq_length", "100", "50"]]
+
+
+def test_digests_of_equal_runs_are_shown_once(recipe, baseline):
+    rows = tables(page_of(recipe, baseline))["Digests"].rows
+    assert [row[:2] for row in rows] == [
+        ["manifest of checkpoint step-00000200 (SHA-256)", "all"],
+        *(["tokenizer (SHA-256)", "all"], ["code", "all"], ["data of web", "all"]),
+    ]
+    assert rows[1][2] == "tokenizer-digest"
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [write_run(tmp_path / name, name="same") for name in ("a", "b")]
+    first, second = charts(page_of(*folders))["loss"].curves
+    assert (first.label, second.label) == (f"same ({folders[0]})", f"same ({folders[1]})")
+    again = charts(page_of(folders[0], folders[0]))["loss"].curves
+    assert [curve.label for curve in again] == [f"same ({folders[0]}) [{place}]" for place in (1, 2)]
+
+
+def test_runs_from_other_weights_are_named(recipe, baseline):
+    lines = [validation_line(0, web=9.0), training_line(200), validation_line(200, web=3.0)]
+    write_lines(baseline / "metrics.jsonl", lines)
+    against = next(sentence for sentence in page_of(recipe, baseline).summary if sentence.startswith("Against"))
+    assert against.endswith("The two began at different losses, so from different weights.")
+
+
+def test_stages_are_what_was_measured(recipe):
+    run = RunReader(recipe).read()
+    assert [stage.header for stage in stages(run, {0, 60, 140, 200})] == [
+        *("before (step 0)", "switch to qa (step 140)", "end (step 200)")
+    ]
+    assert [stage.header for stage in stages(run, {100, 150})] == ["first (step 100)", "now (step 150)"]
+    assert [stage.header for stage in stages(run, {0})] == ["before (step 0)"]
+    assert stages(run, {}) == []
+    assert [row.verdict for row in held_out(run)[1]] == ["learned", "forgot", "learned"]
+
+
+def test_results_of_evaluate_belong_to_the_step_of_their_checkpoint(recipe):
+    (recipe / "evaluations").mkdir()
+    results = {"results": {"exam": {"acc,none": 0.7, "acc_stderr,none": 0.01, "alias": "exam"}}}
+    first = {**results, "checkpoint": "out/checkpoints/step-00000150"}
+    (recipe / "evaluations" / "switch.json").write_bytes(orjson.dumps(first))
+    (recipe / "results.json").write_bytes(orjson.dumps(results))
+    run = RunReader(recipe).read()
+    exam = next(score for score in task_scores(run)[1] if score.task == "exam")
+    assert (exam.values, exam.errors) == ((None, 0.7, 0.7), (None, 0.01, 0.01))
+    assert "results.json: does not name its checkpoint, so it counts for the last step, 200" in run.notes
