@@ -28,6 +28,7 @@ _PATH_ERRNOS = {
     errno.ENAMETOOLONG,
     errno.EACCES,
     errno.EPERM,
+    errno.EROFS,
 }
 _jitter = random.Random()  # a generator of its own: a retry must not move the global one, which runs are seeded with
 

@@ -174,7 +174,7 @@ class TestFailingDisk:
 PACKAGE = Path(megatron_cpt.__file__).parent
 _BY_DESCRIPTOR = {"read", "pread", "preadv", "readv", "write", "pwrite", "pwritev", "writev", "sendfile"}
 _NAMES_LOST_OR_DAMAGE_HIDDEN = {
-    "os.path.exists", "os.path.isfile", "os.path.isdir", "np.fromfile", "np.memmap", "mmap.mmap", "pa.memory_map",
+    "os.path.exists", "os.path.lexists", "os.path.isfile", "os.path.isdir", "np.fromfile", "np.memmap", "mmap.mmap", "pa.memory_map",
 }  # fmt: skip
 _METHODS = {"read_bytes", "read_text", "write_bytes", "write_text", "tofile"}
 ALLOWED = {
