@@ -22,6 +22,7 @@ _PASSING_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}  # Py
 _PATH_ERRNOS = {
     None,
     errno.ENOENT,
+    errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ELOOP,

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,50 +144,61 @@ class Matrix:
     Attributes:
         counts: number of cases by their end.
         failures: one text per case that ended in another way than it should.
+        quiet: digest per result, by the name of the command.
     """
 
     def __init__(self, folder: Path, commands: FaultyCommands) -> None:
         self.folder, self._commands = folder, commands
         self.counts = Counter[str]()
         self.failures: list[str] = []
-        self._quiet: dict[str, dict[str, str]] = {}
+        self.quiet: dict[str, dict[str, str]] = {}
 
     def cases(self, command: Command) -> list[Case]:
         """Run a command quietly, remember its result, and return its cases."""
-        self._reset(command)
-        log = Rule("log", "any", f"{self.folder}/*")
-        outcome = self._commands.run(command.arguments, [_QUICK, log])
+        outcome = self.outcome(command, [Rule("log", "any", f"{self.folder}/*")])
         assert outcome.status == 0, f"{command.name}: {outcome.status}\n{outcome.stderr}"
-        self._quiet[command.name] = self._result(outcome)
+        self.quiet[command.name] = self._result(outcome)
         return list(cases_of(command, self._commands.control.logged(), self.folder))
+
+    def outcome(self, command: Command, rules: Sequence[Rule] = (), *, is_repeated: bool = False) -> Outcome:
+        """Run a command under rules; a repeated one finds the files of the previous call."""
+        if not is_repeated:
+            self._reset(command)
+        return self._commands.run(command.arguments, [_QUICK, *rules])
+
+    def differing(self, command: Command, outcome: Outcome) -> list[str]:
+        """Return the results that are not those of the quiet run."""
+        return _differing(self._result(outcome), self.quiet[command.name])
 
     def run(self, case: Case) -> None:
         """Run one case, then the same command without faults."""
-        command, quiet = case.command, self._quiet[case.command.name]
-        self._reset(command)
-        outcome = self._commands.run(command.arguments, [_QUICK, case.rule])
-        wrong: object = self._judge(case, outcome, quiet)
+        outcome = self.outcome(case.command, [case.rule])
+        wrong = self._judge(case, outcome)
         if wrong is None and outcome.status != 0:
-            before = self._result(outcome)
-            again = self._commands.run(command.arguments, [_QUICK])
-            if again.status == 2 and "exists already" in again.stderr:  # the fault came after the result was complete
-                wrong = _differing({**before, "stdout": ""}, {**quiet, "stdout": ""}) or None
-            elif again.status != 0:
-                wrong = f"the next call ended with {again.status}: {again.stderr[-1500:]}"
-            elif differing := _differing(self._result(again), quiet):
-                wrong = f"after the next call other results: {differing}"
-        if not outcome.hits[1]:
-            self.counts["not reached"] += 1
-        elif wrong is None:
-            self.counts["right result" if outcome.status == 0 else f"one message, status {outcome.status}"] += 1
+            wrong = self._judge_next_call(case.command, self.differing(case.command, outcome))
         if wrong is not None:
             self.counts["wrong"] += 1
             self.failures.append(f"{case}: {wrong}")
+        elif not outcome.hits[1]:
+            self.counts["not reached"] += 1
+        else:
+            self.counts["right result" if outcome.status == 0 else f"one message, status {outcome.status}"] += 1
 
-    def _judge(self, case: Case, outcome: Outcome, quiet: Mapping[str, str]) -> str | None:
+    def _judge_next_call(self, command: Command, left: Sequence[str]) -> str | None:
+        """Return what is wrong with the call after a failed one, which has left results that differ."""
+        again = self.outcome(command, is_repeated=True)
+        is_complete = set(left) <= {"stdout"}  # the fault came after the result was published
+        if again.status == 2 and "exists already" in again.stderr and is_complete:
+            return None
+        if again.status != 0:
+            return f"the next call ended with {again.status}: {again.stderr[-1500:]}"
+        differing = self.differing(command, again)
+        return f"after the next call other results: {differing}" if differing else None
+
+    def _judge(self, case: Case, outcome: Outcome) -> str | None:
         text = f"status {outcome.status}: {outcome.stderr[-2500:]}"
         if outcome.status == 0:
-            differing = _differing(self._result(outcome), quiet)
+            differing = self.differing(case.command, outcome)
             return f"status 0 with other results: {differing}\n{text}" if differing else None
         errors = [line for line in outcome.stderr.splitlines() if line.startswith("megatron-cpt: error:")]
         if outcome.status != 1 or "Traceback" in outcome.stderr or len(errors) != 1:
@@ -218,7 +229,7 @@ class Matrix:
         return found
 
 
-def _differing(found: Mapping[str, str], quiet: Mapping[str, str]) -> Sequence[str]:
+def _differing(found: Mapping[str, str], quiet: Mapping[str, str]) -> list[str]:
     return [name for name in sorted(found.keys() | quiet.keys()) if found.get(name) != quiet.get(name)]
 
 
@@ -226,13 +237,6 @@ def _names(error: str, glob: str) -> bool:
     """Return whether a message names a file; for a temporary file the name of the final one is enough."""
     name = glob.rpartition("/")[2].removeprefix(".").partition(".tmp")[0].partition("*")[0]
     return name in error
-
-
-def run_all(matrix: Matrix, commands: Sequence[Command], choose: Callable[[list[Case]], list[Case]] = list) -> None:
-    """Run the chosen cases of each command."""
-    for command in commands:
-        for case in choose(matrix.cases(command)):
-            matrix.run(case)
 
 
 def write_run(folder: Path) -> None:
