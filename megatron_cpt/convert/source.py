@@ -111,9 +111,8 @@ def _open(
     path: Path, named_model: str | None, allow_pickle: bool, verify: Verify, with_optimizer: bool
 ) -> SourceCheckpoint:
     before_read = None
-    if is_checkpoint(path):
-        if verify != "none":
-            before_read = verify_before_read(path, verify)
+    if is_checkpoint(path) and verify != "none":
+        before_read = verify_before_read(path, verify)
     if find_torch_dist(path) is not None:
         weights = TorchDistWeights(path, before_read)
         files = sorted(weights.folder.iterdir())

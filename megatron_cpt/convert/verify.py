@@ -84,8 +84,8 @@ def verify_tensors(
 
     Raises:
         UserError: the folder or the checkpoint does not exist.
-        RefusedError: one of them is corrupt or changes while it is read, or they are different models: tensors are missing, unknown or of another
-            shape.
+        RefusedError: one of them is corrupt or changes while it is read, or they are different models: tensors are
+            missing, unknown or of another shape.
         CptError: the operating system failed, for example with a block that cannot be read.
     """
     hf, checkpoint = Path(hf), Path(checkpoint)

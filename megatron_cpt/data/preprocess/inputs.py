@@ -304,8 +304,7 @@ def read_blocks(
     """
     first, last = (shard or Shard()).interval(files.total_bytes)
     start = start or Cursor()
-    for number, path in enumerate(files.paths):
-        base, file_end = files.starts[number : number + 2]
+    for number, (base, file_end) in enumerate(pairwise(files.starts)):
         if number < start.file or file_end <= first or base >= last:
             continue
         begin = start.position if number == start.file else 0

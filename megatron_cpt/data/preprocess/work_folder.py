@@ -107,7 +107,11 @@ class WorkFolder(ResumableFolder):
     ) -> None:
         super().__init__(Path(path), settings, progress_file=STATE_FILE, should_restart=should_restart)
         self._notify = notify
-        self._reset()
+        self.state: dict[str, Any] = {}
+        self.renames: list[Rename] | None = None
+        self._sizes: dict[str, int] = {}
+        self._checksums: dict[str, Any] = {}  # running ones
+        self._truncated, self._changed = set[str](), set[str]()
         self._saver = ThreadPoolExecutor(1, "work-folder")
         self._saving: Future[None] | None = None
 
@@ -187,19 +191,13 @@ class WorkFolder(ResumableFolder):
         """Empty the folder and record this run's settings."""
         self._finish_saving()
         super().start_from_scratch()
-        self._reset()
+        self.state, self.renames, self._sizes, self._checksums = {}, None, {}, {}
+        self._truncated, self._changed = set(), set()
 
     def remove(self) -> None:
         """Remove the folder with everything in it."""
         self._finish_saving()
         super().remove()
-
-    def _reset(self) -> None:
-        self.state: dict[str, Any] = {}
-        self.renames: list[Rename] | None = None
-        self._sizes: dict[str, int] = {}
-        self._checksums: dict[str, Any] = {}  # running ones
-        self._truncated, self._changed = set[str](), set[str]()
 
     def _resume(self) -> None:
         """Take over the state of an interrupted run, or start from scratch if any of its files is damaged."""

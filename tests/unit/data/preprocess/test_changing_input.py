@@ -53,12 +53,12 @@ def overwrite(path: Path) -> None:
     write(path, "newer")
 
 
-CHANGES = {"truncate": truncate, "replace": replace, "overwrite": overwrite, "append": lambda path: append(path)}
-
-
 def append(path: Path) -> None:
     with path.open("ab") as file:
         file.write(b'{"text": "one more"}\n')
+
+
+CHANGES = {"truncate": truncate, "replace": replace, "overwrite": overwrite, "append": append}
 
 
 def when_blocks_are_written(monkeypatch: pytest.MonkeyPatch, change, count: int = 1) -> None:

@@ -64,22 +64,12 @@ def test_an_input_that_is_replaced_is_named_and_nothing_is_published(
     monkeypatch.setattr(overlap, "document_blocks", blocks)
     prefix, out = str(tmp_path / "web"), str(tmp_path / "out")
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": "held out"}))
+    held_out = str(tmp_path / "held.jsonl")
     arguments = {
-        "merge": ["merge", "--input", prefix, "--output-prefix", out],
-        "split": [
-            "split",
-            "--input",
-            prefix,
-            "--held-out-prefix",
-            out,
-            "--rest-prefix",
-            f"{out}-rest",
-            "--fraction",
-            "0.5",
-        ],
-        "overlap": ["overlap", "--train", prefix, "--held-out", str(tmp_path / "held.jsonl")]
-        + ["--tokenizer", "byte", "--clean-prefix", out],
-    }[command]
+        "merge": f"merge --input {prefix} --output-prefix {out}",
+        "split": f"split --input {prefix} --held-out-prefix {out} --rest-prefix {out}-rest --fraction 0.5",
+        "overlap": f"overlap --train {prefix} --held-out {held_out} --tokenizer byte --clean-prefix {out}",
+    }[command].split()
     assert main(arguments) == 3
     assert f"web.{ending}: was replaced by another file" in capsys.readouterr().err
     assert left(tmp_path) == {"held.jsonl"}
