@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_cpt.backend.collectives import gathered, on_all, on_main
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, find_faults, read_manifest
-from megatron_cpt.checkpoint.record import SavedRun, read_saved_run
+from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused, read_saved_run
 from megatron_cpt.errors import RefusedError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ def newest_valid(
     """Return the newest checkpoint of a run that is valid, or None if the run has none at all; a collective call.
 
     Every file must exist with its size, and the small files must have their checksums. The checksums of shards are
-    compared later, while the shards are loaded. A corrupt checkpoint is skipped with a warning.
+    compared later, while the shards are loaded. A corrupt checkpoint is skipped with a warning, and so is a copy under
+    the name of another step.
 
     Args:
         folder: the folder of the run's checkpoints.
@@ -34,23 +35,24 @@ def newest_valid(
         known_faults: of checkpoints that a load has found to be corrupt.
 
     Raises:
-        RefusedError: the run has or had checkpoints, and none is valid: a run never restarts from scratch by itself.
+        RefusedError: the run has checkpoints, and none is valid, or the newest is of a newer format.
     """
     # Rank 0 lists the folder: all ranks must verify the same checkpoints, even if a file system shows them late.
-    found, latest = on_main(lambda: _list(folder))
-    if not found and latest is not None:
-        raise RefusedError(
-            f"{folder}: latest names {latest}, but there is no checkpoint; restore one, choose another output, or "
-            f"remove {folder / layout.LATEST_FILE} to start from scratch"
-        )
+    found = on_main(lambda: _list(folder))
     reasons = []
     for path in reversed(found):
         saved = _verify_before_load(path, how, known_faults)
         if isinstance(saved, SavedRun):
-            return saved
-        reasons.append(f"{path.name}: {saved[0]}" + (f" (and {len(saved) - 1} more)" if len(saved) > 1 else ""))
+            with corrupt_as_refused(path):
+                step = saved.state["train"]["step"]
+            if step == layout.checkpoint_step(path):
+                return saved
+            problem, faults = "under another name", [f"it holds step {step}; remove it, or name it after its step"]
+        else:
+            problem, faults = "corrupt", list(saved)
+        reasons.append(f"{path.name}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
         if dist.get_rank() == 0:
-            logger.warning("checkpoint %s is corrupt and is skipped: %s", path, "; ".join(saved))
+            logger.warning("checkpoint %s is %s and is skipped: %s", path, problem, "; ".join(faults))
     if found:
         raise RefusedError(
             f"{folder}: no valid checkpoint: {'; '.join(reasons)}; restore a valid one or choose another output"
@@ -58,10 +60,12 @@ def newest_valid(
     return None
 
 
-def _list(folder: Path) -> tuple[list[Path], str | None]:
-    """Return the checkpoints in a folder, and the content of `latest` if it exists."""
-    latest = folder / layout.LATEST_FILE
-    return layout.list_checkpoints(folder), latest.read_text(errors="replace").strip() if latest.exists() else None
+def _list(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, and warn of what only looks like one."""
+    found = layout.list_checkpoints(folder)
+    if ignored := layout.list_ignored(folder):
+        logger.warning("%s: ignored, since they are neither a checkpoint nor `latest`: %s", folder, ", ".join(ignored))
+    return found
 
 
 def find_valid(
@@ -90,10 +94,18 @@ def _verify_before_load(
     """Return a checkpoint, or its faults except those in the content of shards; the same answer on all ranks."""
     if path in known_faults:
         return known_faults[path]
-    manifest = None
+    manifest, newer, own = None, None, []
     try:
         manifest = read_manifest(path)
         own = find_faults(path, how, with_shards=False, manifest=manifest)
+    except layout.NewerFormatError as error:
+        newer = error
     except (RefusedError, OSError) as error:  # OSError: a bad block of the disk, which may affect one rank only
         own = [str(error)]
-    return gathered(own) or on_all(lambda: read_saved_run(path, manifest))
+
+    def read() -> SavedRun:
+        if newer is not None:
+            raise newer
+        return read_saved_run(path, manifest)
+
+    return gathered(own) or on_all(read)
