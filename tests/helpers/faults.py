@@ -7,10 +7,11 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_cpt.checkpoint.manifest import digest, manifest_text
+from megatron_cpt.checkpoint.manifest import FileDigest, digest, manifest_text, read_manifest
 
 # Audit events of Python for changes of files: event -> positions of (path, dir_fd) in its arguments.
 _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
@@ -45,6 +46,13 @@ def seal_again(checkpoint: Path) -> None:
     """Write a manifest that matches the current files, as an attacker would."""
     names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
     (checkpoint / "manifest.json").write_text(manifest_text({name: digest(checkpoint / name) for name in names}))
+
+
+def change_manifest(checkpoint: Path, change: Callable[[dict[str, FileDigest]], object]) -> None:
+    """Write a manifest with other entries, as an attacker would: its own checksum is right."""
+    files = read_manifest(checkpoint)
+    change(files)
+    (checkpoint / "manifest.json").write_text(manifest_text(files))
 
 
 def limit_file_size(size: int) -> None:

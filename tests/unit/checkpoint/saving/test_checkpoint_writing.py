@@ -268,7 +268,8 @@ def _publish(folder: Path, step: int, retention: Retention) -> Path:
     final = folder / layout.checkpoint_name(step)
     aside = folder / f".{final.name}.tmp"
     aside.mkdir(parents=True)
-    (aside / "state.json").write_text("{}")
+    for name in ("state.json", "run.yaml", "metadata.json"):
+        (aside / name).write_text("{}")
     written = write_files(aside, {"__0_0.distcp": [_entry("a", torch.full((9,), step))]}, threading.Event())
     delete(publish(aside, final, Metadata({}), [written], retention))
     return final
