@@ -72,7 +72,7 @@ def test_a_run_knows_its_id_since_format_2(tmp_path: Path) -> None:
 
 
 def test_a_changed_format_has_a_higher_version(tmp_path: Path) -> None:
-    """If this fails: raise FORMAT_VERSION, add a fixture, and describe the version in docs/operations/checkpoints.md."""
+    """If it fails, raise FORMAT_VERSION, add a fixture, and describe the version in docs/operations/checkpoints.md."""
     newest = unpack(f"run_{layout.FORMAT_VERSION}", tmp_path)
     state = set(read_state(checkpoint_of(newest)))
     assert state == {
