@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,13 @@ import pytest
 import yaml
 
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.manifest import digest, manifest_text
+from megatron_cpt.checkpoint.manifest import digest, find_faults, manifest_text
 from megatron_cpt.errors import CptError
 from megatron_cpt.provenance.plans_file import read_started_run
 from tests.fixtures.make_run_directories import COMMITS, RUN
 from tests.helpers.checkpoints import differing
 from tests.helpers.formats import unpack
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import context, run_ranks
 from tests.helpers.runs import newest, train_with_hooks
 
 RUNS = [name for name in COMMITS if name.startswith("run")]
@@ -386,3 +387,63 @@ def test_a_save_that_the_disk_refuses_is_one_error_and_the_run_resumes(tmp_path:
     train(quiet)
     assert differing(newest(healed.run), newest(quiet.run)) == []
     assert sorted(path.name for path in healed.checkpoints.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+
+
+# -- suspended in a save -----------------------------------------------------------------------------------------------
+
+
+def stop_at_every_change(start: Start, results: Any) -> None:
+    """Train in a child that stops itself (SIGSTOP) before every change of its checkpoints; look, and let it continue.
+
+    Puts the names of the valid and of all published checkpoints at each stop into the queue, and the exit status.
+    """
+    pid = os.fork()
+    if pid == 0:
+        sys.addaudithook(_stop_before_changes(str(start.checkpoints)))
+        status = 1
+        try:
+            _start(start)
+            status = start.status if start.status is not None else 1
+        finally:
+            os._exit(status)
+    while True:
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            break
+        published = layout.list_checkpoints(start.checkpoints)
+        results.put([(path.name, find_faults(path)) for path in published])
+        os.kill(pid, signal.SIGCONT)
+    results.put(os.waitstatus_to_exitcode(status))
+
+
+def _stop_before_changes(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
+    def stop(event: str, arguments: tuple[Any, ...]) -> None:
+        is_change = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or (
+            event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        )
+        if is_change and str(arguments[0]).startswith(folder):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return stop
+
+
+def test_a_run_suspended_at_any_change_of_a_save_has_valid_checkpoints_and_continues(tmp_path: Path) -> None:
+    overrides = ["stop_at_step=4", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.async=true"]
+    start, quiet = (
+        prepared(tmp_path / "stopped", overrides=overrides),
+        prepared(tmp_path / "quiet", overrides=overrides),
+    )
+    results = context.Queue()
+    process = context.Process(target=stop_at_every_change, args=(start, results))
+    process.start()
+    seen = []
+    while not isinstance(found := results.get(timeout=240), int):
+        seen.append(found)
+    process.join()
+    assert found == 0
+    assert len(seen) > 20
+    for published in seen:
+        assert published
+        assert [faults for _, faults in published if faults] == []
+    train(quiet)
+    assert differing(newest(start.run), newest(quiet.run)) == []
