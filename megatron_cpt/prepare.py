@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_cpt.data.tokenfile.reader import expand_prefixes
 from megatron_cpt.data.tokenfile.sidecar import Sidecar, name_tokenizer, read_sidecar, sidecar_path
 from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
+from megatron_cpt.files.whole_io import exists
 from megatron_cpt.planning import RunPlan, build_plan
 from megatron_cpt.planning.timeline.epochs import listed, samples_in_epoch
 
@@ -283,13 +283,13 @@ def _missing_start(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str]]
     start = config.init.from_
     # A run that has checkpoints of its own resumes from them and ignores `init`.
     has_started = any(Path(config.output, "checkpoints").glob("step-*"))
-    if start is not None and draft.is_untouched("init") and not os.path.exists(start) and not has_started:
+    if start is not None and draft.is_untouched("init") and not exists(start) and not has_started:
         fix = "give a checkpoint or a run directory, or remove it to start from random weights"
         yield f"init.from: {start}: no such checkpoint", fix
     kind, _, path = (config.tokenizer or "").partition(":")
     if not path or kind == "null" or not draft.is_untouched("tokenizer"):
         return
-    if not os.path.exists(path):
+    if not exists(path):
         fix = "give KIND:PATH of the tokenizer that the data was made with"
         yield f"tokenizer: {kind}:{path}: no such file", fix
         return

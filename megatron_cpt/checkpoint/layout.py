@@ -16,6 +16,7 @@ from pathlib import Path
 import orjson
 
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.whole_io import read_file
 
 FORMAT_VERSION = 2
 """Version of state.json and manifest.json; docs/operations/checkpoints.md lists what each version changed."""
@@ -115,7 +116,7 @@ def has_own_name(path: Path) -> bool:
     try:
         if not is_checkpoint(path):
             return True
-        return bool(orjson.loads((path / STATE_FILE).read_bytes())["train"]["step"] == checkpoint_step(path))
+        return bool(orjson.loads(read_file(path / STATE_FILE))["train"]["step"] == checkpoint_step(path))
     except (OSError, ValueError, LookupError, TypeError):
         return True
 

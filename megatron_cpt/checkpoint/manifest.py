@@ -31,6 +31,8 @@ from megatron_cpt.checkpoint.layout import (
 )
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.checksum import ALGORITHM, Checksum, file_checksum
+from megatron_cpt.files.retry import is_path_error, retry_disk
+from megatron_cpt.files.whole_io import is_regular_file, read_file
 
 Verify = Literal["full", "sampled", "none"]
 SAMPLED_SHARE = 16  # a sampled verification takes one shard in 16
@@ -86,21 +88,25 @@ def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
     Raises:
         NewerFormatError: the manifest is of a newer format.
         RefusedError: it is missing or damaged, or lacks a file that a load would read.
+        OSError: the disk failed.
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        if path.is_symlink() or not path.is_file():  # a named pipe would block the read
+        if path.is_symlink() or not is_regular_file(path):  # a named pipe would block the read
             raise ValueError("no regular file")
-        files = _parse(path, orjson.loads(path.read_bytes()))
+        files = _parse(path, orjson.loads(read_file(path)))
         missing = [name for name in _REQUIRED if name not in files]
         if missing or not any(map(is_shard, files)):
             raise ValueError(f"no entry for {', '.join(missing) or 'any shard'}")
-        unlisted = [name for name in sorted(os.listdir(checkpoint)) if name not in files and _is_read(name)]
+        names = retry_disk(checkpoint, lambda: os.listdir(checkpoint))
+        unlisted = [name for name in sorted(names) if name not in files and _is_read(name)]
         if unlisted:
             raise ValueError(f"no entry for {', '.join(unlisted)}")
     except NewerFormatError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and not is_path_error(error):
+            raise
         raise RefusedError(f"{path}: missing or damaged ({error}); this checkpoint cannot be verified") from error
     return files
 
@@ -183,7 +189,7 @@ def find_faults(
         path = checkpoint / name
         if not _is_inside(name):
             faults.append(f"{name}: not a file of this folder")
-        elif not path.is_file() or _passes_a_link(checkpoint, name):
+        elif not is_regular_file(path) or _passes_a_link(checkpoint, name):
             faults.append(f"{name}: missing")
         elif (size := path.stat().st_size) != expected.size:
             faults.append(f"{name}: {size} bytes, should be {expected.size}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.manifest import FileDigest, digest, read_manifest
 from megatron_cpt.config import read_mapping
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import DiskFile, is_regular_file, read_file
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,9 @@ class Record:
         plain = {layout.STATE_FILE: self.state, layout.PLAN_FILE: self.plan}
         texts = {name: orjson.dumps(value, option=orjson.OPT_INDENT_2) for name, value in plain.items()}
         for name, text in {**texts, layout.RUN_FILE: self.run.encode()}.items():
-            with open(folder / name, "wb") as file:
+            with DiskFile(folder / name, "wb") as file:
                 file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+                file.sync()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None =
         manifest = read_manifest(checkpoint)
         for name in (layout.STATE_FILE, layout.RUN_FILE):
             path = checkpoint / name
-            if not path.is_file() or digest(path, manifest[name].algorithm) != manifest[name]:
+            if not is_regular_file(path) or digest(path, manifest[name].algorithm) != manifest[name]:
                 raise RefusedError(f"{path}: missing, or different from what {layout.MANIFEST_FILE} lists")
     with corrupt_as_refused(checkpoint):
         return SavedRun(checkpoint, manifest, read_state(checkpoint), read_run(checkpoint))
@@ -131,8 +131,10 @@ def read_json(path: Path) -> dict[str, Any]:
         RefusedError: it is missing, damaged or holds something else.
     """
     try:
-        plain = orjson.loads(path.read_bytes())
+        plain = orjson.loads(read_file(path))
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not is_path_error(error):
+            raise
         raise RefusedError(f"{path}: missing or damaged ({error})") from error
     if not isinstance(plain, dict):
         raise RefusedError(f"{path}: damaged: not an object")

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from megatron_cpt.errors import ConfigError, UserError
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import read_text
 
 _MAX_INT = 2**63 - 1
 _MAX_LEVELS = 32
@@ -107,8 +109,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         ConfigError: if it is not YAML or not a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as error:
+        if not is_path_error(error):
+            raise
         raise UserError(f"{path}: cannot be read: {error.strerror}; give the path of a run.yaml") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}); give the path of a run.yaml") from error

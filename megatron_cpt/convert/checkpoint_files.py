@@ -21,6 +21,7 @@ from megatron_cpt.convert.side_files import HF_FOLDER
 from megatron_cpt.convert.source import SourceCheckpoint
 from megatron_cpt.convert.vocabulary import VocabularyReport
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.whole_io import copy_file, write_content
 
 
 def write_checkpoint_files(
@@ -54,14 +55,14 @@ def write_checkpoint_files(
             **{package: importlib.metadata.version(package) for package in ("torch", "megatron-core", "numpy")},
         },
     }
-    (folder / layout.STATE_FILE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
+    write_content(folder / layout.STATE_FILE, orjson.dumps(state, option=orjson.OPT_INDENT_2))
     run = {"name": name, "model": source.model.model_dump(mode="json")}
-    (folder / layout.RUN_FILE).write_text(dump_yaml(run), encoding="utf-8")
+    write_content(folder / layout.RUN_FILE, dump_yaml(run).encode())
     names += [layout.STATE_FILE, layout.RUN_FILE]
     shutil.rmtree(folder / HF_FOLDER, ignore_errors=True)  # from an earlier call that was interrupted below
     for file_name, file in source.side_files.items():
         (folder / HF_FOLDER / file_name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / HF_FOLDER / file_name)
+        copy_file(file, folder / HF_FOLDER / file_name)
         names.append(f"{HF_FOLDER}/{file_name}")
     digests = {file_name: FileDigest(file.size, file.checksum) for file_name, file in written.items()}
     digests |= {file_name: digest(folder / file_name) for file_name in names}

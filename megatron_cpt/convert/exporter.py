@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
+from megatron_cpt.files.whole_io import copy_file, write_content
 
 logger = logging.getLogger(__name__)
 
@@ -231,20 +231,20 @@ def _write_side_files(
     for name, file in side.items():
         if name != CONFIG_FILE:
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / name)
+            copy_file(file, folder / name)
     config = read_json_object(side[CONFIG_FILE]) if CONFIG_FILE in side else {}
     ids = {key: config[key] for key in _SPECIAL_IDS if key in config} if config else _special_ids(folder, model, eod_id)
     names = {*side, CONFIG_FILE}
     if config and detect(config, side[CONFIG_FILE]) is not family:
         config = {}  # exported as another family, whose keys have other meanings
     if config and _is_up_to_date(config, side[CONFIG_FILE], model, dtype):
-        shutil.copyfile(side[CONFIG_FILE], folder / CONFIG_FILE)
+        copy_file(side[CONFIG_FILE], folder / CONFIG_FILE)
     else:
         config |= {**to_hf_config(family, model, dtype), **ids}
         config.pop("dtype", None)  # the newer name of torch_dtype
-        (folder / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+        write_content(folder / CONFIG_FILE, orjson.dumps(config, option=orjson.OPT_INDENT_2))
     if GENERATION_FILE not in side and CONFIG_FILE not in side and any(value is not None for value in ids.values()):
-        (folder / GENERATION_FILE).write_bytes(orjson.dumps(ids, option=orjson.OPT_INDENT_2))
+        write_content(folder / GENERATION_FILE, orjson.dumps(ids, option=orjson.OPT_INDENT_2))
         names.add(GENERATION_FILE)
     return sorted(names)
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import sync_folder
 from megatron_cpt.files.resumable import DurableJournal, ResumableFolder
-from megatron_cpt.files.retry import name_file_in_errors
+from megatron_cpt.files.whole_io import DiskFile
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -83,8 +83,8 @@ class JobFolder(ResumableFolder):
             if path.is_dir():
                 sync_folder(path)
             else:
-                with name_file_in_errors(path), open(path, "rb") as file:
-                    os.fsync(file.fileno())
+                with DiskFile(path) as file:
+                    file.sync()
         self.publish_as(self._target)
 
     def _require_space(self) -> None:

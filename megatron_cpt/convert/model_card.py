@@ -18,6 +18,7 @@ from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused, read_js
 from megatron_cpt.config import format_count
 from megatron_cpt.convert.side_files import HF_FOLDER
 from megatron_cpt.errors import CptError, RefusedError
+from megatron_cpt.files.whole_io import read_file, read_text, write_content
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def write_model_card(folder: Path, checkpoint: Path, side: Mapping[str, Path]) -
         return []
     kept = {}
     if CARD_FILE in side:
-        kept = _front_matter(side[CARD_FILE].read_text(encoding="utf-8-sig", errors="replace"))
+        kept = _front_matter(read_text(side[CARD_FILE], "utf-8-sig", errors="replace"))
     try:
         saved = read_saved_run(checkpoint)
         with corrupt_as_refused(checkpoint):
@@ -74,7 +75,7 @@ def write_model_card(folder: Path, checkpoint: Path, side: Mapping[str, Path]) -
     if CARD_FILE in side:
         written.append(_free_name(side))
         (folder / CARD_FILE).replace(folder / written[-1])
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    write_content(folder / CARD_FILE, card.encode())
     return written
 
 
@@ -225,7 +226,7 @@ def _losses(saved: SavedRun) -> list[str]:
         return []
     training: dict[str, Any] | None = None
     held_out: list[dict[str, Any]] = []
-    for text in file.read_bytes().splitlines():
+    for text in read_file(file).splitlines():
         try:
             line = orjson.loads(text)
         except orjson.JSONDecodeError:  # cut by a kill

@@ -9,7 +9,6 @@ its row is (row 17 + row 403) / 2.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
 from megatron_cpt.convert.side_files import find_side_files
 from megatron_cpt.convert.source import SourceCheckpoint
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.whole_io import copy_file, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def count_ids_without_row(source: SourceCheckpoint) -> int:
     if file is None:
         return 0
     try:
-        data = orjson.loads(file.read_bytes())
+        data = orjson.loads(read_file(file))
         entries = data["model"]["vocab"]
         ids = [*(entries.values() if isinstance(entries, dict) else range(len(entries)))]
         ids += [token["id"] for token in data.get("added_tokens") or []]
@@ -169,7 +169,7 @@ def _load_tokenizer(source: SourceCheckpoint, folder: Path) -> Any:
     folder.mkdir()
     for name, file in source.side_files.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / name)
+        copy_file(file, folder / name)
     from transformers import AutoTokenizer
 
     try:

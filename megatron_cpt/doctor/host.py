@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed
+from megatron_cpt.files.whole_io import read_text
 
 _GIB = 2**30
 _MIN_FILES = 65536  # each rank opens two files per dataset (.bin, .idx) and one socket per peer
@@ -30,7 +31,7 @@ def read_ports(folder: Path = _INFINIBAND) -> tuple[Port, ...]:
     """List the ports that support RDMA, as the kernel reports them."""
     found = []
     for port in sorted(folder.glob("*/ports/*")):
-        state, rate, kind = ((port / name).read_text().strip() for name in ("state", "rate", "link_layer"))
+        state, rate, kind = (read_text(port / name).strip() for name in ("state", "rate", "link_layer"))
         found.append(Port(port.parent.parent.name, state.partition(": ")[2] or state, rate, kind))
     return tuple(found)
 

@@ -63,5 +63,6 @@ def print_now(text: str) -> None:
 
 def close_stderr() -> None:
     """Lead stderr to /dev/null."""
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)

@@ -15,15 +15,19 @@ import io
 import os
 import stat
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_cpt.files.retry import is_path_error, name_file_in_errors, retry_disk
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 T = TypeVar("T")
 
 FilePath = str | os.PathLike[str]
 
 BUFFER_BYTES = 1 << 16
+_COPY_BYTES = 1 << 20
 _MOST_BYTES = 1 << 30  # per system call; Linux transfers at most 2 GiB
 
 
@@ -36,12 +40,17 @@ class DiskFile(io.FileIO):
     Args:
         path: the file.
         mode: as for `open`.
+        flags: more flags for the system call, such as `os.O_NOFOLLOW`.
     """
 
-    def __init__(self, path: FilePath, mode: str = "rb") -> None:
+    def __init__(self, path: FilePath, mode: str = "rb", *, flags: int = 0) -> None:
         self._path, self._is_stale = os.fspath(path), False
         open_file = super().__init__
-        retry_disk(path, lambda: open_file(self._path, mode))
+
+        def opener(path: str, usual_flags: int) -> int:
+            return os.open(path, usual_flags | flags, 0o666)
+
+        retry_disk(path, lambda: open_file(self._path, mode, opener=opener))
         self._identity = self._identify(self.fileno())
 
     @property
@@ -162,6 +171,43 @@ def read_file(path: FilePath) -> bytes:
     """Return the content of a file."""
     with DiskFile(path) as file:
         return file.readall()
+
+
+def read_text(path: FilePath, encoding: str = "utf-8", *, errors: str = "strict") -> str:
+    """Return the text in a file, with `\\n` at the end of every line."""
+    text = read_file(path).decode(encoding, errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_array(path: FilePath, dtype: npt.DTypeLike, count: int, offset: int = 0) -> npt.NDArray[Any]:
+    """Return `count` numbers from byte `offset` of a file on, fewer only at its end."""
+    import numpy as np  # here: a command that reads no data starts without it
+
+    array = np.empty(count, dtype)
+    if count:
+        with DiskFile(path) as file:
+            array = array[: file.read_into_at(array, offset) // array.itemsize]
+    return array
+
+
+def read_whole_array(path: FilePath, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return the numbers that a file consists of."""
+    import numpy as np
+
+    return np.frombuffer(read_file(path), dtype)
+
+
+def write_content(path: FilePath, data: bytes) -> None:
+    """Write the content of a file; `write_atomically` also survives a power cut."""
+    with DiskFile(path, "wb") as file:
+        file.write(data)
+
+
+def copy_file(source: FilePath, target: FilePath) -> None:
+    """Copy the content of a file."""
+    with DiskFile(source) as reader, DiskFile(target, "wb") as writer:
+        while piece := reader.read(_COPY_BYTES):
+            writer.write(piece)
 
 
 def exists(path: FilePath) -> bool:

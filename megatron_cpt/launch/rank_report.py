@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.whole_io import read_text
 
 FOLDER_VARIABLE = "MEGATRON_CPT_LAUNCH_FOLDER"
 STOP_FILE = "stopping"
@@ -43,4 +44,4 @@ class Report:
 
 def read_reports(folder: Path) -> list[Report]:
     """Return the current reports of this node's ranks."""
-    return [Report(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.json"))]
+    return [Report(**json.loads(read_text(path))) for path in sorted(folder.glob("rank-*.json"))]

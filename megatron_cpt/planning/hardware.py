@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_cpt.files.whole_io import read_text
+
 TERA, GIGA = 1e12, 1e9
 
 
@@ -96,7 +98,7 @@ def emulates_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         cpuinfo: the kernel's list of CPUs. Their features are in a line `flags` (x86) or `Features` (ARM).
     """
     try:
-        found = re.search(r"^(flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+        found = re.search(r"^(flags|Features)\s*:(.*)$", read_text(cpuinfo), re.MULTILINE)
     except OSError:
         return False
     return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"} & set(found[2].split())

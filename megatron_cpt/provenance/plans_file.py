@@ -19,6 +19,7 @@ import orjson
 
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.whole_io import is_regular_file, read_file
 from megatron_cpt.provenance.run_history import Blends, Recorded, Witness, drop_zeros, parse_blends
 
 logger = logging.getLogger(__name__)
@@ -155,13 +156,13 @@ def _write_lines(run_directory: Path, lines: Sequence[Mapping[str, Any]]) -> Non
 
 def _read_lines(run_directory: Path) -> list[dict[str, Any]]:
     path = run_directory / FILE_NAME
-    if not path.exists():
+    if not is_regular_file(path):  # a named pipe would block the read
         return []
     try:
-        lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        lines = [orjson.loads(line) for line in read_file(path).splitlines()]
         if any(not isinstance(line["after_step"], int) for line in lines):
             raise ValueError("a line without after_step")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RefusedError(f"{path}: damaged ({error!r}); restore it from a copy") from error
     return lines
 

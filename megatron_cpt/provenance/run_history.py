@@ -13,6 +13,7 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import read_saved_run
 from megatron_cpt.data import BlendCursor, PhaseBlend
 from megatron_cpt.errors import CptError, RefusedError, UserError
+from megatron_cpt.files.whole_io import is_regular_file, open_reader
 from megatron_cpt.planning import Segment, SpanGrid
 
 METRICS_FILE = "metrics.jsonl"
@@ -141,9 +142,9 @@ def parse_blends(run: Mapping[str, Any], plan: Mapping[str, Any], origin: str) -
 def read_counts(run_directory: Path, after_step: int, step: int) -> tuple[Witness | None, Witness | None]:
     """Read from metrics.jsonl the last counts before a step (but after `after_step`), and the first ones from it on."""
     before, path = None, run_directory / METRICS_FILE
-    if not path.is_file():
+    if not is_regular_file(path):
         return None, None
-    with open(path, "rb") as file:
+    with open_reader(path) as file:
         for raw in file:
             try:
                 line = orjson.loads(raw)

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from megatron_cpt.backend.collectives import gathered, on_all, on_main
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, find_faults, read_manifest
+from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, FileDigest, Verify, find_faults, read_manifest
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused, read_saved_run
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.retry import retry_disk
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def newest_valid(
         RefusedError: the run has checkpoints, and none is valid, or the newest is of a newer format.
     """
     # Rank 0 lists the folder: all ranks must verify the same checkpoints, even if a file system shows them late.
-    found = on_main(lambda: _list(folder))
+    found = on_main(lambda: retry_disk(folder, lambda: _list(folder)))
     reasons = []
     for path in reversed(found):
         saved = _verify_before_load(path, how, known_faults)
@@ -91,21 +92,22 @@ def find_valid(
 def _verify_before_load(
     path: Path, how: Verify, known_faults: Mapping[Path, Sequence[str]]
 ) -> SavedRun | Sequence[str]:
-    """Return a checkpoint, or its faults except those in the content of shards; the same answer on all ranks."""
+    """Return a checkpoint, or its faults except those in the content of shards; the same answer on all ranks.
+
+    Raises:
+        CptError: the disk failed on a rank. An older checkpoint is no answer to that.
+    """
     if path in known_faults:
         return known_faults[path]
-    manifest, newer, own = None, None, []
-    try:
-        manifest = read_manifest(path)
-        own = find_faults(path, how, with_shards=False, manifest=manifest)
-    except layout.NewerFormatError as error:
-        newer = error
-    except (RefusedError, OSError) as error:  # OSError: a bad block of the disk, which may affect one rank only
-        own = [str(error)]
 
-    def read() -> SavedRun:
-        if newer is not None:
-            raise newer
-        return read_saved_run(path, manifest)
+    def examine() -> tuple[Mapping[str, FileDigest] | None, list[str]]:
+        try:
+            manifest = read_manifest(path)
+            return manifest, find_faults(path, how, with_shards=False, manifest=manifest)
+        except layout.NewerFormatError:  # it is valid, so an older checkpoint is no answer
+            raise
+        except RefusedError as error:
+            return None, [str(error)]
 
-    return gathered(own) or on_all(read)
+    manifest, own = on_all(examine)
+    return gathered(own) or on_all(lambda: read_saved_run(path, manifest))

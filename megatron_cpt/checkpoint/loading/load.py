@@ -30,7 +30,7 @@ from megatron_cpt.checkpoint.loading.verify_while_reading import ShardVerifier, 
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, shards_to_compare
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.checkpoint.state import optimizer_shards, state_dicts
-from megatron_cpt.errors import RefusedError
+from megatron_cpt.errors import CptError, RefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,9 @@ def _verifying(saved: SavedRun, how: Verify) -> Iterator[ShardVerifier]:
     with ShardVerifier(saved.path, share_of(expected, dist.get_rank(), dist.get_world_size())) as verifier:
         try:
             yield verifier
-        except RefusedError as error:  # the same on all ranks; damaged bytes may be the cause
+        except CptError as error:  # the same on all ranks; damaged bytes may be the cause
             failure = error
-        faults = gathered(verifier.faults())
+        faults = gathered(on_all(verifier.faults))
     if faults:
         raise CorruptCheckpointError(saved.path, faults) from failure
     if failure is not None:

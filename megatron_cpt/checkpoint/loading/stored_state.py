@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from megatron_cpt.checkpoint.torchfile.unpickle import read_metadata
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import DiskFile, exists, read_file
 
 _COMMON_FILE = "common.pt"  # written by megatron-core up to 0.18
 _COMMON_ENTRY = "common_state/shard_0_1"  # the same values in a shard, written by megatron-core 0.19
@@ -65,12 +67,17 @@ def read_errors_as_refused(checkpoint: Path) -> Iterator[None]:
     Damaged bytes can make an unpickler raise anything, and a disk or a GPU may fail on one rank only.
 
     Raises:
-        RefusedError: for any error.
+        RefusedError: for any error but those of the disk.
+        OSError: the disk failed.
     """
     try:
         yield
     except RefusedError:
         raise
+    except OSError as error:
+        if not is_path_error(error):
+            raise
+        raise RefusedError(f"{checkpoint}: cannot be read: {error}") from error
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise RefusedError(f"{checkpoint}: cannot be read: {type(error).__name__}: {first_line}") from error
@@ -80,7 +87,8 @@ def read_stored_state(checkpoint: Path) -> StoredState:
     """Read everything of a checkpoint but its tensors.
 
     Raises:
-        RefusedError: a file is missing, damaged or holds more than plain types, or the disk fails.
+        RefusedError: a file is missing, damaged or holds more than plain types.
+        OSError: the disk failed.
     """
     with read_errors_as_refused(checkpoint):
         config = maybe_load_config(str(checkpoint))
@@ -108,15 +116,18 @@ def _boxes(checkpoint: Path, name: str, entry: TensorStorageMetadata, metadata: 
 
 
 def _read_common(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
-    source: Any = checkpoint / _COMMON_FILE
-    is_in_shard = not source.exists()
+    path = checkpoint / _COMMON_FILE
+    is_in_shard = not exists(path)
     if is_in_shard:
         place = metadata.storage_data[MetadataIndex(_COMMON_ENTRY)]
-        with open(checkpoint / place.relative_path, "rb") as file:
-            file.seek(place.offset)
-            source = io.BytesIO(file.read(place.length))
+        with DiskFile(checkpoint / place.relative_path) as file:
+            content = file.read_at(place.offset, place.length)
+    else:
+        content = read_file(path)
     try:
-        loaded = torch.load(source, map_location="cpu", weights_only=True)  # weights_only: executes nothing
+        loaded = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )  # weights_only: executes nothing
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise RefusedError(f"{checkpoint}: {_COMMON_FILE}: refused: {reason}; do not use this checkpoint") from error

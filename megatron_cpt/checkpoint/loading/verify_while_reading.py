@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, FileDigest, compare
+from megatron_cpt.files.retry import is_path_error
 
 _THREADS = 2  # that hash; one reads about as fast as a local disk
 
@@ -72,14 +73,19 @@ class ShardVerifier:
         """Wait until a shard has been hashed to its end.
 
         Raises:
-            CorruptCheckpointError: its content is damaged, or it cannot be read.
+            CorruptCheckpointError: its content is damaged, or it is missing.
+            OSError: the disk failed.
         """
         self.wait_for(shard)
         if (job := self._jobs.get(shard.name)) and (fault := job.result()):
             raise CorruptCheckpointError(self._checkpoint, [fault])
 
     def faults(self) -> list[str]:
-        """Return one line for each damaged shard, once all that were asked for are hashed."""
+        """Return one line for each damaged shard, once all that were asked for are hashed.
+
+        Raises:
+            OSError: the disk failed.
+        """
         return [fault for job in self._jobs.values() if (fault := job.result()) is not None]
 
     def _start(self, first: int, stop: int) -> None:
@@ -91,7 +97,9 @@ class ShardVerifier:
     def _compare(self, name: str) -> str | None:
         try:
             return compare(self._checkpoint, name, self._expected[name], partial(self._advance, name))
-        except OSError as error:  # a bad block of the disk
+        except OSError as error:
+            if not is_path_error(error):
+                raise
             return str(error)
         finally:
             self._advance(name, math.inf)

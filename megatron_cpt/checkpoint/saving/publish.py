@@ -16,6 +16,7 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.manifest import FileDigest, digest, manifest_text
 from megatron_cpt.checkpoint.saving.writer import Written
 from megatron_cpt.files.atomic import sync_folder, write_atomically
+from megatron_cpt.files.whole_io import DiskFile
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def _measure_others(aside: Path, shards: Mapping[str, FileDigest]) -> dict[str, 
     found = {}
     for path in sorted(aside.iterdir()):
         if path.name not in shards:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            with DiskFile(path) as file:
+                file.sync()
             found[path.name] = digest(path)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.files.checksum import Checksum
+from megatron_cpt.files.whole_io import DiskFile
 
 _BLOCK_BYTES = 16 << 20
 _SMALL_BYTES = 1 << 16
@@ -57,7 +57,7 @@ class HashedStream:
         failure: the exception of a write, for callers of code that hides it.
     """
 
-    def __init__(self, raw: io.FileIO, abandon: threading.Event | None = None) -> None:
+    def __init__(self, raw: DiskFile, abandon: threading.Event | None = None) -> None:
         self._raw, self._abandon = raw, abandon
         self._checksum, self._position = Checksum(), 0
         self._small = bytearray()
@@ -99,9 +99,7 @@ class HashedStream:
                 block = view[start : start + _BLOCK_BYTES]
                 self._checksum.update(block)
                 begin = os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
-                done = 0
-                while done < len(block):
-                    done += self._raw.write(block[done:]) or 0
+                self._raw.write(block)
                 if hasattr(os, "posix_fadvise"):  # on Linux this starts writing to the disk and does not wait
                     os.posix_fadvise(self._raw.fileno(), begin, len(block), os.POSIX_FADV_DONTNEED)
         except (AbandonedError, OSError) as error:

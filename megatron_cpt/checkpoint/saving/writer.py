@@ -7,7 +7,6 @@ work at the same time.
 from __future__ import annotations
 
 import io
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_cpt.checkpoint.manifest import FileDigest
 from megatron_cpt.checkpoint.saving.torch_save import HashedStream, save_tensor
 from megatron_cpt.checkpoint.saving.write_plan import ShardEntry
+from megatron_cpt.files.whole_io import DiskFile
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def write_files(folder: Path, files: Mapping[str, Sequence[ShardEntry]], abandon
 
 def _write_file(path: Path, entries: Sequence[ShardEntry], abandon: threading.Event) -> Written:
     places = []
-    with open(path, "wb", buffering=0) as raw:
+    with DiskFile(path, "wb") as raw:
         stream = HashedStream(raw, abandon)
         for entry in entries:
             start = stream.tell()
@@ -66,5 +66,5 @@ def _write_file(path: Path, entries: Sequence[ShardEntry], abandon: threading.Ev
             length = stream.tell() - start
             places.append(WriteResult(entry.item.index, length, _StorageInfo(path.name, start, length)))
         stream.flush()
-        os.fsync(raw.fileno())
+        raw.sync()
     return Written(places, {path.name: FileDigest(stream.tell(), stream.checksum())})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.errors import RefusedError
-
-_READ_BYTES = 8 << 20  # per system call: larger calls are no faster, and Linux reads at most 2 GiB
+from megatron_cpt.files.whole_io import DiskFile
 
 
 @dataclass(frozen=True)
@@ -57,17 +55,9 @@ class StoredTensor:
             return
         flat = out.as_strided((out.numel(),), (1,))  # torch calls a single element contiguous with any stride
         data: Any = flat.view(torch.uint8).numpy()
-        view = memoryview(data)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            done = 0
-            while done < self.num_bytes:
-                count = os.preadv(handle, [view[done : done + _READ_BYTES]], self.offset + done)
-                if count == 0:
-                    raise RefusedError(f"{self.path}: ends in the middle of a tensor; the file was cut, copy it again")
-                done += count
-        finally:
-            os.close(handle)
+        with DiskFile(self.path) as file:
+            if file.read_into_at(data, self.offset) < self.num_bytes:
+                raise RefusedError(f"{self.path}: ends in the middle of a tensor; the file was cut, copy it again")
 
     def read(self) -> torch.Tensor:
         """Read the tensor into new memory."""

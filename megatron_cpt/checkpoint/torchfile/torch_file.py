@@ -33,6 +33,7 @@ import torch
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.checkpoint.torchfile.unpickle import PLAIN_BUILTINS
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.whole_io import DiskFile
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -127,7 +128,7 @@ class _Window(io.RawIOBase):
     """Part of a file that reads like a whole file."""
 
     def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
+        self._file = DiskFile(path)
         self._start, self._length, self._at = start, length, 0
 
     def readable(self) -> bool:
@@ -148,7 +149,7 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._length - self._at))
-        count = os.preadv(self._file.fileno(), [view[:wanted]], self._start + self._at)
+        count = self._file.read_into_at(view[:wanted], self._start + self._at)
         self._at += count
         return count
 

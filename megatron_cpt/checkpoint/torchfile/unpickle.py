@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.whole_io import open_reader
 
 METADATA_FILE = ".metadata"
 
@@ -57,7 +58,7 @@ def read_metadata(checkpoint: Path) -> Any:
         RefusedError: it holds more than plain types, or names a file outside of the folder.
     """
     path = checkpoint / METADATA_FILE
-    with open(path, "rb") as file:
+    with open_reader(path) as file:
         try:
             metadata = load_plain(file)
         except pickle.UnpicklingError as error:

@@ -13,6 +13,8 @@ import typer
 
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import EXIT_REFUSED, UserError
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import read_text
 
 if TYPE_CHECKING:
     from megatron_cpt.convert.exporter import ExportReport
@@ -281,8 +283,10 @@ def _print_verification(checkpoint: Path, tensors: TensorReport, logits: LogitsR
 
 def _read_lines(option: str, file: Path, unit: str, keep: Callable[[str], str] = str) -> list[str]:
     try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if keep(line)]
+        lines = [line for line in read_text(file, "utf-8-sig").splitlines() if keep(line)]
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_path_error(error):
+            raise
         raise UserError(f"{option} {file}: cannot be read ({error})") from error
     if not lines:
         raise UserError(f"{option} {file}: empty; write one {unit} per line")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_cpt.cli.progress import progress_bar
+from megatron_cpt.files.whole_io import is_folder, is_regular_file
 
 INPUT_HELP = "Datasets in this order: prefixes of .bin/.idx, or globs. A single folder: all of its datasets, by name."
 MIXED_HELP = "Accept datasets whose sidecars name different tokenizers."
@@ -25,8 +26,8 @@ def merge(
     from megatron_cpt.data.rewrite.merge import folder_prefixes, merge_datasets
     from megatron_cpt.data.tokenfile.reader import expand_prefixes
 
-    is_folder = len(inputs) == 1 and os.path.isdir(inputs[0])
-    prefixes = folder_prefixes(inputs[0]) if is_folder else expand_prefixes(inputs)
+    names_folder = len(inputs) == 1 and is_folder(inputs[0])
+    prefixes = folder_prefixes(inputs[0]) if names_folder else expand_prefixes(inputs)
     with progress_bar("merging", total_bytes(prefixes)) as advance:
         merged = merge_datasets(
             prefixes,
@@ -45,4 +46,4 @@ def merge(
 
 def total_bytes(prefixes: list[str]) -> int:
     """Return the size of all existing `.bin` files, as the total of a progress bar."""
-    return sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes if os.path.isfile(f"{prefix}.bin"))
+    return sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes if is_regular_file(f"{prefix}.bin"))

@@ -12,7 +12,6 @@ endian; the header, a JSON object; the data of all tensors without gaps. Example
 from __future__ import annotations
 
 import math
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from megatron_cpt.convert.huggingface.untrusted_json import parse_json_object
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.retry import name_file_in_errors
+from megatron_cpt.files.whole_io import DiskFile
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -140,14 +139,6 @@ def pread_into(file: Path, offset: int, view: memoryview, what: str) -> None:
     Raises:
         RefusedError: the file ends too early.
     """
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        done = 0
-        while done < view.nbytes:
-            with name_file_in_errors(file):
-                count = os.preadv(fd, [view[done:]], offset + done)
-            if count == 0:
-                raise RefusedError(f"{file}: ends inside {what}: it was cut off after it was opened; copy it again")
-            done += count
-    finally:
-        os.close(fd)
+    with DiskFile(file) as opened:
+        if opened.read_into_at(view, offset) < view.nbytes:
+            raise RefusedError(f"{file}: ends inside {what}: it was cut off after it was opened; copy it again")

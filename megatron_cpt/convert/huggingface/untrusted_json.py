@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import read_file
 
 _MAX_BYTES = 64_000_000  # config.json and the index; the index of a model with 1,000 layers is under 2 MB
 _MAX_SIZE = 1 << 31  # larger sizes would overflow the shapes that are computed from them
@@ -23,8 +25,10 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """
     try:
         size = file.stat().st_size
-        text = file.read_bytes() if size <= _MAX_BYTES else b""
+        text = read_file(file) if size <= _MAX_BYTES else b""
     except OSError as error:
+        if not is_path_error(error):
+            raise
         raise RefusedError(f"{file}: cannot be read: {error.strerror}") from error
     if size > _MAX_BYTES:
         raise RefusedError(f"{file}: {size} bytes of JSON, above the limit of {_MAX_BYTES}; is it another file?")

@@ -26,6 +26,7 @@ from megatron_cpt.convert.job import JOURNAL_FILE, JobFolder, group_by_size
 from megatron_cpt.files.atomic import sync_folder
 from megatron_cpt.files.resumable import SETTINGS_FILE
 from megatron_cpt.files.retry import name_file_in_errors
+from megatron_cpt.files.whole_io import DiskFile, is_regular_file, write_content
 
 TensorSizes = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """Name -> (shape, dtype), in the order in which the tensors are to be stored."""
@@ -77,7 +78,7 @@ class HfWriter:
         self._rows: dict[str, list[tuple[int, int]]] = {}  # rows written, of tensors that are not complete
         self._unsynced: list[str] = []  # complete tensors that may not be on the disk
         self._unsynced_bytes = 0
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, DiskFile] = {}
         job = {"source": source, "headers": {file.name: header.hex() for file, header in self._headers.items()}}
         self._work = JobFolder(self.folder, self.path, job, needed_bytes=self.total_bytes)
         self._work.__enter__()
@@ -105,13 +106,9 @@ class HfWriter:
         stop = start + tensor.shape[0]
         assert 0 <= start <= stop <= place.num_rows, f"{name}: rows [{start}, {stop}) of {place.num_rows}"
         numbers: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        view = memoryview(numbers)
-        offset, done = place.start + start * place.row_bytes, 0
-        fd = self._files[place.file]
-        with name_file_in_errors(place.file):
-            while done < view.nbytes:
-                done += os.pwrite(fd, view[done:], offset + done)
-        os.posix_fadvise(fd, offset, view.nbytes, os.POSIX_FADV_DONTNEED)  # starts writing to the disk
+        offset, file = place.start + start * place.row_bytes, self._files[place.file]
+        file.write_at(numbers, offset)
+        os.posix_fadvise(file.fileno(), offset, numbers.nbytes, os.POSIX_FADV_DONTNEED)  # starts writing to the disk
         self._note_rows(name, place, start, stop)
 
     def finish(self) -> Path:
@@ -122,7 +119,7 @@ class HfWriter:
         if len(self._headers) > 1:
             weight_map = {name: self._places[name].file.name for name in sorted(self._places)}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_content(self.folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
         self._work.publish()
         self._work.__exit__(None, None, None)
         return self.path
@@ -135,31 +132,30 @@ class HfWriter:
         try:
             self._sync(self._unsynced)
         finally:
-            for fd in self._files.values():
-                os.close(fd)
+            for file in self._files.values():
+                file.close()
             self._files, self._unsynced = {}, []
 
     def _open_files(self) -> frozenset[str]:
         """Open the files of the interrupted writer, or create new ones; return the names of finished tensors."""
         files = [*self._headers, self.folder / JOURNAL_FILE, self.folder / SETTINGS_FILE]
         # the first record is written when all files have their final size
-        is_laid_out = bool(self._work.journal.lines) and all(file.is_file() for file in files)
+        is_laid_out = bool(self._work.journal.lines) and all(map(is_regular_file, files))
         if is_laid_out:
             for other in self.folder.iterdir():  # config.json and the like, if the earlier call came that far
                 if other not in files:
                     other.unlink()
         else:
             self._work.start_from_scratch()
-        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if is_laid_out else os.O_CREAT | os.O_EXCL)
         for file in self._headers:
-            self._files[file] = os.open(file, flags, 0o644)
+            self._files[file] = DiskFile(file, "r+b" if is_laid_out else "xb", flags=os.O_NOFOLLOW)
         if not is_laid_out:
             for file, header in self._headers.items():
                 size = max((place.stop for place in self._places.values() if place.file == file), default=len(header))
+                self._files[file].write_at(header, 0)
                 with name_file_in_errors(file):
-                    os.pwrite(self._files[file], header, 0)
-                    os.ftruncate(self._files[file], size)
-                    os.fsync(self._files[file])
+                    self._files[file].truncate(size)
+                self._files[file].sync()
             sync_folder(self.folder)
             self._work.journal.record([])
         return frozenset(name for record in self._work.journal.lines for name in record if name in self._places)
@@ -183,10 +179,9 @@ class HfWriter:
     def _sync(self, names: list[str]) -> None:
         """Write the data to the disk first, then the journal's line about it."""
         with self._sync_lock:
-            for file, fd in self._files.items():
-                with name_file_in_errors(file):
-                    os.fdatasync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for file in self._files.values():
+                file.sync()
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             if names:
                 self._work.journal.record(names)
 

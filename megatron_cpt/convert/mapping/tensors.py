@@ -16,7 +16,6 @@ import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.retry import name_file_in_errors
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,10 @@ class Mosaic:
             part = self._stored(piece).rows(first - piece.offsets[0], last - piece.offsets[0])
             other_axes = [slice(at, at + size) for at, size in zip(piece.offsets[1:], piece.sizes[1:], strict=True)]
             target = out[(slice(first - start, last - start), *other_axes)]
-            with name_file_in_errors(part.path):
-                if target.is_contiguous():
-                    part.read_into(target)
-                else:
-                    target.copy_(part.read())
+            if target.is_contiguous():
+                part.read_into(target)
+            else:
+                target.copy_(part.read())
         return out
 
     def _stored(self, piece: Piece) -> StoredTensor:

@@ -21,6 +21,7 @@ from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
 from megatron_cpt.convert.mapping.tensors import MosaicWeights
 from megatron_cpt.convert.megatron.torch_dist_reader import newest_iteration
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.whole_io import read_text
 
 _CONFIG_FILES = ("run_config.yaml", "../run_config.yaml", "context/model.yaml", "../context/model.yaml")
 _SIZES = {
@@ -125,7 +126,7 @@ def _find_config(path: Path) -> tuple[Path, Mapping[str, Any]]:
     for file in (folder / name for folder in folders for name in _CONFIG_FILES):
         if file.is_file():
             try:
-                data = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+                data = yaml.load(read_text(file), Loader=_PlainLoader)
             except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
                 raise RefusedError(f"{file}: not YAML: {error}; name the model instead: --model FILE.yaml") from error
             for key in ("model", "config", "transformer"):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.megatron.torch_dist_writer import extra_state_keys, write_common, write_extra_states
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
+from megatron_cpt.files.whole_io import copy_file, write_content
 
 _CHECKPOINT_VERSION = 3.0  # of Megatron-LM; before 2.0 the rows of linear_qkv had another order
 _EXTRA_STATE_FILE = "__megatron_lm_0.distcp"
@@ -107,7 +107,7 @@ def export_megatron_lm(
         copied = {line["file"] for line in work.journal.lines}
 
         def copy(name: str) -> None:
-            shutil.copyfile(path / name, folder / name)
+            copy_file(path / name, folder / name)
             work.journal.record({"file": name})
             advance(shards[name].size, num_bytes)
 
@@ -118,7 +118,7 @@ def export_megatron_lm(
         _add_extra_states(folder, run.model.layers)
         write_common(folder, common)
         tracker = work.path / "latest_checkpointed_iteration.txt"
-        tracker.write_text(f"{run.iteration}\n" if run.has_optimizer else "release\n", encoding="utf-8")
+        write_content(tracker, f"{run.iteration}\n".encode() if run.has_optimizer else b"release\n")
         work.publish()
     return MegatronLmReport(
         run.iteration if run.has_optimizer else 0,
@@ -138,7 +138,7 @@ def _add_extra_states(folder: Path, num_layers: int) -> None:
     for entry in write_extra_states(folder / _EXTRA_STATE_FILE, missing).entries:
         metadata.state_dict_metadata[entry.key] = BytesStorageMetadata()
         metadata.storage_data[MetadataIndex(entry.key)] = _StorageInfo(_EXTRA_STATE_FILE, entry.position, entry.length)
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    write_content(folder / METADATA_FILE, pickle.dumps(metadata))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Format: torch/distributed/checkpoint/{metadata,filesystem}.py of PyTorch 2.x, me
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 import re
@@ -26,7 +27,7 @@ from megatron_cpt.checkpoint.torchfile.unpickle import load_plain
 from megatron_cpt.convert.mapping.names import EMBEDDING, local_name
 from megatron_cpt.convert.mapping.tensors import Mosaic, MosaicWeights, Piece
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.retry import name_file_in_errors
+from megatron_cpt.files.whole_io import read_file, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,7 @@ class TorchDistWeights(MosaicWeights):
         self._before_read = before_read
         metadata_file = self.folder / METADATA_FILE
         try:
-            with open(metadata_file, "rb") as file:
-                self._metadata = load_plain(file)
+            self._metadata = load_plain(io.BytesIO(read_file(metadata_file)))
             super().__init__(self.collect())
         except FileNotFoundError as error:
             raise RefusedError(f"{metadata_file}: missing, so this is no torch_dist checkpoint") from error
@@ -110,7 +110,7 @@ def newest_iteration(path: Path) -> Path | None:
     """Return the folder that `latest_checkpointed_iteration.txt` names, else the last `iter_*` in the folder."""
     tracker = path / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
-        name = tracker.read_text(encoding="utf-8").strip()
+        name = read_text(tracker).strip()
         folder = path / (f"iter_{int(name):07d}" if name.isdigit() else "release")
         if folder.is_dir():
             return folder
@@ -199,10 +199,9 @@ def _piece(
 
 
 def _open(path: Path, offset: int, length: int, before_read: Callable[[Path], None] | None) -> StoredTensor:
-    with name_file_in_errors(path):
-        if before_read is not None:
-            before_read(path)
-        found = open_torch_file(path, offset, length)
+    if before_read is not None:
+        before_read(path)
+    found = open_torch_file(path, offset, length)
     if not isinstance(found, StoredTensor):
         raise RefusedError(
             f"{path}: no tensor at byte {offset}; the file and {METADATA_FILE} do not belong together: copy the "

@@ -34,8 +34,7 @@ from megatron_cpt.checkpoint.saving.torch_save import HashedStream, save_tensor
 from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, TensorSpec, column_cuts, row_cuts
 from megatron_cpt.convert.megatron.torch_dist_reader import COMMON_FILE, METADATA_FILE
-from megatron_cpt.files.atomic import close_durably
-from megatron_cpt.files.retry import name_file_in_errors
+from megatron_cpt.files.whole_io import DiskFile, write_content
 
 # Modules with FP8 state in Transformer Engine. A converted model has none, but megatron-core expects the entries.
 _EXTRA_STATES = (
@@ -94,7 +93,7 @@ def write_file(
         OSError: the disk is full, a limit is reached, or the like.
     """
     entries = []
-    with name_file_in_errors(path), open(path, "wb", buffering=0) as file:
+    with DiskFile(path, "wb") as file:
         out = HashedStream(file)
         for name in plan.tensors:
             key, layer = stored_name(name)
@@ -107,7 +106,7 @@ def write_file(
                 entries.append(FileEntry(key, offsets, sizes, position, out.tell() - position))
                 advance(piece.nbytes)
         out.flush()
-        close_durably(file)
+        file.sync()
     return WrittenFile(out.tell(), out.checksum(), entries)
 
 
@@ -126,13 +125,13 @@ def write_extra_states(path: Path, keys: Sequence[str]) -> WrittenFile:
     empty = io.BytesIO()
     torch.save([None], empty)
     entries = []
-    with name_file_in_errors(path), open(path, "wb", buffering=0) as file:
+    with DiskFile(path, "wb") as file:
         out = HashedStream(file)
         for key in keys:
             entries.append(FileEntry(key, None, None, out.tell(), empty.tell()))
             out.write(empty.getbuffer())
         out.flush()
-        close_durably(file)
+        file.sync()
     return WrittenFile(out.tell(), out.checksum(), entries)
 
 
@@ -156,7 +155,7 @@ def write_common(folder: Path, common: Mapping[str, Any]) -> list[str]:
     """Write `metadata.json` and `common.pt`, which every version of megatron-core reads; return these names."""
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
-    (folder / "metadata.json").write_bytes(orjson.dumps(backends | versions))
+    write_content(folder / "metadata.json", orjson.dumps(backends | versions))
     torch.save(dict(common), folder / COMMON_FILE)
     return ["metadata.json", COMMON_FILE]
 
@@ -183,7 +182,7 @@ def _write_tensor_index(
             offsets = torch.Size(entry.offsets)
             places[MetadataIndex(entry.key, offsets, len(tensor.chunks))] = info
             tensor.chunks.append(ChunkStorageMetadata(offsets, torch.Size(entry.sizes)))
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(Metadata(described, None, places)))
+    write_content(folder / METADATA_FILE, pickle.dumps(Metadata(described, None, places)))
 
 
 def _pieces(

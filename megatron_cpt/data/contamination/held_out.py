@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron_cpt.data.tokenfile.documents import document_blocks
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.whole_io import is_regular_file, open_reader
 
 JSON_LINES = (".jsonl", ".json")
 
@@ -48,10 +48,10 @@ def held_out_documents(
 
 
 def _json_lines(path: str, tokenizer: Tokenizer, keys: Sequence[str]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    if not os.path.isfile(path):
+    if not is_regular_file(path):
         raise UserError(f"no such file: {path}")
     has_text = False
-    with open(path, "rb") as file:
+    with open_reader(path) as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue

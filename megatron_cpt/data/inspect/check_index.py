@@ -13,6 +13,8 @@ import numpy.typing as npt
 from megatron_cpt.data.inspect.findings import MOST_NAMED, Finding, fault, listed
 from megatron_cpt.data.tokenfile.header import DTYPE_CODES, MAGIC, PREAMBLE, VERSION, IndexHeader, read_header
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import DiskFile, read_array
 
 _BLOCK_ENTRIES = 1 << 20  # entries of a table per block
 _SEQUENCES_FOR_TYPE = 1000  # sequences whose pointers reveal the real token size
@@ -57,6 +59,8 @@ def examine_index(prefix: str) -> tuple[IndexHeader | None, list[Finding]]:
         if header is not None:
             findings += _examine_tables(header)
     except OSError as error:
+        if not is_path_error(error):
+            raise
         findings.append(fault("unreadable", f"{prefix}.idx", f"cannot be read: {error.strerror}"))
     if refusal and not findings:  # a dataset that training refuses is never valid
         findings.append(fault("refused", f"{prefix}.idx", refusal))
@@ -65,8 +69,8 @@ def examine_index(prefix: str) -> tuple[IndexHeader | None, list[Finding]]:
 
 def _examine_preamble(prefix: str) -> tuple[IndexHeader | None, list[Finding]]:
     idx, bin_path = f"{prefix}.idx", f"{prefix}.bin"
-    with open(idx, "rb") as file:
-        preamble, idx_bytes = file.read(PREAMBLE.size), os.fstat(file.fileno()).st_size
+    with DiskFile(idx) as file:
+        preamble, idx_bytes = file.read(PREAMBLE.size), file.size
     if len(preamble) < PREAMBLE.size:
         problem = f"has {idx_bytes} bytes, fewer than the {PREAMBLE.size} of a header"
         return None, [fault("idx_length", idx, problem, value=idx_bytes)]
@@ -144,8 +148,8 @@ def _examine_sizes(header: IndexHeader) -> Iterator[Finding]:
 def _examine_type(header: IndexHeader) -> Finding | None:
     """Return a fault if all pointers fit another token size: then the token type is wrong, not the pointers."""
     idx, count = f"{header.prefix}.idx", min(_SEQUENCES_FOR_TYPE, header.num_sequences)
-    sizes = np.fromfile(idx, "<i4", count, offset=header.sizes_offset)[:-1].astype(np.int64)
-    distances = np.diff(np.fromfile(idx, "<i8", count, offset=header.pointers_offset))
+    sizes = read_array(idx, "<i4", count, header.sizes_offset)[:-1].astype(np.int64)
+    distances = np.diff(read_array(idx, "<i8", count, header.pointers_offset))
     if not sizes.any() or (distances == sizes * header.dtype.itemsize).all():
         return None
     name = f"token type {header.dtype.name}, {header.dtype.itemsize} bytes"
@@ -196,4 +200,4 @@ def _table(path: str, dtype: str, offset: int, count: int) -> Iterator[tuple[int
     """Yield a table of the `.idx` in blocks: number of the first entry, and the entries."""
     itemsize = np.dtype(dtype).itemsize
     for first in range(0, count, _BLOCK_ENTRIES):
-        yield first, np.fromfile(path, dtype, min(_BLOCK_ENTRIES, count - first), offset=offset + first * itemsize)
+        yield first, read_array(path, dtype, min(_BLOCK_ENTRIES, count - first), offset + first * itemsize)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import threading
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.errors import RefusedError
+from megatron_cpt.files.whole_io import DiskFile
 
 _BLOCK_BYTES = 1 << 23  # a multiple of the page size, and large enough to make Python's overhead negligible
 _MOST_THREADS = 8
@@ -87,7 +87,8 @@ def scan_ids(
         progress: called with the number of bytes after each block, from any thread, one call at a time.
 
     Raises:
-        RefusedError: a part of the file cannot be read.
+        RefusedError: the file is too short.
+        OSError: a part of the file cannot be read.
     """
     assert dtype.kind in "iu", f"{dtype} is not an integer type"
     if num_threads is None:
@@ -95,8 +96,8 @@ def scan_ids(
     num_bytes = num_tokens * dtype.itemsize
     found, lock = list[_BlockScan](), threading.Lock()
     begin = time.perf_counter()
-    with open(path, "rb") as file:
-        blocks = _Blocks(file.fileno(), path, num_bytes)
+    with DiskFile(path) as file:
+        blocks = _Blocks(file, path, num_bytes)
 
         def work(number: int) -> None:
             for offset in range(number * _BLOCK_BYTES, num_bytes, num_threads * _BLOCK_BYTES):
@@ -120,18 +121,19 @@ class _Blocks:
     """Blocks of a file in a memory map, so that ids are not copied.
 
     Accessing an unreadable sector or a truncated file through a memory map kills the process. Therefore each block is
-    first mapped with MADV_POPULATE_READ, which returns an error instead. On kernels without it, blocks are copied.
+    first mapped with MADV_POPULATE_READ, which returns an error instead. Then, and on kernels without it, the block is
+    read.
     """
 
-    def __init__(self, fd: int, path: str, num_bytes: int) -> None:
-        self._fd, self._path, self._num_bytes = fd, path, num_bytes
+    def __init__(self, file: DiskFile, path: str, num_bytes: int) -> None:
+        self._file, self._path, self._num_bytes = file, path, num_bytes
         self.require_size()
-        self._map = mmap.mmap(fd, num_bytes, access=mmap.ACCESS_READ) if num_bytes else None
+        self._map = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ) if num_bytes else None
 
     def require_size(self) -> None:
         """Refuse a file that is shorter than expected; a memory map would show zeros in its last page."""
-        if os.fstat(self._fd).st_size < self._num_bytes:
-            raise self._problem(self._num_bytes, None)
+        if self._file.size < self._num_bytes:
+            raise self._truncated()
 
     @contextmanager
     def read(self, offset: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
@@ -140,9 +142,7 @@ class _Blocks:
         size = min(_BLOCK_BYTES, self._num_bytes - offset)
         try:
             self._map.madvise(_MADV_POPULATE_READ, offset, size)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise self._problem(offset + size, error.strerror) from error
+        except OSError:  # an older kernel, or a failing disk, which a read may still get over
             yield np.frombuffer(self._copy(offset, size), dtype)
             return
         yield np.frombuffer(self._map, dtype, size // dtype.itemsize, offset)
@@ -151,26 +151,15 @@ class _Blocks:
 
     def _copy(self, offset: int, size: int) -> bytearray:
         buffer = bytearray(size)
-        unread = memoryview(buffer)
-        while unread:
-            try:
-                num_read = os.preadv(self._fd, [unread], offset + size - len(unread))
-            except OSError as error:
-                raise self._problem(offset + size, error.strerror) from error
-            if num_read == 0:
-                raise self._problem(offset + size, None)
-            unread = unread[num_read:]
+        if self._file.read_into_at(buffer, offset) < size:
+            raise self._truncated()
         return buffer
 
-    def _problem(self, end: int, reason: str | None) -> RefusedError:
-        """Return the error for a file whose bytes up to `end` cannot be read."""
-        size = os.fstat(self._fd).st_size
-        if size < end:
-            return RefusedError(
-                f"{self._path}: byte {size}: the file ends here: it was truncated while it was read; check it again"
-            )
-        begin = max(0, end - 1) // _BLOCK_BYTES * _BLOCK_BYTES
-        return RefusedError(f"{self._path}: bytes {begin} to {end}: cannot be read: {reason}")
+    def _truncated(self) -> RefusedError:
+        return RefusedError(
+            f"{self._path}: byte {self._file.size}: the file ends here: it was truncated while it was read; check it "
+            "again"
+        )
 
 
 def _scan_block(tokens: npt.NDArray[Any], token_offset: int, vocab_size: int | None) -> _BlockScan:

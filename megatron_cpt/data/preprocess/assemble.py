@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.preprocess.buckets import ordered_names, shuffled_buckets
+from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.sidecar import Origin, describe_pair, is_free, sidecar_path
 from megatron_cpt.data.tokenfile.writer import write_index
 from megatron_cpt.files.atomic import Rename, close_durably, write_atomically
+from megatron_cpt.files.whole_io import DiskFile, exists, open_writer
 
 _DOCUMENTS_PER_COPY = 1 << 20
 _COPY_BYTES = 1 << 30
@@ -88,45 +90,43 @@ def make_pairs(
 
 def _write_index(folder: str, sizes_name: str, idx_name: str, layout: OutputLayout) -> None:
     path = os.path.join(folder, sizes_name)
-    sizes = np.memmap(path, "<i4", "r") if os.path.getsize(path) else np.empty(0, "<i4")
+    sizes = NumberTable.of(path, "<i4")
     write_index(os.path.join(folder, idx_name), sizes, layout.dtype, empty_sequences=False)
 
 
-Write = Callable[[int, int, int], None]
-"""write(fd, first, last) appends the tokens [first, last) of a part of the input to a file."""
+Write = Callable[[DiskFile, int, int], None]
+"""write(file, first, last) appends the tokens [first, last) of a part of the input to a file."""
 
 
 def _ordered_parts(sources: Sequence[str], number: int, dtype: np.dtype[Any]) -> Iterator[tuple[Any, Write]]:
     for source in sources:
         tokens_path, sizes_path = (os.path.join(source, name) for name in ordered_names(number))
-        if not os.path.exists(sizes_path) or os.path.getsize(sizes_path) == 0:
+        if not exists(sizes_path) or os.path.getsize(sizes_path) == 0:
             continue
-        sizes = np.memmap(sizes_path, "<i4", "r")
-        with open(tokens_path, "rb") as file:
+        sizes = NumberTable.of(sizes_path, "<i4")
+        with DiskFile(tokens_path) as file:
             at = 0
-            for block in range(0, sizes.size, _DOCUMENTS_PER_COPY):
+            for block in range(0, len(sizes), _DOCUMENTS_PER_COPY):
                 part = sizes[block : block + _DOCUMENTS_PER_COPY]
-                yield part, functools.partial(_copy_tokens, file.fileno(), at, dtype.itemsize)
+                yield part, functools.partial(_copy_tokens, file, at, dtype.itemsize)
                 at += int(part.sum(dtype=np.int64)) * dtype.itemsize
 
 
-def _copy_tokens(source: int, offset: int, itemsize: int, fd: int, first: int, last: int) -> None:
+def _copy_tokens(source: DiskFile, offset: int, itemsize: int, target: DiskFile, first: int, last: int) -> None:
     at, end = offset + first * itemsize, offset + last * itemsize
     while at < end:
         count = min(end - at, _COPY_BYTES)
         try:
-            copied = os.copy_file_range(source, fd, count, offset_src=at)
-        except OSError:  # not supported by this file system
-            copied = os.sendfile(fd, source, at, count)
+            copied = os.copy_file_range(source.fileno(), target.fileno(), count, offset_src=at)
+        except OSError:  # not supported by this file system, or a failing disk
+            copied = target.write(source.read_at(at, count))
         if copied == 0:
-            raise OSError(errno.EIO, "a file of tokens is shorter than the sum of its sizes")
+            raise OSError(errno.ENODATA, "is shorter than the sum of its sizes", source.name)
         at += copied
 
 
-def _write_tokens(tokens: npt.NDArray[Any], fd: int, first: int, last: int) -> None:
-    view = memoryview(tokens[first:last].data).cast("B")
-    while view.nbytes:
-        view = view[os.write(fd, view) :]
+def _write_tokens(tokens: npt.NDArray[Any], target: DiskFile, first: int, last: int) -> None:
+    target.write(tokens[first:last].data)
 
 
 class _SplitOutput:
@@ -152,7 +152,7 @@ class _SplitOutput:
                 continue
             last = max(last, first + 1)  # a document larger than a pair gets a pair of its own
             end = int(ends[last - 1])
-            write(self._files[0].fileno(), begin, end)
+            write(self._files[0], begin, end)
             self._files[1].write(np.ascontiguousarray(sizes[first:last]).astype("<i4").tobytes())
             self._tokens += end - begin
             first, begin = last, end
@@ -176,8 +176,8 @@ class _SplitOutput:
         self.close()
         bin_name, sizes_name, _ = self._names(self._num_pairs)
         # unbuffered: the kernel copies into the file without Python's knowledge
-        self._files.append(open(os.path.join(self._folder, bin_name), "wb", buffering=0))  # noqa: SIM115
-        self._files.append(open(os.path.join(self._folder, sizes_name), "wb"))  # noqa: SIM115
+        self._files.append(DiskFile(os.path.join(self._folder, bin_name), "wb"))
+        self._files.append(open_writer(os.path.join(self._folder, sizes_name)))
         self._tokens = 0
         self._num_pairs += 1
 

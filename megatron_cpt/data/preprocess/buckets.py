@@ -13,6 +13,7 @@ import numpy.typing as npt
 from megatron_cpt.data.preprocess.inputs import Block
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
 from megatron_cpt.data.preprocess.workers import EncodedTexts
+from megatron_cpt.files.whole_io import exists, read_whole_array
 
 BUCKET_BYTES = 1 << 28  # of text per bucket; each bucket is shuffled in memory
 MAX_BUCKETS = 1 << 12
@@ -126,11 +127,11 @@ def shuffled_buckets(
     """Yield tokens and sizes bucket by bucket, over all shards, each bucket in its final order."""
     for bucket in range(num_buckets):
         names = bucket_names(number, bucket)
-        present = [folder for folder in folders if Path(folder, names[0]).exists()]
+        present = [folder for folder in folders if exists(Path(folder, names[0]))]
         if not present:
             continue
-        tokens = np.concatenate([np.fromfile(Path(folder, names[0]), dtype) for folder in present])
-        entries = np.concatenate([np.fromfile(Path(folder, names[1]), ENTRY) for folder in present])
+        tokens = np.concatenate([read_whole_array(Path(folder, names[0]), dtype) for folder in present])
+        entries = np.concatenate([read_whole_array(Path(folder, names[1]), ENTRY) for folder in present])
         order = np.argsort(entries["order"], kind="stable")
         sizes = entries["size"].astype(np.int32)
         yield gather(tokens, sizes, order), sizes[order]

@@ -24,7 +24,7 @@ from megatron_cpt.data.preprocess.streams import ByteStream, needs_stream
 from megatron_cpt.data.preprocess.tables import cut_document, cut_table
 from megatron_cpt.data.tokenfile.sidecar import is_sidecar
 from megatron_cpt.errors import UserError
-from megatron_cpt.files.retry import name_file_in_errors
+from megatron_cpt.files.whole_io import exists, is_folder, open_reader, open_writer
 
 BLOCK_BYTES = 1 << 21
 MAX_LINE_BYTES = 1 << 26
@@ -164,22 +164,22 @@ def expand_inputs(
     files: list[str] = []
     for name in inputs:
         entry = os.fspath(name)
-        if os.path.isdir(entry):
+        if is_folder(entry):
             files += _files_of_folder(entry, notify)
             continue
-        found = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
+        found = [entry] if exists(entry) else sorted(glob.glob(entry, recursive=True))
         if not found:
             raise UserError(f"input {entry}: no such file")
         if found != [entry]:
             found = [path for path in found if not _is_own(path)]
         for path in found:
-            files += _files_of_folder(path, notify) if os.path.isdir(path) else [path]
+            files += _files_of_folder(path, notify) if is_folder(path) else [path]
     for file in files:
         if find_format(file) is None:
             raise UserError(f"input {file}: unknown ending; {convert_hint(file)} (known endings are {KNOWN})")
         if _is_own(file):
             raise UserError(f"input {file}: is a file that preprocess wrote, not a file of documents; do not give it")
-        if not os.path.exists(file):
+        if not exists(file):
             raise UserError(f"input {file}: a link to a file that does not exist; remove it or restore the file")
         if not os.access(file, os.R_OK):
             raise UserError(f"input {file}: no permission to read it; change its permissions")
@@ -207,7 +207,7 @@ def spool_stdin(
     spool = f"{prefix}.stdin{ending}"
     os.makedirs(os.path.dirname(spool) or ".", exist_ok=True)
     try:
-        with name_file_in_errors(Path(spool)), open(spool, "wb") as file:
+        with open_writer(spool) as file:
             file.write(begin)
             shutil.copyfileobj(stream, file, 1 << 20)
         yield [spool if name == "-" else name for name in names], True
@@ -245,12 +245,12 @@ def _files_of_folder(folder: str, notify: Callable[[str], None]) -> list[str]:
 def _is_own(path: str) -> bool:
     """Return whether `preprocess` wrote a file or folder, in this run or an earlier one."""
     ending = os.path.splitext(path)[1]
-    if os.path.isdir(path):
+    if is_folder(path):
         return re.search(r"\.preprocess(-\d+-of-\d+)?$", path) is not None
     if not os.access(path, os.R_OK):
         return False
     if path.endswith(BAD_LINES_ENDING):
-        with open(path, "rb") as file:
+        with open_reader(path) as file:
             return file.readline(_LISTED_LINE).startswith(b'{"file":')
     if ending == ".json":
         return is_sidecar(path)
@@ -353,7 +353,7 @@ def lines_before(block: Block, options: BlockOptions) -> int:
     if block.rows is not None or block.values is not None or find_format(block.path) == FileFormat("parquet"):
         return block.position
     count, left = 0, block.position
-    with open(block.path, "rb") as file:
+    with open_reader(block.path) as file:
         while left > 0 and (piece := file.read(min(left, options.block_bytes))):
             count += piece.count(b"\n")
             left -= len(piece)

@@ -20,6 +20,7 @@ from megatron_cpt.data.tokenfile.writer import require_file_name
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.resumable import differing_names
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
+from megatron_cpt.files.whole_io import exists, open_reader
 
 _COPY_BYTES = 1 << 24
 
@@ -106,8 +107,8 @@ def _joined_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _append_file(folder: WorkFolder, path: str) -> None:
-    if not os.path.exists(path):
+    if not exists(path):
         return
-    with open(path, "rb") as file:
+    with open_reader(path) as file:
         while piece := file.read(_COPY_BYTES):
             folder.append(bad.FILE, piece)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_cpt.data.preprocess.streams import DamageError
+from megatron_cpt.files.whole_io import DiskFile
 
 _TAIL_READ = 1 << 18
 _READ_AHEAD = 1 << 16  # bytes after a range
@@ -53,9 +53,9 @@ class Lines:
 def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
     """Read the lines of a plain file that begin in [start, end); the last one may end after `end`."""
     before = 1 if start > 0 else 0  # read one byte more: a newline there means that a line begins at `start`
-    with open(path, "rb", buffering=0) as file:
+    with DiskFile(path) as file:
         # Read ahead what the last line is likely to need: appending it later would copy the block.
-        data = os.pread(file.fileno(), before + end - start + _READ_AHEAD, start - before)
+        data = file.read_at(start - before, before + end - start + _READ_AHEAD)
         limit = min(before + end - start, len(data))  # end of the range in `data`
         begin = data.find(b"\n", 0, limit) + 1 if before else _mark_bytes(data)
         num_ends = _count_ends(data, before, limit)
@@ -69,7 +69,7 @@ def read_range(path: str, start: int, end: int, max_line_bytes: int) -> Lines:
         is_overlong = stop - last > max_line_bytes
         if stop < 0:
             most = last + max_line_bytes - len(data)
-            rest, is_overlong = _rest_of_line(file.fileno(), start - before + len(data), most)
+            rest, is_overlong = _rest_of_line(file, start - before + len(data), most)
             data += rest
             stop = len(data)
     return Lines(data, skipped, num_ends, is_overlong, begin, last if is_overlong else stop)
@@ -84,10 +84,10 @@ def _count_ends(data: bytes, begin: int, end: int) -> int:
     return int(np.count_nonzero(np.frombuffer(data, np.uint8)[begin:end] == ord("\n")))
 
 
-def _rest_of_line(fd: int, start: int, most: int) -> tuple[bytes, bool]:
+def _rest_of_line(file: DiskFile, start: int, most: int) -> tuple[bytes, bool]:
     """Return the rest of a line from a byte on, and whether it is longer than `most`."""
     pieces, size = list[bytes](), 0
-    while size <= most and (piece := os.pread(fd, _TAIL_READ, start + size)):
+    while size <= most and (piece := file.read_at(start + size, _TAIL_READ)):
         end = piece.find(b"\n") + 1
         pieces.append(piece[:end] if end else piece)
         size += len(pieces[-1])

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 
 from megatron_cpt.data.preprocess.tables import find_value
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import DiskFile
 
 _MAX_ROWS = 1 << 14
 _READ_BYTES = 1 << 20  # a column is read in such pieces, not as a whole row group
@@ -39,7 +41,7 @@ def cut_rows(
     base, row = extent[0], 0
     try:
         # without a buffer size, the column of a row group is read as a whole
-        with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
+        with DiskFile(path) as raw, pq.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False) as file:
             columns = [_find_column(path, file.schema_arrow, key) for key in keys]
             total = max(file.metadata.num_rows, 1)
 
@@ -57,6 +59,7 @@ def cut_rows(
                         yield row, end, place(end), _pack(rows), None
                     row = end
     except (pa.ArrowException, OSError) as error:
+        _raise_disk_error(error)
         if row >= begin and (row > 0 or interval[0] <= base < interval[1]):
             yield row, row + 1, extent[1], b"", str(error).splitlines()[0]
 
@@ -69,7 +72,8 @@ def cut_batches(path: str, extent: tuple[int, int], keys: Sequence[str], block_b
     """
     row = 0
     try:
-        with pa.memory_map(path) as source:
+        # not a memory map: through one, a failing disk or a cut file kills the process
+        with DiskFile(path) as raw, pa.PythonFile(raw, "r") as source:
             is_file = source.read(len(_FILE_MAGIC)) == _FILE_MAGIC
             source.seek(max(0, source.size() - len(_STREAM_END)))
             is_complete = is_file or source.read() == _STREAM_END
@@ -89,7 +93,14 @@ def cut_batches(path: str, extent: tuple[int, int], keys: Sequence[str], block_b
             if not is_complete:
                 raise pa.ArrowInvalid("the mark that ends an Arrow stream is missing")
     except (pa.ArrowException, OSError) as error:
+        _raise_disk_error(error)
         yield row, row + 1, extent[1], b"", str(error).splitlines()[0]
+
+
+def _raise_disk_error(error: Exception) -> None:
+    """Raise errors of the disk; Arrow raises OSError without a number for damaged bytes, too."""
+    if isinstance(error, OSError) and not is_path_error(error):
+        raise error
 
 
 def unpack_columns(rows: bytes, keys: Sequence[str]) -> list[list[Any]]:

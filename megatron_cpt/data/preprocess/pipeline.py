@@ -32,6 +32,7 @@ from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import publish
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
+from megatron_cpt.files.whole_io import exists
 
 __all__ = ["PreprocessOptions", "PreprocessReport", "preprocess"]
 
@@ -129,7 +130,7 @@ def _preprocess(
     job = _make_job(files, prefix, tokenizer, options, text_bytes)
     path, restart = work_folder_path(job.prefix, options.shard), options.restart
     # A run that was killed between its renames has published a part of its own output already.
-    if restart or not os.path.exists(os.path.join(path, STATE_FILE)):
+    if restart or not exists(os.path.join(path, STATE_FILE)):
         ending = "" if options.split_tokens is None else "-00000"
         refuse_to_overwrite([prefix + ending for prefix in job.layout.prefixes], options.overwrite)
     for target in job.layout.prefixes:
@@ -170,7 +171,7 @@ def publish_run(
         folder.save(folder.state | {"renames": renames, "prefixes": prefixes})
     publish([(source, target) for source, target in folder.state["renames"]])
     bad_path = f"{prefix}.bad.jsonl"
-    if os.path.exists(folder.file(bad.FILE)):
+    if exists(folder.file(bad.FILE)):
         publish([(folder.file(bad.FILE), bad_path)])
     elif not folder.state["bad"]["count"]:
         Path(bad_path).unlink(missing_ok=True)  # belongs to the dataset that was replaced
@@ -187,7 +188,7 @@ def work_folder_path(prefix: str, shard: Shard | None = None) -> str:
 
 def refuse_to_overwrite(prefixes: Sequence[str], overwrite: bool) -> None:
     """Raise a UserError if one of the datasets exists, unless `overwrite`."""
-    found = [f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx") if os.path.exists(f"{prefix}.{end}")]
+    found = [f"{prefix}.{end}" for prefix in prefixes for end in ("bin", "idx") if exists(f"{prefix}.{end}")]
     if found and not overwrite:
         raise UserError(f"{' and '.join(found)}: already exists; choose another output prefix, or allow overwriting")
 

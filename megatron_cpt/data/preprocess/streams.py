@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import codecs
-import io
 import itertools
 import json
 import lzma
@@ -16,6 +15,8 @@ from typing import Any
 import zstandard
 
 from megatron_cpt.data.preprocess.file_format import FileFormat
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import open_reader
 
 _PACKED_READ = 1 << 18  # less than a block, as it grows when unpacked
 _ZSTD_READ = 1 << 10  # at least 4 bytes per Zstandard block, at most 128 KiB out of each: at most 32 MiB per read
@@ -57,7 +58,7 @@ class ByteStream:
     """
 
     def __init__(self, path: str, form: FileFormat) -> None:
-        self._file = io.BufferedReader(io.FileIO(path), _PACKED_READ)
+        self._file = open_reader(path, _PACKED_READ)
         self._packing = form.packing
         self.tell = self._file.tell
 
@@ -105,6 +106,8 @@ class ByteStream:
         try:
             yield from self._members()
         except (EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and not is_path_error(error):
+                raise  # the disk, not the content
             raise DamageError(str(error)) from error
 
     def _members(self) -> Iterator[bytes]:
@@ -145,7 +148,7 @@ def needs_stream(path: str, form: FileFormat) -> bool:
     """Return whether a file cannot be entered in the middle: it is packed, not UTF-8, or has no value per line."""
     if form.packing:
         return True
-    with open(path, "rb") as file:
+    with open_reader(path) as file:
         head = file.read(_HEAD)
     is_utf8 = not any(head.startswith(mark) for mark, _ in _MARKS)
     return not is_utf8 or _VALUES_OVER_LINES.match(head.removeprefix(_UTF8_MARK)) is not None

@@ -17,7 +17,7 @@ import orjson
 
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.resumable import ResumableFolder, read_settings
-from megatron_cpt.files.retry import name_file_in_errors
+from megatron_cpt.files.whole_io import DiskFile, is_regular_file, read_file
 
 STATE_FILE = "state.json"
 
@@ -61,13 +61,11 @@ class WorkFolder(ResumableFolder):
     def append(self, name: str, data: bytes | memoryview) -> None:
         """Append bytes to a file; they count once a later `save` is complete."""
         length = self._lengths.get(name, 0)
-        with name_file_in_errors(self.path / name), open(self.file(name), "ab", buffering=0) as file:
+        with DiskFile(self.file(name), "ab") as file:
             if name not in self._truncated:
                 file.truncate(length)
                 self._truncated.add(name)
-            view = memoryview(data).cast("B")
-            while view.nbytes:  # one write takes at most 2 GiB
-                view = view[file.write(view) :]
+            file.write(data)
         self._lengths[name] = length + memoryview(data).nbytes
         self._changed.add(name)
 
@@ -97,8 +95,8 @@ class WorkFolder(ResumableFolder):
 
     def _write_state(self, changed: Iterable[str], content: bytes) -> None:
         for name in changed:
-            with open(self.file(name), "rb") as file:
-                os.fsync(file.fileno())
+            with DiskFile(self.file(name)) as file:
+                file.sync()
         write_atomically(self.path / STATE_FILE, content)
 
     def _finish_saving(self) -> None:
@@ -116,8 +114,10 @@ def read_finished(path: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:
+    if not is_regular_file(folder / STATE_FILE):
+        return None
     try:
-        saved: dict[str, Any] = orjson.loads((folder / STATE_FILE).read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        saved: dict[str, Any] = orjson.loads(read_file(folder / STATE_FILE))
+    except orjson.JSONDecodeError:
         return None
     return saved

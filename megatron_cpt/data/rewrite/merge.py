@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.header import MAGIC, PREAMBLE, VERSION, dtype_code
+from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, join_tokenizers, open_with_one_dtype
 from megatron_cpt.data.tokenfile.sidecar import Origin
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import close_durably
+from megatron_cpt.files.whole_io import DiskFile, open_writer
 
 _COPY_BYTES = 1 << 24
 _TABLE_BLOCK = 1 << 20  # entries of an index table that are copied at a time
@@ -88,7 +88,7 @@ class _MergeWriter(IndexedDatasetWriter):
     def append(self, dataset: IndexedDataset, progress: Callable[[int], None] | None) -> None:
         """Copy the `.bin` of a dataset; its index is copied when the writer closes."""
         self._datasets.append(dataset)
-        with open(f"{dataset.prefix}.bin", "rb") as source:
+        with DiskFile(f"{dataset.prefix}.bin") as source:
             while piece := source.read(_COPY_BYTES):
                 self._write_tokens(piece)
                 if progress is not None:
@@ -102,7 +102,7 @@ class _MergeWriter(IndexedDatasetWriter):
         """
         num_sequences = sum(dataset.num_sequences for dataset in self._datasets)
         num_documents = sum(dataset.num_documents for dataset in self._datasets)
-        with open(self._temporary["idx"], "wb") as idx:
+        with open_writer(self._temporary["idx"]) as idx:
             idx.write(PREAMBLE.pack(MAGIC, VERSION, dtype_code(self.dtype), num_sequences, num_documents + 1))
             for dataset in self._datasets:
                 _copy_table(idx, dataset.sizes, 0)
@@ -113,17 +113,16 @@ class _MergeWriter(IndexedDatasetWriter):
             idx.write(np.zeros(1, "<i8").tobytes())
             sequences_before = 0
             for dataset in self._datasets:
-                _copy_table(idx, dataset.document_indices[1:], sequences_before)
+                _copy_table(idx, dataset.document_indices, sequences_before, first=1)
                 sequences_before += dataset.num_sequences
             for dataset in self._datasets:
                 if dataset.header.has_modes:
-                    with open(f"{dataset.prefix}.idx", "rb") as source:
-                        source.seek(dataset.header.modes_offset)
-                        shutil.copyfileobj(source, idx)
+                    with DiskFile(f"{dataset.prefix}.idx") as source:
+                        idx.write(source.read_at(dataset.header.modes_offset, dataset.num_sequences))
             close_durably(idx)
 
 
-def _copy_table(idx: IO[bytes], table: npt.NDArray[np.int32] | npt.NDArray[np.int64], added: int) -> None:
-    for start in range(0, len(table), _TABLE_BLOCK):
+def _copy_table(idx: IO[bytes], table: NumberTable, added: int, first: int = 0) -> None:
+    for start in range(first, len(table), _TABLE_BLOCK):
         block = table[start : start + _TABLE_BLOCK]
         idx.write(np.add(block, added, dtype=block.dtype).tobytes())

@@ -24,6 +24,7 @@ from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.remote import open_ranges
+from megatron_cpt.files.whole_io import DiskFile
 
 BLOCK_BYTES = 1 << 14  # a sample of 4,096 int32 tokens spans two blocks
 FETCHES = 16  # concurrent requests
@@ -75,7 +76,7 @@ class CachedFile:
     def _sums(self) -> npt.NDArray[np.uint32]:
         """Checksum per cached block, (num_blocks,)."""
         num_blocks = -(-self._end // BLOCK_BYTES)
-        with open(f"{self._stem}.sums", "ab") as table:
+        with DiskFile(f"{self._stem}.sums", "ab") as table:
             table.truncate(4 * num_blocks)  # fills a new table with zeros: no block is cached
         return np.memmap(f"{self._stem}.sums", "<u4", "r+", shape=(num_blocks,))
 
@@ -147,9 +148,7 @@ class CachedFile:
         start = first * BLOCK_BYTES
         data = bytearray(min((last + 1) * BLOCK_BYTES, self._end) - start)
         with open_ranges(self._path) as origin:
-            done = 0
-            while done < len(data) and (num_read := origin.read_into(memoryview(data)[done:], start + done)):
-                done += num_read
+            done = origin.read_into(memoryview(data), start)
         is_complete = done == len(data)
         del data[done:]  # the file was truncated since it was opened: the reader of the dataset reports it
         blocks = {n: bytes(data[(n - first) * BLOCK_BYTES :][:BLOCK_BYTES]) for n in range(first, last + 1)}
@@ -164,11 +163,8 @@ class CachedFile:
         if disk.f_bavail < _LEAST_FREE * disk.f_blocks:
             self._has_space = False
             return
-        fd = os.open(f"{self._stem}.blocks", os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            os.pwrite(fd, block, number * BLOCK_BYTES)
-        finally:
-            os.close(fd)
+        with DiskFile(f"{self._stem}.blocks", "r+b", flags=os.O_CREAT) as cache:
+            cache.write_at(block, number * BLOCK_BYTES)
         self._sums[number] = _checksum(block)  # last, because other processes read the block once its checksum is there
 
 

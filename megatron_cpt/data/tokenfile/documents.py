@@ -68,7 +68,6 @@ def document_bounds(dataset: IndexedDataset, first: int, stop: int) -> npt.NDArr
     # documents that start after the last sequence are empty ones at the end
     inside = sequences[sequences < dataset.num_sequences]
     if inside.size:
-        # copy only this slice: indexing an unaligned table would make numpy copy the complete table
         pointers = np.array(dataset.sequence_pointers[inside[0] : inside[-1] + 1], np.int64)
         starts[: inside.size] = pointers[inside - inside[0]] // dataset.dtype.itemsize
     if int(starts[0]) < 0 or int(starts[-1]) > dataset.num_tokens or (np.diff(starts) < 0).any():
@@ -90,7 +89,6 @@ def document_ends(dataset: IndexedDataset, start: int, count: int) -> npt.NDArra
     assert 0 <= start <= start + count <= dataset.num_tokens
     itemsize = dataset.dtype.itemsize
     pointers, documents = dataset.sequence_pointers, dataset.document_indices
-    # bisect reads a few entries; np.searchsorted would first copy the complete unaligned table
     first, stop = (bisect_right(pointers, offset * itemsize) for offset in (start, start + count))
     first_document, stop_document = bisect_left(documents, first), bisect_left(documents, stop)
     sequences = np.array(documents[first_document:stop_document], np.int64)

@@ -29,6 +29,7 @@ import numpy as np
 
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.remote import RangeFile, is_file, open_ranges
+from megatron_cpt.files.retry import is_path_error
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -125,6 +126,8 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
             header = _parse_preamble(prefix, idx_path, idx.read(0, PREAMBLE.size), idx.size, bin_bytes)
             _check_ends(idx, header, idx_path, bin_path, bin_bytes)
     except OSError as error:
+        if not is_path_error(error):
+            raise
         path = error.filename or idx_path
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     return header

@@ -3,7 +3,7 @@
 The `.bin` is read with `pread` instead of a memory map, for three reasons. A read releases the interpreter lock, so the
 prefetching thread does not stall a training step on a page fault. A failing disk or a truncated file raises an
 exception instead of SIGBUS. No descriptor stays open, so ten thousand files fit under the usual limit of 1,024.
-The tables of the `.idx` are memory-mapped at first use; training does not need them.
+The tables of the `.idx` are read in the same way, a page at a time; training does not need them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.header import IndexHeader, best_dtype, read_header, refuse
+from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.sidecar import Origin, join_origins, read_sidecar
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.files.remote import RangeFile, find, is_file, is_remote, open_ranges
+from megatron_cpt.files.remote import RangeFile, find, is_file, open_ranges
 
 __all__ = [
     "IndexHeader",
@@ -63,17 +64,17 @@ class IndexedDataset:
         return f"IndexedDataset({self.prefix!r}: {self.num_documents} documents, {self.num_tokens} {self.dtype} tokens)"
 
     @cached_property
-    def sizes(self) -> npt.NDArray[np.int32]:
+    def sizes(self) -> NumberTable:
         """Tokens of each sequence, (num_sequences,)."""
         return self._table("<i4", self.header.sizes_offset, self.num_sequences)
 
     @cached_property
-    def sequence_pointers(self) -> npt.NDArray[np.int64]:
+    def sequence_pointers(self) -> NumberTable:
         """Offset of each sequence in the `.bin`, in bytes, (num_sequences,)."""
         return self._table("<i8", self.header.pointers_offset, self.num_sequences)
 
     @cached_property
-    def document_indices(self) -> npt.NDArray[np.int64]:
+    def document_indices(self) -> NumberTable:
         """First sequence of each document, and num_sequences at the end, (num_documents + 1,)."""
         return self._table("<i8", self.header.documents_offset, self.num_documents + 1)
 
@@ -107,13 +108,9 @@ class IndexedDataset:
         itemsize = self.dtype.itemsize
         with self._open_tokens() as file:
             for start, row in zip(starts, rows, strict=True):
-                unread, offset = row.data.cast("B"), start * itemsize
-                while unread:  # one call reads at most 2 GiB, and may be interrupted
-                    num_read = file.read_into(unread, offset)
-                    if num_read == 0:
-                        sizes = f"from {self.num_tokens * itemsize} to {file.size} bytes"
-                        raise refuse(f"{self.prefix}.bin", f"was truncated {sizes} since it was opened")
-                    unread, offset = unread[num_read:], offset + num_read
+                if file.read_into(row.data.cast("B"), start * itemsize) < row.nbytes:
+                    sizes = f"from {self.num_tokens * itemsize} to {file.size} bytes"
+                    raise refuse(f"{self.prefix}.bin", f"was truncated {sizes} since it was opened")
 
     def will_read(self, starts: Sequence[int], count: int) -> None:
         """Announce that `count` tokens from each start will be read soon; the disk can then fetch them in parallel."""
@@ -161,12 +158,11 @@ class IndexedDataset:
         """
         if not 0 <= token_offset < self.num_tokens:
             raise IndexError(f"{self.prefix}.bin: token {token_offset} of {self.num_tokens}")
-        # bisect reads a few entries; np.searchsorted would first copy the complete unaligned table
         sequence = bisect_right(self.sequence_pointers, token_offset * self.dtype.itemsize) - 1
         return bisect_right(self.document_indices, sequence) - 1
 
     def close(self) -> None:
-        """Release the memory maps; they are created again at the next use."""
+        """Release the pages of the `.idx`; they are read again at the next use."""
         for name in ("sizes", "sequence_pointers", "document_indices"):
             self.__dict__.pop(name, None)
 
@@ -177,13 +173,8 @@ class IndexedDataset:
     def _open_tokens(self) -> RangeFile:
         return self.tokens_file or open_ranges(f"{self.prefix}.bin")
 
-    def _table(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
-        if count == 0:
-            return np.empty(0, dtype)
-        if is_remote(self.prefix):
-            with open_ranges(f"{self.prefix}.idx") as idx:
-                return np.frombuffer(idx.read(offset, count * np.dtype(dtype).itemsize), dtype)
-        return np.memmap(f"{self.prefix}.idx", dtype=dtype, mode="r", offset=offset, shape=(count,))
+    def _table(self, dtype: str, offset: int, count: int) -> NumberTable:
+        return NumberTable(f"{self.prefix}.idx", dtype, offset, count)
 
 
 def open_with_one_dtype(prefixes: Sequence[str]) -> list[IndexedDataset]:

@@ -20,6 +20,7 @@ from megatron_cpt.data.tokenfile.header import DTYPE_CODES, PREAMBLE, IndexHeade
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.checksum import ALGORITHM, file_checksum
 from megatron_cpt.files.remote import is_file, open_ranges
+from megatron_cpt.files.whole_io import DiskFile
 
 _FORMAT = "megatron-cpt dataset"
 _VERSION = 1
@@ -127,7 +128,7 @@ def describe_pair(bin_path: str, idx_path: str, origin: Origin, *, bin_checksum:
     Args:
         bin_checksum: checksum of the `.bin`, if it was computed while the file was written; otherwise it is read.
     """
-    with open(idx_path, "rb") as idx:
+    with DiskFile(idx_path) as idx:
         _, _, code, _, num_boundaries = PREAMBLE.unpack(idx.read(PREAMBLE.size))
     dtype = DTYPE_CODES[code]
     checksums: dict[Literal["bin", "idx"], str]

@@ -17,10 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.header import MAGIC, PREAMBLE, VERSION, dtype_code
+from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.sidecar import Origin, describe_pair, is_free, sidecar_path
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import close_durably, publish, write_atomically
 from megatron_cpt.files.checksum import Checksum
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import exists, open_writer
 
 _MAX_SEQUENCE = int(np.iinfo(np.int32).max)
 _TABLE_BLOCK = 1 << 20  # documents per block when the index tables are written
@@ -61,8 +64,10 @@ class IndexedDatasetWriter:
     def __enter__(self) -> Self:
         try:
             os.makedirs(os.path.dirname(self.prefix) or ".", exist_ok=True)
-            self._bin = open(self._temporary["bin"], "wb", buffering=_BIN_BUFFER)
+            self._bin = open_writer(self._temporary["bin"], buffer_bytes=_BIN_BUFFER)
         except OSError as error:
+            if not is_path_error(error):
+                raise
             raise UserError(f"{self.prefix}.bin: cannot be written: {error.strerror}") from error
         return self
 
@@ -136,11 +141,13 @@ class IndexedDatasetWriter:
         write_index(self._temporary["idx"], sizes, self.dtype, empty_sequences=True)
 
 
-def write_index(path: str, sizes: npt.NDArray[np.int32], dtype: np.dtype[Any], *, empty_sequences: bool) -> None:
+def write_index(
+    path: str, sizes: npt.NDArray[np.int32] | NumberTable, dtype: np.dtype[Any], *, empty_sequences: bool
+) -> None:
     """Write the `.idx` of documents with one sequence each, and flush it to disk.
 
     Args:
-        sizes: (num_documents,), tokens per document; may be a memory map, because it is read in blocks.
+        sizes: (num_documents,), tokens per document; may be in a file, because it is read in blocks.
         empty_sequences: give a document without tokens an empty sequence, as the builder's `add_document` does; if
             False, no sequence, as in Megatron-LM's `preprocess_data.py`.
     """
@@ -151,7 +158,7 @@ def write_index(path: str, sizes: npt.NDArray[np.int32], dtype: np.dtype[Any], *
         return piece if empty_sequences else piece[piece > 0]
 
     num_sequences = sum(sequences(block).size for block in blocks)
-    with open(path, "wb") as idx:
+    with open_writer(path) as idx:
         idx.write(PREAMBLE.pack(MAGIC, VERSION, dtype_code(dtype), num_sequences, len(sizes) + 1))
         for block in blocks:
             idx.write(sequences(block).tobytes())
@@ -177,7 +184,7 @@ def require_free(output_prefix: str, inputs: Sequence[str], *, overwrite: bool) 
         UserError: the output may not be written.
     """
     require_file_name(output_prefix)
-    existing = [f"{output_prefix}{end}" for end in (".bin", ".idx") if os.path.exists(f"{output_prefix}{end}")]
+    existing = [f"{output_prefix}{end}" for end in (".bin", ".idx") if exists(f"{output_prefix}{end}")]
     if any(os.path.realpath(f"{output_prefix}.bin") == os.path.realpath(f"{prefix}.bin") for prefix in inputs):
         raise UserError(f"{output_prefix}: is an input too; choose another output")
     if existing and not overwrite:

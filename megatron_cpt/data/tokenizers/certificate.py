@@ -27,6 +27,7 @@ import numpy as np
 import orjson
 
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.whole_io import read_file
 
 PROBES_VERSION = 1
 _PROBED = (
@@ -167,7 +168,7 @@ class CertificateStore:
     def load(self, fingerprint: str, versions: str) -> Certificate | None:
         """Return the certificate; None if it is missing or cannot be read."""
         try:
-            content = orjson.loads(self._path(fingerprint, versions).read_bytes())
+            content = orjson.loads(read_file(self._path(fingerprint, versions)))
             content["unsafe_ranges"] = [(first, last) for first, last in content["unsafe_ranges"]]
             return Certificate(**content)
         except (OSError, ValueError, TypeError, KeyError):

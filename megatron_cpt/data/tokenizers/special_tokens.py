@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.whole_io import is_regular_file, read_file
 
 CONFIG_FILE = "tokenizer_config.json"
 _MAP_FILE = "special_tokens_map.json"
@@ -104,10 +105,10 @@ def find_special_token(folder: Path | None, kind: Literal["eos_token", "bos_toke
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_regular_file(path):
         return {}
     try:
-        content: Any = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+        content: Any = json.loads(read_file(path))
+    except ValueError as error:
         raise UserError(f"tokenizer {path}: cannot be read as JSON: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from megatron_cpt.data.tokenizers.special_tokens import CONFIG_FILE, find_document_end, find_special_token
 from megatron_cpt.errors import UserError, install_command
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import read_file
 
 KINDS = "sentencepiece:tokenizer.model, huggingface:DIR_OR_tokenizer.json, byte"
 _SENTENCEPIECE_FILE = "tokenizer.model"
@@ -280,8 +282,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
+        if not is_path_error(error):
+            raise
         raise UserError(f"tokenizer {path}: {error.strerror}; give one of {KINDS}") from error
 
 

@@ -16,6 +16,7 @@ import orjson
 from megatron_cpt.backend.collectives import on_main
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.whole_io import read_file
 
 LOCK_FILE, HOLDER_FILE = ".lock", "lock.json"
 WAIT_SECONDS = 5.0
@@ -103,7 +104,7 @@ def _own_entry() -> dict[str, str | int | None]:
 def _holder(output: Path) -> str:
     """Describe the holder of the lock, such as `process 4711 on node3, job 99, since 2026-01-31 12:00:00`."""
     try:
-        entry = orjson.loads((output / HOLDER_FILE).read_bytes())
+        entry = orjson.loads(read_file(output / HOLDER_FILE))
     except (OSError, orjson.JSONDecodeError):
         entry = None
     if not isinstance(entry, dict):

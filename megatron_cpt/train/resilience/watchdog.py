@@ -20,6 +20,7 @@ from megatron_cpt.backend import Ranks
 from megatron_cpt.backend.heartbeat import Peers, job_store, lost_connection
 from megatron_cpt.config.resilience import ResilienceConfig
 from megatron_cpt.errors import EXIT_FAILURE, CptError
+from megatron_cpt.files.whole_io import DiskFile
 
 _STDERR = 2  # file descriptor: usable without Python's own stream objects
 _BACKSTOP_SECONDS = 60.0  # after the limit, for the case that C code holds the interpreter lock and no thread can run
@@ -91,7 +92,7 @@ class Watchdog:
         path = self._folder / f"rank-{self._rank:05d}-{phase}.txt"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
+            with DiskFile(path, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:  # a full disk must not keep a hanging rank alive
             print(f"rank {self._rank}: {path}: {error}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +116,10 @@ def test_an_interrupted_export_is_resumed(imported: Path, tmp_path: Path, monkey
         with pytest.raises(CptError, match="No space left"):
             export_megatron_lm(imported, tmp_path / "out")
     copied: list[str] = []
-    copy = shutil.copyfile
-    monkeypatch.setattr(shutil, "copyfile", lambda source, target: (copied.append(source.name), copy(source, target)))
+    copy = megatron_lm_export.copy_file
+    monkeypatch.setattr(
+        megatron_lm_export, "copy_file", lambda source, target: (copied.append(source.name), copy(source, target))
+    )
     export_megatron_lm(imported, tmp_path / "out")
     assert copied == [".metadata"]
     assert open_source_checkpoint(tmp_path / "out").specs == open_source_checkpoint(imported).specs
