@@ -1,25 +1,44 @@
-"""The manifest: size and checksum of every file of a checkpoint, written last and compared before anything is used."""
+"""The manifest: size and checksum of every file of a checkpoint, written last and compared before anything is used.
+
+    {"format_version": 2, "algorithm": "xxh3_128", "files": {"state.json": {"size": 717, "checksum": "a9..."}, ...},
+     "checksum": "0f..."}
+
+The last checksum covers the manifest itself, so it stays in all later formats. Format 1 has neither it nor a version;
+its checksums are of `xxh3_128`, or of `sha256` under that key.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import orjson
 
-from megatron_cpt.checkpoint.layout import MANIFEST_FILE
+from megatron_cpt.checkpoint.layout import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    NewerFormatError,
+    refuse_newer_format,
+)
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.checksum import ALGORITHM, file_checksum
-from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.checksum import ALGORITHM, Checksum, file_checksum
+from megatron_cpt.files.retry import is_path_error, retry_disk
 from megatron_cpt.files.whole_io import is_regular_file, read_file
 
 Verify = Literal["full", "sampled", "none"]
 SAMPLED_SHARE = 16  # a sampled verification takes one shard in 16
+_REQUIRED = (STATE_FILE, RUN_FILE, ".metadata", "metadata.json")
+_READ = (*_REQUIRED, PLAN_FILE, "common.pt")  # small files that are read, so none may exist without a checksum
+_CHECKSUM_KEYS = {ALGORITHM: "checksum", "sha256": "sha256"}  # per algorithm, the key in an entry
 _THREADS = 2  # hashing releases Python's lock, so two files at a time use two cores
 
 
@@ -42,38 +61,70 @@ class FileDigest:
 
     size: int
     checksum: str
+    algorithm: str = ALGORITHM
 
 
-def digest(path: Path) -> FileDigest:
+def digest(path: Path, algorithm: str = ALGORITHM) -> FileDigest:
     """Return the size and the checksum of a file."""
-    return FileDigest(path.stat().st_size, file_checksum(path))
+    return FileDigest(path.stat().st_size, file_checksum(path, algorithm=algorithm), algorithm)
 
 
 def manifest_text(files: Mapping[str, FileDigest]) -> str:
-    """Return the content of a manifest."""
-    plain = {"algorithm": ALGORITHM, "files": {name: asdict(files[name]) for name in sorted(files)}}
-    return orjson.dumps(plain, option=orjson.OPT_INDENT_2).decode()
+    """Return the content of a manifest of the present format."""
+    entries = {name: {"size": files[name].size, "checksum": files[name].checksum} for name in sorted(files)}
+    plain = {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, "files": entries}
+    return orjson.dumps({**plain, "checksum": _own_checksum(plain)}, option=orjson.OPT_INDENT_2).decode()
+
+
+def _own_checksum(plain: Mapping[str, Any]) -> str:
+    """Return the checksum of a manifest without its key `checksum`, independent of spaces and of the order of keys."""
+    content = {key: value for key, value in plain.items() if key != "checksum"}
+    return str(Checksum(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest())
 
 
 def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
     """Return the files that a checkpoint must have, by name.
 
     Raises:
-        RefusedError: the manifest is missing or damaged.
+        NewerFormatError: the manifest is of a newer format.
+        RefusedError: it is missing or damaged, or lacks a file that a load would read.
         OSError: the disk failed.
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        if path.is_symlink():
-            raise ValueError("a symbolic link")
-        plain: Any = orjson.loads(read_file(path))
-        if plain["algorithm"] != ALGORITHM:
-            raise ValueError(f"checksums by {plain['algorithm']}")
-        return {name: FileDigest(int(entry["size"]), str(entry["checksum"])) for name, entry in plain["files"].items()}
+        if path.is_symlink() or not is_regular_file(path):  # a named pipe would block the read
+            raise ValueError("no regular file")
+        files = _parse(path, orjson.loads(read_file(path)))
+        missing = [name for name in _REQUIRED if name not in files]
+        if missing or not any(map(is_shard, files)):
+            raise ValueError(f"no entry for {', '.join(missing) or 'any shard'}")
+        names = retry_disk(checkpoint, lambda: os.listdir(checkpoint))
+        unlisted = [name for name in sorted(names) if name not in files and _is_read(name)]
+        if unlisted:
+            raise ValueError(f"no entry for {', '.join(unlisted)}")
+    except NewerFormatError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and not is_path_error(error):
             raise
         raise RefusedError(f"{path}: missing or damaged ({error}); this checkpoint cannot be verified") from error
+    return files
+
+
+def _parse(path: Path, plain: Any) -> dict[str, FileDigest]:
+    if plain.keys() != {"algorithm", "files"}:  # not format 1
+        if _own_checksum(plain) != plain["checksum"]:
+            raise ValueError("its own checksum differs")
+        refuse_newer_format(path, plain["format_version"])
+    algorithm = plain["algorithm"]
+    if algorithm not in _CHECKSUM_KEYS:
+        raise ValueError(f"checksums by {algorithm}")
+    key = _CHECKSUM_KEYS[algorithm]
+    return {name: FileDigest(int(entry["size"]), str(entry[key]), algorithm) for name, entry in plain["files"].items()}
+
+
+def _is_read(name: str) -> bool:
+    return is_shard(name) or name in _READ
 
 
 def is_shard(name: str) -> bool:
@@ -157,7 +208,7 @@ def compare(
     Raises:
         OSError: the file cannot be read.
     """
-    if file_checksum(checkpoint / name, progress) == expected.checksum:
+    if file_checksum(checkpoint / name, progress, expected.algorithm) == expected.checksum:
         return None
     return f"{name}: checksum differs: the content is damaged"
 

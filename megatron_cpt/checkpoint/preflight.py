@@ -106,8 +106,9 @@ RULES = (
 DATA = ResumeRule(
     "data", lambda fingerprints: fingerprints, "a source's samples are renumbered: some are read twice, some never"
 )
+RUN = ResumeRule("run", lambda run_id: run_id, "its weights, optimizer and position in the data continue here")
 SPANS = ResumeRule("seq_length", span_lengths, "a source is cut into spans of its longest samples", allowed=False)
-ALLOWABLE = tuple(rule.name for rule in (*RULES, DATA) if rule.allowed)
+ALLOWABLE = tuple(rule.name for rule in (*RULES, DATA, RUN) if rule.allowed)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def find_changes(
     data: Mapping[str, str],
     tokenizers: tuple[str | None, str | None] = (None, None),
     document_ends: tuple[int | None, int | None] | None = None,
+    run_ids: tuple[str | None, str | None] = (None, None),
 ) -> list[Change]:
     """Return the differences that matter; parallel layout, micro-batch, logging and the like may change freely.
 
@@ -149,6 +151,7 @@ def find_changes(
         data: fingerprint of each source now; only sources in both are compared.
         tokenizers: fingerprints of the tokenizer's content, saved and now; if both are known, its path may change.
         document_ends: end-of-document ids, saved and now; None: the checkpoint is of a version that did not save it.
+        run_ids: ids of the run that saved the checkpoint, and of the run directory; None: unknown.
     """
     now = run.to_dict()
     saved_run = _with_defaults(RunConfig, saved_run)
@@ -168,6 +171,10 @@ def find_changes(
     replaced = [name for name in data if name in saved_data and not is_same_data(saved_data[name], data[name])]
     if replaced:
         changes.append(Change(DATA, f"the files of {', '.join(replaced)} differ from the files that were read before"))
+    if None not in run_ids and run_ids[0] != run_ids[1]:
+        changes.append(
+            Change(RUN, f"the checkpoint is of another run ({run_ids[0]}) than this directory ({run_ids[1]})")
+        )
     return changes
 
 

@@ -52,6 +52,11 @@ class SavedRun:
     state: Mapping[str, Any]
     run: Mapping[str, Any]
 
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run that saved it; None: of format 1, or imported."""
+        return self.state.get("run_id")
+
 
 def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None = None) -> SavedRun:
     """Read the text files of a checkpoint.
@@ -67,7 +72,7 @@ def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None =
         manifest = read_manifest(checkpoint)
         for name in (layout.STATE_FILE, layout.RUN_FILE):
             path = checkpoint / name
-            if not is_regular_file(path) or name not in manifest or digest(path) != manifest[name]:
+            if not is_regular_file(path) or digest(path, manifest[name].algorithm) != manifest[name]:
                 raise RefusedError(f"{path}: missing, or different from what {layout.MANIFEST_FILE} lists")
     with corrupt_as_refused(checkpoint):
         return SavedRun(checkpoint, manifest, read_state(checkpoint), read_run(checkpoint))
@@ -103,10 +108,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         version = int(state["format_version"])
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{path}: damaged: no format_version") from error
-    if version > layout.FORMAT_VERSION:
-        raise RefusedError(
-            f"{checkpoint}: format version {version}, this software reads up to {layout.FORMAT_VERSION}; update it"
-        )
+    layout.refuse_newer_format(path, version)
     return state
 
 

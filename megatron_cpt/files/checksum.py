@@ -9,6 +9,7 @@ Format: xxHash 0.8, in which XXH3 is final; `xxhsum -H2` prints the same digits.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,9 +25,18 @@ Checksum = xxhash.xxh3_128
 """Running checksum (`update`, `hexdigest`) of anything that supports the buffer protocol; it releases the GIL."""
 
 
-def file_checksum(path: Path, progress: Callable[[int], None] = lambda num_bytes: None) -> str:
-    """Return the checksum of a file; `progress` is called after each piece with the number of bytes read so far."""
-    checksum, piece, done = Checksum(), memoryview(bytearray(_PIECE)), 0
+def file_checksum(
+    path: Path, progress: Callable[[int], None] = lambda num_bytes: None, algorithm: str = ALGORITHM
+) -> str:
+    """Return the checksum of a file.
+
+    Args:
+        path: the file.
+        progress: called after each piece with the number of bytes read so far.
+        algorithm: `xxh3_128`, or `sha256` for files of earlier versions.
+    """
+    checksum = Checksum() if algorithm == ALGORITHM else hashlib.new(algorithm)
+    piece, done = memoryview(bytearray(_PIECE)), 0
     with DiskFile(path) as file:
         while count := file.readinto(piece):
             checksum.update(piece[:count])

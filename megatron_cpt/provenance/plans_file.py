@@ -1,5 +1,6 @@
 """plans.jsonl: every run.yaml, plan and set of data files that a run has followed, and from which step on.
 
+Each line also has the id of the run, which its checkpoints repeat, and the first line tells whether any was published.
 A line is added only when a run starts or resumes with something changed. It includes the state of the blend at that
 step, so the samples of every step can be found without keeping old checkpoints. Example: a run that changes its blend
 after step 8 has two lines, with after_step 0 and 8.
@@ -8,7 +9,8 @@ after step 8 has two lines, with after_step 0 and 8.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,28 @@ import orjson
 
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.atomic import write_atomically
-from megatron_cpt.files.whole_io import exists, read_file
+from megatron_cpt.files.whole_io import is_regular_file, read_file
 from megatron_cpt.provenance.run_history import Blends, Recorded, Witness, drop_zeros, parse_blends
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "plans.jsonl"
+_HAS_SAVED = "has_saved"
 
 _PLAN_KEYS = ("steps", "phases", "sources")  # they decide the samples; the others also depend on the number of ranks
+
+
+@dataclass(frozen=True)
+class StartedRun:
+    """Run that a run directory belongs to.
+
+    Attributes:
+        run_id: made at its first start; None: started by a version without ids.
+        has_saved: it has published a checkpoint. False only if that is certain.
+    """
+
+    run_id: str | None
+    has_saved: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ def note_plan(
     run_directory: Path,
     step: int,
     *,
+    run_id: str,
     run: Mapping[str, Any],
     plan: Mapping[str, Any],
     state: Mapping[str, Any] | None,
@@ -65,11 +82,12 @@ def note_plan(
 ) -> None:
     """Record the plan that a run follows from now on, unless it equals the plan so far.
 
-    Lines of later steps are dropped, because those steps will run again.
+    Lines of later steps are dropped, because those steps will run again. A damaged file is kept under another name.
 
     Args:
         run_directory: of the run.
         step: the last completed step.
+        run_id: id of the run.
         run, plan: the resolved run.yaml and the content of plan.json.
         state: the blend's state after the step.
         fingerprints: of each source's files.
@@ -79,14 +97,42 @@ def note_plan(
     except RefusedError as error:  # a damaged record must not prevent training
         logger.warning("%s; the samples of earlier steps can no longer be traced", error)
         before = []
+        os.replace(run_directory / FILE_NAME, run_directory / f"{FILE_NAME}.damaged")
     lines = [line for line in before if line["after_step"] < step]
-    now = {"run": run, "plan": {key: plan[key] for key in _PLAN_KEYS}, "data_fingerprints": fingerprints}
+    parts = {key: plan[key] for key in _PLAN_KEYS}
+    now = {"run_id": run_id, "run": run, "plan": parts, "data_fingerprints": fingerprints}
     now = orjson.loads(orjson.dumps(now))
     if not lines or any(lines[-1].get(key) != value for key, value in now.items()):
         lines.append({"after_step": step, "state": state, **now})
+    if step:
+        lines[0] = {**lines[0], _HAS_SAVED: True}
     if lines != before:
-        text = "".join(orjson.dumps(line).decode() + "\n" for line in lines)
-        write_atomically(run_directory / FILE_NAME, text)
+        _write_lines(run_directory, lines)
+
+
+def note_first_checkpoint(run_directory: Path) -> None:
+    """Record that the run has published a checkpoint: from now on it never starts over by itself.
+
+    Raises:
+        RefusedError: the file is missing or damaged.
+        OSError: it cannot be written.
+    """
+    lines = _read_lines(run_directory)
+    if not lines:
+        raise RefusedError(f"{run_directory / FILE_NAME}: missing")
+    _write_lines(run_directory, [{**lines[0], _HAS_SAVED: True}, *lines[1:]])
+
+
+def read_started_run(run_directory: Path) -> StartedRun | None:
+    """Return the run that a directory belongs to; None if plans.jsonl is missing or damaged."""
+    try:
+        lines = _read_lines(run_directory)
+    except RefusedError:
+        return None
+    if not lines:
+        return None
+    run_id = lines[-1].get("run_id")
+    return StartedRun(run_id, run_id is None or _HAS_SAVED in lines[0] or lines[-1]["after_step"] > 0)
 
 
 def read_plan_records(run_directory: Path) -> list[PlanRecord]:
@@ -104,9 +150,13 @@ def read_plan_records(run_directory: Path) -> list[PlanRecord]:
     return [replace(record, end=end) for record, end in zip(records, ends, strict=True)]
 
 
+def _write_lines(run_directory: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    write_atomically(run_directory / FILE_NAME, b"".join(orjson.dumps(line) + b"\n" for line in lines))
+
+
 def _read_lines(run_directory: Path) -> list[dict[str, Any]]:
     path = run_directory / FILE_NAME
-    if not exists(path):
+    if not is_regular_file(path):  # a named pipe would block the read
         return []
     try:
         lines = [orjson.loads(line) for line in read_file(path).splitlines()]

@@ -36,6 +36,7 @@ def preflight(
     fingerprints: dict[str, str],
     tokenizer: str | None,
     eod_id: int | None,
+    run_id: str | None,
     allow: Collection[str],
 ) -> None:
     """Compare the run with the checkpoint it resumes from, report the changes, and refuse those not allowed.
@@ -45,6 +46,7 @@ def preflight(
         config, plan, ranks: the run now.
         fingerprints, tokenizer: hashes of the sources' files and of the tokenizer's content; None: unknown.
         eod_id: the end-of-document id; None: there is none.
+        run_id: id of the run directory; None: unknown.
         allow: names of allowed changes.
 
     Raises:
@@ -54,9 +56,12 @@ def preflight(
         saved = own.state
         tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
         ends = (saved["eod_id"], eod_id) if "eod_id" in saved else None
-        changes = find_changes(own.run, config, saved["data_fingerprints"], fingerprints, tokenizers, ends)
+        run_ids = (own.run_id, run_id)
+        changes = find_changes(own.run, config, saved["data_fingerprints"], fingerprints, tokenizers, ends, run_ids)
         step = saved["train"]["step"] + 1
         samples, rate = saved["train"]["samples_by_source"], plan.schedule.rate(step)
+        if ranks.is_main and own.run_id is None and run_id is not None:
+            logger.warning("%s: of a version without run ids, so it may be of another run than %s", own.path, run_id)
         if ranks.is_main:
             logger.info(describe(changes, allow, ResumeSummary(step, samples, rate, saved.get("next_rate"))))
     refuse_unless_allowed(changes, allow, str(own.path))

@@ -14,9 +14,10 @@ from megatron_cpt.backend import Ranks, launched_rank
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import Record
 from megatron_cpt.config import ParallelConfig, RunConfig, dump_yaml
-from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.errors import CptError, RefusedError, UserError
 from megatron_cpt.files.atomic import write_atomically
-from megatron_cpt.provenance.plans_file import note_plan
+from megatron_cpt.provenance.plans_file import note_first_checkpoint, note_plan
+from megatron_cpt.train.first_start import set_aside
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
@@ -69,8 +70,14 @@ def compare_eod_ids(eod_id: int | None, of_data: Collection[int]) -> Iterator[st
         )
 
 
-def write_run_files(session: Session) -> None:
-    """Write run.yaml, plan.json and plans.jsonl to the run directory, on the main rank.
+def write_run_files(session: Session, *, restart: bool = False) -> None:
+    """Write plans.jsonl, run.yaml and plan.json to the run directory, on the main rank.
+
+    plans.jsonl comes first: with it the next start knows the other files as files of this run.
+
+    Args:
+        session: the run.
+        restart: move the files of an earlier run aside, unless the run resumes.
 
     Raises:
         CptError: they cannot be written.
@@ -80,15 +87,20 @@ def write_run_files(session: Session) -> None:
     run, plan = session.config.to_dict(), session.plan.to_dict()
     try:
         session.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(session.output / layout.RUN_FILE, dump_yaml(run))
+        if restart and session.is_resumed:
+            logger.warning("--restart: %s has checkpoints, so the run resumes from them", session.output)
+        elif restart:
+            set_aside(session.output)
         note_plan(
             session.output,
             session.state.step,
+            run_id=session.run_id,
             run=run,
             plan=plan,
             state=session.state.data,
             fingerprints=session.data_fingerprints,
         )
+        write_atomically(session.output / layout.RUN_FILE, dump_yaml(run))
         write_atomically(session.output / layout.PLAN_FILE, orjson.dumps(plan, option=orjson.OPT_INDENT_2))
     except OSError as error:
         raise CptError(
@@ -97,10 +109,20 @@ def write_run_files(session: Session) -> None:
         ) from error
 
 
+def note_published(session: Session) -> None:
+    """Record the first checkpoint of a run in plans.jsonl, on the main rank; a failure is only a warning."""
+    if session.ranks.is_main:
+        try:
+            note_first_checkpoint(session.output)
+        except (OSError, RefusedError) as error:  # the checkpoint itself is complete, and the next start records it
+            logger.warning("%s: the first checkpoint is saved, but not recorded here: %s", session.output, error)
+
+
 def record(session: Session) -> Record:
     """Return the text files of a checkpoint: state.json, run.yaml and plan.json."""
     state = {
         "format_version": layout.FORMAT_VERSION,
+        "run_id": session.run_id,
         "train": session.state.to_dict(),
         "layout": rank_layout(session.config.parallel, session.ranks),
         "next_rate": session.plan.schedule.rate(session.state.step + 1),

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.backend import Ranks, seed_everything
+from megatron_cpt.backend.collectives import on_main
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.loading.find_valid import newest_valid
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError
@@ -27,7 +28,9 @@ from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
 from megatron_cpt.optim.update import Update
 from megatron_cpt.planning import RunPlan, flops_per_token
 from megatron_cpt.planning.hardware import emulates_bf16
+from megatron_cpt.provenance.plans_file import read_started_run
 from megatron_cpt.train.device_batch import make_upload
+from megatron_cpt.train.first_start import choose_run_id, refuse_lost_run
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
 from megatron_cpt.train.open_data import build_loader, build_validator, open_streams
@@ -52,6 +55,7 @@ class Session:
         data_fingerprints: hashes of the files of all sources, including sources that have left the run.
         tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
         eod_id: the end-of-document id; None: there is none.
+        run_id: made at the first start of the run; all its checkpoints have it.
         origin: the checkpoint that was loaded; None: random weights.
         is_resumed: whether `origin` is the run's own checkpoint.
     """
@@ -71,6 +75,7 @@ class Session:
     data_fingerprints: dict[str, str]
     tokenizer_fingerprint: str | None
     eod_id: int | None
+    run_id: str
     origin: Path | None
     is_resumed: bool
 
@@ -103,6 +108,7 @@ def setup(
     tokenizer_fingerprint: str | None = None,
     data_tokenizer: tuple[str, str] | None = None,
     allow: Collection[str] = (),
+    restart: bool = False,
 ) -> Session:
     """Open the data, find the checkpoint to start from, and build and load the model; a collective call.
 
@@ -116,9 +122,10 @@ def setup(
         tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
         data_tokenizer: name and fingerprint of the tokenizer of the run's ids, as in `PreparedRun`.
         allow: names of the changes that a resume may make.
+        restart: start from scratch where a run has lost its checkpoints.
 
     Raises:
-        RefusedError: a checkpoint is corrupt or does not fit.
+        RefusedError: a checkpoint is corrupt or does not fit, or the run has lost its checkpoints.
         UserError: this machine cannot run what the run.yaml asks for.
     """
     config = check_machine(config, read_machine())
@@ -127,8 +134,15 @@ def setup(
     streams = open_streams(config, eod_id)
     fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
 
-    def check_resume(own: SavedRun) -> None:
-        preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, eod_id, allow)
+    output = Path(config.output)
+    started = on_main(lambda: read_started_run(output))
+    run_id = started.run_id if started is not None else None
+
+    def check_resume(own: SavedRun | None) -> None:
+        if own is not None:
+            preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, eod_id, run_id, allow)
+        elif not restart:
+            on_main(lambda: refuse_lost_run(output))
 
     def check_init(origin: SavedRun) -> None:
         if "tokenizer" not in allow:
@@ -169,6 +183,7 @@ def setup(
         data_fingerprints=fingerprints,
         tokenizer_fingerprint=tokenizer_fingerprint,
         eod_id=eod_id,
+        run_id=choose_run_id(own, None if restart else started),
         origin=origin.path if origin is not None else None,
         is_resumed=own is not None,
     )
@@ -185,7 +200,7 @@ def _warn_of_emulated_bf16(config: RunConfig, ranks: Ranks) -> None:
 def _build_from_newest_valid(
     config: RunConfig,
     ranks: Ranks,
-    check_resume: Callable[[SavedRun], None],
+    check_resume: Callable[[SavedRun | None], None],
     check_init: Callable[[SavedRun], None],
 ) -> tuple[SavedRun | None, SavedRun | None, Model, MegatronOptimizer, TrainState]:
     """Find the checkpoint to start from, build the model and load it; a collective call.
@@ -197,8 +212,7 @@ def _build_from_newest_valid(
     corrupt: dict[Path, list[str]] = {}
     while True:
         own = newest_valid(layout.checkpoints_folder(config.output), config.checkpoint.verify, corrupt)
-        if own is not None:
-            check_resume(own)
+        check_resume(own)
         origin = own or init_checkpoint(config, corrupt)
         if own is None and origin is not None:
             check_init(origin)

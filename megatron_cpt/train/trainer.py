@@ -38,7 +38,7 @@ from megatron_cpt.train.resilience.replicas import check_replicas
 from megatron_cpt.train.resilience.run_lock import run_lock
 from megatron_cpt.train.resilience.wall_time import WallTime
 from megatron_cpt.train.resilience.watchdog import Progress, Watchdog, guard
-from megatron_cpt.train.run_files import compare_eod_ids, read_tokenizer, record, write_run_files
+from megatron_cpt.train.run_files import compare_eod_ids, note_published, read_tokenizer, record, write_run_files
 from megatron_cpt.train.step import StepResult, train_step
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Trainer:
         run: a run.yaml that `load_run` read, or a prepared run.
         hooks: called after the hooks that the run itself asks for.
         allow: changes since the checkpoint that are intended; see `megatron-cpt train --allow`.
+        restart: start from scratch where a run has lost its checkpoints; see `megatron-cpt train --restart`.
         console: whether to print progress to stderr.
         owns_process: whether to handle SIGTERM, SIGUSR1 and SIGINT, print log messages to stderr and silence warnings.
             The command does so; without it the trainer changes neither signal handlers, loggers nor warnings filters.
@@ -103,6 +104,7 @@ class Trainer:
         *,
         hooks: Sequence[Hook] = (),
         allow: Collection[str] = (),
+        restart: bool = False,
         console: bool = False,
         owns_process: bool = False,
     ) -> None:
@@ -114,7 +116,7 @@ class Trainer:
             raise TypeError(f"hooks: {hooks!r}; give a list of instances of classes derived from Hook")
         allow = [allow] if isinstance(allow, str) else allow
         check_allowed_names(allow)
-        self._prepared, self._allow = run, allow
+        self._prepared, self._allow, self._restart = run, allow, restart
         self._own_hooks, self._has_console, self._owns_process = hooks, console, owns_process
         self._stop, self._progress = StopRequest(), Progress()
         self._newest: Path | None = None
@@ -161,10 +163,11 @@ class Trainer:
                 tokenizer_fingerprint=tokenizer_fingerprint,
                 data_tokenizer=self._prepared.tokenizer,
                 allow=self._allow,
+                restart=self._restart,
             )
             if self.session.is_resumed:
                 self._newest = self.session.origin
-            write_run_files(self.session)
+            write_run_files(self.session, restart=self._restart)
             opened.callback(lambda: self.hooks.on_end(self.session))
             opened.callback(self.session.saver.close)
             opened.callback(self.session.loader.close)
@@ -310,6 +313,8 @@ class Trainer:
 
     def _note_published(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
+            if self._newest is None:
+                note_published(self.session)
             self._newest = checkpoint
             self.wall_time.end_save()
             self.hooks.on_checkpoint(self.session, str(checkpoint))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from megatron_cpt.checkpoint.preflight import DATA, RULES, SPANS, Change
+from megatron_cpt.checkpoint.preflight import DATA, RULES, RUN, SPANS, Change
 from megatron_cpt.views.plan_table import print_parts
 
 # Rules by the part of the run that they change; other rules (model, precision) have their effect in their own row.
@@ -41,7 +41,7 @@ def describe(changes: Sequence[Change], allow: Collection[str], summary: ResumeS
 
     `allow` has the names of the rules that the user allowed to change.
     """
-    names = [rule.name for rule in (SPANS, *RULES, DATA)]
+    names = [rule.name for rule in (SPANS, *RULES, DATA, RUN)]
     effects = _effects(changes, summary)
     if not changes:
         return "; ".join([f"preflight: nothing changed ({', '.join(names)})", *effects])

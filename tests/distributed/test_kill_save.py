@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.manifest import find_faults
 from tests.helpers.checkpoints import differing
 from tests.helpers.faults import Death
 from tests.helpers.ranks import RankError, run_ranks
-from tests.helpers.runs import newest, small_run, train_here, train_several
+from tests.helpers.runs import newest, read_metrics, small_run, train_here, train_several
 
 SMALL = {"preset": "tiny_llama", "layers": 1, "hidden": 64, "ffn_hidden": 96, "vocab": 257}
 START, END = 3, 5  # the killed process resumes from step 3, saves step 4 and deletes step 2
@@ -120,3 +120,32 @@ def test_a_death_before_any_change_of_a_file_costs_one_step_at_most(
         assert differing(newest(quiet), newest(output)) == []
         names = sorted(path.name for path in checkpoints_folder(output).iterdir())
         assert names == [LATEST_FILE, "step-00000004", "step-00000005"], "leftovers of killed processes are deleted"
+
+
+def start_and_die(path: str, output: str, number: int) -> None:
+    """Start a run that saves after step 2, and die before the n-th change of the run directory."""
+    Death(Path(output), number, Path(f"{output}.journal"))
+    train_here(path, [f"output={output}", "stop_at_step=2", "checkpoint.every=2"])
+
+
+@pytest.mark.long
+def test_a_first_start_killed_before_any_change_starts_over_or_resumes_by_the_same_command(
+    small_file: Path, tmp_path: Path
+) -> None:
+    """Before the first checkpoint nothing is lost, so nobody has to say --restart."""
+    killed: list[Path] = []
+    while True:
+        output = tmp_path / f"{len(killed) + 1}"
+        output.mkdir()
+        try:
+            run_ranks(1, start_and_die, str(small_file), str(output), len(killed) + 1)
+            break
+        except RankError as error:
+            if "ranks [0] died" not in str(error):
+                raise
+        killed.append(output)
+    assert len(killed) > 20
+    run_ranks(1, train_several, str(small_file), [[f"output={path}", "stop_at_step=2"] for path in killed], timeout=900)
+    for path in killed:
+        assert differing(newest(output), newest(path)) == []
+        assert [line["step"] for line in read_metrics(path)] == [1, 2]

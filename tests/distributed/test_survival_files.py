@@ -19,7 +19,7 @@ from megatron_cpt.checkpoint.torchfile.unpickle import load_plain
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.prepare import PreparedRun, prepare_run
 from tests.helpers.checkpoints import differing
-from tests.helpers.faults import cut, flip_bit, seal_again
+from tests.helpers.faults import change_manifest, cut, flip_bit, seal_again
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, small_run, train_here, train_several, write_source
 
@@ -128,7 +128,8 @@ def test_harm_to_any_file_is_found_and_named_and_the_checkpoint_before_is_used(t
 
 def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
     """With any bit flipped, the manifest is refused or differs from the files."""
-    text = manifest_text({".metadata": FileDigest(60, "0f" * 32), "__0_0.distcp": FileDigest(129, "a9" * 32)}).encode()
+    names = ("__0_0.distcp", ".metadata", "metadata.json", "run.yaml", "state.json")
+    text = manifest_text({name: FileDigest(60 + len(name), "0f" * 16) for name in names}).encode()
     (tmp_path / "manifest.json").write_bytes(text)
     sound, missed = read_manifest(tmp_path), []
     for bit in range(8 * len(text)):
@@ -165,7 +166,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(two_saved: Path, t
     shutil.copytree(two_saved, output)
     for checkpoint in checkpoints_folder(output).glob("step-*"):
         shutil.rmtree(checkpoint)
-    with pytest.raises(RankError, match=r"RefusedError: .*latest names step-00000004.*no checkpoint"):
+    with pytest.raises(RankError, match=r"RefusedError: .*no checkpoint, but .*checkpoints/latest: .*are gone"):
         run_ranks(2, train_here, run_file(two_saved), [f"output={output}", "stop_at_step=5"])
     assert not list(checkpoints_folder(output).glob("step-*"))
 
@@ -207,9 +208,8 @@ def test_a_path_that_climbs_out_of_the_folder_is_refused(two_saved: Path, tmp_pa
     in_manifest, in_metadata = tmp_path / "manifest", tmp_path / "metadata"
     for output in (in_manifest, in_metadata):
         shutil.copytree(two_saved, output)
-    manifest = newest(in_manifest) / "manifest.json"
     shutil.copy(newest(in_manifest) / "plan.json", newest(in_manifest).parent / "plan.json")
-    manifest.write_text(manifest.read_text().replace('"plan.json"', '"../plan.json"'))
+    change_manifest(newest(in_manifest), lambda files: files.update({"../plan.json": files["plan.json"]}))
     ((_, (warning,)),) = run_ranks(2, set_up, run_file(two_saved), [str(in_manifest)])[0]
     assert "../plan.json: not a file of this folder" in warning
 

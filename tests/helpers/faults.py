@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_cpt.checkpoint.manifest import digest, manifest_text
+from megatron_cpt.checkpoint.manifest import FileDigest, digest, manifest_text, read_manifest
 
 # Audit events of Python for changes of files: event -> positions of (path, dir_fd) in its arguments.
 _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
@@ -45,6 +48,13 @@ def seal_again(checkpoint: Path) -> None:
     """Write a manifest that matches the current files, as an attacker would."""
     names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
     (checkpoint / "manifest.json").write_text(manifest_text({name: digest(checkpoint / name) for name in names}))
+
+
+def change_manifest(checkpoint: Path, change: Callable[[dict[str, FileDigest]], object]) -> None:
+    """Write a manifest with other entries, as an attacker would: its own checksum is right."""
+    files = read_manifest(checkpoint)
+    change(files)
+    (checkpoint / "manifest.json").write_text(manifest_text(files))
 
 
 def limit_file_size(size: int) -> None:
@@ -126,6 +136,49 @@ class Death:
                     os.truncate(path, stat.st_size // 2)
         os.killpg(0, signal.SIGKILL)
         raise AssertionError("a process does not survive SIGKILL")
+
+
+class FailingDisk:
+    """Makes one change of the files below a folder fail: an open for writing, a rename, a deletion, an fsync.
+
+    Attributes:
+        changes: number of changes in the last `fails_at` block.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._root, self._at, self._error = str(folder.resolve()), -1, 0
+        self._is_active = False
+        self.changes = 0
+        sys.addaudithook(self._hook)  # stays for the life of the process, inactive outside of `fails_at`
+
+    @contextlib.contextmanager
+    def fails_at(self, change: int | None, error: int = errno.EIO) -> Iterator[None]:
+        """Fail before a change, counted from 0, with an error number; None: only count."""
+        fsync = os.fsync
+
+        def failing_fsync(fd: Any) -> None:
+            self._see(os.readlink(f"/proc/self/fd/{fd if isinstance(fd, int) else fd.fileno()}"))
+            fsync(fd)
+
+        self._at, self._error, self.changes = -1 if change is None else change, error, 0
+        self._is_active, os.fsync = True, failing_fsync
+        try:
+            yield
+        finally:
+            self._is_active, os.fsync = False, fsync
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self._is_active or event not in _CHANGES or (event == "open" and not (args[2] or 0) & _WRITES):
+            return
+        path_at, fd_at = _CHANGES[event][0]
+        if isinstance(args[path_at], str | bytes | os.PathLike):
+            self._see(_absolute(args[path_at], args[fd_at] if fd_at is not None else -1))
+
+    def _see(self, path: str) -> None:
+        if path.startswith(self._root):
+            self.changes += 1
+            if self.changes - 1 == self._at:
+                raise OSError(self._error, os.strerror(self._error), path)
 
 
 def _files(root: str) -> list[str]:

@@ -56,9 +56,9 @@ def small_run(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def train_here(path: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> int:
+def train_here(path: str, overrides: Sequence[str] = (), allow: Sequence[str] = (), *, restart: bool = False) -> int:
     """Run `megatron-cpt train` on this rank of a job that a test started; return its exit status."""
-    return train_with_hooks(path, overrides, allow=allow)
+    return train_with_hooks(path, overrides, allow=allow, restart=restart)
 
 
 def train_with_hooks(
@@ -67,12 +67,13 @@ def train_with_hooks(
     *,
     hooks: Sequence[Any] = (),
     allow: Sequence[str] = (),
+    restart: bool = False,
     prepare: Callable[[Any], None] = lambda trainer: None,
 ) -> int:
     """Run `megatron-cpt train` with hooks of the test.
 
     Args:
-        path, overrides, allow: arguments of the command.
+        path, overrides, allow, restart: arguments of the command.
         hooks: called after the hooks of the run.
         prepare: changes the opened trainer before it trains.
     """
@@ -81,7 +82,7 @@ def train_with_hooks(
     from megatron_cpt.train.trainer import Trainer
 
     prepared = prepare_run(path, overrides, need_files=True, num_gpus=launched_world_size())
-    with Trainer(prepared, hooks=hooks, allow=allow, console=True, owns_process=True) as trainer:
+    with Trainer(prepared, hooks=hooks, allow=allow, restart=restart, console=True, owns_process=True) as trainer:
         prepare(trainer)
         return trainer.fit().status
 

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from megatron_cpt.backend.collectives import gathered, on_all, on_main
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, FileDigest, Verify, find_faults, read_manifest
-from megatron_cpt.checkpoint.record import SavedRun, read_saved_run
+from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused, read_saved_run
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.retry import retry_disk
-from megatron_cpt.files.whole_io import exists, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,8 @@ def newest_valid(
     """Return the newest checkpoint of a run that is valid, or None if the run has none at all; a collective call.
 
     Every file must exist with its size, and the small files must have their checksums. The checksums of shards are
-    compared later, while the shards are loaded. A corrupt checkpoint is skipped with a warning.
+    compared later, while the shards are loaded. A corrupt checkpoint is skipped with a warning, and so is a copy under
+    the name of another step.
 
     Args:
         folder: the folder of the run's checkpoints.
@@ -36,23 +36,24 @@ def newest_valid(
         known_faults: of checkpoints that a load has found to be corrupt.
 
     Raises:
-        RefusedError: the run has or had checkpoints, and none is valid: a run never restarts from scratch by itself.
+        RefusedError: the run has checkpoints, and none is valid, or the newest is of a newer format.
     """
     # Rank 0 lists the folder: all ranks must verify the same checkpoints, even if a file system shows them late.
-    found, latest = on_main(lambda: retry_disk(folder, lambda: _list(folder)))
-    if not found and latest is not None:
-        raise RefusedError(
-            f"{folder}: latest names {latest}, but there is no checkpoint; restore one, choose another output, or "
-            f"remove {folder / layout.LATEST_FILE} to start from scratch"
-        )
+    found = on_main(lambda: retry_disk(folder, lambda: _list(folder)))
     reasons = []
     for path in reversed(found):
         saved = _verify_before_load(path, how, known_faults)
         if isinstance(saved, SavedRun):
-            return saved
-        reasons.append(f"{path.name}: {saved[0]}" + (f" (and {len(saved) - 1} more)" if len(saved) > 1 else ""))
+            with corrupt_as_refused(path):
+                step = saved.state["train"]["step"]
+            if step == layout.checkpoint_step(path):
+                return saved
+            problem, faults = "under another name", [f"it holds step {step}; remove it, or name it after its step"]
+        else:
+            problem, faults = "corrupt", list(saved)
+        reasons.append(f"{path.name}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
         if dist.get_rank() == 0:
-            logger.warning("checkpoint %s is corrupt and is skipped: %s", path, "; ".join(saved))
+            logger.warning("checkpoint %s is %s and is skipped: %s", path, problem, "; ".join(faults))
     if found:
         raise RefusedError(
             f"{folder}: no valid checkpoint: {'; '.join(reasons)}; restore a valid one or choose another output"
@@ -60,10 +61,12 @@ def newest_valid(
     return None
 
 
-def _list(folder: Path) -> tuple[list[Path], str | None]:
-    """Return the checkpoints in a folder, and the content of `latest` if it exists."""
-    latest = folder / layout.LATEST_FILE
-    return layout.list_checkpoints(folder), read_text(latest, errors="replace").strip() if exists(latest) else None
+def _list(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, and warn of what only looks like one."""
+    found = layout.list_checkpoints(folder)
+    if ignored := layout.list_ignored(folder):
+        logger.warning("%s: ignored, since they are neither a checkpoint nor `latest`: %s", folder, ", ".join(ignored))
+    return found
 
 
 def find_valid(
@@ -101,6 +104,8 @@ def _verify_before_load(
         try:
             manifest = read_manifest(path)
             return manifest, find_faults(path, how, with_shards=False, manifest=manifest)
+        except layout.NewerFormatError:  # it is valid, so an older checkpoint is no answer
+            raise
         except RefusedError as error:
             return None, [str(error)]
 

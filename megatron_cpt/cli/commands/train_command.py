@@ -12,7 +12,11 @@ from megatron_cpt.cli.commands.plan_command import OVERRIDES_HELP, RUN_HELP
 # The names in checkpoint/preflight.py, which `--help` need not import; a test compares them.
 ALLOW_HELP = (
     "Changes since the checkpoint that are intended: ramp_up, phase_length, phase_batch, blend, schedule, optimizer, "
-    "precision, tokenizer, documents, data."
+    "precision, tokenizer, documents, data, run."
+)
+RESTART_HELP = (
+    "Start from scratch where a run has lost its checkpoints; its files are kept in before-restart-1/. A run that "
+    "has checkpoints resumes anyway."
 )
 
 
@@ -20,6 +24,7 @@ def train(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help=RUN_HELP, show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=OVERRIDES_HELP)] = None,
     allow: Annotated[list[str] | None, typer.Option("--allow", metavar="CHANGE ...", help=ALLOW_HELP)] = None,
+    restart: Annotated[bool, typer.Option("--restart", help=RESTART_HELP)] = False,
 ) -> None:
     """Train a run, from its start or from the newest valid checkpoint in its output.
 
@@ -35,6 +40,6 @@ def train(
     from megatron_cpt.train.trainer import Trainer
 
     prepared = prepare_run(run, overrides or [], need_files=True, num_gpus=launched_world_size())
-    with Trainer(prepared, allow=allow or [], console=True, owns_process=True) as trainer:
+    with Trainer(prepared, allow=allow or [], restart=restart, console=True, owns_process=True) as trainer:
         result = trainer.fit()
     raise typer.Exit(result.status)

@@ -26,16 +26,19 @@ from megatron_cpt.checkpoint.manifest import (
 from megatron_cpt.checkpoint.record import Record, read_json, read_run, read_saved_run, read_state
 from megatron_cpt.errors import RefusedError
 
+SMALL = (".metadata", "metadata.json", "run.yaml", "state.json")
+
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Return a folder with 40 shards, a text file and their manifest."""
+    """Return a folder with 40 shards, the small files that every checkpoint has, and their manifest."""
     folder = tmp_path / "step-00000007"
     folder.mkdir()
     for rank in range(20):
         for number in range(2):
             (folder / f"__{rank}_{number}.distcp").write_bytes(bytes([rank, number]) * 500)
-    (folder / "state.json").write_text("{}")
+    for name in SMALL:
+        (folder / name).write_text("{}")
     (folder / "manifest.json").write_text(manifest_text({path.name: digest(path) for path in folder.iterdir()}))
     return folder
 
@@ -67,7 +70,7 @@ def test_sampled_finds_it_in_its_sample_and_passes_over_the_rest_by_design(check
         _flip(checkpoint / name)
     assert found[-1] == "state.json"
     assert len(found) == 3 + 1, "3 of 40 shards (one in 16), and every text file"
-    assert set(found) == sample(checkpoint, [*_shards(checkpoint), "state.json"])
+    assert {*found, *SMALL} == sample(checkpoint, [*_shards(checkpoint), *SMALL])
 
 
 def test_another_checkpoint_is_judged_by_other_shards(checkpoint: Path) -> None:
@@ -166,7 +169,7 @@ def test_on_demand_a_shard_is_hashed_when_it_is_read_and_two_more_ahead(
 
 
 def test_a_saved_run_is_compared_with_its_manifest_and_read(checkpoint: Path) -> None:
-    Record({"format_version": 1, "train": {"step": 7}}, "name: small\n", {}).write(checkpoint)
+    Record({"format_version": 2, "train": {"step": 7}}, "name: small\n", {}).write(checkpoint)
     files = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
     (checkpoint / "manifest.json").write_text(manifest_text({path.name: digest(path) for path in files}))
     saved = read_saved_run(checkpoint)
@@ -189,7 +192,7 @@ def test_a_record_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format_version": 99}', "format version 99, this software reads up to 1; update it"),
+        ('{"format_version": 99}', "format version 99, this software reads up to 2; update it"),
         ('{"format_version": "new"}', "damaged: no format_version"),
         ("{}", "damaged: no format_version"),
         ("[1]", "damaged: not an object"),

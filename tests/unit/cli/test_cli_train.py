@@ -18,10 +18,10 @@ def calls(monkeypatch):
     seen, module = [], ModuleType("megatron_cpt.train.trainer")
 
     class Trainer:
-        def __init__(self, prepared, *, allow, console, owns_process):
+        def __init__(self, prepared, *, allow, restart, console, owns_process):
             assert console
             assert owns_process
-            seen.append((*prepared, list(allow)))
+            seen.append((*prepared, list(allow), restart))
 
         def __enter__(self):
             if "refuse" in seen[-1][2]:
@@ -48,11 +48,11 @@ def calls(monkeypatch):
 def test_arguments_and_status_are_passed_on(calls):
     assert main(["train", "run.yaml", "a.b=1", "c=2", "--allow", "blend", "data"]) == 75
     assert main(["train", "--allow", "blend", "data", "run.yaml", "a.b=1"]) == 75
-    assert main(["train", "run.yaml"]) == 75
+    assert main(["train", "run.yaml", "--restart"]) == 75
     assert calls == [
-        ("run.yaml", ["a.b=1", "c=2"], ["blend", "data"]),
-        ("run.yaml", ["a.b=1"], ["blend", "data"]),
-        ("run.yaml", [], []),
+        ("run.yaml", ["a.b=1", "c=2"], ["blend", "data"], False),
+        ("run.yaml", ["a.b=1"], ["blend", "data"], False),
+        ("run.yaml", [], [], True),
     ]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cpt.checkpoint.manifest import find_faults
+from megatron_cpt.checkpoint.manifest import FileDigest, find_faults
 from megatron_cpt.cli import main
 from megatron_cpt.convert import importer
 from megatron_cpt.convert.dtypes import DTYPES
@@ -28,6 +28,7 @@ from megatron_cpt.convert.source import open_source_checkpoint
 from megatron_cpt.convert.verify import verify_tensors
 from megatron_cpt.errors import RefusedError, UserError
 from tests.helpers.checkpoints import read_tensors
+from tests.helpers.faults import change_manifest
 from tests.helpers.hf_models import FAMILY_CONFIGS, save_hf_model
 
 
@@ -206,9 +207,7 @@ def test_side_files_that_are_links_out_of_the_folder_are_refused(tmp_path: Path,
     (folder / "modeling_evil.py").write_text("raise SystemExit")
     import_checkpoint(folder, tmp_path / "c")
     assert sorted(p.name for p in (tmp_path / "c" / "hf").iterdir()) == ["config.json", "generation_config.json"]
-    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    manifest["files"]["../secret"] = {"size": 2, "checksum": "0"}
-    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(tmp_path / "c", lambda files: files.update({"../secret": FileDigest(2, "0")}))
     assert find_faults(tmp_path / "c") == ["../secret: not a file of this folder"]
 
 

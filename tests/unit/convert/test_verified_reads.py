@@ -16,9 +16,10 @@ SHARDS = [f"__0_{number}.distcp" for number in range(12)]
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    for number, name in enumerate([*SHARDS, "common.pt"]):
+    names = [*SHARDS, "common.pt", ".metadata", "metadata.json", "run.yaml", "state.json"]
+    for number, name in enumerate(names):
         (tmp_path / name).write_bytes(bytes([number]) * 1000)
-    files = {name: digest(tmp_path / name) for name in [*SHARDS, "common.pt"]}
+    files = {name: digest(tmp_path / name) for name in names}
     (tmp_path / "manifest.json").write_text(manifest_text(files))
     return tmp_path
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import math
 import mmap
 import resource
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -32,6 +34,7 @@ from megatron_cpt.checkpoint.saving.torch_save import AbandonedError, HashedStre
 from megatron_cpt.checkpoint.saving.write_plan import ShardEntry, _divided  # noqa: E402
 from megatron_cpt.checkpoint.saving.writer import write_files  # noqa: E402
 from megatron_cpt.checkpoint.state.optimizer_shards import boxes  # noqa: E402
+from tests.helpers.faults import FailingDisk  # noqa: E402
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
@@ -268,7 +271,8 @@ def _publish(folder: Path, step: int, retention: Retention) -> Path:
     final = folder / layout.checkpoint_name(step)
     aside = folder / f".{final.name}.tmp"
     aside.mkdir(parents=True)
-    (aside / "state.json").write_text("{}")
+    for name in ("state.json", "run.yaml", "metadata.json"):
+        (aside / name).write_text("{}")
     written = write_files(aside, {"__0_0.distcp": [_entry("a", torch.full((9,), step))]}, threading.Event())
     delete(publish(aside, final, Metadata({}), [written], retention))
     return final
@@ -295,6 +299,32 @@ def test_publishing_replaces_prunes_and_tidies(tmp_path: Path) -> None:
         assert (tmp_path / "latest").read_text() == f"{final.name}\n"
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["latest", "step-00000004", "step-00000006"], "the later, corrupt one is not touched"
+
+
+def test_an_error_of_the_disk_at_any_change_costs_no_published_checkpoint(tmp_path: Path) -> None:
+    """Every change of a file while a second checkpoint is written and published fails once."""
+    disk = FailingDisk(tmp_path)
+    with disk.fails_at(None):
+        _publish(tmp_path / "count", 4, Retention())
+    assert disk.changes > 15
+    num_changes, failures = disk.changes, []
+    for at, error in zip(range(num_changes), itertools.cycle((errno.EDQUOT, errno.EROFS, errno.EIO)), strict=False):
+        folder = tmp_path / f"{at}"
+        first = _publish(folder, 2, Retention())
+        try:
+            with disk.fails_at(at, error):
+                second = _publish(folder, 4, Retention())
+            assert find_faults(second) == []
+        except OSError as caught:
+            failures.append((caught.errno == error, str(folder) in str(caught.filename)))
+        for path in layout.list_checkpoints(folder):
+            assert find_faults(path) == []
+        assert first in layout.list_checkpoints(folder)
+        shutil.rmtree(folder / ".step-00000004.tmp", ignore_errors=True)
+        assert find_faults(_publish(folder, 4, Retention(keep=1))) == []
+        assert {path.name for path in folder.iterdir()} == {"latest", "step-00000004"}
+    assert failures == [(True, True)] * len(failures)
+    assert len(failures) > num_changes / 2
 
 
 def test_a_shard_that_is_shorter_than_it_was_written_is_not_published(tmp_path: Path) -> None:
