@@ -291,7 +291,7 @@ def _results(found: HarnessResults) -> dict[str, Any]:
 
 def _step(saved: SavedRun) -> int | None:
     train: Mapping[str, Any] = saved.state.get("train") or {}
-    return train.get("step")
+    return train.get("step") or None  # an import is of no step
 
 
 def _config(options: EvaluateOptions, run: RunConfig, tasks: LoadedTasks, engine: Engine) -> dict[str, Any]:
