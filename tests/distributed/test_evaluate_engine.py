@@ -52,7 +52,7 @@ def requests() -> list[ScoreRequest]:
 
 
 def prompts() -> list[tuple[int, ...]]:
-    return sorted({request.context for request in requests()}) + [(5, 6, 7), (5, 6, 7)]
+    return [*sorted({request.context for request in requests()}), (5, 6, 7), (5, 6, 7)]
 
 
 def _ids(draw: random.Random, count: int) -> tuple[int, ...]:
