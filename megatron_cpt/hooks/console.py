@@ -12,6 +12,7 @@ from megatron_cpt.checkpoint.layout import checkpoint_name
 from megatron_cpt.config import format_count
 from megatron_cpt.files.system_errors import close_stderr
 from megatron_cpt.hooks.hook import Hook
+from megatron_cpt.views.evaluation_table import rows_of_metrics
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
@@ -75,7 +76,7 @@ class ConsoleHook(Hook):
         """Print the metrics of each task, without their standard errors."""
         self._print(f"step {line['step']}  evaluation in {_clock_time(line['evaluation_seconds'])}")
         for task, metrics in line["evaluation"].items():
-            values = (f"{name} {value:.4f}" for name, value in metrics.items() if "_stderr" not in name)
+            values = (f"{name} {value:.4f}" for name, value, _ in rows_of_metrics(metrics) if value is not None)
             self._print(f"  {task}  {'  '.join(values)}")
 
     def on_checkpoint(self, session: Session, path: str) -> None:
