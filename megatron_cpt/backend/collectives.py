@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_cpt.errors import CptError, RefusedError
@@ -51,6 +52,13 @@ def on_all(work: Callable[[], T]) -> T:
     if reasons := gathered([] if failure is None else [str(failure)]):
         raise RefusedError("; ".join(reasons)) from failure
     return result  # type: ignore[return-value]
+
+
+def is_true_on_any(flag: bool) -> bool:
+    """Return whether the flag is True on any rank; a collective call."""
+    flags = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def gathered(lines: list[str]) -> list[str]:
