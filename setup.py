@@ -24,7 +24,7 @@ TRAIN = [
     *DATA,
 ]
 HF = ["transformers>=4.57", "accelerate", "gguf"]  # accelerate and gguf read GGUF files, for examples/smollm2
-EVAL = ["lm-eval>=0.4.9"]
+EVAL = ["lm-eval>=0.4.13"]
 FAST = ["gigatoken>=0.10,<0.11"]
 
 EXTRAS = {

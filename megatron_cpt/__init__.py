@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _PUBLIC_NAMES = {
     "ConfigError": "errors",
     "CptError": "errors",
+    "EvaluateOptions": "evaluate.evaluate_checkpoint",
     "ExportOptions": "convert.exporter",
     "Hook": "hooks",
     "ImportOptions": "convert.importer",
@@ -31,6 +32,7 @@ _PUBLIC_NAMES = {
     "TokenStream": "data",
     "Trainer": "train.trainer",
     "UserError": "errors",
+    "evaluate": "evaluate.evaluate_checkpoint",
     "export_checkpoint": "convert.exporter",
     "import_checkpoint": "convert.importer",
     "load_run": "prepare",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_cpt.errors import CptError, RefusedError
@@ -72,3 +73,10 @@ def gathered(entries: list[Entry]) -> list[Entry]:
     by_rank: list[list[Entry]] = [[]] * dist.get_world_size()
     dist.all_gather_object(by_rank, entries)
     return sorted({entry for some in by_rank for entry in some})
+
+
+def is_true_on_any(flag: bool) -> bool:
+    """Return whether the flag is True on any rank; a collective call."""
+    flags = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())

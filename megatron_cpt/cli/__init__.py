@@ -19,6 +19,7 @@ from megatron_cpt.cli.commands.check_command import check
 from megatron_cpt.cli.commands.convert_command import app as convert_app
 from megatron_cpt.cli.commands.doctor_command import doctor
 from megatron_cpt.cli.commands.evaluate_command import evaluate
+from megatron_cpt.cli.commands.generate_command import generate
 from megatron_cpt.cli.commands.inspect_command import inspect
 from megatron_cpt.cli.commands.launch_command import WordsCommand, launch
 from megatron_cpt.cli.commands.merge_command import merge
@@ -49,7 +50,8 @@ app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)
 app.command(rich_help_panel=TRAIN)(report)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
-app.command(rich_help_panel=EVALUATE)(evaluate)
+for command in (evaluate, generate):
+    app.command(rich_help_panel=EVALUATE)(command)
 app.command(rich_help_panel=OPERATIONS)(doctor)
 
 

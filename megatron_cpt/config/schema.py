@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -259,6 +259,9 @@ class ValidationConfig(Section):
     """Held-out data per name: a prefix of .bin/.idx, a list of prefixes, or a glob."""
 
 
+EvaluationPoint = Literal["start", "switch", "end"]
+
+
 class EvaluationConfig(Section):
     """Tasks of lm-evaluation-harness, measured on the model in memory during the run."""
 
@@ -266,7 +269,7 @@ class EvaluationConfig(Section):
     """Names of tasks, groups or tags."""
     every: int | None = Field(None, gt=0)
     """Steps between evaluations; null evaluates only at the points of `at`."""
-    at: list[Literal["start", "switch", "end"]] = Field(default_factory=lambda: ["start", "switch", "end"])
+    at: list[EvaluationPoint] = Field(default_factory=lambda: list(get_args(EvaluationPoint)))
     """Also evaluate before the first step (`start`), after the last step of each phase (`switch`), and at the `end`."""
     limit: int | None = Field(None, gt=0)
     """Documents per task, the first ones; null takes all."""

@@ -25,12 +25,12 @@ from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_
 from megatron_cpt.checkpoint.manifest import is_shard
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.convert.importer import import_checkpoint
-from megatron_cpt.convert.side_files import side_files_of_checkpoint
-from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import UserError
-from megatron_cpt.evaluate.code_execution import available_isolation
+from megatron_cpt.evaluate.checkpoint_tokenizer import load_checkpoint_tokenizer
 from megatron_cpt.evaluate.finished_requests import FinishedRequests
 from megatron_cpt.evaluate.harness import BOOTSTRAP_ITERATIONS, SEED, HarnessResults, LoadedTasks, TaskChoice
+from megatron_cpt.evaluate.programs.code_execution import available_isolation
 from megatron_cpt.evaluate.ranks import LeadingEngine
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
@@ -133,9 +133,7 @@ def evaluate(
         with _as_checkpoint(Path(model), output) as path:
             saved = open_checkpoint(path)
             run = inference_run(saved, options.overrides)
-            spec = options.tokenizer or find_tokenizer(saved)
-            tokenizer = load_tokenizer(spec)
-            _compare_tokenizer(saved, tokenizer, spec)
+            tokenizer = load_checkpoint_tokenizer(saved, options.tokenizer)
             with load_inference_model(saved, run) as loaded:
                 return _evaluate(
                     model, saved, loaded, tokenizer, loaded_tasks, output, options, advance=advance, started=started
@@ -232,27 +230,6 @@ def _import_aside(model: Path, output: Path | None) -> str:
     return folder
 
 
-def find_tokenizer(saved: SavedRun) -> str:
-    """Return KIND:PATH of a checkpoint's tokenizer: the one of its run, or the files that were imported with it.
-
-    Raises:
-        UserError: there is none on this machine.
-    """
-    spec = saved.run.get("tokenizer")
-    if isinstance(spec, str) and (":" not in spec or Path(spec.partition(":")[2]).exists()):
-        return spec
-    files = side_files_of_checkpoint(saved.path)
-    for name, kind in (
-        ("tokenizer.json", "huggingface"),
-        ("vocab.json", "huggingface"),
-        ("tokenizer.model", "sentencepiece"),
-    ):
-        if name in files:
-            return f"{kind}:{files[name].parent if kind == 'huggingface' else files[name]}"
-    missing = f"its tokenizer {spec} is not on this machine" if spec else "it names no tokenizer"
-    raise UserError(f"{saved.path}: {missing}; give one with --tokenizer KIND:PATH")
-
-
 def weights_digest(saved: SavedRun) -> str:
     """Return a digest of a checkpoint's tensors and model section; a renamed or copied checkpoint has the same one."""
     shards = {name: entry.checksum for name, entry in sorted(saved.manifest.items()) if is_shard(name)}
@@ -270,15 +247,6 @@ def _finished_requests(cache: Path | None, output: Path | None) -> Iterator[Fini
         yield finished
 
 
-def _compare_tokenizer(saved: SavedRun, tokenizer: Tokenizer, spec: str) -> None:
-    expected = saved.state.get("tokenizer_fingerprint")
-    if expected is not None and expected != tokenizer.fingerprint:
-        raise UserError(
-            f"tokenizer {spec}: not the one that {saved.path} was trained with, so its ids mean other text; give that "
-            "one with --tokenizer KIND:PATH"
-        )
-
-
 def _results(found: HarnessResults) -> dict[str, Any]:
     return {
         "results": found.metrics,
@@ -292,7 +260,7 @@ def _results(found: HarnessResults) -> dict[str, Any]:
 
 def _step(saved: SavedRun) -> int | None:
     train: Mapping[str, Any] = saved.state.get("train") or {}
-    return train.get("step")
+    return train.get("step") or None  # an import is of no step
 
 
 def _config(options: EvaluateOptions, run: RunConfig, tasks: LoadedTasks, engine: Engine) -> dict[str, Any]:

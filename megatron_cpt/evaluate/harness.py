@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_cpt.errors import CptError, UserError, install_command
-from megatron_cpt.evaluate.code_execution import allow_code_execution
 from megatron_cpt.evaluate.offline import BUILD_COMMAND, task_folder
 from megatron_cpt.evaluate.offline.scores import token_counter
+from megatron_cpt.evaluate.programs.code_execution import allow_code_execution
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

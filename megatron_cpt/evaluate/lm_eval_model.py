@@ -47,7 +47,7 @@ class RequestCounts:
     truncated: int = 0
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """Language model of lm-evaluation-harness on an engine; used on rank 0.
 
     Args:
@@ -107,7 +107,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return log-likelihood and greediness of each continuation."""
         self._begin(requests)
-        return super().loglikelihood(requests, disable_tqdm=True)
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any

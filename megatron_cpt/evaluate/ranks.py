@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -43,6 +44,10 @@ class ScoringEngine(Protocol):
         ...
 
 
+class StoppedEvaluation(BaseException):
+    """Raised on every rank by `LeadingEngine.after_batch` to stop an evaluation; the harness must not catch it."""
+
+
 @dataclass(frozen=True)
 class _ScoreCall:
     requests: Sequence[ScoreRequest]
@@ -61,7 +66,7 @@ class _GenerateCall:
 class _End:
     """End of the leader's work; None: it succeeded."""
 
-    failure: CptError | None
+    failure: CptError | StoppedEvaluation | None
 
 
 def decode_text(tokenizer: Tokenizer, token_ids: Iterable[int]) -> str:
@@ -98,12 +103,15 @@ class LeadingEngine:
         engine: this rank's engine.
         tokenizer: decodes tokens to find stop texts.
         num_ranks: number of processes.
+
+    Attributes:
+        after_batch: called on every rank after each batch of the engine.
     """
 
     def __init__(self, engine: ScoringEngine, tokenizer: Tokenizer, num_ranks: int) -> None:
         self._engine, self._tokenizer, self._num_ranks = engine, tokenizer, num_ranks
         self.max_length = engine.max_length
-        self.progress: Callable[[], None] = lambda: None
+        self.after_batch: Callable[[], None] = lambda: None
 
     def score(
         self,
@@ -137,15 +145,16 @@ class LeadingEngine:
 
         Raises:
             CptError: on all ranks, if the function raised it; on the other ranks for any exception.
+            StoppedEvaluation: on all ranks, if `after_batch` raised it.
         """
         if self._num_ranks > 1 and dist.get_rank() != 0:
             self._follow()
             return None
-        failure: CptError | None = CptError("evaluation: rank 0 failed; its message says why")
+        failure: CptError | StoppedEvaluation | None = CptError("evaluation: rank 0 failed; its message says why")
         try:
             result = work()
             failure = None
-        except CptError as error:
+        except (CptError, StoppedEvaluation) as error:
             failure = error
             raise
         finally:
@@ -155,26 +164,27 @@ class LeadingEngine:
     def _follow(self) -> None:
         while True:
             call = self._broadcast(None)
-            if isinstance(call, _ScoreCall):
-                self._score(call, lambda batch: None)
-            elif isinstance(call, _GenerateCall):
-                self._generate(call, lambda batch: None)
-            else:
+            if isinstance(call, _End):
                 if call.failure is not None:
                     raise call.failure
                 return
+            with contextlib.suppress(StoppedEvaluation):  # rank 0 has stopped too, and ends next
+                if isinstance(call, _ScoreCall):
+                    self._score(call, lambda batch: None)
+                else:
+                    self._generate(call, lambda batch: None)
 
     def _score(self, call: _ScoreCall, on_batch: Callable[[dict[int, Score]], None]) -> list[Score]:
         def finish_batch(batch: dict[int, Score]) -> None:
-            self.progress()
             on_batch(batch)
+            self.after_batch()
 
         return self._engine.score(call.requests, finished=call.finished, on_batch=finish_batch)
 
     def _generate(self, call: _GenerateCall, on_batch: Callable[[dict[int, Generation]], None]) -> list[Generation]:
         def finish_batch(batch: dict[int, Generation]) -> None:
-            self.progress()
             on_batch(batch)
+            self.after_batch()
 
         stop = StopTexts(call.stop_texts, lambda ids: decode_text(self._tokenizer, ids))
         return self._engine.generate(

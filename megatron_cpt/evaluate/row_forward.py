@@ -186,18 +186,15 @@ class RowRunner:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Replace the parts of the model and leave training mode; restore everything on exit."""
-        states, modes = rng_state(), [chunk.training for chunk in self.chunks]
         with contextlib.ExitStack() as stack, torch.no_grad():
+            stack.callback(set_rng_state, rng_state())
             for chunk in self.chunks:
+                # Runs after the parts are back: they were set to evaluation mode, too, and have dropout.
+                stack.callback(chunk.train, chunk.training)
                 chunk.eval()
                 self._replace_parts(chunk, stack)
             _set(stack, self.config, "sequence_parallel", False)
-            try:
-                yield
-            finally:
-                for chunk, mode in zip(self.chunks, modes, strict=True):
-                    chunk.train(mode)
-                set_rng_state(states)
+            yield
 
     def _replace_parts(self, chunk: nn.Module, stack: contextlib.ExitStack) -> None:
         model = unwrap(chunk)

@@ -12,6 +12,7 @@ from megatron_cpt.checkpoint.layout import checkpoint_name
 from megatron_cpt.config import format_count
 from megatron_cpt.files.system_errors import close_stderr
 from megatron_cpt.hooks.hook import Hook
+from megatron_cpt.views.evaluation_table import rows_of_metrics
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
@@ -71,6 +72,13 @@ class ConsoleHook(Hook):
         losses = "  ".join(f"{name} {loss:.4f}" for name, loss in line["validation"].items())
         self._print(f"step {line['step']}  held-out loss  {losses}")
 
+    def on_evaluation(self, session: Session, line: dict[str, Any]) -> None:
+        """Print the metrics of each task, without their standard errors."""
+        self._print(f"step {line['step']}  evaluation in {_clock_time(line['evaluation_seconds'])}")
+        for task, metrics in line["evaluation"].items():
+            values = (f"{name} {value:.4f}" for name, value, _ in rows_of_metrics(metrics) if value is not None)
+            self._print(f"  {task}  {'  '.join(values)}")
+
     def on_checkpoint(self, session: Session, path: str) -> None:
         """Print the path of the checkpoint."""
         self._newest = Path(path)
@@ -84,7 +92,9 @@ class ConsoleHook(Hook):
 
     def on_stop(self, session: Session, reason: str) -> None:
         """Print why the process stops before the end of the run, or that the end was not saved."""
-        if reason:
+        if reason and self._newest is None:
+            self._print(f"{reason} before the first step; run the same command again to start")
+        elif reason:
             self._print(f"{reason}: step {session.state.step} is saved; run the same command again to resume")
         elif self._newest is None or self._newest.name != checkpoint_name(session.state.step):
             restart = f"resumes from {self._newest}" if self._newest is not None else "starts over"

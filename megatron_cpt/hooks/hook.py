@@ -42,6 +42,9 @@ class Hook:
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:
         """Called after a validation with `{"step": ..., "validation": {NAME: loss}}`."""
 
+    def on_evaluation(self, session: Session, line: dict[str, Any]) -> None:
+        """Called after an evaluation with `{"step": ..., "evaluation": {TASK: {METRIC: float}}, ...}`."""
+
     def on_checkpoint(self, session: Session, path: str) -> None:
         """Called after a checkpoint was published under `path`."""
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile(Hook):
-    """Writer of reports and validations on the main rank, unbuffered: a killed run loses at most the last line."""
+    """Writer of metrics.jsonl on the main rank, unbuffered: a killed run loses at most the last line."""
 
     def __init__(self) -> None:
         self._file: JsonlLog | None = None
@@ -38,11 +38,11 @@ class MetricsFile(Hook):
             self._file = JsonlLog(path)
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
-        """Append a line of training metrics or of validation losses."""
+        """Append a line of training metrics, of validation losses or of an evaluation."""
         if self._file is not None:
             self._file.append(line)
 
-    on_validation = on_metrics
+    on_validation = on_evaluation = on_metrics
 
     def on_end(self, session: Session) -> None:
         """Close the file."""

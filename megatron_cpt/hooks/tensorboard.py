@@ -53,6 +53,15 @@ class TensorBoardHook(Hook):
         """Write the held-out losses."""
         self._write({f"validation/{name}": loss for name, loss in line["validation"].items()}, line["step"])
 
+    def on_evaluation(self, session: Session, line: dict[str, Any]) -> None:
+        """Write the metrics of each task."""
+        scalars = {
+            f"evaluation/{task}/{metric}": value
+            for task, metrics in line["evaluation"].items()
+            for metric, value in metrics.items()
+        }
+        self._write(scalars, line["step"])
+
     def on_end(self, session: Session) -> None:
         """Close the writer."""
         if self._writer is not None:

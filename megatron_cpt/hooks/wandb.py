@@ -57,6 +57,11 @@ class WandbHook(Hook):
         if self._run is not None:
             self._run.log({"validation": line["validation"]}, step=line["step"])
 
+    def on_evaluation(self, session: Session, line: dict[str, Any]) -> None:
+        """Log the metrics of each task."""
+        if self._run is not None:
+            self._run.log({"evaluation": line["evaluation"]}, step=line["step"])
+
     def on_end(self, session: Session) -> None:
         """Close the W&B run."""
         if self._run is not None:

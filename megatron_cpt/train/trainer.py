@@ -26,6 +26,7 @@ from megatron_cpt.backend import (
     own_process,
     process_groups,
 )
+from megatron_cpt.backend.collectives import on_main
 from megatron_cpt.checkpoint.preflight import check_allowed_names
 from megatron_cpt.config import RunConfig, format_duration
 from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
@@ -42,6 +43,7 @@ from megatron_cpt.train.run_files import compare_eod_ids, note_published, read_t
 from megatron_cpt.train.step import StepResult, train_step
 
 if TYPE_CHECKING:
+    from megatron_cpt.train.evaluation import Evaluator
     from megatron_cpt.train.setup import Session
 
 # Seconds after which torch.distributed aborts a collective: 20 days, because the watchdog ends what hangs. torch counts
@@ -120,6 +122,7 @@ class Trainer:
         self._own_hooks, self._has_console, self._owns_process = hooks, console, owns_process
         self._stop, self._progress = StopRequest(), Progress()
         self._newest: Path | None = None
+        self._evaluator: Evaluator | None = None
         self._resources = contextlib.ExitStack()
         self.wall_time = WallTime(run.config.resilience.wall_time)
 
@@ -152,6 +155,12 @@ class Trainer:
                 from megatron_cpt.train.open_data import verify_data
 
                 verify_data(self._prepared.prefixes, self._progress.note)
+            tasks = None
+            if config.evaluation is not None:
+                from megatron_cpt.train.evaluation import EvaluationTasks
+
+                self._progress.note("loading the tasks of the evaluation")
+                tasks = EvaluationTasks(config)
             self._progress.note("setup")
             from megatron_cpt.train.setup import setup
 
@@ -167,6 +176,10 @@ class Trainer:
             )
             if self.session.is_resumed:
                 self._newest = self.session.origin
+            if tasks is not None:
+                from megatron_cpt.train.evaluation import Evaluator
+
+                self._evaluator = Evaluator(tasks, self.session.config, self.session.model, ranks)
             write_run_files(self.session, restart=self._restart)
             opened.callback(lambda: self.hooks.on_end(self.session))
             opened.callback(self.session.saver.close)
@@ -205,7 +218,7 @@ class Trainer:
         session.meter.take()  # the first line excludes the time since setup
         if not session.is_resumed:
             self._validate()
-        reason, is_save_due = "", False
+        reason, is_save_due = self._evaluate(), False
         while state.step < session.last_step and not reason:
             self._progress.note(f"step {state.step + 1}")
             self.wall_time.begin_step()
@@ -232,6 +245,10 @@ class Trainer:
                 self._note_published(session.saver.finish() if is_end else session.saver.poll())
                 if state.skipped_in_a_row == 0 and not is_end:
                     session.saver.reserve()
+            if not reason:
+                reason = self._evaluate()
+                if reason and not saves:
+                    self._save(wait=True)
             if saves or _is_due(state.step, COLLECT_EVERY):
                 gc.collect()
             self.wall_time.end_step()
@@ -250,7 +267,7 @@ class Trainer:
             data,
             session.plan.schedule.rate(state.step + 1),
             contributes_loss=session.meter.contributes_loss,
-            requests=lambda: (self._stop.received is not None, self.wall_time.is_last_step(is_save_due=is_save_due)),
+            requests=lambda: (self._stop.received is not None, self._is_last_step(is_save_due)),
             judge=self._judge,
             before_update=session.saver.wait_for_copy,
             sync_wait=session.meter.sync_wait,
@@ -259,6 +276,12 @@ class Trainer:
         session.meter.add(result.loss_by_source, data.num_tokens, session.flops_per_token(state.step))
         self.hooks.on_step(session)
         return result
+
+    def _is_last_step(self, is_save_due: bool) -> bool:
+        step, due = self.session.state.step, self.session.plan.evaluation_steps
+        return self.wall_time.is_last_step(
+            is_save_due=is_save_due, is_evaluation_due=step + 1 in due or step + 2 in due
+        )
 
     def _judge(self, losses: torch.Tensor, grad_norm: float, is_finite: bool) -> Anomaly | None:
         """Compare a step with the previous ones, before its update is applied."""
@@ -274,11 +297,14 @@ class Trainer:
         """Return why the process ends before the end of the run; empty if it continues."""
         is_signaled, is_out_of_time = result.requests
         if is_signaled:
-            return f"stopped by {self._stop.received.name if self._stop.received else 'a signal to another rank'}"
+            return self._signal_reason()
         limit = self.session.config.resilience.wall_time
         if is_out_of_time and limit is not None:
             return f"another step would not fit into resilience.wall_time: {format_duration(limit)}"
         return ""
+
+    def _signal_reason(self) -> str:
+        return f"stopped by {self._stop.received.name if self._stop.received else 'a signal to another rank'}"
 
     def _report_anomaly(self, result: StepResult, anomaly: Anomaly) -> None:
         session = self.session
@@ -297,6 +323,34 @@ class Trainer:
         losses = session.validator.run(session.forward, lambda source: self._progress.note(f"{activity}: {source}"))
         self.hooks.on_validation(session, {"step": session.state.step, "validation": losses})
         session.meter.skip_time(time.perf_counter() - started)
+
+    def _evaluate(self) -> str:
+        """Run the evaluation that is due after this step, unless an earlier process of the run has done it.
+
+        It follows the save of the step. So a process that is killed meanwhile loses no step, and a resumed process
+        evaluates first.
+
+        Returns:
+            The reason why the process must end, if it was asked to stop meanwhile; else "".
+        """
+        session, evaluator = self.session, self._evaluator
+        step = session.state.step
+        if evaluator is None or step not in session.plan.evaluation_steps:
+            return ""
+        from megatron_cpt.train.evaluation import has_evaluation
+
+        if on_main(lambda: has_evaluation(session.output, step)):
+            return ""
+        activity, started = f"evaluation after step {step}", time.perf_counter()
+        self.wall_time.begin_evaluation()
+        metrics = evaluator.run(lambda: self._progress.note(activity), lambda: self._stop.received is not None)
+        seconds = time.perf_counter() - started
+        self.wall_time.end_evaluation()
+        if metrics is None:
+            return self._signal_reason()
+        self.hooks.on_evaluation(session, {"step": step, "evaluation": metrics, "evaluation_seconds": seconds})
+        session.meter.skip_time(time.perf_counter() - started)
+        return ""
 
     def _save(self, *, wait: bool) -> None:
         """Start a save; finish the previous one first, and this one too if `wait`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,9 @@ def load_inference_model(saved: SavedRun, run: RunConfig) -> Iterator[InferenceM
         from megatron_cpt.checkpoint.loading.load import load_weights
         from megatron_cpt.model.build_model import build_model
 
-        model = build_model(run, draw_weights=False, is_trainable=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # megatron-core's, of what is not installed
+            model = build_model(run, draw_weights=False, is_trainable=False)
         load_weights(saved, model.chunks)
         for chunk in model.chunks:
             chunk.eval()

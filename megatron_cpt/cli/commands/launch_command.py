@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from megatron_cpt.cli.missing_package import require_module
 from megatron_cpt.errors import UserError
 
-COMMANDS = ("train", "evaluate", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "doctor")
 
 
 class WordsCommand(TyperCommand):

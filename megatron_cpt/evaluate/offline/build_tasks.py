@@ -104,7 +104,7 @@ def write_dataset(folder: Path, name: str, found: Rows) -> dict[str, Any]:
 
 
 def separate_examples(found: Rows) -> tuple[list[Row], list[Row], list[int]]:
-    """Return examples, rows to evaluate, and the positions of rows that are left out of the evaluation.
+    """Return examples, rows to evaluate, and the positions of rows that are not evaluated for that reason.
 
     The examples are short and cover the choices evenly, like those that OLMES selects by hand. The hash of a question
     decides which ones, and their order, so they depend on nothing but the data.

@@ -26,7 +26,7 @@ LANGUAGES = [
     "lithuanian", "macedonian", "polish", "portuguese", "serbian", "spanish", "turkish", "vietnamese",
 ]
 # fmt: on
-# Domain of `text_compression` -> its name in the data. The two left out are random characters and random words.
+# Domain of `text_compression` -> its name in the data. Two more, random characters and random words, are unused.
 DOMAINS = {
     "c4": "c4",
     "github": "codeparrot/github-code",

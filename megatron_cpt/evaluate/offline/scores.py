@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from decimal import Decimal
 from typing import Any
 
-from megatron_cpt.evaluate.code_execution import run_program
+from megatron_cpt.evaluate.programs.code_execution import run_program
 
 LogLikelihood = tuple[float, bool]
 Scores = dict[str, float]

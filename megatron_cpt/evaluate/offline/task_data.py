@@ -16,8 +16,8 @@ def load(*, config_source: str, dataset: str, **_: Any) -> Any:
     """Return a `datasets.DatasetDict` with the splits of one dataset.
 
     Args:
-        config_source: path of the task file; lm-eval puts it into a task's metadata. The data lies beside it, so the
-            folder can be copied to another machine.
+        config_source: path of the task file; lm-eval puts it into a task's metadata. The data is in the same folder,
+            so the folder can be copied to another machine.
         dataset: name of the dataset.
 
     Raises:

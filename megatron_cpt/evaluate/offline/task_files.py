@@ -171,7 +171,7 @@ def humaneval_cloze() -> Config:
 
 
 def humaneval_gen() -> Config:
-    """Return the task that runs generated functions; prompt and stop strings are those of lm-eval's `humaneval`."""
+    """Return the task that runs generated functions; with the prompt and the stop strings of lm-eval's `humaneval`."""
     return base("humaneval_gen", "humaneval", "generate_until") | {
         "unsafe_code": True,
         "doc_to_text": "prompt",

@@ -38,7 +38,7 @@ class WallTime:
     def __init__(self, limit: float | None, clock: Callable[[], float] = seconds_since_process_start) -> None:
         self._limit, self._clock = limit, clock
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._slowest_save = 0.0
+        self._slowest_save = self._slowest_evaluation = self._evaluation_begin = 0.0
         self._step_begin = self._saving = self._save_begin = 0.0
         self._is_saving = False
 
@@ -60,19 +60,31 @@ class WallTime:
         self._is_saving = False
 
     def end_step(self) -> None:
-        """Note the end of a step, including validation and reports but not saving."""
+        """Note the end of a step, including validation and reports but neither saving nor an evaluation."""
         self._recent.append(self._clock() - self._step_begin - self._saving)
 
-    def is_last_step(self, *, is_save_due: bool = False) -> bool:
+    def begin_evaluation(self) -> None:
+        """Note the time at which an evaluation begins."""
+        self._evaluation_begin = self._clock()
+
+    def end_evaluation(self) -> None:
+        """Note that training continues; an evaluation does not count as time of the step."""
+        seconds = self._clock() - self._evaluation_begin
+        self._saving += seconds
+        self._slowest_evaluation = max(self._slowest_evaluation, seconds)
+
+    def is_last_step(self, *, is_save_due: bool = False, is_evaluation_due: bool = False) -> bool:
         """Return whether the step after the running one would not fit into the limit.
 
         Args:
             is_save_due: whether a save follows the running step before the next step begins.
+            is_evaluation_due: whether an evaluation follows the running step or the next one.
         """
         if self._limit is None:
             return False
         slowest = max(self._recent, default=self._clock() - self._step_begin)
         end, save = self._step_begin + 2 * slowest, self._slowest_save
+        end += self._slowest_evaluation if is_evaluation_due else 0.0
         if self._is_saving:  # in the background: the next save waits for it
             save = max(save, self._clock() - self._save_begin)
             end = max(end, self._save_begin + save)

@@ -284,3 +284,18 @@ def test_sequences_longer_than_those_of_pretraining_are_named(run_data):
         "sequences of 64 tokens have positions beyond model.max_positions: 32, new to the model; check "
         "model.rotary_base and model.rope_scaling"
     ]
+
+
+@pytest.mark.parametrize(
+    ("section", "steps"),
+    [
+        ("{tasks: [a]}", [0, 72, 100]),
+        ("{tasks: [a], every: 40, at: []}", [40, 80]),
+        ("{tasks: [a], every: 36, at: [switch, end]}", [36, 72, 100]),
+        ("null", []),
+    ],
+)
+def test_evaluations_are_planned(run_data, section, steps):
+    """The general phase ends with step 72 of 100."""
+    found = plan(run_data, f"evaluation={section}", "tokenizer=byte")
+    assert found.to_dict()["evaluation_steps"] == steps

@@ -97,3 +97,18 @@ def test_pictures_that_cannot_be_written(run_data, tmp_path):
         plot_plan(plan(run_data), tmp_path / "missing" / "plan.png")
     with pytest.raises(UserError, match=r"--plot .*plan.xyz: .*not supported"):
         plot_plan(plan(run_data), tmp_path / "plan.xyz")
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ("{tasks: [a]}", "evaluation  3 times: after steps 0, 72, 100"),
+        ("{tasks: [a], every: 10}", "evaluation  12 times: after steps 0, 10, 20, 30, ... 100"),
+        ("{tasks: [a], at: [end]}", "evaluation  after step 100"),
+    ],
+)
+def test_the_summary_lists_evaluations(run_data, section, text):
+    shown = rendered(plan(run_data, f"evaluation={section}", "tokenizer=byte"))
+    assert text in "\n".join(
+        " ".join(line.split(None, 1)).replace("evaluation ", "evaluation  ") for line in shown.splitlines()
+    )

@@ -14,11 +14,11 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from megatron_cpt.errors import EXIT_USER, UserError
-from megatron_cpt.evaluate.code_execution import allow_code_execution
 from megatron_cpt.evaluate.harness import LoadedTasks, TaskChoice
 from megatron_cpt.evaluate.offline import VARIABLE
 from megatron_cpt.evaluate.offline.question_rows import EXAMS, HELDOUT, MULTIPLE_CHOICE
 from megatron_cpt.evaluate.offline.task_files import PAPER, PAPER_OWN, all_groups, all_tasks
+from megatron_cpt.evaluate.programs.code_execution import allow_code_execution
 
 
 class ByteModel(LM):

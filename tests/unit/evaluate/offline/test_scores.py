@@ -5,7 +5,6 @@ import math
 import pytest
 
 from megatron_cpt.errors import UserError
-from megatron_cpt.evaluate.code_execution import allow_code_execution
 from megatron_cpt.evaluate.offline.scores import (
     score_answers,
     score_choices,
@@ -14,6 +13,7 @@ from megatron_cpt.evaluate.offline.scores import (
     score_program,
     token_counter,
 )
+from megatron_cpt.evaluate.programs.code_execution import allow_code_execution
 
 LN2 = math.log(2)
 

@@ -1,7 +1,7 @@
 """Run programs that a model has written, in a sandbox, and only if the user allows it.
 
 A program gets a process of its own with limits on CPU time, memory, file size, processes and descriptors, an empty
-environment, and a wall-clock limit for everything it starts. Where the kernel allows it, namespaces hide the rest of
+environment, and a wall-clock limit for everything it starts. Namespaces, if the kernel allows them, hide the rest of
 the machine: no network, no other processes, and a file system with nothing but Python, read-only, and an empty folder
 in memory. Elsewhere an audit hook of Python stands in; `Outcome.isolation` names which of the two it was.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.errors import EXIT_USER, UserError
-from megatron_cpt.evaluate import code_execution
-from megatron_cpt.evaluate.code_execution import Outcome, allow_code_execution, run_program
+from megatron_cpt.evaluate.programs import code_execution
+from megatron_cpt.evaluate.programs.code_execution import Outcome, allow_code_execution, run_program
 
 BOTH = pytest.mark.parametrize("try_namespaces", [True, False], ids=["namespaces", "audit hook"])
 
@@ -190,7 +190,7 @@ def children_of_the_sandbox() -> list[str]:
 def test_a_killed_evaluation_leaves_no_program(try_namespaces):
     code = f"""
 import subprocess
-from megatron_cpt.evaluate.code_execution import allow_code_execution, run_program
+from megatron_cpt.evaluate.programs.code_execution import allow_code_execution, run_program
 
 class Popen(subprocess.Popen):
     def __init__(self, *args, **kwargs):

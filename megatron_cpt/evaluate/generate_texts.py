@@ -1,0 +1,110 @@
+"""Texts that the model of a checkpoint writes after prompts; run by all ranks of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
+from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
+from megatron_cpt.errors import UserError
+from megatron_cpt.evaluate.checkpoint_tokenizer import load_checkpoint_tokenizer
+from megatron_cpt.evaluate.requests import GenerationOptions, StopReason
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """Text of a model after a prompt.
+
+    Attributes:
+        text: the new text, up to a stop text.
+        token_ids: new tokens, those of a stop text included.
+        prompt_tokens: number of tokens of the prompt.
+        reason: cause of the end, see `Generation`.
+    """
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    reason: StopReason
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the text as plain values."""
+        return asdict(self)
+
+
+def generate_texts(
+    checkpoint: str | Path,
+    prompts: Sequence[str],
+    options: GenerationOptions | None = None,
+    *,
+    stop: Sequence[str] = (),
+    tokenizer: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[GeneratedText]:
+    """Return the text that a model writes after each prompt, on every rank. Example:
+
+        generate_texts("runs/my-run", ["The capital of France is"], GenerationOptions(max_new_tokens=16))
+
+    A prompt is encoded as its tokenizer would for a model, with a begin-of-text token if its template has one. An
+    end-of-document token ends the text.
+
+    Args:
+        checkpoint: a checkpoint, or a run directory for its newest one.
+        stop: texts that end a new text, which does not contain them.
+        tokenizer: KIND:PATH; None: the checkpoint's own.
+        overrides: `key=value`, such as `parallel.tensor=2` or `precision.compute=bf16`.
+
+    Raises:
+        UserError: an option is wrong, no tokenizer was found, or the number of processes does not fit the layout.
+        RefusedError: the checkpoint is corrupt.
+    """
+    options = options or GenerationOptions()
+    check_options(options)
+    saved = open_checkpoint(checkpoint)
+    codec = load_checkpoint_tokenizer(saved, tokenizer)
+    run = inference_run(saved, overrides)
+    stop_ids = options.stop_ids if codec.eod_id is None else options.stop_ids | {codec.eod_id}
+    ids = [_encode(codec, prompt) for prompt in prompts]
+    with load_inference_model(saved, run) as loaded:
+        # imported here: megatron-core reads torch.cuda on import, and process_groups replaces it on a CPU
+        from megatron_cpt.evaluate.engine import Engine
+
+        engine = Engine(loaded.model, loaded.run, loaded.ranks)
+        found = engine.generate(
+            ids,
+            replace(options, stop_ids=stop_ids),
+            stop=lambda _, new: any(text in codec.decode(new) for text in stop),
+        )
+    return [
+        GeneratedText(prompt, _before(codec.decode(one.token_ids), stop), one.token_ids, len(prompt_ids), one.reason)
+        for prompt, prompt_ids, one in zip(prompts, ids, found, strict=True)
+    ]
+
+
+def check_options(options: GenerationOptions) -> None:
+    """Raise `UserError` for options outside their range."""
+    if options.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: {options.max_new_tokens}; give 1 or more")
+    if not options.temperature >= 0:
+        raise UserError(f"temperature: {options.temperature}; give 0 for the most likely token, or more")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"top_p: {options.top_p}; give a probability above 0, at most 1")
+    if options.top_k < 0:
+        raise UserError(f"top_k: {options.top_k}; give a number of tokens, or 0 for no limit")
+
+
+def _encode(codec: Tokenizer, prompt: str) -> tuple[int, ...]:
+    ids = [*codec.template[0], *codec.encode(prompt)]
+    if not ids and codec.eod_id is not None:
+        ids = [codec.eod_id]  # an empty prompt is the beginning of a document
+    return tuple(ids)
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """Return the text before the first stop text in it."""
+    places = [place for one in stop if (place := text.find(one)) >= 0]
+    return text[: min(places)] if places else text

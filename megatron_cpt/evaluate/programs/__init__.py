@@ -1,0 +1,1 @@
+"""Programs that a model writes, and the sandbox that runs them."""

@@ -1,0 +1,112 @@
+"""Tasks of lm-evaluation-harness on the model in memory, at the layout of the run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from megatron_cpt.backend import Ranks
+from megatron_cpt.backend.collectives import is_true_on_any, on_main
+from megatron_cpt.config import RunConfig
+from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.evaluate.harness import LoadedTasks, TaskChoice
+from megatron_cpt.evaluate.ranks import LeadingEngine, StoppedEvaluation
+from megatron_cpt.provenance.run_history import METRICS_FILE
+
+if TYPE_CHECKING:
+    from megatron_cpt.model.build_model import Model
+
+_BOOTSTRAP_ITERATIONS = 1000  # for metrics that are no means; 100,000 as in the harness take seconds per task
+
+Metrics = dict[str, dict[str, float]]
+
+
+class EvaluationTasks:
+    """Tasks and tokenizer of section `evaluation`, checked before the model is built; a collective call.
+
+    Raises:
+        UserError: the harness or the tokenizer is missing, or a task cannot be loaded.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        section = config.evaluation
+        assert section is not None
+        assert config.tokenizer is not None, "checked by config/checks.py"
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.loaded: LoadedTasks | None = None
+        choice = TaskChoice(
+            names=section.tasks,
+            include_path=section.include_path,
+            limit=section.limit,
+            num_fewshot=section.num_fewshot,
+        )
+
+        def load() -> None:
+            self.loaded = LoadedTasks(choice)
+            self.loaded.check_prompts()
+
+        on_main(load)  # the other ranks need no documents
+
+
+class Evaluator:
+    """Measurement of the tasks on the model of a run.
+
+    Args:
+        tasks: of the run.
+        config, model, ranks: the run, and this rank's part of the model.
+    """
+
+    def __init__(self, tasks: EvaluationTasks, config: RunConfig, model: Model, ranks: Ranks) -> None:
+        # imported here: megatron-core reads torch.cuda on import, and backend/cpu.py replaces it before
+        from megatron_cpt.evaluate.engine import Engine
+
+        self._tasks = tasks
+        self._engine = LeadingEngine(Engine(model, config, ranks), tasks.tokenizer, ranks.world_size)
+
+    def run(self, note: Callable[[], None], is_stop_requested: Callable[[], bool]) -> Metrics | None:
+        """Return the metrics by task, on every rank; a collective call that leaves the model unchanged.
+
+        Args:
+            note: called after each batch.
+            is_stop_requested: whether this rank was asked to stop; all ranks then stop after the same batch.
+
+        Returns:
+            None if a stop was requested.
+        """
+
+        def after_batch() -> None:
+            note()
+            if is_true_on_any(is_stop_requested()):
+                raise StoppedEvaluation
+
+        self._engine.after_batch = after_batch
+        metrics: Metrics | None = None
+        with contextlib.suppress(StoppedEvaluation):
+            metrics = self._engine.lead(self._run_tasks)
+            return on_main(lambda: metrics)
+        return None
+
+    def _run_tasks(self) -> Metrics:
+        from megatron_cpt.evaluate.lm_eval_model import HarnessModel
+
+        assert self._tasks.loaded is not None, "rank 0 has loaded the tasks"
+        model = HarnessModel(self._engine, self._tasks.tokenizer)
+        return self._tasks.loaded.run(model, bootstrap=_BOOTSTRAP_ITERATIONS).metrics
+
+
+def has_evaluation(run_directory: Path, step: int) -> bool:
+    """Return whether metrics.jsonl has the evaluation after a step."""
+    path = run_directory / METRICS_FILE
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        for raw in file:
+            with contextlib.suppress(ValueError):  # a line that was cut off
+                line = orjson.loads(raw)
+                if "evaluation" in line and line.get("step") == step:
+                    return True
+    return False

@@ -1,0 +1,77 @@
+"""The command `evaluate`: its messages and its table."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from megatron_cpt.cli import main
+from megatron_cpt.cli.arguments import repeat_options
+from megatron_cpt.errors import EXIT_USER
+from megatron_cpt.views.evaluation_table import render_evaluation
+
+EVALUATION: dict[str, Any] = {
+    "results": {
+        "piqa": {"acc": 0.5, "acc_stderr": 0.0354, "bits_per_byte": 1.25, "exact_match,strict": None},
+        "wiki": {"word_perplexity": 123456.0},
+        "all": {"acc": 0.5},
+    },
+    "tasks": {
+        "piqa": {"documents": 200, "of_documents": 1838, "num_fewshot": 5, "higher_is_better": {"acc": True}},
+        "wiki": {"documents": 8, "of_documents": 8, "num_fewshot": 0, "higher_is_better": {"word_perplexity": False}},
+    },
+    "model": {"path": "runs/a", "step": 2000},
+    "requests": {"total": 408, "answered_from_cache": 200, "truncated": 1},
+    "config": {"max_length": 2048},
+}
+
+
+def test_the_table_shows_bits_per_byte_first_and_every_standard_error() -> None:
+    stream = io.StringIO()
+    render_evaluation(EVALUATION, stream)
+    text = stream.getvalue()
+    rows = [line.split() for line in text.splitlines()]
+    assert "runs/a, step 2,000: 408 requests, 200 of them answered from earlier evaluations" in text
+    assert ["piqa", "bits_per_byte", "1.2500", "200", "of", "1,838", "5"] in rows
+    assert ["acc", "0.5000", "±", "0.0354", "higher", "200", "of", "1,838", "5"] in rows
+    assert ["exact_match,strict", "NaN", "200", "of", "1,838", "5"] in rows
+    assert ["wiki", "word_perplexity", "1.235e+05", "lower", "8", "of", "8", "0"] in rows
+    assert ["all", "acc", "0.5000"] in rows
+    assert "note: 1 prompt longer than the model's 2,048 tokens lost their beginning" in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_tasks_end_at_the_next_option_or_override() -> None:
+    words = ["evaluate", "runs/a", "--tasks", "one", "two", "parallel.tensor=2", "--limit", "3"]
+    expected = ["evaluate", "runs/a", "--tasks", "one", "--tasks", "two", "parallel.tensor=2", "--limit", "3"]
+    assert repeat_options(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--tasks: give at least one task"),
+        (["--tasks", "a", "--log-samples"], "--log-samples: writes beside the output; give --output FILE"),
+        (["--tasks", "a", "--output", "."], "--output .: a folder; give the name of a file"),
+        (["--tasks", "a", "--include-path", "none"], "include_path: none: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_message(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    assert main(["evaluate", "nowhere", *words]) == EXIT_USER
+    captured = capfd.readouterr()
+    assert captured.err.startswith(f"megatron-cpt: error: {message}")
+    assert captured.out == ""
+
+
+def test_a_missing_harness_names_the_extra(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    import importlib.util
+
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else original(name, *rest)
+    )
+    assert main(["evaluate", "nowhere", "--tasks", "a"]) == EXIT_USER
+    assert "lm_eval is not installed; pip install -e" in capfd.readouterr().err
