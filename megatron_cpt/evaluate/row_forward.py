@@ -210,7 +210,7 @@ class RowRunner:
         for hook in hooks:
             stack.callback(hook.remove)
         for layer in model.decoder.layers:
-            # `layer_number` counts the layers of the whole model
+            # `layer_number` is unique over all pipeline stages
             attention = RowAttention(self.config, layer.layer_number, self)
             _set(stack, layer.self_attention, "core_attention", attention)
         for module in model.modules():
