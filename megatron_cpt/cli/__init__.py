@@ -48,8 +48,8 @@ for command in (preprocess, check, inspect, merge, split, overlap, trace):
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
-for command in (evaluate, generate):
-    app.command(rich_help_panel=EVALUATE)(command)
+app.command(rich_help_panel=EVALUATE)(evaluate)
+app.command(rich_help_panel=EVALUATE)(generate)
 app.command(rich_help_panel=OPERATIONS)(doctor)
 
 

@@ -218,7 +218,7 @@ def _load(choice: TaskChoice) -> dict[str, Any]:
 
 
 def _manager(choice: TaskChoice) -> TaskManager:
-    """Return the index of task files: only those of `include_path` if they are enough, because 14,000 take seconds."""
+    """Return the index of task files: the harness's 14,000 take seconds, so only `include_path` if it is enough."""
     from lm_eval.tasks import TaskManager
 
     if choice.include_path is not None:

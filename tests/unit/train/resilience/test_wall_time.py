@@ -130,3 +130,21 @@ def test_the_first_step_is_judged_by_what_is_known_of_it():
 
 def test_the_age_of_a_process_is_positive():
     assert seconds_since_process_start() > 0
+
+
+def test_an_evaluation_is_no_step_but_needs_room():
+    clock = Clock()
+    wall_time = WallTime(100, clock)
+    for _ in range(2):
+        wall_time.begin_step()
+        clock.now += 10
+        wall_time.begin_evaluation()
+        clock.now += 15
+        wall_time.end_evaluation()
+        wall_time.end_step()
+    wall_time.begin_step()  # at 50: this step and the next one end at 70, an evaluation after them at 85
+    assert not wall_time.is_last_step(is_evaluation_due=True)
+    clock.now = 70.0
+    wall_time.begin_step()
+    assert not wall_time.is_last_step()
+    assert wall_time.is_last_step(is_evaluation_due=True)
