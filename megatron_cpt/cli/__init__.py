@@ -50,8 +50,8 @@ app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)
 app.command(rich_help_panel=TRAIN)(report)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
-for command in (evaluate, generate):
-    app.command(rich_help_panel=EVALUATE)(command)
+app.command(rich_help_panel=EVALUATE)(evaluate)
+app.command(rich_help_panel=EVALUATE)(generate)
 app.command(rich_help_panel=OPERATIONS)(doctor)
 
 

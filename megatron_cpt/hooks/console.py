@@ -92,7 +92,7 @@ class ConsoleHook(Hook):
 
     def on_stop(self, session: Session, reason: str) -> None:
         """Print why the process stops before the end of the run, or that the end was not saved."""
-        if reason and self._newest is None:
+        if reason and session.state.step == 0:
             self._print(f"{reason} before the first step; run the same command again to start")
         elif reason:
             self._print(f"{reason}: step {session.state.step} is saved; run the same command again to resume")

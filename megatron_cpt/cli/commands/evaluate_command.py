@@ -65,7 +65,7 @@ def evaluate(
 
     set_cuda_variables()  # before torch is imported, which reads them
     set_environment(online=online)  # before the harness is imported
-    warnings.simplefilter("ignore")  # those of torch and megatron-core do not concern a reader of the results
+    warnings.simplefilter("ignore")  # torch's and megatron-core's do not concern a reader of the results
     from megatron_cpt.config.launcher import read_launcher
     from megatron_cpt.evaluate.evaluate_checkpoint import EvaluateOptions
     from megatron_cpt.evaluate.evaluate_checkpoint import evaluate as run

@@ -31,10 +31,16 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
             "2 x parallel.virtual_pipeline: 4 does not divide model.layers",
         ),
         (["evaluation={tasks: [a]}"], "evaluation: needs the tokenizer of the model to encode its tasks"),
-        (["evaluation={tasks: [a]}", "parallel.context=2"], "evaluation: not possible with parallel.context: 2"),
-        (["evaluation={tasks: []}"], "evaluation.tasks: []: empty; add at least one entry"),
-        (["evaluation={tasks: [a], at: [middle]}"], "evaluation.at[0]: 'middle'"),
-        (["evaluation={tasks: [a], limits: 3}"], "evaluation.limits: not a known key; did you mean limit?"),
+        (
+            ["evaluation={tasks: [a]}", "tokenizer=byte", "parallel.context=2"],
+            "evaluation: not possible with parallel.context: 2",
+        ),
+        (["evaluation={tasks: []}", "tokenizer=byte"], "evaluation.tasks: []: empty; add at least one entry"),
+        (
+            ["evaluation={tasks: [a], at: [middle]}", "tokenizer=byte"],
+            "evaluation.at[0]: \"middle\": should be 'start', 'switch' or 'end'",
+        ),
+        (["evaluation={tasks: [a], limits: 3}", "tokenizer=byte"], "did you mean evaluation.limit?"),
         (["parallel.pipeline=3"], "or set the layers of each chunk: parallel.pipeline_layout=[2,1,1]"),
         (
             ["parallel={pipeline: 2, pipeline_layout: [2, 1, 1]}"],

@@ -205,3 +205,26 @@ def test_the_console_says_what_the_same_command_does_after_an_end_without_a_save
     )
     assert "; the same command starts over\n" in _stop("", newest=None, capsys=capsys)
     assert "stopped by SIGTERM: step 12 is saved" in _stop("stopped by SIGTERM", newest=None, capsys=capsys)
+
+
+def test_an_evaluation_reaches_console_tensorboard_and_wandb(tmp_path, capsys):
+    metrics = {"acc": 0.5, "acc_stderr": 0.1, "bits_per_byte": 1.25}
+    found = {"step": 7, "evaluation": {"piqa": metrics}, "evaluation_seconds": 63.0}
+    console, tensorboard, wandb = ConsoleHook(), TensorBoardHook(), object.__new__(WandbHook)
+    console._is_main, tensorboard._writer, tensorboard._folder, wandb._run = True, Scalars(), tmp_path, Log()
+    for hook in (console, tensorboard, wandb):
+        hook.on_evaluation(session(tmp_path), found)
+    printed = capsys.readouterr().err
+    assert printed == "step 7  evaluation in 1:03\n  piqa  bits_per_byte 1.2500  acc 0.5000\n"
+    assert tensorboard._writer.written["evaluation/piqa/acc_stderr", 7] == 0.1
+    assert wandb._run.lines == [({"evaluation": {"piqa": metrics}}, 7)]
+
+
+class Log:
+    """Stand-in for a W&B run."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, values, *, step):
+        self.lines.append((values, step))

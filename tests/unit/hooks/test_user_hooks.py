@@ -17,6 +17,7 @@ EVENTS = {
     "on_metrics": ({"step": 1},),
     "on_anomaly": ({"step": 1},),
     "on_validation": ({"step": 1},),
+    "on_evaluation": ({"step": 1},),
     "on_checkpoint": ("path",),
     "on_stop": ("reason",),
     "on_end": (),

@@ -140,3 +140,21 @@ def test_the_age_of_a_process_does_not_depend_on_the_date(monkeypatch):
     assert 0 < before <= after
     monkeypatch.undo()
     assert abs(time.time() - process.create_time() - seconds_since_process_start()) < 1.0
+
+
+def test_an_evaluation_is_no_step_but_needs_room():
+    clock = Clock()
+    wall_time = WallTime(100, clock)
+    for _ in range(2):
+        wall_time.begin_step()
+        clock.now += 10
+        wall_time.begin_evaluation()
+        clock.now += 15
+        wall_time.end_evaluation()
+        wall_time.end_step()
+    wall_time.begin_step()  # at 50: this step and the next one end at 70, an evaluation after them at 85
+    assert not wall_time.is_last_step(is_evaluation_due=True)
+    clock.now = 70.0
+    wall_time.begin_step()
+    assert not wall_time.is_last_step()
+    assert wall_time.is_last_step(is_evaluation_due=True)
