@@ -163,7 +163,7 @@ def _is_error(metric: str) -> bool:
 def learning_section(run: RunRecord, others: Sequence[RunRecord]) -> PageSection:
     """Return the section with the held-out losses and the tasks."""
     parts = [*_held_out_parts(run, others), *_task_parts(run, others)]
-    sentences = ["Held-out loss in nats per token: lower is better. Standard errors (±) are those of the evaluation."]
+    sentences = ["Held-out loss in nats per token: lower is better. ± is one standard error."]
     if not parts:
         sentences = [
             "Nothing was measured on held-out data. Add a `validation` section to run.yaml, or run "

@@ -113,7 +113,7 @@ def speed_section(runs: Sequence[RunRecord]) -> PageSection:
     headers = ["run", "tokens/s", "TFLOP/s per GPU", "MFU", "peak memory, GiB", "ranks"]
     tables = [
         DataTable("Speed (medians)", headers, rows),
-        DataTable("Where the time went", ["time", *_titles(runs)], _time_rows(runs)),
+        DataTable("Time by activity", ["time", *_titles(runs)], _time_rows(runs)),
     ]
     known = [run for run in runs if run.metrics.steps]
     return PageSection("speed", "Speed and time", [], [*tables, *speed_charts(runs)] if known else [])
@@ -274,7 +274,7 @@ def _worst_source(run: RunRecord, line: Mapping[str, Any]) -> str:
 
 
 def _document_rows(line: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the samples of a bad step, those of the source with the highest loss first."""
+    """Yield the samples of a bad step, first from the source with the highest loss."""
     samples = line.get("samples")
     if not isinstance(samples, list):
         return

@@ -1,4 +1,4 @@
-"""Everything that lies on disk about a run; what cannot be read is named in its notes and left out."""
+"""Files of a run, as one record; a file or line that cannot be read is skipped and named in the notes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RunRecord:
         plans: lines of plans.jsonl.
         checkpoints: names, oldest first.
         newest: the newest checkpoint.
-        notes: what could not be read.
+        notes: files and lines that could not be read.
     """
 
     folder: Path

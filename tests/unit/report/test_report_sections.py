@@ -118,7 +118,7 @@ def test_the_time_adds_up(recipe):
     spent = time_spent(RunReader(recipe).read())
     assert (spent.steps, spent.data_wait, spent.sync_wait) == pytest.approx((400, 20, 50))
     assert (spent.pauses, spent.wall) == (25.0, 600.0)  # 20 lines of one second, and 5 after the last line
-    rows = tables(page_of(recipe))["Where the time went"].rows
+    rows = tables(page_of(recipe))["Time by activity"].rows
     assert [row[:3] for row in rows] == [
         ["training steps", "6 min 40 s", "66.7 %"],
         ["  of it: waiting for data", "20.0 s", "3.3 %"],
