@@ -24,7 +24,7 @@ MAX_CURVES = 12
 
 MAX_ROWS = 200
 _SAME = 0.0005  # nats per token below which a held-out loss has not changed
-_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "loss", "bpb", "nll", "error")
+_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "loss", "bpb", "nll", "error", "brier")
 _CERTAIN = 2.0  # standard errors from which a change of a task counts
 
 

@@ -248,9 +248,13 @@ def _anomaly_tables(run: RunRecord) -> Iterator[DataTable]:
     note = f"The last {_MAX_ANOMALY_ROWS} of {len(run.anomalies):,}." if len(run.anomalies) > _MAX_ANOMALY_ROWS else ""
     yield DataTable("Bad steps", headers, rows, frozenset({1, 4, 5}), note)
     documents = [row for line in shown[-5:] for row in _document_rows(line)]
+    unknown = [line for line in shown if line.get("samples_unknown")]
     if documents:
         headers = ["step", "source", "file", "epoch", "documents"]
         yield DataTable("Documents of the bad steps", headers, documents, frozenset({1, 2, 4}), _documents_note(shown))
+    elif unknown:
+        reasons = [[whole(line.get("step")), str(line["samples_unknown"])] for line in unknown[-5:]]
+        yield DataTable("Documents of the bad steps", ["step", "unknown, because"], reasons, frozenset({1}))
 
 
 def _documents_note(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -220,14 +220,13 @@ def _add_results(path: Path, evaluations: dict[int, Results], last_step: int, no
 
 
 def _results_step(content: Mapping[str, Any]) -> int | None:
-    step = content.get("step")
+    """Return the step of the evaluated checkpoint; an imported one is step 0, before the run."""
+    model = as_mapping(content.get("model"))
+    step = model.get("step")
     if isinstance(step, int) and _is_step(step):
         return step
-    for key in ("checkpoint", "model", "path"):
-        found = _CHECKPOINT_STEP.search(str(content.get(key, "")))
-        if found:
-            return int(found[1])
-    return None
+    found = _CHECKPOINT_STEP.search(str(model.get("checkpoint")))
+    return int(found[1]) if found else None
 
 
 def _is_step(value: Any) -> bool:
