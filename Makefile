@@ -111,6 +111,7 @@ bench: setup
 	$(BIN)/python benchmarks/memory_model.py
 	$(BIN)/python benchmarks/fake_gpu_memory.py
 	$(BIN)/python benchmarks/adviser_accuracy.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) $(GPU_BUNDLE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

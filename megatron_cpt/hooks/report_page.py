@@ -35,6 +35,8 @@ class ReportPage(Hook):
         if time.monotonic() >= self._next_time:
             self._write(session)
 
+    on_evaluation = on_validation
+
     def on_end(self, session: Session) -> None:
         """Write the final page."""
         self._write(session)

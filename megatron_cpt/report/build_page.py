@@ -45,7 +45,7 @@ def build_page(runs: Sequence[RunRecord]) -> RunPage:
         identity_section(runs),
     ]
     if notes:
-        sections.append(PageSection("notes", "What could not be read", notes))
+        sections.append(PageSection("notes", "Skipped files and lines", notes))
     return RunPage(
         title=f"{run.title}",
         subtitle=f"Report of the run in {run.folder}{compared}",

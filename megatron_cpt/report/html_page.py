@@ -61,7 +61,7 @@ def _body(page: RunPage) -> Iterator[str]:
     yield f"<header><h1>{_safe(page.title)}</h1><p>{_safe(page.subtitle)}</p></header>\n"
     links = "".join(f'<a href="#{section.key}">{_safe(section.title)}</a>' for section in page.sections)
     yield f'<nav aria-label="Sections">{links}</nav>\n<main>\n'
-    yield '<section id="summary" aria-labelledby="summary-title"><h2 id="summary-title">Summary</h2><ul>'
+    yield '<section id="summary"><h2>Summary</h2><ul>'
     for sentence in page.summary:
         topic, colon, rest = sentence.partition(": ")
         short = colon and len(topic) <= 40
@@ -74,8 +74,7 @@ def _body(page: RunPage) -> Iterator[str]:
 
 
 def _section(section: PageSection) -> Iterator[str]:
-    title = f"{section.key}-title"
-    yield f'<section id="{section.key}" aria-labelledby="{title}"><h2 id="{title}">{_safe(section.title)}</h2>'
+    yield f'<section id="{section.key}"><h2>{_safe(section.title)}</h2>'
     for sentence in section.sentences:
         yield f"<p>{_safe(sentence)}</p>"
     for part in section.parts:

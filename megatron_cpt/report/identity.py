@@ -35,11 +35,11 @@ def _text(value: Any) -> str:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return the keys whose values differ between run.yaml files, with the value of each."""
+    """Return the keys whose values differ between run.yaml files, with the value of each; null is as good as absent."""
     flat = [flatten(config) if config else {} for config in configs]
     keys = dict.fromkeys(key for one in flat for key in one)
     found = {key: [one.get(key, _UNSET) for one in flat] for key in keys}
-    return {key: values for key, values in found.items() if len(set(values)) > 1}
+    return {key: values for key, values in found.items() if len({_UNSET if v == "null" else v for v in values}) > 1}
 
 
 def configuration_section(runs: Sequence[RunRecord]) -> PageSection:
@@ -62,7 +62,7 @@ def _difference_table(runs: Sequence[RunRecord]) -> Iterator[DataTable]:
 
 
 def _change_table(run: RunRecord) -> Iterator[DataTable]:
-    """Yield the keys of run.yaml that changed while the run was under way, by plans.jsonl."""
+    """Yield the keys of run.yaml that changed during the run, by plans.jsonl."""
     rows = []
     for before, after in zip(run.plans, run.plans[1:], strict=False):
         changed = differences([as_mapping(before.get("run")), as_mapping(after.get("run"))])

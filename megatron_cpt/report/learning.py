@@ -24,7 +24,7 @@ MAX_CURVES = 12
 
 MAX_ROWS = 200
 _SAME = 0.0005  # nats per token below which a held-out loss has not changed
-_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "loss", "bpb", "nll", "error")
+_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "loss", "bpb", "nll", "error", "brier")
 _CERTAIN = 2.0  # standard errors from which a change of a task counts
 
 
@@ -163,7 +163,7 @@ def _is_error(metric: str) -> bool:
 def learning_section(run: RunRecord, others: Sequence[RunRecord]) -> PageSection:
     """Return the section with the held-out losses and the tasks."""
     parts = [*_held_out_parts(run, others), *_task_parts(run, others)]
-    sentences = ["Held-out loss in nats per token: lower is better. Standard errors (±) are those of the evaluation."]
+    sentences = ["Held-out loss in nats per token: lower is better. ± is one standard error."]
     if not parts:
         sentences = [
             "Nothing was measured on held-out data. Add a `validation` section to run.yaml, or run "

@@ -29,7 +29,7 @@ class LivePage:
         return "-".join(reader.state() for reader in self._readers)
 
     def page(self) -> bytes:
-        """Return the page of the files as they are now."""
+        """Return the page of the newest files."""
         with self._lock:
             version = self.version()
             if version != self._version:

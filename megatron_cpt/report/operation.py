@@ -113,7 +113,7 @@ def speed_section(runs: Sequence[RunRecord]) -> PageSection:
     headers = ["run", "tokens/s", "TFLOP/s per GPU", "MFU", "peak memory, GiB", "ranks"]
     tables = [
         DataTable("Speed (medians)", headers, rows),
-        DataTable("Where the time went", ["time", *_titles(runs)], _time_rows(runs)),
+        DataTable("Time by activity", ["time", *_titles(runs)], _time_rows(runs)),
     ]
     known = [run for run in runs if run.metrics.steps]
     return PageSection("speed", "Speed and time", [], [*tables, *speed_charts(runs)] if known else [])
@@ -248,9 +248,13 @@ def _anomaly_tables(run: RunRecord) -> Iterator[DataTable]:
     note = f"The last {_MAX_ANOMALY_ROWS} of {len(run.anomalies):,}." if len(run.anomalies) > _MAX_ANOMALY_ROWS else ""
     yield DataTable("Bad steps", headers, rows, frozenset({1, 4, 5}), note)
     documents = [row for line in shown[-5:] for row in _document_rows(line)]
+    unknown = [line for line in shown if line.get("samples_unknown")]
     if documents:
         headers = ["step", "source", "file", "epoch", "documents"]
         yield DataTable("Documents of the bad steps", headers, documents, frozenset({1, 2, 4}), _documents_note(shown))
+    elif unknown:
+        reasons = [[whole(line.get("step")), str(line["samples_unknown"])] for line in unknown[-5:]]
+        yield DataTable("Documents of the bad steps", ["step", "unknown, because"], reasons, frozenset({1}))
 
 
 def _documents_note(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -274,7 +278,7 @@ def _worst_source(run: RunRecord, line: Mapping[str, Any]) -> str:
 
 
 def _document_rows(line: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the samples of a bad step, those of the source with the highest loss first."""
+    """Yield the samples of a bad step, first from the source with the highest loss."""
     samples = line.get("samples")
     if not isinstance(samples, list):
         return

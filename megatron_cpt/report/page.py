@@ -94,7 +94,7 @@ class RunPage:
 
     Attributes:
         summary: the sentences that a reader in a hurry needs.
-        notes: what could not be read.
+        notes: files and lines that could not be read.
         data: the numbers, as plain JSON values.
     """
 

@@ -1,4 +1,4 @@
-"""Everything that lies on disk about a run; what cannot be read is named in its notes and left out."""
+"""Files of a run, as one record; a file or line that cannot be read is skipped and named in the notes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RunRecord:
         plans: lines of plans.jsonl.
         checkpoints: names, oldest first.
         newest: the newest checkpoint.
-        notes: what could not be read.
+        notes: files and lines that could not be read.
     """
 
     folder: Path
@@ -220,14 +220,13 @@ def _add_results(path: Path, evaluations: dict[int, Results], last_step: int, no
 
 
 def _results_step(content: Mapping[str, Any]) -> int | None:
-    step = content.get("step")
+    """Return the step of the evaluated checkpoint; an imported one is step 0, before the run."""
+    model = as_mapping(content.get("model"))
+    step = model.get("step")
     if isinstance(step, int) and _is_step(step):
         return step
-    for key in ("checkpoint", "model", "path"):
-        found = _CHECKPOINT_STEP.search(str(content.get(key, "")))
-        if found:
-            return int(found[1])
-    return None
+    found = _CHECKPOINT_STEP.search(str(model.get("checkpoint")))
+    return int(found[1]) if found else None
 
 
 def _is_step(value: Any) -> bool:

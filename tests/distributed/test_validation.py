@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import orjson
 import pytest
 
 from tests.helpers.ranks import run_ranks
@@ -33,6 +34,14 @@ def test_held_out_losses_do_not_depend_on_the_layout(run_file: Path, base: Path)
         for a, b in zip(first, lines, strict=True):
             assert b["validation"] == pytest.approx(a["validation"], rel=1e-5)
     assert [line["step"] for line in read_metrics(folder / "0")] == [2, 3]
+    # Each line counts the validation before it, after step 0 and after step 2.
+    assert all(line["pause_seconds"] > 0 for line in read_metrics(folder / "0"))
+    page = (folder / "0" / "report.html").read_text()
+    assert "Learned:" in page
+    assert "3 of 20 steps" in page
+    start, stop = map(orjson.loads, (folder / "0" / "events.jsonl").read_bytes().splitlines())
+    assert (start["event"], start["resumed"], start["ranks"]) == ("start", False, 2)
+    assert (stop["event"], stop["step"], stop["reason"]) == ("stop", 3, "")
 
 
 def test_document_masks_reach_the_model(run_file: Path, base: Path) -> None:

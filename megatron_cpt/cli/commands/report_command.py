@@ -30,7 +30,7 @@ def report(
     The page is made from the files of the run and needs no network. The run may still be training.
     """
     if serve and (output is not None or markdown):
-        raise UserError("--serve shows a page and writes none; leave out --output and --markdown")
+        raise UserError("--serve shows a page and writes none; remove --output and --markdown")
     folders = [run_directory, *(compare or [])]
     if serve:
         _serve(folders, port)

@@ -5,7 +5,7 @@
   const data = JSON.parse(document.getElementById("report-data").textContent);
   const color = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const create = (tag, className) => Object.assign(document.createElement(tag), { className });
-  const number = (value) => (Math.abs(value) >= 1e6 || (value && Math.abs(value) < 1e-3) ? value.toExponential(3) : String(+value.toPrecision(5)));
+  const number = (value) => (Math.abs(value) >= 1e6 || (value && Math.abs(value) < 1e-3) ? value.toExponential(3).replace(/\.?0+e/, "e") : String(+value.toPrecision(5)));
   const FONT = "12px system-ui, sans-serif";
   const HEIGHT = 270;
   const charts = [];

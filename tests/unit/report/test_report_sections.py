@@ -10,7 +10,7 @@ from megatron_cpt.report.learning import held_out, stages, task_scores
 from megatron_cpt.report.operation import duration, time_spent
 from megatron_cpt.report.page import CurveChart, DataTable
 from megatron_cpt.report.run_record import RunReader
-from tests.helpers.report_runs import config, training_line, validation_line, write_lines, write_run
+from tests.helpers.report_runs import anomaly, config, training_line, validation_line, write_lines, write_run
 
 
 def page_of(*folders):
@@ -118,7 +118,7 @@ def test_the_time_adds_up(recipe):
     spent = time_spent(RunReader(recipe).read())
     assert (spent.steps, spent.data_wait, spent.sync_wait) == pytest.approx((400, 20, 50))
     assert (spent.pauses, spent.wall) == (25.0, 600.0)  # 20 lines of one second, and 5 after the last line
-    rows = tables(page_of(recipe))["Where the time went"].rows
+    rows = tables(page_of(recipe))["Time by activity"].rows
     assert [row[:3] for row in rows] == [
         ["training steps", "6 min 40 s", "66.7 %"],
         ["  of it: waiting for data", "20.0 s", "3.3 %"],
@@ -152,6 +152,13 @@ def test_restarts_fallbacks_and_documents_of_bad_steps_are_listed(recipe):
     assert events == ["started", "ended without a record", "resumed", "stopped"]
     assert tables(page)["Bad steps"].rows[0] == ["90", "spike", "9.5000", "6.0000", "applied", "code (15.000)"]
     assert tables(page)["Documents of the bad steps"].rows[0] == ["90", "code", "data/code", "1", "30, 31"]
+
+
+def test_documents_that_could_not_be_traced_say_why(recipe):
+    lost = {"samples": None, "samples_unknown": "source web: its files were replaced after the step"}
+    write_lines(recipe / "anomalies.jsonl", [anomaly(90, **lost)])
+    rows = tables(page_of(recipe))["Documents of the bad steps"].rows
+    assert rows == [["90", "source web: its files were replaced after the step"]]
 
 
 def test_a_run_without_events_does_not_claim_to_have_no_restarts(recipe):
@@ -213,10 +220,11 @@ def test_stages_are_what_was_measured(recipe):
 def test_results_of_evaluate_belong_to_the_step_of_their_checkpoint(recipe):
     (recipe / "evaluations").mkdir()
     results = {"results": {"exam": {"acc,none": 0.7, "acc_stderr,none": 0.01, "alias": "exam"}}}
-    first = {**results, "checkpoint": "out/checkpoints/step-00000150"}
-    (recipe / "evaluations" / "switch.json").write_bytes(orjson.dumps(first))
+    for name, model in {"base": {"step": None, "checkpoint": "step-00000000"}, "switch": {"step": 150}}.items():
+        content = {**results, "model": {"path": "x", **model}}
+        (recipe / "evaluations" / f"{name}.json").write_bytes(orjson.dumps(content))
     (recipe / "results.json").write_bytes(orjson.dumps(results))
     run = RunReader(recipe).read()
     exam = next(score for score in task_scores(run)[1] if score.task == "exam")
-    assert (exam.values, exam.errors) == ((None, 0.7, 0.7), (None, 0.01, 0.01))
+    assert (exam.values, exam.errors) == ((0.7, 0.7, 0.7), (0.01, 0.01, 0.01))
     assert "results.json: does not name its checkpoint, so it counts for the last step, 200" in run.notes
