@@ -303,10 +303,11 @@ def is_folder(path: FilePath) -> bool:
 def _mode(path: FilePath) -> int:
     """Return the type and permissions of a path, 0 if nothing exists there."""
     try:
-        return retry_disk(path, lambda: os.stat(path)).st_mode
+        return os.stat(path).st_mode
     except OSError as error:
-        if is_path_error(error):
-            return 0
-        raise
+        first = error
     except ValueError:  # a NUL in the path
         return 0
+    if is_path_error(first):
+        return 0
+    return retry_disk(path, lambda: os.stat(path), first).st_mode
