@@ -14,6 +14,7 @@ from megatron_cpt.backend import Ranks, seed_everything
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.loading.find_valid import newest_valid
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError
+from megatron_cpt.checkpoint.preflight import DATA
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.checkpoint.saving.publish import Retention
 from megatron_cpt.checkpoint.saving.saver import Saver
@@ -30,7 +31,7 @@ from megatron_cpt.planning.hardware import emulates_bf16
 from megatron_cpt.train.device_batch import make_upload
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
-from megatron_cpt.train.open_data import build_loader, build_validator, open_streams
+from megatron_cpt.train.open_data import build_loader, build_validator, open_streams, verify_touched_data
 from megatron_cpt.train.resume import compare_tokenizer, init_checkpoint, load_state, preflight
 from megatron_cpt.train.state import TrainState, check_progress
 from megatron_cpt.train.validation import Validator
@@ -103,6 +104,7 @@ def setup(
     tokenizer_fingerprint: str | None = None,
     data_tokenizer: tuple[str, str] | None = None,
     allow: Collection[str] = (),
+    note: Callable[[str], None] = lambda activity: None,
 ) -> Session:
     """Open the data, find the checkpoint to start from, and build and load the model; a collective call.
 
@@ -116,6 +118,7 @@ def setup(
         tokenizer_fingerprint: hash of the tokenizer's content; None: unknown.
         data_tokenizer: name and fingerprint of the tokenizer of the run's ids, as in `PreparedRun`.
         allow: names of the changes that a resume may make.
+        note: called during long work, with its name.
 
     Raises:
         RefusedError: a checkpoint is corrupt or does not fit.
@@ -125,10 +128,12 @@ def setup(
     if ranks.is_main:
         _warn_of_emulated_bf16(config, ranks)
     streams = open_streams(config, eod_id)
-    fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
+    fingerprints = {name: fingerprint(stream.datasets, with_times=True) for name, stream in streams.items()}
 
     def check_resume(own: SavedRun) -> None:
         preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, eod_id, allow)
+        if DATA.name not in allow:
+            verify_touched_data(own.state["data_fingerprints"], fingerprints, streams, note)
 
     def check_init(origin: SavedRun) -> None:
         if "tokenizer" not in allow:

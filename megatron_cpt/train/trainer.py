@@ -161,6 +161,7 @@ class Trainer:
                 tokenizer_fingerprint=tokenizer_fingerprint,
                 data_tokenizer=self._prepared.tokenizer,
                 allow=self._allow,
+                note=self._progress.note,
             )
             if self.session.is_resumed:
                 self._newest = self.session.origin
