@@ -1,9 +1,11 @@
-"""Whether a path can be written, found before any work is done for it."""
+"""Check of output paths before any work is done for them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from megatron_cpt.files.whole_io import is_folder
 
 _ROOM = 128  # bytes that names inside a folder may add to its path
 
@@ -25,7 +27,7 @@ def output_problem(path: str | Path, *, ending: str = "") -> str | None:
         return f"the name {os.fsdecode(longest[:20])}... has {len(longest)} bytes, too many for the file system"
     if (num_bytes := len(os.fsencode(full))) + _ROOM > _limit(folder, "PC_PATH_MAX", 4096):
         return f"has {num_bytes} bytes, too many for a path; choose a shorter one"
-    if not os.path.isdir(folder):
+    if not is_folder(folder):
         return f"{folder} is not a folder; choose another place"
     if not os.access(folder, os.W_OK | os.X_OK):
         is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY

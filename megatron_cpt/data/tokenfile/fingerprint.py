@@ -8,7 +8,7 @@ It has three parts, or four with times, joined by "+":
     XXH3 of sizes and modification times                files on a local or shared file system
 
 Two fingerprints agree if all parts agree that both have, so a run can continue from a checkpoint of an earlier version.
-The last part is no content: a copy of the files may have other times. Where only it differs, the files may have been
+The last part is no content: a copy of the files may have other times. If only it differs, the files may have been
 replaced by others with equal ends and equal blocks, so a resumed run compares the complete content with the sidecars.
 """
 
