@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_cpt.errors import CptError, RefusedError
+from megatron_cpt.files.retry import retry_disk
 from megatron_cpt.files.whole_io import exists, read_file
 
 _MOUNTS = "/proc/self/mountinfo"
@@ -42,21 +43,33 @@ class FileIdentity:
     mtime_ns: int
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], fd: int | None = None) -> FileIdentity:
-        """Return the identity of the file that has a name now, or of an open file."""
-        stat = os.stat(path) if fd is None else os.fstat(fd)
-        return cls(os.fspath(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    def read(cls, path: str | os.PathLike[str]) -> FileIdentity:
+        """Return the identity of the file that has a name now."""
+        return cls.of(os.fspath(path), retry_disk(path, lambda: os.stat(path)))
 
-    def check(self, fd: int | None = None) -> None:
-        """Compare with the file that has the name now, or with an open file.
+    @classmethod
+    def of(cls, path: str, stat: os.stat_result) -> FileIdentity:
+        """Return the identity of a file with this status."""
+        return cls(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    def check(self) -> None:
+        """Compare with the file that has the name now.
 
         Raises:
             ChangedFileError: they differ, or no file has the name any more.
         """
         try:
-            stat = os.stat(self.path) if fd is None else os.fstat(fd)
+            stat = retry_disk(self.path, lambda: os.stat(self.path))
         except FileNotFoundError:
             raise ChangedFileError(self.path, "was removed") from None
+        self.compare(stat)
+
+    def compare(self, stat: os.stat_result) -> None:
+        """Compare with a file of this status, such as one that was opened again.
+
+        Raises:
+            ChangedFileError: they differ.
+        """
         if stat.st_size != self.num_bytes:
             change = "truncated" if stat.st_size < self.num_bytes else "changed"
             raise ChangedFileError(self.path, f"was {change} from {self.num_bytes} to {stat.st_size} bytes")

@@ -8,14 +8,13 @@ finds credentials in its usual places. Requests to a store that fail are retried
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from megatron_cpt.errors import CptError, UserError, install_command
 from megatron_cpt.files.identity import FileIdentity
 from megatron_cpt.files.retry import retry
-from megatron_cpt.files.whole_io import DiskFile, is_regular_file
+from megatron_cpt.files.whole_io import DiskRanges, is_regular_file
 
 T = TypeVar("T")
 
@@ -93,38 +92,15 @@ def find(pattern: str) -> list[str]:
     return [file_system.unstrip_protocol(path) for path in _with_retries(pattern, lambda: file_system.glob(pattern))]
 
 
-class _LocalFile:
-    """`pread` on a descriptor: threads share no position and hold no lock while the disk works."""
-
-    def __init__(self, path: str) -> None:
-        self._path, self._file = path, DiskFile(path)
-
-    @property
-    def size(self) -> int:
-        return self._file.size
-
-    def read(self, offset: int, count: int) -> bytes:
-        return self._file.read_at(offset, count)
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        return self._file.read_into_at(buffer, offset)
-
-    def will_read(self, offset: int, count: int) -> None:
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self._file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
+class _LocalFile(DiskRanges):
+    """Ranges of a local file with its identity when it was opened."""
 
     def identity(self) -> FileIdentity | None:
-        return FileIdentity.read(self._path, self._file.fileno())
+        return FileIdentity.of(self._path, self._stat)
 
     def check(self, identity: FileIdentity | None) -> None:
         if identity is not None:
-            identity.check(self._file.fileno())
-
-    def __enter__(self) -> _LocalFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+            identity.compare(self._stat)
 
 
 class _RemoteFile:

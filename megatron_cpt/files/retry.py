@@ -22,12 +22,14 @@ _PASSING_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}  # Py
 _PATH_ERRNOS = {
     None,
     errno.ENOENT,
+    errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.EACCES,
     errno.EPERM,
+    errno.EROFS,
 }
 _jitter = random.Random()  # a generator of its own: a retry must not move the global one, which runs are seeded with
 
@@ -56,7 +58,7 @@ def retry(name: str, request: Callable[[], T], is_passing: Callable[[Exception],
     return request()
 
 
-def retry_disk(path: str | os.PathLike[str], request: Callable[[], T]) -> T:
+def retry_disk(path: str | os.PathLike[str], request: Callable[[], T], first: OSError | None = None) -> T:
     """Return the result of a request to a file system; repeat it after EIO, ESTALE, ETIMEDOUT and EAGAIN.
 
     A network file system gives these errors for seconds while its server restarts. They say nothing about the content
@@ -64,10 +66,19 @@ def retry_disk(path: str | os.PathLike[str], request: Callable[[], T]) -> T:
 
     Args:
         path: file that the request is about; it is added to an `OSError` without a file name.
+        first: error of the first attempt, if the caller has made it.
     """
+    if first is None:
+        try:
+            return request()  # the usual case, without the cost of the preparations below
+        except OSError as error:
+            first = error
+    failures = [first]
 
     def named_request() -> T:
         with name_file_in_errors(path):
+            if failures:
+                raise failures.pop()
             return request()
 
     return retry(os.fspath(path), named_request, _is_passing_disk_error, DISK_DELAYS)
