@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_cpt.files.whole_io import is_folder
+from megatron_cpt.files.whole_io import exists, is_folder
 
 _ROOM = 128  # bytes that names inside a folder may add to its path
 
@@ -21,7 +21,7 @@ def output_problem(path: str | Path, *, ending: str = "") -> str | None:
     if "\0" in os.fspath(path):
         return "holds a zero byte; choose another name"
     full = Path(os.path.abspath(os.fspath(path) + ending))
-    folder = next(each for each in (Path(path), *full.parents) if os.path.lexists(each))
+    folder = next(each for each in (Path(path), *full.parents) if exists(each))
     longest = max((os.fsencode(name) for name in full.parts), key=len)
     if len(longest) > _limit(folder, "PC_NAME_MAX", 255):
         return f"the name {os.fsdecode(longest[:20])}... has {len(longest)} bytes, too many for the file system"
