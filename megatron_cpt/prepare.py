@@ -19,7 +19,8 @@ from megatron_cpt.data.tokenfile.reader import expand_prefixes
 from megatron_cpt.data.tokenfile.sidecar import Sidecar, name_tokenizer, read_sidecar, sidecar_path
 from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
-from megatron_cpt.files.whole_io import exists
+from megatron_cpt.files.output_path import output_problem
+from megatron_cpt.files.whole_io import exists, is_folder
 from megatron_cpt.planning import RunPlan, build_plan
 from megatron_cpt.planning.timeline.epochs import listed, samples_in_epoch
 
@@ -197,6 +198,8 @@ def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
         if draft.is_valid(f"sources.{name}.path"):
             _find_source(files, name, source, config.span_length(name), need_files)
     if need_files:
+        if draft.is_untouched("output") and (problem := output_problem(config.output)):
+            files.missing.append(f"output: {config.output}: {problem}")
         _find_validation(files, draft, config)
         files.missing += [f"{problem}; {fix}" for problem, fix in _missing_start(draft, config)]
     else:
@@ -282,7 +285,8 @@ def _missing_start(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str]]
     """Yield problem and fix if the named checkpoint or tokenizer does not exist."""
     start = config.init.from_
     # A run that has checkpoints of its own resumes from them and ignores `init`.
-    has_started = any(Path(config.output, "checkpoints").glob("step-*"))
+    checkpoints = Path(config.output, "checkpoints")
+    has_started = is_folder(checkpoints) and any(checkpoints.glob("step-*"))
     if start is not None and draft.is_untouched("init") and not exists(start) and not has_started:
         fix = "give a checkpoint or a run directory, or remove it to start from random weights"
         yield f"init.from: {start}: no such checkpoint", fix

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import sync_folder
+from megatron_cpt.files.output_path import output_problem
 from megatron_cpt.files.resumable import DurableJournal, ResumableFolder
 from megatron_cpt.files.whole_io import DiskFile
 
@@ -98,7 +99,9 @@ class JobFolder(ResumableFolder):
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise `UserError` unless nothing exists under a name, or only an empty folder."""
+    """Raise `UserError` unless a folder can be created under a name: nothing exists there, or only an empty folder."""
+    if problem := output_problem(target, ending=".partial.lock"):
+        raise UserError(f"{target}: {problem}")
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise UserError(f"{target}: exists already; remove it or choose another name")
 

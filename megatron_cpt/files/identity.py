@@ -1,4 +1,4 @@
-"""Identity of input files: whether a file is still the one that a command started to read.
+"""Identity of input files, to find a file that is no longer the one that a command started to read.
 
 Half of an old and half of a new file, or the beginning of a file that was cut, look like valid input. So a command
 notes inode, size and modification time of each file when it opens it, and compares them before it publishes its result.
@@ -11,9 +11,10 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from megatron_cpt.errors import CptError, RefusedError
+from megatron_cpt.files.retry import retry_disk
+from megatron_cpt.files.whole_io import exists, read_file
 
 _MOUNTS = "/proc/self/mountinfo"
 
@@ -23,8 +24,8 @@ class ChangedFileError(RefusedError):
 
     def __init__(self, path: str, change: str) -> None:
         super().__init__(
-            f"{path}: {change} since it was opened: what was read may be a mixture of two versions, so nothing of it "
-            "is used; wait until nobody writes the file, then run the command again"
+            f"{path}: {change} since it was opened: what was read may be a mixture of two versions and is not used; "
+            "wait until nobody writes the file, then run the command again"
         )
 
 
@@ -42,21 +43,33 @@ class FileIdentity:
     mtime_ns: int
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], fd: int | None = None) -> FileIdentity:
-        """Return the identity of the file that has a name now, or of an open file."""
-        stat = os.stat(path) if fd is None else os.fstat(fd)
-        return cls(os.fspath(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    def read(cls, path: str | os.PathLike[str]) -> FileIdentity:
+        """Return the identity of the file that has a name now."""
+        return cls.of(os.fspath(path), retry_disk(path, lambda: os.stat(path)))
 
-    def check(self, fd: int | None = None) -> None:
-        """Compare with the file that has the name now, or with an open file.
+    @classmethod
+    def of(cls, path: str, stat: os.stat_result) -> FileIdentity:
+        """Return the identity of a file with this status."""
+        return cls(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    def check(self) -> None:
+        """Compare with the file that has the name now.
 
         Raises:
             ChangedFileError: they differ, or no file has the name any more.
         """
         try:
-            stat = os.stat(self.path) if fd is None else os.fstat(fd)
+            stat = retry_disk(self.path, lambda: os.stat(self.path))
         except FileNotFoundError:
             raise ChangedFileError(self.path, "was removed") from None
+        self.compare(stat)
+
+    def compare(self, stat: os.stat_result) -> None:
+        """Compare with a file of this status, such as one that was opened again.
+
+        Raises:
+            ChangedFileError: they differ.
+        """
         if stat.st_size != self.num_bytes:
             change = "truncated" if stat.st_size < self.num_bytes else "changed"
             raise ChangedFileError(self.path, f"was {change} from {self.num_bytes} to {stat.st_size} bytes")
@@ -97,7 +110,7 @@ def must_not_change(identities: Iterable[FileIdentity]) -> Iterator[None]:
 def _has_lasting_inodes(device: int) -> bool:
     """Return False for FUSE (such as gcsfuse), which gives a file another inode number once it has forgotten it."""
     name = f"{os.major(device)}:{os.minor(device)}"
-    mounts = Path(_MOUNTS).read_text(encoding="utf-8", errors="replace") if os.path.exists(_MOUNTS) else ""
+    mounts = read_file(_MOUNTS).decode(errors="replace") if exists(_MOUNTS) else ""
     # Example of a line: 36 35 98:0 / /mnt rw,noatime shared:1 - ext4 /dev/sda1 rw
     lines = [line.partition(" - ") for line in mounts.splitlines()]
     return not any(left.split()[2] == name and right.startswith("fuse") for left, _, right in lines)

@@ -79,7 +79,7 @@ def verify_part(path: Path, size: int, checksum: str) -> Any:
         DamagedWorkError: they differ.
     """
     try:
-        found = os.stat(path).st_size
+        found = retry_disk(path, lambda: os.stat(path)).st_size
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedWorkError(f"{path}: is missing") from None
     if found < size:

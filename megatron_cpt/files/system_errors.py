@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_cpt.errors import CptError
 from megatron_cpt.files.resumable import SETTINGS_FILE
 
+_TORCH_OUT_OF_MEMORY = "DefaultCPUAllocator: "
 _ADVICE = {
     errno.ENOSPC: "free some space on the disk",
     errno.EDQUOT: "free some space, or have the quota raised",
@@ -25,7 +26,7 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def os_errors_as_cpt_errors(work_folder: Path | None = None) -> Iterator[None]:
-    """Turn an `OSError` inside the block into one message: which file, what failed, what to do, what is kept.
+    """Turn an `OSError` or `MemoryError` in the block into one message: what failed, what to do, what is kept.
 
     Args:
         work_folder: folder of a resumable command that the block writes into.
@@ -36,10 +37,22 @@ def os_errors_as_cpt_errors(work_folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = describe_os_error(error)
-        if work_folder is not None and (work_folder / SETTINGS_FILE).is_file():
-            message += f". Finished parts are kept in {work_folder}; run the same command again to resume"
-        raise CptError(message) from error
+        raise CptError(describe_os_error(error) + _kept_parts(work_folder)) from error
+    except MemoryError as error:
+        message = f"out of memory{f': {error}' if str(error) else ''}; use fewer --workers, or free some memory"
+        raise CptError(message + _kept_parts(work_folder)) from error
+    except RuntimeError as error:
+        if _TORCH_OUT_OF_MEMORY not in str(error):
+            raise
+        reason = str(error).partition(_TORCH_OUT_OF_MEMORY)[2].strip(": ").partition("\n")[0]
+        message = f"out of memory: {reason}; use fewer --workers, or free some memory"
+        raise CptError(message + _kept_parts(work_folder)) from error
+
+
+def _kept_parts(work_folder: Path | None) -> str:
+    if work_folder is None or not (work_folder / SETTINGS_FILE).is_file():
+        return ""
+    return f". Finished parts are kept in {work_folder}; run the same command again to resume"
 
 
 def describe_os_error(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_cpt.backend import Ranks
-from megatron_cpt.backend.collectives import on_all
+from megatron_cpt.backend.collectives import gathered, on_all
 from megatron_cpt.checkpoint.record import corrupt_as_refused
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import (
@@ -24,6 +25,7 @@ from megatron_cpt.data import (
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.loading.fim import fill_in_middle
 from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
+from megatron_cpt.data.tokenfile.fingerprint import is_touched
 from megatron_cpt.data.tokenfile.header import read_header
 from megatron_cpt.data.tokenfile.sidecar import content_faults, read_sidecar
 from megatron_cpt.errors import RefusedError
@@ -32,6 +34,8 @@ from megatron_cpt.planning import RunPlan
 from megatron_cpt.train.device_batch import Upload
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.train.validation import Validator
+
+logger = logging.getLogger(__name__)
 
 
 def open_streams(config: RunConfig, eod_id: int | None) -> dict[str, TokenStream]:
@@ -71,6 +75,43 @@ def verify_data(prefixes: Mapping[str, Sequence[str]], note: Callable[[str], Non
             raise RefusedError("; ".join(f"{path}: {problem}" for path, problem in faults))
 
     on_all(verify)
+
+
+def verify_touched_data(
+    saved: Mapping[str, str],
+    now: Mapping[str, str],
+    streams: Mapping[str, TokenStream],
+    note: Callable[[str], None],
+) -> None:
+    """Compare the content of sources whose files have other times than when the checkpoint was saved; collective.
+
+    Their fingerprints agree otherwise, so the files were copied, or replaced by others with equal ends.
+
+    Args:
+        saved, now: fingerprints with times, by source.
+        note: called during the work, with its name.
+
+    Raises:
+        RefusedError: on all ranks, if a file differs from its sidecar.
+    """
+    touched = gathered([name for name in now if name in saved and is_touched(saved[name], now[name])])
+    if not touched:
+        return
+    prefixes = {name: [dataset.prefix for dataset in streams[name].datasets] for name in touched}
+    if dist.get_rank() == 0:
+        logger.info(
+            "the files of %s have other modification times than when the checkpoint was saved: their content is "
+            "compared with their sidecars",
+            ", ".join(touched),
+        )
+        every = [dataset for name in touched for dataset in streams[name].datasets]
+        if without := [dataset.prefix for dataset in every if read_sidecar(dataset.header) is None]:
+            logger.warning(
+                "%s: no sidecar PREFIX.json, so only ends and some blocks of the files could be compared with the "
+                "files of the checkpoint",
+                ", ".join(without),
+            )
+    verify_data(prefixes, note)
 
 
 def build_loader(

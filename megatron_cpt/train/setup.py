@@ -15,6 +15,7 @@ from megatron_cpt.backend.collectives import on_main
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.loading.find_valid import newest_valid
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError
+from megatron_cpt.checkpoint.preflight import DATA
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.checkpoint.saving.publish import Retention
 from megatron_cpt.checkpoint.saving.saver import Saver
@@ -33,7 +34,7 @@ from megatron_cpt.train.device_batch import make_upload
 from megatron_cpt.train.first_start import choose_run_id, refuse_lost_run
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
-from megatron_cpt.train.open_data import build_loader, build_validator, open_streams
+from megatron_cpt.train.open_data import build_loader, build_validator, open_streams, verify_touched_data
 from megatron_cpt.train.resume import compare_tokenizer, init_checkpoint, load_state, preflight
 from megatron_cpt.train.state import TrainState, check_progress
 from megatron_cpt.train.validation import Validator
@@ -109,6 +110,7 @@ def setup(
     data_tokenizer: tuple[str, str] | None = None,
     allow: Collection[str] = (),
     restart: bool = False,
+    note: Callable[[str], None] = lambda activity: None,
 ) -> Session:
     """Open the data, find the checkpoint to start from, and build and load the model; a collective call.
 
@@ -123,6 +125,7 @@ def setup(
         data_tokenizer: name and fingerprint of the tokenizer of the run's ids, as in `PreparedRun`.
         allow: names of the changes that a resume may make.
         restart: start from scratch where a run has lost its checkpoints.
+        note: called during long work, with its name.
 
     Raises:
         RefusedError: a checkpoint is corrupt or does not fit, or the run has lost its checkpoints.
@@ -132,7 +135,7 @@ def setup(
     if ranks.is_main:
         _warn_of_emulated_bf16(config, ranks)
     streams = open_streams(config, eod_id)
-    fingerprints = {name: fingerprint(stream.datasets) for name, stream in streams.items()}
+    fingerprints = {name: fingerprint(stream.datasets, with_times=True) for name, stream in streams.items()}
 
     output = Path(config.output)
     started = on_main(lambda: read_started_run(output))
@@ -141,6 +144,8 @@ def setup(
     def check_resume(own: SavedRun | None) -> None:
         if own is not None:
             preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, eod_id, run_id, allow)
+            if DATA.name not in allow:
+                verify_touched_data(own.state["data_fingerprints"], fingerprints, streams, note)
         elif not restart:
             on_main(lambda: refuse_lost_run(output))
 

@@ -173,6 +173,7 @@ class Trainer:
                 data_tokenizer=self._prepared.tokenizer,
                 allow=self._allow,
                 restart=self._restart,
+                note=self._progress.note,
             )
             if self.session.is_resumed:
                 self._newest = self.session.origin

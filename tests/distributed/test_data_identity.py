@@ -74,3 +74,20 @@ def test_damaged_content_is_found_on_request(run_of_bytes: Path, tmp_path: Path)
         file.write(bytes(8))
     with pytest.raises(RankError, match=r"data/web\.bin: its content has the checksum .*web\.json says"):
         run_ranks(2, train_here, str(run), ["stop_at_step=1", "resilience.verify_data=true"])
+
+
+def test_a_file_replaced_between_save_and_resume_by_one_with_equal_ends_is_refused(tmp_path: Path) -> None:
+    run = small_run(tmp_path, tokenizer="byte")
+    encode(tmp_path, "byte")
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": IDS}) + "\n" for _ in range(60)))
+    options = PreprocessOptions(append_eod=True, overwrite=True)
+    preprocess([tmp_path / "long.jsonl"], tmp_path / "data" / "web", tokenizer="byte", options=options)
+    assert run_ranks(1, train_here, str(run), ["stop_at_step=1"]) == [0]
+    path = tmp_path / "data" / "web.bin"
+    content = path.read_bytes()
+    place = len(content) * 10 // 65 + 8192  # between two blocks of the fingerprint
+    path.write_bytes(content[:place] + bytes(8) + content[place + 8 :])
+    with pytest.raises(RankError, match=r"data/web\.bin: its content has the checksum .*web\.json says"):
+        run_ranks(1, train_here, str(run), ["stop_at_step=2"])
+    path.write_bytes(content)  # another time, the same content
+    assert run_ranks(1, train_here, str(run), ["stop_at_step=2"]) == [0]

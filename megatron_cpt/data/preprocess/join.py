@@ -73,7 +73,7 @@ def _join(prefix: str, count: int, limit: bad.MaxBad, overwrite: bool) -> Prepro
 
 
 def _read_interrupted(prefix: str) -> FinishedWork | None:
-    """Return the work folder of a join that was killed while it published; None if there is none to continue."""
+    """Return the work folder of a join that was killed while it published; None if no such join can be continued."""
     try:
         found = read_finished(work_folder_path(prefix))
     except RefusedError:  # damaged: join the shards again

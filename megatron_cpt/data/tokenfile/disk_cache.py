@@ -71,7 +71,7 @@ class CachedFile:
 
     @functools.cached_property
     def _stem(self) -> str:
-        return os.path.join(self._folder, fingerprint([self._dataset]))
+        return os.path.join(self._folder, fingerprint([self._dataset], with_times=True))
 
     @functools.cached_property
     def _sums(self) -> npt.NDArray[np.uint32]:

@@ -22,11 +22,13 @@ from megatron_cpt.data.tokenfile.sidecar import Origin, describe_pair, is_free, 
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import close_durably, publish_or_remove, write_atomically
 from megatron_cpt.files.checksum import Checksum
+from megatron_cpt.files.output_path import output_problem
 from megatron_cpt.files.retry import is_path_error
 from megatron_cpt.files.whole_io import exists, open_writer
 
 _MAX_SEQUENCE = int(np.iinfo(np.int32).max)
 _TABLE_BLOCK = 1 << 20  # documents per block when the index tables are written
+_LONGEST_ENDING = ".preprocess-1000-of-1000.lock"  # of names beside the output, which begin with a dot, too
 _BIN_BUFFER = 1 << 22  # bytes
 
 
@@ -192,9 +194,14 @@ def require_free(output_prefix: str, inputs: Sequence[str], *, overwrite: bool) 
 
 
 def require_file_name(output_prefix: str) -> None:
-    """Raise a UserError for a prefix such as `io/`, which would give the hidden files `io/.bin` and `io/.idx`."""
+    """Raise a UserError for a prefix whose files could not be written, before anything is read.
+
+    Also for one such as `io/`, which would give the hidden files `io/.bin` and `io/.idx`.
+    """
     if os.path.basename(output_prefix) in ("", ".", ".."):
         raise UserError(
             f"output prefix {output_prefix!r}: has no file name, so its files would be hidden; give a path such as "
             f"{os.path.join(os.path.dirname(output_prefix) or 'data', 'web')}"
         )
+    if problem := output_problem(output_prefix, ending=_LONGEST_ENDING):
+        raise UserError(f"output prefix {output_prefix}: {problem}")

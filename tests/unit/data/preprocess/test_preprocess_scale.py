@@ -298,7 +298,7 @@ class TestResumeSummary:
                 [inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(**SMALL, progress=stop_after(3))
             )
         os.utime(inputs / "a.jsonl", (1, 1))
-        with pytest.raises(UserError, match=r"other settings \(different: inputs\)"):
+        with pytest.raises(UserError, match=r"input .*a\.jsonl: changed since the run in .* was interrupted"):
             preprocess([inputs], tmp_path / "p", tokenizer="byte", options=PreprocessOptions(**SMALL))
 
     def test_two_at_once(self, tmp_path, inputs):
