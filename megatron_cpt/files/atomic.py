@@ -74,5 +74,31 @@ def publish(renames: Sequence[Rename]) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{target[:-4]}.idx")
                 sync_folder(Path(target).parent)
-        os.replace(source, target)
+        _rename(source, target)
         sync_folder(Path(target).parent)
+
+
+def publish_or_remove(renames: Sequence[Rename]) -> None:
+    """Publish files that the next call writes again: after an error none of them has its final name."""
+    present = [(source, target) for source, target in renames if exists(source)]
+    try:
+        publish(present)
+    except OSError:
+        for source, target in present:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                if not exists(source):
+                    os.unlink(target)
+        raise
+
+
+def _rename(source: str, target: str) -> None:
+    """Rename a file; a network file system may report a failure although the file has its new name."""
+
+    def rename() -> None:
+        try:
+            os.replace(source, target)
+        except FileNotFoundError:
+            if not exists(target):
+                raise
+
+    retry_disk(target, rename)

@@ -33,6 +33,7 @@ import orjson
 
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import sync_folder, write_atomically
+from megatron_cpt.files.retry import is_path_error, retry_disk
 from megatron_cpt.files.whole_io import DiskFile, exists, is_regular_file, read_file
 
 SETTINGS_FILE = "settings.json"
@@ -79,11 +80,13 @@ class ResumableFolder:
 
     def __enter__(self) -> Self:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            retry_disk(self.path, lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
+            retry_disk(self._lock_path, self._lock.acquire)
         except filelock.Timeout as error:
             raise UserError(f"{self.path}: another process is working on it; wait until it ends, or stop it") from error
         except OSError as error:
+            if not is_path_error(error):
+                raise
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; choose another output") from error
         try:
             self._open()
@@ -115,9 +118,11 @@ class ResumableFolder:
         if target.is_dir():
             target.rmdir()
         os.rename(self.path, target)
-        sync_folder(target.parent)
-        for name in (self._progress_path.name, SETTINGS_FILE):
-            (target / name).unlink(missing_ok=True)
+        try:
+            sync_folder(target.parent)
+        finally:
+            for name in (self._progress_path.name, SETTINGS_FILE):
+                (target / name).unlink(missing_ok=True)
         sync_folder(target)
 
     def _open(self) -> None:

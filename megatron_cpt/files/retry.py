@@ -22,12 +22,14 @@ _PASSING_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}  # Py
 _PATH_ERRNOS = {
     None,
     errno.ENOENT,
+    errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.EACCES,
     errno.EPERM,
+    errno.EROFS,
 }
 _jitter = random.Random()  # a generator of its own: a retry must not move the global one, which runs are seeded with
 

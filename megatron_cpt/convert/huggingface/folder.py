@@ -17,6 +17,7 @@ from megatron_cpt.convert.huggingface.header import TensorInfo, pread_into, read
 from megatron_cpt.convert.huggingface.pickled import PickledShards
 from megatron_cpt.convert.huggingface.untrusted_json import read_json_object
 from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.whole_io import exists
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -83,7 +84,7 @@ class HfFolder:
     def _find_shards(self, index_name: str, single_name: str) -> tuple[list[Path], dict[str, Path] | None] | None:
         """Return the shard files and the index's file per tensor; None if there are no such files."""
         index = self.path / index_name
-        if os.path.lexists(index):
+        if exists(index) or index.is_symlink():
             weight_map = read_json_object(self._inside(index_name)).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise RefusedError(f"{index}: no weight_map in it; is the download complete?")
@@ -92,7 +93,7 @@ class HfFolder:
                     raise RefusedError(f"{index}: names {name!r} as a file; is the download complete?")
             files = {name: self._inside(name, index) for name in sorted(set(weight_map.values()))}
             return list(files.values()), {tensor: files[name] for tensor, name in weight_map.items()}
-        if os.path.lexists(self.path / single_name):
+        if exists(self.path / single_name) or (self.path / single_name).is_symlink():
             return [self._inside(single_name)], None
         return None
 

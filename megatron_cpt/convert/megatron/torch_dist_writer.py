@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -156,7 +157,9 @@ def write_common(folder: Path, common: Mapping[str, Any]) -> list[str]:
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     write_content(folder / "metadata.json", orjson.dumps(backends | versions))
-    torch.save(dict(common), folder / COMMON_FILE)
+    content = io.BytesIO()
+    torch.save(dict(common), content)  # to a path, its errors would have no number
+    write_content(folder / COMMON_FILE, content.getvalue())
     return ["metadata.json", COMMON_FILE]
 
 
@@ -168,19 +171,21 @@ def _write_tensor_index(
     for name, spec in specs.items():
         key, layer = stored_name(name)
         shapes[key] = (spec.shape if layer is None else (num_layers, *spec.shape), spec.dtype)
-    for file, written in files.items():
+    # Sorted and interned, an import that was interrupted has the bytes of one that was not: a pickle depends on the
+    # order, and on which equal strings are the same object.
+    for file, written in sorted(files.items()):
         for entry in written.entries:
-            info = _StorageInfo(file, entry.position, entry.length)
+            key, info = sys.intern(entry.key), _StorageInfo(sys.intern(file), entry.position, entry.length)
             if entry.offsets is None or entry.sizes is None:
-                described[entry.key] = BytesStorageMetadata()
-                places[MetadataIndex(entry.key)] = info
+                described[key] = BytesStorageMetadata()
+                places[MetadataIndex(key)] = info
                 continue
-            shape, dtype = shapes[entry.key]
+            shape, dtype = shapes[key]
             tensor = described.setdefault(
-                entry.key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+                key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
             )
             offsets = torch.Size(entry.offsets)
-            places[MetadataIndex(entry.key, offsets, len(tensor.chunks))] = info
+            places[MetadataIndex(key, offsets, len(tensor.chunks))] = info
             tensor.chunks.append(ChunkStorageMetadata(offsets, torch.Size(entry.sizes)))
     write_content(folder / METADATA_FILE, pickle.dumps(Metadata(described, None, places)))
 

@@ -20,7 +20,7 @@ from megatron_cpt.data.tokenfile.header import MAGIC, PREAMBLE, VERSION, dtype_c
 from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.sidecar import Origin, describe_pair, is_free, sidecar_path
 from megatron_cpt.errors import UserError
-from megatron_cpt.files.atomic import close_durably, publish, write_atomically
+from megatron_cpt.files.atomic import close_durably, publish_or_remove, write_atomically
 from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.retry import is_path_error
 from megatron_cpt.files.whole_io import exists, open_writer
@@ -78,7 +78,7 @@ class IndexedDatasetWriter:
                 close_durably(self._bin)
                 self._write_index()
                 self._write_sidecar()
-                publish([(path, f"{self.prefix}.{end}") for end, path in self._temporary.items()])
+                publish_or_remove([(path, f"{self.prefix}.{end}") for end, path in self._temporary.items()])
         finally:  # after a success the temporary files no longer exist
             for path in self._temporary.values():
                 Path(path).unlink(missing_ok=True)

@@ -173,9 +173,8 @@ class TestFailingDisk:
 
 PACKAGE = Path(megatron_cpt.__file__).parent
 _BY_DESCRIPTOR = {"read", "pread", "preadv", "readv", "write", "pwrite", "pwritev", "writev", "sendfile"}
-_NAMES_LOST_OR_DAMAGE_HIDDEN = {
-    "os.path.exists", "os.path.isfile", "os.path.isdir", "np.fromfile", "np.memmap", "mmap.mmap", "pa.memory_map",
-}  # fmt: skip
+_PATH_QUESTIONS = {f"os.path.{name}" for name in ("exists", "lexists", "isfile", "isdir")}  # False if the disk fails
+_UNSAFE = {"np.fromfile", "np.memmap", "mmap.mmap", "pa.memory_map"}  # short, or killed by SIGBUS
 _METHODS = {"read_bytes", "read_text", "write_bytes", "write_text", "tofile"}
 ALLOWED = {
     "checkpoint/saving/staging.py": {"mmap.mmap"},  # memory without a file
@@ -196,7 +195,7 @@ def direct_uses(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             module, _, function = name.rpartition(".")
-            is_direct = (module == "os" and function in _BY_DESCRIPTOR) or name in _NAMES_LOST_OR_DAMAGE_HIDDEN
+            is_direct = (module == "os" and function in _BY_DESCRIPTOR) or name in _PATH_QUESTIONS | _UNSAFE
             if is_direct or name == "open" or (module and function in _METHODS):
                 found.add(name)
     return found

@@ -159,7 +159,7 @@ class TestReading:
         dataset = make_dataset("p", [])
         assert (dataset.num_documents, dataset.num_tokens) == (0, 0)
         assert dataset.read(0, 0).size == 0
-        assert dataset.sizes.size == 0
+        assert len(dataset.sizes) == 0
 
 
 def cut(path: str, num_bytes: int) -> None:
