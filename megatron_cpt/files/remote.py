@@ -8,13 +8,12 @@ finds credentials in its usual places. Requests to a store that fail are retried
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from megatron_cpt.errors import CptError, UserError, install_command
 from megatron_cpt.files.retry import retry
-from megatron_cpt.files.whole_io import DiskFile, is_regular_file
+from megatron_cpt.files.whole_io import DiskRanges, is_regular_file
 
 T = TypeVar("T")
 
@@ -68,7 +67,7 @@ def open_ranges(path: str) -> RangeFile:
         UserError: the package that opens a remote path is not installed.
         CptError: from a read of a remote file: the store failed at every attempt.
     """
-    return _RemoteFile(path) if is_remote(path) else _LocalFile(path)
+    return _RemoteFile(path) if is_remote(path) else DiskRanges(path)
 
 
 def is_file(path: str) -> bool:
@@ -84,33 +83,6 @@ def find(pattern: str) -> list[str]:
         return glob.glob(pattern, recursive=True)
     file_system = _file_system(pattern)
     return [file_system.unstrip_protocol(path) for path in _with_retries(pattern, lambda: file_system.glob(pattern))]
-
-
-class _LocalFile:
-    """`pread` on a descriptor: threads share no position and hold no lock while the disk works."""
-
-    def __init__(self, path: str) -> None:
-        self._file = DiskFile(path)
-
-    @property
-    def size(self) -> int:
-        return self._file.size
-
-    def read(self, offset: int, count: int) -> bytes:
-        return self._file.read_at(offset, count)
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        return self._file.read_into_at(buffer, offset)
-
-    def will_read(self, offset: int, count: int) -> None:
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self._file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
-
-    def __enter__(self) -> _LocalFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 class _RemoteFile:

@@ -58,7 +58,7 @@ def retry(name: str, request: Callable[[], T], is_passing: Callable[[Exception],
     return request()
 
 
-def retry_disk(path: str | os.PathLike[str], request: Callable[[], T]) -> T:
+def retry_disk(path: str | os.PathLike[str], request: Callable[[], T], first: OSError | None = None) -> T:
     """Return the result of a request to a file system; repeat it after EIO, ESTALE, ETIMEDOUT and EAGAIN.
 
     A network file system gives these errors for seconds while its server restarts. They say nothing about the content
@@ -66,10 +66,19 @@ def retry_disk(path: str | os.PathLike[str], request: Callable[[], T]) -> T:
 
     Args:
         path: file that the request is about; it is added to an `OSError` without a file name.
+        first: error of the first attempt, if the caller has made it.
     """
+    if first is None:
+        try:
+            return request()  # the usual case, without the cost of the preparations below
+        except OSError as error:
+            first = error
+    failures = [first]
 
     def named_request() -> T:
         with name_file_in_errors(path):
+            if failures:
+                raise failures.pop()
             return request()
 
     return retry(os.fspath(path), named_request, _is_passing_disk_error, DISK_DELAYS)

@@ -15,7 +15,7 @@ import io
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from megatron_cpt.files.retry import is_path_error, name_file_in_errors, retry_disk
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FilePath = str | os.PathLike[str]
+_Identity = tuple[int, int, int, int]
 
 BUFFER_BYTES = 1 << 16
 _COPY_BYTES = 1 << 20
@@ -50,8 +51,8 @@ class DiskFile(io.FileIO):
         def opener(path: str, usual_flags: int) -> int:
             return os.open(path, usual_flags | flags, 0o666)
 
-        retry_disk(path, lambda: open_file(self._path, mode, opener=opener))
-        self._identity = self._identify(self.fileno())
+        retry_disk(path, lambda: open_file(self._path, mode, opener=opener if flags else None))
+        self._identity = _identify(self.fileno())
 
     @property
     def size(self) -> int:
@@ -129,32 +130,106 @@ class DiskFile(io.FileIO):
         return done
 
     def _retry(self, request: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return request(*arguments)
+        except OSError as error:
+            self._is_stale = _is_stale(error)
+            return self._retry_after(error, request, arguments)
+
+    def _retry_after(self, first: OSError, request: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         def attempt() -> T:
             try:
-                if self._is_stale:
+                if self._is_stale and not self.writable():
                     self._open_again()
                 return request(*arguments)
             except OSError as error:
-                self._is_stale = error.errno == errno.ESTALE and not self.writable()
+                self._is_stale = _is_stale(error)
                 raise
 
-        return retry_disk(self._path, attempt)
+        return retry_disk(self._path, attempt, first)
 
     def _open_again(self) -> None:
         position = self.tell()
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if self._identify(fd) != self._identity:
-                raise OSError(errno.ESTALE, "was replaced by another file while it was read", self._path)
+            _require_same(_identify(fd), self._identity, self._path)
             os.dup2(fd, self.fileno(), inheritable=False)
         finally:
             os.close(fd)
         self.seek(position)
 
-    @staticmethod
-    def _identify(fd: int) -> tuple[int, ...]:
-        now = os.fstat(fd)
-        return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+
+class DiskRanges:
+    """Ranges of a file that is read often: like `DiskFile`, with less work per opening and per read.
+
+    A loader opens a file per micro-batch, so that ten thousand files need no descriptors; each microsecond counts.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = retry_disk(path, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        self._stat = os.fstat(self._fd)
+
+    @property
+    def size(self) -> int:
+        """Present size in bytes."""
+        return os.fstat(self._fd).st_size
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return the bytes [offset, offset + count), fewer only at the end of the file."""
+        try:
+            data = os.pread(self._fd, count, offset)
+        except OSError as error:
+            return self._read_slowly(lambda file: file.read_at(offset, count), error)
+        if len(data) == count or not data:
+            return data
+        return data + self._read_slowly(lambda file: file.read_at(offset + len(data), count - len(data)))
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill a buffer from `offset` on; return the number of bytes, fewer only at the end of the file."""
+        try:
+            done = os.preadv(self._fd, [buffer], offset)
+        except OSError as error:
+            return self._read_slowly(lambda file: file.read_into_at(buffer, offset), error)
+        if done == len(buffer) or not done:
+            return done
+        return done + self._read_slowly(lambda file: file.read_into_at(buffer[done:], offset + done))
+
+    def will_read(self, offset: int, count: int) -> None:
+        """Announce a read: the disk starts to fetch the bytes in the background."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def _read_slowly(self, read: Callable[[DiskFile], T], first: OSError | None = None) -> T:
+        def read_again() -> T:
+            with DiskFile(self._path) as file:
+                _require_same(_identify(file.fileno()), _identity_of(self._stat), self._path)
+                return read(file)
+
+        return retry_disk(self._path, read_again, first)
+
+
+def _is_stale(error: OSError) -> bool:
+    return error.errno == errno.ESTALE
+
+
+def _identify(fd: int) -> _Identity:
+    return _identity_of(os.fstat(fd))
+
+
+def _identity_of(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _require_same(found: _Identity, first: _Identity, path: str) -> None:
+    if found != first:
+        raise OSError(errno.ESTALE, "was replaced by another file while it was read", path)
 
 
 def open_reader(path: FilePath, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader:
@@ -228,10 +303,11 @@ def is_folder(path: FilePath) -> bool:
 def _mode(path: FilePath) -> int:
     """Return the type and permissions of a path, 0 if nothing exists there."""
     try:
-        return retry_disk(path, lambda: os.stat(path)).st_mode
+        return os.stat(path).st_mode
     except OSError as error:
-        if is_path_error(error):
-            return 0
-        raise
+        first = error
     except ValueError:  # a NUL in the path
         return 0
+    if is_path_error(first):
+        return 0
+    return retry_disk(path, lambda: os.stat(path), first).st_mode
