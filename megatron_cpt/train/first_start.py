@@ -13,6 +13,7 @@ from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.atomic import sync_folder
+from megatron_cpt.files.whole_io import exists
 from megatron_cpt.hooks.jsonl_files import ANOMALIES_FILE
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
 from megatron_cpt.provenance.plans_file import StartedRun, read_started_run
@@ -37,7 +38,7 @@ def refuse_lost_run(output: Path) -> None:
     had_checkpoints = layout.has_latest(folder) or (started is not None and started.has_saved)
     if started is not None and not had_checkpoints:
         return
-    traces = [name for name in _TRACES if os.path.lexists(output / name)]
+    traces = [name for name in _TRACES if exists(output / name)]
     if layout.has_latest(folder):
         traces.append(f"{folder.name}/{layout.LATEST_FILE}")
     if traces:

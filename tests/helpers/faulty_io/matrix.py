@@ -225,18 +225,20 @@ class Matrix:
                     content = orjson.dumps(
                         [{key: line[key] for key in line if key not in MACHINE_KEYS} for line in lines]
                     )
-                if "/step-" in str(path):
-                    content = _without_save_id(path.name, content)
+                if "/step-" in str(path) or path.name == "plans.jsonl":
+                    content = _without_ids(path.name, content)
                 found[str(path.relative_to(self.folder))] = hashlib.sha256(content).hexdigest()
         return found
 
 
-def _without_save_id(name: str, content: bytes) -> bytes:
-    """Drop the description of the tensors: it holds a random id of the save."""
+def _without_ids(name: str, content: bytes) -> bytes:
+    """Drop the id of the run, and the description of the tensors, which holds a random id of the save."""
     if name == "manifest.json":
-        plain = orjson.loads(content)
-        plain["files"].pop(".metadata")
-        return orjson.dumps(plain)
+        files = orjson.loads(content)["files"]
+        return orjson.dumps({key: files[key] for key in files if key not in (".metadata", "state.json")})
+    if name in ("state.json", "plans.jsonl"):
+        lines = [content] if name == "state.json" else content.splitlines()
+        return b"".join(orjson.dumps({**orjson.loads(line), "run_id": None}) for line in lines)
     return b"" if name == ".metadata" else content
 
 
