@@ -20,7 +20,7 @@ class GeneratedText:
 
     Attributes:
         text: the new text, up to a stop text.
-        token_ids: new tokens, those of a stop text included.
+        token_ids: new tokens, also the tokens of a stop text.
         prompt_tokens: number of tokens of the prompt.
         reason: cause of the end, see `Generation`.
     """

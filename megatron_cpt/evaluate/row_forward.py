@@ -47,14 +47,22 @@ class KvCache:
 
     def __init__(self, *, slots: int, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.longest = 0
+        self.set_lengths([0] * slots, device)
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # (slots, groups, capacity, d) each
 
-    def set_lengths(self, lengths: Sequence[int]) -> None:
+    def set_lengths(self, lengths: Sequence[int], device: torch.device) -> None:
         """Set the number of cached tokens of each text."""
-        self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        self.lengths = torch.tensor(lengths, device=device)
         self.longest = max(lengths)
+        self._slots = torch.arange(len(lengths), device=device)
+        # for the cached tokens and the new one: 0 where a text may look, else -inf
+        is_hidden = torch.arange(self.longest + 1, device=device) > self.lengths[:, None]
+        self._mask = torch.zeros(is_hidden.shape, device=device).masked_fill_(is_hidden, float("-inf"))
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the mask (slots, 1, 1, longest + 1) that is added to attention scores."""
+        self._mask = self._mask.to(dtype)
+        return self._mask[:, None, None]
 
     def write_path(self, layer: int, key: torch.Tensor, value: torch.Tensor, slot: int, path: torch.Tensor) -> None:
         """Store the tokens of a row that make up a text; key and value are (s, 1, groups, d)."""
@@ -63,17 +71,16 @@ class KvCache:
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the newest token of each text, and return all keys and values up to the longest text."""
-        slots = torch.arange(len(self.lengths), device=self.lengths.device)
         layers = self._layer(layer, key)
         for stored, new in zip(layers, (key, value), strict=True):
-            stored[slots, :, self.lengths] = new[:, 0]
+            stored[self._slots, :, self.lengths] = new[:, 0]
         keys, values = (stored[:, :, : self.longest + 1] for stored in layers)
         return keys, values
 
     def keep(self, slots: Sequence[int]) -> None:
         """Keep these texts, in this order, and drop the others."""
-        index = torch.tensor(slots, dtype=torch.int64, device=self.lengths.device)
-        self.lengths = self.lengths[index]
+        index = torch.tensor(slots, device=self.lengths.device)
+        self.set_lengths(self.lengths[index].tolist(), self.lengths.device)
         self._layers = {layer: (key[index], value[index]) for layer, (key, value) in self._layers.items()}
 
     def _layer(self, layer: int, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,12 +164,11 @@ class RowAttention(nn.Module):
         keys, values = cache.append(self.layer, key, value)
         texts, _, heads, size = query.shape
         groups = keys.shape[1]
-        is_hidden = torch.arange(keys.shape[2], device=keys.device) > cache.lengths[:, None]
         out = nn.functional.scaled_dot_product_attention(
             query.view(texts, groups, heads // groups, size),  # the heads of a group are queries of one length
             keys,
             values,
-            attn_mask=~is_hidden[:, None, None],
+            attn_mask=cache.mask(query.dtype),
             scale=self.scale,
         )
         return out.reshape(texts, 1, heads * size)
@@ -189,9 +195,9 @@ class RowRunner:
         with contextlib.ExitStack() as stack, torch.no_grad():
             stack.callback(set_rng_state, rng_state())
             for chunk in self.chunks:
-                # Runs after the parts are back: they were set to evaluation mode, too, and have dropout.
-                stack.callback(chunk.train, chunk.training)
+                stack.callback(chunk.train, chunk.training)  # runs last, when the chunk has its own parts again
                 chunk.eval()
+            for chunk in self.chunks:
                 self._replace_parts(chunk, stack)
             _set(stack, self.config, "sequence_parallel", False)
             yield
@@ -204,7 +210,7 @@ class RowRunner:
         for hook in hooks:
             stack.callback(hook.remove)
         for layer in model.decoder.layers:
-            # `layer_number` counts the layers of the whole model
+            # `layer_number` is unique over all pipeline stages
             attention = RowAttention(self.config, layer.layer_number, self)
             _set(stack, layer.self_attention, "core_attention", attention)
         for module in model.modules():

@@ -112,7 +112,7 @@ class TextGroup:
         grows = [text if text is not None and text.reason is None else None for text in self.slots]
         lengths = [text.num_cached if text is not None else 0 for text in grows]
         tokens = [text.new[-1] if text is not None else 0 for text in grows]
-        self.cache.set_lengths(lengths)
+        self.cache.set_lengths(lengths, self._device)
         every = torch.arange(self.width, device=self._device)
         return Row(torch.tensor(tokens, device=self._device), self.cache.lengths, every, collect, cache=self.cache)
 

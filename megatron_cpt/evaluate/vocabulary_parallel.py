@@ -15,7 +15,7 @@ from megatron_cpt.evaluate.requests import GenerationOptions
 
 
 def own_logits(logits: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Return this rank's columns in fp32, with those of padding (ids at and above `vocab`) at -inf; may change them.
+    """Return this rank's columns in fp32, with -inf for padding (ids at and above `vocab`); may change its argument.
 
     Args:
         logits: (n, columns of this rank).

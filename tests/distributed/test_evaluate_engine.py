@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
+from megatron_cpt.cli import main
 from megatron_cpt.convert.importer import import_checkpoint
 from megatron_cpt.evaluate.requests import Generation, GenerationOptions, Score, ScoreRequest
 from tests.helpers.hf_models import FAMILY_CONFIGS, build_hf_model, save_hf_model, tiny_config
@@ -59,13 +63,17 @@ def _ids(draw: random.Random, count: int) -> tuple[int, ...]:
     return tuple(draw.randrange(101) for _ in range(count))
 
 
-def evaluate(base: str, families: Sequence[str], layouts: dict[str, list[str]]) -> dict[str, Any]:
-    """Return scores, greedy and sampled texts by family and layout; run by every rank."""
-    return {
+def evaluate(base: str, families: Sequence[str], layouts: dict[str, list[str]]) -> tuple[dict[str, Any], str]:
+    """Return scores, greedy and sampled texts by family and layout, and the output of `generate`; run by every rank."""
+    answers = {
         f"{family}-{name}": _evaluate(Path(base) / family, overrides)
         for family in families
         for name, overrides in layouts.items()
     }
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        words = ["generate", f"{base}/{families[0]}", *list(layouts.values())[0], "--tokenizer", "null:101"]
+        assert main([*words, "--prompt", "5 6 7", "--max-new-tokens", "4", "--json"]) == 0
+    return answers, printed.getvalue()
 
 
 def _evaluate(checkpoint: Path, overrides: Sequence[str]) -> tuple[list[Score], list[Generation], list[Generation]]:
@@ -101,8 +109,11 @@ def _answers(checkpoints: Path, families: Sequence[str], sizes: Sequence[int]) -
     found: dict[str, Any] = {}
     for size in sizes:
         by_rank = run_ranks(size, evaluate, str(checkpoints), families, LAYOUTS[size])
-        assert all(answer == by_rank[0] for answer in by_rank), "every rank has the answers"
-        found |= by_rank[0]
+        answers, printed = zip(*by_rank, strict=True)
+        assert all(answer == answers[0] for answer in answers), "every rank has the answers"
+        assert not any(printed[1:]), "only rank 0 prints"
+        found |= answers[0]
+        found[f"generate-{size}"] = json.loads(printed[0])
     return found
 
 
@@ -154,6 +165,13 @@ def test_samples_do_not_depend_on_the_layout(answers: dict[str, Any], family: st
         assert answers[f"{family}-{layout}"][2] == alone, layout
     assert alone != answers[f"{family}-tp1"][1], "samples are not the greedy texts"
     assert alone[-1] != alone[-2], "equal prompts get different samples"
+
+
+def test_the_command_prints_the_same_text_on_two_ranks(answers: dict[str, Any]) -> None:
+    (alone,) = answers["generate-1"]
+    assert answers["generate-2"] == [alone]
+    text = answers[f"{FAMILIES[0]}-tp1"][1][prompts().index((5, 6, 7))]
+    assert tuple(alone["token_ids"]) == text.token_ids[:4]
 
 
 @pytest.mark.long
