@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 
 from megatron_cpt.evaluate.requests import GenerationOptions
 
+_ROWS_AT_ONCE = 256
+
 
 def own_logits(logits: torch.Tensor, vocab: int) -> torch.Tensor:
     """Return this rank's columns in fp32, with -inf for padding (ids at and above `vocab`); may change its argument.
@@ -32,7 +34,8 @@ def log_probabilities(logits: torch.Tensor, rows: torch.Tensor, targets: torch.T
         logits: result of `own_logits`.
         rows, targets: (m,) row and token id.
     """
-    local = torch.logsumexp(logits, dim=-1)
+    # in parts, because torch makes a copy: 2,048 rows of a vocabulary of 256,000 would take 2 GB more
+    local = torch.cat([torch.logsumexp(part, dim=-1) for part in torch.split(logits, _ROWS_AT_ONCE)])
     largest = _reduced(local, dist.ReduceOp.MAX)
     # exp(0) and log(1) are exact, so one rank gives `local` unchanged
     total = largest + _reduced(torch.exp(local - largest), dist.ReduceOp.SUM).log()

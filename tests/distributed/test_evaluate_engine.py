@@ -35,7 +35,8 @@ LAYOUTS = {
     4: {
         "tp2-pp2": ["parallel={tensor: 2, sequence: true, pipeline: 2}"],
         "pp2-vpp2-dp2": ["parallel={pipeline: 2, virtual_pipeline: 2}"],
-        "tp4": ["parallel={tensor: 4}"],
+        "tp2-sp-dp2": ["parallel={tensor: 2, sequence: true}"],
+        "tp2-pp2-head-alone": ["parallel={tensor: 2, pipeline: 2, pipeline_layout: [4, 0]}"],
     },
 }
 GREEDY = GenerationOptions(max_new_tokens=NEW_TOKENS)
@@ -71,7 +72,7 @@ def evaluate(base: str, families: Sequence[str], layouts: dict[str, list[str]]) 
         for name, overrides in layouts.items()
     }
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        words = ["generate", f"{base}/{families[0]}", *list(layouts.values())[0], "--tokenizer", "null:101"]
+        words = ["generate", f"{base}/{families[0]}", *next(iter(layouts.values())), "--tokenizer", "null:101"]
         assert main([*words, "--prompt", "5 6 7", "--max-new-tokens", "4", "--json"]) == 0
     return answers, printed.getvalue()
 
@@ -108,7 +109,7 @@ def answers(checkpoints: Path) -> dict[str, Any]:
 def _answers(checkpoints: Path, families: Sequence[str], sizes: Sequence[int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for size in sizes:
-        by_rank = run_ranks(size, evaluate, str(checkpoints), families, LAYOUTS[size])
+        by_rank = run_ranks(size, evaluate, str(checkpoints), families, LAYOUTS[size], timeout=1200)
         answers, printed = zip(*by_rank, strict=True)
         assert all(answer == answers[0] for answer in answers), "every rank has the answers"
         assert not any(printed[1:]), "only rank 0 prints"
