@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import json
@@ -341,7 +342,12 @@ def _harness_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's reports away: stdout belongs to the command's own output."""
+    """Keep the harness's reports and bars away: stdout belongs to the command, stderr to its own progress bar."""
+    from lm_eval.api import task as harness_tasks
+
+    # TQDM_DISABLE has no effect where torch has imported tqdm before, and this bar has no switch of its own.
+    bar = harness_tasks.tqdm
+    harness_tasks.tqdm = functools.partial(bar, disable=True)
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub")]
     levels = [one.level for one in loggers]
     for one in loggers:
@@ -350,6 +356,7 @@ def _quiet() -> Iterator[None]:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
     finally:
+        harness_tasks.tqdm = bar
         for one, level in zip(loggers, levels, strict=True):
             one.setLevel(level)
 
