@@ -38,6 +38,7 @@ TOLERANCE = 1e-4  # of a log-likelihood, per token
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="tasks of loglikelihood")
     parser.add_argument("--documents", type=int, default=16, help="documents per task")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=256)
@@ -81,7 +82,7 @@ def measure(folder: Path, checkpoint: Path, options: argparse.Namespace) -> dict
     saved = open_checkpoint(checkpoint)
     tokenizer = load_tokenizer(f"huggingface:{folder}")
     torch.set_num_threads(options.threads)
-    loaded_tasks = LoadedTasks(TaskChoice(names=TASKS, limit=options.documents))
+    loaded_tasks = LoadedTasks(TaskChoice(names=options.tasks.split(","), limit=options.documents))
     theirs = {
         size: HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=size) for size in HF_BATCH_SIZES
     }
