@@ -7,7 +7,7 @@ this process on the same cores, take turns, and get the same tasks from the harn
 rounds. The answers are compared first. `--threads` limits both.
 
     loglikelihood   MMLU, PIQA and BoolQ, cloze and lettered, with five examples
-    generation      greedy, from problems of ASDiv without examples, no stop string
+    generation      greedy, from the beginnings of Wikipedia articles, which a model continues for long
 
 Forward tokens of generation are compared with a scheme that computes the whole text again for each new token, as the
 harness's Megatron backend does.
@@ -33,11 +33,13 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "build" / "evaluate"
 TASKS = [f"{name}_{kind}" for name in ("mmlu", "piqa", "boolq") for kind in ("cloze", "mc")]
 HF_BATCH_SIZES = (1, 8)  # the faster one counts
+PROMPT_CHARACTERS = 300
 TOLERANCE = 1e-4  # of a log-likelihood, per token
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="tasks of loglikelihood")
     parser.add_argument("--documents", type=int, default=16, help="documents per task")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=256)
@@ -81,7 +83,7 @@ def measure(folder: Path, checkpoint: Path, options: argparse.Namespace) -> dict
     saved = open_checkpoint(checkpoint)
     tokenizer = load_tokenizer(f"huggingface:{folder}")
     torch.set_num_threads(options.threads)
-    loaded_tasks = LoadedTasks(TaskChoice(names=TASKS, limit=options.documents))
+    loaded_tasks = LoadedTasks(TaskChoice(names=options.tasks.split(","), limit=options.documents))
     theirs = {
         size: HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=size) for size in HF_BATCH_SIZES
     }
@@ -152,8 +154,8 @@ def compare_texts(models: dict[str, Any], engine: Any, tokenizer: Any, options: 
     import orjson
     from lm_eval.api.instance import Instance
 
-    rows = [orjson.loads(line) for line in (DATA / "tasks" / "asdiv.test.jsonl").read_bytes().splitlines()]
-    prompts = [f"{row['query']}\nAnswer:" for row in rows[: options.prompts]]
+    rows = [orjson.loads(line) for line in (DATA / "tasks" / "heldout_wiki.test.jsonl").read_bytes().splitlines()]
+    prompts = [row["text"][:PROMPT_CHARACTERS] for row in rows[: options.prompts]]
 
     def generate(model: Any) -> list[str]:
         arguments = {"until": [], "max_gen_toks": options.new_tokens, "do_sample": False}

@@ -30,7 +30,6 @@ from megatron_cpt.errors import UserError
 from megatron_cpt.evaluate.checkpoint_tokenizer import load_checkpoint_tokenizer
 from megatron_cpt.evaluate.finished_requests import FinishedRequests
 from megatron_cpt.evaluate.harness import BOOTSTRAP_ITERATIONS, SEED, HarnessResults, LoadedTasks, TaskChoice
-from megatron_cpt.evaluate.programs.code_execution import available_isolation
 from megatron_cpt.evaluate.ranks import LeadingEngine
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
@@ -273,7 +272,7 @@ def _config(options: EvaluateOptions, run: RunConfig, tasks: LoadedTasks, engine
         "bootstrap_iterations": BOOTSTRAP_ITERATIONS,
         "max_length": engine.max_length,
         "add_bos": options.add_bos,
-        "code_isolation": available_isolation() if options.allow_code_execution else None,
+        "code_isolation": tasks.code_isolation,
         "overrides": list(options.overrides),
         "parallel": run.parallel.model_dump(mode="json"),
         "precision": run.precision.model_dump(mode="json"),

@@ -22,7 +22,7 @@ import numpy as np
 from megatron_cpt.errors import CptError, UserError, install_command
 from megatron_cpt.evaluate.offline import BUILD_COMMAND, task_folder
 from megatron_cpt.evaluate.offline.scores import token_counter
-from megatron_cpt.evaluate.programs.code_execution import allow_code_execution
+from megatron_cpt.evaluate.programs.code_execution import allow_code_execution, available_isolation
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -87,6 +87,7 @@ class LoadedTasks:
 
     Attributes:
         choice: the tasks as they were asked for.
+        code_isolation: isolation of the programs that tasks run, see `programs`; None if no task runs any.
 
     Raises:
         UserError: the harness is missing, a task is unknown, cannot be loaded, or needs what was not allowed.
@@ -100,6 +101,8 @@ class LoadedTasks:
         for name, task in self._tasks.items():
             _check_task(name, task, choice.allow_code_execution)
             self._set_fewshot(task)
+        runs_programs = any(getattr(task, "UNSAFE_CODE", False) for task in self._tasks.values())
+        self.code_isolation = available_isolation() if runs_programs else None
 
     @property
     def names(self) -> list[str]:

@@ -42,7 +42,7 @@ RUNS = [
 ]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "TP1": (1, []),
-    "TP2 x PP2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "TP3 x PP2": (6, ["parallel.tensor=3", "parallel.pipeline=2"]),  # the model has 9 heads
     "PP2 x DP2": (4, ["parallel.pipeline=2"]),
 }
 

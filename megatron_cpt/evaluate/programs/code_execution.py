@@ -125,9 +125,19 @@ def run_program(
 
 
 def available_isolation() -> str:
-    """Return the isolation that programs get on this machine, see `Outcome`."""
+    """Return the isolation that programs get on this machine, see `Outcome`.
+
+    Raises:
+        UserError: not even an empty program runs here.
+    """
     with allow_code_execution():
-        return run_program("pass").isolation
+        outcome = run_program("pass")
+    if not outcome.passed:
+        raise UserError(
+            f"programs cannot run in the sandbox on this machine: an empty one {outcome.reason}; remove the tasks that "
+            "run programs"
+        )
+    return outcome.isolation
 
 
 def read_report(descriptor: int, deadline: float) -> bytes:

@@ -32,6 +32,7 @@ PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
 READ_ANY_FILE = 1 << 2  # CAP_DAC_READ_SEARCH
 CAPABILITY_VERSION_3 = 0x20080522
 OPEN_FILES = 64
+NOBODY = 65534
 FIRST_UID = 1_000_000_000  # plus the process id: a user that owns no file and no other process
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -50,6 +51,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)
+    os.umask(0o022)
     report = limits["report"]
     privileged = os.geteuid() == 0
     try:
@@ -128,17 +130,24 @@ def drop_privileges(privileged: bool, kept: int = 0) -> None:
         kept: bits of capabilities that root keeps: Python may be installed where only root can read.
     """
     if privileged:
-        user = FIRST_UID + os.getpid()
         with contextlib.suppress(PermissionError):
             os.setgroups([])
-        os.chown(".", user, user)
         check(LIBC.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0))
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
+        try:
+            become(FIRST_UID + os.getpid())
+        except OSError:  # a container without root's rights may map few users
+            become(NOBODY)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     rights = kept if privileged else 0
     check(LIBC.capset(header, (ctypes.c_uint32 * 6)(rights, rights)))  # effective, permitted, inheritable; twice
     check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def become(user: int) -> None:
+    """Change to a user, who then owns the current folder."""
+    os.chown(".", user, user)
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
 
 
 def run_init(source: bytes, limits: dict[str, Any], privileged: bool) -> int:

@@ -218,6 +218,23 @@ def wait_until(condition) -> None:
         time.sleep(0.05)
 
 
+def test_a_sandbox_that_does_not_work_is_reported(monkeypatch, tmp_path):
+    assert code_execution.available_isolation() in ("namespaces", "audit hook")
+    broken = tmp_path / "child.py"
+    broken.write_text("raise OSError")
+    monkeypatch.setattr(code_execution, "CHILD", broken)
+    with pytest.raises(UserError, match="programs cannot run in the sandbox on this machine"):
+        code_execution.available_isolation()
+
+
+def test_a_strict_umask_does_not_hide_python():
+    before = os.umask(0o077)
+    try:
+        assert run("import json").passed
+    finally:
+        os.umask(before)
+
+
 def test_the_isolation_is_named(namespaces):
     assert run("pass", try_namespaces=True).isolation == "namespaces"
     assert run("pass", try_namespaces=False).isolation == "audit hook"
