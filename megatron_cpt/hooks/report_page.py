@@ -21,8 +21,8 @@ _MAX_SHARE = 0.01  # of a run's time that its reports may take
 class ReportPage(Hook):
     """Writer of report.html on the main rank, after validations and when the process ends, also after an error.
 
-    A page that cannot be written is one warning; training continues, and later pages are tried. A page that took a second is not written again
-    within 100 seconds, apart from the last one.
+    The first page that cannot be written is a warning; training continues, and later pages are tried. A page that took
+    a second is not written again within 100 seconds, apart from the last one.
     """
 
     def __init__(self) -> None:
