@@ -43,10 +43,25 @@ def write_report(
 
 def write_page(readers: Sequence[RunReader], path: Path) -> None:
     """Write the page of runs that are read with readers of their own; see `write_report`."""
+    check_output(path)
+    write_output(path, html_page(build_page([reader.read() for reader in readers])))
+
+
+def check_output(path: Path) -> None:
+    """Raise UserError if a file cannot be at a path."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file, such as {path / REPORT_FILE}")
-    page = html_page(build_page([reader.read() for reader in readers]))
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; create it, or choose another output")
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a report.
+
+    Raises:
+        CptError: it cannot be written.
+    """
     try:
-        write_atomically(path, page)
+        write_atomically(path, text)
     except OSError as error:
         raise CptError(f"{path}: cannot be written: {error.strerror}; choose another output") from error

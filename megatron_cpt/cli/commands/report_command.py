@@ -43,16 +43,18 @@ def report(
 
 
 def _print_markdown(folders: list[Path], output: Path | None) -> None:
-    from megatron_cpt.files.atomic import write_atomically
     from megatron_cpt.report.build_page import build_page
     from megatron_cpt.report.markdown_page import markdown_page
     from megatron_cpt.report.run_record import RunReader
+    from megatron_cpt.report.write_report import check_output, write_output
 
+    if output is not None:
+        check_output(output)
     text = markdown_page(build_page([RunReader(folder).read() for folder in folders]))
     if output is None:
         print(text, end="")
     else:
-        write_atomically(output, text)
+        write_output(output, text)
         print(output)
 
 

@@ -67,6 +67,9 @@ def test_a_page_that_cannot_be_written_is_one_warning(folder, caplog):
         hook.on_end(session(folder))
     assert len(caplog.records) == 1
     assert f"{folder}/report.html cannot be written (UserError: " in caplog.text
+    (folder / "report.html").rmdir()
+    hook.on_end(session(folder))
+    assert (folder / "report.html").is_file()
 
 
 def test_only_the_main_rank_writes(folder):

@@ -317,5 +317,6 @@ def test_the_command_writes_html_or_prints_markdown(tmp_path, capsys):
     assert main(["report", str(one), "--markdown", "--output", str(tmp_path / "page.md")]) == 0
     assert (tmp_path / "page.md").read_text() == text
     assert main(["report", str(one), "--output", str(tmp_path)]) == 2
-    assert main(["report", str(one), "--output", str(tmp_path / "none" / "page.html")]) == 1
+    assert main(["report", str(one), "--output", str(tmp_path / "none" / "page.html")]) == 2
+    assert main(["report", str(one), "--markdown", "--output", str(tmp_path / "none" / "page.md")]) == 2
     assert main(["report", str(one), "--serve", "--markdown"]) == 2
