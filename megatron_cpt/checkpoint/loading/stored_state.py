@@ -8,17 +8,15 @@ argument of it replaces the reader.
 from __future__ import annotations
 
 import contextlib
-import io
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_cpt.checkpoint.torchfile.torch_file import load_torch_file
 from megatron_cpt.checkpoint.torchfile.unpickle import read_metadata
 from megatron_cpt.errors import RefusedError
 
@@ -108,17 +106,11 @@ def _boxes(checkpoint: Path, name: str, entry: TensorStorageMetadata, metadata: 
 
 
 def _read_common(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
-    source: Any = checkpoint / _COMMON_FILE
-    is_in_shard = not source.exists()
-    if is_in_shard:
+    if (checkpoint / _COMMON_FILE).exists():
+        common = load_torch_file(checkpoint / _COMMON_FILE)
+    else:
         place = metadata.storage_data[MetadataIndex(_COMMON_ENTRY)]
-        with open(checkpoint / place.relative_path, "rb") as file:
-            file.seek(place.offset)
-            source = io.BytesIO(file.read(place.length))
-    try:
-        loaded = torch.load(source, map_location="cpu", weights_only=True)  # weights_only: executes nothing
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RefusedError(f"{checkpoint}: {_COMMON_FILE}: refused: {reason}; do not use this checkpoint") from error
-    common: dict[str, Any] = loaded[0] if is_in_shard else loaded
+        (common,) = load_torch_file(checkpoint / place.relative_path, place.offset, place.length)
+    if not isinstance(common, dict):
+        raise RefusedError(f"{checkpoint}: {_COMMON_FILE} holds a {type(common).__name__}, not values by name")
     return common

@@ -18,6 +18,8 @@ from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.system_errors import name_file_in_errors
 
+_MAX_PIECES = 1 << 14  # each pair of pieces is compared
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -52,6 +54,8 @@ class Mosaic:
             raise RefusedError(
                 f"{self.name}: no pieces of shape {self.shape}; the checkpoint is incomplete, copy all of its files"
             )
+        if len(self.pieces) > _MAX_PIECES:
+            raise RefusedError(f"{self.name}: in {len(self.pieces):,} pieces, above the limit of {_MAX_PIECES:,}")
         starts = np.array([piece.offsets for piece in self.pieces], np.int64).reshape(len(self.pieces), len(self.shape))
         sizes = np.array([piece.sizes for piece in self.pieces], np.int64).reshape(starts.shape)
         ends = starts + sizes

@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cpt.checkpoint.saving.torch_save import HashedStream, save_tensor
+from megatron_cpt.checkpoint.torchfile.unpickle import METADATA_FILE
 from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, TensorSpec, column_cuts, row_cuts
-from megatron_cpt.convert.megatron.torch_dist_reader import COMMON_FILE, METADATA_FILE
+from megatron_cpt.convert.megatron.torch_dist_reader import COMMON_FILE
 from megatron_cpt.files.atomic import close_durably
 from megatron_cpt.files.system_errors import name_file_in_errors
 
