@@ -130,12 +130,12 @@ def _open(path: Path, start: int, length: int | None, unpickler: type[_TensorUnp
             with unpickling_errors_as_refused(path):
                 return unpickler(content, places).load()
     except zipfile.BadZipFile as error:
-        _raise_disk_error(error.__context__)  # zipfile hides errors of the disk
+        raise_disk_error(error.__context__)  # zipfile hides errors of the disk
         raise RefusedError(
             f"{path}: not a file of torch.save ({error}): damaged, or written before torch 1.6; load and save it again"
         ) from error
     except (KeyError, ValueError, NotImplementedError, struct.error, OSError) as error:
-        _raise_disk_error(error)
+        raise_disk_error(error)
         raise RefusedError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from error
 
 
@@ -163,7 +163,7 @@ def load_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         return load(found)
 
 
-def _raise_disk_error(error: BaseException | None) -> None:
+def raise_disk_error(error: BaseException | None) -> None:
     """Raise errors of the disk; EINVAL (an impossible position) is a fault of the file instead."""
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         raise error

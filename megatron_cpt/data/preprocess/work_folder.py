@@ -120,4 +120,5 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
         saved: dict[str, Any] = orjson.loads((folder / STATE_FILE).read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return None
-    return saved
+    is_valid = isinstance(saved, dict) and all(isinstance(saved.get(key), dict) for key in ("state", "lengths"))
+    return saved if is_valid and all(type(n) is int and 0 <= n < 2**63 for n in saved["lengths"].values()) else None

@@ -108,6 +108,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content: Any = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"tokenizer {path}: cannot be read as JSON: {error}") from error
     return content if isinstance(content, dict) else {}
