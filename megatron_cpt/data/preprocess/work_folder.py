@@ -121,4 +121,4 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
     except (OSError, orjson.JSONDecodeError):
         return None
     is_valid = isinstance(saved, dict) and all(isinstance(saved.get(key), dict) for key in ("state", "lengths"))
-    return saved if is_valid and all(type(n) is int and 0 <= n < 2**63 for n in saved["lengths"].values()) else None
+    return saved if is_valid and all(type(n) is int and 0 <= n < 2**60 for n in saved["lengths"].values()) else None

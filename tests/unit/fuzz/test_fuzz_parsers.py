@@ -37,7 +37,22 @@ NAMES = [
     *("pytorch_model.bin", "tokenizer.json", "tokenizer_config.json", "preprocess state.json"),
     *("preprocess settings.json", "convert journal"),
 ]
-CRASHES: list[tuple[str, bytes]] = []
+CRASHES = [
+    ("run.yaml", b'a: !!int ""'),
+    ("run.yaml", b'"\\ud800": 1'),
+    ("run.yaml", b'output: "a\\0b"'),
+    ("run.yaml", b"seq_length: 1:04"),
+    ("index.json", b'{"weight_map": {"a": "\\ud922"}}'),
+    ("index.json", b'{"weight_map": {"a": "' + b"x" * 300 + b'"}}'),
+    ("tokenizer_config.json", b'{"eos_token": "\\ud800"}'),
+    ("preprocess state.json", b"3"),
+    ("preprocess state.json", b'{"state": {}}'),
+    ("preprocess state.json", b'{"state": {}, "lengths": {"0.tokens": "x"}}'),
+    ("convert journal", b"3\n"),
+    ("metrics.jsonl", b'3\n{"step": {}, "samples_by_source": 1}\n'),
+    ("plans.jsonl", b'{"after_step": 0, "state": null, "run": {}, "plan": {}, "data_fingerprints": {"web": 0.5}}\n'),
+    ("config.json", b'{"model_type": "llama", "num_hidden_layers": 10000000}'),
+]
 
 
 def _read(target: Target, content: bytes) -> None:
