@@ -18,6 +18,6 @@ class TerminalConsole(Console):
         super().__init__(markup=False, highlight=False, **options)
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
-        """Return the segments of a renderable; only rich's own control sequences stay as they are."""
+        """Return the segments of a renderable; rich's own control sequences are kept."""
         for segment in super().render(*arguments, **options):
             yield segment if segment.control else segment._replace(text=escape(segment.text))
