@@ -32,6 +32,7 @@ from megatron_cpt.cli.commands.trace_command import trace
 from megatron_cpt.cli.commands.train_command import train
 from megatron_cpt.cli.missing_package import describe_missing_package
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_USER, CptError
+from megatron_cpt.files.terminal import escaped_output
 
 __all__ = ["app", "main"]
 
@@ -79,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, see `megatron_cpt.errors`. An unexpected exception is not caught and keeps its traceback.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with escaped_output():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: list[str]) -> int:
     try:
         app(args=repeat_options(arguments), prog_name="megatron-cpt")
     except CptError as error:
@@ -89,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = describe_missing_package(error)
         if advice is None:
             raise
-        print(f"megatron-cpt {arguments[0]}: {advice}", file=sys.stderr)
+        print(f"megatron-cpt {_name(arguments)}: {advice}", file=sys.stderr)
         return EXIT_USER
     except OSError as error:
         if error.errno is None:
@@ -97,6 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"megatron-cpt: error: {place}{error.strerror}", file=sys.stderr)
         return EXIT_FAILURE
+    except MemoryError:
+        print(f"megatron-cpt: error: out of memory; give {_name(arguments)} more, or a smaller input", file=sys.stderr)
+        return EXIT_FAILURE
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def _name(arguments: Sequence[str]) -> str:
+    return arguments[0] if arguments else "the command"

@@ -21,11 +21,11 @@ def encoding_progress() -> Iterator[tuple[Progress, Notify]]:
         The `progress` and `notify` of `PreprocessOptions`.
     """
     from rich import progress as rich_progress
-    from rich.console import Console
 
     from megatron_cpt.config import format_count
+    from megatron_cpt.views.terminal_console import TerminalConsole
 
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = TerminalConsole(stderr=True)
     columns = (
         rich_progress.BarColumn(),
         rich_progress.TextColumn("{task.percentage:.0f}% {task.fields[found]}", markup=False),

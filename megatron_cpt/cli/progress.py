@@ -19,9 +19,10 @@ def progress_bar(what: str, total: int | None = None, *, is_bytes: bool = False)
         advance(amount since the last call, new total or None), which any thread may call.
     """
     from rich import progress
-    from rich.console import Console
 
-    console = Console(stderr=True, markup=False, highlight=False)
+    from megatron_cpt.views.terminal_console import TerminalConsole
+
+    console = TerminalConsole(stderr=True)
     columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn()]
     columns += [progress.DownloadColumn(), progress.TransferSpeedColumn()] if is_bytes else []
     columns.append(progress.TimeRemainingColumn())

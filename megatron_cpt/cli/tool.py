@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from megatron_cpt.errors import EXIT_OK, CptError
+from megatron_cpt.files.terminal import escaped_output
 
 
 def run_tool(tool: Callable[[], None]) -> int:
@@ -14,9 +15,10 @@ def run_tool(tool: Callable[[], None]) -> int:
     Returns:
         The exit status, see `megatron_cpt.errors`. An unexpected exception is not caught and keeps its traceback.
     """
-    try:
-        tool()
-    except CptError as error:
-        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
-        return error.exit_status
+    with escaped_output():
+        try:
+            tool()
+        except CptError as error:
+            print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+            return error.exit_status
     return EXIT_OK

@@ -10,6 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_cpt.config.quantities import Section
 
+MAX_LAYERS = 10_000  # lists and checks have an entry per layer
+MAX_SIZE = 2**31 - 1  # of a dimension: ids and sizes of tensors are int32 in many kernels
+
 
 class Activation(StrEnum):
     """Nonlinearity of the MLP."""
@@ -62,7 +65,7 @@ class RopeScaling(Section):
     """`llama3`: wavelengths above `original_max_positions` divided by this are scaled by the full factor."""
     high_freq_factor: float = Field(4.0, gt=0)
     """`llama3`: wavelengths below `original_max_positions` divided by this stay unchanged."""
-    original_max_positions: int = Field(8192, gt=0)
+    original_max_positions: int = Field(8192, gt=0, le=MAX_SIZE)
     """`llama3`: context length of pretraining, in tokens."""
 
 
@@ -71,25 +74,25 @@ class ModelConfig(Section):
 
     preset: str | None = None
     """Preset of fields (nemotron4_15b, llama3_8b, tiny_nemotron, ...); null takes none."""
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=MAX_LAYERS)
     """Transformer layers."""
-    hidden: int = Field(gt=0)
+    hidden: int = Field(gt=0, le=MAX_SIZE)
     """Width of the residual stream."""
-    ffn_hidden: int = Field(gt=0)
+    ffn_hidden: int = Field(gt=0, le=MAX_SIZE)
     """Width inside the MLP; of one branch in a gated MLP."""
-    heads: int = Field(gt=0)
+    heads: int = Field(gt=0, le=MAX_SIZE)
     """Query heads."""
-    kv_groups: int | None = Field(None, gt=0)
+    kv_groups: int | None = Field(None, gt=0, le=MAX_SIZE)
     """Key/value groups (GQA); null means one per head."""
-    head_dim: int | None = Field(None, gt=0)
+    head_dim: int | None = Field(None, gt=0, le=MAX_SIZE)
     """Size of one head; null means hidden / heads."""
-    vocab: int = Field(gt=0)
+    vocab: int = Field(gt=0, le=MAX_SIZE)
     """Token ids of the tokenizer."""
-    vocab_multiple: int = Field(128, gt=0)
+    vocab_multiple: int = Field(128, gt=0, le=MAX_SIZE)
     """Multiple to which the vocabulary is padded; independent of `parallel.tensor`, so checkpoints can be resharded."""
     padding_in_softmax: bool = False
     """Let the rows of this padding take part in the softmax of the loss, as Megatron-LM does; for comparisons only."""
-    max_positions: int | None = Field(None, gt=0)
+    max_positions: int | None = Field(None, gt=0, le=MAX_SIZE)
     """Longest sequence of pretraining, for conversion and warnings only; null means unknown."""
     activation: Annotated[Activation, BeforeValidator(_member_of(Activation, ACTIVATION_NAMES))] = (
         Activation.SQUARED_RELU

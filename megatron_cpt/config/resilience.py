@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from megatron_cpt.config.quantities import Duration, Section
-
-
-def _word_off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML 1.1 reads `off` without quotes as false
 
 
 class SpikeConfig(Section):
     """Reaction to a loss far above the previous losses."""
 
-    action: Annotated[Literal["off", "warn", "skip", "stop"], BeforeValidator(_word_off)] = "warn"
+    action: Literal["off", "warn", "skip", "stop"] = "warn"
     """`warn` records the spike, `skip` also skips the update, `stop` also ends the run without saving."""
     sigma: float = Field(6.0, gt=0)
     """Threshold in standard deviations above the mean loss of the window."""

@@ -134,6 +134,8 @@ def _replace(data: Any, path: Path) -> Path:
         The path that was replaced. It is shorter than `path` if the data has no such entry: `warmup: -1` is short for
         `warmup: {steps: -1}`, so the path `schedule.warmup.steps` becomes `schedule.warmup`.
     """
+    if not path:  # a rule over the whole file
+        return path
     *parents, key = path
     holder = data
     for parent in parents:

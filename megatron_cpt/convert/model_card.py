@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import yaml
 
 from megatron_cpt import __version__
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused, read_json, read_saved_run
 from megatron_cpt.config import format_count
+from megatron_cpt.config.yamlfile import dump_yaml, parse_yaml
 from megatron_cpt.convert.side_files import HF_FOLDER
-from megatron_cpt.errors import CptError, RefusedError
+from megatron_cpt.errors import ConfigError, CptError, RefusedError
 from megatron_cpt.files.whole_io import read_file, read_text, write_content
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def describe_training(saved: SavedRun, kept: Mapping[str, Any]) -> str:
     origin = f"continued from `{base.hub_name or base.path}`" if base is not None else "trained from random weights"
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        dump_yaml(front).rstrip(),
         "---",
         "",
         f"# {_one_line(saved.run['name'])}",
@@ -154,8 +154,8 @@ def _front_matter(card: str) -> dict[str, Any]:
     """
     found = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
     try:
-        front = yaml.load(found[1], yaml.BaseLoader) if found is not None else None
-    except yaml.YAMLError:
+        front = parse_yaml(found[1], CARD_FILE, schema="text") if found is not None else None
+    except ConfigError:
         return {}
     return {key: front[key] for key in _KEPT_KEYS if front.get(key)} if isinstance(front, dict) else {}
 

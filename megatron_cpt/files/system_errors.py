@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_cpt.errors import CptError
 from megatron_cpt.files.resumable import SETTINGS_FILE
+from megatron_cpt.files.terminal import escape
 
 _TORCH_OUT_OF_MEMORY = "DefaultCPUAllocator: "
 _ADVICE = {
@@ -69,7 +70,8 @@ def print_now(text: str) -> None:
     log`, and the run should still save.
     """
     try:
-        os.write(2, f"{text}\n".encode())  # not print: its buffer may be locked by the code that the signal interrupted
+        # not print: its buffer may be locked by the code that the signal interrupted
+        os.write(2, f"{escape(text)}\n".encode())
     except OSError:
         close_stderr()
 

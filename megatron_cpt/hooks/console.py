@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_cpt.checkpoint.layout import checkpoint_name
@@ -13,6 +12,7 @@ from megatron_cpt.config import format_count
 from megatron_cpt.files.system_errors import close_stderr
 from megatron_cpt.hooks.hook import Hook
 from megatron_cpt.views.evaluation_table import rows_of_metrics
+from megatron_cpt.views.terminal_console import TerminalConsole
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _NOTABLE_WAIT = 0.05  # share of a step from which waiting for data is printed
 
 
-class _LastingConsole(Console):
+class _LastingConsole(TerminalConsole):
     """Console that outlives the reader of its pipe; rich's own console ends the process."""
 
     def on_broken_pipe(self) -> None:
@@ -33,7 +33,7 @@ class ConsoleHook(Hook):
     """One line per report and, on a terminal, a progress bar below; prints on the main rank only."""
 
     def __init__(self) -> None:
-        self._console = _LastingConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._console = _LastingConsole(stderr=True, soft_wrap=True)
         self._progress: Progress | None = None
 
     def on_start(self, session: Session) -> None:
@@ -109,7 +109,7 @@ class ConsoleHook(Hook):
 
     def _print(self, text: str) -> None:
         if self._is_main:
-            self._console.print(text, markup=False)
+            self._console.print(text)
 
 
 def _headline(session: Session) -> str:

@@ -20,7 +20,16 @@ import orjson
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.whole_io import is_regular_file, read_file
-from megatron_cpt.provenance.run_history import Blends, Recorded, Witness, drop_zeros, parse_blends
+from megatron_cpt.provenance.run_history import (
+    MALFORMED,
+    Blends,
+    Recorded,
+    Witness,
+    check_blend_state,
+    check_texts,
+    drop_zeros,
+    parse_blends,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -172,13 +181,18 @@ def _parse_record(run_directory: Path, line: Mapping[str, Any]) -> PlanRecord:
     origin = f"{run_directory / FILE_NAME}, after step {step}"
     try:
         blends = parse_blends(line["run"], line["plan"], origin)
-        return PlanRecord(step, line["state"], blends, line["data_fingerprints"])
-    except (KeyError, TypeError, ValueError) as error:
+        state, fingerprints = line["state"], line["data_fingerprints"]
+        if state is not None:
+            check_blend_state(state)
+        check_texts(fingerprints)
+        return PlanRecord(step, state, blends, fingerprints)
+    except MALFORMED as error:
         raise RefusedError(f"{origin}: not the plan of a run ({error!r}); restore the file from a copy") from error
 
 
 def _end_before(record: PlanRecord) -> Witness:
     """Return the recorded state before a plan, which is the end of the previous plan."""
-    assert record.state is not None, "only the start of a run has no state"
+    if record.state is None:
+        raise RefusedError(f"{record.blends.origin}: has no state of the blend; restore the file from a copy")
     step, state = record.after_step, record.state
     return Witness(f"{FILE_NAME}, step {step}", step, drop_zeros(state["counts"]), state)

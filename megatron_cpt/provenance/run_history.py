@@ -21,6 +21,8 @@ ANOMALIES_FILE = "anomalies.jsonl"
 EVENTS_FILE = "events.jsonl"
 """File with a line per start and per planned stop of the run's processes; a start without a stop was killed or failed.
 """
+MALFORMED = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError)
+"""Errors that plain values of a wrong shape or type cause where they are used."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,12 @@ def read_counts(run_directory: Path, after_step: int, step: int) -> tuple[Witnes
         for raw in file:
             try:
                 line = orjson.loads(raw)
-            except ValueError:
-                continue  # cut off when the process was killed
-            if "samples_by_source" not in line or line["step"] <= after_step:
+                recorded_step, counts = int(line["step"]), drop_zeros(line["samples_by_source"])
+            except MALFORMED:
+                continue  # cut off when the process was killed, or a line of another kind
+            if recorded_step <= after_step:
                 continue
-            counts = drop_zeros(line["samples_by_source"])
-            witness = Witness(f"{METRICS_FILE}, step {line['step']}", int(line["step"]), counts)
+            witness = Witness(f"{METRICS_FILE}, step {recorded_step}", recorded_step, counts)
             if witness.step >= step:
                 return before, witness
             before = witness
@@ -169,12 +171,31 @@ def drop_zeros(counts: Mapping[str, Any]) -> dict[str, int]:
     return {str(name): int(count) for name, count in counts.items() if count}
 
 
+def check_blend_state(state: Any) -> None:
+    """Raise one of `MALFORMED` unless plain values are a state of the blend."""
+    for name in ("counts", "counts_at_blend_start"):
+        if any(type(count) is not int or not 0 <= count < 2**62 for count in state[name].values()):
+            raise ValueError(f"{name} holds something other than counts")
+    kinds = {"sample": int, "phase": str, "weights": dict}
+    wrong = [name for name, kind in kinds.items() if type(state[name]) is not kind]
+    if wrong:
+        raise TypeError(f"{', '.join(wrong)}: of another type than the state of a blend has")
+
+
+def check_texts(values: Any) -> None:
+    """Raise one of `MALFORMED` unless plain values are texts by name."""
+    if not all(isinstance(text, str) for text in values.values()):
+        raise TypeError("holds something other than texts")
+
+
 def _read_checkpoint(path: Path) -> Recorded:
     saved = read_saved_run(path)
     try:
         train = saved.state["train"]
+        check_blend_state(train["data"])
+        check_texts(saved.state["data_fingerprints"])
         return Recorded(path, int(train["step"]), saved.run, train["data"], saved.state["data_fingerprints"])
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise RefusedError(f"{path / layout.STATE_FILE}: not the state of a run ({error!r})") from error
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import IO
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,9 @@ from megatron_cpt.planning.cost.memory import GIB
 from megatron_cpt.planning.run_plan import RunPlan
 from megatron_cpt.planning.timeline.epochs import REPEAT_LIMIT
 from megatron_cpt.planning.timeline.schedule import Schedule
+from megatron_cpt.views.terminal_console import TerminalConsole
+
+_MOST_SOURCES = 200  # per phase; rich takes a millisecond per row
 
 
 def render_plan(plan: RunPlan, stream: IO[str]) -> None:
@@ -26,12 +30,12 @@ def render_plan(plan: RunPlan, stream: IO[str]) -> None:
 
 def print_parts(stream: IO[str], parts: Iterable[RenderableType], *, width: int = 120) -> None:
     """Print tables and texts: in color and full width on a terminal, else plain and `width` characters wide."""
-    console = Console(file=stream, markup=False, highlight=False)
+    console = TerminalConsole(file=stream)
     if console.is_terminal:
         console.print(*parts, sep="\n")
         return
     text = io.StringIO()
-    Console(file=text, markup=False, highlight=False, width=width).print(*parts, sep="\n")
+    TerminalConsole(file=text, width=width).print(*parts, sep="\n")
     stream.writelines(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
@@ -134,17 +138,24 @@ def _phases(plan: RunPlan) -> Table:
 def _sources(plan: RunPlan) -> Table:
     table = _table("phase", "source", "weight", "samples", "tokens", "epochs", "limit")
     for phase in plan.phases:
-        for number, (name, use) in enumerate(phase.sources.items()):
+        for number, (name, use) in enumerate(islice(phase.sources.items(), _MOST_SOURCES)):
             title, weight, tokens = phase.name if number == 0 else "", f"{use.weight:.4f}", format_count(use.tokens)
             table.add_row(title, name, weight, f"{use.samples:,}", tokens, _epochs(use.epochs), "")
+        _add_rest(table, len(phase.sources))
         table.add_section()
-    for number, (name, total) in enumerate(plan.sources.items()):
+    for number, (name, total) in enumerate(islice(plan.sources.items(), _MOST_SOURCES)):
         label = Text("whole run" if number == 0 else "", style="bold")
         limit = "" if total.max_epochs is None else f"{total.max_epochs:g}"
         tokens = f"{format_count(total.tokens)} of {format_count(total.size or 0)}"
         share = f"{total.tokens / plan.tokens_trained:.4f}"
         table.add_row(label, name, share, f"{total.samples:,}", tokens, _epochs(total.epochs), limit)
+    _add_rest(table, len(plan.sources))
     return table
+
+
+def _add_rest(table: Table, num_sources: int) -> None:
+    if num_sources > _MOST_SOURCES:
+        table.add_row("", f"and {num_sources - _MOST_SOURCES:,} more: --json lists all of them")
 
 
 def _table(*headers: str) -> Table:

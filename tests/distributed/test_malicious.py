@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_cpt.checkpoint.manifest import digest, manifest_text
-from megatron_cpt.checkpoint.torchfile.unpickle import load_plain
+from megatron_cpt.checkpoint.torchfile.unpickle import read_metadata
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, train_here
 
@@ -42,8 +42,7 @@ def _write_common(checkpoint: Path, bomb: Bomb) -> None:
 
 def _write_shards(checkpoint: Path, bomb: Bomb) -> None:
     """Write the bomb over every entry that is long enough to hold it."""
-    with open(checkpoint / ".metadata", "rb") as file:
-        entries = load_plain(file).storage_data.values()
+    entries = read_metadata(checkpoint).storage_data.values()
     content = _saved(bomb)
     for entry in entries:
         if entry.length >= len(content):

@@ -15,7 +15,7 @@ import pytest
 from megatron_cpt.backend import Ranks, process_groups
 from megatron_cpt.checkpoint.layout import LATEST_FILE, checkpoints_folder
 from megatron_cpt.checkpoint.manifest import FileDigest, manifest_text, read_manifest
-from megatron_cpt.checkpoint.torchfile.unpickle import load_plain
+from megatron_cpt.checkpoint.torchfile.unpickle import read_metadata
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.prepare import PreparedRun, prepare_run
 from tests.helpers.checkpoints import differing
@@ -214,8 +214,7 @@ def test_a_path_that_climbs_out_of_the_folder_is_refused(two_saved: Path, tmp_pa
     assert "../plan.json: not a file of this folder" in warning
 
     checkpoint = newest(in_metadata)
-    with open(checkpoint / ".metadata", "rb") as file:
-        metadata = load_plain(file)
+    metadata = read_metadata(checkpoint)
     for entry in metadata.storage_data.values():
         shutil.copy(checkpoint / entry.relative_path, tmp_path / entry.relative_path)
         entry.relative_path = os.path.relpath(tmp_path / entry.relative_path, checkpoint)

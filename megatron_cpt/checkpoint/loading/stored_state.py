@@ -8,21 +8,19 @@ argument of it replaces the reader.
 from __future__ import annotations
 
 import contextlib
-import io
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_cpt.checkpoint.torchfile.torch_file import load_torch_file
 from megatron_cpt.checkpoint.torchfile.unpickle import read_metadata
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.retry import is_path_error
-from megatron_cpt.files.whole_io import DiskFile, exists, read_file
+from megatron_cpt.files.whole_io import exists
 
 _COMMON_FILE = "common.pt"  # written by megatron-core up to 0.18
 _COMMON_ENTRY = "common_state/shard_0_1"  # the same values in a shard, written by megatron-core 0.19
@@ -116,20 +114,11 @@ def _boxes(checkpoint: Path, name: str, entry: TensorStorageMetadata, metadata: 
 
 
 def _read_common(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
-    path = checkpoint / _COMMON_FILE
-    is_in_shard = not exists(path)
-    if is_in_shard:
-        place = metadata.storage_data[MetadataIndex(_COMMON_ENTRY)]
-        with DiskFile(checkpoint / place.relative_path) as file:
-            content = file.read_at(place.offset, place.length)
+    if exists(checkpoint / _COMMON_FILE):
+        common = load_torch_file(checkpoint / _COMMON_FILE)
     else:
-        content = read_file(path)
-    try:
-        loaded = torch.load(
-            io.BytesIO(content), map_location="cpu", weights_only=True
-        )  # weights_only: executes nothing
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RefusedError(f"{checkpoint}: {_COMMON_FILE}: refused: {reason}; do not use this checkpoint") from error
-    common: dict[str, Any] = loaded[0] if is_in_shard else loaded
+        place = metadata.storage_data[MetadataIndex(_COMMON_ENTRY)]
+        (common,) = load_torch_file(checkpoint / place.relative_path, place.offset, place.length)
+    if not isinstance(common, dict):
+        raise RefusedError(f"{checkpoint}: {_COMMON_FILE} holds a {type(common).__name__}, not values by name")
     return common

@@ -15,6 +15,7 @@ Format: torch/serialization.py and caffe2/serialize/inline_container.h of PyTorc
 
 from __future__ import annotations
 
+import builtins
 import errno
 import io
 import math
@@ -31,10 +32,17 @@ from typing import IO, Any
 import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
-from megatron_cpt.checkpoint.torchfile.unpickle import PLAIN_BUILTINS
+from megatron_cpt.checkpoint.torchfile.unpickle import (
+    MAX_PICKLE_BYTES,
+    PLAIN_BUILTINS,
+    BoundedUnpickler,
+    modern_name,
+    unpickling_errors_as_refused,
+)
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.whole_io import DiskFile
 
+_MAX_DIMENSIONS = 64  # of torch
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 _STORAGES = {
@@ -97,6 +105,20 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         RefusedError: the file is damaged, has torch's format before 1.6, or its pickle needs more than tensors.
         OSError: the file cannot be read.
     """
+    return _open(path, start, length, _TensorUnpickler)
+
+
+def check_torch_file(path: Path) -> None:
+    """Refuse a file whose pickle `open_torch_file` would refuse, except that its tensors may have any strides.
+
+    Raises:
+        RefusedError: as `open_torch_file`.
+        OSError: the file cannot be read.
+    """
+    _open(path, 0, None, _Checker)
+
+
+def _open(path: Path, start: int, length: int | None, unpickler: type[_TensorUnpickler]) -> Any:
     length = path.stat().st_size - start if length is None else length
     try:
         with io.BufferedReader(_Window(path, start, length)) as file:
@@ -105,20 +127,44 @@ def open_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
             places = _ArchiveRecords(path, file, start, length, records)
             if "byteorder" in records and places.read("byteorder") != b"little":
                 raise RefusedError(f"{path}: big-endian data is not supported; save it on a little-endian machine")
-            return _TensorUnpickler(io.BytesIO(places.read("data.pkl")), places).load()
+            content = places.read("data.pkl")
+            with unpickling_errors_as_refused(path):
+                return unpickler(content, places).load()
     except zipfile.BadZipFile as error:
-        _raise_disk_error(error.__context__)  # zipfile hides errors of the disk
+        raise_disk_error(error.__context__)  # zipfile hides errors of the disk
         raise RefusedError(
             f"{path}: not a file of torch.save ({error}): damaged, or written before torch 1.6; load and save it again"
         ) from error
-    except pickle.UnpicklingError as error:
-        raise RefusedError(f"{path}: refused: {str(error).splitlines()[0]}; do not use this file") from error
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, EOFError, struct.error, OSError) as error:
-        _raise_disk_error(error)
+    except (KeyError, ValueError, NotImplementedError, struct.error, OSError) as error:
+        raise_disk_error(error)
         raise RefusedError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from error
 
 
-def _raise_disk_error(error: BaseException | None) -> None:
+def load_torch_file(path: Path, start: int = 0, length: int | None = None) -> Any:
+    """Return what was saved, with its tensors in memory; see `open_torch_file`.
+
+    Raises:
+        RefusedError: also if the file holds objects of other types than plain values and tensors.
+        OSError: the file cannot be read.
+    """
+
+    def load(value: Any) -> Any:
+        if isinstance(value, StoredTensor):
+            return value.read()
+        if isinstance(value, Inert) or (isinstance(value, type) and issubclass(value, Inert)):
+            raise RefusedError(f"{path}: refused: it holds {value.origin}, which no checkpoint needs; do not use it")
+        if isinstance(value, dict):
+            return type(value)((load(key), load(entry)) for key, entry in value.items())
+        if isinstance(value, list | tuple | set | frozenset):
+            return type(value)(map(load, value))
+        return value
+
+    found = open_torch_file(path, start, length)
+    with unpickling_errors_as_refused(path):  # a container that contains itself
+        return load(found)
+
+
+def raise_disk_error(error: BaseException | None) -> None:
     """Raise errors of the disk; EINVAL (an impossible position) is a fault of the file instead."""
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         raise error
@@ -188,6 +234,8 @@ class _ArchiveRecords:
     def read(self, name: str) -> bytes:
         """Return the content of a record that is not a storage."""
         at, length = self.find(name)
+        if length > MAX_PICKLE_BYTES:
+            raise ValueError(f"{name} has {length} bytes, above the limit of {MAX_PICKLE_BYTES}")
         self.file.seek(at)
         return self.file.read(length)
 
@@ -202,11 +250,11 @@ class _Storage:
         raise pickle.UnpicklingError("it wants to change the place of a storage")
 
 
-class _TensorUnpickler(pickle.Unpickler):
+class _TensorUnpickler(BoundedUnpickler):
     """Unpickler that builds stored tensors, plain values and inert records."""
 
-    def __init__(self, file: Any, places: _ArchiveRecords) -> None:
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, data: bytes, places: _ArchiveRecords) -> None:
+        super().__init__(data, encoding="utf-8")
         self._places = places
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -219,6 +267,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in for a name in the pickle; only plain types stand for themselves."""
+        module = modern_name(module)
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
@@ -234,14 +283,16 @@ class _TensorUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "builtins" and name in PLAIN_BUILTINS:
-            return super().find_class(module, name)
+            return getattr(builtins, name)
         if module.partition(".")[0] in _KNOWN_PACKAGES:
             return type(name, (Inert,), {"origin": f"{module}.{name}"})
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
 
     def _tensor(
         self, storage: _Storage, offset: int, shape: Sequence[int], stride: Sequence[int], *_: Any
     ) -> StoredTensor:
+        if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and size < 1 << 62 for size in (*shape, offset)):
+            raise ValueError("a tensor without a valid shape")
         start = storage.offset + offset * storage.dtype.itemsize
         found = StoredTensor(self._places.path, start, tuple(shape), storage.dtype)
         step, numel = 1, math.prod(shape)
@@ -253,3 +304,10 @@ class _TensorUnpickler(pickle.Unpickler):
         if offset < 0 or min(shape, default=0) < 0 or is_beyond_end:
             raise ValueError(f"a tensor of shape {tuple(shape)} is larger than its bytes")
         return found
+
+
+class _Checker(_TensorUnpickler):
+    """Unpickler that builds no tensors."""
+
+    def _tensor(self, *_: Any) -> Any:
+        return None

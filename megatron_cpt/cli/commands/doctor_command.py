@@ -46,8 +46,9 @@ def doctor(
 
 def _render(diagnoses: Sequence[Diagnosis], out: TextIO) -> None:
     """Print a table of the checks, with cost and fix below each finding."""
-    from rich.console import Console
     from rich.table import Table
+
+    from megatron_cpt.views.terminal_console import TerminalConsole
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -56,7 +57,7 @@ def _render(diagnoses: Sequence[Diagnosis], out: TextIO) -> None:
     for diagnosis in diagnoses:
         lines = [line for line in (diagnosis.found, diagnosis.cost, diagnosis.way_out) if line]
         table.add_row(diagnosis.level.value, diagnosis.check, "\n".join(lines))
-    console = Console(file=out, markup=False, highlight=False, width=None if out.isatty() else 120)
+    console = TerminalConsole(file=out, width=None if out.isatty() else 120)
     console.print(table)
     blocking = sum(diagnosis.level == "blocks" for diagnosis in diagnoses)
     warnings = sum(diagnosis.level == "warning" for diagnosis in diagnoses)

@@ -23,6 +23,7 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLED_SINGLE, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_MAX_NAME_BYTES = 255  # of a file name on Linux
 
 
 class HfFolder:
@@ -103,7 +104,8 @@ class HfFolder:
         A link may leave the folder only as in the Hugging Face cache: snapshots/REVISION/NAME -> ../../blobs/HASH.
         """
         where = f"{index}: names {name!r}" if index else f"{self.path / name}"
-        if not name or "\0" in name or "\\" in name or Path(name).name != name or name in (".", ".."):
+        is_plain = name not in ("", ".", "..") and "\0" not in name and "\\" not in name and Path(name).name == name
+        if not is_plain or len(os.fsencode(name)) > _MAX_NAME_BYTES:
             raise RefusedError(f"{where}, which is not a plain file name; do not use this folder")
         folder, file = self.path.resolve(), Path(os.path.realpath(self.path / name))
         homes = [folder]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 import threading
+import zipfile
 from pathlib import Path
 
 import torch
 
+from megatron_cpt.checkpoint.torchfile.torch_file import check_torch_file, raise_disk_error
 from megatron_cpt.errors import RefusedError
 
 
@@ -45,6 +47,8 @@ class PickledShards:
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
+        if zipfile.is_zipfile(file):
+            check_torch_file(file)  # torch.load builds whatever size a pickle asks for
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
@@ -56,7 +60,10 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         raise RefusedError(
             f"{file}: holds more than tensors, or is corrupt ({reason}); use a safetensors version of the model"
         ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError) as error:
+    except RefusedError:
+        raise
+    except Exception as error:  # damaged bytes can make an unpickler raise anything
+        raise_disk_error(error)
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise RefusedError(f"{file}: cannot be read: {reason}; copy the file again") from error
     if not isinstance(state, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_cpt.files.retry import is_path_error
 from megatron_cpt.files.whole_io import read_file
 
 _MAX_BYTES = 64_000_000  # config.json and the index; the index of a model with 1,000 layers is under 2 MB
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAX_SIZE = 1 << 31  # larger sizes would overflow the shapes that are computed from them
 
 
@@ -47,6 +49,8 @@ def parse_json_object(text: bytes, name: str) -> dict[str, Any]:
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates)
+        if _SURROGATE.search(text):  # half of a pair is no text; a UnicodeEncodeError is a ValueError
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"{name}: not JSON: {error}; is the download complete?") from error
     if not isinstance(value, dict):

@@ -17,6 +17,8 @@ import torch
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.errors import RefusedError
 
+_MAX_PIECES = 1 << 14  # each pair of pieces is compared
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -51,6 +53,8 @@ class Mosaic:
             raise RefusedError(
                 f"{self.name}: no pieces of shape {self.shape}; the checkpoint is incomplete, copy all of its files"
             )
+        if len(self.pieces) > _MAX_PIECES:
+            raise RefusedError(f"{self.name}: in {len(self.pieces):,} pieces, above the limit of {_MAX_PIECES:,}")
         starts = np.array([piece.offsets for piece in self.pieces], np.int64).reshape(len(self.pieces), len(self.shape))
         sizes = np.array([piece.sizes for piece in self.pieces], np.int64).reshape(starts.shape)
         ends = starts + sizes

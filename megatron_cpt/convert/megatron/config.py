@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from megatron_cpt.checkpoint.layout import RUN_FILE, STATE_FILE
@@ -21,7 +20,6 @@ from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER
 from megatron_cpt.convert.mapping.tensors import MosaicWeights
 from megatron_cpt.convert.megatron.torch_dist_reader import newest_iteration
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.files.whole_io import read_text
 
 _CONFIG_FILES = ("run_config.yaml", "../run_config.yaml", "context/model.yaml", "../context/model.yaml")
 _SIZES = {
@@ -126,32 +124,14 @@ def _find_config(path: Path) -> tuple[Path, Mapping[str, Any]]:
     for file in (folder / name for folder in folders for name in _CONFIG_FILES):
         if file.is_file():
             try:
-                data = yaml.load(read_text(file), Loader=_PlainLoader)
-            except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-                raise RefusedError(f"{file}: not YAML: {error}; name the model instead: --model FILE.yaml") from error
+                data = read_mapping(file, schema="untagged")
+            except UserError as error:
+                raise RefusedError(f"{error}; name the model instead: --model FILE.yaml") from error
             for key in ("model", "config", "transformer"):
-                if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+                if isinstance(data.get(key), Mapping):
                     data = {**data, **data[key]}
-            if isinstance(data, Mapping):
-                return file, data
+            return file, data
     raise UserError(f"{path}: stores no config, so its model is unknown; name it: --model PRESET or --model FILE.yaml")
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Loader that replaces a tagged Python object by the plain value below the tag, and builds no object."""
-
-
-def _construct_plain(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> Any:
-    if ":python/name:" in tag:
-        return tag.rpartition(":")[2]  # a function becomes its name
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return node.value
-
-
-_PlainLoader.add_multi_constructor("", _construct_plain)
 
 
 def model_fields(fields: Mapping[str, Any], weights: MosaicWeights, where: object) -> dict[str, Any]:

@@ -9,33 +9,32 @@ Format: torch/distributed/checkpoint/{metadata,filesystem}.py of PyTorch 2.x, me
 
 from __future__ import annotations
 
-import io
 import logging
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_cpt.checkpoint.torchfile.stored_tensor import StoredTensor
 from megatron_cpt.checkpoint.torchfile.torch_file import open_torch_file
-from megatron_cpt.checkpoint.torchfile.unpickle import load_plain
+from megatron_cpt.checkpoint.torchfile.unpickle import METADATA_FILE, read_metadata
+from megatron_cpt.config.model import MAX_LAYERS
 from megatron_cpt.convert.mapping.names import EMBEDDING, local_name
 from megatron_cpt.convert.mapping.tensors import Mosaic, MosaicWeights, Piece
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.whole_io import read_file, read_text
+from megatron_cpt.files.whole_io import read_text
 
 logger = logging.getLogger(__name__)
 
-METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 _COMMON_ENTRY = "common_state/shard_0_1"  # the content of common.pt in a shard, as megatron-core 0.19 writes it
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?(optimizer|optim)\.|rng|rerun_state|opt_param_scheduler")
 _FP8_STATE = ("_extra_state", ".amax_history")  # Transformer Engine's pickle, and the tensors we store instead of it
+_MAX_LAYER_PIECES = 1_000_000  # of all layers of a stacked tensor
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 
 
@@ -59,17 +58,13 @@ class TorchDistWeights(MosaicWeights):
         """
         self.folder = find_torch_dist(path) or path
         self._before_read = before_read
-        metadata_file = self.folder / METADATA_FILE
         try:
-            self._metadata = load_plain(io.BytesIO(read_file(metadata_file)))
-            super().__init__(self.collect())
+            self._metadata = read_metadata(self.folder)
         except FileNotFoundError as error:
-            raise RefusedError(f"{metadata_file}: missing, so this is no torch_dist checkpoint") from error
-        except pickle.UnpicklingError as error:
-            raise RefusedError(f"{metadata_file}: refused: {error}; do not use this checkpoint") from error
-        except (AttributeError, EOFError, ValueError, TypeError, LookupError, OverflowError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise RefusedError(f"{metadata_file}: damaged ({reason}); copy the checkpoint again") from error
+            raise RefusedError(
+                f"{self.folder / METADATA_FILE}: missing, so this is no torch_dist checkpoint"
+            ) from error
+        super().__init__(self.collect())
 
     def common(self) -> Mapping[str, Any]:
         """Return what is stored besides the tensors, such as Megatron-LM's `args`."""
@@ -163,14 +158,8 @@ def _places(metadata: Any) -> dict[tuple[str, tuple[int, ...]], Any]:
 
 
 def _shard_path(folder: Path, info: Any) -> Path:
-    """Return the file that holds an entry; refuse files outside of the folder, missing ones and links."""
-    name = PurePosixPath(info.relative_path)
-    if name.is_absolute() or ".." in name.parts:
-        raise RefusedError(
-            f"{folder}: {METADATA_FILE} names {info.relative_path}, which is outside of the folder; do not use "
-            "this checkpoint"
-        )
-    path = folder / name
+    """Return the file that holds an entry; refuse missing files and links."""
+    path = folder / str(info.relative_path)
     if path.is_symlink() or not path.is_file():
         raise RefusedError(f"{path}: missing, or a link; copy all files of the checkpoint")
     return path
@@ -221,6 +210,8 @@ def _unstack(
     match = _STACKED.fullmatch(name)
     if match is None:
         return [(prefix + name, Mosaic(prefix + name, shape, dtype, pieces))]
+    if not shape or shape[0] > MAX_LAYERS or sum(piece.sizes[0] for piece in pieces) > _MAX_LAYER_PIECES:
+        raise RefusedError(f"{prefix}{name}: shape {shape} has no or too many layers; do not use this checkpoint")
     pieces_by_layer: dict[int, list[Piece]] = defaultdict(list)
     for piece in pieces:
         for index in range(piece.sizes[0]):

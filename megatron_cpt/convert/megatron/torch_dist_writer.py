@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cpt.checkpoint.saving.torch_save import HashedStream, save_tensor
+from megatron_cpt.checkpoint.torchfile.unpickle import METADATA_FILE
 from megatron_cpt.convert.mapping.names import stored_name
 from megatron_cpt.convert.megatron.torch_dist_plan import FilePlan, TensorSpec, column_cuts, row_cuts
-from megatron_cpt.convert.megatron.torch_dist_reader import COMMON_FILE, METADATA_FILE
+from megatron_cpt.convert.megatron.torch_dist_reader import COMMON_FILE
 from megatron_cpt.files.whole_io import DiskFile, write_content
 
 # Modules with FP8 state in Transformer Engine. A converted model has none, but megatron-core expects the entries.

@@ -129,9 +129,12 @@ class IndexedDataset:
 
         Raises:
             IndexError: the document does not exist.
+            RefusedError: the index is damaged.
         """
         start = self.document_start(index)
         end = self.num_tokens if index == self.num_documents - 1 else self.document_start(index + 1)
+        if end < start:
+            raise refuse(f"{self.prefix}.idx", f"starts document {index + 1} before the end of document {index}")
         return self.read(start, end - start)
 
     def document_start(self, index: int) -> int:

@@ -109,6 +109,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content: Any = json.loads(read_file(path))
-    except ValueError as error:
+        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise UserError(f"tokenizer {path}: cannot be read as JSON: {error}") from error
     return content if isinstance(content, dict) else {}

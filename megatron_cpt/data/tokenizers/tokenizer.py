@@ -237,16 +237,18 @@ class HuggingFaceTokenizer(Tokenizer):
         self.content = data = _convert_folder(path) if path.is_dir() and not file.exists() else _read(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises nothing narrower
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self.template = self._read_template()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the library raises nothing narrower; its panics are no Exception
             raise UserError(f"tokenizer {file}: not a tokenizer.json ({error}); give one of {KINDS}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # not the number of ids: they may have gaps
         folder = file.parent if file.name == _JSON_FILE else None
         end = find_document_end(folder, self.token_id)
         self.eod_id, self.eod_note = end.id, end.note
-        self.template = self._read_template()
         is_named, bos = find_special_token(folder, "bos_token")
         self.bos_id = self.token_id(bos) if bos is not None else None
         if not is_named and len(self.template[0]) == 1:

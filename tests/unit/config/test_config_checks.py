@@ -90,7 +90,7 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         ),
         (["batch.ramp_up={start: 2, increment: 2}"], "batch.ramp_up.samples: missing"),
         (
-            ["batch={global: 100_000_000_000_000_000, ramp_up: {start: 2, increment: 2, samples: 1K}}"],
+            ["batch={global: 100000000000000000, ramp_up: {start: 2, increment: 2, samples: 1K}}"],
             "ramp_up grows through more than 1,024 sizes; choose a larger increment",
         ),
         (["batch.ramp_up={start: 0, increment: 2, samples: 9}"], "batch.ramp_up.start: 0: "),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from megatron_cpt.config import dump_yaml, read_mapping
+import megatron_cpt
+from megatron_cpt.config import draft_config, dump_yaml, read_mapping
+from megatron_cpt.config.load_run import apply_overrides
 from megatron_cpt.config.yamlfile import parse_yaml
 from megatron_cpt.errors import ConfigError, UserError
 
@@ -17,6 +22,59 @@ def test_floats_need_no_dot(text):
 @pytest.mark.parametrize("text", ["1e", "e5", "1e5x", "1T"])
 def test_what_only_looks_like_a_float_stays_text(text):
     assert parse_yaml(f"a: {text}", "x") == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("010", 10), ("0o10", 8), ("0x1F", 31), ("-7", -7), ("+7", 7), ("-010", -10), ("1e9", 1e9), ("1.e+2", 100.0)),
+        *((".5", 0.5), ("5.", 5.0), (".inf", float("inf")), ("-.Inf", float("-inf")), ("~", None), ("", None)),
+        *(("Null", None), ("TRUE", True), ("False", False), ("'010'", "010"), ("'yes'", "yes")),
+        *(("2024-01-31", "2024-01-31"), ("y", "y"), ("tRue", "tRue"), ("=", "="), ("0o8", "0o8"), ("1T", "1T")),
+    ],
+)
+def test_plain_values_follow_the_core_schema_of_yaml_1_2(text, value):
+    found = parse_yaml(f"a: {text}", "x")["a"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1_000", "1:04", "1:30.5", "0b11", "-0x1F", "1_0.5", "0_7"])
+def test_a_number_of_yaml_1_1_only_is_refused_with_its_line(text):
+    with pytest.raises(ConfigError, match=rf"{text} is a number in YAML 1\.1 only; .* \(line 2, column 4\)"):
+        parse_yaml(f"b: 1\na: {text}\n", "x")
+
+
+@pytest.mark.parametrize("text", ["yes", "Yes", "NO", "on", "Off"])
+def test_booleans_of_yaml_1_1_are_text(text, run_data):
+    assert parse_yaml(f"a: {text}", "x") == {"a": text}
+    (problem,) = draft_config(run_data, [f"parallel.sequence={text}"]).problems
+    assert problem.startswith(f'parallel.sequence: "{text}": neither true nor false')
+
+
+def test_an_override_obeys_the_same_rules():
+    problems = apply_overrides({}, ["seq_length=1:04", "a=010", "c=!!int 3"])
+    assert [problem.split(":")[0] for problem in problems] == ["'seq_length=1", "'c=!!int 3'"]
+
+
+def test_an_alias_is_a_copy():
+    data = parse_yaml("a: &a {b: [1]}\nc: *a", "x")
+    data["a"]["b"].append(2)
+    assert data["c"] == {"b": [1]}
+
+
+def test_one_module_parses_yaml():
+    package = Path(megatron_cpt.__file__).parent
+    users = [
+        path.name for path in package.rglob("*.py") if re.search(r"^\s*(import|from) yaml", path.read_text(), re.M)
+    ]
+    assert users == ["yamlfile.py"]
+
+
+def test_schemas_for_files_of_other_programs():
+    text = "a: !!python/object/apply:x.y [!!python/tuple [1, 2]]\nb: !!python/name:torch.silu ''\nc: 1.0e-05"
+    assert parse_yaml(text, "x", schema="untagged") == {"a": [[1, 2]], "b": "torch.silu", "c": 1e-5}
+    assert parse_yaml("{a: no, b: 1.10, c: !!int x}", "x", schema="text") == {"a": "no", "b": "1.10", "c": "x"}
 
 
 def test_keys_are_text_whatever_yaml_makes_of_them_as_values():
@@ -34,13 +92,6 @@ def test_duplicate_key_is_an_error_with_its_place():
         parse_yaml("a:\n  b: 1\n  b: 2\n", "x")
 
 
-def test_merged_keys_may_be_overridden():
-    text = "base: &base {tokens: 1, max_epochs: 4}\nweb: {<<: *base, tokens: 2}\ncode: {<<: *base}\n"
-    data = parse_yaml(text, "x")
-    assert data["web"] == {"tokens": 2, "max_epochs": 4}
-    assert data["code"] == {"tokens": 1, "max_epochs": 4}
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -49,10 +100,19 @@ def test_merged_keys_may_be_overridden():
         ("? [a]\n: 1", "a key must be plain text"),
         ("a: " + "9" * 5000, "too large"),
         ("a: 9223372036854775808", "too large"),
-        ("a: 2024-13-45", "month must be in 1..12"),
         ("a: " + "[" * 3000 + "]" * 3000, "not valid YAML"),
         ("a: &x {b: *x}", "remove anchors that contain themselves"),
-        ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("a: !!python/object/apply:os.system [true]", "the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        ('a: !!int ""', "the tag 'tag:yaml.org,2002:int' is not supported"),
+        ("a: !mine b", "the tag '!mine' is not supported"),
+        ("!!str a: b", "a key must be plain text"),
+        (
+            "b: &b {c: 1}\na: {<<: *b}",
+            "merge keys (<<) are not part of YAML 1.2; write the merged keys out (line 2, column 5)",
+        ),
+        ('"\\ud800": 1', "U+D800 is not allowed"),
+        ('a: "b\\0c"', "U+0000 is not allowed"),
+        ('a: "\\U00110000"', "not valid YAML"),
         ("a: \0", "special characters are not allowed"),
     ],
 )
@@ -87,7 +147,10 @@ def test_files_that_are_no_configuration(tmp_path):
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    data = {"rate": 4.5e-05, "tiny": 1e-300, "text": "1e9", "list": [1, None, True], "name": "on: [x] ü"}
+    data = {"rate": 4.5e-05, "tiny": 1e-300, "list": [1, None, True], "name": "on: [x] ü"}
+    data |= {
+        f"text {text}": text for text in ("1e9", "0o17", "010", "yes", "1_000", "1:30", "2024-01-31", ".5", "", "<<")
+    }
     path = tmp_path / "x.yaml"
     path.write_text(dump_yaml(data), encoding="utf-8")
     assert read_mapping(path) == data

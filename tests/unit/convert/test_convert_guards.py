@@ -167,7 +167,7 @@ def test_bridge_config_inside_its_iteration(tmp_path: Path) -> None:
     assert found.rope_scaling is not None
     assert found.rope_scaling.factor == 32.0
     (folder / "run_config.yaml").write_text("{model: [")
-    with pytest.raises(RefusedError, match=r"run_config\.yaml: not YAML"):
+    with pytest.raises(RefusedError, match=r"run_config\.yaml: 1 problem\n.*not valid YAML.*--model FILE\.yaml"):
         open_source_checkpoint(tmp_path)
 
 

@@ -9,6 +9,7 @@ import pytest
 from megatron_cpt.config import draft_config
 from megatron_cpt.errors import UserError
 from megatron_cpt.planning import build_plan
+from megatron_cpt.views import plan_table
 from megatron_cpt.views.plan_plot import plot_plan
 from megatron_cpt.views.plan_table import render_plan
 
@@ -40,6 +41,12 @@ def test_the_tables_show_the_plan(run_data):
     assert ["general", "web", "0.6000", "346", "22.14K", "0.022"] in lines
     assert ["qa", "0.1000", "22", "1.408K", "5.500"] in lines
     assert ["whole", "run", "web", "0.5725", "458", "29.31K", "of", "1M", "0.029"] in lines
+
+
+def test_a_long_list_of_sources_is_cut_and_says_so(run_data, monkeypatch):
+    monkeypatch.setattr(plan_table, "_MOST_SOURCES", 2)
+    text = rendered(plan(run_data))
+    assert text.count("and 1 more: --json lists all of them") == 2  # in the second phase, and in the whole run
 
 
 def test_warnings_are_printed(run_data):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 
 import psutil
@@ -302,7 +303,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
     state = {"a": torch.ones(2), "b": Command()}
     torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    assert "pytorch_model.bin: holds more than tensors" in refusal(tmp_path, allow_pickle=True)
+    assert re.search(r"pytorch_model\.bin: (refused|holds more than tensors)", refusal(tmp_path, allow_pickle=True))
     assert not (tmp_path / "executed").exists()
 
 

@@ -62,7 +62,7 @@ def test_a_shard_whose_arguments_run_code_is_refused(tmp_path: Path) -> None:
         open_source_checkpoint(tmp_path / "copy")
     place.relative_path = "../__9_0.distcp"
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(RefusedError, match="outside of the folder"):
+    with pytest.raises(RefusedError, match="outside of the checkpoint"):
         open_source_checkpoint(tmp_path / "copy")
     assert not marker.exists()
 
