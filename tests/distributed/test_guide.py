@@ -57,5 +57,6 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("convert", "needs a downloaded model"),
         ("launch", "needs 8 GPUs"),
         ("launch", "needs 4 processes"),
+        ("launch", "needs a checkpoint of a size that is worth splitting"),
     ]
     assert len(commands) - len(skipped) >= 25
