@@ -17,6 +17,7 @@ import yaml
 
 from megatron_cpt.errors import ConfigError, UserError
 from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.whole_io import open_reader
 
 _MAX_INT = 2**63 - 1
 _MAX_LEVELS = 32

@@ -14,7 +14,7 @@ from tests.helpers.guide import GuideCommand, GuideFile, guide_steps
 REPOSITORY = Path(__file__).parents[2]
 GUIDE = REPOSITORY / "docs" / "guide"
 # The order of mkdocs.yml: later pages use the files and runs of getting-started.md.
-PAGES = ("getting-started", "run-yaml", "data", "phases", "convert", "train", "evaluate", "report", "plan")
+PAGES = ("getting-started", "run-yaml", "data", "phases", "convert", "train", "evaluate", "evaluate-tasks", "report", "plan")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,7 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("convert", "needs a downloaded model"),
         ("launch", "needs 8 GPUs"),
         ("launch", "needs 4 processes"),
+        ("launch", "needs a checkpoint of a size that is worth splitting"),
         ("report", "serves until Ctrl-C"),
     ]
     assert len(commands) - len(skipped) >= 25
