@@ -14,15 +14,15 @@ from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.atomic import sync_folder
 from megatron_cpt.files.whole_io import exists
-from megatron_cpt.hooks.jsonl_files import ANOMALIES_FILE
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
 from megatron_cpt.provenance.plans_file import StartedRun, read_started_run
-from megatron_cpt.provenance.run_history import METRICS_FILE
+from megatron_cpt.provenance.run_history import ANOMALIES_FILE, EVENTS_FILE, METRICS_FILE
+from megatron_cpt.report.write_report import REPORT_FILE
 
 logger = logging.getLogger(__name__)
 
 # plans.jsonl first: without it a kill between two renames leaves traces that are refused, never a start over them.
-_TRACES = (PLANS_FILE, layout.RUN_FILE, layout.PLAN_FILE, METRICS_FILE, ANOMALIES_FILE)
+_TRACES = (PLANS_FILE, layout.RUN_FILE, layout.PLAN_FILE, METRICS_FILE, ANOMALIES_FILE, EVENTS_FILE, REPORT_FILE)
 
 
 def refuse_lost_run(output: Path) -> None:

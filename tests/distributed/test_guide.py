@@ -14,7 +14,18 @@ from tests.helpers.guide import GuideCommand, GuideFile, guide_steps
 REPOSITORY = Path(__file__).parents[2]
 GUIDE = REPOSITORY / "docs" / "guide"
 # The order of mkdocs.yml: later pages use the files and runs of getting-started.md.
-PAGES = ("getting-started", "run-yaml", "data", "phases", "convert", "train", "evaluate", "evaluate-tasks", "report", "plan")
+PAGES = (
+    "getting-started",
+    "run-yaml",
+    "data",
+    "phases",
+    "convert",
+    "train",
+    "evaluate",
+    "evaluate-tasks",
+    "report",
+    "plan",
+)
 
 
 @pytest.fixture(scope="module")
