@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_cpt.config import format_count, format_number_of
 from megatron_cpt.report.course import curves_section, plan_section, rate_verdict, seen_switch, sources_section
-from megatron_cpt.report.identity import configuration_section, differences, digests, identity_section
 from megatron_cpt.report.learning import held_out, learning_section, task_scores
 from megatron_cpt.report.metrics_columns import number
 from megatron_cpt.report.operation import (
@@ -24,6 +23,7 @@ from megatron_cpt.report.operation import (
     time_spent,
 )
 from megatron_cpt.report.page import PageSection, RunPage, decimal, finite, percent, signed, whole
+from megatron_cpt.report.run_digests import configuration_section, differences, digests, identity_section
 from megatron_cpt.report.run_record import RunRecord
 
 _SAME_START = 1e-4  # nats per token by which two runs from the same weights may differ at step 0
