@@ -247,12 +247,9 @@ def set_up_with_an_odd_rank(run: str, output: str, trouble: str) -> list[tuple[s
 
 
 @pytest.mark.parametrize("file", ["state.json", "__1_0.distcp"])
-def test_what_one_rank_cannot_read_is_passed_over_by_all(two_saved: Path, file: str) -> None:
-    on_each_rank = run_ranks(2, set_up_with_an_odd_rank, run_file(two_saved), str(two_saved), file)
-    ((found, warnings),), ((found_by_other, _),) = on_each_rank
-    assert found == found_by_other == "step-00000002"
-    (warning,) = warnings
-    assert "Input/output error" in warning
+def test_what_one_rank_cannot_read_ends_all_and_no_older_checkpoint_is_used(two_saved: Path, file: str) -> None:
+    with pytest.raises(RankError, match=rf"errors\.CptError: .*step-00000004/{file}: Input/output error"):
+        run_ranks(2, set_up_with_an_odd_rank, run_file(two_saved), str(two_saved), file)
 
 
 def test_all_ranks_take_the_same_checkpoint_however_late_one_sees_it(two_saved: Path) -> None:
