@@ -11,9 +11,11 @@ from pathlib import Path
 from megatron_cpt.backend.collectives import on_main
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import SavedRun
-from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.atomic import sync_folder
-from megatron_cpt.files.whole_io import exists
+from megatron_cpt.config.quantities import expand_paths
+from megatron_cpt.config.yamlfile import read_mapping
+from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.atomic import sync_folder, write_atomically
+from megatron_cpt.files.whole_io import exists, read_file
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
 from megatron_cpt.provenance.plans_file import StartedRun, read_started_run
 from megatron_cpt.provenance.run_history import ANOMALIES_FILE, EVENTS_FILE, METRICS_FILE
@@ -21,6 +23,7 @@ from megatron_cpt.report.write_report import REPORT_FILE
 
 logger = logging.getLogger(__name__)
 
+GIVEN_FILE = "run.given.yaml"
 # plans.jsonl first: without it a kill between two renames leaves traces that are refused, never a start over them.
 _TRACES = (PLANS_FILE, layout.RUN_FILE, layout.PLAN_FILE, METRICS_FILE, ANOMALIES_FILE, EVENTS_FILE, REPORT_FILE)
 
@@ -29,7 +32,8 @@ def refuse_lost_run(output: Path) -> None:
     """Refuse to start from scratch in a run directory with traces of a run, unless that run has never saved.
 
     A run that was killed before its first checkpoint has lost nothing that it could resume from, so it starts over:
-    plans.jsonl has its id, and does not say that a checkpoint was published.
+    plans.jsonl has its id, and does not say that a checkpoint was published. The run.yaml that the user wrote may lie
+    in the output that it names.
 
     Raises:
         RefusedError: the checkpoints are gone or not mounted, or the files are of another program.
@@ -41,7 +45,7 @@ def refuse_lost_run(output: Path) -> None:
     traces = [name for name in _TRACES if exists(output / name)]
     if layout.has_latest(folder):
         traces.append(f"{folder.name}/{layout.LATEST_FILE}")
-    if traces:
+    if traces and not (traces == [layout.RUN_FILE] and _names_output(output / layout.RUN_FILE, output)):
         reason = (
             f"the checkpoints of this run are gone or not mounted: restore or mount {folder}"
             if had_checkpoints
@@ -51,6 +55,20 @@ def refuse_lost_run(output: Path) -> None:
             f"output: {output}: no checkpoint, but {', '.join(traces)}: {reason}, or choose another output; to start "
             "from scratch here, add --restart: it keeps these files in before-restart-1/"
         )
+
+
+def _names_output(run_file: Path, output: Path) -> bool:
+    try:
+        named = expand_paths(read_mapping(run_file).get("output"))
+    except (UserError, ValueError):
+        return False
+    return isinstance(named, str) and os.path.realpath(named) == os.path.realpath(output)
+
+
+def keep_given_run_file(output: Path) -> None:
+    """Copy a run.yaml that the user wrote into the output to run.given.yaml, before the resolved one replaces it."""
+    if exists(output / layout.RUN_FILE) and not exists(output / PLANS_FILE):
+        write_atomically(output / GIVEN_FILE, read_file(output / layout.RUN_FILE))
 
 
 def set_aside(output: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_cpt.config import ParallelConfig, RunConfig, dump_yaml
 from megatron_cpt.errors import CptError, RefusedError, UserError
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.provenance.plans_file import note_first_checkpoint, note_plan
-from megatron_cpt.train.first_start import set_aside
+from megatron_cpt.train.first_start import keep_given_run_file, set_aside
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
@@ -91,6 +91,8 @@ def write_run_files(session: Session, *, restart: bool = False) -> None:
             logger.warning("--restart: %s has checkpoints, so the run resumes from them", session.output)
         elif restart:
             set_aside(session.output)
+        elif not session.is_resumed:
+            keep_given_run_file(session.output)
         note_plan(
             session.output,
             session.state.step,

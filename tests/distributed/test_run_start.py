@@ -167,6 +167,18 @@ def test_a_run_without_its_checkpoints_is_refused_and_nothing_of_it_changes(tmp_
     assert f"the checkpoints of this run are gone or not mounted: restore or mount {known.checkpoints}" in known.error
 
 
+def test_the_users_own_run_file_may_lie_in_the_output_and_is_kept(tmp_path: Path) -> None:
+    start = without_checkpoints(prepared(tmp_path, overrides=["stop_at_step=1"]))
+    shutil.rmtree(start.run)
+    start.run.mkdir()
+    written = "# mine\n" + yaml.safe_dump({**RUN, "output": str(start.run)}, sort_keys=False)
+    (start.run / "run.yaml").write_text(written)
+    (done,) = train(start)
+    assert (done.error, done.status) == ("", 0)
+    assert (start.run / "run.given.yaml").read_text() == written
+    assert "mine" not in (start.run / "run.yaml").read_text()
+
+
 def test_restart_keeps_the_earlier_files_and_a_run_that_never_saved_starts_over(tmp_path: Path) -> None:
     first = without_checkpoints(prepared(tmp_path, restart=True, fails_at=2, overrides=["stop_at_step=2"]))
     (first.run / "tensorboard").mkdir()
