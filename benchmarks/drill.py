@@ -1,11 +1,13 @@
 """One small run under faults, restarted as by a scheduler until it is done.
 
 A fault counts only if its effect was observed. Every start must resume from the newest valid checkpoint, or the drill
-fails.
+fails. A nuisance (a slow disk, reads that fail for a moment, a clock that is set) may come on top and must change
+nothing; it counts if the preloaded library injected it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import re
@@ -21,10 +23,11 @@ from pathlib import Path
 
 import orjson
 
-from megatron_cpt.checkpoint.layout import LATEST_FILE, checkpoints_folder, list_checkpoints
+from megatron_cpt.checkpoint.layout import LATEST_FILE, checkpoints_folder, has_own_name, list_checkpoints
 from megatron_cpt.checkpoint.manifest import find_faults
-from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, RefusedError
+from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, RefusedError
 from tests.helpers.faults import Death, cut, flip_bit
+from tests.helpers.faulty_io import Control, Rule
 from tests.helpers.job import Job
 
 NUM_RANKS = 4
@@ -72,6 +75,7 @@ class Drill:
         self.output, self.folder = output, checkpoints_folder(output)
         self.arguments = [str(run_file), f"output={output}", *overrides]
         self.rng, self.tally = rng, tally
+        self.control = Control(output.with_suffix(".faulty_io"))
         self._ended: float | None = None
         self._last_step = 0  # of the previous life
 
@@ -85,7 +89,9 @@ class Drill:
         valid = self.newest_valid()
         found = self.published()
         before = self.metrics_inode()
-        prepare = self.death() if kind == "death at a change of a file" else None
+        nuisance = self.rng.choice(sorted(NUISANCES)) if kind and self.rng.random() < NUISANCE_SHARE else None
+        self.control.write(self._rules(kind, nuisance))
+        prepare = partial(_prepare, self.control.path, self.death() if kind == "death at a change of a file" else None)
         with Job(NUM_RANKS, self.arguments, self.output.parent / "logs", prepare=prepare) as job:
             self.tally.lives += 1
             began = self.wait_for_step(job, valid + 1, before)
@@ -102,7 +108,17 @@ class Drill:
             if began:
                 self._last_step = self.last_step()
             self._judge(job, kind, status)
+        if nuisance and self.control.hits()[-1]:
+            self.tally.faults[nuisance] += 1
+        for path in list_checkpoints(self.folder):
+            if not has_own_name(path):
+                shutil.rmtree(path)  # so that the next fault finds the run's own checkpoints
         return status
+
+    def _rules(self, kind: str | None, nuisance: str | None) -> list[Rule]:
+        data = f"{self.output.parent}/data/*"
+        rules = [Rule("EIO", "read", data, first=self.rng.randint(30, 300))] if kind == "failing disk" else []
+        return [*rules, NUISANCES[nuisance](self.rng, f"{self.output.parent}/*")] if nuisance else rules
 
     def harm_files(self, kind: str) -> bool:
         """Damage files of the newest checkpoint while nothing runs; return False if that must not be done."""
@@ -160,7 +176,7 @@ class Drill:
         if (int(origin[1]) if origin else 0) != valid:
             self._fail(job, f"resumed from step {origin[1] if origin else 0}, but the newest valid step is {valid}")
         newer = {name for name in found if int(name.removeprefix("step-")) > valid}
-        named = set(re.findall(r"checkpoint \S+/(step-\d+) is corrupt and is skipped", output))
+        named = set(re.findall(r"checkpoint \S+/(step-\d+) is (?:corrupt|under another name) and is skipped", output))
         if named != newer:
             self._fail(job, f"skipped {sorted(named)}, but {sorted(newer)} are corrupt")
         self.tally.passed_over += len(newer)
@@ -184,6 +200,12 @@ class Drill:
         elif kind == "full disk":
             if status != EXIT_FAILURE or "File too large" not in job.output():
                 self._fail(job, f"full disk: statuses {statuses}")
+        elif kind == "failing disk":
+            if status != EXIT_FAILURE or "Input/output error" not in job.output():
+                self._fail(job, f"failing disk: statuses {statuses}")
+        elif kind == "frozen host of the store":
+            if statuses != [EXIT_FAILURE] * NUM_RANKS or "the store of the job gave no answer" not in job.output():
+                self._fail(job, f"frozen host of the store: statuses {statuses}")
         elif status != EXIT_FAILURE or -signal.SIGKILL not in statuses:
             self._fail(job, f"{kind}: statuses {statuses}")
         elif kind == "kill in a save" and not list(self.folder.glob(".step-*")):
@@ -202,9 +224,15 @@ class Drill:
 
 def _is_valid(checkpoint: Path) -> bool:
     try:
-        return not find_faults(checkpoint)
+        return has_own_name(checkpoint) and not find_faults(checkpoint)
     except RefusedError:
         return False
+
+
+def _prepare(control: Path, death: Callable[[int], None] | None, rank: int) -> None:
+    ctypes.CDLL(None).faulty_io_load(str(control).encode())
+    if death is not None:
+        death(rank)
 
 
 def _die_later(dying_rank: int, number: int, output: str, rank: int) -> None:
@@ -240,8 +268,12 @@ def _fill_disk(drill: Drill, job: Job) -> None:
     resource.prlimit(job.pids[drill.rng.randrange(NUM_RANKS)], resource.RLIMIT_FSIZE, limit)
 
 
+def _freeze_store(drill: Drill, job: Job) -> None:
+    job.freeze_store()
+
+
 def _nothing(drill: Drill, job: Job) -> None:
-    """Do nothing, because the fault happens inside the rank; see `Drill.death`."""
+    """Do nothing, because the fault happens inside the rank; see `Drill.death` and `Drill._rules`."""
 
 
 def _any_file(drill: Drill, checkpoint: Path) -> Path:
@@ -267,6 +299,24 @@ def _spoil_latest(drill: Drill, checkpoint: Path) -> None:
     (drill.folder / LATEST_FILE).write_bytes(content)
 
 
+def _copy(drill: Drill, checkpoint: Path) -> None:
+    """Copy a checkpoint to the name of a later step."""
+    shutil.copytree(checkpoint, drill.folder / "step-00000099")
+
+
+def _clean(drill: Drill, checkpoint: Path) -> None:
+    """Start the run while its checkpoints are gone, which must be refused and change nothing; then restore them."""
+    aside = drill.output.with_suffix(".aside")
+    os.rename(drill.folder, aside)
+    before = (drill.output / "metrics.jsonl").read_bytes()
+    with Job(NUM_RANKS, drill.arguments, drill.output.parent / "logs") as job:
+        job.wait(timeout=PATIENCE_SECONDS)
+        is_refused = job.statuses() == [EXIT_REFUSED] * NUM_RANKS and "gone or not mounted" in job.output()
+        if not is_refused or (drill.output / "metrics.jsonl").read_bytes() != before:
+            raise DrillError(f"a run without its checkpoints: statuses {job.statuses()}\n{job.output()}")
+    os.rename(aside, drill.folder)
+
+
 def _half_a_save(drill: Drill, checkpoint: Path) -> None:
     """Leave the temporary folder of a save whose step never comes again."""
     shutil.copytree(checkpoint, drill.folder / ".step-99999998.tmp", dirs_exist_ok=True)
@@ -283,6 +333,8 @@ IN_LIFE: dict[str, Callable[[Drill, Job], None]] = {
     "SIGTERM twice": _signal_twice,
     "SIGSTOP": partial(_signal_one, signal.SIGSTOP),
     "full disk": _fill_disk,
+    "failing disk": _nothing,
+    "frozen host of the store": _freeze_store,
 }
 AT_REST: dict[str, Callable[[Drill, Path], None]] = {
     "bit flipped": _flip,
@@ -290,4 +342,15 @@ AT_REST: dict[str, Callable[[Drill, Path], None]] = {
     "file missing": _remove,
     "latest spoilt": _spoil_latest,
     "half a save left over": _half_a_save,
+    "checkpoint copied": _copy,
+    "checkpoints gone": _clean,
 }
+# Rules for files below a folder; three failing attempts of five are within the retries.
+NUISANCES: dict[str, Callable[[random.Random, str], Rule]] = {
+    "burst of EIO": lambda rng, files: Rule("EIO", "read", files, first=rng.randint(1, 300), count=rng.randint(1, 3)),
+    "burst of ESTALE": lambda rng, files: Rule("ESTALE", "read", files, first=rng.randint(1, 300), count=1),
+    "short reads": lambda rng, files: Rule("short", "read", files, value=rng.randint(1, 4096)),
+    "slow disk": lambda rng, files: Rule("delay", "any", files, count=200, value=rng.randint(1, 50)),
+    "clock set": lambda rng, _: Rule("shift", "clock", "*", first=rng.randint(1, 50), value=10 * 86400),
+}
+NUISANCE_SHARE = 0.5  # share of the lives with a fault that also have a nuisance

@@ -6,7 +6,9 @@
 Each run trains 60 steps of a small Llama in bf16 on 4 processes (tensor parallel 2 x data parallel 2) over a phase
 switch. It saves every 3 steps and keeps 3 checkpoints; every second run saves asynchronously. The faults: ranks are
 killed during a save, at one exact operation on a file, or all together; they get SIGTERM, SIGUSR1 or SIGSTOP; their
-disk is full; and between two lives of the job, bits of the newest checkpoint are flipped and its files cut or removed.
+disk is full or fails; the host of the job's store freezes. Between two lives of the job, bits of the newest checkpoint
+are flipped, its files cut or removed, and checkpoints are copied to another name or cleaned away. On top, the disk is
+slow or fails for a moment, and the clock is set.
 
 At its end a run's weights, optimizer, random states, counters and every line of metrics.jsonl (except the speed) must
 equal the undisturbed run bit for bit. A fault counts only if its effect was observed; see drill.py.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import random
 import shutil
 import statistics
@@ -34,6 +37,7 @@ import orjson
 from benchmarks.drill import AT_REST, IN_LIFE, NUM_RANKS, Drill, DrillError, Tally
 from benchmarks.record import RESULTS, machine, write_result
 from tests.helpers.checkpoints import differing
+from tests.helpers.faulty_io import build
 from tests.helpers.job import Job
 from tests.helpers.runs import newest, read_reproducible_metrics, small_run
 
@@ -60,6 +64,7 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}: up to {options.faults} faults, {options.minutes:g} minutes")
     folder = Path(tempfile.mkdtemp(prefix="soak.", dir=options.folder))
+    preload_faulty_io()
     started, tally, num_runs, num_equal = time.monotonic(), Tally(), 0, 0
     run_file = small_run(folder, **RUN)
     quiet = train_quietly(run_file, folder / "quiet")
@@ -93,6 +98,14 @@ def main() -> int:
         return 1
     shutil.rmtree(folder)
     return 0
+
+
+def preload_faulty_io() -> None:
+    """Let the server from which ranks are forked start with the library that injects faults; it has no rules yet."""
+    library = build()
+    if library is None:
+        raise SystemExit("the drill needs a C compiler")
+    os.environ["LD_PRELOAD"] = str(library)
 
 
 def train_quietly(run_file: Path, output: Path, *overrides: str) -> Path:
