@@ -17,6 +17,8 @@ from typing import Any
 
 import orjson
 
+from megatron_cpt.files.whole_io import open_reader
+
 SCALARS = (
     *("tokens", "lr", "loss", "grad_norm", "tokens_per_second", "step_seconds", "data_wait_seconds"),
     *("sync_wait_seconds", "pause_seconds", "mfu", "tflops_per_gpu", "peak_memory_gib"),
@@ -208,7 +210,7 @@ class MetricsReader:
         if not self._path.exists():
             self.columns = MetricsColumns()
             return self.columns
-        with open(self._path, "rb") as file:
+        with open_reader(self._path) as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset, self.columns = status.st_ino, 0, MetricsColumns()

@@ -14,6 +14,7 @@ import orjson
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.config import read_mapping
 from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.files.whole_io import read_file
 from megatron_cpt.planning import Schedule
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
 from megatron_cpt.provenance.run_history import ANOMALIES_FILE, EVENTS_FILE, METRICS_FILE
@@ -201,7 +202,7 @@ def _add_results(path: Path, evaluations: dict[int, Results], last_step: int, no
     """Add the results of a file of `evaluate`; another program's JSON file is no concern of the report."""
     name = path.name
     try:
-        content = orjson.loads(path.read_bytes())
+        content = orjson.loads(read_file(path))
     except (OSError, ValueError) as error:
         notes.append(f"{name}: missing or damaged, skipped ({error})")
         return
@@ -249,7 +250,7 @@ def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any]:
         notes.append(f"{path.name}: missing, so nothing can be compared with the plan")
         return {}
     try:
-        content = orjson.loads(path.read_bytes())
+        content = orjson.loads(read_file(path))
     except (OSError, ValueError) as error:
         notes.append(f"{path.name}: damaged, skipped ({error})")
         return {}
@@ -263,7 +264,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        raw = path.read_bytes().splitlines()
+        raw = read_file(path).splitlines()
     except OSError as error:
         notes.append(f"{path.name}: cannot be read: {error.strerror}")
         return []
@@ -310,8 +311,8 @@ def _read_checkpoint(path: Path, notes: list[str]) -> CheckpointRecord | None:
     """Return the newest checkpoint; its shards are not read."""
     manifest, state = path / layout.MANIFEST_FILE, path / layout.STATE_FILE
     try:
-        content = orjson.loads(state.read_bytes())
-        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        content = orjson.loads(read_file(state))
+        digest = hashlib.sha256(read_file(manifest)).hexdigest()
     except (OSError, ValueError) as error:
         notes.append(f"checkpoint {path.name}: its text files are missing or damaged ({error})")
         return None

@@ -15,6 +15,7 @@ from megatron_cpt.config import RunConfig
 from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.evaluate.harness import LoadedTasks, TaskChoice
 from megatron_cpt.evaluate.ranks import LeadingEngine, StoppedEvaluation
+from megatron_cpt.files.whole_io import is_regular_file, open_reader
 from megatron_cpt.provenance.run_history import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -101,9 +102,9 @@ class Evaluator:
 def has_evaluation(run_directory: Path, step: int) -> bool:
     """Return whether metrics.jsonl has the evaluation after a step."""
     path = run_directory / METRICS_FILE
-    if not path.is_file():
+    if not is_regular_file(path):
         return False
-    with open(path, "rb") as file:
+    with open_reader(path) as file:
         for raw in file:
             with contextlib.suppress(ValueError):  # a line that was cut off
                 line = orjson.loads(raw)

@@ -77,7 +77,7 @@ def set_aside(output: Path) -> None:
     Raises:
         OSError: a file cannot be moved.
     """
-    present = [name for name in (*_TRACES, "tensorboard") if os.path.lexists(output / name)]
+    present = [name for name in (*_TRACES, "tensorboard") if exists(output / name)]
     if present:
         aside = next(path for number in count(1) if not (path := output / f"before-restart-{number}").exists())
         aside.mkdir()

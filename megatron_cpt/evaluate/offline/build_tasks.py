@@ -22,6 +22,7 @@ from megatron_cpt.evaluate.offline.task_files import NUM_FEWSHOT, task_files
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.checksum import Checksum, file_checksum
 from megatron_cpt.files.wheels import download_wheels
+from megatron_cpt.files.whole_io import read_file
 
 MANIFEST = "offline.json"
 REBUILD = f"run `{BUILD_COMMAND}` again, with the same --output"
@@ -62,7 +63,7 @@ def build(folder: Path) -> Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of an earlier call of exactly this code if all its files are intact, else None."""
     try:
-        manifest: Manifest = orjson.loads((folder / MANIFEST).read_bytes())
+        manifest: Manifest = orjson.loads(read_file(folder / MANIFEST))
         intact = manifest["recipe"] == recipe_digest() and all(
             file_checksum(folder / name) == checksum for name, checksum in files_of(manifest)
         )
@@ -83,7 +84,7 @@ def recipe_digest() -> str:
     """Return a digest of the code that determines the tasks."""
     digest = hashlib.sha256()
     for name in ("build_tasks.py", "question_rows.py", "task_files.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+        digest.update(read_file(Path(__file__).with_name(name)))
     return digest.hexdigest()
 
 

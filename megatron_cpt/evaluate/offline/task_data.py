@@ -10,6 +10,7 @@ import orjson
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.evaluate.offline.build_tasks import MANIFEST, REBUILD
 from megatron_cpt.files.checksum import file_checksum
+from megatron_cpt.files.whole_io import read_file
 
 
 def load(*, config_source: str, dataset: str, **_: Any) -> Any:
@@ -27,7 +28,7 @@ def load(*, config_source: str, dataset: str, **_: Any) -> Any:
 
     folder = Path(config_source).parent
     try:
-        files = orjson.loads((folder / MANIFEST).read_bytes())["datasets"][dataset]["files"]
+        files = orjson.loads(read_file(folder / MANIFEST))["datasets"][dataset]["files"]
         splits = {split: rows(folder / file["name"], file["checksum"]) for split, file in files.items()}
     except (OSError, orjson.JSONDecodeError, KeyError) as error:
         raise RefusedError(f"{folder}: the data of {dataset} cannot be read ({error}); {REBUILD}") from error
@@ -38,4 +39,4 @@ def rows(path: Path, checksum: str) -> list[dict[str, Any]]:
     """Return the rows of a file whose checksum is right."""
     if file_checksum(path) != checksum:
         raise RefusedError(f"{path} differs from the file that was built; {REBUILD}")
-    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    return [orjson.loads(line) for line in read_file(path).splitlines()]

@@ -37,7 +37,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "step-00000001"
+    path = tmp_path_factory.mktemp("checkpoint") / "step-00000000"
     import_checkpoint(hf, path)
     return path
 

@@ -72,7 +72,8 @@ def test_every_command_finds_it_first(place, capsys, command, output):
     assert sorted(os.listdir(place)) == before
 
 
-@pytest.mark.parametrize("output", ["file", *BAD])
+# A NUL is refused by the YAML reader.
+@pytest.mark.parametrize("output", ["file", *(name for name in BAD if "\0" not in name)])
 def test_a_run_is_refused_before_its_model_is_built(place, run_data, write_run, counting_dataset, output):
     for name, source in run_data["sources"].items():
         counting_dataset(name, 20_000)
@@ -83,5 +84,4 @@ def test_a_run_is_refused_before_its_model_is_built(place, run_data, write_run, 
     assert yaml.safe_load(path.read_text())["output"] == output
     with pytest.raises(ConfigError, match=r"output: "):
         prepare_run(path, need_files=True)
-    if "\0" not in output:
-        prepare_run(path, need_files=False)  # a plan needs no output
+    prepare_run(path, need_files=False)  # a plan needs no output

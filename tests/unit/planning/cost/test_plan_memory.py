@@ -240,7 +240,7 @@ def test_weights_that_are_kept_in_fp8_have_no_bf16_copy(run_data):
 
 def test_more_stages_than_layers_are_not_counted_one_by_one(run_data):
     """Build a plan for an invalid run.yaml, so that all its problems are reported together."""
-    run = draft_config(run_data, ["parallel.pipeline=1_000_000_000_000"]).config
+    run = draft_config(run_data, ["parallel.pipeline=1000000000000"]).config
     assert len(stage_memories(run, Layout.build(run))) == run.model.layers + 2
 
 
