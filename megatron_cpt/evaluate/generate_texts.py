@@ -88,13 +88,15 @@ def generate_texts(
 def check_options(options: GenerationOptions) -> None:
     """Raise `UserError` for options outside their range."""
     if options.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: {options.max_new_tokens}; give 1 or more")
+        raise UserError(f"--max-new-tokens: {options.max_new_tokens}; give 1 or more")
     if not options.temperature >= 0:
-        raise UserError(f"temperature: {options.temperature}; give 0 for the most likely token, or more")
+        raise UserError(f"--temperature: {options.temperature}; give 0 for the most likely token, or more")
     if not 0 < options.top_p <= 1:
-        raise UserError(f"top_p: {options.top_p}; give a probability above 0, at most 1")
+        raise UserError(f"--top-p: {options.top_p}; give a probability above 0, at most 1")
     if options.top_k < 0:
-        raise UserError(f"top_k: {options.top_k}; give a number of tokens, or 0 for no limit")
+        raise UserError(f"--top-k: {options.top_k}; give a number of tokens, or 0 for no limit")
+    if not options.temperature and (options.top_k or options.top_p < 1):
+        raise UserError("--top-p and --top-k choose among samples; give a --temperature above 0, too")
 
 
 def _encode(codec: Tokenizer, prompt: str) -> tuple[int, ...]:

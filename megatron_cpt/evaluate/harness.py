@@ -251,11 +251,13 @@ def _matching(names: Sequence[str], manager: TaskManager) -> list[str]:
     matching: dict[str, None] = {}
     for name in names:
         found = [known for known in manager.all_tasks if fnmatch.fnmatchcase(known, name)]
-        if not found and not (name.endswith(".yaml") and Path(name).is_file()):
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them"
+        if not found and name.endswith(".yaml") and not Path(name).is_file():
+            raise UserError(f"task {name}: no such file")
+        if not found and not name.endswith(".yaml"):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them."
             raise UserError(
-                f"task {name}: not a known task, group or tag; {hint} Task files of your own need include_path"
+                f"task {name}: not a known task, group or tag; {hint} Task files of your own need --include-path"
                 f"{'' if task_folder().is_dir() else f', and `{BUILD_COMMAND}` builds the offline tasks'}"
             )
         matching.update(dict.fromkeys(found or [name]))

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.commands.plan_command import OVERRIDES_HELP
+from megatron_cpt.cli.commands.generate_command import LAYOUT_HELP
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import UserError
 
 MODEL_HELP = "A checkpoint, a run directory (its newest checkpoint), or a Hugging Face folder."
 TASKS_HELP = "Tasks, groups or tags of lm-evaluation-harness, patterns such as 'mmlu_*', or task files."
-OUTPUT_HELP = "JSON file to write; answers are kept beside it, and the same command resumes."
+OUTPUT_HELP = "JSON file to write; answers are kept beside it, and the same command resumes. Without it, nothing is kept."
 CACHE_HELP = "SQLite file of finished requests. [default: finished_requests.sqlite beside the output]"
 TOKENIZER_HELP = "Tokenizer of the model. [default: the run's, or the one imported with the weights]"
 BOS_HELP = "Put the start id in front of every prompt, or never. [default: as the tokenizer's template does]"
@@ -24,7 +24,7 @@ BOS_HELP = "Put the start id in front of every prompt, or never. [default: as th
 
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="CKPT_OR_RUN_OR_HF_DIR", help=MODEL_HELP, show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=OVERRIDES_HELP)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=LAYOUT_HELP)] = None,
     tasks: Annotated[list[str] | None, typer.Option("--tasks", metavar="TASK ...", help=TASKS_HELP)] = None,
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE.json", help=OUTPUT_HELP)] = None,
     limit: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,10 +51,11 @@ def generate(
     """Show the text that a model writes after prompts, for a look at a checkpoint before and after training.
 
     Without a launcher it is one process; under torchrun, one rank of many. A sample depends on the seed, the prompt and
-    its place among equal prompts, not on other prompts or the layout.
+    its place among equal prompts, not on other prompts; the layout changes only the last bits of the logits.
     """
     from megatron_cpt.launch.environment import set_cuda_variables
 
+    warnings.simplefilter("ignore")  # torch's and megatron-core's do not concern a reader of the text
     set_cuda_variables()  # before torch is imported, which reads them
     from megatron_cpt.backend import launched_rank
     from megatron_cpt.evaluate.generate_texts import generate_texts

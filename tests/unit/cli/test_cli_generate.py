@@ -62,7 +62,7 @@ def test_samples_follow_the_seed_and_stop_texts_end_them(checkpoint: Path, capsy
     [
         ((), "--prompt: give at least one text"),
         ((*PROMPTS, "--temperature", "-1"), "temperature: -1.0; give 0"),
-        ((*PROMPTS, "--top-p", "0"), "top_p: 0.0; give a probability"),
+        ((*PROMPTS, "--top-p", "0"), "--top-p: 0.0; give a probability"),
         ((*PROMPTS, "--top-k", "-3"), "top_k: -3; give a number"),
         ((*PROMPTS, "--max-new-tokens", "0"), "max_new_tokens: 0; give 1 or more"),
         ((*PROMPTS, "parallel.tensro=2"), "tensro"),

@@ -132,7 +132,6 @@ def test_a_run_file_with_half_a_surrogate_pair_is_named_and_skipped(tmp_path):
     (folder / "run.yaml").write_text('name: "a\\ud800b"\n')
     page = report(folder)
     assert "run.yaml: skipped" in page
-    assert "<h1>run</h1>" in page
 
 
 def broken(folder, change):
