@@ -43,6 +43,7 @@ from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.whole_io import DiskFile
 
 _MAX_DIMENSIONS = 64  # of torch
+_LEGACY_PICKLES = 5
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 _STORAGES = {
@@ -116,6 +117,24 @@ def check_torch_file(path: Path) -> None:
         OSError: the file cannot be read.
     """
     _open(path, 0, None, _Checker)
+
+
+def check_legacy_torch_file(path: Path) -> None:
+    """Refuse a file in torch's format before 1.6 that would build more than its bytes hold.
+
+    Such a file is five pickles (a mark, the version, the machine, the content, the keys of the storages), then the
+    bytes of all storages.
+
+    Raises:
+        RefusedError: it is damaged, builds too many values or too large storages, or needs more than tensors.
+        OSError: the file cannot be read.
+    """
+    with DiskFile(path) as file:
+        head, size = file.read_at(0, MAX_PICKLE_BYTES), file.size
+    with unpickling_errors_as_refused(path):
+        checker = _LegacyChecker(head, size)
+        for _ in range(_LEGACY_PICKLES):
+            checker.load()
 
 
 def _open(path: Path, start: int, length: int | None, unpickler: type[_TensorUnpickler]) -> Any:
@@ -311,3 +330,24 @@ class _Checker(_TensorUnpickler):
 
     def _tensor(self, *_: Any) -> Any:
         return None
+
+
+class _LegacyChecker(_Checker):
+    """Unpickler that builds no tensors and adds up the sizes of the storages."""
+
+    def __init__(self, data: bytes, file_bytes: int) -> None:
+        BoundedUnpickler.__init__(self, data, encoding="utf-8")
+        self._remaining_bytes = file_bytes
+        self._seen: set[str] = set()
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return a storage; `pid` is ("storage", type, key, device, number of elements, part of another storage)."""
+        kind, dtype, key, _, numel, _ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(numel) is not int:
+            raise pickle.UnpicklingError(f"a storage of an unknown kind: {kind}")
+        if key not in self._seen:  # torch builds a storage at its first mention
+            self._seen.add(key)
+            self._remaining_bytes -= abs(numel) * dtype.itemsize
+        if self._remaining_bytes < 0:
+            raise pickle.UnpicklingError("its tensors are larger than the file")
+        return _Storage(dtype, 0, numel * dtype.itemsize)

@@ -12,6 +12,7 @@ endian; the header, a JSON object; the data of all tensors without gaps. Example
 from __future__ import annotations
 
 import math
+import reprlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors package
+_MAX_DIMENSIONS = 64  # of torch
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,20 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise refuse(f"dtype {dtype!r}; known are {', '.join(DTYPES)}")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if not _are_natural_numbers(shape):
-        raise refuse(f"shape {shape!r}, which must be a list of whole numbers")
-    if not _are_natural_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"data_offsets {offsets!r}, which must be a start and an end")
+    if not _are_natural_numbers(shape, _MAX_DIMENSIONS):
+        raise refuse(f"shape {reprlib.repr(shape)}, which must be a list of at most {_MAX_DIMENSIONS} whole numbers")
+    if not _are_natural_numbers(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"data_offsets {reprlib.repr(offsets)}, which must be a start and an end")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise refuse(f"{offsets[1] - offsets[0]} bytes, but {dtype} {shape} takes {needed}")
     return TensorInfo(tuple(shape), DTYPES[dtype], file, data_start + offsets[0], data_start + offsets[1])
 
 
-def _are_natural_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+def _are_natural_numbers(values: Any, most: int) -> bool:
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _check_no_gaps(file: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:

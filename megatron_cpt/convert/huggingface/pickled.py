@@ -9,7 +9,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_cpt.checkpoint.torchfile.torch_file import check_torch_file, raise_disk_error
+from megatron_cpt.checkpoint.torchfile.torch_file import (
+    check_legacy_torch_file,
+    check_torch_file,
+    raise_disk_error,
+)
 from megatron_cpt.errors import RefusedError
 
 
@@ -47,14 +51,10 @@ class PickledShards:
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
-        if zipfile.is_zipfile(file):
-            check_torch_file(file)  # torch.load builds whatever size a pickle asks for
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            state = torch.load(file, map_location="cpu", weights_only=True)  # not a zip file: torch before 1.6
+        is_zip = zipfile.is_zipfile(file)  # otherwise written before torch 1.6
+        check = check_torch_file if is_zip else check_legacy_torch_file
+        check(file)  # torch.load builds whatever size a pickle asks for
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise RefusedError(

@@ -15,6 +15,7 @@ from megatron_cpt.files.retry import is_path_error
 from megatron_cpt.files.whole_io import read_file
 
 _MAX_BYTES = 64_000_000  # config.json and the index; the index of a model with 1,000 layers is under 2 MB
+_MAX_VALUES = 2_000_000  # a header has about 5 per tensor; files of the largest models have under 200,000 tensors
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAX_SIZE = 1 << 31  # larger sizes would overflow the shapes that are computed from them
 
@@ -39,6 +40,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 def parse_json_object(text: bytes, name: str) -> dict[str, Any]:
     """Return the JSON object in a text; `name` says what the text is in a `RefusedError`."""
+    if (count := text.count(b",")) > _MAX_VALUES:  # a comma in a name counts too; values without one nest too deeply
+        raise RefusedError(f"{name}: {count:,} values, above the limit of {_MAX_VALUES:,}; is it another file?")
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import re
 import struct
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from megatron_cpt.convert.huggingface import untrusted_json
 from megatron_cpt.convert.huggingface.folder import HfFolder
 from megatron_cpt.errors import RefusedError, UserError
 from tests.helpers.hf_models import build_hf_model, hf_tensors, save_hf_model, tiny_config
@@ -155,6 +158,20 @@ def test_a_header_that_lies_is_refused_by_tensor(tmp_path, changes, data, messag
 def test_what_is_no_header_is_refused(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
     assert message in refusal(tmp_path)
+
+
+def test_a_header_of_a_million_tensors_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    entry = b'{"dtype":"U8","shape":[],"data_offsets":[0,0]}'
+    header = b"{" + b",".join(b'"%d":%s' % (number, entry) for number in range(1_200_000)) + b"}"
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    monkeypatch.setattr(untrusted_json, "json", None)
+    assert "model.safetensors: its header: 4,799,999 values, above the limit of 2,000,000" in refusal(tmp_path)
+
+
+def test_a_shape_of_many_dimensions_is_refused_before_it_is_multiplied(tmp_path):
+    write_raw(tmp_path / "model.safetensors", {"a": entry("U8", [99999] * 500_000, 0, 4)}, b"\0" * 4)
+    message = refusal(tmp_path)
+    assert "a: shape [99999, 99999, 99999, 99999, 99999, 99999, ...], which must be a list of at most 64" in message
 
 
 def test_a_file_cut_after_it_was_opened(tmp_path):
@@ -311,6 +328,26 @@ def test_code_in_a_pickle_is_never_run(tmp_path, monkeypatch, zipped):
 def test_a_pickle_of_something_else(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
     assert str(tmp_path / "pytorch_model.bin") in refusal(tmp_path, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R",  # 8 GiB of zeros
+        b"((X\x07\0\0\0storagectorch\nByteStorage\nX\1\0\0\0aX\3\0\0\0cpu\x8a\x05\0\0\0\0\x02NtQ",
+    ],
+)
+def test_an_old_pickle_that_builds_more_than_the_file_holds(tmp_path, value, monkeypatch):
+    """torch.load would allocate all of it."""
+    content = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, content, _use_new_zipfile_serialization=False)
+    content.seek(0)
+    for _ in range(3):  # the mark, the version and the machine
+        pickle.load(content)  # noqa: S301 - written above
+    start = content.getvalue()[: content.tell()]
+    (tmp_path / "pytorch_model.bin").write_bytes(start + b"\x80\x02" + value + b".")
+    monkeypatch.setattr(torch, "load", None)
+    assert re.search(r"pytorch_model\.bin: refused: it", refusal(tmp_path, allow_pickle=True))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4 not really", b"\x80\x02garbage"])
