@@ -62,6 +62,8 @@ def test_samples_follow_the_seed_and_stop_texts_end_them(checkpoint: Path, capsy
     [
         ((), "--prompt: give at least one text"),
         ((*PROMPTS, "--temperature", "-1"), "temperature: -1.0; give 0"),
+        ((*PROMPTS, "--temperature", "inf"), "temperature: inf; give 0"),
+        (("--prompt", "fine", "--prompt", "latin-1 \udce9"), "prompt 2: not valid UTF-8"),
         ((*PROMPTS, "--top-p", "0"), "top_p: 0.0; give a probability"),
         ((*PROMPTS, "--top-k", "-3"), "top_k: -3; give a number"),
         ((*PROMPTS, "--max-new-tokens", "0"), "max_new_tokens: 0; give 1 or more"),
