@@ -128,7 +128,7 @@ def evaluate(
     started = time.perf_counter()
     with job_group(timeout=_COLLECTIVE_TIMEOUT):
         loaded_tasks: list[LoadedTasks] = []
-        on_main(lambda: _prepare(choice, output, loaded_tasks))
+        on_main(lambda: _prepare(choice, output, options.cache, loaded_tasks))
         with _as_checkpoint(Path(model), output) as path:
             saved = open_checkpoint(path)
             run = inference_run(saved, options.overrides)
@@ -139,10 +139,12 @@ def evaluate(
                 )
 
 
-def _prepare(choice: TaskChoice, output: Path | None, tasks: list[LoadedTasks]) -> None:
+def _prepare(choice: TaskChoice, output: Path | None, cache: Path | None, tasks: list[LoadedTasks]) -> None:
     if output is not None:
         if output.is_dir():
             raise UserError(f"--output {output}: a folder; give the name of a file")
+        if output.absolute() == (cache or output.with_name(CACHE_FILE)).absolute():
+            raise UserError(f"--output {output}: the file of finished requests; choose another name")
         with os_errors_as_cpt_errors():
             output.parent.mkdir(parents=True, exist_ok=True)
     tasks.append(LoadedTasks(choice))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,6 +65,9 @@ def generate_texts(
     """
     options = options or GenerationOptions()
     check_options(options)
+    for number, prompt in enumerate(prompts, start=1):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of an argument that are no text
+            raise UserError(f"prompt {number}: not valid UTF-8; save it as UTF-8")
     saved = open_checkpoint(checkpoint)
     codec = load_checkpoint_tokenizer(saved, tokenizer)
     run = inference_run(saved, overrides)
@@ -89,8 +93,8 @@ def check_options(options: GenerationOptions) -> None:
     """Raise `UserError` for options outside their range."""
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: {options.max_new_tokens}; give 1 or more")
-    if not options.temperature >= 0:
-        raise UserError(f"--temperature: {options.temperature}; give 0 for the most likely token, or more")
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature: {options.temperature}; give 0 for the most likely token, or a finite number")
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top-p: {options.top_p}; give a probability above 0, at most 1")
     if options.top_k < 0:

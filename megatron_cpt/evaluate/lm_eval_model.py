@@ -113,9 +113,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        for (_, continuation), _, ids in requests:
+        for (context, continuation), before, ids in requests:
             if not ids:
                 raise UserError(f"a task asks for the likelihood of an empty answer ({continuation!r}); fix its file")
+            if not before:
+                raise UserError(
+                    f"a task asks for the likelihood of {continuation!r} after blanks only ({context!r}); "
+                    "fix its file or its documents"
+                )
         pairs = [ScoreRequest(tuple(context), tuple(ids)) for _, context, ids in requests]
         return [(score.logprob, score.is_greedy) for score in self._score(pairs, Counter(pairs))]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.evaluate.requests import Generation, GenerationOptions, Score, ScoreRequest
 
 T = TypeVar("T")
@@ -168,7 +168,8 @@ class LeadingEngine:
                 if call.failure is not None:
                     raise call.failure
                 return
-            with contextlib.suppress(StoppedEvaluation):  # rank 0 has stopped too, and ends next
+            # Every rank raises these, after the same batch or for the same request; the end of rank 0's work is next.
+            with contextlib.suppress(StoppedEvaluation, UserError):
                 if isinstance(call, _ScoreCall):
                     self._score(call, lambda batch: None)
                 else:

@@ -6,6 +6,7 @@ Every rank of a tensor-parallel group calls these functions and gets the same an
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,9 @@ def largest_ids(logits: torch.Tensor) -> torch.Tensor:
         logits: result of `own_logits`.
     """
     values, columns = logits.max(dim=-1)  # the first of equal ones
+    values = values.nan_to_num(
+        nan=math.inf, posinf=math.inf, neginf=-math.inf
+    )  # NaN is the largest, as in torch.argmax
     ids = columns + _first_column(logits)
     is_largest = values == _reduced(values, dist.ReduceOp.MAX)
     return _reduced(torch.where(is_largest, ids, torch.iinfo(torch.int64).max), dist.ReduceOp.MIN)
@@ -75,7 +79,7 @@ def sampled_ids(logits: torch.Tensor, draws: torch.Tensor, options: GenerationOp
     cumulative = kept.cumsum(dim=-1)
     # the first token whose cumulative probability is above the draw; rounding must not lead past the last kept one
     chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
-    last = (kept > 0).sum(dim=-1, keepdim=True) - 1
+    last = ((kept > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # NaN is not above 0
     return ids.gather(1, torch.minimum(chosen, last))[:, 0]
 
 

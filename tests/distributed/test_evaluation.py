@@ -15,12 +15,17 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from megatron_cpt.backend.collectives import on_main
+from megatron_cpt.backend.distributed import job_group
+from megatron_cpt.data.tokenizers.tokenizer import ByteTokenizer
 from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, RefusedError, UserError
 from megatron_cpt.evaluate.evaluate_checkpoint import EvaluateOptions, evaluate
 from megatron_cpt.evaluate.harness import LoadedTasks, TaskChoice
+from megatron_cpt.evaluate.ranks import LeadingEngine
+from megatron_cpt.evaluate.requests import Score, ScoreRequest
 from megatron_cpt.hooks import Hook
 from tests.helpers.checkpoints import differing
-from tests.helpers.evaluation import TASKS, save_model_with_tokenizer, write_tasks
+from tests.helpers.evaluation import TASKS, ArithmeticEngine, save_model_with_tokenizer, write_tasks
 from tests.helpers.faults import flip_bit
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, read_metrics, train_here, train_with_hooks
@@ -102,6 +107,25 @@ def test_an_interrupted_evaluation_resumes_and_a_second_one_reads(tasks: Path, t
     assert (again["results"], again["requests"]["answered_from_cache"]) == (expected["results"], total)
     assert again["requests"]["forward_tokens"] == 0
     assert again["digests"] == expected["digests"]
+
+
+def ask_for_too_long_an_answer() -> None:
+    """Let the engine of every rank refuse a request; the job must stay usable."""
+    with job_group(timeout=600.0):
+        engine = LeadingEngine(RefusingEngine(), ByteTokenizer(), 2)
+        for _ in range(2):
+            with pytest.raises(UserError, match="too long"):
+                engine.lead(lambda: engine.score([ScoreRequest((1,), (2,))], {}, lambda batch: None))
+        assert on_main(lambda: "usable") == "usable"
+
+
+class RefusingEngine(ArithmeticEngine):
+    def score(self, requests: Sequence[ScoreRequest], **options: Any) -> list[Score]:
+        raise UserError("request: too long")
+
+
+def test_a_request_that_the_engine_refuses_ends_on_all_ranks_alike() -> None:
+    run_ranks(2, ask_for_too_long_an_answer)
 
 
 def test_a_damaged_checkpoint_is_refused(base: Path, tasks: Path, tmp_path: Path) -> None:

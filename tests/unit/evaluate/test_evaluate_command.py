@@ -55,6 +55,7 @@ def test_tasks_end_at_the_next_option_or_override() -> None:
         ([], "--tasks: give at least one task"),
         (["--tasks", "a", "--log-samples"], "--log-samples: writes beside the output; give --output FILE"),
         (["--tasks", "a", "--output", "."], "--output .: a folder; give the name of a file"),
+        (["--tasks", "a", "--output", "a", "--cache", "./a"], "--output a: the file of finished requests"),
         (["--tasks", "a", "--include-path", "none"], "include_path: none: no such folder"),
     ],
 )

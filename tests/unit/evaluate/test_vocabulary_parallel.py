@@ -67,3 +67,14 @@ def test_a_draw_is_never_padding() -> None:
 
     largest_draw = torch.tensor([1 - 2**-53] * 3, dtype=torch.float64)
     assert (sampled_ids(logits(3), largest_draw, GenerationOptions(temperature=1.0)) < VOCAB).all()
+
+
+def test_logits_of_a_diverged_model_give_ids_of_the_vocabulary() -> None:
+    from megatron_cpt.evaluate.vocabulary_parallel import largest_ids, sampled_ids
+
+    broken = torch.full((2, VOCAB), float("nan"))
+    broken[1, :3] = torch.tensor([1.0, float("inf"), 2.0])
+    assert largest_ids(broken).tolist() == broken.argmax(-1).tolist() == [0, 3]
+    draws = torch.tensor([0.0, 0.9], dtype=torch.float64)
+    assert ((ids := sampled_ids(broken, draws, GenerationOptions(temperature=1.0))) >= 0).all()
+    assert (ids < VOCAB).all()
