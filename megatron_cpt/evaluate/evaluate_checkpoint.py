@@ -199,7 +199,11 @@ def _evaluate(
         }
         if output is not None:
             with os_errors_as_cpt_errors():
-                write_atomically(output, orjson.dumps(results, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE), has_several_writers=True)
+                write_atomically(
+                    output,
+                    orjson.dumps(results, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE),
+                    has_several_writers=True,
+                )
         return results
 
     return leading.lead(work)
