@@ -16,9 +16,7 @@ from megatron_cpt.errors import UserError
 
 MODEL_HELP = "A checkpoint, a run directory (its newest checkpoint), or a Hugging Face folder."
 TASKS_HELP = "Tasks, groups or tags of lm-evaluation-harness, patterns such as 'mmlu_*', or task files."
-OUTPUT_HELP = (
-    "JSON file to write; answers are kept beside it, and the same command resumes. Without it, nothing is kept."
-)
+OUTPUT_HELP = "JSON file to write; answers are kept beside it, so the same command resumes. Without: nothing is kept."
 CACHE_HELP = "SQLite file of finished requests. [default: finished_requests.sqlite beside the output]"
 TOKENIZER_HELP = "Tokenizer of the model. [default: the run's, or the one imported with the weights]"
 BOS_HELP = "Put the start id in front of every prompt, or never. [default: as the tokenizer's template does]"
