@@ -173,7 +173,7 @@ def _evaluate(
     def work() -> dict[str, Any]:
         from megatron_cpt.evaluate.lm_eval_model import HarnessModel
 
-        scope = json.dumps([digest, loaded.run.precision.model_dump(mode="json")])
+        scope = json.dumps([digest, tokenizer.fingerprint, loaded.run.precision.model_dump(mode="json")])
         with _finished_requests(options.cache, output) as finished:
             harness_model = HarnessModel(
                 leading, tokenizer, add_bos=options.add_bos, finished=finished, scope=scope, advance=advance
