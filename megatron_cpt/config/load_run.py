@@ -13,7 +13,7 @@ from megatron_cpt.config.checks import CHECKS
 from megatron_cpt.config.presets import preset
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.config.validate import validate
-from megatron_cpt.config.yamlfile import parse_yaml, read_mapping
+from megatron_cpt.config.yamlfile import MAX_LEVELS, parse_yaml, read_mapping
 from megatron_cpt.errors import ConfigError
 
 _INDEX = re.compile(r"\[(\d+)\]")
@@ -99,7 +99,7 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]
     for override in overrides:
         key, separator, text = override.partition("=")
         path = _INDEX.sub(r".\1", key).split(".")
-        if not separator or not all(path):
+        if not separator or not all(path) or len(path) > MAX_LEVELS:
             problems.append(f"{_short(override)}: not an override; write key=value, such as parallel.tensor=2")
             continue
         try:

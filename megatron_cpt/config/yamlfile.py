@@ -20,7 +20,7 @@ from megatron_cpt.files.retry import is_path_error
 from megatron_cpt.files.whole_io import open_reader
 
 _MAX_INT = 2**63 - 1
-_MAX_LEVELS = 32
+MAX_LEVELS = 32
 _MAX_VALUES = 1_000_000
 _MAX_BYTES = 16 << 20
 
@@ -92,8 +92,8 @@ class _Constructor:
         self._num_values += 1
         if self._num_values > _MAX_VALUES:
             raise _error(node, f"more than {_MAX_VALUES:,} values; use anchors less often")
-        if level > _MAX_LEVELS:
-            raise _error(node, f"nested more than {_MAX_LEVELS} levels deep; remove anchors that contain themselves")
+        if level > MAX_LEVELS:
+            raise _error(node, f"nested more than {MAX_LEVELS} levels deep; remove anchors that contain themselves")
         if self._schema == "core" and node.tag not in ("", "!"):
             raise _error(node, f"the tag {node.tag!r} is not supported; remove it, and put text in quotes")
         if isinstance(node, yaml.MappingNode):

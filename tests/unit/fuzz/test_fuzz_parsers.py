@@ -42,6 +42,7 @@ CRASHES = [
     ("run.yaml", b'"\\ud800": 1'),
     ("run.yaml", b'output: "a\\0b"'),
     ("run.yaml", b"seq_length: 1:04"),
+    ("overrides", b"a." * 5000 + b"b=1"),
     ("index.json", b'{"weight_map": {"a": "\\ud922"}}'),
     ("index.json", b'{"weight_map": {"a": "' + b"x" * 300 + b'"}}'),
     ("tokenizer_config.json", b'{"eos_token": "\\ud800"}'),
