@@ -144,7 +144,8 @@ def _index(entries: list[Any], key: str) -> int | None:
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
     if key in names:
         return names.index(key)
-    return int(key) if key.isdecimal() and int(key) < len(entries) else None
+    is_index = key.isascii() and key.isdecimal() and len(key) < 10
+    return int(key) if is_index and int(key) < len(entries) else None
 
 
 def _entries(entries: list[Any]) -> str:

@@ -270,13 +270,13 @@ class EvaluationConfig(Section):
     every: int | None = Field(None, gt=0)
     """Steps between evaluations; null evaluates only at the points of `at`."""
     at: list[EvaluationPoint] = Field(default_factory=lambda: list(get_args(EvaluationPoint)))
-    """Also evaluate before the first step (`start`), after the last step of each phase (`switch`), and at the `end`."""
+    """Further evaluations: before the first step (`start`), after the last step of a phase (`switch`), at the `end`."""
     limit: int | None = Field(None, gt=0)
     """Documents per task, the first ones; null takes all."""
     num_fewshot: int | None = Field(None, ge=0)
     """Examples in each prompt, except for tasks that set 0; null uses the number that each task sets."""
     include_path: Annotated[str | None, ExpandPaths] = None
-    """Folder with task files of your own, besides those of lm-evaluation-harness."""
+    """Folder with task files of your own, in addition to the tasks of lm-evaluation-harness."""
 
 
 class WandbConfig(Section):

@@ -32,7 +32,7 @@ def refuse_lost_run(output: Path) -> None:
     """Refuse to start from scratch in a run directory with traces of a run, unless that run has never saved.
 
     A run that was killed before its first checkpoint has lost nothing that it could resume from, so it starts over:
-    plans.jsonl has its id, and does not say that a checkpoint was published. The run.yaml that the user wrote may lie
+    plans.jsonl has its id, and does not say that a checkpoint was published. The user's own run.yaml may be stored
     in the output that it names.
 
     Raises:
@@ -66,7 +66,7 @@ def _names_output(run_file: Path, output: Path) -> bool:
 
 
 def keep_given_run_file(output: Path) -> None:
-    """Copy a run.yaml that the user wrote into the output to run.given.yaml, before the resolved one replaces it."""
+    """Keep the user's run.yaml in the output as run.given.yaml, before the resolved one replaces it."""
     if exists(output / layout.RUN_FILE) and not exists(output / PLANS_FILE):
         write_atomically(output / GIVEN_FILE, read_file(output / layout.RUN_FILE))
 

@@ -104,9 +104,9 @@ def test_a_wrong_layout_is_one_message_and_writes_nothing(run_file: Path) -> Non
 def test_an_output_that_cannot_be_written_is_one_message(run_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = _run([*TRAIN, str(run_file), f"output={tmp_path}/file/out"])
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("megatron-cpt: error:")]
-    assert "the run directory cannot be written; free some space or choose another output" in line
+    assert f"{tmp_path}/file is not a folder; choose another place" in line
     assert "Traceback" not in done.stderr
 
 

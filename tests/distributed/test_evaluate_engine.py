@@ -141,7 +141,7 @@ def _hf_score(model: Any, request: ScoreRequest) -> tuple[float, bool]:
 
 
 def _hf_greedy(model: Any, prompt: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the new tokens, each from a forward pass over the whole text."""
+    """Return the new tokens, each from one forward computation on the whole text."""
     ids = torch.tensor([prompt])
     for _ in range(NEW_TOKENS):
         with torch.no_grad():

@@ -69,6 +69,10 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("launch", "needs 8 GPUs"),
         ("launch", "needs 4 processes"),
         ("launch", "needs a checkpoint of a size that is worth splitting"),
+        ("-m", "downloads 70 MB"),
+        ("evaluate", "downloads 70 MB"),
+        ("evaluate", "generates 164 programs"),
+        ("-m", "takes hours on two cores"),
         ("report", "serves until Ctrl-C"),
     ]
     assert len(commands) - len(skipped) >= 25

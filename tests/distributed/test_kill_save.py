@@ -132,7 +132,7 @@ def start_and_die(path: str, output: str, number: int) -> None:
 def test_a_first_start_killed_before_any_change_starts_over_or_resumes_by_the_same_command(
     small_file: Path, tmp_path: Path
 ) -> None:
-    """Before the first checkpoint nothing is lost, so nobody has to say --restart."""
+    """Before the first checkpoint nothing is lost, so --restart is not needed."""
     killed: list[Path] = []
     while True:
         output = tmp_path / f"{len(killed) + 1}"

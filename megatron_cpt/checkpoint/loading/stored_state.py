@@ -65,7 +65,7 @@ def read_errors_as_refused(checkpoint: Path) -> Iterator[None]:
     Damaged bytes can make an unpickler raise anything, and a disk or a GPU may fail on one rank only.
 
     Raises:
-        RefusedError: for any error but those of the disk.
+        RefusedError: for any error except an error of the disk.
         OSError: the disk failed.
     """
     try:

@@ -139,12 +139,14 @@ def _local_decisions() -> Iterator[None]:
 
     from megatron_cpt.checkpoint.loading import find_valid
     from megatron_cpt.model import build_model
+    from megatron_cpt.train import first_start
+    from megatron_cpt.train import setup as train_setup
 
     def gather_own(results: list[Any], own: Any, **_: Any) -> None:
         results[:] = [own] * len(results)
 
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-        (find_valid, "on_main", lambda work: work()),
+        *((module, "on_main", lambda work: work()) for module in (find_valid, first_start, train_setup)),
         (dist, "all_gather_object", gather_own),
         (build_model, "initialize_weights", lambda *_: None),
     ]
