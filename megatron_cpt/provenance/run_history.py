@@ -130,8 +130,8 @@ def read_history(run_directory: Path) -> tuple[list[Recorded], list[str]]:
 
 
 def parse_blends(run: Mapping[str, Any], plan: Mapping[str, Any], origin: str) -> Blends:
-    """Parse a run.yaml and its plan from plain values; a KeyError, TypeError or ValueError means they are invalid."""
-    segments = [tuple(Segment(**segment) for segment in phase["stretches"]) for phase in plan["phases"]]
+    """Parse a run.yaml and its plan from plain values; one of `MALFORMED` means that they are invalid."""
+    segments = [tuple(_segment(values) for values in phase["stretches"]) for phase in plan["phases"]]
     phases = tuple(_phase(phase, own) for phase, own in zip(plan["phases"], segments, strict=True))
     # a limit of 0 counts: that source ends before its first sample
     all_limits = {name: source.get("limit") for name, source in plan["sources"].items()}
@@ -142,7 +142,30 @@ def parse_blends(run: Mapping[str, Any], plan: Mapping[str, Any], origin: str) -
         if source.get("chunks_per_epoch")
     }
     flat = tuple(segment for own in segments for segment in own)
-    return Blends(origin, run, phases, int(plan["steps"]), limits, flat, grids)
+    blends = Blends(origin, run, phases, int(plan["steps"]), limits, flat, grids)
+    paths = [path for source in run["sources"].values() for path in _as_list(source["path"])]
+    if not flat or not all(isinstance(path, str) for path in paths):
+        raise ValueError("no steps, or a path that is no text")
+    if type(run["seed"]) is not int or type(run["seq_length"]) is not int or run["seq_length"] < 1:
+        raise ValueError(f"seed {run['seed']!r}, seq_length {run['seq_length']!r}")
+    try:
+        blends.cursor()  # checks that phases, weights and spans fit together
+    except AssertionError as error:
+        raise ValueError(str(error)) from error
+    return blends
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _segment(values: Mapping[str, Any]) -> Segment:
+    segment = Segment(**values)
+    for name, value in values.items():
+        least = 1 if name in ("first_step", "global_batch", "micro_batch", "seq_length") else 0
+        if name != "is_ramp" and not (type(value) is int and least <= value < 2**62):
+            raise ValueError(f"{name}: {value!r}")
+    return segment
 
 
 def read_counts(run_directory: Path, after_step: int, step: int) -> tuple[Witness | None, Witness | None]:
