@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,8 +46,24 @@ def quiet(small_file: Path, start: Path) -> Path:
     return output
 
 
+def wait_for_deletions() -> None:
+    """Let this process wait for a deletion; otherwise the end of the run changes files in a random order with it."""
+    from megatron_cpt.checkpoint.saving import saver
+
+    submit = saver.ThreadPoolExecutor.submit
+
+    def submit_and_wait(self: Any, work: Any, *args: Any) -> Any:
+        future = submit(self, work, *args)
+        if work is saver.delete:
+            future.exception()
+        return future
+
+    saver.ThreadPoolExecutor.submit = submit_and_wait  # type: ignore[method-assign]
+
+
 def train_and_die(path: str, output: str, number: int, power_cut: bool, background: bool) -> None:
     """Resume for one step, and die before the n-th change of the run directory."""
+    wait_for_deletions()
     Death(Path(output), number, Path(f"{output}.journal"), power_cut=power_cut)
     train_here(path, [f"output={output}", f"stop_at_step={START + 1}", f"checkpoint.async={background}"])
 
