@@ -72,7 +72,7 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("-m", "downloads 70 MB"),
         ("evaluate", "downloads 70 MB"),
         ("evaluate", "generates 164 programs"),
-        ("-m", "takes hours on two cores"),
+        ("python", "takes hours on two cores"),
         ("report", "serves until Ctrl-C"),
     ]
     assert len(commands) - len(skipped) >= 25
