@@ -84,7 +84,7 @@ def measure(folder: Path, checkpoint: Path, options: argparse.Namespace) -> dict
     tokenizer = load_tokenizer(f"huggingface:{folder}")
     torch.set_num_threads(options.threads)
     loaded_tasks = LoadedTasks(TaskChoice(names=options.tasks.split(","), limit=options.documents))
-    theirs = {
+    hf_models = {
         size: HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=size) for size in HF_BATCH_SIZES
     }
     with load_inference_model(saved, inference_run(saved)) as loaded:
@@ -94,7 +94,7 @@ def measure(folder: Path, checkpoint: Path, options: argparse.Namespace) -> dict
 
         def work() -> dict[str, Any]:
             models = {"megatron-cpt": HarnessModel(leading, tokenizer)}
-            models |= {f"hf, batch {size}": model for size, model in theirs.items()}
+            models |= {f"hf, batch {size}": model for size, model in hf_models.items()}
             scoring = compare_scores(models, loaded_tasks, engine, options.rounds)
             generating = compare_texts(models, engine, tokenizer, options)
             return {

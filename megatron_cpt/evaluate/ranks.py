@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
@@ -13,35 +13,10 @@ from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.evaluate.requests import Generation, GenerationOptions, Score, ScoreRequest
 
+if TYPE_CHECKING:
+    from megatron_cpt.evaluate.engine import Engine
+
 T = TypeVar("T")
-
-
-class ScoringEngine(Protocol):
-    """Interface of `Engine` that an evaluation needs."""
-
-    max_length: int
-
-    def score(
-        self,
-        requests: Sequence[ScoreRequest],
-        *,
-        finished: Mapping[int, Score] | None = None,
-        on_batch: Callable[[dict[int, Score]], None] | None = None,
-    ) -> list[Score]:
-        """Return the scores of all requests."""
-        ...
-
-    def generate(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        options: GenerationOptions,
-        *,
-        stop: Callable[[int, tuple[int, ...]], bool] | None = None,
-        finished: Mapping[int, Generation] | None = None,
-        on_batch: Callable[[dict[int, Generation]], None] | None = None,
-    ) -> list[Generation]:
-        """Return the generated tokens of all prompts."""
-        ...
 
 
 class StoppedEvaluation(BaseException):
@@ -108,7 +83,7 @@ class LeadingEngine:
         after_batch: called on every rank after each batch of the engine.
     """
 
-    def __init__(self, engine: ScoringEngine, tokenizer: Tokenizer, num_ranks: int) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, num_ranks: int) -> None:
         self._engine, self._tokenizer, self._num_ranks = engine, tokenizer, num_ranks
         self.max_length = engine.max_length
         self.after_batch: Callable[[], None] = lambda: None

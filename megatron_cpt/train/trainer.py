@@ -219,7 +219,7 @@ class Trainer:
         session.meter.take()  # the first line excludes the time since setup
         if not session.is_resumed:
             self._validate()
-        reason, is_save_due = self._evaluate(), False
+        reason, is_save_due = self._evaluate(is_first=True), False
         while state.step < session.last_step and not reason:
             self._progress.note(f"step {state.step + 1}")
             self.wall_time.begin_step()
@@ -325,11 +325,14 @@ class Trainer:
         self.hooks.on_validation(session, {"step": session.state.step, "validation": losses})
         session.meter.skip_time(time.perf_counter() - started)
 
-    def _evaluate(self) -> str:
+    def _evaluate(self, *, is_first: bool = False) -> str:
         """Run the evaluation that is due after this step, unless an earlier process of the run has done it.
 
         It follows the save of the step. So a process that is killed meanwhile loses no step, and a resumed process
         evaluates first.
+
+        Args:
+            is_first: before the first step of this process; only then can an earlier process have evaluated.
 
         Returns:
             The reason why the process must end, if it was asked to stop meanwhile; else "".
@@ -340,7 +343,7 @@ class Trainer:
             return ""
         from megatron_cpt.train.evaluation import has_evaluation
 
-        if on_main(lambda: has_evaluation(session.output, step)):
+        if is_first and on_main(lambda: has_evaluation(session.output, step)):
             return ""
         activity, started = f"evaluation after step {step}", time.perf_counter()
         self.wall_time.begin_evaluation()
