@@ -15,21 +15,21 @@ import typer
 from megatron_cpt import __version__
 from megatron_cpt.cli.arguments import repeat_options
 from megatron_cpt.cli.command_groups import CHECKPOINTS, DATA, EVALUATE, OPERATIONS, PLAN, TRAIN, GroupedCommands
-from megatron_cpt.cli.commands.check_command import check
-from megatron_cpt.cli.commands.convert_command import app as convert_app
-from megatron_cpt.cli.commands.doctor_command import doctor
-from megatron_cpt.cli.commands.evaluate_command import evaluate
-from megatron_cpt.cli.commands.generate_command import generate
-from megatron_cpt.cli.commands.inspect_command import inspect
-from megatron_cpt.cli.commands.launch_command import WordsCommand, launch
-from megatron_cpt.cli.commands.merge_command import merge
-from megatron_cpt.cli.commands.overlap_command import overlap
-from megatron_cpt.cli.commands.plan_command import plan
-from megatron_cpt.cli.commands.preprocess_command import preprocess
-from megatron_cpt.cli.commands.report_command import report
-from megatron_cpt.cli.commands.split_command import split
-from megatron_cpt.cli.commands.trace_command import trace
-from megatron_cpt.cli.commands.train_command import train
+from megatron_cpt.cli.commands.checkpoints.convert_command import app as convert_app
+from megatron_cpt.cli.commands.checkpoints.evaluate_command import evaluate
+from megatron_cpt.cli.commands.checkpoints.generate_command import generate
+from megatron_cpt.cli.commands.data.check_command import check
+from megatron_cpt.cli.commands.data.inspect_command import inspect
+from megatron_cpt.cli.commands.data.merge_command import merge
+from megatron_cpt.cli.commands.data.overlap_command import overlap
+from megatron_cpt.cli.commands.data.preprocess_command import preprocess
+from megatron_cpt.cli.commands.data.split_command import split
+from megatron_cpt.cli.commands.data.trace_command import trace
+from megatron_cpt.cli.commands.runs.doctor_command import doctor
+from megatron_cpt.cli.commands.runs.launch_command import WordsCommand, launch
+from megatron_cpt.cli.commands.runs.plan_command import plan
+from megatron_cpt.cli.commands.runs.report_command import report
+from megatron_cpt.cli.commands.runs.train_command import train
 from megatron_cpt.cli.missing_package import describe_missing_package
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_USER, CptError
 from megatron_cpt.files.terminal import escaped_output

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_cpt.checkpoint.preflight import ALLOWABLE, find_changes, model_shape, refuse_unless_allowed
-from megatron_cpt.cli.commands.train_command import ALLOW_HELP
+from megatron_cpt.cli.commands.runs.train_command import ALLOW_HELP
 from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.views.preflight_table import ResumeSummary, describe

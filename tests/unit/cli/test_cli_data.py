@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_cpt.cli import main
-from megatron_cpt.cli.commands.overlap_command import overlap
+from megatron_cpt.cli.commands.data.overlap_command import overlap
 from megatron_cpt.data.contamination.overlap import NEAR, NGRAM
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
 

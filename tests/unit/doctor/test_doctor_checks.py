@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.cli.commands.doctor_command import _render
+from megatron_cpt.cli.commands.runs.doctor_command import _render
 from megatron_cpt.config import ParallelConfig
 from megatron_cpt.doctor import disk, gpus, host, nodes, software
 from megatron_cpt.doctor.diagnosis import Diagnosis, Level, passed

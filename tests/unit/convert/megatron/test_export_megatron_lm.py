@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError
-from megatron_cpt.cli.commands.convert_command import app
+from megatron_cpt.cli.commands.checkpoints.convert_command import app
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.mapping.shapes import expected_tensors

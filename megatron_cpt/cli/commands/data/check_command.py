@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_cpt.cli.commands.merge_command import total_bytes
+from megatron_cpt.cli.commands.data.merge_command import total_bytes
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import EXIT_REFUSED
 

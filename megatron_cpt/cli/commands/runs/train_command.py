@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.commands.plan_command import OVERRIDES_HELP, RUN_HELP
+from megatron_cpt.cli.commands.runs.plan_command import OVERRIDES_HELP, RUN_HELP
 
 # The names in checkpoint/preflight.py, which `--help` need not import; a test compares them.
 ALLOW_HELP = (

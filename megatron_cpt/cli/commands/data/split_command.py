@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.commands.merge_command import MIXED_HELP, total_bytes
+from megatron_cpt.cli.commands.data.merge_command import MIXED_HELP, total_bytes
 from megatron_cpt.cli.progress import progress_bar
 
 FRACTION_HELP = "Share of the documents to hold out, above 0 and below 1."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_cpt.cli.commands.inspect_command import TOKENIZER_HELP, decode
+from megatron_cpt.cli.commands.data.inspect_command import TOKENIZER_HELP, decode
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.commands.generate_command import LAYOUT_HELP
+from megatron_cpt.cli.commands.checkpoints.generate_command import LAYOUT_HELP
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import UserError
 

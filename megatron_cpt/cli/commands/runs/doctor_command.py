@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from megatron_cpt.cli.commands.plan_command import OVERRIDES_HELP
+from megatron_cpt.cli.commands.runs.plan_command import OVERRIDES_HELP
 from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Commands on runs: what a run will do, does and did."""
