@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ MAX_CURVES = 12
 
 MAX_ROWS = 200
 _SAME = 0.0005  # nats per token below which a held-out loss has not changed
-_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "loss", "bpb", "nll", "error", "brier")
+_LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "loss", "bpb", "nll", "error", "brier")  # where no file says it
 _CERTAIN = 2.0  # standard errors from which a change of a task counts
 
 
@@ -100,6 +101,7 @@ class TaskScore:
     metric: str
     values: tuple[float | None, ...]
     errors: tuple[float | None, ...]
+    is_lower_better: bool
 
     @property
     def change(self) -> float | None:
@@ -123,7 +125,7 @@ class TaskScore:
             return ""
         if self.change == 0 or (self.change_error and abs(self.change) < _CERTAIN * self.change_error):
             return "within error" if self.change else "same"
-        return "better" if (self.change < 0) == is_lower_better(self.metric) else "worse"
+        return "better" if (self.change < 0) == self.is_lower_better else "worse"
 
 
 def task_scores(run: RunRecord) -> tuple[list[Stage], list[TaskScore]]:
@@ -138,16 +140,18 @@ def task_scores(run: RunRecord) -> tuple[list[Stage], list[TaskScore]]:
         if not _is_error(metric)
     )
     scores = []
-    for task, metric in sorted(keys, key=lambda key: (key[0], not is_lower_better(key[1]))):
+    lower = {key: _is_lower_better(run, *key) for key in keys}
+    for task, metric in sorted(keys, key=lambda key: (key[0], not lower[key])):
         values = tuple(one.get(task, {}).get(metric) for one in results)
         errors = tuple(one.get(task, {}).get(error_name(metric)) for one in results)
-        scores.append(TaskScore(task, metric, values, errors))
+        scores.append(TaskScore(task, metric, values, errors, lower[task, metric]))
     return at, scores
 
 
-def is_lower_better(metric: str) -> bool:
-    """Return whether a smaller value of a metric is better."""
-    return any(word in metric.lower() for word in _LOWER_IS_BETTER)
+def _is_lower_better(run: RunRecord, task: str, metric: str) -> bool:
+    """Return whether a smaller value of a metric is better: what the task says, else what its name says."""
+    is_higher = run.higher_is_better.get((task, metric.partition(",")[0]))
+    return any(word in metric.lower() for word in _LOWER_IS_BETTER) if is_higher is None else not is_higher
 
 
 def error_name(metric: str) -> str:
@@ -271,13 +275,14 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
     steps = sorted(run.evaluations)
     if len(steps) < 2:
         return
-    for metric in _common_metrics(scores):
-        tasks = [score.task for score in scores if score.metric == metric][:MAX_CURVES]
+    for metric, is_lower in _common_metrics(scores):
+        tasks = [score.task for score in scores if (score.metric, score.is_lower_better) == (metric, is_lower)]
+        tasks = tasks[:MAX_CURVES]
         results = [run.evaluations[step] for step in steps]
         yield CurveChart(
             f"tasks-{metric}",
             f"Tasks: {metric.removesuffix(',none')}{f' ({run.title})' if others else ''}",
-            "lower is better" if is_lower_better(metric) else "higher is better",
+            "lower is better" if is_lower else "higher is better",
             f"{len(tasks)} tasks, evaluated {len(steps)} times; bars are one standard error.",
             steps,
             [
@@ -293,13 +298,11 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
         )
 
 
-def _common_metrics(scores: Sequence[TaskScore]) -> list[str]:
-    """Return the two metrics that most tasks have; bits per byte and other losses first."""
-    counts: dict[str, int] = {}
-    for score in scores:
-        counts[score.metric] = counts.get(score.metric, 0) + 1
-    most = sorted(counts, key=lambda metric: (-counts[metric], metric))[:2]
-    return sorted(most, key=lambda metric: not is_lower_better(metric))
+def _common_metrics(scores: Sequence[TaskScore]) -> list[tuple[str, bool]]:
+    """Return the two metrics that most tasks have, and whether lower is better; bits per byte and losses first."""
+    counts = Counter((score.metric, score.is_lower_better) for score in scores)
+    most = sorted(counts, key=lambda key: (-counts[key], key))[:2]
+    return sorted(most, key=lambda key: not key[1])
 
 
 def with_error(value: float | None, error: float | None, form: Callable[[float | None, int], str] = decimal) -> str:

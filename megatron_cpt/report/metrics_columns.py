@@ -37,6 +37,9 @@ _NAN = math.nan
 Results = dict[str, dict[str, float]]
 """Metrics by task, as in an evaluation line."""
 
+Directions = dict[tuple[str, str], bool]
+"""True where a higher value is better, by task and metric."""
+
 
 @dataclass
 class MetricsColumns:
@@ -53,6 +56,7 @@ class MetricsColumns:
         phases: (step, name) of the first line of each phase.
         validations: held-out loss by source, by step.
         evaluations: metrics by task, by step.
+        higher_is_better: by task and metric, as far as the lines of evaluations say it.
         resumed_after: for each repeat, the last step that was kept.
         num_foreign: lines that are no metrics.
         first_foreign: number of the first one.
@@ -66,6 +70,7 @@ class MetricsColumns:
     phases: list[tuple[int, str]] = field(default_factory=list)
     validations: dict[int, dict[str, float]] = field(default_factory=dict)
     evaluations: dict[int, Results] = field(default_factory=dict)
+    higher_is_better: Directions = field(default_factory=dict)
     resumed_after: list[int] = field(default_factory=list)
     num_lines: int = 0
     num_foreign: int = 0
@@ -109,15 +114,15 @@ class MetricsColumns:
             for name in self._known_sources(names)
         }
         phases = [line.get("phase") for line in training]
-        others = [(line, _clean_held_out(line)) for line in lines if "loss" not in line]
-        if any(held_out is None for _, held_out in others):
+        others = [line for line in lines if "loss" not in line]
+        if not all(map(_is_held_out, others)):
             return False
         self._append(steps, columns, sources)
         self._note_phases(steps, phases)
         if training:
             self.last = training[-1]
-        for line, held_out in others:
-            self._add_held_out(line["step"], held_out or ({}, {}))
+        for line in others:
+            self._add_held_out(line)
         return True
 
     def _add_line(self, raw: bytes) -> bool:
@@ -130,10 +135,9 @@ class MetricsColumns:
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MAX_STEP:
             return False
         if "loss" not in line:
-            held_out = _clean_held_out(line)
-            if held_out is None:
+            if not _is_held_out(line):
                 return False
-            self._add_held_out(step, held_out)
+            self._add_held_out(line)
             return True
         if self.steps and step <= self.steps[-1]:
             self._drop_from(step)
@@ -174,12 +178,14 @@ class MetricsColumns:
                 self.phases.append((step, phase))
                 current = phase
 
-    def _add_held_out(self, step: int, held_out: tuple[dict[str, float], Results]) -> None:
-        validation, evaluation = held_out
+    def _add_held_out(self, line: Mapping[str, Any]) -> None:
+        step = line["step"]
+        validation = {name: number(loss) for name, loss in as_mapping(line.get("validation")).items()}
         if validation:
             self.validations[step] = validation
-        if evaluation:
+        if evaluation := clean_results(line.get("evaluation")):
             self.evaluations[step] = self.evaluations.get(step, {}) | evaluation
+        self.higher_is_better |= clean_directions(line.get("higher_is_better"))
 
     def _drop_from(self, step: int) -> None:
         """Drop the lines from a step on, which a later life of the run has repeated."""
@@ -250,11 +256,20 @@ def clean_results(value: Any) -> Results:
     }
 
 
-def _clean_held_out(line: Any) -> tuple[dict[str, float], Results] | None:
-    """Return the held-out losses and the evaluations of a line; None if it has neither."""
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-        return None
-    validation, evaluation = line.get("validation"), line.get("evaluation")
-    if not isinstance(validation, dict) and not isinstance(evaluation, dict):
-        return None
-    return {name: number(loss) for name, loss in as_mapping(validation).items()}, clean_results(evaluation)
+def clean_directions(value: Any) -> Directions:
+    """Return the answers of `{TASK: {METRIC: bool}}`, without anything else that is in it."""
+    return {
+        (task, metric): is_higher
+        for task, metrics in as_mapping(value).items()
+        for metric, is_higher in as_mapping(metrics).items()
+        if isinstance(is_higher, bool)
+    }
+
+
+def _is_held_out(line: Any) -> bool:
+    """Return whether a line without a loss has held-out losses or evaluations."""
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("step"), int)
+        and any(isinstance(line.get(key), dict) for key in ("validation", "evaluation"))
+    )

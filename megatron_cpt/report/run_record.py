@@ -20,10 +20,12 @@ from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
 from megatron_cpt.provenance.run_history import ANOMALIES_FILE, EVENTS_FILE, METRICS_FILE
 from megatron_cpt.report.metrics_columns import (
     MAX_STEP,
+    Directions,
     MetricsColumns,
     MetricsReader,
     Results,
     as_mapping,
+    clean_directions,
     clean_results,
     number,
 )
@@ -65,6 +67,7 @@ class RunRecord:
         schedule: of the plan; None: unknown.
         metrics: columns of metrics.jsonl.
         evaluations: metrics by task, by step: evaluation lines and the results.json files of `evaluate`.
+        higher_is_better: by task and metric, as far as a file says it.
         anomalies: lines of anomalies.jsonl, in order of their steps.
         events: lines of events.jsonl: starts and stops, oldest first.
         plans: lines of plans.jsonl.
@@ -81,6 +84,7 @@ class RunRecord:
     schedule: Schedule | None
     metrics: MetricsColumns
     evaluations: Mapping[int, Results]
+    higher_is_better: Mapping[tuple[str, str], bool]
     anomalies: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     plans: Sequence[Mapping[str, Any]]
@@ -144,8 +148,9 @@ class RunReader:
         metrics = self._read_metrics(notes)
         evaluations = {step: dict(results) for step, results in metrics.evaluations.items()}
         steps = metrics.steps[-1] if metrics.steps else max(metrics.validations, default=0)
+        directions = dict(metrics.higher_is_better)
         for path in _results_files(self.folder):
-            _add_results(path, evaluations, steps, notes)
+            directions |= _add_results(path, evaluations, steps, notes)
         anomalies = _read_lines(self.folder / ANOMALIES_FILE, notes)
         by_step = {line["step"]: line for line in anomalies if _is_step(line.get("step"))}
         checkpoints = [path.name for path in layout.list_checkpoints(layout.checkpoints_folder(self.folder))]
@@ -158,6 +163,7 @@ class RunReader:
             schedule=_schedule(plan),
             metrics=metrics,
             evaluations=dict(sorted(evaluations.items())),
+            higher_is_better=directions,
             anomalies=[by_step[step] for step in sorted(by_step)],
             events=_read_lines(self.folder / EVENTS_FILE, notes)[-_MAX_EVENTS:],
             plans=_read_lines(self.folder / PLANS_FILE, notes),
@@ -198,26 +204,31 @@ def _results_files(folder: Path) -> list[Path]:
     return [*own, *sorted((folder / RESULTS_FOLDER).glob("**/*.json"))]
 
 
-def _add_results(path: Path, evaluations: dict[int, Results], last_step: int, notes: list[str]) -> None:
-    """Add the results of a file of `evaluate`; another program's JSON file is no concern of the report."""
+def _add_results(path: Path, evaluations: dict[int, Results], last_step: int, notes: list[str]) -> Directions:
+    """Add the results of a file of `evaluate`, and return which metrics are better when higher.
+
+    Another program's JSON file is no concern of the report.
+    """
     name = path.name
     try:
         content = orjson.loads(read_file(path))
     except (OSError, ValueError) as error:
         notes.append(f"{name}: missing or damaged, skipped ({error})")
-        return
+        return {}
     if not isinstance(content, dict) or "results" not in content:
-        return
+        return {}
     results = clean_results(content["results"])
     if not results:
         notes.append(f"{name}: no results in it, skipped")
-        return
+        return {}
     step = _results_step(content)
     if step is None:
         notes.append(f"{name}: does not name its checkpoint, so it counts for the last step, {last_step:,}")
         step = last_step
     for task, metrics in results.items():
         evaluations.setdefault(step, {})[task] = evaluations.get(step, {}).get(task, {}) | metrics
+    facts = as_mapping(content.get("tasks"))
+    return clean_directions({task: as_mapping(fact).get("higher_is_better") for task, fact in facts.items()})
 
 
 def _results_step(content: Mapping[str, Any]) -> int | None:

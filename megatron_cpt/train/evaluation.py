@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _BOOTSTRAP_ITERATIONS = 1000  # for metrics that are no means; 100,000 as in the harness take seconds per task
 
-Metrics = dict[str, dict[str, float]]
+Fields = dict[str, Any]
 
 
 class EvaluationTasks:
@@ -68,14 +68,15 @@ class Evaluator:
         self._tasks = tasks
         self._engine = LeadingEngine(Engine(model, config, ranks), tasks.tokenizer, ranks.world_size)
 
-    def run(self, note: Callable[[], None], is_stop_requested: Callable[[], bool]) -> Metrics | None:
-        """Return the metrics by task, on every rank; a collective call that leaves the model unchanged.
+    def run(self, note: Callable[[], None], is_stop_requested: Callable[[], bool]) -> Fields | None:
+        """Measure on every rank; a collective call that leaves the model unchanged.
 
         Args:
             note: called after each batch.
             is_stop_requested: whether this rank was asked to stop; all ranks then stop after the same batch.
 
         Returns:
+            Fields of a line of metrics.jsonl: `evaluation` by task and `higher_is_better` by task and metric;
             None if a stop was requested.
         """
 
@@ -85,18 +86,19 @@ class Evaluator:
                 raise StoppedEvaluation
 
         self._engine.after_batch = after_batch
-        metrics: Metrics | None = None
+        fields: Fields | None = None
         with contextlib.suppress(StoppedEvaluation):
-            metrics = self._engine.lead(self._run_tasks)
-            return on_main(lambda: metrics)
+            fields = self._engine.lead(self._run_tasks)
+            return on_main(lambda: fields)
         return None
 
-    def _run_tasks(self) -> Metrics:
+    def _run_tasks(self) -> Fields:
         from megatron_cpt.evaluate.lm_eval_model import HarnessModel
 
         assert self._tasks.loaded is not None, "rank 0 has loaded the tasks"
         model = HarnessModel(self._engine, self._tasks.tokenizer)
-        return self._tasks.loaded.run(model, bootstrap=_BOOTSTRAP_ITERATIONS).metrics
+        found = self._tasks.loaded.run(model, bootstrap=_BOOTSTRAP_ITERATIONS)
+        return {"evaluation": found.metrics, "higher_is_better": found.higher_is_better}
 
 
 def has_evaluation(run_directory: Path, step: int) -> bool:

@@ -347,12 +347,12 @@ class Trainer:
             return ""
         activity, started = f"evaluation after step {step}", time.perf_counter()
         self.wall_time.begin_evaluation()
-        metrics = evaluator.run(lambda: self._progress.note(activity), lambda: self._stop.received is not None)
+        measured = evaluator.run(lambda: self._progress.note(activity), lambda: self._stop.received is not None)
         seconds = time.perf_counter() - started
         self.wall_time.end_evaluation()
-        if metrics is None:
+        if measured is None:
             return self._signal_reason()
-        self.hooks.on_evaluation(session, {"step": step, "evaluation": metrics, "evaluation_seconds": seconds})
+        self.hooks.on_evaluation(session, {"step": step, **measured, "evaluation_seconds": seconds})
         session.meter.skip_time(time.perf_counter() - started)
         return ""
 

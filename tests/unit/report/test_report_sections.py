@@ -74,6 +74,23 @@ def test_learning_against_forgetting_comes_first_with_before_switch_and_end(reci
     assert charts(page)["tasks-acc,none"].curves[0].errors == [0.02, 0.02, 0.02]
 
 
+def test_a_task_says_which_direction_is_better(recipe):
+    """A name such as `ter` does not tell: of translation errors, fewer are better."""
+    evaluations = [{"ter": 40.0, "ter_stderr": 0.5}, {"ter": 30.0, "ter_stderr": 0.5}]
+    for step, metrics in zip((0, 200), evaluations, strict=True):
+        line = {"step": step, "evaluation": {"wmt": metrics}, "higher_is_better": {"wmt": {"ter": False}}}
+        with open(recipe / "metrics.jsonl", "ab") as file:
+            file.write(orjson.dumps(line) + b"\n")
+    directions = {"flores": {"higher_is_better": {"ter": False}}}
+    results = {"flores": {"ter,none": 50.0, "ter_stderr,none": 0.5}}
+    for step, score in ((0, 50.0), (200, 60.0)):
+        results["flores"]["ter,none"] = score
+        content = {"results": results, "tasks": directions, "model": {"step": step}}
+        (recipe / f"after-{step}.json").write_bytes(orjson.dumps(content))
+    verdicts = {row[0]: row[6] for row in tables(page_of(recipe))["Tasks"].rows if row[1] == "ter"}
+    assert verdicts == {"wmt": "better", "flores": "worse"}
+
+
 def test_the_plan_is_compared_with_what_happened(recipe):
     assert tables(page_of(recipe))["Plan and reality"].rows == [
         ["steps", "200", "200", "none"],

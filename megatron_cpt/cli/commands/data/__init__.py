@@ -1,1 +1,1 @@
-"""Commands on data sets."""
+"""Commands on datasets."""
