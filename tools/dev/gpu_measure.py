@@ -59,6 +59,7 @@ ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
+    "PYTHONWARNINGS": "ignore",  # of libraries, which would fill the end of a log; `train` ignores them, too
 }
 CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
