@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from benchmarks.gpu.measured import Report
 
 PROFILED_STEPS = 2
-TOP_KERNELS = 15
+TOP_KERNELS = 60
 SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
@@ -45,6 +45,7 @@ class StepProfile:
         kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
         synchronizations = sum(event.name in SYNCHRONIZATIONS for event in events)
         report.note(
+            profiled_step_seconds=self._seconds / PROFILED_STEPS,
             host_synchronizations_per_step=synchronizations / PROFILED_STEPS if kernels else None,
             gpu_busy_share=busy_seconds((e.time_range.start, e.time_range.end) for e in kernels) / 1e6 / self._seconds
             if kernels

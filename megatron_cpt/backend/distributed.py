@@ -102,18 +102,15 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
     on_cpu = cpu.install()
     parallel_state = _parallel_state()
     size = data_parallel_size(parallel, launched_world_size())
-    own_group = not dist.is_initialized()
-    if own_group:
-        _initialize(on_cpu, timedelta(seconds=timeout))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        distributed_timeout_minutes=math.ceil(timeout / 60),
-    )
-    has_finished = False
-    try:
+    with job_group(timeout=timeout) as before_end:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=math.ceil(timeout / 60),
+        )
+        before_end.callback(parallel_state.destroy_model_parallel)
         yield Ranks(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
@@ -124,33 +121,32 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
             is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         )
-        has_finished = True
-    finally:
-        if own_group and not on_cpu and not has_finished:
-            _abort()
-        parallel_state.destroy_model_parallel()
-        if own_group:
-            _destroy(has_finished)
 
 
 @contextlib.contextmanager
-def job_group(*, timeout: float) -> Iterator[None]:
-    """Initialize torch.distributed alone, for collective calls before the layout is known; `process_groups` uses it.
+def job_group(*, timeout: float) -> Iterator[contextlib.ExitStack]:
+    """Initialize torch.distributed alone, for collective calls before the layout is known; destroy it on exit.
+
+    An existing process group is used and kept.
 
     Args:
         timeout: of a collective over all ranks, in seconds.
+
+    Yields:
+        Stack of callbacks for the end: after an error has aborted the communicators, before the group is destroyed.
     """
     on_cpu = cpu.install()
     own_group = not dist.is_initialized()
     if own_group:
         _initialize(on_cpu, timedelta(seconds=timeout))
-    has_finished = False
+    before_end, has_finished = contextlib.ExitStack(), False
     try:
-        yield
+        yield before_end
         has_finished = True
     finally:
         if own_group and not on_cpu and not has_finished:
             _abort()
+        before_end.close()
         if own_group:
             _destroy(has_finished)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
@@ -57,14 +56,8 @@ class Update:
             group["lr"] = rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self._weight_decay * group.get("wd_mult", 1.0)
         for part in self._parts:
-            parameters = part.get_parameters()
-            if parameters and part.config.clip_grad > 0.0:
-                clip_grad_by_total_norm_fp32(
-                    parameters,
-                    max_norm=part.config.clip_grad,
-                    total_norm=norm,
-                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-                )
+            if part.config.clip_grad > 0.0:
+                _clip(part.get_parameters(), part.config.clip_grad, norm)
         self._optimizer.step_with_ready_grads()
 
 
@@ -72,6 +65,19 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     """Return the gradient that the optimizer reads; precision-aware optimizers keep it under another name."""
     gradient: torch.Tensor | None = getattr(parameter, "decoupled_grad", None)
     return gradient if gradient is not None else parameter.grad
+
+
+@torch.no_grad()
+def _clip(parameters: list[torch.Tensor], max_norm: float, norm: float) -> None:
+    """Scale the gradients in place as megatron-core's `clip_grad_by_total_norm_fp32`, in a few kernels for all of them.
+
+    That function takes two kernels per parameter where Transformer Engine lacks one of the names that it imports:
+    megatron-core 0.19 asks for `multi_tensor_scale_tensor`, which Transformer Engine 2.12 does not have.
+    """
+    scale = max_norm / (norm + 1e-6)
+    gradients = [gradient for gradient in map(_gradient, parameters) if gradient is not None]
+    if scale < 1.0 and gradients:
+        torch._foreach_mul_(gradients, scale)
 
 
 @torch.no_grad()

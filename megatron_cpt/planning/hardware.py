@@ -26,6 +26,7 @@ class Gpu:
         gpus_per_node: GPUs connected by NVLink.
         is_calibrated: published training runs on this GPU set the constants of `planning/cluster/step_time.py`; other
             GPUs are assumed to reach the same shares of their peaks.
+        evidence: of the speed that is predicted for a GPU that is not calibrated.
         needs_fp8_transposes: FP8 products need transposed operands (before Blackwell).
     """
 
@@ -39,6 +40,7 @@ class Gpu:
     network: float
     gpus_per_node: int = 8
     is_calibrated: bool = False
+    evidence: str = "assumed to be as efficient as an H100, not measured"
     needs_fp8_transposes: bool = True
     source: str
 
@@ -73,6 +75,7 @@ H200 = replace(
     memory_gib=140.4,
     hbm=4.8 * TERA,
     is_calibrated=False,
+    evidence="as efficient as an H100; steps on one H200 took 3 to 4 % longer",
     source="NVIDIA H200 datasheet (without sparsity); DGX H200 datasheet (8 x 400 Gb/s)",
 )
 B200 = Gpu(

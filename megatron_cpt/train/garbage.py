@@ -16,11 +16,19 @@ def manual_collection() -> Iterator[None]:
 
     Python collects when a rank has made enough objects. Each pause lasts as long as a small step and delays all other
     ranks, at other times on each rank. Megatron-LM has `--manual-gc` for this reason.
+
+    Objects that exist at the start, such as the modules of torch and the model, are frozen: a collection skips them.
+    Example: 355,000 objects take 0.17 s on a CPU, which each save would add to the next step.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, freezes = gc.isenabled(), gc.get_freeze_count() == 0
     gc.disable()
+    gc.collect()  # garbage must not be frozen
+    if freezes:
+        gc.freeze()
     try:
         yield
     finally:
+        if freezes:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()

@@ -20,7 +20,7 @@ from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.checkpoint.saving.publish import Retention
 from megatron_cpt.checkpoint.saving.saver import Saver
 from megatron_cpt.config import RunConfig
-from megatron_cpt.data import Loader
+from megatron_cpt.data import Loader, TokenStream
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.model.build_model import Model, build_model
@@ -137,17 +137,16 @@ def setup(
     streams = open_streams(config, eod_id)
     fingerprints = {name: fingerprint(stream.datasets, with_times=True) for name, stream in streams.items()}
 
-    output = Path(config.output)
-    started = on_main(lambda: read_started_run(output))
-    run_id = started.run_id if started is not None else None
+    started = on_main(lambda: read_started_run(Path(config.output)))
 
     def check_resume(own: SavedRun | None) -> None:
         if own is not None:
+            run_id = started.run_id if started is not None else None
             preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, eod_id, run_id, allow)
             if DATA.name not in allow:
                 verify_touched_data(own.state["data_fingerprints"], fingerprints, streams, note)
         elif not restart:
-            on_main(lambda: refuse_lost_run(output))
+            on_main(lambda: refuse_lost_run(Path(config.output)))
 
     def check_init(origin: SavedRun) -> None:
         if "tokenizer" not in allow:
@@ -155,16 +154,11 @@ def setup(
 
     own, origin, model, optimizer, state = _build_from_newest_valid(config, ranks, check_resume, check_init)
     if own is not None:
-        fingerprints = own.state["data_fingerprints"] | fingerprints
         with corrupt_as_refused(own.path):
             check_progress(state, plan, str(own.path))
-    contributes_loss = ranks.is_last_stage and ranks.tensor_rank == 0
-    documents = config.documents
-    options = DocumentOptions(eod_id, documents.reset_attention, documents.reset_positions, documents.eod_loss)
-    names, saved = list(streams), own.path if own is not None else None
-    loader_upload, validator_upload = (
-        make_upload(ranks.device, packs_documents=model.packs_documents)
-        for _ in range(2)  # one per thread
+    names, contributes_loss = list(streams), ranks.is_last_stage and ranks.tensor_rank == 0
+    loader, validator = _open_loaders(
+        config, plan, ranks, streams, eod_id=eod_id, model=model, state=state, saved=own, measures_loss=contributes_loss
     )
     return Session(
         config=config,
@@ -174,23 +168,50 @@ def setup(
         optimizer=optimizer,
         forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
         update=Update(optimizer, config.optimizer.weight_decay),
-        loader=build_loader(config, plan, ranks, streams, options, state, saved, loader_upload),
-        validator=build_validator(config, ranks, options, validator_upload, contributes_loss),
+        loader=loader,
+        validator=validator,
         meter=LossMeter(names, contributes_loss),
         state=state,
-        saver=Saver(
-            layout.checkpoints_folder(config.output),
-            model.chunks,
-            optimizer,
-            Retention(config.checkpoint.keep, config.checkpoint.keep_every),
-            in_background=config.checkpoint.async_,
-        ),
-        data_fingerprints=fingerprints,
+        saver=_open_saver(config, model, optimizer),
+        data_fingerprints=fingerprints if own is None else own.state["data_fingerprints"] | fingerprints,
         tokenizer_fingerprint=tokenizer_fingerprint,
         eod_id=eod_id,
         run_id=choose_run_id(own, None if restart else started),
         origin=origin.path if origin is not None else None,
         is_resumed=own is not None,
+    )
+
+
+def _open_loaders(
+    config: RunConfig,
+    plan: RunPlan,
+    ranks: Ranks,
+    streams: dict[str, TokenStream],
+    *,
+    eod_id: int | None,
+    model: Model,
+    state: TrainState,
+    saved: SavedRun | None,
+    measures_loss: bool,
+) -> tuple[Loader, Validator | None]:
+    """Open the loader from the next step on, and the validator; each uploads in a thread of its own."""
+    documents = config.documents
+    options = DocumentOptions(eod_id, documents.reset_attention, documents.reset_positions, documents.eod_loss)
+    uploads = [make_upload(ranks.device, packs_documents=model.packs_documents) for _ in range(2)]
+    path = saved.path if saved is not None else None
+    return (
+        build_loader(config, plan, ranks, streams, options, state, path, uploads[0]),
+        build_validator(config, ranks, options, uploads[1], measures_loss),
+    )
+
+
+def _open_saver(config: RunConfig, model: Model, optimizer: MegatronOptimizer) -> Saver:
+    return Saver(
+        layout.checkpoints_folder(config.output),
+        model.chunks,
+        optimizer,
+        Retention(config.checkpoint.keep, config.checkpoint.keep_every),
+        in_background=config.checkpoint.async_,
     )
 
 

@@ -200,6 +200,7 @@ class Trainer:
             self._resources.__exit__(kind, error, trace)
         finally:
             del self.session
+            gc.collect()  # model and optimizer are cycles; the memory of the device is free for the next run
 
     def fit(self) -> RunResult:
         """Train to the end of the run, to `stop_at_step`, to the limit of time, or until a signal; a collective call.

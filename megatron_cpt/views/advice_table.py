@@ -15,6 +15,7 @@ from megatron_cpt.config import RunConfig
 from megatron_cpt.planning.cluster.advise import AS_GOOD, Advice
 from megatron_cpt.planning.cluster.estimate import MEMORY_MARGIN, Candidate, Cluster, fits, step_lines
 from megatron_cpt.planning.cost.memory import GIB
+from megatron_cpt.planning.hardware import Gpu
 from megatron_cpt.views.plan_table import named_lines, print_parts
 
 MAX_ROWS = 10
@@ -35,7 +36,7 @@ def render_advice(advice: Advice, stream: IO[str]) -> None:
 
 def _cluster_lines(cluster: Cluster) -> Iterator[tuple[str, str]]:
     gpu, memory, speed, flops = cluster.gpu, cluster.memory, cluster.speed, cluster.flops
-    yield "cluster", f"{cluster.layout.num_gpus:,} x {gpu.title}{_caution(gpu.is_calibrated)}"
+    yield "cluster", f"{cluster.layout.num_gpus:,} x {gpu.title}{_caution(gpu)}"
     verdict = "fits" if fits(memory, gpu) else "DOES NOT FIT"
     yield (
         "memory",
@@ -65,14 +66,14 @@ def _knobs(on: frozenset[str]) -> str:
     return f"with Transformer Engine: {', '.join(sorted(on)) or 'nothing fused or overlapped'}"
 
 
-def _caution(is_calibrated: bool) -> str:
-    return "" if is_calibrated else "; assumed to be as efficient as an H100, not measured"
+def _caution(gpu: Gpu) -> str:
+    return "" if gpu.is_calibrated else f"; {gpu.evidence}"
 
 
 def _advice_parts(advice: Advice) -> Iterator[RenderableType]:
     gpu = advice.gpu
     yield Text(
-        f"Layouts for {advice.num_gpus:,} x {gpu.title}{_caution(gpu.is_calibrated)}: {advice.num_tried:,} tried, the "
+        f"Layouts for {advice.num_gpus:,} x {gpu.title}{_caution(gpu)}: {advice.num_tried:,} tried, the "
         f"best of each split that fits {gpu.memory_gib:.1f} GiB with {MEMORY_MARGIN:.0%} to spare"
     )
     if not advice.is_uniform:

@@ -124,18 +124,24 @@ def test_a_run_that_saves_nothing_at_its_end_says_so(run_file: Path, tmp_path: P
 
 def test_two_runs_in_one_process_do_not_see_each_other(run_file: Path, tmp_path: Path) -> None:
     (results,) = run_ranks(1, _fit_two, str(run_file), str(tmp_path))
-    assert results == [3, 2]
+    assert results == [(3, True), (2, True)]
     assert [line["step"] for line in read_metrics(tmp_path / "b")] == [1, 2]
 
 
-def _fit_two(path: str, folder: str) -> list[int]:
+def _fit_two(path: str, folder: str) -> list[tuple[int, bool]]:
+    """Return for each run its last step, and whether the memory of its model was free after it."""
+    import weakref
+
     import megatron_cpt as cpt
 
-    steps = []
+    results = []
     for name, stop in (("a", 3), ("b", 2)):
-        with cpt.Trainer(cpt.load_run(path, [f"output={folder}/{name}", f"stop_at_step={stop}"])) as trainer:
-            steps.append(trainer.fit().step)
-    return steps
+        run = cpt.load_run(path, [f"output={folder}/{name}", f"stop_at_step={stop}", "precision.compute=bf16"])
+        with cpt.Trainer(run) as trainer:
+            model = weakref.ref(trainer.session.model.chunks[0])
+            step = trainer.fit().step
+        results.append((step, model() is None))
+    return results
 
 
 def test_after_an_error_in_a_hook_the_process_can_train_again(run_file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ environment has. Each item of benchmarks/gpu/items.py runs in a process group of
 or at the end of the budget. The next item imports while one is measured, and waits for its turn.
 
 OUT gets results.json, rewritten after every item, summary.md and log.txt. Everything else goes to a folder below
-`--work`. `--resume` measures the items that OUT does not have yet.
+`--work`. `--resume` measures the items that are not done in OUT, and keeps everything else that OUT has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,20 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.items import CONVENTION, ITEMS, PREDICTIONS, Item, Prediction  # noqa: E402
+from tools.dev.gpu_results import (  # noqa: E402
+    describe_status,
+    log_header,
+    print_table,
+    read_figures,
+    read_logs,
+    read_results,
+    read_tail,
+    summarize,
+    write_atomically,
+)
 
 POLL_SECONDS = 0.05
 DEATH_SECONDS = 10.0  # after SIGKILL; a process inside the driver may take longer
-TAIL_LINES, TAIL_CHARACTERS = 40, 6000
 SHARED_MEMORY = Path("/dev/shm")
 LOG_BYTES = 1 << 20  # of one item in log.txt
 MEASUREMENT_LIMITS = (540.0, 1.0)  # seconds for all items, factor of their limits
@@ -49,6 +59,7 @@ ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
+    "PYTHONWARNINGS": "ignore",  # of libraries, which would fill the end of a log; `train` ignores them, too
 }
 CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -69,7 +80,7 @@ class Options:
         budget: seconds for all items.
         is_rehearsal: toy width on a CPU.
         limit_factor: factor of the limits; a shared CPU is slower than the machine they were written for.
-        resume: keep the items that `out` has.
+        resume: measure what is not done in `out`, and keep the rest.
     """
 
     out: Path
@@ -173,6 +184,7 @@ class Measurement:
     items: Sequence[Item]
     predictions: Sequence[Prediction]
     results: dict[str, Any] = field(default_factory=dict)
+    logs: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -187,11 +199,11 @@ class Measurement:
             before = read_results(self.options.out / "results.json")
             if before["is_rehearsal"] != self.options.is_rehearsal:
                 sys.exit(f"{self.options.out}: a rehearsal and a measurement do not mix; choose another --out")
-            done = {key: entry for key, entry in before["items"].items() if entry["status"] == "done"}
-            self.results |= {"items": done, "resumed": now, "started": before["started"]}
+            self.results |= {"items": before["items"], "resumed": now, "started": before["started"]}
+            self.logs = read_logs(self.options.out / "log.txt", before["items"])
 
     def run(self) -> None:
-        """Measure every item that is not done yet, within the budget."""
+        """Measure every chosen item that is not done yet, within the budget."""
         self._end = time.monotonic() + self.options.budget
         queue = [item for item in self.items if self._is_due(item)]
         waiting: Child | None = None
@@ -204,7 +216,7 @@ class Measurement:
                     if waiting is not None:
                         waiting.kill()
                         waiting = None
-                    self._record(item, "skipped", reason=reason)
+                    self._record_skipped(item, reason)
                     continue
                 current, waiting = waiting or Child(item, self.options), None
                 self._record(item, "running")
@@ -219,7 +231,7 @@ class Measurement:
                 current.kill()
                 self._record_end(current, "killed", reason)
             for item in queue:
-                self._record(item, "skipped", reason=reason)
+                self._record_skipped(item, reason)
             raise
         finally:
             for child in (waiting, current):  # the current one is left only after an error, such as a full disk
@@ -229,7 +241,7 @@ class Measurement:
             self.write()
 
     def _is_due(self, item: Item) -> bool:
-        is_done = item.key in self.results["items"]
+        is_done = self.results["items"].get(item.key, {}).get("status") == "done"
         return not is_done or (item.is_first and self.options.bundle is not None and not self.options.site.exists())
 
     def _left(self) -> float:
@@ -260,7 +272,17 @@ class Measurement:
         if status == "done" and fault:
             status, reason = "failed", fault
         seconds = round(time.monotonic() - child.started, 2)
+        log = child.log.read_bytes()[-LOG_BYTES:].decode(errors="replace")
+        self.logs[child.item.key] = f"{log_header(child.item.key, child.item.title)}\n{log}\n"
         self._record(child.item, status, reason=reason, seconds=seconds, figures=figures, log_tail=read_tail(child.log))
+
+    def _record_skipped(self, item: Item, reason: str) -> None:
+        """Record that an item was not measured; what an earlier call has of it stays."""
+        if self.results["items"].get(item.key, {}).get("status") in ("killed", "failed"):
+            print(f"{item.key:3} skipped, the earlier figures stay: {reason}", flush=True)
+            self.write()
+        else:
+            self._record(item, "skipped", reason=reason)
 
     def _record(self, item: Item, status: str, **more: Any) -> None:
         entry = {"title": item.title, "status": status, "expected": item.expected, "limit": item.limit, **more}
@@ -278,102 +300,13 @@ class Measurement:
         if self.options.is_rehearsal:  # a CPU at toy width neither meets nor misses what was predicted for a GPU
             verdicts = [{**verdict, "verdict": "not measured"} for verdict in verdicts]
         self.results["predictions"] = verdicts
-        order = [item.key for item in self.items]
+        order = {item.key: number for number, item in enumerate(ITEMS)}
         entries = self.results["items"]
-        self.results["items"] = {key: entries[key] for key in sorted(entries, key=lambda key: (key not in order, key))}
+        keys = sorted(entries, key=lambda key: (order.get(key, len(order)), key))
+        self.results["items"] = {key: entries[key] for key in keys}
         write_atomically(self.options.out / "results.json", json.dumps(self.results, indent=1) + "\n")
         write_atomically(self.options.out / "summary.md", summarize(self.results))
-        write_atomically(self.options.out / "log.txt", "".join(self._logs()))
-
-    def _logs(self) -> Iterator[str]:
-        for item in self.items:
-            path = self.options.work / f"{item.key}.log"
-            if path.exists():
-                yield f"===== {item.key} {item.title}\n{path.read_bytes()[-LOG_BYTES:].decode(errors='replace')}\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file; a reader sees the old or the new content."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Return the results of an earlier measurement."""
-    try:
-        results: dict[str, Any] = json.loads(path.read_bytes())
-        statuses = [entry["status"] for entry in results["items"].values()]
-        assert all(isinstance(status, str) for status in statuses)
-        assert {"started", "is_rehearsal"} <= results.keys()
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        sys.exit(f"{path}: not the results of a measurement ({error!r}); remove it or choose another --out")
-    return results
-
-
-def read_figures(path: Path) -> tuple[dict[str, Any], str]:
-    """Return what an item has measured, and what is wrong with it."""
-    try:
-        figures = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}, "it wrote no figures"
-    except ValueError as error:
-        return {}, f"its figures are not JSON: {error}"
-    return (figures, "") if isinstance(figures, dict) else ({}, "its figures are not a JSON object")
-
-
-def read_tail(path: Path) -> list[str]:
-    """Return the last lines of a log, whatever its bytes are."""
-    text = path.read_bytes()[-TAIL_CHARACTERS:].decode(errors="replace")
-    return text.splitlines()[-TAIL_LINES:]
-
-
-def describe_status(status: int, tail: Sequence[str]) -> str:
-    """Return how a process ended, with the last line of its log."""
-    last = next((line.strip()[:300] for line in reversed(tail) if line.strip()), "")
-    if status >= 0:
-        return f"exit status {status}: {last}"
-    memory = "; the system may be out of memory" if -status == signal.SIGKILL else ""
-    return f"ended by {signal.Signals(-status).name}{memory}"
-
-
-def summarize(results: dict[str, Any]) -> str:
-    """Return the results as two tables in Markdown: items with their figures, predictions with their verdicts."""
-    probe = results["items"].get("0", {}).get("figures") or {}
-    what = "Rehearsal at toy width on a CPU; its figures say nothing about a GPU." if results["is_rehearsal"] else ""
-    lines = [f"# GPU measurement of {results['started']}", "", what, f"Device: {probe.get('device', 'not probed')}", ""]
-    lines += ["| item | status | seconds | expected | figures |", "| --- | --- | --- | --- | --- |"]
-    for key, entry in results["items"].items():
-        figures = ", ".join(f"{name} {_short(value)}" for name, value in (entry.get("figures") or {}).items())
-        text = "; ".join(filter(None, [entry.get("reason", ""), figures])).replace("|", "/")
-        cells = (f"{key} {entry['title']}", entry["status"], entry.get("seconds", ""), f"{entry['expected']:g}", text)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "| prediction | bound | measured | verdict |", "| --- | --- | --- | --- |"]
-    for entry in results["predictions"]:
-        value = "" if entry["value"] is None else f"{entry['value']:.4g}"
-        lines.append(f"| {entry['text']} ({entry['figure']}) | {entry['bounds']} | {value} | {entry['verdict']} |")
-    return "\n".join(lines) + "\n"
-
-
-def _short(value: Any) -> str:
-    """Return a figure in a few characters."""
-    if isinstance(value, dict) and "median" in value:
-        return f"{value['median']:.4g} ({value['min']:.4g} to {value['max']:.4g})"
-    if isinstance(value, dict | list):
-        return f"{len(value)} rows"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def print_table(items: Sequence[Item], predictions: Sequence[Prediction], *, budget: float) -> None:
-    """Print the items with their seconds and their predictions, and whether the budget suffices for all."""
-    for item in items:
-        print(f"{item.key:3} {item.expected:4g} s, limit {item.limit:4g} s  {item.title}")
-        for prediction in predictions:
-            if prediction.item == item.key:
-                print(f"{'':25}{prediction.text}: {prediction.bounds}")
-    expected = sum(item.expected for item in items)
-    excess = f"; a budget of {budget:g} s may skip the last items, --resume measures them" if expected > budget else ""
-    print(f"{'':3} {expected:4g} s expected in all{excess}")
+        write_atomically(self.options.out / "log.txt", "".join(self.logs[key] for key in keys if key in self.logs))
 
 
 def choose(items: Sequence[Item], names: str | None) -> list[Item]:
@@ -398,7 +331,7 @@ def main(argv: Sequence[str] | None = None, *, items: Sequence[Item] = ITEMS) ->
     parser.add_argument("--bundle", type=Path, help="folder that `make gpu-bundle` wrote")
     parser.add_argument("--budget", type=float, help="seconds for all items (540; rehearsal: 3600)")
     parser.add_argument("--items", help="keys, separated by commas; all without it")
-    parser.add_argument("--resume", action="store_true", help="measure only what OUT does not have yet")
+    parser.add_argument("--resume", action="store_true", help="measure only what is not done in OUT")
     parser.add_argument("--rehearse", action="store_true", help="toy width on a CPU")
     parser.add_argument("--limit-factor", type=float, help="factor of the items' limits (1; rehearsal: 20)")
     parser.add_argument("--work", type=Path, help="folder for everything else (a temporary folder)")

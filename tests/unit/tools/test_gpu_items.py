@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +21,15 @@ cpu.install()
 
 from benchmarks.gpu import workload  # noqa: E402
 from benchmarks.gpu.busy import busy_seconds  # noqa: E402
-from benchmarks.gpu.gpu_tests import read_outcomes  # noqa: E402
+from benchmarks.gpu.gpu_tests import Outcomes  # noqa: E402
 from benchmarks.gpu.knobs import variants  # noqa: E402
 from benchmarks.gpu.losses import difference  # noqa: E402
 from benchmarks.gpu.measured import Report  # noqa: E402
 from benchmarks.gpu.plain_gpt import PlainGPT, copy_from_megatron, plain_steps  # noqa: E402
 from benchmarks.gpu.train_1b import split_steps, stall  # noqa: E402
 from benchmarks.gpu.workload import ONE_BILLION, STACK, random_batches  # noqa: E402
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("preset", ["tiny_nemotron", "tiny_llama"])
@@ -92,19 +97,42 @@ def test_losses_are_compared_by_the_largest_relative_difference() -> None:
     assert difference([2.0, 1.1], [2.0, 1.0]) == pytest.approx(0.1)
 
 
-def test_outcomes_of_tests_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "junit.xml"
-    path.write_text(
-        "<testsuites><testsuite>"
-        '<testcase classname="tests.gpu.test_layers" name="a" time="2.5"/>'
-        '<testcase classname="tests.gpu.test_layers" name="b" time="0.5"><failure message="x"/></testcase>'
-        '<testcase classname="tests.gpu.test_layers" name="c" time="0"><skipped message="needs FP8"/></testcase>'
-        "</testsuite></testsuites>"
+def test_outcomes_of_tests_are_on_disk_as_soon_as_each_test_ends(tmp_path: Path) -> None:
+    """A real pytest: its last test ends the process, as a limit would."""
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "import os, pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert False\n"
+        "@pytest.mark.skip(reason='needs FP8')\n"
+        "def test_skipped(): pass\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no GPU')\n"
+        "def test_broken(broken): pass\n"
+        "def test_killed(): os._exit(9)\n"
     )
-    found = read_outcomes(path)
-    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, {"needs FP8": 1})
-    assert found["failed_tests"] == ["test_layers::b"]
-    assert found["slowest_seconds"] == {"a": 2.5, "b": 0.5, "c": 0.0}
+    figures = tmp_path / "figures.json"
+    code = (
+        "import sys, pathlib, pytest\n"
+        "from benchmarks.gpu.gpu_tests import Outcomes\n"
+        "from benchmarks.gpu.measured import Report\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "report = Report(folder / 'figures.json', folder, folder, is_rehearsal=True)\n"
+        "pytest.main([str(folder), '-p', 'no:cacheprovider', '-c', '/dev/null'], plugins=[Outcomes(report)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=False, capture_output=True)
+    assert done.returncode == 9, done
+    found = json.loads(figures.read_text())
+    assert found["passed_tests"] == ["test_some::test_good"]
+    assert found["failed_tests"] == ["test_some::test_bad", "test_some::test_broken"]
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, {"needs FP8": 1})
+    assert "test_some::test_bad" in found["slowest_seconds"]
+
+
+def test_a_test_that_has_begun_is_unfinished_until_it_ends(tmp_path: Path) -> None:
+    outcomes = Outcomes(Report(None, tmp_path, tmp_path, is_rehearsal=True))
+    outcomes.pytest_runtest_logstart("tests/gpu/test_layers.py::test_one[bf16]")
+    assert outcomes.figures()["unfinished_tests"] == ["test_layers::test_one[bf16]"]
 
 
 def test_every_knob_that_is_on_is_turned_off_once() -> None:

@@ -134,6 +134,26 @@ def test_resume_measures_only_missing_items(tool: ModuleType, tmp_path: Path) ->
         measure(tool, tmp_path, [script("1", count)], "--resume", "--rehearse")
 
 
+def test_resume_keeps_what_it_does_not_measure_again(tool: ModuleType, tmp_path: Path) -> None:
+    fails = "print('===== 1 passed'); print('first log'); write(speed=1.0); sys.exit('too slow')"
+    measure(tool, tmp_path, [script("1", fails), script("2", GOOD), script("3", fails)])
+    out = tmp_path / "out"
+    found = measure(tool, tmp_path, [script("2", GOOD)], "--resume")["items"]
+    assert [found[key]["status"] for key in "123"] == ["failed", "done", "failed"]
+    assert (out / "log.txt").read_text().count("first log") == 2
+    assert "item 3 | failed" in (out / "summary.md").read_text()
+    # 1 does not fit into the budget, so its record stays; 3 is measured again.
+    items = [script("1", GOOD, expected=2 * GENEROUS), script("3", "print('second log'); write(speed=2.0)")]
+    found = measure(tool, tmp_path, items, "--resume", f"--budget={GENEROUS}")["items"]
+    assert [(found[key]["status"], found[key]["figures"]["speed"]) for key in "123"] == [
+        ("failed", 1.0),
+        ("done", 3.0),
+        ("done", 2.0),
+    ]
+    log = (out / "log.txt").read_text()
+    assert (log.count("first log"), log.count("second log")) == (1, 1)
+
+
 def test_a_rehearsal_has_more_time_and_judges_nothing(tool: ModuleType, tmp_path: Path) -> None:
     found = measure(tool, tmp_path, [script("4", "write(mfu=0.01)")], "--rehearse")
     assert found["budget_seconds"] == 3600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 
@@ -32,3 +33,31 @@ def test_collection_that_was_off_stays_off():
     with manual_collection():
         pass
     assert not gc.isenabled()
+
+
+class _Cycle:
+    def __init__(self):
+        self.itself = self
+
+
+def test_what_exists_before_the_steps_is_skipped_until_their_end():
+    gc.unfreeze()
+    cycle = _Cycle()
+    before, is_gone = weakref.ref(cycle), weakref.ref(_Cycle())
+    with manual_collection():
+        assert is_gone() is None
+        del cycle
+        during = weakref.ref(_Cycle())
+        gc.collect()
+        assert (before() is None, during() is None) == (False, True)
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert before() is None
+
+
+def test_objects_that_the_caller_froze_stay_frozen():
+    gc.freeze()
+    with manual_collection():
+        pass
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()

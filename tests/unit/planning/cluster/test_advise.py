@@ -294,6 +294,7 @@ def test_a_number_of_layers_that_nothing_divides_gets_pipelines(nemotron):
 def test_gpus_that_were_not_calibrated_are_marked(nemotron):
     assert "not measured" in rendered(render_advice, advice_for(nemotron(), 64, B200))
     assert "not measured" not in rendered(render_advice, advice_for(nemotron(), 64, H100))
+    assert "one H200 took 3 to 4 % longer" in rendered(render_advice, advice_for(nemotron(), 64, H200))
 
 
 def test_find_gpu(run_data):
