@@ -22,7 +22,7 @@ class FitPoints:
 
     Attributes:
         terms: terms at the points by shape, each of shape (points, terms).
-        changes: held-out loss minus the loss before the first step, shape (points,).
+        changes: logarithm of held-out loss / loss before the first step, shape (points,).
     """
 
     terms: Mapping[LawShape, Floats]
@@ -31,7 +31,7 @@ class FitPoints:
 
 @dataclass(frozen=True)
 class CurveFit:
-    """Law of one held-out source: the change of its loss is `terms(path, shape) @ coefficients`."""
+    """Law of one held-out source: log(loss / loss before the first step) is `terms(path, shape) @ coefficients`."""
 
     shape: LawShape
     coefficients: Floats

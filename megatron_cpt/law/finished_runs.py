@@ -18,8 +18,9 @@ from megatron_cpt.report.run_record import RunReader, RunRecord
 MIN_RUNS = 4
 _MIN_POINTS = 3  # validations of a run after step 0
 _START_TOLERANCE = 1e-3  # relative difference of the losses of equal weights at another layout or precision
+_SEED_TOLERANCE = 0.1  # the seed decides which samples of a held-out source are validated
 _COMPARED = ("model", "tokenizer", "seq_length", "batch.global", "documents", "optimizer", "init.load")
-_VALIDATION = ("validation.sources", "validation.batches")
+_TRUNK = ("init.from", "validation.sources", "validation.batches")
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def compared_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
     """Yield what keeps a run from being fitted together with the first one."""
-    for key in (*_COMPARED, *_VALIDATION):
+    for key in (*_COMPARED, *_TRUNK):
         one, other = as_plain(run.config, key), as_plain(first.config, key)
         if one != other:
             yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}; fit them separately"
@@ -157,12 +158,14 @@ def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
         one, other = as_plain(run.config, key), as_plain(first.config, key)
         if name in run.path.sources and one != other:
             yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}: rename one of the sources"
+    has_same_seed = run.config.get("seed") == first.config.get("seed")
+    tolerance = _START_TOLERANCE if has_same_seed else _SEED_TOLERANCE
     for name, loss in first.start.items():
         other = run.start.get(name, math.nan)
-        if not abs(other - loss) <= _START_TOLERANCE * loss:
+        if not abs(other - loss) <= tolerance * loss:
             yield (
                 f"the loss of {name} before the first step is {other:.4f}, in {first.folder} {loss:.4f}: "
-                "another trunk (init.from); fit them separately"
+                "another trunk or other held-out data; fit them separately"
             )
             return
 

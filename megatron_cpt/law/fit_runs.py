@@ -29,7 +29,7 @@ class _RunTerms:
 
     def points(self, held_out: str, area: float | None = None) -> FitPoints | None:
         """Return the points of a held-out source, up to a forward area; None if there are none."""
-        changes = self.run.losses[held_out] - self.run.start[held_out]
+        changes = np.log(self.run.losses[held_out] / self.run.start[held_out])
         chosen = np.isfinite(changes)
         if area is not None:
             chosen &= self.areas <= area
@@ -89,13 +89,18 @@ def _fit_held_out(
     errors = [_end_error(fit, left_out) for fit, left_out in zip(without, points, strict=True)]
     return HeldOutLaw(
         name=name,
-        start=whole[0].run.start[name],
+        starts=_starts(name, [run.run for run in whole]),
         fit=fit_curve(points),
         without=tuple(without),
         error=float(np.sqrt(np.mean(np.square(errors)))),
         error_per_doubling=_horizon_error(name, begun, area / _HORIZON, num_terms),
         num_points=num_points,
     )
+
+
+def _starts(name: str, runs: Sequence[FinishedRun]) -> dict[int, float]:
+    """Return the loss before the first step per seed, because the seed decides which samples are validated."""
+    return {int(run.config.get("seed", 0)): run.start[name] for run in reversed(runs)}
 
 
 def _end_error(fit: CurveFit, run: FitPoints) -> float:

@@ -46,14 +46,31 @@ class LossForecast:
     """Expected held-out loss at the knots of a path.
 
     Attributes:
-        loss: shape (K + 1,).
-        width: half the width of the interval.
-        without: losses by the fits that leave out one run each, shape (runs, K + 1).
+        start: loss before the first step.
+        change: logarithm of loss / start, shape (K + 1,).
+        width: half the width of the interval of `change`.
+        without: `change` by the fits that leave out one run each, shape (runs, K + 1).
     """
 
-    loss: Floats
+    start: float
+    change: Floats
     width: Floats
     without: Floats
+
+    @property
+    def loss(self) -> Floats:
+        """Expected loss, shape (K + 1,)."""
+        return self.start * np.exp(self.change)
+
+    @property
+    def low(self) -> Floats:
+        """Lower bound of the interval of the loss."""
+        return self.start * np.exp(self.change - self.width)
+
+    @property
+    def high(self) -> Floats:
+        """Upper bound of the interval of the loss."""
+        return self.start * np.exp(self.change + self.width)
 
 
 @dataclass(frozen=True)
@@ -61,21 +78,30 @@ class HeldOutLaw:
     """Law of one held-out source.
 
     Attributes:
-        start: loss before the first step.
+        starts: loss before the first step, by the seed of the runs: the seed decides which samples are validated.
         fit: on all runs.
         without: fits that leave out one run each, in the order of the runs.
-        error: root mean square error of the end losses of the runs left out.
+        error: root mean square of the relative errors at the end of the runs left out.
         error_per_doubling: error beyond the fitted area per doubling of it; None: the runs are too short to measure it.
         num_points: points of the fit.
     """
 
     name: str
-    start: float
+    starts: Mapping[int, float]
     fit: CurveFit
     without: tuple[CurveFit, ...]
     error: float
     error_per_doubling: float | None
     num_points: int
+
+    def start(self, seed: int) -> float:
+        """Return the loss before the first step of a run; of an unknown seed the mean over the fitted ones."""
+        return self.starts.get(seed, sum(self.starts.values()) / len(self.starts))
+
+    def start_spread(self, seed: int) -> float:
+        """Return the relative standard deviation of `start`; 0 for a fitted seed, or if only one is known."""
+        known = list(self.starts.values())
+        return 0.0 if seed in self.starts or len(known) < 2 else float(np.std(np.log(known), ddof=1))
 
     def width(self, without: Floats, areas: Floats, fitted_area: float) -> Floats:
         """Return half the width of the interval.
@@ -127,7 +153,7 @@ class RunLaw:
                 f"{', '.join(self.sources)}. Run a small run with it and fit again"
             )
 
-    def forecast(self, path: RunPath) -> dict[str, LossForecast]:
+    def forecast(self, path: RunPath, seed: int) -> dict[str, LossForecast]:
         """Return the expected loss of each held-out source along a path.
 
         Raises:
@@ -138,9 +164,10 @@ class RunLaw:
         found = {}
         for law in self.held_out:
             without = np.array([columns(fit.shape) @ fit.coefficients for fit in law.without])
-            width = law.width(without, path.areas, self.fitted.area)
-            loss = law.start + columns(law.fit.shape) @ law.fit.coefficients
-            found[law.name] = LossForecast(loss, width, law.start + without)
+            spread = student_t(len(without) - 1) * law.start_spread(seed)
+            width = np.hypot(law.width(without, path.areas, self.fitted.area), spread)
+            change = columns(law.fit.shape) @ law.fit.coefficients
+            found[law.name] = LossForecast(law.start(seed), change, width, without)
         return found
 
     def outside(self, path: RunPath) -> Iterator[str]:

@@ -28,16 +28,14 @@ class Alternative:
         change: the change, as text.
         step: last step before the switch; None: another blend.
         losses: final loss per held-out source.
-        mean: of the losses.
-        difference: of the mean from the run as planned.
-        difference_width: half the width of the interval of the difference.
+        difference: relative change of the losses from the run as planned, the mean over the held-out sources.
+        difference_width: half the width of its interval.
         repeats: sources read more often than their limit, as text.
     """
 
     change: str
     step: int | None
     losses: Mapping[str, float]
-    mean: float
     difference: float
     difference_width: float
     repeats: str
@@ -50,7 +48,6 @@ class RunPrediction:
     Attributes:
         path: its path.
         forecasts: by held-out source.
-        starts: loss before the first step, by held-out source.
         switches: other points of the last switch, earliest first; the run's own point has `difference` 0.
         blends: other shares of a source in the last phase.
         notes: how the run leaves the range of the fitted runs, and other reasons for doubt.
@@ -58,7 +55,6 @@ class RunPrediction:
 
     path: RunPath
     forecasts: Mapping[str, LossForecast]
-    starts: Mapping[str, float]
     switches: Sequence[Alternative]
     blends: Sequence[Alternative]
     notes: Sequence[str]
@@ -70,12 +66,13 @@ class RunPrediction:
             "tokens": self.path.tokens.tolist(),
             "held_out": {
                 name: {
-                    "start": self.starts[name],
+                    "start": one.start,
                     "final": float(one.loss[-1]),
-                    "low": float(one.loss[-1] - one.width[-1]),
-                    "high": float(one.loss[-1] + one.width[-1]),
+                    "low": float(one.low[-1]),
+                    "high": float(one.high[-1]),
                     "losses": one.loss.tolist(),
-                    "widths": one.width.tolist(),
+                    "lows": one.low.tolist(),
+                    "highs": one.high.tolist(),
                 }
                 for name, one in self.forecasts.items()
             },
@@ -101,12 +98,10 @@ def predict_run(
     at_fraction = {f: schedule.last_step_above(f * schedule.max_lr) for f in FRACTIONS}
     reached = {f: step for f, step in at_fraction.items() if step < plan.steps}
     path = path_of_plan(plan.to_dict(), at=reached.values())
-    forecasts = law.forecast(path)
-    own = _Outcome(path, forecasts)
+    own = _Outcome(path, law.forecast(path, config.seed), config.seed)
     return RunPrediction(
         path=path,
-        forecasts=forecasts,
-        starts={one.name: one.start for one in law.held_out},
+        forecasts=own.forecasts,
         switches=tuple(_switches(law, plan, own, reached)),
         blends=tuple(_blends(law, plan, own, shares or {})),
         notes=tuple(_notes(law, config, path)),
@@ -115,24 +110,24 @@ def predict_run(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Path of a run with its forecasts."""
+    """Path of a run with its forecasts and its seed."""
 
     path: RunPath
     forecasts: Mapping[str, LossForecast]
+    seed: int
 
-    def alternative(self, law: RunLaw, plan: RunPlan, path: RunPath, change: str, step: int | None) -> Alternative:
+    def alternative(self, law: RunLaw, plan: RunPlan, path: RunPath, change_text: str, step: int | None) -> Alternative:
         """Compare another path of the same learning rates with this one."""
-        other = law.forecast(path)
-        losses = {name: float(one.loss[-1]) for name, one in other.items()}
-        without = np.mean([other[n].without[:, -1] - self.forecasts[n].without[:, -1] for n in other], axis=0)
-        mean = float(np.mean(list(losses.values())))
+        other = law.forecast(path, self.seed)
+        change = [one.change[-1] - self.forecasts[name].change[-1] for name, one in other.items()]
+        without = [one.without[:, -1] - self.forecasts[name].without[:, -1] for name, one in other.items()]
+        spread = np.sqrt(jackknife_variance(np.mean(without, axis=0)))
         return Alternative(
-            change=change,
+            change=change_text,
             step=step,
-            losses=losses,
-            mean=mean,
-            difference=mean - float(np.mean([one.loss[-1] for one in self.forecasts.values()])),
-            difference_width=float(student_t(len(without) - 1) * np.sqrt(jackknife_variance(without))),
+            losses={name: float(one.loss[-1]) for name, one in other.items()},
+            difference=float(np.mean(change)),
+            difference_width=float(student_t(len(law.runs) - 1) * spread),
             repeats=", ".join(_repeats(plan, path)),
         )
 
@@ -154,6 +149,12 @@ def _notes(law: RunLaw, config: RunConfig, path: RunPath) -> Iterator[str]:
     trunk = str(config.init.from_)
     if trunk not in law.trunks:
         yield f"init.from is {trunk}, but the losses hold for the trunk of the fitted runs: {', '.join(law.trunks)}"
+    seeds = set().union(*(one.starts for one in law.held_out))
+    if config.seed not in seeds:
+        yield (
+            f"no fitted run has seed {config.seed}, only {', '.join(map(str, sorted(seeds)))}: validation may read "
+            "other samples of each held-out source, with another loss before the first step"
+        )
     if path.areas[-1] > law.fitted.area and any(one.error_per_doubling is None for one in law.held_out):
         yield "the fitted runs have too few points to measure the error beyond them; the intervals may be too narrow"
 

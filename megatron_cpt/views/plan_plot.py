@@ -138,8 +138,8 @@ def _draw_losses(axes: Axes, prediction: Mapping[str, Any]) -> None:
     """Draw the expected change of each held-out loss with its interval."""
     tokens = np.array(prediction["tokens"])
     for (name, one), color in zip(prediction["held_out"].items(), itertools.cycle(_CURVES), strict=False):
-        change, width = np.array(one["losses"]) - one["start"], np.array(one["widths"])
-        axes.fill_between(tokens, change - width, change + width, color=color, alpha=0.13, linewidth=0)
+        change, low, high = (np.array(one[key]) - one["start"] for key in ("losses", "lows", "highs"))
+        axes.fill_between(tokens, low, high, color=color, alpha=0.13, linewidth=0)
         axes.plot(tokens, change, color=color, linewidth=1.8, label=f"{name} ({one['final']:.3f})")
     axes.axhline(0, color=FAINT, linewidth=0.8)
     axes.grid(axis="y", color=GRID)

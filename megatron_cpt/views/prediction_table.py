@@ -19,16 +19,15 @@ def render_fit(law: Mapping[str, Any], stream: IO[str]) -> None:
     Args:
         law: content of FIT.json.
     """
-    table = _table("held-out source", "points", "loss before", "error left out", "in percent", "per doubling beyond")
+    table = _table("held-out source", "points", "loss before", "error of a run left out", "per doubling beyond")
     for name, one in law["held_out"].items():
-        beyond = one["error_per_doubling"]
+        beyond, starts = one["error_per_doubling"], list(one["starts"].values())
         table.add_row(
             name,
             f"{one['num_points']:,}",
-            f"{one['start']:.4f}",
-            f"{one['error']:.4f}",
-            f"{one['error'] / one['start']:.2%}",
-            "?" if beyond is None else f"{beyond:.4f}",
+            f"{sum(starts) / len(starts):.4f}",
+            f"{one['error']:.2%}",
+            "?" if beyond is None else f"{beyond:.2%}",
         )
     fitted = law["fitted"]
     shares = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in fitted["shares"].items())
@@ -60,14 +59,13 @@ def render_prediction(prediction: Mapping[str, Any], stream: IO[str]) -> None:
 
 def _alternatives(title: str, options: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     shown = names[:6]
-    table = _table(title, "step", *shown, "mean", "to the plan", "epochs over the limit")
+    table = _table(title, "step", *shown, "against the plan", "epochs over the limit")
     for option in options:
-        difference = f"{option['difference']:+.4f} ± {option['difference_width']:.4f}"
+        difference = f"{option['difference']:+.2%} ± {option['difference_width']:.2%}"
         table.add_row(
             option["change"],
             "" if option["step"] is None else f"{option['step']:,}",
             *(f"{option['losses'][name]:.4f}" for name in shown),
-            f"{option['mean']:.4f}",
             difference if option["difference_width"] else "",
             Text(option["repeats"], style="bold yellow"),
         )
@@ -76,13 +74,13 @@ def _alternatives(title: str, options: Sequence[Mapping[str, Any]], names: Seque
 
 def _best(title: str, options: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     """Yield the best option, and compare its difference from the plan is more than noise."""
-    best = min(options, key=lambda option: option["mean"])
+    best = min(options, key=lambda option: option["difference"])
     gain, width = -best["difference"], best["difference_width"]
     if gain <= 0 or not width:
-        yield Text("The plan as it is has the lowest mean.")
+        yield Text("The plan as it is has the lowest losses, as the mean over the held-out sources.")
     else:
         verdict = "more than" if gain > width else "within"
-        yield Text(f"The lowest mean: {best['change']}; the gain of {gain:.4f} is {verdict} its error of {width:.4f}.")
+        yield Text(f"Lowest: {best['change']}; its gain of {gain:.2%} is {verdict} the error of {width:.2%}.")
 
 
 def _notes(notes: Sequence[str], word: str) -> Iterator[Text]:
