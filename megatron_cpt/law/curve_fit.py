@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,11 @@ class FitPoints:
     """Points of one run and one held-out source.
 
     Attributes:
-        terms: terms at the points by shape, each of shape (points, terms).
+        terms: terms at the points for each shape of the grid, shape (shapes, points, terms).
         changes: logarithm of held-out loss / loss before the first step, shape (points,).
     """
 
-    terms: Mapping[LawShape, Floats]
+    terms: Floats
     changes: Floats
 
 
@@ -35,39 +35,34 @@ class CurveFit:
 
     shape: LawShape
     coefficients: Floats
-    cost: float
 
 
-def fit_curve(runs: Sequence[FitPoints]) -> CurveFit:
+def fit_curve(runs: Sequence[FitPoints], shapes: Sequence[LawShape]) -> CurveFit:
     """Return the shape and coefficients with the smallest Huber cost; ties: the first shape.
 
     Beyond `_HUBER` standard deviations of the best least-squares fit, a residual counts linearly. The bound is the same
     for all shapes, so their costs can be compared.
     """
+    columns = np.concatenate([run.terms for run in runs], axis=1)
     changes = np.concatenate([run.changes for run in runs])
-    columns = {shape: np.concatenate([run.terms[shape] for run in runs]) for shape in runs[0].terms}
-    least = [_fit_shape(columns[shape], changes, shape, bound=np.inf, rounds=1)[1] for shape in columns]
-    spread = min(float(np.median(np.abs(residuals))) for residuals in least) / _MAD
-    bound = _HUBER * max(spread, 1e-9)
-    fits = [_fit_shape(columns[shape], changes, shape, bound=bound, rounds=_ROUNDS)[0] for shape in columns]
-    return min(fits, key=lambda fit: fit.cost)
-
-
-def _fit_shape(
-    columns: Floats, changes: Floats, shape: LawShape, *, bound: float, rounds: int
-) -> tuple[CurveFit, Floats]:
-    """Return the fit for a shape and its residuals, by iteratively reweighted least squares with Huber's weights."""
-    scales = np.sqrt((columns**2).mean(axis=0))
+    scales = np.sqrt((columns**2).mean(axis=1, keepdims=True))
     scales[scales == 0] = 1.0
     scaled = columns / scales
-    penalty = _RIDGE * len(changes) * np.eye(columns.shape[1])
-    weights = np.ones(len(changes))
-    for _ in range(rounds):
-        weighted = scaled * weights[:, None]
-        solution = np.linalg.solve(weighted.T @ scaled + penalty, weighted.T @ changes)
-        residuals = changes - scaled @ solution
+    weights = np.ones((len(shapes), len(changes)))
+    solutions, residuals = _solve(scaled, changes, weights)
+    bound = _HUBER * max(float(np.median(np.abs(residuals), axis=1).min()) / _MAD, 1e-9)
+    for _ in range(_ROUNDS):
         weights = np.minimum(1.0, bound / np.maximum(np.abs(residuals), 1e-300))
+        solutions, residuals = _solve(scaled, changes, weights)
     small = np.minimum(np.abs(residuals), bound)
-    huber = small * (np.abs(residuals) - 0.5 * small) if np.isfinite(bound) else 0.5 * residuals**2
-    cost = float(huber.mean() + 0.5 * _RIDGE * (solution**2).sum())
-    return CurveFit(shape, solution / scales, cost), residuals
+    costs = (small * (np.abs(residuals) - 0.5 * small)).mean(axis=1) + 0.5 * _RIDGE * (solutions**2).sum(axis=1)
+    best = int(costs.argmin())
+    return CurveFit(shapes[best], solutions[best] / scales[best, 0])
+
+
+def _solve(scaled: Floats, changes: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Return ridge solutions, shape (shapes, terms), and residuals, shape (shapes, points), for all shapes at once."""
+    weighted = np.swapaxes(scaled * weights[:, :, None], 1, 2)
+    penalty = _RIDGE * len(changes) * np.eye(scaled.shape[2])
+    solutions: Floats = np.linalg.solve(weighted @ scaled + penalty, weighted @ changes[:, None])[:, :, 0]
+    return solutions, changes - (scaled @ solutions[:, :, None])[:, :, 0]

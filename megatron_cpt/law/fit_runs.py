@@ -10,32 +10,62 @@ import numpy as np
 
 from megatron_cpt.errors import UserError
 from megatron_cpt.law.curve_fit import CurveFit, FitPoints, fit_curve
-from megatron_cpt.law.finished_runs import FinishedRun, compared_values
+from megatron_cpt.law.finished_runs import MIN_RUNS, FinishedRun, compared_values
 from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
 from megatron_cpt.law.run_path import Floats, RunPath
 from megatron_cpt.law.terms import LawShape, term_names, terms
 
+_FAR = 1.5  # areas beyond the fitted one from which on a run counts for the error per doubling
 _HORIZON = 4.0  # the law is also fitted on the first 1/_HORIZON of the runs, to see how it errs beyond its points
 
 
 @dataclass(frozen=True)
-class _RunTerms:
-    """A run with its terms at the validated steps, by shape."""
+class _GridTerms:
+    """All runs with their terms at the validated steps, for the shapes of one grid.
 
-    run: FinishedRun
-    path: RunPath
-    areas: Floats
-    terms: dict[LawShape, Floats]
+    Attributes:
+        area: forward area that the grid is in units of.
+        areas: forward area at the validated steps, by run.
+        terms: shape (shapes, points, terms), by run.
+    """
 
-    def points(self, held_out: str, area: float | None = None) -> FitPoints | None:
-        """Return the points of a held-out source, up to a forward area; None if there are none."""
-        changes = np.log(self.run.losses[held_out] / self.run.start[held_out])
-        chosen = np.isfinite(changes)
-        if area is not None:
-            chosen &= self.areas <= area
-        if not chosen.any():
-            return None
-        return FitPoints({shape: columns[chosen] for shape, columns in self.terms.items()}, changes[chosen])
+    area: float
+    shapes: tuple[LawShape, ...]
+    runs: Sequence[FinishedRun]
+    areas: Sequence[Floats]
+    terms: Sequence[Floats]
+
+    @classmethod
+    def build(cls, runs: Sequence[FinishedRun], paths: Sequence[RunPath], area: float, rate: float) -> _GridTerms:
+        """Compute the terms of runs on a grid in units of `area` and `rate`."""
+        shapes = tuple(LawShape.grid(area, rate))
+        knots = [path.knots_at(run.steps.tolist()) for run, path in zip(runs, paths, strict=True)]
+        areas = [path.areas[at] for path, at in zip(paths, knots, strict=True)]
+        columns = [
+            np.array([terms(path, shape)[at] for shape in shapes]) for path, at in zip(paths, knots, strict=True)
+        ]
+        return cls(area, shapes, runs, areas, columns)
+
+    def points(self, held_out: str, *, only_first: bool = False) -> list[FitPoints | None]:
+        """Return the points of each run; None for a run without any.
+
+        Args:
+            only_first: skip the points beyond `area`.
+        """
+        found: list[FitPoints | None] = []
+        for run, areas, columns in zip(self.runs, self.areas, self.terms, strict=True):
+            changes = np.log(run.losses[held_out] / run.start[held_out])
+            chosen = np.isfinite(changes) & ((areas <= self.area) if only_first else True)
+            found.append(FitPoints(columns[:, chosen], changes[chosen]) if chosen.any() else None)
+        return found
+
+    def fit(self, runs: Sequence[FitPoints]) -> CurveFit:
+        """Fit points of this grid."""
+        return fit_curve(runs, self.shapes)
+
+    def end_error(self, fit: CurveFit, run: FitPoints) -> float:
+        """Return the relative error of a fit at the last point of a run."""
+        return float(run.terms[self.shapes.index(fit.shape), -1] @ fit.coefficients - run.changes[-1])
 
 
 def fit_runs(runs: Sequence[FinishedRun]) -> RunLaw:
@@ -52,9 +82,9 @@ def fit_runs(runs: Sequence[FinishedRun]) -> RunLaw:
     ends = [path.knots_at(run.steps.tolist())[-1] for run, path in zip(runs, paths, strict=True)]
     area = max(float(path.areas[end]) for path, end in zip(paths, ends, strict=True))
     rate = max(float(path.rates[0]) for path in paths) or max(float(path.rates.max()) for path in paths)
-    whole = _with_terms(runs, paths, area, rate)
-    begun = _with_terms(runs, paths, area / _HORIZON, rate)
-    laws = tuple(_fit_held_out(name, whole, begun, area, len(term_names(sources))) for name in held_out)
+    whole = _GridTerms.build(runs, paths, area, rate)
+    begun = _GridTerms.build(runs, paths, area / _HORIZON, rate)
+    laws = tuple(_fit_held_out(name, whole, begun, len(term_names(sources))) for name in held_out)
     return RunLaw(
         runs=tuple(run.folder for run in runs),
         trunks=tuple(dict.fromkeys(str((run.config.get("init") or {}).get("from")) for run in runs)),
@@ -66,34 +96,23 @@ def fit_runs(runs: Sequence[FinishedRun]) -> RunLaw:
     )
 
 
-def _with_terms(runs: Sequence[FinishedRun], paths: Sequence[RunPath], area: float, rate: float) -> list[_RunTerms]:
-    found = []
-    for run, path in zip(runs, paths, strict=True):
-        knots = path.knots_at(run.steps.tolist())
-        columns = {shape: terms(path, shape)[knots] for shape in LawShape.grid(area, rate)}
-        found.append(_RunTerms(run, path, path.areas[knots], columns))
-    return found
-
-
-def _fit_held_out(
-    name: str, whole: Sequence[_RunTerms], begun: Sequence[_RunTerms], area: float, num_terms: int
-) -> HeldOutLaw:
-    points = [found for run in whole if (found := run.points(name)) is not None]
+def _fit_held_out(name: str, whole: _GridTerms, begun: _GridTerms, num_terms: int) -> HeldOutLaw:
+    points = [found for found in whole.points(name) if found is not None]
     num_points = sum(len(run.changes) for run in points)
-    if len(points) < 3 or num_points < 2 * num_terms:
+    if len(points) < MIN_RUNS or num_points < 2 * num_terms:
         raise UserError(
             f"held-out source {name}: {num_points} points of {len(points)} runs, but the law has {num_terms} "
-            f"coefficients and needs {2 * num_terms} points of at least 3 runs; lower validation.every or add runs"
+            f"coefficients: it needs {2 * num_terms} points of {MIN_RUNS} runs; lower validation.every or add runs"
         )
-    without = [fit_curve([*points[:index], *points[index + 1 :]]) for index in range(len(points))]
-    errors = [_end_error(fit, left_out) for fit, left_out in zip(without, points, strict=True)]
+    without = [whole.fit([*points[:index], *points[index + 1 :]]) for index in range(len(points))]
+    errors = [whole.end_error(fit, left_out) for fit, left_out in zip(without, points, strict=True)]
     return HeldOutLaw(
         name=name,
-        starts=_starts(name, [run.run for run in whole]),
-        fit=fit_curve(points),
+        starts=_starts(name, whole.runs),
+        fit=whole.fit(points),
         without=tuple(without),
         error=float(np.sqrt(np.mean(np.square(errors)))),
-        error_per_doubling=_horizon_error(name, begun, area / _HORIZON, num_terms),
+        error_per_doubling=_horizon_error(name, begun, num_terms),
         num_points=num_points,
     )
 
@@ -103,23 +122,19 @@ def _starts(name: str, runs: Sequence[FinishedRun]) -> dict[int, float]:
     return {int(run.config.get("seed", 0)): run.start[name] for run in reversed(runs)}
 
 
-def _end_error(fit: CurveFit, run: FitPoints) -> float:
-    return float(run.terms[fit.shape][-1] @ fit.coefficients - run.changes[-1])
-
-
-def _horizon_error(name: str, begun: Sequence[_RunTerms], area: float, num_terms: int) -> float | None:
+def _horizon_error(name: str, begun: _GridTerms, num_terms: int) -> float | None:
     """Return the error per doubling of the area beyond the points of a fit; None if the beginnings have too few points.
 
     The law is fitted on the first part of every run and predicts the ends of the longer ones.
     """
-    first = [found for run in begun if (found := run.points(name, area)) is not None]
-    if sum(len(run.changes) for run in first) < num_terms + 2 or len(first) < 3:
+    first = [found for found in begun.points(name, only_first=True) if found is not None]
+    if sum(len(run.changes) for run in first) < num_terms + 2 or len(first) < MIN_RUNS - 1:
         return None
-    fit = fit_curve(first)
+    fit = begun.fit(first)
     errors = [
-        _end_error(fit, found) / np.log2(run.areas[-1] / area)
-        for run in begun
-        if run.areas[-1] > 1.5 * area and (found := run.points(name)) is not None
+        begun.end_error(fit, found) / np.log2(areas[-1] / begun.area)
+        for found, areas in zip(begun.points(name), begun.areas, strict=True)
+        if found is not None and areas[-1] > _FAR * begun.area
     ]
     return float(np.sqrt(np.mean(np.square(errors)))) if errors else None
 

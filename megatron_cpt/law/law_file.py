@@ -104,7 +104,7 @@ def _held_out_to_dict(law: HeldOutLaw) -> dict[str, Any]:
 
 
 def _fit_to_dict(fit: CurveFit) -> dict[str, Any]:
-    return {"shape": fit.shape.to_dict(), "coefficients": fit.coefficients.tolist(), "cost": fit.cost}
+    return {"shape": fit.shape.to_dict(), "coefficients": fit.coefficients.tolist()}
 
 
 def _parse_held_out(name: str, content: Mapping[str, Any], sources: tuple[str, ...]) -> HeldOutLaw:
@@ -128,7 +128,7 @@ def _parse_fit(content: Mapping[str, Any], sources: tuple[str, ...]) -> CurveFit
     if coefficients.shape != (len(term_names(sources)),) or not np.isfinite(coefficients).all():
         raise ValueError(f"{len(coefficients)} coefficients for {len(term_names(sources))} terms, or not finite")
     shape = LawShape(**{name: _positive(value) for name, value in content["shape"].items()})
-    return CurveFit(shape, coefficients, float(content["cost"]))
+    return CurveFit(shape, coefficients)
 
 
 def _positive(value: Any) -> float:
