@@ -37,11 +37,14 @@ class CurveFit:
     coefficients: Floats
 
 
-def fit_curve(runs: Sequence[FitPoints], shapes: Sequence[LawShape]) -> CurveFit:
+def fit_curve(runs: Sequence[FitPoints], shapes: Sequence[LawShape], signs: Floats) -> CurveFit:
     """Return the shape and coefficients with the smallest Huber cost; ties: the first shape.
 
     Beyond `_HUBER` standard deviations of the best least-squares fit, a residual counts linearly. The bound is the same
     for all shapes, so their costs can be compared.
+
+    Args:
+        signs: sign that each coefficient must have, shape (terms,); 0: any.
     """
     columns = np.concatenate([run.terms for run in runs], axis=1)
     changes = np.concatenate([run.changes for run in runs])
@@ -49,20 +52,32 @@ def fit_curve(runs: Sequence[FitPoints], shapes: Sequence[LawShape]) -> CurveFit
     scales[scales == 0] = 1.0
     scaled = columns / scales
     weights = np.ones((len(shapes), len(changes)))
-    solutions, residuals = _solve(scaled, changes, weights)
+    solutions, residuals = _solve(scaled, changes, weights, signs)
     bound = _HUBER * max(float(np.median(np.abs(residuals), axis=1).min()) / _MAD, 1e-9)
     for _ in range(_ROUNDS):
         weights = np.minimum(1.0, bound / np.maximum(np.abs(residuals), 1e-300))
-        solutions, residuals = _solve(scaled, changes, weights)
+        solutions, residuals = _solve(scaled, changes, weights, signs)
     small = np.minimum(np.abs(residuals), bound)
     costs = (small * (np.abs(residuals) - 0.5 * small)).mean(axis=1) + 0.5 * _RIDGE * (solutions**2).sum(axis=1)
     best = int(costs.argmin())
     return CurveFit(shapes[best], solutions[best] / scales[best, 0])
 
 
-def _solve(scaled: Floats, changes: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """Return ridge solutions, shape (shapes, terms), and residuals, shape (shapes, points), for all shapes at once."""
+def _solve(scaled: Floats, changes: Floats, weights: Floats, signs: Floats) -> tuple[Floats, Floats]:
+    """Return ridge solutions, shape (shapes, terms), and residuals, shape (shapes, points), for all shapes at once.
+
+    Coefficients with the wrong sign become 0, one round after the other, until none is left.
+    """
     weighted = np.swapaxes(scaled * weights[:, :, None], 1, 2)
-    penalty = _RIDGE * len(changes) * np.eye(scaled.shape[2])
-    solutions: Floats = np.linalg.solve(weighted @ scaled + penalty, weighted @ changes[:, None])[:, :, 0]
-    return solutions, changes - (scaled @ solutions[:, :, None])[:, :, 0]
+    products, right = weighted @ scaled, weighted @ changes[:, None]
+    identity = np.eye(len(signs))
+    is_free = np.ones((len(products), len(signs)), dtype=bool)
+    while True:
+        # A term that is not free has a row and a column of the identity, and 0 on the right.
+        both = is_free[:, :, None] & is_free[:, None, :]
+        matrix = np.where(both, products + _RIDGE * len(changes) * identity, identity)
+        solutions: Floats = np.linalg.solve(matrix, np.where(is_free[:, :, None], right, 0.0))[:, :, 0]
+        is_wrong = is_free & (signs * solutions < 0)
+        if not is_wrong.any():
+            return solutions, changes - (scaled @ solutions[:, :, None])[:, :, 0]
+        is_free &= ~is_wrong

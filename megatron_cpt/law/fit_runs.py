@@ -13,7 +13,7 @@ from megatron_cpt.law.curve_fit import CurveFit, FitPoints, fit_curve
 from megatron_cpt.law.finished_runs import MIN_RUNS, FinishedRun, compared_values
 from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
 from megatron_cpt.law.run_path import Floats, RunPath
-from megatron_cpt.law.terms import LawShape, term_names, terms
+from megatron_cpt.law.terms import LawShape, term_names, term_signs, terms
 
 _FAR = 1.5  # areas beyond the fitted one from which on a run counts for the error per doubling
 _HORIZON = 4.0  # the law is also fitted on the first 1/_HORIZON of the runs, to see how it errs beyond its points
@@ -31,6 +31,7 @@ class _GridTerms:
 
     area: float
     shapes: tuple[LawShape, ...]
+    signs: Floats
     runs: Sequence[FinishedRun]
     areas: Sequence[Floats]
     terms: Sequence[Floats]
@@ -44,7 +45,7 @@ class _GridTerms:
         columns = [
             np.array([terms(path, shape)[at] for shape in shapes]) for path, at in zip(paths, knots, strict=True)
         ]
-        return cls(area, shapes, runs, areas, columns)
+        return cls(area, shapes, term_signs(paths[0].sources), runs, areas, columns)
 
     def points(self, held_out: str, *, only_first: bool = False) -> list[FitPoints | None]:
         """Return the points of each run; None for a run without any.
@@ -61,7 +62,7 @@ class _GridTerms:
 
     def fit(self, runs: Sequence[FitPoints]) -> CurveFit:
         """Fit points of this grid."""
-        return fit_curve(runs, self.shapes)
+        return fit_curve(runs, self.shapes, self.signs)
 
     def end_error(self, fit: CurveFit, run: FitPoints) -> float:
         """Return the relative error of a fit at the last point of a run."""

@@ -12,8 +12,8 @@ import numpy as np
 from megatron_cpt.law.run_path import Floats, RunPath
 
 _ANNEALING = (4.0, 16.0, 64.0)
-_SHIFT = (2.0, 8.0, 32.0)
-_LEARNING = (0.1, 1.0, 10.0)
+_SHIFT = (8.0, 32.0, 128.0)  # slower ones are not told from learning in runs of one area
+_LEARNING = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _EXPONENT = (0.5, 1.0)
 
 
@@ -51,6 +51,16 @@ class LawShape:
 def term_names(sources: Sequence[str]) -> list[str]:
     """Return the names of the columns of `terms`."""
     return ["annealing", *(f"shift {name}" for name in sources), *(f"learning {name}" for name in sources)]
+
+
+def term_signs(sources: Sequence[str]) -> Floats:
+    """Return the sign that each coefficient must have; 0: any.
+
+    A falling learning rate never raises a loss, and neither does learning from more tokens. Forgetting is a shift. With
+    free signs, a slope of noise in short runs would grow with the logarithm of the tokens.
+    """
+    count = len(sources)
+    return np.array([1.0, *(0.0,) * count, *(-1.0,) * count])
 
 
 def terms(path: RunPath, shape: LawShape) -> Floats:
