@@ -10,7 +10,7 @@ import numpy as np
 from megatron_cpt.law.run_path import Floats
 from megatron_cpt.law.terms import LawShape
 
-_RIDGE = 1e-4  # per point, on standardized terms: decides only what the points leave open
+_RIDGE = 1e-6  # per point, on standardized terms: decides only what the points leave open
 _HUBER = 1.345  # residuals beyond this many standard deviations count linearly: 95 % efficiency on normal noise
 _ROUNDS = 5
 _MAD = 0.6745  # median absolute deviation of the standard normal distribution
