@@ -2,8 +2,8 @@
 
     python benchmarks/law.py --fit RUN_DIR ... --held-out RUN_DIR ... [--record NAME]
 
-The held-out runs are longer than the fitted ones, or of other blends, switches and schedules. Nothing of them is used
-but their plan.json and the loss of the trunk on their held-out samples. Prints, per run and held-out source, the last
+The held-out runs are longer than the fitted ones, or of other blends, switches and schedules. Only their
+plan.json and the loss of the trunk on their held-out samples are used. Prints, per run and held-out source, the last
 measured loss, the predicted one and its interval; then the share of predictions within 1 %, and inside the interval.
 `--record NAME` writes results/NAME.json.
 """

@@ -69,7 +69,7 @@ def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     if len(runs) < MIN_RUNS:
         raise UserError(
             f"{len(runs)} runs to fit; give at least {MIN_RUNS}, with different blends and learning rates: the error "
-            "of a prediction comes from leaving out one run at a time"
+            "of a prediction comes from omitting one run at a time"
         )
     return runs
 

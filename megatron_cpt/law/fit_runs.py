@@ -1,4 +1,4 @@
-"""Fit of the law on finished runs, with the errors that leaving out runs and cutting them short shows."""
+"""Fit of the law on finished runs, with the errors that omitting runs and cutting them short shows."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class LossForecast:
         start: loss before the first step.
         change: logarithm of loss / start, shape (K + 1,).
         width: half the width of the interval of `change`.
-        without: `change` by the fits that leave out one run each, shape (runs, K + 1).
+        without: `change` by the fits that omit one run each, shape (runs, K + 1).
     """
 
     start: float
@@ -80,8 +80,8 @@ class HeldOutLaw:
     Attributes:
         starts: loss before the first step, by the seed of the runs: the seed decides which samples are validated.
         fit: on all runs.
-        without: fits that leave out one run each, in the order of the runs.
-        error: root mean square of the relative errors at the end of the runs left out.
+        without: fits that omit one run each, in the order of the runs.
+        error: root mean square of the relative errors at the end of the omitted runs.
         error_per_doubling: error beyond the fitted area per doubling of it; None: the runs are too short to measure it.
         num_points: points of the fit.
     """
@@ -111,7 +111,7 @@ class HeldOutLaw:
         with the area up to the longest fitted run.
 
         Args:
-            without: predictions of the fits that leave out one run each, shape (runs, knots).
+            without: predictions of the fits that omit one run each, shape (runs, knots).
             areas: forward area at each knot.
         """
         reach = areas / fitted_area
@@ -198,7 +198,7 @@ def _between(low: float, high: float, form: str) -> str:
 
 
 def jackknife_variance(without: Floats) -> Floats:
-    """Return the variance of predictions by leaving out one run each, shape (runs, ...) -> (...)."""
+    """Return the variance of predictions by omitting one run each, shape (runs, ...) -> (...)."""
     count = len(without)
     variance: Floats = (count - 1) / count * ((without - without.mean(axis=0)) ** 2).sum(axis=0)
     return variance

@@ -138,7 +138,7 @@ def _check_same(law: RunLaw, config: RunConfig) -> None:
     if differing:
         key = differing[0]
         raise UserError(
-            f"--predict: {', '.join(differing)}: the fitted runs have other values, and the law holds only for theirs "
+            f"--predict: {', '.join(differing)}: the fitted runs have other values, and the law holds only for those "
             f"({key} is {own.get(key)!r}, there {law.compared[key]!r}); fit runs of this model and batch"
         )
 

@@ -19,7 +19,7 @@ def render_fit(law: Mapping[str, Any], stream: IO[str]) -> None:
     Args:
         law: content of FIT.json.
     """
-    table = _table("held-out source", "points", "loss before", "error of a run left out", "per doubling beyond")
+    table = _table("held-out source", "points", "loss before", "error of omitted run", "per doubling beyond")
     for name, one in law["held_out"].items():
         beyond, starts = one["error_per_doubling"], list(one["starts"].values())
         table.add_row(
@@ -77,7 +77,7 @@ def _best(title: str, options: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     best = min(options, key=lambda option: option["difference"])
     gain, width = -best["difference"], best["difference_width"]
     if gain <= 0 or not width:
-        yield Text("The plan as it is has the lowest losses, as the mean over the held-out sources.")
+        yield Text("The plan itself has the lowest losses, as the mean over the held-out sources.")
     else:
         verdict = "more than" if gain > width else "within"
         yield Text(f"Lowest: {best['change']}; its gain of {gain:.2%} is {verdict} the error of {width:.2%}.")

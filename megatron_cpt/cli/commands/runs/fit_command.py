@@ -18,7 +18,7 @@ def fit(
 ) -> None:
     """Fit held-out loss against learning rate, tokens and blend, from finished small runs that start from one trunk.
 
-    Prints the error of each held-out source, found by leaving out one run at a time.
+    Prints the error of each held-out source, found by omitting one run at a time.
     """
     from megatron_cpt.law.finished_runs import read_finished_runs
     from megatron_cpt.law.fit_runs import fit_runs
