@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from megatron_cpt.errors import ConfigError, UserError
 from megatron_cpt.law.run_path import Floats, RunPath, path_of_plan
+from megatron_cpt.provenance.run_history import MALFORMED
 from megatron_cpt.report.run_record import RunReader, RunRecord
 
 MIN_RUNS = 4
@@ -82,17 +83,17 @@ def read_finished_run(folder: Path) -> FinishedRun:
     """
     record = RunReader(folder).read()
     if not record.config or not record.plan:
-        raise UserError(f"{folder}: its run.yaml or plan.json is missing or damaged; restore it, or leave the run out")
+        raise UserError(f"{folder}: its run.yaml or plan.json is missing or damaged; restore it, or omit the run")
     _check_one_plan(record)
     validations = record.metrics.validations
     if 0 not in validations:
         raise UserError(
             f"{folder}: no held-out loss before the first step in metrics.jsonl; `validation` in run.yaml measures it. "
-            "Leave the run out"
+            "Omit the run"
         )
-    start = {name: loss for name, loss in validations[0].items() if math.isfinite(loss)}
+    start = {name: loss for name, loss in validations[0].items() if 0 < loss < math.inf}
     if not start:
-        raise UserError(f"{folder}: no finite held-out loss before the first step; leave the run out")
+        raise UserError(f"{folder}: no finite held-out loss before the first step; omit the run")
     notes = [note for note in record.notes if "metrics.jsonl" in note]
     steps, losses, skipped = _points(validations, start)
     if skipped:
@@ -100,13 +101,15 @@ def read_finished_run(folder: Path) -> FinishedRun:
     if len(steps) < _MIN_POINTS:
         raise UserError(
             f"{folder}: {len(steps)} validations after the start, at least {_MIN_POINTS} are needed; "
-            "lower validation.every, or leave the run out"
+            "lower validation.every, or omit the run"
         )
     try:
         path = path_of_plan(record.plan, at=steps.tolist())
         path.knots_at(steps.tolist())
-    except (KeyError, TypeError, ValueError, IndexError, StopIteration, AssertionError) as error:
-        raise UserError(f"{folder}/plan.json: damaged ({error!r}); restore it, or leave the run out") from error
+        if not 0 < path.areas[-1] < math.inf:
+            raise ValueError("no learning rate")
+    except (*MALFORMED, StopIteration, AssertionError) as error:
+        raise UserError(f"{folder}/plan.json: damaged ({error!r}); restore it, or omit the run") from error
     return FinishedRun(str(folder), record.config, path, start, steps, losses, tuple(notes))
 
 
@@ -116,7 +119,7 @@ def _points(
     """Return the validated steps with any finite loss, the losses per source, and how many are not finite."""
     steps = [step for step in sorted(validations) if step > 0]
     found = {name: np.array([validations[step].get(name, math.nan) for step in steps]) for name in start}
-    finite = {name: np.isfinite(values) for name, values in found.items()}
+    finite = {name: np.isfinite(values) & (values > 0) for name, values in found.items()}
     skipped = sum(int(np.count_nonzero(~mask)) for mask in finite.values())
     kept = np.logical_or.reduce(list(finite.values())) if steps else np.zeros(0, dtype=bool)
     losses = {name: np.where(finite[name], values, math.nan)[kept] for name, values in found.items()}
@@ -131,7 +134,7 @@ def _check_one_plan(record: RunRecord) -> None:
     if len(followed) > 1:
         raise UserError(
             f"{record.folder}: blend or schedule changed while it ran (plans.jsonl has {len(followed)} plans), so its "
-            "losses belong to no single plan; leave the run out"
+            "losses belong to no single plan; omit the run"
         )
 
 
@@ -143,15 +146,22 @@ def as_plain(section: Any, key: str) -> Any:
 
 
 def compared_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a run.yaml that a law holds for, by dotted key."""
-    return {key: as_plain(config, key) for key in _COMPARED}
+    """Return the values of a run.yaml that a law holds for, by dotted key; not the name of the model's preset."""
+    values = {key: as_plain(config, key) for key in _COMPARED}
+    if isinstance(values["model"], Mapping):
+        values["model"] = {name: value for name, value in values["model"].items() if name != "preset"}
+    return values
+
+
+def _trunk_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: as_plain(config, key) for key in _TRUNK}
 
 
 def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
     """Yield what keeps a run from being fitted together with the first one."""
-    for key in (*_COMPARED, *_TRUNK):
-        one, other = as_plain(run.config, key), as_plain(first.config, key)
-        if one != other:
+    own, theirs = ({**compared_values(one.config), **_trunk_values(one.config)} for one in (run, first))
+    for key, one in own.items():
+        if one != (other := theirs[key]):
             yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}; fit them separately"
     for name in first.path.sources:
         key = f"sources.{name}.path"

@@ -17,11 +17,10 @@ from megatron_cpt.files.whole_io import read_file
 from megatron_cpt.law.curve_fit import CurveFit
 from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
 from megatron_cpt.law.terms import LawShape, term_names
+from megatron_cpt.provenance.run_history import MALFORMED
 
 FORMAT = 1
 """Version of FIT.json; it changes when a term of the law changes, so an old file never gives other numbers."""
-
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, LookupError)
 
 
 def law_to_dict(law: RunLaw) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def read_law(path: Path) -> RunLaw:
         raise UserError(f"{path}: {reason}; write it again with `megatron-cpt fit`")
     try:
         return _parse(content)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: damaged ({error!r}); write it again with `megatron-cpt fit`") from error
 
 

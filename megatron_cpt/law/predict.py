@@ -94,15 +94,13 @@ def predict_run(
         UserError: the law is of another model, tokenizer, batch or sequence length, or does not know a source.
     """
     _check_same(law, config)
-    schedule = plan.schedule
-    at_fraction = {f: schedule.last_step_above(f * schedule.max_lr) for f in FRACTIONS}
-    reached = {f: step for f, step in at_fraction.items() if step < plan.steps}
-    path = path_of_plan(plan.to_dict(), at=reached.values())
+    steps = _switch_steps(plan)
+    path = path_of_plan(plan.to_dict(), at=steps)
     own = _Outcome(path, law.forecast(path, config.seed), config.seed)
     return RunPrediction(
         path=path,
         forecasts=own.forecasts,
-        switches=tuple(_switches(law, plan, own, reached)),
+        switches=tuple(_switches(law, plan, own, steps)),
         blends=tuple(_blends(law, plan, own, shares or {})),
         notes=tuple(_notes(law, config, path)),
     )
@@ -159,13 +157,21 @@ def _notes(law: RunLaw, config: RunConfig, path: RunPath) -> Iterator[str]:
         yield "the fitted runs have too few points to measure the error beyond them; the intervals may be too narrow"
 
 
-def _switches(law: RunLaw, plan: RunPlan, own: _Outcome, reached: Mapping[float, int]) -> Iterator[Alternative]:
+def _switch_steps(plan: RunPlan) -> dict[int, str]:
+    """Return steps at which the switch is tried, with their description: at learning rates, or else at tenths."""
+    schedule = plan.schedule
+    found = {schedule.last_step_above(f * schedule.max_lr): f"rate {f:g} of max_lr" for f in FRACTIONS}
+    found.pop(plan.steps, None)  # a rate that the run does not reach
+    return found or {plan.steps * tenth // 10: f"after {tenth}/10 of the steps" for tenth in range(1, 10)}
+
+
+def _switches(law: RunLaw, plan: RunPlan, own: _Outcome, tried: Mapping[int, str]) -> Iterator[Alternative]:
     """Yield the last switch of the run at other learning rates, at its own, and without a first or second blend."""
     if len(plan.phases) < 2:
         return
     before, after, ends = plan.phases[-2], plan.phases[-1], own.path.steps[1:]
     steps = {before.first_step - 1: f"{after.name} from step {before.first_step:,}"}
-    steps |= {step: f"rate {fraction:g} of max_lr" for fraction, step in reached.items() if step >= before.first_step}
+    steps |= {step: change for step, change in tried.items() if step >= before.first_step}
     steps[plan.steps] = f"{before.name} to the end"
     steps[before.last_step] = f"as planned: rate {before.lr_last / plan.schedule.max_lr:.3g} of max_lr"
     for step, change in sorted(steps.items()):

@@ -184,3 +184,11 @@ def test_the_plot_has_a_panel_of_losses(plan, tmp_path, capsys):
 def test_one_phase_has_no_switch(plan, capsys):
     assert plan(law_config(qa_blend(0.2)), "--json") == 0
     assert json.loads(capsys.readouterr().out)["prediction"]["switches"] == []
+
+
+def test_a_constant_rate_tries_tenths_of_the_steps(plan, capsys):
+    data = law_config(general_blend(), qa_blend(0.2), until={"step": 30}, shape="constant")
+    assert plan(data, "--json") == 0
+    switches = json.loads(capsys.readouterr().out)["prediction"]["switches"]
+    assert [one["step"] for one in switches] == [0, *range(4, 30, 4), 30, 32, 36, 40]
+    assert switches[1]["change"] == "after 1/10 of the steps"
