@@ -46,6 +46,11 @@ class FinishedRun:
     losses: Mapping[str, Floats]
     notes: tuple[str, ...]
 
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.config["seed"])
+
 
 def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """Read run directories that started from the same trunk and are validated on the same data.
@@ -82,7 +87,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
         UserError: it is no run, has no usable plan, or too few validations.
     """
     record = RunReader(folder).read()
-    if not record.config or not record.plan:
+    if not isinstance(record.config.get("seed"), int) or not record.plan:
         raise UserError(f"{folder}: its run.yaml or plan.json is missing or damaged; restore it, or omit the run")
     _check_one_plan(record)
     validations = record.metrics.validations
@@ -104,7 +109,8 @@ def read_finished_run(folder: Path) -> FinishedRun:
             "lower validation.every, or omit the run"
         )
     try:
-        path = path_of_plan(record.plan, at=steps.tolist())
+        with np.errstate(all="ignore"):  # of a damaged plan
+            path = path_of_plan(record.plan, at=steps.tolist())
         path.knots_at(steps.tolist())
         if not 0 < path.areas[-1] < math.inf:
             raise ValueError("no learning rate")

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_cpt.errors import UserError
 from megatron_cpt.law.curve_fit import CurveFit, FitPoints, fit_curve
-from megatron_cpt.law.finished_runs import MIN_RUNS, FinishedRun, compared_values
+from megatron_cpt.law.finished_runs import MIN_RUNS, FinishedRun, as_plain, compared_values
 from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
 from megatron_cpt.law.run_path import Floats, RunPath
 from megatron_cpt.law.terms import LawShape, term_names, term_signs, terms
@@ -88,7 +88,7 @@ def fit_runs(runs: Sequence[FinishedRun]) -> RunLaw:
     laws = tuple(_fit_held_out(name, whole, begun, len(term_names(sources))) for name in held_out)
     return RunLaw(
         runs=tuple(run.folder for run in runs),
-        trunks=tuple(dict.fromkeys(str((run.config.get("init") or {}).get("from")) for run in runs)),
+        trunks=tuple(dict.fromkeys(str(as_plain(run.config, "init.from")) for run in runs)),
         compared=compared_values(runs[0].config),
         sources=sources,
         held_out=laws,
@@ -106,7 +106,13 @@ def _fit_held_out(name: str, whole: _GridTerms, begun: _GridTerms, num_terms: in
             f"coefficients: it needs {2 * num_terms} points of {MIN_RUNS} runs; lower validation.every or add runs"
         )
     without = [whole.fit([*points[:index], *points[index + 1 :]]) for index in range(len(points))]
-    errors = [whole.end_error(fit, left_out) for fit, left_out in zip(without, points, strict=True)]
+    reach = [
+        areas[-1] / whole.area for areas, run in zip(whole.areas, whole.points(name), strict=True) if run is not None
+    ]
+    errors = [
+        whole.end_error(fit, omitted) / np.sqrt(share)
+        for fit, omitted, share in zip(without, points, reach, strict=True)
+    ]
     return HeldOutLaw(
         name=name,
         starts=_starts(name, whole.runs),
@@ -120,24 +126,25 @@ def _fit_held_out(name: str, whole: _GridTerms, begun: _GridTerms, num_terms: in
 
 def _starts(name: str, runs: Sequence[FinishedRun]) -> dict[int, float]:
     """Return the loss before the first step per seed, because the seed decides which samples are validated."""
-    return {int(run.config.get("seed", 0)): run.start[name] for run in reversed(runs)}
+    return {run.seed: run.start[name] for run in reversed(runs)}
 
 
 def _horizon_error(name: str, begun: _GridTerms, num_terms: int) -> float | None:
     """Return the error per doubling of the area beyond the points of a fit; None if the beginnings have too few points.
 
-    The law is fitted on the first part of every run and predicts the ends of the longer ones.
+    The law is fitted on the first part of every run and predicts the ends of the longer ones. The largest error counts:
+    runs in which the loss hardly changes say nothing about the others.
     """
     first = [found for found in begun.points(name, only_first=True) if found is not None]
     if sum(len(run.changes) for run in first) < num_terms + 2 or len(first) < MIN_RUNS - 1:
         return None
     fit = begun.fit(first)
     errors = [
-        begun.end_error(fit, found) / np.log2(areas[-1] / begun.area)
+        abs(begun.end_error(fit, found)) / float(np.log2(areas[-1] / begun.area))
         for found, areas in zip(begun.points(name), begun.areas, strict=True)
         if found is not None and areas[-1] > _FAR * begun.area
     ]
-    return float(np.sqrt(np.mean(np.square(errors)))) if errors else None
+    return max(errors, default=None)
 
 
 def _fitted_range(paths: Sequence[RunPath], ends: Sequence[Any]) -> FittedRange:

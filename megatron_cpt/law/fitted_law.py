@@ -81,8 +81,10 @@ class HeldOutLaw:
         starts: loss before the first step, by the seed of the runs: the seed decides which samples are validated.
         fit: on all runs.
         without: fits that omit one run each, in the order of the runs.
-        error: root mean square of the relative errors at the end of the omitted runs.
-        error_per_doubling: error beyond the fitted area per doubling of it; None: the runs are too short to measure it.
+        error: root mean square of the relative errors at the end of the omitted runs, scaled to the longest one: they
+            grow with the root of the area.
+        error_per_doubling: largest error of a run beyond the fitted area, per doubling of it; None: the runs are too
+            short to measure it.
         num_points: points of the fit.
     """
 
