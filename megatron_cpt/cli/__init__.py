@@ -26,6 +26,7 @@ from megatron_cpt.cli.commands.data.preprocess_command import preprocess
 from megatron_cpt.cli.commands.data.split_command import split
 from megatron_cpt.cli.commands.data.trace_command import trace
 from megatron_cpt.cli.commands.runs.doctor_command import doctor
+from megatron_cpt.cli.commands.runs.fit_command import fit
 from megatron_cpt.cli.commands.runs.launch_command import WordsCommand, launch
 from megatron_cpt.cli.commands.runs.plan_command import plan
 from megatron_cpt.cli.commands.runs.report_command import report
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(rich_help_panel=PLAN)(plan)
+app.command(rich_help_panel=PLAN)(fit)
 for command in (preprocess, check, inspect, merge, split, overlap, trace):
     app.command(rich_help_panel=DATA)(command)
 app.command(rich_help_panel=TRAIN)(train)

@@ -313,7 +313,7 @@ def _schedule(plan: Mapping[str, Any]) -> Schedule | None:
     try:
         schedule = Schedule(**as_mapping(plan.get("schedule")))
         schedule.rate(1)
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError):
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError, AssertionError):
         return None
     return schedule
 

@@ -25,23 +25,31 @@ _SOURCES = (
     *("#7aa6d8", "#8fce8b", "#f6b26b", "#86d0cb", "#f3d873", "#c6a0d0"),
     *("#c9a588", "#a9b4c4", "#f7b3c2", "#f08c84", "#b5e0a8", "#d9d2c5"),
 )
+_CURVES = ("#1d4ed8", "#b45309", "#047857", "#be185d", "#6d28d9", "#0e7490", "#4d7c0f", "#9f1239")
 _MAX_NAMED = len(_SOURCES)  # sources with their own color and legend entry
 _NAMES_FROM = 0.92  # share of the upper panel's height above which the names of the phases are written
 _MIN_LABELED = 0.05  # smallest weight that is written into its bar
 
 
-def plot_plan(plan: RunPlan, path: str | Path) -> None:
+def plot_plan(plan: RunPlan, path: str | Path, prediction: Mapping[str, Any] | None = None) -> None:
     """Draw a plan into an image file.
+
+    Args:
+        prediction: `RunPrediction.to_dict()`; its held-out losses become a third panel.
 
     Raises:
         UserError: if matplotlib is not installed, or the file cannot be written, or the format is unknown.
     """
-    with save_figure(path, (11, 7.2), height_ratios=(3, 2)) as (rates, blends):
+    heights = (3, 2) if prediction is None else (3, 2, 3)
+    with save_figure(path, (11, 2.4 * len(heights) + 2.4), panels=len(heights), height_ratios=heights) as panels:
+        rates, blends, lowest = panels[0], panels[1], panels[-1]
         _draw_rates(rates, plan)
         _draw_blends(blends, plan)
-        blends.set_xlim(0, plan.tokens_trained)
-        blends.xaxis.set_major_formatter(lambda value, _: format_count(value))
-        blends.set_xlabel("tokens")
+        if prediction is not None:
+            _draw_losses(lowest, prediction)
+        lowest.set_xlim(0, plan.tokens_trained)
+        lowest.xaxis.set_major_formatter(lambda value, _: format_count(value))
+        lowest.set_xlabel("tokens")
         title = f"{plan.name}: {format_count(plan.tokens)} tokens, {plan.steps:,} steps"
         rates.set_title(f"{title}\n", loc="left", fontsize=14, fontweight="bold")
         subtitle = f"{describe_schedule(plan.schedule)}; {format_count(plan.parameters.total)} parameters"
@@ -124,6 +132,21 @@ def _draw_blends(axes: Axes, plan: RunPlan) -> None:
         frameon=False,
         alignment="left",
     )
+
+
+def _draw_losses(axes: Axes, prediction: Mapping[str, Any]) -> None:
+    """Draw the expected change of each held-out loss with its interval."""
+    tokens = np.array(prediction["tokens"])
+    for (name, one), color in zip(prediction["held_out"].items(), itertools.cycle(_CURVES), strict=False):
+        change, low, high = (np.array(one[key]) - one["start"] for key in ("losses", "lows", "highs"))
+        axes.fill_between(tokens, low, high, color=color, alpha=0.13, linewidth=0)
+        axes.plot(tokens, change, color=color, linewidth=1.8, label=f"{name} ({one['final']:.3f})")
+    axes.axhline(0, color=FAINT, linewidth=0.8)
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    axes.set_ylabel("change of the held-out loss")
+    title = f"expected (at the end), with\n{prediction['confidence']:.0%} interval"
+    axes.legend(title=title, loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False, alignment="left")
 
 
 def _extent(plan: RunPlan, phase: PhasePlan) -> tuple[int, int]:

@@ -25,6 +25,7 @@ PAGES = (
     "evaluate-tasks",
     "report",
     "plan",
+    "law",
 )
 
 
@@ -74,5 +75,7 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("evaluate", "generates 164 programs"),
         ("python", "takes hours on two cores"),
         ("report", "serves until Ctrl-C"),
+        ("fit", "needs ten finished runs"),
+        ("plan", "needs a fit"),
     ]
     assert len(commands) - len(skipped) >= 25

@@ -1,0 +1,191 @@
+"""Finished runs as points to fit: path and held-out losses of each; runs that do not belong together are refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.errors import ConfigError, UserError
+from megatron_cpt.law.run_path import Floats, RunPath, path_of_plan
+from megatron_cpt.provenance.run_history import MALFORMED
+from megatron_cpt.report.run_record import RunReader, RunRecord
+
+MIN_RUNS = 4
+_MIN_POINTS = 3  # validations of a run after step 0
+_START_TOLERANCE = 1e-3  # relative difference of the losses of equal weights at another layout or precision
+_SEED_TOLERANCE = 0.1  # the seed decides which samples of a held-out source are validated
+_COMPARED = ("model", "tokenizer", "seq_length", "batch.global", "documents", "optimizer", "init.load")
+_TRUNK = ("init.from", "validation.sources", "validation.batches")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Held-out losses of a run.
+
+    Attributes:
+        folder: the run directory.
+        config: its resolved run.yaml.
+        path: its path up to the last validation.
+        start: held-out loss per source before the first step.
+        steps: validated steps after it.
+        losses: held-out loss per source at `steps`; NaN: not measured or not finite.
+        notes: what was skipped.
+    """
+
+    folder: str
+    config: Mapping[str, Any]
+    path: RunPath
+    start: Mapping[str, float]
+    steps: npt.NDArray[np.int64]
+    losses: Mapping[str, Floats]
+    notes: tuple[str, ...]
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.config["seed"])
+
+
+def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
+    """Read run directories that started from the same trunk and are validated on the same data.
+
+    Raises:
+        UserError: a folder is no run, or there are too few runs.
+        ConfigError: lists the problems of all runs: no validation, too few points, another model, tokenizer or trunk.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run directory is given twice; give each once, because its points would count double")
+    problems: list[str] = []
+    runs: list[FinishedRun] = []
+    for folder in folders:
+        try:
+            runs.append(read_finished_run(folder))
+        except UserError as error:
+            problems.append(str(error))
+    for run in runs[1:]:
+        problems += [f"{run.folder}: {difference}" for difference in _differences(runs[0], run)]
+    if problems:
+        raise ConfigError("runs to fit", problems)
+    if len(runs) < MIN_RUNS:
+        raise UserError(
+            f"{len(runs)} runs to fit; give at least {MIN_RUNS}, with different blends and learning rates: the error "
+            "of a prediction comes from omitting one run at a time"
+        )
+    return runs
+
+
+def read_finished_run(folder: Path) -> FinishedRun:
+    """Read one run directory.
+
+    Raises:
+        UserError: it is no run, has no usable plan, or too few validations.
+    """
+    record = RunReader(folder).read()
+    if not isinstance(record.config.get("seed"), int) or not record.plan:
+        raise UserError(f"{folder}: its run.yaml or plan.json is missing or damaged; restore it, or omit the run")
+    _check_one_plan(record)
+    validations = record.metrics.validations
+    if 0 not in validations:
+        raise UserError(
+            f"{folder}: no held-out loss before the first step in metrics.jsonl; `validation` in run.yaml measures it. "
+            "Omit the run"
+        )
+    start = {name: loss for name, loss in validations[0].items() if 0 < loss < math.inf}
+    if not start:
+        raise UserError(f"{folder}: no finite held-out loss before the first step; omit the run")
+    notes = [note for note in record.notes if "metrics.jsonl" in note]
+    steps, losses, skipped = _points(validations, start)
+    if skipped:
+        notes.append(f"{skipped:,} held-out losses are not finite and skipped")
+    if len(steps) < _MIN_POINTS:
+        raise UserError(
+            f"{folder}: {len(steps)} validations after the start, at least {_MIN_POINTS} are needed; "
+            "lower validation.every, or omit the run"
+        )
+    try:
+        with np.errstate(all="ignore"):  # of a damaged plan
+            path = path_of_plan(record.plan, at=steps.tolist())
+        path.knots_at(steps.tolist())
+        if not 0 < path.areas[-1] < math.inf:
+            raise ValueError("no learning rate")
+    except (*MALFORMED, StopIteration, AssertionError) as error:
+        raise UserError(f"{folder}/plan.json: damaged ({error!r}); restore it, or omit the run") from error
+    return FinishedRun(str(folder), record.config, path, start, steps, losses, tuple(notes))
+
+
+def _points(
+    validations: Mapping[int, Mapping[str, float]], start: Iterable[str]
+) -> tuple[npt.NDArray[np.int64], dict[str, Floats], int]:
+    """Return the validated steps with any finite loss, the losses per source, and how many are not finite."""
+    steps = [step for step in sorted(validations) if step > 0]
+    found = {name: np.array([validations[step].get(name, math.nan) for step in steps]) for name in start}
+    finite = {name: np.isfinite(values) & (values > 0) for name, values in found.items()}
+    skipped = sum(int(np.count_nonzero(~mask)) for mask in finite.values())
+    kept = np.logical_or.reduce(list(finite.values())) if steps else np.zeros(0, dtype=bool)
+    losses = {name: np.where(finite[name], values, math.nan)[kept] for name, values in found.items()}
+    return np.array(steps, dtype=np.int64)[kept], losses, skipped
+
+
+def _check_one_plan(record: RunRecord) -> None:
+    """Refuse a run that has changed its blend or schedule: plan.json describes only the last part of it."""
+    followed = {
+        repr((as_plain(line.get("plan"), "phases"), as_plain(line.get("run"), "schedule"))) for line in record.plans
+    }
+    if len(followed) > 1:
+        raise UserError(
+            f"{record.folder}: blend or schedule changed while it ran (plans.jsonl has {len(followed)} plans), so its "
+            "losses belong to no single plan; omit the run"
+        )
+
+
+def as_plain(section: Any, key: str) -> Any:
+    """Return a value of a section by its dotted key; None if it is missing."""
+    for part in key.split("."):
+        section = section.get(part) if isinstance(section, Mapping) else None
+    return section
+
+
+def compared_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a run.yaml that a law holds for, by dotted key; not the name of the model's preset."""
+    values = {key: as_plain(config, key) for key in _COMPARED}
+    if isinstance(values["model"], Mapping):
+        values["model"] = {name: value for name, value in values["model"].items() if name != "preset"}
+    return values
+
+
+def _trunk_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: as_plain(config, key) for key in _TRUNK}
+
+
+def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
+    """Yield what keeps a run from being fitted together with the first one."""
+    own, theirs = ({**compared_values(one.config), **_trunk_values(one.config)} for one in (run, first))
+    for key, one in own.items():
+        if one != (other := theirs[key]):
+            yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}; fit them separately"
+    for name in first.path.sources:
+        key = f"sources.{name}.path"
+        one, other = as_plain(run.config, key), as_plain(first.config, key)
+        if name in run.path.sources and one != other:
+            yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}: rename one of the sources"
+    has_same_seed = run.config.get("seed") == first.config.get("seed")
+    tolerance = _START_TOLERANCE if has_same_seed else _SEED_TOLERANCE
+    for name, loss in first.start.items():
+        other = run.start.get(name, math.nan)
+        if not abs(other - loss) <= tolerance * loss:
+            yield (
+                f"the loss of {name} before the first step is {other:.4f}, in {first.folder} {loss:.4f}: "
+                "another trunk or other held-out data; fit them separately"
+            )
+            return
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,141 @@
+"""FIT.json: a fitted law as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_cpt.errors import UserError
+from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
+from megatron_cpt.files.whole_io import read_file
+from megatron_cpt.law.curve_fit import CurveFit
+from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
+from megatron_cpt.law.terms import LawShape, term_names
+from megatron_cpt.provenance.run_history import MALFORMED
+
+FORMAT = 1
+"""Version of FIT.json; it changes when a term of the law changes, so an old file never gives other numbers."""
+
+
+def law_to_dict(law: RunLaw) -> dict[str, Any]:
+    """Return the content of FIT.json."""
+    return {
+        "format": FORMAT,
+        "runs": list(law.runs),
+        "trunks": list(law.trunks),
+        "compared": dict(law.compared),
+        "sources": list(law.sources),
+        "terms": term_names(law.sources),
+        "fitted": asdict(law.fitted),
+        "held_out": {one.name: _held_out_to_dict(one) for one in law.held_out},
+        "notes": list(law.notes),
+    }
+
+
+def write_law(path: Path, law: RunLaw) -> None:
+    """Write FIT.json atomically.
+
+    Raises:
+        CptError: the file cannot be written.
+    """
+    with write_errors_as_cpt_errors(path):
+        write_atomically(path, orjson.dumps(law_to_dict(law), option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def read_law(path: Path) -> RunLaw:
+    """Read FIT.json.
+
+    Raises:
+        UserError: it cannot be read, is no FIT.json, or of another version.
+    """
+    try:
+        content = orjson.loads(read_file(path))
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+        raise UserError(f"{path}: {reason}; give a file that `megatron-cpt fit` wrote") from error
+    except ValueError as error:
+        raise UserError(f"{path}: no JSON ({error}); write it again with `megatron-cpt fit`") from error
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
+        reason = f"its format is {version!r}, this version reads {FORMAT}"
+        raise UserError(f"{path}: {reason}; write it again with `megatron-cpt fit`")
+    try:
+        return _parse(content)
+    except MALFORMED as error:
+        raise UserError(f"{path}: damaged ({error!r}); write it again with `megatron-cpt fit`") from error
+
+
+def _parse(content: Mapping[str, Any]) -> RunLaw:
+    sources = tuple(map(str, content["sources"]))
+    fitted = content["fitted"]
+    return RunLaw(
+        runs=tuple(content["runs"]),
+        trunks=tuple(content["trunks"]),
+        compared=dict(content["compared"]),
+        sources=sources,
+        held_out=tuple(_parse_held_out(name, one, sources) for name, one in content["held_out"].items()),
+        fitted=FittedRange(
+            tokens=_positive(fitted["tokens"]),
+            area=_positive(fitted["area"]),
+            highest_rate=_positive(fitted["highest_rate"]),
+            first_rates=_pair(fitted["first_rates"]),
+            shares={name: _pair(fitted["shares"][name]) for name in sources},
+        ),
+        notes=tuple(map(str, content["notes"])),
+    )
+
+
+def _held_out_to_dict(law: HeldOutLaw) -> dict[str, Any]:
+    return {
+        "starts": {str(seed): loss for seed, loss in law.starts.items()},
+        "num_points": law.num_points,
+        "error": law.error,
+        "error_per_doubling": law.error_per_doubling,
+        "fit": _fit_to_dict(law.fit),
+        "without": [_fit_to_dict(fit) for fit in law.without],
+    }
+
+
+def _fit_to_dict(fit: CurveFit) -> dict[str, Any]:
+    return {"shape": fit.shape.to_dict(), "coefficients": fit.coefficients.tolist()}
+
+
+def _parse_held_out(name: str, content: Mapping[str, Any], sources: tuple[str, ...]) -> HeldOutLaw:
+    per_doubling = content["error_per_doubling"]
+    without = tuple(_parse_fit(fit, sources) for fit in content["without"])
+    if len(without) < 2 or not content["starts"]:
+        raise ValueError(f"{name}: fewer than two fits without a run, or no loss before the first step")
+    return HeldOutLaw(
+        name=name,
+        starts={int(seed): _positive(loss) for seed, loss in content["starts"].items()},
+        fit=_parse_fit(content["fit"], sources),
+        without=without,
+        error=float(content["error"]),
+        error_per_doubling=None if per_doubling is None else float(per_doubling),
+        num_points=int(content["num_points"]),
+    )
+
+
+def _parse_fit(content: Mapping[str, Any], sources: tuple[str, ...]) -> CurveFit:
+    coefficients = np.array(content["coefficients"], dtype=np.float64)
+    if coefficients.shape != (len(term_names(sources)),) or not np.isfinite(coefficients).all():
+        raise ValueError(f"{len(coefficients)} coefficients for {len(term_names(sources))} terms, or not finite")
+    shape = LawShape(**{name: _positive(value) for name, value in content["shape"].items()})
+    return CurveFit(shape, coefficients)
+
+
+def _positive(value: Any) -> float:
+    if not (isinstance(value, int | float) and 0 < value < float("inf")):
+        raise ValueError(f"{value!r} is no positive number")
+    return float(value)
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    low, high = map(float, value)
+    return low, high

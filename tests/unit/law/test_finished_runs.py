@@ -1,0 +1,132 @@
+"""Run directories of a fit: what is skipped with a note, and what is refused by name."""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+import yaml
+
+from megatron_cpt.errors import ConfigError, UserError
+from megatron_cpt.law.finished_runs import read_finished_run, read_finished_runs
+from tests.helpers.law_runs import small_configs, write_law_run
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [write_law_run(tmp_path / f"run{n}", data, seed=n) for n, data in enumerate(small_configs()[:5])]
+
+
+def change_yaml(folder, **changes):
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+def change_lines(folder, change):
+    path = folder / "metrics.jsonl"
+    lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in change(lines)))
+
+
+def test_runs_are_read_with_their_points(folders):
+    runs = read_finished_runs(folders)
+    assert [len(run.steps) for run in runs] == [10] * 5
+    assert runs[0].start == {"general": 3.0, "exam": 5.0}
+    assert runs[0].path.sources == ("web", "code")
+    assert all(run.notes == () for run in runs)
+
+
+def test_a_torn_last_line_and_losses_that_are_not_finite_are_skipped_with_a_note(folders):
+    change_lines(folders[0], lambda lines: [*lines[:4], {**lines[4], "validation": {"general": None, "exam": 4.9}}])
+    with open(folders[0] / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 40, "validat')
+    run = read_finished_run(folders[0])
+    assert len(run.steps) == 4
+    assert run.notes == (
+        "metrics.jsonl: the last line is cut off and skipped",
+        "1 held-out losses are not finite and skipped",
+    )
+
+
+def test_a_run_that_was_repeated_counts_its_last_life(folders):
+    line = {"step": 10, "tokens": 1, "phase": "p", "lr": 1.0, "loss": 1.0}
+    change_lines(folders[0], lambda lines: [*lines, line, {"step": 12, "validation": {"general": 9.0, "exam": 9.0}}])
+    run = read_finished_run(folders[0])
+    assert run.losses["general"][list(run.steps).index(12)] == 9.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [], "no held-out loss before the first step"),
+        (lambda lines: lines[1:], "no held-out loss before the first step"),
+        (lambda lines: [{**lines[0], "validation": {"general": None}}, *lines[1:]], "no finite held-out loss"),
+        (lambda lines: lines[:3], "2 validations after the start, at least 3"),
+    ],
+)
+def test_runs_without_enough_validations_are_refused(folders, change, message):
+    change_lines(folders[0], change)
+    with pytest.raises(UserError, match=message):
+        read_finished_run(folders[0])
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "plan.json"])
+def test_a_run_without_its_files_is_refused(folders, name):
+    (folders[0] / name).write_text("{")
+    with pytest.raises(UserError, match=r"run0: its run\.yaml or plan\.json is missing or damaged"):
+        read_finished_run(folders[0])
+
+
+@pytest.mark.parametrize("key", ["schedule", "phases", "steps"])
+def test_a_damaged_plan_is_refused(folders, key):
+    path = folders[0] / "plan.json"
+    path.write_bytes(orjson.dumps(orjson.loads(path.read_bytes()) | {key: "x"}))
+    with pytest.raises(UserError, match=r"run0/plan\.json: damaged"):
+        read_finished_run(folders[0])
+
+
+def test_a_run_that_changed_its_blend_is_refused(folders):
+    lines = [{"after_step": step, "plan": {"phases": step}, "run": {}} for step in (0, 20)]
+    (folders[0] / "plans.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    with pytest.raises(UserError, match="blend or schedule changed while it ran"):
+        read_finished_run(folders[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"layers": 2}}, "run3: model is"),
+        ({"tokenizer": "byte"}, "run3: tokenizer is 'byte', but"),
+        ({"seq_length": 128}, "run3: seq_length is 128"),
+        ({"batch": {"global": 16, "micro": 2}}, "run3: batch.global is 16"),
+        ({"init": {"from": "other", "load": "weights"}}, "run3: init.from is 'other'"),
+        ({"validation": {"every": 4, "batches": 20, "sources": {}}}, "run3: validation.sources is {}"),
+        ({"sources": {"web": {"path": "other"}}}, "run3: sources.web.path is 'other'"),
+    ],
+)
+def test_runs_of_another_model_tokenizer_or_trunk_are_refused_by_name(folders, changes, message):
+    change_yaml(folders[3], **changes)
+    with pytest.raises(ConfigError) as refused:
+        read_finished_runs(folders)
+    assert message in str(refused.value)
+
+
+def test_another_trunk_shows_in_the_loss_before_the_first_step(folders):
+    change_lines(folders[2], lambda lines: [{"step": 0, "validation": {"general": 3.01, "exam": 5.0}}, *lines[1:]])
+    with pytest.raises(ConfigError, match=r"the loss of general before the first step is 3\.0100"):
+        read_finished_runs(folders)
+    change_yaml(folders[2], seed=7)  # another seed validates other samples
+    assert len(read_finished_runs(folders)) == 5
+
+
+def test_all_problems_are_in_one_message(folders, tmp_path):
+    change_yaml(folders[3], tokenizer="byte")
+    with pytest.raises(ConfigError) as refused:
+        read_finished_runs([*folders, tmp_path / "none"])
+    assert len(refused.value.problems) == 2
+
+
+def test_too_few_runs_and_a_run_given_twice(folders):
+    with pytest.raises(UserError, match="3 runs to fit; give at least 4"):
+        read_finished_runs(folders[:3])
+    with pytest.raises(UserError, match="given twice"):
+        read_finished_runs([*folders, folders[0]])

@@ -1,0 +1,168 @@
+"""The fit of the law: it finds a known law again, and its intervals contain what they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_cpt.errors import UserError
+from megatron_cpt.law.fit_runs import fit_runs
+from megatron_cpt.law.fitted_law import jackknife_variance, student_t
+from megatron_cpt.law.law_file import read_law, write_law
+from megatron_cpt.law.run_path import path_of_plan
+from megatron_cpt.law.terms import LawShape, terms
+from megatron_cpt.planning import build_plan
+from tests.helpers.law_runs import (
+    STEPS,
+    TRUNK_LOSSES,
+    arm_configs,
+    general_blend,
+    law_config,
+    law_run,
+    parse,
+    qa_blend,
+    small_configs,
+    true_losses,
+)
+
+SEED = 1234  # of run.yaml
+
+
+def fitted(seed, *, noise):
+    rng = np.random.default_rng(seed)
+    return fit_runs([law_run(data, rng, noise=noise, name=str(n)) for n, data in enumerate(small_configs())])
+
+
+@pytest.fixture(scope="module")
+def law():
+    return fitted(0, noise=0.002)
+
+
+def test_a_law_without_noise_is_found_again_and_extrapolates_twentyfold():
+    exact = fitted(0, noise=0.0)
+    for data in arm_configs(20 * STEPS):
+        path = path_of_plan(build_plan(parse(data), {}).to_dict())
+        for name, forecast in exact.forecast(path, SEED).items():
+            np.testing.assert_allclose(forecast.loss, true_losses(path, name), rtol=0.01)
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_intervals_contain_nine_of_ten_new_runs(times):
+    inside = []
+    for seed in range(3):
+        law, rng = fitted(seed, noise=0.004), np.random.default_rng(100 + seed)
+        for data in arm_configs(STEPS * times):
+            run = law_run(data, rng, noise=0.004)
+            for name, forecast in law.forecast(run.path, SEED).items():
+                inside.append(forecast.low[-1] <= run.losses[name][-1] <= forecast.high[-1])
+    assert len(inside) == 30
+    assert sum(inside) >= 25  # 27 expected; 24 or fewer have a probability of 7 % at 90 %
+
+
+def test_the_interval_starts_at_nothing_and_widens_beyond_the_fitted_runs(law):
+    path = path_of_plan(build_plan(parse(law_config(qa_blend(0.2), steps=8 * STEPS)), {}).to_dict())
+    width = law.forecast(path, SEED)["exam"].width
+    assert width[0] == 0
+    assert width[-1] > 2 * width[np.searchsorted(path.areas, law.fitted.area)]
+
+
+def test_one_outlier_does_not_move_the_fit():
+    rng = np.random.default_rng(1)
+    runs = [law_run(data, rng, noise=0.001) for data in small_configs()]
+    clean = fit_runs(runs)
+    runs[2].losses["exam"][4] *= 1.5
+    spoiled = fit_runs(runs)
+    path = path_of_plan(build_plan(parse(law_config(qa_blend(0.2))), {}).to_dict())
+    ends = [one.forecast(path, SEED)["exam"].loss[-1] for one in (clean, spoiled)]
+    np.testing.assert_allclose(*ends, rtol=0.005)
+
+
+def test_an_unknown_seed_widens_the_interval_by_the_spread_of_the_starts():
+    rng = np.random.default_rng(2)
+    runs = [law_run(data | {"seed": number % 3}, rng, noise=0.001) for number, data in enumerate(small_configs())]
+    for run, start in zip(runs, [3.0, 3.03, 2.97] * 4, strict=False):
+        run.losses["general"] *= start / 3.0
+        run.start["general"] = start
+    law = fit_runs(runs)
+    path = path_of_plan(build_plan(parse(law_config(qa_blend(0.2))), {}).to_dict())
+    known, unknown = (law.forecast(path, seed)["general"] for seed in (1, 77))
+    assert known.start == 3.03
+    assert unknown.start == pytest.approx(3.0)
+    assert unknown.width[0] == pytest.approx(student_t(9) * 0.01, rel=0.01)
+    assert known.width[0] == 0
+
+
+def test_too_few_points_are_refused():
+    rng = np.random.default_rng(3)
+    runs = [law_run(data, rng, noise=0.001) for data in small_configs()[:4]]
+    for run in runs:
+        for values in run.losses.values():
+            values[3:] = np.nan
+    with pytest.raises(UserError, match=r"source general: 12 points of 4 runs, but the law has 7 coefficients"):
+        fit_runs(runs)
+
+
+def test_the_file_gives_the_same_law(law, tmp_path):
+    write_law(tmp_path / "fit.json", law)
+    again = read_law(tmp_path / "fit.json")
+    path = path_of_plan(build_plan(parse(law_config(general_blend(), steps=500)), {}).to_dict())
+    for name in TRUNK_LOSSES:
+        one, other = law.forecast(path, SEED)[name], again.forecast(path, SEED)[name]
+        assert np.array_equal(one.loss, other.loss)
+        assert np.array_equal(one.width, other.width)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace('"format": 1', '"format": 2'), "its format is 2, this version reads 1"),
+        (lambda text: "[1, 2]", "its format is None"),
+        (lambda text: text[:200], "no JSON"),
+        (lambda text: text.replace('"coefficients": [', '"coefficients": ["x",', 1), "damaged"),
+        (lambda text: text.replace('"area": ', '"area": -', 1), "damaged"),
+        (lambda text: text.replace('"without"', '"other"', 1), "damaged"),
+    ],
+)
+def test_a_damaged_file_or_another_version_is_refused(law, tmp_path, change, message):
+    path = tmp_path / "fit.json"
+    write_law(path, law)
+    text = path.read_text()
+    changed = change(text)
+    assert changed != text
+    path.write_text(changed)
+    with pytest.raises(UserError, match=message):
+        read_law(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_law(tmp_path / "none.json")
+
+
+def test_terms_follow_their_equations():
+    path = path_of_plan(build_plan(parse(law_config(qa_blend(0.25), shape="constant")), {}).to_dict())
+    path = path.with_sources(("qa",))
+    shape = LawShape(path.areas[-1], 1e-3, annealing=4.0, shift=2.0, learning=0.5, exponent=0.5)
+    columns, reach = terms(path, shape), path.areas / path.areas[-1]
+    np.testing.assert_allclose(columns[:, 0], 0.0, atol=1e-12)  # the rate never leaves its first value
+    np.testing.assert_allclose(columns[:, 1], 0.5 * (1 - np.exp(-2.0 * reach)))
+    np.testing.assert_allclose(columns[:, 2], np.log1p(0.5 * reach / 0.5))
+
+
+def test_annealing_follows_the_rate_with_a_delay():
+    path = path_of_plan(build_plan(parse(law_config(qa_blend(0.25), steps=400)), {}).to_dict())
+    slow, fast = (terms(path, LawShape(path.areas[-1], 1e-3, a, 2.0, 1.0, 1.0))[:, 0] for a in (4.0, 400.0))
+    assert -0.99 <= fast[-1] < slow[-1] < 0
+    middle = len(path.steps) // 2
+    np.testing.assert_allclose(fast[middle], path.rates[middle] / 1e-3 - 1, atol=0.02)
+
+
+def test_jackknife_variance_of_a_mean():
+    values = np.array([1.0, 4.0, 2.0, 7.0])
+    means = np.array([np.delete(values, index).mean() for index in range(4)])
+    assert jackknife_variance(means) == pytest.approx(values.var(ddof=1) / 4)
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 2.3534), (5, 2.0150), (9, 1.8331), (30, 1.6973)])
+def test_quantiles_of_student_t(freedom, quantile):
+    assert student_t(freedom) == pytest.approx(quantile, rel=0.005)
