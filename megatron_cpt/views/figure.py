@@ -13,16 +13,20 @@ INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 
 
 @contextlib.contextmanager
-def save_figure(path: str | Path, size: tuple[float, float], **subplots: Any) -> Iterator[Any]:
-    """Write two panels, one above the other, to an image file.
+def save_figure(
+    path: str | Path, size: tuple[float, float], *, rows: int = 2, sharex: bool = True, **subplots: Any
+) -> Iterator[Any]:
+    """Write panels, one above the other, to an image file.
 
     Args:
         path: the file; its extension decides the format, such as .png or .svg.
         size: width and height in inches.
+        rows: number of panels.
+        sharex: give all panels the same horizontal axis.
         subplots: further arguments of matplotlib's `subplots`.
 
     Yields:
-        The upper and the lower axes, to draw on.
+        The axes from top to bottom, to draw on.
 
     Raises:
         UserError: if matplotlib is not installed, or the file cannot be written, or the format is unknown.
@@ -39,7 +43,7 @@ def save_figure(path: str | Path, size: tuple[float, float], **subplots: Any) ->
     style |= {"xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False}
     style |= {"text.parse_math": False}  # a dollar sign in a name or path does not start a formula
     with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(2, 1, figsize=size, sharex=True, layout="constrained", **subplots)
+        figure, axes = pyplot.subplots(rows, 1, figsize=size, sharex=sharex, layout="constrained", **subplots)
         try:
             yield axes
             _write(figure, path)

@@ -1,0 +1,80 @@
+"""Runs of an experiment as Ray tasks. Each task is `megatron-cpt experiment FILE --only ARM/seed-S` on some node.
+
+The nodes share the file system: paths are as on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
+from megatron_cpt.experiment import child_process
+from megatron_cpt.experiment.arms import Experiment, Unit
+
+
+def run_on_ray(
+    experiment: Experiment, units: Sequence[Unit], *, address: str | None, jobs: int | None, tell: Callable[[str], None]
+) -> int:
+    """Train runs on a Ray cluster; a run that fails does not stop the others.
+
+    Args:
+        address: of the cluster; None starts Ray on this machine, for this call.
+        jobs: runs at once; None: as many as the cluster has CPUs or GPUs for.
+        tell: receives one line per event.
+
+    Returns:
+        0, or 75 if a run stopped after a save.
+
+    Raises:
+        CptError: runs have failed.
+    """
+    import ray
+
+    environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    is_own = address is None and not ray.is_initialized()
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": environment})
+    try:
+        statuses = _run_tasks(ray, experiment, units, jobs or len(units), tell)
+    finally:
+        if is_own:
+            ray.shutdown()
+    failed = [f"  - {name}: status {status}: {text}" for name, (status, text) in statuses.items() if status > 0]
+    failed = [line for line in failed if f"status {EXIT_STOPPED}:" not in line]
+    if failed:
+        raise CptError("\n".join([f"{len(failed)} of {len(units)} runs failed:", *failed]))
+    return EXIT_STOPPED if any(status == EXIT_STOPPED for status, _ in statuses.values()) else EXIT_OK
+
+
+def _run_tasks(
+    ray: Any, experiment: Experiment, units: Sequence[Unit], jobs: int, tell: Callable[[str], None]
+) -> dict[str, tuple[int, str]]:
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    path, folder = str(experiment.path), os.getcwd()
+    waiting = list(units)
+    running: dict[Any, str] = {}
+    ended: dict[str, tuple[int, str]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            unit = waiting.pop(0)
+            ranks = experiment.ranks[unit.arm]
+            task = ray.remote(num_cpus=ranks, num_gpus=ranks if has_gpus else 0, max_retries=0)(run_only)
+            running[task.remote(path, unit.name, folder)] = unit.name
+        done, _ = ray.wait(list(running), num_returns=1)
+        name = running.pop(done[0])
+        try:
+            ended[name] = ray.get(done[0])
+        except ray.exceptions.RayError as error:
+            ended[name] = (1, str(error).splitlines()[0])
+        tell(f"[{len(ended)}/{len(units)}] {name}: ended with status {ended[name][0]}")
+    return ended
+
+
+def run_only(path: str, unit: str, folder: str) -> tuple[int, str]:
+    """Train one run in a process of its own; return its exit status and its last line of output."""
+    words = child_process.command(["experiment", path, "--only", unit])
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    lines = done.stderr.strip().splitlines()
+    return (done.returncode if done.returncode >= 0 else 1), lines[-1] if lines else ""
