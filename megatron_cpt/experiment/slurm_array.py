@@ -77,5 +77,7 @@ def _lines(experiment: Experiment, units: Sequence[Unit], jobs: int | None) -> I
     only = f"{shlex.quote(sys.executable)} -m megatron_cpt experiment {shlex.quote(str(experiment.path))}"
     yield f'    {only} --only "${{units[$SLURM_ARRAY_TASK_ID]}}"'
     yield "status=$?"
-    yield 'if [[ $status == 75 ]]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi'
+    # A canceled task also ends with 75, but its state is no longer RUNNING.
+    yield 'state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)'
+    yield 'if [[ $status == 75 && $state == RUNNING ]]; then scontrol requeue "$SLURM_JOB_ID"; fi'
     yield 'exit "$status"'
