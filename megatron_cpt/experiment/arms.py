@@ -26,7 +26,7 @@ class Unit:
     Attributes:
         folder: its run directory.
         config: its complete run.yaml.
-        source_tokens: tokens per source, of the files as they are now.
+        source_tokens: tokens per source, from its present files.
     """
 
     arm: str

@@ -14,7 +14,7 @@ from megatron_cpt.errors import UserError
 def bits_per_byte_scales(config: RunConfig) -> dict[str, float]:
     """Return per held-out source the factor from nats per token to bits per byte: tokens / bytes / ln 2.
 
-    Tokens and bytes are those of the complete source; the end-of-document token counts as a token without bytes.
+    Tokens and bytes are counted over the complete source; the end-of-document token counts as a token without bytes.
     Validation over a part of the source therefore gives an estimate, with the same factor for every arm.
 
     Raises:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from megatron_cpt.config import format_count
+from megatron_cpt.config import format_count, format_number_of
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.planning.cluster.estimate import Cluster
 from megatron_cpt.views.plan_table import print_parts
@@ -34,12 +34,18 @@ def render_arms(
     headers = ["arm", "tokens", "steps", "phases switch after step", "learning rate", "ranks"]
     headers += ["hours", "GPU hours"] if clusters else []
     parts: list[Any] = [_table(headers, rows, left=(0, 3, 4))]
-    total = f"{len(plans)} arms x {num_seeds} seeds = {len(plans) * num_seeds} runs"
+    total = f"{format_number_of(len(plans), 'arm')} x {format_number_of(num_seeds, 'seed')}"
+    total += f" = {format_number_of(len(plans) * num_seeds, 'run')}"
     tokens = format_count(sum(plan.tokens_trained for plan in plans.values()) * num_seeds)
     hours = f", {sum(one.gpu_hours for one in clusters.values()) * num_seeds:,.0f} GPU hours" if clusters else ""
     parts.append(Text(f"{total}, {tokens} tokens{hours}"))
-    warnings = {text: None for plan in plans.values() for text in plan.warnings}
-    parts += [Text.assemble(("warning: ", "bold yellow"), text) for text in warnings]
+    warnings: dict[str, list[str]] = {}
+    for name, plan in plans.items():
+        for text in plan.warnings:
+            warnings.setdefault(text, []).append(name)
+    for text, names in warnings.items():
+        of_arms = "" if len(names) == len(plans) else f"{', '.join(names)}: "
+        parts.append(Text.assemble(("warning: ", "bold yellow"), of_arms, text))
     print_parts(stream, parts)
 
 

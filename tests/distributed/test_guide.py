@@ -25,6 +25,7 @@ PAGES = (
     "evaluate-tasks",
     "report",
     "plan",
+    "experiment",
 )
 
 
@@ -74,5 +75,8 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("evaluate", "generates 164 programs"),
         ("python", "takes hours on two cores"),
         ("report", "serves until Ctrl-C"),
+        ("experiment", "trains six runs"),
+        ("experiment", "needs SLURM"),
+        ("experiment", "needs Ray"),
     ]
     assert len(commands) - len(skipped) >= 25

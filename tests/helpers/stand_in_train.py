@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     with (marks / "starts.txt").open("a") as starts:
         starts.write(f"{output.parent.name}/{output.name}\n")
     if (marks / f"fail-{output.parent.name}").exists():
-        print("megatron-cpt: error: the stand-in was told to fail", file=sys.stderr)
+        print("megatron-cpt: error: the stand-in fails, as the file says", file=sys.stderr)
         sys.exit(3)
     stop = [int(path.name.rpartition("-")[2]) for path in marks.glob("wait-after-*")]
     sources = list(run["validation"]["sources"])

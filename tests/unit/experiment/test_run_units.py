@@ -95,7 +95,7 @@ def test_a_failed_run_does_not_stop_the_others(load: Load) -> None:
         run(found)
     text = str(caught.value)
     assert "2 of 6 runs failed:" in text
-    assert "same/seed-1: status 3: the stand-in was told to fail" in text
+    assert "same/seed-1: status 3: the stand-in fails, as the file says" in text
     comparison = compare_arms(found)
     assert comparison.missing == ["same/seed-1", "same/seed-2"]
     assert {row.arm: row.verdict for row in comparison.rankings[0].rows}["same"] == "unknown"

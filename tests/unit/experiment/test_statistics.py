@@ -56,7 +56,7 @@ def test_a_constant_difference_is_certain() -> None:
 
 
 def test_holms_own_procedure() -> None:
-    # Reject in order while p_(i) <= alpha / (k - i + 1); a corrected p-value at most alpha says the same.
+    # Reject in order while p_(i) <= alpha / (k - i + 1); this is equal to a corrected p-value of at most alpha.
     rng = np.random.default_rng(0)
     for _ in range(200):
         p_values = rng.uniform(0, 0.1, rng.integers(1, 8)).tolist()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FILE_HELP = "Path of EXPERIMENT.yaml."
 PLAN_HELP = "Plan every arm and stop: tokens, switch steps, rates; with --gpu also GPU hours. Needs no data."
-ENGINE_HELP = "Where the runs train: local, here; slurm, write a batch script; ray, as tasks of a Ray cluster."
+ENGINE_HELP = "Place of the runs: local, this machine; slurm, write a batch script; ray, tasks of a Ray cluster."
 JOBS_HELP = "Runs at once [default: 1; with slurm and ray as many as there is room for]."
 ONLY_HELP = "Train one run, and compare nothing; a task of SLURM or Ray calls this."
 REPORT_HELP = "Compare the finished runs and train nothing."
