@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
+from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError, UserError
 from megatron_cpt.experiment import child_process
 from megatron_cpt.experiment.arms import Experiment, Unit
 
@@ -33,10 +33,10 @@ def run_on_ray(
     """
     import ray
 
-    environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     is_own = address is None and not ray.is_initialized()
-    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": environment})
+    _connect(ray, address)
     try:
+        _check_room(ray, experiment, units)
         statuses = _run_tasks(ray, experiment, units, jobs or len(units), tell)
     finally:
         if is_own:
@@ -46,6 +46,35 @@ def run_on_ray(
     if failed:
         raise CptError("\n".join([f"{len(failed)} of {len(units)} runs failed:", *failed]))
     return EXIT_STOPPED if any(status == EXIT_STOPPED for status, _ in statuses.values()) else EXIT_OK
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Connect to a cluster, or start one on this machine; a busy machine takes longer than Ray's 30 seconds for it."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+    options: dict[str, Any] = {"include_dashboard": False} if address is None else {"address": address}
+    environment = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
+    try:
+        ray.init(
+            ignore_reinit_error=True, log_to_driver=False, logging_level="error", runtime_env=environment, **options
+        )
+    except Exception as error:  # Ray raises plain exceptions and ConnectionError here
+        reason = str(error).strip().splitlines()[0]
+        place = "here" if address is None else f"at {address}"
+        raise CptError(
+            f"--engine ray: no Ray cluster {place}: {reason}; check --ray-address and `ray status`"
+        ) from error
+
+
+def _check_room(ray: Any, experiment: Experiment, units: Sequence[Unit]) -> None:
+    """Raise UserError if no node has room for a run, whose task would wait forever."""
+    needed = max(experiment.ranks[unit.arm] for unit in units)
+    kind = "GPU" if ray.cluster_resources().get("GPU", 0) > 0 else "CPU"
+    largest = max(int(node["Resources"].get(kind, 0)) for node in ray.nodes())
+    if needed > largest:
+        raise UserError(
+            f"--engine ray: a run of {needed} ranks needs a node with {needed} {kind}s; the largest has {largest}; choose "
+            "fewer ranks, or --engine slurm for runs over several nodes"
+        )
 
 
 def _run_tasks(
