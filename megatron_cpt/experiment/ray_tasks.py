@@ -52,10 +52,16 @@ def _connect(ray: Any, address: str | None) -> None:
     """Connect to a cluster, or start one on this machine; a busy machine takes longer than Ray's 30 seconds for it."""
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
     options: dict[str, Any] = {"include_dashboard": False} if address is None else {"address": address}
-    environment = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
+    variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    # Ray would set it to the CPUs of a task, and sums of a CPU run would differ from a run of the local engine.
+    variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     try:
         ray.init(
-            ignore_reinit_error=True, log_to_driver=False, logging_level="error", runtime_env=environment, **options
+            ignore_reinit_error=True,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env={"env_vars": variables},
+            **options,
         )
     except Exception as error:  # Ray raises plain exceptions and ConnectionError here
         reason = str(error).strip().splitlines()[0]
@@ -72,8 +78,8 @@ def _check_room(ray: Any, experiment: Experiment, units: Sequence[Unit]) -> None
     largest = max(int(node["Resources"].get(kind, 0)) for node in ray.nodes())
     if needed > largest:
         raise UserError(
-            f"--engine ray: a run of {needed} ranks needs a node with {needed} {kind}s; the largest has {largest}; choose "
-            "fewer ranks, or --engine slurm for runs over several nodes"
+            f"--engine ray: a run of {needed} ranks needs a node with {needed} {kind}s; the largest has {largest}; "
+            "choose fewer ranks, or --engine slurm for runs over several nodes"
         )
 
 

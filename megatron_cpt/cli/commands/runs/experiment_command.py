@@ -26,6 +26,8 @@ PLOT_HELP = "Also draw the differences from the baseline; needs matplotlib."
 GPUS_HELP = "With --plan: number of GPUs per run; default: one replica of the model."
 GPU_HELP = "With --plan: type of the GPUs, for hours: a100, h100, h200, b200."
 
+_MOST_TABLES = 3  # on the terminal
+
 
 def experiment(
     file: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help=FILE_HELP, show_default=False)],
@@ -160,9 +162,11 @@ def _show_results(found: Experiment, plot: Path | None, as_json: bool) -> None:
             f"{one.metric}, {one.unit}, {'lower' if one.is_lower_better else 'higher'} is better",
             [ranking_cells(row) for row in one.rows],
         )
-        for one in comparison.rankings
+        for one in comparison.rankings[:_MOST_TABLES]
     ]
     render_rankings(comparison.sentences(), rankings, sys.stdout)
+    if len(comparison.rankings) > _MOST_TABLES:
+        print(f"{len(comparison.rankings) - _MOST_TABLES} more metrics are in the report and the summaries:")
     print("\n".join(map(str, paths)))
 
 
