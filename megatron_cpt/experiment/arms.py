@@ -26,7 +26,7 @@ class Unit:
     Attributes:
         folder: its run directory.
         config: its complete run.yaml.
-        source_tokens: tokens per source, from its present files.
+        source_tokens: tokens per source whose files are on this machine.
     """
 
     arm: str
@@ -214,7 +214,7 @@ def _units(config: ExperimentConfig, arm: str, run: PreparedRun) -> Iterator[Uni
     for seed in config.seeds:
         folder = _folder(config, arm, seed)
         own = run.config.model_copy(update={"seed": seed, "output": str(folder)})
-        yield Unit(arm, seed, folder, own, run.plan, run.source_tokens)
+        yield Unit(arm, seed, folder, own, run.plan, {name: run.source_tokens[name] for name in run.prefixes})
 
 
 def _token_problems(config: ExperimentConfig, prepared: Mapping[str, PreparedRun]) -> Iterator[str]:

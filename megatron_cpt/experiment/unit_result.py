@@ -51,7 +51,8 @@ class UnitResult:
         if metric.task is not None:
             task, name = metric.task
             found = self.tasks.get(task, {})
-            return found.get(name, found.get(f"{name},none", math.nan))
+            value = found.get(name, found.get(f"{name},none"))
+            return math.nan if value is None else value
         losses = [self.held_out.get(source, math.nan) * scales[source] for source in metric.sources]
         return math.fsum(losses) / len(losses)
 

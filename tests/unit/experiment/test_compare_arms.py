@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from megatron_cpt.experiment.arms import Experiment, load_experiment
+from megatron_cpt.experiment.arms import Experiment, Metric, load_experiment
 from megatron_cpt.experiment.compare_arms import compare_arms, rank_arms
 from megatron_cpt.experiment.experiment_page import experiment_page, write_results
 from megatron_cpt.experiment.held_out_bytes import bits_per_byte_scales
@@ -87,6 +87,8 @@ def test_a_mean_over_sources(load: Load) -> None:
     found = load(means={"text": ["web", "qa"]}, metrics=["text"])
     result = UnitResult(10, {"web": 4.0, "qa": 2.0, "code": 9.0}, {"task": {"acc,none": 0.5}}, {})
     assert result.value(found.metrics[0], {"web": 1.0, "qa": 2.0, "code": 1.0}) == 4.0
+    assert result.value(Metric("task:acc", task=("task", "acc")), {}) == 0.5
+    assert math.isnan(result.value(Metric("task:f1", task=("task", "f1")), {}))
 
 
 def test_bits_per_byte_counts_the_bytes_of_the_text(

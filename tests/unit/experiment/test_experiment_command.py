@@ -55,6 +55,23 @@ def test_train_compare_and_compare_again(file: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_changes_are_seen_in_files_and_settings(
+    file: Path, write_experiment: WriteExperiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(seeds=[1], arms={"base": {}, "high": {"schedule.max_lr": 2.0e-3}})
+    assert main(["experiment", str(file)]) == 0
+    write_experiment(seeds=[1], arms={"base": {}, "high": {"schedule.max_lr": 4.0e-3}})
+    assert main(["experiment", str(file), "--report-only"]) == 0
+    warnings = capsys.readouterr().err
+    assert "warning: high/seed-1 was trained with other settings: schedule.max_lr was 0.002, is 0.004" in warnings
+    assert "warning: base" not in warnings
+    write_experiment(seeds=[1], arms={"base": {}})
+    write_source(tmp_path / "data/qa", stride=1, documents=50)
+    assert main(["experiment", str(file)]) == 3
+    assert "base/seed-1: source qa had" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_one_run_only(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment", str(file), "--only", "high/seed-2"]) == 0
     assert [path.parent.name for path in Path("grid/high").glob("*/result.json")] == ["seed-2"]

@@ -62,6 +62,8 @@ def experiment(
         status = _run(found, units, engine, jobs, ray_address, restart_changed, is_single=only is not None)
         if status != EXIT_OK:
             raise typer.Exit(status)
+    else:
+        _warn_of_changes(units)
     if only is None and (report_only or engine != "slurm"):
         _show_results(found, plot, as_json)
 
@@ -78,6 +80,15 @@ def _chosen(found: Experiment, only: str | None) -> list[Unit]:
     if not units:
         raise UserError(f"--only {only}: no such run; choose one of {', '.join(unit.name for unit in found.units)}")
     return units
+
+
+def _warn_of_changes(units: list[Unit]) -> None:
+    """Name finished runs that were trained with other settings than their arm has now."""
+    from megatron_cpt.experiment.unit_result import changes_since_start
+
+    for unit in units:
+        if changes := changes_since_start(unit):
+            _tell(f"warning: {unit.name} was trained with other settings: {'; '.join(changes[:3])}")
 
 
 def _tell(line: str) -> None:
