@@ -14,6 +14,8 @@ from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError, UserError
 from megatron_cpt.experiment import child_process
 from megatron_cpt.experiment.arms import Experiment, Unit
 
+_STARTS = 3
+
 
 def run_on_ray(
     experiment: Experiment, units: Sequence[Unit], *, address: str | None, jobs: int | None, tell: Callable[[str], None]
@@ -29,46 +31,49 @@ def run_on_ray(
         0, or 75 if a run stopped after a save.
 
     Raises:
-        CptError: runs have failed.
+        UserError: there is no cluster at the address, or no node has room for a run.
+        CptError: Ray did not start, or runs have failed.
     """
     import ray
 
-    is_own = address is None and not ray.is_initialized()
     _connect(ray, address)
     try:
         _check_room(ray, experiment, units)
         statuses = _run_tasks(ray, experiment, units, jobs or len(units), tell)
     finally:
-        if is_own:
-            ray.shutdown()
-    failed = [f"  - {name}: status {status}: {text}" for name, (status, text) in statuses.items() if status > 0]
-    failed = [line for line in failed if f"status {EXIT_STOPPED}:" not in line]
+        ray.shutdown()
+    failed = [
+        f"  - {name}: status {status}: {text}"
+        for name, (status, text) in statuses.items()
+        if status not in (EXIT_OK, EXIT_STOPPED)
+    ]
     if failed:
         raise CptError("\n".join([f"{len(failed)} of {len(units)} runs failed:", *failed]))
     return EXIT_STOPPED if any(status == EXIT_STOPPED for status, _ in statuses.values()) else EXIT_OK
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    """Connect to a cluster, or start one on this machine; a busy machine takes longer than Ray's 30 seconds for it."""
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
-    options: dict[str, Any] = {"include_dashboard": False} if address is None else {"address": address}
+    """Connect to a cluster, or start one on this machine, for which Ray allows its processes 30 seconds."""
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        options = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     # Ray would set it to the CPUs of a task, and sums of a CPU run would differ from a run of the local engine.
     variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    try:
-        ray.init(
-            ignore_reinit_error=True,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env={"env_vars": variables},
-            **options,
-        )
-    except Exception as error:  # Ray raises plain exceptions and ConnectionError here
-        reason = str(error).strip().splitlines()[0]
-        place = "here" if address is None else f"at {address}"
-        raise CptError(
-            f"--engine ray: no Ray cluster {place}: {reason}; check --ray-address and `ray status`"
-        ) from error
+    for start in range(1, _STARTS + 1):
+        try:
+            ray.init(log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **options)
+            return
+        except Exception as error:  # Ray raises plain exceptions if its processes do not come up
+            ray.shutdown()
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if address is not None:
+                raise UserError(f"--ray-address {address}: no connection to a Ray cluster: {reason}") from error
+            if start == _STARTS:
+                raise CptError(
+                    f"Ray did not start in {_STARTS} attempts: {reason}; the machine may be too busy: try again, use "
+                    "--engine local, or name a running cluster with --ray-address"
+                ) from error
 
 
 def _check_room(ray: Any, experiment: Experiment, units: Sequence[Unit]) -> None:

@@ -72,6 +72,8 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_table(file: Path) -> No
 def test_ray_trains_the_same_runs(file: Path) -> None:
     pytest.importorskip("ray")
     done = _experiment(file, "--engine", "ray", "--jobs", "2")
+    if "Ray did not start" in done.stderr:
+        pytest.skip("this machine is too busy for Ray, which allows its processes 30 seconds to start")
     assert done.returncode == 0, done.stderr
     assert "4 of 4 finished" in done.stdout
     assert len(list((file.parent / "grid").glob("*/*/result.json"))) == 4

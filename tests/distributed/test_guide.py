@@ -77,6 +77,7 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("report", "serves until Ctrl-C"),
         ("experiment", "trains six runs"),
         ("experiment", "needs SLURM"),
+        ("runs/rates/experiment.sbatch", "needs SLURM"),
         ("experiment", "needs Ray"),
     ]
     assert len(commands) - len(skipped) >= 25
