@@ -26,6 +26,7 @@ TRAIN = [
 HF = ["transformers>=4.57", "accelerate", "gguf"]  # accelerate and gguf read GGUF files, for examples/smollm2
 EVAL = ["lm-eval>=0.4.13"]
 FAST = ["gigatoken>=0.10,<0.11"]
+RAY = ["ray[data]>=2.40"]
 
 EXTRAS = {
     "data": DATA,
@@ -35,6 +36,7 @@ EXTRAS = {
     "hf": HF,
     "eval": EVAL,
     "fast": FAST,
+    "ray": RAY,
     "all": [*TRAIN, *PLOT, *HF, *EVAL, *FAST],  # every command on a CPU; the extras below need a GPU or an account
     "gpu": ["transformer-engine[pytorch]>=2.0"],
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],

@@ -134,13 +134,25 @@ def prepare_run(
     return _prepare(str(path), _read_draft(path, overrides), need_files, num_gpus)
 
 
+def prepare_mapping(where: str, data: dict[str, Any], *, need_files: bool, num_gpus: int | None = None) -> PreparedRun:
+    """Validate the content of a run.yaml, find its files and plan the run; see `prepare_run`.
+
+    Args:
+        where: name of the content in messages.
+    """
+    return _prepare(where, _draft_mapping(data, ()), need_files, num_gpus)
+
+
 def prepare_config(config: RunConfig, *, need_files: bool, num_gpus: int | None = None) -> PreparedRun:
     """Look up the files of a valid configuration and plan it; see `prepare_run`."""
     return _prepare(config.name, Draft(config), need_files, num_gpus)
 
 
 def _read_draft(path: str | Path, overrides: Sequence[str]) -> Draft:
-    data = read_mapping(path)
+    return _draft_mapping(read_mapping(path), overrides)
+
+
+def _draft_mapping(data: dict[str, Any], overrides: Sequence[str]) -> Draft:
     if "model" in data:
         return draft_config(data, overrides)
     model, problem = _saved_model(data, overrides)

@@ -26,6 +26,7 @@ from megatron_cpt.cli.commands.data.preprocess_command import preprocess
 from megatron_cpt.cli.commands.data.split_command import split
 from megatron_cpt.cli.commands.data.trace_command import trace
 from megatron_cpt.cli.commands.runs.doctor_command import doctor
+from megatron_cpt.cli.commands.runs.experiment_command import experiment
 from megatron_cpt.cli.commands.runs.fit_command import fit
 from megatron_cpt.cli.commands.runs.launch_command import WordsCommand, launch
 from megatron_cpt.cli.commands.runs.plan_command import plan
@@ -52,6 +53,7 @@ for command in (preprocess, check, inspect, merge, split, overlap, trace):
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)
 app.command(rich_help_panel=TRAIN)(report)
+app.command(rich_help_panel=TRAIN)(experiment)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
 app.command(rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=EVALUATE)(generate)

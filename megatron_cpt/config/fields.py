@@ -26,13 +26,16 @@ def dotted(path: Path) -> str:
     return text
 
 
-def key_path(location: tuple[str | int, ...]) -> Path:
+def key_path(location: tuple[str | int, ...], root: type[BaseModel] = RunConfig) -> Path:
     """Return the keys in an error location of pydantic, without the union branches that it names.
 
     (`sources`, `web`, `path`, `list[str]`, 1) becomes (`sources`, `web`, `path`, 1).
+
+    Args:
+        root: model of the complete file.
     """
     path: list[str | int] = []
-    annotation: Any = RunConfig
+    annotation: Any = root
     for key in location:
         annotation, is_key = _descend(annotation, key)
         if is_key:
@@ -40,16 +43,16 @@ def key_path(location: tuple[str | int, ...]) -> Path:
     return tuple(path)
 
 
-def key_help(path: Path) -> str:
+def key_help(path: Path, root: type[BaseModel] = RunConfig) -> str:
     """Return the docstring of a key without its final period; empty if the key is unknown."""
-    info = _fields_at(path[:-1]).get(str(path[-1]))
+    info = _fields_at(path[:-1], root).get(str(path[-1]))
     return " ".join(((info and info.description) or "").split()).rstrip(".")
 
 
-def nearest_key(path: Path) -> str:
+def nearest_key(path: Path, root: type[BaseModel] = RunConfig) -> str:
     """Return a hint for an unknown key: the nearest known key, or all keys of its section."""
-    known, key = list(_fields_at(path[:-1])), path[-1]
-    elsewhere = next((name for name, info in RunConfig.model_fields.items() if key in _fields(info.annotation)), None)
+    known, key = list(_fields_at(path[:-1], root)), path[-1]
+    elsewhere = next((name for name, info in root.model_fields.items() if key in _fields(info.annotation)), None)
     if elsewhere:
         return f"did you mean {elsewhere}.{key}?"
     near = difflib.get_close_matches(str(key), known, n=1) or [name for name in known if key in name.split("_")]
@@ -110,8 +113,8 @@ def _fields(annotation: Any) -> dict[str, FieldInfo]:
     return {}
 
 
-def _fields_at(path: Path) -> dict[str, FieldInfo]:
-    annotation: Any = RunConfig
+def _fields_at(path: Path, root: type[BaseModel]) -> dict[str, FieldInfo]:
+    annotation: Any = root
     for key in path:
         annotation, _ = _descend(annotation, key)
     return _fields(annotation)

@@ -98,8 +98,8 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]
     problems = []
     for override in overrides:
         key, separator, text = override.partition("=")
-        path = _INDEX.sub(r".\1", key).split(".")
-        if not separator or not all(path) or len(path) > MAX_LEVELS:
+        path = _split(key)
+        if not separator or path is None:
             problems.append(f"{_short(override)}: not an override; write key=value, such as parallel.tensor=2")
             continue
         try:
@@ -109,6 +109,21 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> list[str]
         if problem:
             problems.append(f"{_short(override)}: {problem}")
     return problems
+
+
+def set_value(data: dict[str, Any], key: str, value: Any) -> str | None:
+    """Set a value at a dotted path, in place, as `apply_overrides` does.
+
+    Returns:
+        The reason why it cannot be set, or None.
+    """
+    path = _split(key)
+    return "not a key; write it with dots, such as schedule.max_lr" if path is None else _set(data, path, value)
+
+
+def _split(key: str) -> list[str] | None:
+    path = _INDEX.sub(r".\1", key).split(".")
+    return path if all(path) and len(path) <= MAX_LEVELS else None
 
 
 def _short(override: str) -> str:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import copy
 import json
 import re
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megatron_cpt.config.fields import Path, dotted, key_help, key_path, nearest_key
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.errors import ConfigError
 
 _MAX_PASSES = 8
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _MODEL = {"layers": 1, "hidden": 8, "ffn_hidden": 8, "heads": 1, "vocab": 8}
 
@@ -105,14 +107,27 @@ def validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[str], set[str
     return None, problems, {dotted(path) for path in tainted}
 
 
-def _problems_by_path(error: ValidationError) -> dict[Path, list[Any]]:
+def validate_file(model: type[_Model], data: dict[str, Any], where: str) -> _Model:
+    """Validate the plain data of a file that is no run.yaml, such as an experiment.
+
+    Raises:
+        ConfigError: with one message per problem.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [_describe(path, details, model) for path, details in _problems_by_path(error, model).items()]
+        raise ConfigError(where, problems) from error
+
+
+def _problems_by_path(error: ValidationError, root: type[BaseModel] = RunConfig) -> dict[Path, list[Any]]:
     """Return the details of pydantic's errors by path.
 
     An error at a section is dropped if a key inside the section has one too, as another branch of its union.
     """
     by_path: dict[Path, list[Any]] = {}
     for details in error.errors(include_url=False):
-        by_path.setdefault(key_path(details["loc"]), []).append(details)
+        by_path.setdefault(key_path(details["loc"], root), []).append(details)
     return {
         path: details
         for path, details in by_path.items()
@@ -168,13 +183,16 @@ def _pattern(path: Path) -> str:
     return re.sub(r"\[\d+\]", "[*]", dotted(tuple(keys)))
 
 
-def _describe(path: Path, details: list[Any]) -> str:
+def _describe(path: Path, details: list[Any], root: type[BaseModel] = RunConfig) -> str:
     """Return the message: key, value, problem and what to do."""
-    key, first = dotted(path) or "run.yaml", details[0]
+    first = details[0]
+    if not path and root is not RunConfig:  # a rule over the whole file, whose message names the keys
+        return _reason(first)
+    key = dotted(path) or "run.yaml"
     if first["type"] == "extra_forbidden":
-        return f"{key}: not a known key; {nearest_key(path)}"
+        return f"{key}: not a known key; {nearest_key(path, root)}"
     if first["type"] == "missing":
-        meaning = key_help(path)
+        meaning = key_help(path, root)
         if meaning[:2].istitle():
             meaning = meaning[:1].lower() + meaning[1:]
         return f"{key}: missing; give it a value" + (f" ({meaning})" if meaning else "")

@@ -68,6 +68,7 @@ class ChangeChart:
     Attributes:
         rows: names of the rows.
         changes: by run, the change of each row; None: unknown.
+        half_widths: by run, half the width of the interval around each change; None: unknown.
     """
 
     key: str
@@ -76,6 +77,7 @@ class ChangeChart:
     summary: str
     rows: Sequence[str]
     changes: Mapping[str, Sequence[float | None]]
+    half_widths: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

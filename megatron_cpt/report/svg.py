@@ -110,7 +110,7 @@ def _thinned(steps: Sequence[int], values: Sequence[float | None]) -> list[tuple
 
 def _change_parts(chart: ChangeChart) -> Iterator[str]:
     height = 40 + _ROW_HEIGHT * len(chart.rows)
-    known = [value for values in chart.changes.values() for value in values if value is not None]
+    known = [end for run in chart.changes for place in range(len(chart.rows)) for end in _interval(chart, run, place)]
     yield _head(chart.title, chart.unit, chart.summary, height)
     low, high = _padded(min([0.0, *known]), max([0.0, *known]), 0.08)
     left = _LABEL_WIDTH + 10
@@ -134,10 +134,20 @@ def _change_parts(chart: ChangeChart) -> Iterator[str]:
             if value is None:
                 continue
             title = f"<title>{_safe(run)}, {_safe(name)}: {signed(value)}</title>"
-            if not place:
+            first, last = _interval(chart, run, number)
+            if first < last:
+                yield f'<path class="error c{curve_style(place)[0]}" d="M{x_of(first):.1f} {y:.1f}H{x_of(last):.1f}"/>'
+            elif not place:
                 yield f'<path class="stem c0" d="M{x_of(0.0):.1f} {y:.1f}H{x_of(value):.1f}"/>'
             yield marker(place, x_of(value), y, title)
     yield "</svg>"
+
+
+def _interval(chart: ChangeChart, run: str, row: int) -> tuple[float, ...]:
+    """Return both ends of the interval around a change; empty if the change is unknown."""
+    value = chart.changes[run][row]
+    half = chart.half_widths[run][row] if run in chart.half_widths else None
+    return () if value is None else (value - (half or 0.0), value + (half or 0.0))
 
 
 def marker(place: int, x: float, y: float, title: str = "") -> str:

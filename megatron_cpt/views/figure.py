@@ -13,12 +13,16 @@ INK, FAINT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 
 
 @contextlib.contextmanager
-def save_figure(path: str | Path, size: tuple[float, float], *, panels: int = 2, **subplots: Any) -> Iterator[Any]:
+def save_figure(
+    path: str | Path, size: tuple[float, float], *, rows: int = 2, sharex: bool = True, **subplots: Any
+) -> Iterator[Any]:
     """Write panels, one above the other, to an image file.
 
     Args:
         path: the file; its extension decides the format, such as .png or .svg.
         size: width and height in inches.
+        rows: number of panels.
+        sharex: give all panels the same horizontal axis.
         subplots: further arguments of matplotlib's `subplots`.
 
     Yields:
@@ -39,7 +43,7 @@ def save_figure(path: str | Path, size: tuple[float, float], *, panels: int = 2,
     style |= {"xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False}
     style |= {"text.parse_math": False}  # a dollar sign in a name or path does not start a formula
     with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(panels, 1, figsize=size, sharex=True, layout="constrained", **subplots)
+        figure, axes = pyplot.subplots(rows, 1, figsize=size, sharex=sharex, layout="constrained", **subplots)
         try:
             yield axes
             _write(figure, path)

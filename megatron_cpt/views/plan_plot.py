@@ -41,7 +41,7 @@ def plot_plan(plan: RunPlan, path: str | Path, prediction: Mapping[str, Any] | N
         UserError: if matplotlib is not installed, or the file cannot be written, or the format is unknown.
     """
     heights = (3, 2) if prediction is None else (3, 2, 3)
-    with save_figure(path, (11, 2.4 * len(heights) + 2.4), panels=len(heights), height_ratios=heights) as panels:
+    with save_figure(path, (11, 2.4 * len(heights) + 2.4), rows=len(heights), height_ratios=heights) as panels:
         rates, blends, lowest = panels[0], panels[1], panels[-1]
         _draw_rates(rates, plan)
         _draw_blends(blends, plan)

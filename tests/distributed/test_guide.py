@@ -26,6 +26,7 @@ PAGES = (
     "report",
     "plan",
     "law",
+    "experiment",
 )
 
 
@@ -77,5 +78,9 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("report", "serves until Ctrl-C"),
         ("fit", "needs ten finished runs"),
         ("plan", "needs a fit"),
+        ("experiment", "trains six runs"),
+        ("experiment", "needs SLURM"),
+        ("runs/rates/experiment.sbatch", "needs SLURM"),
+        ("experiment", "needs Ray"),
     ]
     assert len(commands) - len(skipped) >= 25

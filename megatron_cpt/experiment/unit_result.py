@@ -1,0 +1,170 @@
+"""State of a run of an experiment on the disk: its run.yaml, changes since it started, and its result."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import orjson
+
+from megatron_cpt.checkpoint import layout
+from megatron_cpt.config import dump_yaml, format_count, read_mapping
+from megatron_cpt.errors import CptError, RefusedError
+from megatron_cpt.experiment.arms import Metric, Unit
+from megatron_cpt.files.atomic import sync_folder, write_atomically
+from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
+from megatron_cpt.files.whole_io import exists, read_file
+from megatron_cpt.report.run_digests import differences
+from megatron_cpt.report.run_record import RunReader
+
+RESULT_FILE = "result.json"
+_FORMAT = "megatron-cpt experiment run"
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """Result of a finished run.
+
+    Attributes:
+        held_out: loss per held-out source after the last step, in nats per token; NaN if it is not a finite number.
+        tasks: metrics per task after the last step.
+        source_tokens: tokens per source that the run was planned with.
+    """
+
+    steps: int
+    held_out: Mapping[str, float]
+    tasks: Mapping[str, Mapping[str, float]]
+    source_tokens: Mapping[str, int]
+
+    def value(self, metric: Metric, scales: Mapping[str, float]) -> float:
+        """Return the value of a metric; NaN if the run has none.
+
+        Args:
+            scales: per held-out source the factor from nats per token to the unit of the experiment.
+        """
+        if metric.task is not None:
+            task, name = metric.task
+            found = self.tasks.get(task, {})
+            value = found.get(name, found.get(f"{name},none"))
+            return math.nan if value is None else value
+        losses = [self.held_out.get(source, math.nan) * scales[source] for source in metric.sources]
+        return math.fsum(losses) / len(losses)
+
+
+def read_result(unit: Unit) -> UnitResult | None:
+    """Return the result of a run; None if it is not finished.
+
+    Raises:
+        RefusedError: the file is damaged.
+    """
+    path = unit.folder / RESULT_FILE
+    if not exists(path):
+        return None
+    try:
+        content = orjson.loads(read_file(path))
+        if content["format"] != _FORMAT:
+            raise ValueError("not a result of this command")
+        held_out = {name: math.nan if loss is None else float(loss) for name, loss in content["held_out"].items()}
+        return UnitResult(content["steps"], held_out, content["tasks"], content["source_tokens"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RefusedError(f"{path}: damaged ({error}); remove it, and run the experiment again") from error
+
+
+def is_started(unit: Unit) -> bool:
+    """Return whether the run has a run.yaml of its own."""
+    return exists(unit.folder / layout.RUN_FILE)
+
+
+def changes_since_start(unit: Unit) -> list[str]:
+    """Return what differs between a run on the disk and what the arm would be now; empty for a run not started."""
+    if not is_started(unit):
+        return []
+    before = read_mapping(unit.folder / layout.RUN_FILE)
+    found = differences([before, unit.config.to_dict()])
+    changes = [f"{key} was {old}, is {new}" for key, (old, new) in found.items()]
+    result = read_result(unit)
+    for name, tokens in unit.source_tokens.items() if result else ():
+        earlier = result.source_tokens.get(name) if result else None
+        if earlier is not None and earlier != tokens:
+            changes.append(f"source {name} had {format_count(earlier)} tokens, has {format_count(tokens)}")
+    return changes
+
+
+def refuse_changes(changed: Mapping[str, list[str]]) -> None:
+    """Raise RefusedError for runs that were trained with other settings; see `changes_since_start`."""
+    if not changed:
+        return
+    lines = []
+    for name, changes in changed.items():
+        more = f"; {len(changes) - _MOST_NAMED} more" if len(changes) > _MOST_NAMED else ""
+        lines.append(f"  - {name}: {'; '.join(changes[:_MOST_NAMED])}{more}")
+    raise RefusedError(
+        "\n".join(
+            [
+                f"{len(changed)} of the runs on the disk were trained with other settings; restore them, choose "
+                "another output, or train these runs again with --restart-changed:",
+                *lines,
+            ]
+        )
+    )
+
+
+def set_run_aside(unit: Unit) -> str:
+    """Rename the run directory, so that the run starts from scratch; return the new name."""
+    aside = next(
+        path for n in count(1) if not (path := unit.folder.with_name(f"{unit.folder.name}.before-{n}")).exists()
+    )
+    with write_errors_as_cpt_errors(unit.folder):
+        os.rename(unit.folder, aside)
+        sync_folder(aside.parent)
+    return str(aside)
+
+
+def write_run_file(unit: Unit) -> None:
+    """Write the run.yaml that `train` is started with."""
+    with write_errors_as_cpt_errors(unit.run_file):
+        unit.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(unit.run_file, dump_yaml(unit.config.to_dict()))
+
+
+def finish_unit(unit: Unit, *, keep_checkpoints: bool) -> UnitResult:
+    """Write the result of a run that `train` has ended, then remove its checkpoints unless they are kept.
+
+    Raises:
+        CptError: the run has no held-out losses of its last step, or the result cannot be written.
+    """
+    record = RunReader(unit.folder).read()
+    held_out = record.metrics.validations.get(unit.plan.steps, {})
+    validation = unit.config.validation
+    missing = [name for name in (validation.sources if validation else ()) if name not in held_out]
+    if missing and not held_out:
+        raise CptError(f"{unit.folder}: metrics.jsonl has no held-out losses of the last step, {unit.plan.steps:,}")
+    result = UnitResult(
+        steps=unit.plan.steps,
+        held_out={**held_out, **dict.fromkeys(missing, math.nan)},
+        tasks=record.evaluations.get(unit.plan.steps, {}),
+        source_tokens=dict(unit.source_tokens),
+    )
+    with write_errors_as_cpt_errors(unit.folder / RESULT_FILE):
+        write_atomically(unit.folder / RESULT_FILE, orjson.dumps(_plain(result), option=orjson.OPT_INDENT_2))
+        checkpoints = layout.checkpoints_folder(unit.folder)
+        if not keep_checkpoints and checkpoints.is_dir():
+            shutil.rmtree(checkpoints)
+    return result
+
+
+def _plain(result: UnitResult) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "format_version": 1,
+        "steps": result.steps,
+        "held_out": {name: loss if math.isfinite(loss) else None for name, loss in result.held_out.items()},
+        "tasks": {task: dict(metrics) for task, metrics in result.tasks.items()},
+        "source_tokens": dict(result.source_tokens),
+    }

@@ -1,0 +1,178 @@
+"""The local engine: runs, resumes, failures and signals, with a stand-in for `train`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_cpt.errors import CptError, RefusedError, UserError
+from megatron_cpt.experiment.arms import Experiment
+from megatron_cpt.experiment.compare_arms import compare_arms
+from megatron_cpt.experiment.run_units import (
+    experiment_lock,
+    gpu_slots,
+    train_command,
+    train_units,
+    unfinished_units,
+    visible_gpus,
+)
+from megatron_cpt.experiment.unit_result import read_result
+
+Load = Callable[..., Experiment]
+pytestmark = pytest.mark.usefixtures("stand_in")
+
+
+def run(found: Experiment, *, jobs: int = 1, restart_changed: bool = False) -> tuple[int, list[str], int]:
+    """Train what is left; return status, lines and finished steps."""
+    lines: list[str] = []
+    steps: list[int] = []
+    left = unfinished_units(found, found.units, restart_changed=restart_changed, tell=lines.append)
+    if not left:
+        return 0, lines, 0
+    found.output.mkdir(exist_ok=True)
+    status = train_units(found, left, jobs=jobs, tell=lines.append, advance=steps.append)
+    return status, lines, sum(steps)
+
+
+def starts(found: Experiment) -> list[str]:
+    return (found.output / "starts.txt").read_text().split()
+
+
+def test_all_runs_are_trained_once(load: Load) -> None:
+    found = load()
+    status, lines, steps = run(found, jobs=3)
+    assert status == 0
+    assert sorted(starts(found)) == sorted(unit.name for unit in found.units)
+    assert steps == 9 * 10
+    assert sum("finished in" in line for line in lines) == 9
+    assert run(found) == (0, [], 0)
+    comparison = compare_arms(found)
+    verdicts = {row.arm: row.verdict for row in comparison.rankings[0].rows}
+    assert verdicts == {"high": "better", "base": "baseline", "same": "noise"}
+    assert (found.output / "high" / "seed-1" / "checkpoints").is_dir()
+    given = yaml.safe_load((found.output / "high" / "seed-1.yaml").read_text())
+    assert (given["seed"], given["schedule"]["max_lr"]) == (1, 2.0e-3)
+
+
+def test_a_stopped_experiment_resumes_to_the_same_table(load: Load) -> None:
+    unbroken = load()
+    run(unbroken, jobs=2)
+    expected = compare_arms(unbroken).to_dict()
+    found = load(output=str(unbroken.output.with_name("stopped")))
+    found.output.mkdir()
+    (found.output / "wait-after-4").touch()
+
+    def stop_when_two_wait() -> None:
+        while sum(path.read_bytes().count(b"\n") == 4 for path in found.output.glob("*/*/metrics.jsonl")) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_two_wait)
+    thread.start()
+    status, lines, _ = run(found, jobs=2)
+    thread.join()
+    assert status == 75
+    assert len(starts(found)) == 2
+    assert any("stopped after a save" in line for line in lines)
+    assert all(read_result(unit) is None for unit in found.units)
+    (found.output / "wait-after-4").unlink()
+    assert run(found, jobs=2)[0] == 0
+    assert compare_arms(found).to_dict() == expected
+
+
+def test_a_failed_run_does_not_stop_the_others(load: Load) -> None:
+    found = load(seeds=[1, 2])
+    found.output.mkdir()
+    (found.output / "fail-same").touch()
+    with pytest.raises(RefusedError) as caught:
+        run(found)
+    text = str(caught.value)
+    assert "2 of 6 runs failed:" in text
+    assert "same/seed-1: status 3: the stand-in fails, as the file says" in text
+    comparison = compare_arms(found)
+    assert comparison.missing == ["same/seed-1", "same/seed-2"]
+    assert {row.arm: row.verdict for row in comparison.rankings[0].rows}["same"] == "unknown"
+    (found.output / "fail-same").unlink()
+    assert run(found)[0] == 0
+    assert len(starts(found)) == 8
+
+
+def test_changed_settings_are_refused_and_named(load: Load) -> None:
+    run(load(seeds=[1]))
+    found = load(seeds=[1], arms={"base": {}, "same": {}, "high": {"schedule.max_lr": 3.0e-3}})
+    with pytest.raises(RefusedError, match=r"high/seed-1: schedule.max_lr was 0.002, is 0.003"):
+        run(found)
+    status, lines, steps = run(found, restart_changed=True)
+    assert (status, steps) == (0, 10)
+    assert lines[0].endswith("high/seed-1.before-1")
+    assert starts(found)[-1] == "high/seed-1"
+    assert (found.output / "high" / "seed-1.before-1" / "result.json").exists()
+
+
+def test_checkpoints_can_be_removed_once_the_result_is_safe(load: Load) -> None:
+    found = load(seeds=[1], keep_checkpoints="none")
+    run(found)
+    assert not list(found.output.glob("*/*/checkpoints"))
+    assert run(found) == (0, [], 0)
+
+
+def test_a_damaged_result_is_refused(load: Load) -> None:
+    found = load(seeds=[1])
+    run(found)
+    path = found.units[0].folder / "result.json"
+    path.write_text("{}")
+    with pytest.raises(RefusedError, match=r"result.json: damaged .* remove it"):
+        compare_arms(found)
+
+
+def test_a_run_without_held_out_losses_is_a_failure(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load(seeds=[1], arms={"base": {}})
+    monkeypatch.setattr("megatron_cpt.experiment.unit_result.RunReader", _NoMetrics)
+    with pytest.raises(CptError, match="no held-out losses of the last step, 10"):
+        run(found)
+
+
+class _NoMetrics:
+    def __init__(self, folder: Path) -> None:
+        self.metrics = self
+        self.validations: dict[int, dict[str, float]] = {}
+        self.evaluations: dict[int, dict[str, dict[str, float]]] = {}
+
+    def read(self) -> _NoMetrics:
+        return self
+
+
+def test_two_experiments_never_share_an_output(tmp_path: Path) -> None:
+    with (
+        experiment_lock(tmp_path),
+        pytest.raises(UserError, match="another experiment runs in it"),
+        experiment_lock(tmp_path),
+    ):
+        raise AssertionError("entered twice")
+
+
+def test_gpus_are_shared_out_to_the_jobs() -> None:
+    assert gpu_slots([], jobs=4, ranks=8) is None
+    assert gpu_slots(["0", "1", "2"], jobs=3, ranks=1) == ["0", "1", "2"]
+    with pytest.raises(UserError, match=r"--jobs 2: 2 runs of 2 ranks need 4 GPUs, this machine has 3"):
+        gpu_slots(["0", "1", "2"], jobs=2, ranks=2)
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4,7"}) == ["4", "7"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+
+
+def test_several_ranks_are_launched(load: Load) -> None:
+    found = load(arms={"one": {}, "four": {"parallel": {"tensor": 2, "pipeline": 2}}}, seeds=[1])
+    one, four = found.units
+    assert train_command(found, one, {}) == ["train", str(one.run_file)]
+    assert train_command(found, four, {}) == ["launch", "--nproc-per-node", "4", "--", "train", str(four.run_file)]
+    nodes = {"CPT_HEAD": "a:1", "CPT_JOB": "9-0", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
+    words = " ".join(train_command(found, four, nodes))
+    assert "--nproc-per-node 2 --nnodes 2 --node-rank 1" in words
+    assert "is_host=0" in words
