@@ -28,6 +28,7 @@ from megatron_cpt.cli.commands.data.trace_command import trace
 from megatron_cpt.cli.commands.runs.doctor_command import doctor
 from megatron_cpt.cli.commands.runs.launch_command import WordsCommand, launch
 from megatron_cpt.cli.commands.runs.plan_command import plan
+from megatron_cpt.cli.commands.runs.recipe_command import recipe
 from megatron_cpt.cli.commands.runs.report_command import report
 from megatron_cpt.cli.commands.runs.train_command import train
 from megatron_cpt.cli.missing_package import describe_missing_package
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(rich_help_panel=PLAN)(plan)
+app.command(rich_help_panel=PLAN)(recipe)
 for command in (preprocess, check, inspect, merge, split, overlap, trace):
     app.command(rich_help_panel=DATA)(command)
 app.command(rich_help_panel=TRAIN)(train)
