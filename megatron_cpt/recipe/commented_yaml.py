@@ -119,7 +119,7 @@ def _text(text: str) -> str:
 
 
 def _dumped(value: Any) -> str:
-    return dump_yaml({"k": value}).removeprefix("k:").strip()
+    return dump_yaml({"k": value}).removeprefix("k:").strip(" \n")
 
 
 def _quoted(text: str) -> str:

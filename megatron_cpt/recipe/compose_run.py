@@ -97,7 +97,8 @@ def compose_run(choices: RecipeChoices) -> dict[str, Node]:
         "batch": {"global": choices.global_batch, "micro": _micro(choices)},
         "tokens": Reasoned(
             choices.tokens,
-            f"given by --tokens: {format_count(choices.tokens)} = {schedule.steps:,} steps; {_length_note(choices.tokens)}",
+            f"given by --tokens: {format_count(choices.tokens)} = {schedule.steps:,} steps; "
+            f"{_length_note(choices.tokens)}",
         ),
         "schedule": {
             "shape": Reasoned("cosine", f"the shape of the paper ({PAPER})"),
@@ -280,9 +281,10 @@ def _layout(choices: RecipeChoices) -> dict[str, Node]:
         }
     best = advice.ranking[0]
     parallel, recompute, reason = best.config.parallel, best.config.recompute, _adviser(advice)
+    speed = (best.plain or best.speed).tokens_per_gpu
     first = (
-        f"{reason}: the fastest of {advice.num_tried:,} layouts by estimate, {best.speed.tokens_per_gpu:,.0f} tokens/s "
-        f"per GPU and {best.memory.total / GIB:.1f} of {advice.gpu.memory_gib:.1f} GiB; `plan --advise` shows others"
+        f"{reason}: the fastest of {advice.num_tried:,} layouts by estimate, {speed:,.0f} tokens/s per GPU and "
+        f"{best.memory.total / GIB:.1f} of {advice.gpu.memory_gib:.1f} GiB; `plan --advise` shows others"
     )
     keys: dict[str, Node] = {
         "tensor": Reasoned(parallel.tensor, first),
