@@ -25,6 +25,7 @@ PAGES = (
     "evaluate-tasks",
     "report",
     "plan",
+    "recipe",
 )
 
 

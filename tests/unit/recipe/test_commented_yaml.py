@@ -17,7 +17,8 @@ _SCALAR = _TEXT | st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=Fal
 _VALUES = st.builds(Reasoned, _SCALAR | st.lists(_SCALAR, min_size=1, max_size=4), _TEXT.filter(str.strip))
 _SECTIONS = st.dictionaries(_KEY, _VALUES, min_size=1, max_size=4)
 _TREES = st.recursive(
-    _SECTIONS, lambda inner: st.dictionaries(_KEY, _VALUES | inner | st.lists(inner, min_size=1, max_size=2), min_size=1)
+    _SECTIONS,
+    lambda inner: st.dictionaries(_KEY, _VALUES | inner | st.lists(inner, min_size=1, max_size=2), min_size=1),
 )
 
 
