@@ -49,8 +49,8 @@ class SourceCheckpoint:
         identities: of all files that the result depends on, from before the first of them was read.
         origins: descriptions of tensors for messages, such as `lm_head.weight in hf/model.safetensors`, by name.
         groups: the optimizer's parameter groups, if `specs` includes its tensors; None: weights only.
-        common: what a Megatron checkpoint stores besides the tensors, such as Megatron-LM's `args`; nothing of it is
-            verified.
+        common: what a Megatron checkpoint stores besides the tensors, such as Megatron-LM's `args`; the values are
+            not checked.
     """
 
     kind: str

@@ -1,9 +1,9 @@
 """Weights of the two phases: general sources by tokens and quality, QA data at a tenth, nothing above four epochs.
 
 Let G and Q be the samples of the two phases, and q the share of QA data in the second (0.1). A general source of weight
-w gives w G + w (1 - q) Q samples, a QA source of weight v in the QA phase v Q samples. Where that exceeds four epochs,
-the weight is cut to the limit, and the other sources of its kind share the rest in proportion. If all QA sources are
-cut, q falls below 0.1 and the general sources get the rest.
+w gives w G + w (1 - q) Q samples, a QA source of weight v in the QA phase v Q samples. A weight that would exceed four
+epochs is cut to the limit, and the other sources of its kind share the rest in proportion. If all QA sources are cut, q
+falls below 0.1 and the general sources get the rest.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_cpt.config import ModelConfig, RecomputeConfig, ScheduleConfig, format_count
+from megatron_cpt.config import ModelConfig, RecomputeConfig, ScheduleConfig, format_count, format_number_of
 from megatron_cpt.config.fields import key_help
+from megatron_cpt.errors import UserError
 from megatron_cpt.planning.cluster.advise import Advice
 from megatron_cpt.planning.cost.memory import GIB
 from megatron_cpt.planning.timeline.epochs import REPEAT_LIMIT
@@ -71,10 +72,15 @@ def compose_run(choices: RecipeChoices) -> dict[str, Node]:
     """Return the sections of a run.yaml.
 
     Raises:
-        UserError: four epochs of the general sources are too few for the run.
+        UserError: the run is too short for two phases, or too long for four epochs of the general sources.
     """
     schedule, record = choices.schedule, choices.pretraining.record
     switch = schedule.last_step_above(SWITCH_LR * schedule.max_lr)
+    if switch >= schedule.steps:
+        raise UserError(
+            f"--tokens {choices.tokens}: makes {format_number_of(schedule.steps, 'step')} of {choices.global_batch.value} "
+            f"sequences, too few to reach a fifth of the learning rate; raise it, or lower --global-batch"
+        )
     weights = _weigh(choices, switch, schedule.steps)
     paper = f"the paper's pretraining and continued run ({PAPER})"
     tokenizer = choices.pretraining.tokenizer
@@ -118,7 +124,7 @@ def compose_run(choices: RecipeChoices) -> dict[str, Node]:
         **_layout(choices),
         "checkpoint": {
             "every": Reasoned(every, f"a tenth of the run, at most {_MOST_EVERY} steps"),
-            "keep": Reasoned(3, "if the newest is damaged, the run falls back to the one before"),
+            "keep": Reasoned(3, "if the newest is damaged, the run falls back to an older one"),
         },
         "validation": {
             "every": Reasoned(every, "as often as checkpoints"),

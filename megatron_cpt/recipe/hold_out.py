@@ -99,7 +99,7 @@ def split_sources(
     overwrite: bool,
     progress: Callable[[int], None] = lambda amount: None,
 ) -> Iterator[list[RecipeSource]]:
-    """Split held-out data off the sources that have none; yield all sources with theirs.
+    """Split held-out data off the sources that have none; yield all sources with held-out data.
 
     If the block raises, the files that this call has written are removed.
 

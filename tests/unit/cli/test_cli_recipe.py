@@ -84,7 +84,7 @@ def test_a_split_is_written_once(models: Path, capsys: pytest.CaptureFixture[str
     [
         ([], "does not record the learning rate"),
         (["--max-lr", "1e-4", "--tokens", "10M"], "four epochs of the general sources are"),
-        (["--max-lr", "1e-4", "--tokens", "32"], "is never reached"),
+        (["--max-lr", "1e-4", "--tokens", "32"], "too few to reach a fifth"),
         (["--max-lr", "1e-4", "--split", "0.0001%"], "0 of its 400 documents would be held out"),
         (["--max-lr", "1e-4", "--split", "2"], "--split 2: give a share"),
         (["--max-lr", "1e-4", "--seq-length", "4000", "--split", "50%"], "too few for one sample"),
