@@ -78,8 +78,8 @@ def compose_run(choices: RecipeChoices) -> dict[str, Node]:
     switch = schedule.last_step_above(SWITCH_LR * schedule.max_lr)
     if switch >= schedule.steps:
         raise UserError(
-            f"--tokens {choices.tokens}: makes {format_number_of(schedule.steps, 'step')} of {choices.global_batch.value} "
-            f"sequences, too few to reach a fifth of the learning rate; raise it, or lower --global-batch"
+            f"--tokens {choices.tokens}: makes {format_number_of(schedule.steps, 'step')}, too few to reach a fifth of "
+            "the learning rate; raise it, or lower --global-batch"
         )
     weights = _weigh(choices, switch, schedule.steps)
     paper = f"the paper's pretraining and continued run ({PAPER})"
