@@ -9,7 +9,7 @@ falls below 0.1 and the general sources get the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_cpt.errors import UserError
@@ -84,7 +84,8 @@ def weigh_sources(
     shares = share_out(wanted, most, 1.0)
     weights = _rounded(shares, most, 1.0)
     in_qa_phase = {name: weight * (1.0 - qa_share) for name, weight in weights.items()}
-    in_qa_phase = _rounded(in_qa_phase, most, 1.0 - qa_share)
+    most_in_qa_phase = {name: limit * (1.0 - qa_share) for name, limit in most.items()}
+    in_qa_phase = _rounded(in_qa_phase, most_in_qa_phase, 1.0 - qa_share)
     read = {name: weights[name] * general_samples + in_qa_phase[name] * qa_samples for name in general}
     read |= {name: weight * qa_samples for name, weight in weights_qa.items()}
     all_wanted, given = {**wanted, **wanted_qa}, {**shares, **shares_qa}
@@ -126,11 +127,14 @@ def _most_samples(source: SizedSource) -> float:
 
 
 def _rounded(weights: Mapping[str, float], most: Mapping[str, float], total: float) -> dict[str, float]:
-    """Round weights down to four digits; the source with the largest distance from its limit gets the remainder."""
+    """Round weights down to four digits; the sources farthest from their limits get the remainder, none beyond it."""
     rounded = {name: _floor(weight) for name, weight in weights.items()}
-    widest = max(rounded, key=lambda name: most[name] - rounded[name])
-    others: Sequence[float] = [weight for name, weight in rounded.items() if name != widest]
-    return {**rounded, widest: round(total - math.fsum(others), 12)}
+    for name in sorted(rounded, key=lambda name: rounded[name] - most[name]):
+        remainder = total - math.fsum(rounded.values())
+        given = min(remainder, most[name] - rounded[name])
+        if given > 1e-12:
+            rounded[name] = round(rounded[name] + given, 12)
+    return rounded
 
 
 def _floor(weight: float) -> float:
