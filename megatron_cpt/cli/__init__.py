@@ -30,6 +30,7 @@ from megatron_cpt.cli.commands.runs.experiment_command import experiment
 from megatron_cpt.cli.commands.runs.fit_command import fit
 from megatron_cpt.cli.commands.runs.launch_command import WordsCommand, launch
 from megatron_cpt.cli.commands.runs.plan_command import plan
+from megatron_cpt.cli.commands.runs.recipe_command import recipe
 from megatron_cpt.cli.commands.runs.report_command import report
 from megatron_cpt.cli.commands.runs.train_command import train
 from megatron_cpt.cli.missing_package import describe_missing_package
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.command(rich_help_panel=PLAN)(plan)
 app.command(rich_help_panel=PLAN)(fit)
+app.command(rich_help_panel=PLAN)(recipe)
 for command in (preprocess, check, inspect, merge, split, overlap, trace):
     app.command(rich_help_panel=DATA)(command)
 app.command(rich_help_panel=TRAIN)(train)

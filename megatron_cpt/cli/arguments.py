@@ -14,6 +14,7 @@ MANY_VALUES = {
     "train": ("--allow",),
     "evaluate": ("--tasks",),
     "report": ("--compare",),
+    "recipe": ("--general", "--qa", "--quality", "--held-out", "--area"),
 }
 """Options with several values, per command."""
 

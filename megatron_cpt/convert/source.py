@@ -49,6 +49,8 @@ class SourceCheckpoint:
         identities: of all files that the result depends on, from before the first of them was read.
         origins: descriptions of tensors for messages, such as `lm_head.weight in hf/model.safetensors`, by name.
         groups: the optimizer's parameter groups, if `specs` includes its tensors; None: weights only.
+        common: what a Megatron checkpoint stores besides the tensors, such as Megatron-LM's `args`; the values are
+            not checked.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class SourceCheckpoint:
     identities: tuple[FileIdentity, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)
     groups: list[dict[str, Any]] | None = None
+    common: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self) -> list[Any]:
         """Return names, sizes and modification times of the files, which tell work of another source apart."""
@@ -88,10 +91,7 @@ def open_source_checkpoint(
         UserError: the folder does not exist, or `with_optimizer` is not possible for its format.
         RefusedError: it is corrupt, or holds a model that cannot be converted.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a Hugging Face folder or a Megatron checkpoint")
-    if is_checkpoint(path) or checkpoints_folder(path).is_dir():
-        path = resolve_checkpoint(path)
+    path = resolve_source(path)
     before = identify_folder(path)
     try:
         source = _open(path, named_model, allow_pickle, verify, with_optimizer)
@@ -100,6 +100,18 @@ def open_source_checkpoint(
         raise
     files = [*source.sources, *source.side_files.values()]
     return replace(source, identities=tuple(before.get(file.resolve()) or FileIdentity.read(file) for file in files))
+
+
+def resolve_source(path: Path) -> Path:
+    """Return the folder to convert: a run directory stands for its newest checkpoint.
+
+    Raises:
+        UserError: the folder does not exist.
+        RefusedError: it is a run directory without a checkpoint.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a Hugging Face folder or a Megatron checkpoint")
+    return resolve_checkpoint(path) if is_checkpoint(path) or checkpoints_folder(path).is_dir() else path
 
 
 def identify_folder(path: Path) -> dict[Path, FileIdentity]:
@@ -123,7 +135,7 @@ def _open(
         raise UserError(f"--optimizer: {path}: only torch_dist checkpoints are read with their optimizer; omit it")
     if is_legacy(path):
         legacy = LegacyWeights(path)
-        return _from_megatron("legacy", legacy, path, {"args": legacy.arguments}, named_model, legacy.files)
+        return _from_megatron("legacy", legacy, path, legacy.common, named_model, legacy.files)
     if (path / CONFIG_FILE).exists():
         return _from_hugging_face(path, allow_pickle)
     raise RefusedError(
@@ -208,6 +220,7 @@ def _from_megatron(
         read=partial(_read_with_padding, weights, specs),
         side_files=side,
         sources=tuple(file for file in files if file.is_file()),
+        common=common,
     )
 
 

@@ -27,6 +27,7 @@ PAGES = (
     "plan",
     "law",
     "experiment",
+    "recipe",
 )
 
 

@@ -26,6 +26,7 @@ from megatron_cpt.errors import RefusedError
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_COMMON = ("optimizer", "opt_param_scheduler")
 _SPLIT_ROWS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", EMBEDDING, OUTPUT_LAYER)
 _SPLIT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -37,6 +38,7 @@ class LegacyWeights(MosaicWeights):
         folder: folder of the iteration.
         files: files of all ranks.
         arguments: Megatron-LM's arguments, as plain values.
+        common: what the first rank stores besides the model: the arguments, and its part of the optimizer's state.
         tensors: tensors by the local layer spec's names, one per layer.
 
     Raises:
@@ -51,10 +53,12 @@ class LegacyWeights(MosaicWeights):
         for rank, state in states.items():
             if not isinstance(state, Mapping):
                 raise RefusedError(f"{ranks[rank]}: holds no checkpoint of Megatron-LM; copy the file again")
-        namespace = next(iter(states.values())).get("args")  # read as the dictionary that it holds
+        first = next(iter(states.values()))
+        namespace = first.get("args")  # read as the dictionary that it holds
         arguments = getattr(namespace, "state", None)
         self.arguments: Mapping[str, Any] = arguments if isinstance(arguments, Mapping) else {}
         num_tensor, num_pipeline = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
+        self.common = {**{key: first[key] for key in _COMMON if key in first}, "args": self.arguments}
         missing = [
             f"mp_rank_{t:02d}_{p:03d}" for t in range(num_tensor) for p in range(num_pipeline) if (t, p) not in ranks
         ]
