@@ -16,7 +16,6 @@ from megatron_cpt.errors import ConfigError, RefusedError
 from megatron_cpt.experiment.experiment_file import MEAN, ExperimentConfig, read_experiment
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.prepare import PreparedRun, prepare_mapping
-from megatron_cpt.report.learning import is_lower_better
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,6 @@ class Metric:
     name: str
     sources: tuple[str, ...] = ()
     task: tuple[str, str] | None = None
-
-    @property
-    def is_lower_better(self) -> bool:
-        """Return whether a smaller value is better."""
-        return self.task is None or is_lower_better(self.task[1])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from megatron_cpt.experiment.arms import Experiment, Metric, Unit
 from megatron_cpt.experiment.held_out_bytes import bits_per_byte_scales
 from megatron_cpt.experiment.paired_test import PairedDifference, compare_pairs, holm
 from megatron_cpt.experiment.unit_result import UnitResult, read_result
+from megatron_cpt.report.learning import is_lower_better
 
 BASELINE, BETTER, WORSE, NOISE, UNKNOWN, ONE_SEED = "baseline", "better", "worse", "noise", "unknown", "one seed"
 
@@ -120,6 +121,9 @@ def compare_arms(experiment: Experiment) -> Comparison:
     results = {unit.name: read_result(unit) for unit in experiment.units}
     config = experiment.config
     scales = _scales(experiment)
+    directions: dict[tuple[str, str], bool] = {}
+    for result in results.values():
+        directions.update(result.higher_is_better if result else {})
     not_finite: list[str] = []
     rankings = []
     for metric in experiment.metrics:
@@ -127,8 +131,9 @@ def compare_arms(experiment: Experiment) -> Comparison:
         for unit in experiment.units:
             _add_value(values[unit.arm], unit, results[unit.name], metric, scales, not_finite)
         unit_name = config.unit.replace("_", " ") if metric.task is None else "score"
-        rows = rank_arms(values, experiment.baseline, config.confidence, is_lower_better=metric.is_lower_better)
-        rankings.append(MetricRanking(metric.name, unit_name, metric.is_lower_better, rows))
+        is_lower = metric.task is None or is_lower_better(*metric.task, directions)
+        rows = rank_arms(values, experiment.baseline, config.confidence, is_lower_better=is_lower)
+        rankings.append(MetricRanking(metric.name, unit_name, is_lower, rows))
     missing = [name for name, result in results.items() if result is None]
     return Comparison(
         name=config.name,

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_cpt.experiment.arms import Metric, Unit
 from megatron_cpt.files.atomic import sync_folder, write_atomically
 from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import exists, read_file
+from megatron_cpt.report.metrics_columns import clean_directions
 from megatron_cpt.report.run_digests import differences
 from megatron_cpt.report.run_record import RunReader
 
@@ -35,12 +36,14 @@ class UnitResult:
         held_out: loss per held-out source after the last step, in nats per token; NaN if it is not a finite number.
         tasks: metrics per task after the last step.
         source_tokens: tokens per source that the run was planned with.
+        higher_is_better: per task and metric, as far as the task says it.
     """
 
     steps: int
     held_out: Mapping[str, float]
     tasks: Mapping[str, Mapping[str, float]]
     source_tokens: Mapping[str, int]
+    higher_is_better: Mapping[tuple[str, str], bool] = field(default_factory=dict)
 
     def value(self, metric: Metric, scales: Mapping[str, float]) -> float:
         """Return the value of a metric; NaN if the run has none.
@@ -71,7 +74,13 @@ def read_result(unit: Unit) -> UnitResult | None:
         if content["format"] != _FORMAT:
             raise ValueError("not a result of this command")
         held_out = {name: math.nan if loss is None else float(loss) for name, loss in content["held_out"].items()}
-        return UnitResult(content["steps"], held_out, content["tasks"], content["source_tokens"])
+        return UnitResult(
+            content["steps"],
+            held_out,
+            content["tasks"],
+            content["source_tokens"],
+            clean_directions(content.get("higher_is_better")),
+        )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RefusedError(f"{path}: damaged ({error}); remove it, and run the experiment again") from error
 
@@ -150,6 +159,7 @@ def finish_unit(unit: Unit, *, keep_checkpoints: bool) -> UnitResult:
         held_out={**held_out, **dict.fromkeys(missing, math.nan)},
         tasks=record.evaluations.get(unit.plan.steps, {}),
         source_tokens=dict(unit.source_tokens),
+        higher_is_better=record.higher_is_better,
     )
     with write_errors_as_cpt_errors(unit.folder / RESULT_FILE):
         write_atomically(unit.folder / RESULT_FILE, orjson.dumps(_plain(result), option=orjson.OPT_INDENT_2))
@@ -160,6 +170,9 @@ def finish_unit(unit: Unit, *, keep_checkpoints: bool) -> UnitResult:
 
 
 def _plain(result: UnitResult) -> dict[str, Any]:
+    directions: dict[str, dict[str, bool]] = {}
+    for (task, metric), is_higher in result.higher_is_better.items():
+        directions.setdefault(task, {})[metric] = is_higher
     return {
         "format": _FORMAT,
         "format_version": 1,
@@ -167,4 +180,5 @@ def _plain(result: UnitResult) -> dict[str, Any]:
         "held_out": {name: loss if math.isfinite(loss) else None for name, loss in result.held_out.items()},
         "tasks": {task: dict(metrics) for task, metrics in result.tasks.items()},
         "source_tokens": dict(result.source_tokens),
+        "higher_is_better": directions,
     }

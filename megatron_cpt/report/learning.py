@@ -140,7 +140,7 @@ def task_scores(run: RunRecord) -> tuple[list[Stage], list[TaskScore]]:
         if not _is_error(metric)
     )
     scores = []
-    lower = {key: _is_lower_better(run, *key) for key in keys}
+    lower = {key: is_lower_better(*key, run.higher_is_better) for key in keys}
     for task, metric in sorted(keys, key=lambda key: (key[0], not lower[key])):
         values = tuple(one.get(task, {}).get(metric) for one in results)
         errors = tuple(one.get(task, {}).get(error_name(metric)) for one in results)
@@ -148,9 +148,9 @@ def task_scores(run: RunRecord) -> tuple[list[Stage], list[TaskScore]]:
     return at, scores
 
 
-def _is_lower_better(run: RunRecord, task: str, metric: str) -> bool:
-    """Return whether a smaller value of a metric is better: what the task says, else what its name says."""
-    is_higher = run.higher_is_better.get((task, metric.partition(",")[0]))
+def is_lower_better(task: str, metric: str, higher_is_better: Mapping[tuple[str, str], bool]) -> bool:
+    """Return whether a smaller value of a metric is better: what the task says, else what the metric's name says."""
+    is_higher = higher_is_better.get((task, metric.partition(",")[0]))
     return any(word in metric.lower() for word in _LOWER_IS_BETTER) if is_higher is None else not is_higher
 
 

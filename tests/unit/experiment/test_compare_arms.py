@@ -83,6 +83,18 @@ def test_values_that_are_not_finite_are_named(load: Load, monkeypatch: pytest.Mo
     assert "NaN" not in orjson.dumps(comparison.to_dict(), option=orjson.OPT_NON_STR_KEYS).decode()
 
 
+def test_the_task_says_which_direction_is_better(load: Load) -> None:
+    evaluation = {"at": ["end"], "tasks": ["wmt"]}
+    found = load(base={"evaluation": evaluation, "tokenizer": "byte"}, metrics=["wmt:ter"])
+    for unit in found.units:
+        directions = {"wmt": {"ter": False}}
+        content = {"format": "megatron-cpt experiment run", "steps": 10, "held_out": {}, "source_tokens": {}}
+        content |= {"tasks": {"wmt": {"ter,none": 40.0}}, "higher_is_better": directions}
+        unit.folder.mkdir(parents=True)
+        (unit.folder / "result.json").write_bytes(orjson.dumps(content))
+    assert compare_arms(found).rankings[0].is_lower_better, "translation errors"
+
+
 def test_a_mean_over_sources(load: Load) -> None:
     found = load(means={"text": ["web", "qa"]}, metrics=["text"])
     result = UnitResult(10, {"web": 4.0, "qa": 2.0, "code": 9.0}, {"task": {"acc,none": 0.5}}, {})
