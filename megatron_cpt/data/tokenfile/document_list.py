@@ -24,12 +24,14 @@ import numpy.typing as npt
 import orjson
 
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint, is_same_data
+from megatron_cpt.data.tokenfile.header import LIST_ENDING
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import close_durably, publish
+from megatron_cpt.files.remote import is_remote
 from megatron_cpt.files.whole_io import is_regular_file, open_reader, open_writer
 
-ENDING = ".docs"
+ENDING = LIST_ENDING
 _FORMAT = "megatron-cpt documents"
 _VERSION = 1
 _LINES_PER_WRITE = 1 << 14
@@ -153,7 +155,7 @@ def open_listed_datasets(path: str | os.PathLike[str], documents: DocumentList) 
     """
     opened = []
     for listed in documents.datasets:
-        dataset = IndexedDataset(os.path.join(os.path.dirname(os.fspath(path)), listed.path))
+        dataset = IndexedDataset(_resolve(path, listed))
         if dataset.num_documents != listed.documents or not is_same_data(listed.fingerprint, fingerprint([dataset])):
             raise RefusedError(
                 f"{dataset.prefix}: is not the dataset that {path} was made of ({dataset.num_documents:,} documents, "
@@ -161,6 +163,15 @@ def open_listed_datasets(path: str | os.PathLike[str], documents: DocumentList) 
             )
         opened.append(dataset)
     return opened
+
+
+def listed_prefixes(path: str | os.PathLike[str]) -> list[str]:
+    """Return the prefixes of the datasets of the list at `path`; see `read_document_list`."""
+    return [_resolve(path, listed) for listed in read_document_list(path).datasets]
+
+
+def _resolve(path: str | os.PathLike[str], listed: ListedDataset) -> str:
+    return listed.path if is_remote(listed.path) else os.path.join(os.path.dirname(os.fspath(path)), listed.path)
 
 
 def _line(dataset: int, document: int, distance: float, query: int) -> bytes:
