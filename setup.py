@@ -39,6 +39,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.0"],
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "wandb": ["wandb"],
+    "ray": ["ray>=2.40"],  # 200 MB installed, so neither `all` nor `make setup` has it
     "cloud": ["fsspec>=2023.1"],  # plus the package of the object store: s3fs, gcsfs or adlfs
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     "dev": [

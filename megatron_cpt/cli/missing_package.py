@@ -18,6 +18,7 @@ _EXTRA_BY_MODULE = {
     "tensorboard": "tensorboard",
     "transformers": "hf",
     "lm_eval": "eval",
+    "ray": "ray",
 }
 
 

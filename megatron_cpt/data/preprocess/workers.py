@@ -1,4 +1,4 @@
-"""Read, parse and encode blocks of the input into flat arrays of token ids, in this process or in many workers."""
+"""Read, parse and encode blocks of the input into flat arrays of token ids: here, in many workers, or on Ray."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
+import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -21,10 +22,12 @@ import numpy.typing as npt
 
 from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.data.preprocess.parse import BadLine, parse_block
+from megatron_cpt.data.ray_engine import connect_ray, enter_folder
 from megatron_cpt.data.tokenfile.header import best_dtype
+from megatron_cpt.data.tokenfile.sidecar import own_versions
 from megatron_cpt.data.tokenizers.fast import TokenizerPlan, build_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CptError, UserError
 
 _BLOCKS_PER_WORKER = 3  # in flight: one being encoded, one waiting, one being written
 _ALIGNMENT = 8
@@ -86,6 +89,19 @@ class EncodedBlock:
     num_ends: int
     num_lines: int
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Ray cluster that encodes.
+
+    Attributes:
+        address: address of a running cluster; None: one is started on this machine.
+        num_cpus: CPUs to use; None: all of the cluster or machine.
+    """
+
+    address: str | None = None
+    num_cpus: int | None = None
 
 
 class Encoder:
@@ -205,6 +221,72 @@ def _encode_in_worker(block: Block, slot: int) -> _SentBlock:
         if offset is not None:
             result.texts[number] = replace(result.texts[number], tokens=result.texts[number].tokens[:0])
     return result, offsets
+
+
+@dataclass(frozen=True)
+class _RayPiece:
+    """Block with everything that a Ray worker needs to encode it.
+
+    Attributes:
+        run: id of the run; a worker keeps the encoder of one run.
+        folder: working directory of the command.
+        versions: versions of the packages that make the ids.
+    """
+
+    block: Block
+    run: str
+    plan: TokenizerPlan
+    options: EncodeOptions
+    folder: str
+    versions: Mapping[str, str]
+
+
+def encode_blocks_on_ray(
+    blocks: Iterable[Block],
+    engine: RayOptions,
+    plan: TokenizerPlan,
+    options: EncodeOptions,
+    versions: Mapping[str, str],
+) -> Generator[EncodedBlock, None, None]:
+    """Encode blocks on a Ray cluster and yield the results in order, with a bounded number of blocks in flight.
+
+    Args:
+        versions: versions of the packages that make the ids; each node must have the same ones.
+
+    Raises:
+        RayFailedError: Ray does not start, or the worker of a block died too often.
+        UserError: there is no cluster at the address, or a node lacks a folder or has other versions.
+    """
+    cpus = engine.num_cpus or len(os.sched_getaffinity(0))
+    store_bytes = cpus * _BLOCKS_PER_WORKER * options.blocks.block_bytes * (1 + _ID_BYTES_PER_TEXT_BYTE)
+    with connect_ray(engine.address, num_cpus=cpus, store_bytes=store_bytes) as cluster:
+        run, folder = uuid.uuid4().hex, os.getcwd()
+        pieces = (_RayPiece(block, run, plan, options, folder, versions) for block in blocks)
+        in_flight = _BLOCKS_PER_WORKER * (engine.num_cpus or cluster.num_cpus)
+        yield from cluster.map_in_order(encode_on_ray, pieces, in_flight=in_flight)
+
+
+_ray_encoder: tuple[str, Encoder] | None = None  # run and encoder, set in Ray's worker processes only
+
+
+def encode_on_ray(piece: _RayPiece) -> EncodedBlock:
+    """Encode one block in a worker process of Ray.
+
+    Raises:
+        UserError: the node has other versions of the packages, or lacks the folder of the command.
+    """
+    global _ray_encoder
+    if _ray_encoder is None or _ray_encoder[0] != piece.run:
+        own = own_versions(*(name for name in piece.versions if name != "megatron_cpt"))
+        if own != piece.versions:
+            raise UserError(
+                f"Ray node {os.uname().nodename} has {own}, this machine has {dict(piece.versions)}: ids may differ; "
+                "install the same versions on every node"
+            )
+        enter_folder(piece.folder)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+        _ray_encoder = (piece.run, Encoder(build_tokenizer(piece.plan), piece.options))
+    return _ray_encoder[1](piece.block)
 
 
 class SharedSlots:

@@ -28,7 +28,8 @@ _MOST_SHOWN = 20
 
 def overlap(
     train: Annotated[
-        list[str], typer.Option("--train", metavar="PREFIX ...", help="Training datasets: prefixes, document lists, or globs.")
+        list[str],
+        typer.Option("--train", metavar="PREFIX ...", help="Training datasets: prefixes, document lists, or globs."),
     ],
     held_out: Annotated[list[str], typer.Option("--held-out", metavar="PREFIX_OR_JSONL ...", help=HELD_OUT_HELP)],
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="KIND:PATH", help=TOKENIZER_HELP)] = None,

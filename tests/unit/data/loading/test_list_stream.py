@@ -131,7 +131,7 @@ def test_a_pair_that_changed_since_is_refused(tmp_path):
 def test_pairs_of_different_token_types_are_refused(tmp_path):
     pairs = [write_pair(tmp_path / "a", [[1, 2]]), write_pair(tmp_path / "b", [[1, 2]], np.int32)]
     path = write_list(tmp_path / "a.docs", pairs, [(0, 0)])
-    with pytest.raises(UserError, match="b has int32 tokens, .*a has uint16"):
+    with pytest.raises(UserError, match=r"b has int32 tokens, .*a has uint16"):
         open_dataset(path)
 
 
