@@ -18,6 +18,9 @@ _EXTRA_BY_MODULE = {
     "tensorboard": "tensorboard",
     "transformers": "hf",
     "lm_eval": "eval",
+    "faiss": "mine",
+    "model2vec": "mine",
+    "sentence_transformers": "mine",
 }
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,6 +23,7 @@ from megatron_cpt.data.tokenfile.header import best_dtype
 from megatron_cpt.data.tokenizers.fast import TokenizerPlan, build_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import CptError
+from megatron_cpt.files.worker_process import prepare_worker
 
 _BLOCKS_PER_WORKER = 3  # in flight: one being encoded, one waiting, one being written
 _ALIGNMENT = 8
@@ -181,18 +180,8 @@ _worker: tuple[Encoder, SharedSlots] | None = None  # set in worker processes on
 
 def _start_worker(plan: TokenizerPlan, options: EncodeOptions, slots: SharedSlots) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends the workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    prepare_worker()
     _worker = (Encoder(build_tokenizer(plan), options), slots)
-
-
-def _exit_with_parent() -> None:
-    """Exit when the parent does: a killed parent cannot end its workers, which would wait for blocks forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_in_worker(block: Block, slot: int) -> _SentBlock:
