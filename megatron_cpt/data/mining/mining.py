@@ -31,6 +31,7 @@ from megatron_cpt.data.mining.selection import Mined, find_copies, find_held_out
 from megatron_cpt.data.mining.texts import DocumentTexts, is_dataset, read_origin
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.tokenfile.document_list import (
+    ENDING,
     DocumentList,
     describe_dataset,
     is_document_list,
@@ -73,7 +74,7 @@ def mine(
         ChangedFileError: a file changed while it was read.
     """
     started, target = time.monotonic(), os.fspath(output)
-    require_file_name(target)
+    require_file_name(target.removesuffix(ENDING))
     if options.workers is not None and options.engine is not None:
         raise UserError("workers: only for the engine that runs processes here")
     folder = work_folder(target, options.shard)

@@ -167,7 +167,7 @@ def as_datasets(corpus: Sequence[str], output: str, options: MiningOptions) -> I
                 append_eod=load_tokenizer(options.tokenizer).eod_id is not None,
                 workers=options.workers,
                 overwrite=True,
-                restart=True,
+                restart=options.restart,
                 notify=options.notify,
             )
             preprocess(files.paths, prefix, tokenizer=options.tokenizer, options=encoding)

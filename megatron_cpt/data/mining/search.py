@@ -2,7 +2,8 @@
 
 `flat` compares every query with every document, exactly. `ivf-pq` looks only at the lists of documents whose centroids
 are nearest to the query, estimates distances from 4-bit codes, and computes the exact distance of the best candidates.
-It measures itself: it searches more lists until a sample of queries finds the wanted share of the true neighbors.
+It measures itself: it searches more lists, and compares more candidates, until a sample of queries finds the wanted
+share of the true neighbors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SAMPLE = 256  # queries that are also searched exactly, to measure the recall
 _LEAST_DOCUMENTS = 2048  # with fewer, training costs more than an exact search
 _DOCUMENTS_PER_LIST = 128
 _NUMBERS_PER_CODE = 2  # of a vector, in 4 bits
-_CANDIDATES = 4  # per wanted neighbor, compared exactly
+_CANDIDATES = 4  # per wanted neighbor, compared exactly; the first attempt
 _ITERATIONS = 10
 
 
@@ -93,12 +94,13 @@ def find_nearest(
         return found, Neighbors(found.distances[rows], found.documents[rows])
     exact = _search(flat, sample, k, numbers)
     index, num_lists = _train(vectors)
-    probes = max(1, num_lists // 16)
-    while True:
-        options = _options(probes)
-        if probes >= num_lists or _search(index, sample, k, numbers, options).recall(exact) >= recall:
+    probes, candidates = max(1, num_lists // 16), _CANDIDATES
+    options = _options(probes, candidates)
+    while _search(index, sample, k, numbers, options).recall(exact) < recall:
+        if probes >= num_lists and candidates * k >= len(vectors):  # every document was compared exactly
             break
-        probes *= 2
+        probes, candidates = 2 * probes, 2 * candidates
+        options = _options(probes, candidates)
     return _search(index, queries, k, numbers, options), exact
 
 
@@ -120,12 +122,12 @@ def _train(vectors: Vectors) -> tuple[Any, int]:
     return refined, num_lists
 
 
-def _options(probes: int) -> Any:
+def _options(probes: int, candidates: int) -> Any:
     import faiss
 
     refine: Any = faiss.IndexRefineSearchParameters  # the stubs do not know their arguments
     lists: Any = faiss.SearchParametersIVF
-    return refine(k_factor=_CANDIDATES, base_index_params=lists(nprobe=probes))
+    return refine(k_factor=candidates, base_index_params=lists(nprobe=probes))
 
 
 def _search(index: Any, queries: Vectors, k: int, numbers: npt.NDArray[np.int64], options: Any = None) -> Neighbors:
