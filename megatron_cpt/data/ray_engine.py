@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,20 +42,21 @@ class RayCluster:
     """Connection to a cluster; see `connect_ray`.
 
     Attributes:
-        num_cpus: CPUs of the cluster.
+        num_cpus: CPUs to use.
     """
 
     num_cpus: int
 
     def map_in_order(
-        self, function: Callable[[T], R], items: Iterable[T], *, in_flight: int
+        self, function: Callable[..., R], items: Iterable[T], common: Sequence[Any], *, in_flight: int
     ) -> Generator[R, None, None]:
-        """Apply a function to items in Ray tasks of one CPU each, and yield the results in the order of the items.
+        """Yield function(item, *common) of each item, in the order of the items; each call is a task of one CPU.
 
         A piece whose worker dies is run again, so the function must have the same result each time. It is found by its
         name on every node. An error of the function is raised here.
 
         Args:
+            common: values that all tasks need; they are sent to a node once.
             in_flight: items that are handed out at a time; bounds memory.
 
         Raises:
@@ -64,9 +65,10 @@ class RayCluster:
         import ray
 
         task = ray.remote(function).options(max_retries=_RETRIES, num_cpus=1)
+        shared = [ray.put(value) for value in common]
         pending: deque[Any] = deque()
         for item in items:
-            pending.append(task.remote(item))
+            pending.append(task.remote(item, *shared))
             if len(pending) >= in_flight:
                 yield _result(pending.popleft())
         while pending:
@@ -74,7 +76,7 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def connect_ray(address: str | None, *, num_cpus: int, store_bytes: int = 0) -> Iterator[RayCluster]:
+def connect_ray(address: str | None, *, num_cpus: int | None, bytes_per_cpu: int = 0) -> Iterator[RayCluster]:
     """Connect to a cluster, or start one on this machine and stop it at the end.
 
     The cluster of this machine has no dashboard, listens on the loopback address with a token of its own, and leaves no
@@ -82,8 +84,8 @@ def connect_ray(address: str | None, *, num_cpus: int, store_bytes: int = 0) -> 
 
     Args:
         address: as `ray.init` takes it, such as `head:6379` or `auto`; None: start a cluster.
-        num_cpus: CPUs of a cluster that is started.
-        store_bytes: least size of the object store of a cluster that is started.
+        num_cpus: CPUs to use; None: all of the cluster or machine.
+        bytes_per_cpu: size of the object store of a cluster that is started, per CPU.
 
     Raises:
         UserError: there is no cluster at the address.
@@ -101,10 +103,12 @@ def connect_ray(address: str | None, *, num_cpus: int, store_bytes: int = 0) -> 
                 folder = tempfile.mkdtemp(prefix="cpt-ray-")
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
                 stack.callback(ray.shutdown)  # before its folder is removed
-                _start(num_cpus, max(store_bytes, _LEAST_STORE), folder)
+                cpus = num_cpus or len(os.sched_getaffinity(0))
+                _start(cpus, max(cpus * bytes_per_cpu, _LEAST_STORE), folder)
             else:
                 _join(address)
-        yield RayCluster(int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+        found = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+        yield RayCluster(num_cpus or found)
 
 
 def _set_environment(stack: contextlib.ExitStack) -> None:

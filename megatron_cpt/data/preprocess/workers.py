@@ -5,8 +5,6 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
-import signal
-import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -28,6 +26,7 @@ from megatron_cpt.data.tokenfile.sidecar import own_versions
 from megatron_cpt.data.tokenizers.fast import TokenizerPlan, build_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.files.worker_process import prepare_worker
 
 _BLOCKS_PER_WORKER = 3  # in flight: one being encoded, one waiting, one being written
 _ALIGNMENT = 8
@@ -197,18 +196,8 @@ _worker: tuple[Encoder, SharedSlots] | None = None  # set in worker processes on
 
 def _start_worker(plan: TokenizerPlan, options: EncodeOptions, slots: SharedSlots) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends the workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    prepare_worker()
     _worker = (Encoder(build_tokenizer(plan), options), slots)
-
-
-def _exit_with_parent() -> None:
-    """Exit when the parent does: a killed parent cannot end its workers, which would wait for blocks forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_in_worker(block: Block, slot: int) -> _SentBlock:
@@ -223,24 +212,6 @@ def _encode_in_worker(block: Block, slot: int) -> _SentBlock:
     return result, offsets
 
 
-@dataclass(frozen=True)
-class _RayPiece:
-    """Block with everything that a Ray worker needs to encode it.
-
-    Attributes:
-        run: id of the run; a worker keeps the encoder of one run.
-        folder: working directory of the command.
-        versions: versions of the packages that make the ids.
-    """
-
-    block: Block
-    run: str
-    plan: TokenizerPlan
-    options: EncodeOptions
-    folder: str
-    versions: Mapping[str, str]
-
-
 def encode_blocks_on_ray(
     blocks: Iterable[Block],
     engine: RayOptions,
@@ -250,43 +221,49 @@ def encode_blocks_on_ray(
 ) -> Generator[EncodedBlock, None, None]:
     """Encode blocks on a Ray cluster and yield the results in order, with a bounded number of blocks in flight.
 
+    Every node needs the input files and the tokenizer under the same paths.
+
     Args:
         versions: versions of the packages that make the ids; each node must have the same ones.
 
     Raises:
         RayFailedError: Ray does not start, or the worker of a block died too often.
-        UserError: there is no cluster at the address, or a node lacks a folder or has other versions.
+        UserError: there is no cluster at the address, or a node lacks the folder of the command or has other versions.
     """
-    cpus = engine.num_cpus or len(os.sched_getaffinity(0))
-    store_bytes = cpus * _BLOCKS_PER_WORKER * options.blocks.block_bytes * (1 + _ID_BYTES_PER_TEXT_BYTE)
-    with connect_ray(engine.address, num_cpus=cpus, store_bytes=store_bytes) as cluster:
-        run, folder = uuid.uuid4().hex, os.getcwd()
-        pieces = (_RayPiece(block, run, plan, options, folder, versions) for block in blocks)
-        in_flight = _BLOCKS_PER_WORKER * (engine.num_cpus or cluster.num_cpus)
-        yield from cluster.map_in_order(encode_on_ray, pieces, in_flight=in_flight)
+    bytes_per_cpu = _BLOCKS_PER_WORKER * options.blocks.block_bytes * (1 + _ID_BYTES_PER_TEXT_BYTE)
+    with connect_ray(engine.address, num_cpus=engine.num_cpus, bytes_per_cpu=bytes_per_cpu) as cluster:
+        common = (uuid.uuid4().hex, os.getcwd(), plan, options, versions)
+        yield from cluster.map_in_order(encode_on_ray, blocks, common, in_flight=_BLOCKS_PER_WORKER * cluster.num_cpus)
 
 
-_ray_encoder: tuple[str, Encoder] | None = None  # run and encoder, set in Ray's worker processes only
+_ray_encoder: tuple[str, Encoder] | None = None  # run and its encoder, set in Ray's worker processes only
 
 
-def encode_on_ray(piece: _RayPiece) -> EncodedBlock:
-    """Encode one block in a worker process of Ray.
+def encode_on_ray(
+    block: Block, run: str, folder: str, plan: TokenizerPlan, options: EncodeOptions, versions: Mapping[str, str]
+) -> EncodedBlock:
+    """Encode one block in a worker process of Ray, which keeps the encoder of one run.
+
+    Args:
+        run: id of the run.
+        folder: working directory of the command.
+        versions: as for `encode_blocks_on_ray`.
 
     Raises:
-        UserError: the node has other versions of the packages, or lacks the folder of the command.
+        UserError: the node has other versions of the packages, or lacks the folder.
     """
     global _ray_encoder
-    if _ray_encoder is None or _ray_encoder[0] != piece.run:
-        own = own_versions(*(name for name in piece.versions if name != "megatron_cpt"))
-        if own != piece.versions:
+    if _ray_encoder is None or _ray_encoder[0] != run:
+        own = own_versions(*(name for name in versions if name != "megatron_cpt"))
+        if own != versions:
             raise UserError(
-                f"Ray node {os.uname().nodename} has {own}, this machine has {dict(piece.versions)}: ids may differ; "
-                "install the same versions on every node"
+                f"Ray node {os.uname().nodename} has {own}, this machine has {dict(versions)}: ids may differ; install "
+                "the same versions on every node"
             )
-        enter_folder(piece.folder)
+        enter_folder(folder)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-        _ray_encoder = (piece.run, Encoder(build_tokenizer(piece.plan), piece.options))
-    return _ray_encoder[1](piece.block)
+        _ray_encoder = (run, Encoder(build_tokenizer(plan), options))
+    return _ray_encoder[1](block)
 
 
 class SharedSlots:

@@ -20,7 +20,7 @@ KEY_HELP = "The field that holds the text; a.b is a field of a field. Several ke
 SHARD_HELP = "Encode part i of n (i from 0); `slurm`: the part of this task or array job. Afterwards: --join n."
 JOIN_HELP = "Join the N shards of P into one dataset; needs neither --input nor --tokenizer."
 FAST_HELP = "Use gigatoken instead of the tokenizer's library: auto (if installed and certified), on, off."
-ENGINE_HELP = "Where to encode: local (processes of this machine) or ray (a Ray cluster); the result is the same."
+ENGINE_HELP = "Where the work runs: local (processes of this machine) or ray (a Ray cluster); the result is the same."
 RAY_HELP = "With --engine ray: a running cluster, such as head:6379. [default: one is started on this machine]"
 CHECK_HELP = "Compare gigatoken's ids with the library's: sample (one text per block) or all."
 
@@ -33,7 +33,7 @@ class Fast(enum.StrEnum):
     OFF = "off"
 
 
-class EncodingEngine(enum.StrEnum):
+class WorkEngine(enum.StrEnum):
     """Values of --engine."""
 
     LOCAL = "local"
@@ -76,7 +76,7 @@ def preprocess(
     join: Annotated[int | None, typer.Option("--join", metavar="N", min=1, help=JOIN_HELP)] = None,
     fast_tokenizer: Annotated[Fast, typer.Option("--fast-tokenizer", help=FAST_HELP)] = Fast.AUTO,
     tokenizer_check: Annotated[Check, typer.Option("--tokenizer-check", help=CHECK_HELP)] = Check.SAMPLE,
-    engine: Annotated[EncodingEngine, typer.Option("--engine", help=ENGINE_HELP)] = EncodingEngine.LOCAL,
+    engine: Annotated[WorkEngine, typer.Option("--engine", help=ENGINE_HELP)] = WorkEngine.LOCAL,
     ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="ADDR", help=RAY_HELP)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard earlier progress, start from scratch.")] = False,
@@ -104,7 +104,7 @@ def preprocess(
     from megatron_cpt.data.preprocess.pipeline import PreprocessOptions
     from megatron_cpt.data.preprocess.pipeline import preprocess as encode
 
-    if engine is EncodingEngine.RAY:
+    if engine is WorkEngine.RAY:
         require_module("ray")
     part = None if shard is None else parse_shard(shard, os.environ)
     with encoding_progress() as (show, notify):
