@@ -7,10 +7,13 @@ the same code on Ray itself.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import pytest
 
 
 class RayError(Exception):
@@ -84,7 +87,7 @@ class StandInRay:
 
     def put(self, value: Any) -> Reference:
         content = pickle.dumps(value)
-        return Reference(lambda: pickle.loads(content))
+        return Reference(lambda: pickle.loads(content))  # noqa: S301
 
     def remote(self, function: Callable[..., Any]) -> Any:
         def submit(*arguments: Any) -> Reference:
@@ -101,9 +104,17 @@ class StandInRay:
         if number in self.lost:
             raise WorkerCrashedError("the worker died unexpectedly")
         try:
-            return pickle.loads(pickle.dumps(function(*(one.call() for one in sent))))
+            return pickle.loads(pickle.dumps(function(*(one.call() for one in sent))))  # noqa: S301
         except Exception as error:
             raise RayTaskError(error) from error
 
     def get(self, reference: Reference) -> Any:
         return reference.call()
+
+
+def install_ray(monkeypatch: pytest.MonkeyPatch) -> StandInRay:
+    """Return a stand-in that `import ray` gives for the length of the test."""
+    stand_in = StandInRay()
+    for module in stand_in.module():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return stand_in

@@ -10,7 +10,8 @@ of the ranges, or other ranges. So every engine gives the same bytes. An engine 
 
     engine(plan, ranges) -> iterator of (document_range, content), in any order
 
-that may run anywhere the datasets and models have the same paths: `run_here`, `run_in_processes` and `run_on_ray`. `mine` writes each content to its own file of the work folder and merges the files when all are there; see
+that may run anywhere the datasets and models have the same paths: `run_here`, `run_in_processes` and `run_on_ray`.
+`mine` writes each content to its own file of the work folder and merges the files when all are there; see
 `encode_result` for their format.
 """
 

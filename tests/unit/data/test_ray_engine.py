@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from megatron_cpt.cli import main
 from megatron_cpt.data.preprocess import workers
 from megatron_cpt.data.ray_engine import RayFailedError, connect_ray, enter_folder
 from megatron_cpt.errors import UserError
-from tests.helpers.stand_in_ray import StandInRay
+from tests.helpers.stand_in_ray import StandInRay, install_ray
 
 
 def add(number: int, other: int) -> int:
@@ -24,10 +23,7 @@ def add(number: int, other: int) -> int:
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> StandInRay:
-    stand_in = StandInRay()
-    for module in stand_in.module():
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    return stand_in
+    return install_ray(monkeypatch)
 
 
 def test_results_come_in_order_with_bounded_work(ray: StandInRay) -> None:
@@ -84,7 +80,7 @@ def test_errors_of_tasks(ray: StandInRay) -> None:
         ray.lost = (ray.tasks + 1,)
         results = cluster.map_in_order(add, range(5), [1], in_flight=2)
         assert next(results) == 1
-        with pytest.raises(RayFailedError, match="died more than 3 times.*run the same command again to resume"):
+        with pytest.raises(RayFailedError, match=r"died more than 3 times.*run the same command again to resume"):
             next(results)
 
 

@@ -14,12 +14,13 @@ import pytest
 
 from megatron_cpt.data.mining.mining import mine
 from megatron_cpt.data.mining.mining_job import MiningOptions
-from megatron_cpt.data.mining.ranges import cut_ranges, run_here
+from megatron_cpt.data.mining.ranges import cut_ranges, run_here, run_on_ray
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.tokenfile.document_list import open_listed_datasets, read_document_list
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.data.tokenfile.sidecar import read_sidecar
 from megatron_cpt.errors import CptError, RefusedError, UserError
+from tests.helpers.stand_in_ray import install_ray
 from tests.helpers.static_model import plant
 from tests.unit.data.mining.conftest import EOD, write_lines, write_texts
 
@@ -317,3 +318,11 @@ def test_paraphrases_among_50_000_documents(static_model, tmp_path):
         assert not found & set(planted.planted[:20])
         assert len(found & set(planted.planted[20:])) >= 0.95 * 180
         assert report.recall >= 0.95
+
+
+def test_ray_gives_the_same_bytes(mining, tmp_path, monkeypatch):
+    stand_in = install_ray(monkeypatch)
+    mining("here")
+    mining("ray", workers=None, engine=run_on_ray(None, 2))
+    assert stand_in.tasks > 2
+    assert pair(tmp_path, "ray") == pair(tmp_path, "here")
