@@ -190,7 +190,7 @@ def _first_line(error: Exception) -> str:
 
 
 def enter_folder(folder: str) -> None:
-    """Make a folder of the job's own machine the working directory of a task, so that relative paths mean the same.
+    """Make a folder of the job's own machine the working directory of a task, so that relative paths work.
 
     Raises:
         UserError: this node does not have the folder.

@@ -17,11 +17,11 @@ import pytest
 
 
 class RayError(Exception):
-    """As `ray.exceptions.RayError`."""
+    """Counterpart of `ray.exceptions.RayError`."""
 
 
 class RayTaskError(RayError):
-    """As `ray.exceptions.RayTaskError`: an error of the function, or one of Ray under it."""
+    """Counterpart of `ray.exceptions.RayTaskError`: an error of the function, or one of Ray under it."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(f"task failed\n{cause}")
@@ -29,7 +29,7 @@ class RayTaskError(RayError):
 
 
 class WorkerCrashedError(RayError):
-    """As `ray.exceptions.WorkerCrashedError`."""
+    """Counterpart of `ray.exceptions.WorkerCrashedError`."""
 
 
 @dataclass

@@ -76,8 +76,8 @@ class PreprocessOptions:
         fast_tokenizer: when to use gigatoken, see `plan_tokenizer`.
         tokenizer_check: how much of gigatoken's output is compared with the tokenizer's own library.
         prefixes: output prefix per key, instead of the names derived from OUTPUT_PREFIX.
-        engine: "ray" encodes on a Ray cluster with `workers` CPUs, "local" in processes of this machine; the result
-            and the saved progress are the same.
+        engine: "ray" encodes on a Ray cluster with `workers` CPUs, "local" in processes of this machine; the bytes
+            that are written and the saved progress are equal.
         ray_address: address of a running cluster; None: one is started on this machine.
         overwrite: replace a dataset that already exists.
         restart: discard the progress of an interrupted run and start from scratch.

@@ -20,7 +20,9 @@ KEY_HELP = "The field that holds the text; a.b is a field of a field. Several ke
 SHARD_HELP = "Encode part i of n (i from 0); `slurm`: the part of this task or array job. Afterwards: --join n."
 JOIN_HELP = "Join the N shards of P into one dataset; needs neither --input nor --tokenizer."
 FAST_HELP = "Use gigatoken instead of the tokenizer's library: auto (if installed and certified), on, off."
-ENGINE_HELP = "Where the work runs: local (processes of this machine) or ray (a Ray cluster); the result is the same."
+ENGINE_HELP = (
+    "Machines that do the work: local (processes of this machine) or ray (a Ray cluster); both write equal bytes."
+)
 RAY_HELP = "With --engine ray: a running cluster, such as head:6379. [default: one is started on this machine]"
 CHECK_HELP = "Compare gigatoken's ids with the library's: sample (one text per block) or all."
 
