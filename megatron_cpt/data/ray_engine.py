@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -112,11 +113,11 @@ def connect_ray(address: str | None, *, num_cpus: int | None, bytes_per_cpu: int
 
 
 def _set_environment(stack: contextlib.ExitStack) -> None:
-    """Set the environment of a cluster that is started, until the stack closes."""
-    settings = dict(_LOCAL_SETTINGS)
-    if "RAY_AUTH_MODE" not in os.environ:  # otherwise Ray writes a token to the home folder
-        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    before = {name: os.environ.get(name) for name in settings}
+    """Set the environment of a cluster that is started, until the stack closes; the token stays."""
+    # Without a token Ray writes one to the home folder. It reads mode and token once per process, when it is imported.
+    if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in _LOCAL_SETTINGS}
 
     def restore() -> None:
         for name, value in before.items():
@@ -126,7 +127,7 @@ def _set_environment(stack: contextlib.ExitStack) -> None:
                 os.environ[name] = value
 
     stack.callback(restore)
-    os.environ.update(settings)
+    os.environ.update(_LOCAL_SETTINGS)
 
 
 def _start(num_cpus: int, store_bytes: int, folder: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_cpt.cli import main
 from megatron_cpt.data.preprocess import workers
-from megatron_cpt.data.ray_engine import RayFailedError, connect_ray, enter_folder
+from megatron_cpt.data.ray_engine import RayFailedError, _set_environment, connect_ray, enter_folder
 from megatron_cpt.errors import UserError
 from tests.helpers.stand_in_ray import StandInRay, install_ray
 
@@ -35,18 +37,28 @@ def test_results_come_in_order_with_bounded_work(ray: StandInRay) -> None:
 
 
 def test_a_cluster_of_this_machine_is_private_and_leaves_nothing(ray: StandInRay, monkeypatch) -> None:
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
     before = dict(os.environ)
     with connect_ray(None, num_cpus=2):
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-        assert (os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])) == ("token", 64)
         (start,) = ray.starts
         assert Path(start["_temp_dir"]).is_dir()
     assert (start["address"], start["num_cpus"], start["include_dashboard"]) == ("local", 2, False)
     assert start["_node_ip_address"] == "127.0.0.1"
     assert not Path(start["_temp_dir"]).exists()
     assert dict(os.environ) == before
+
+
+def test_a_process_that_has_not_imported_ray_gets_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setitem(sys.modules, "ray", sys)
+    with contextlib.ExitStack() as stack:
+        _set_environment(stack)
+        assert "RAY_AUTH_MODE" not in os.environ
+        monkeypatch.delitem(sys.modules, "ray")
+        _set_environment(stack)
+        assert (os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])) == ("token", 64)
+    assert set(os.environ) == {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
 
 
 def test_a_slow_start_is_tried_again(ray: StandInRay) -> None:
