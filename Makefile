@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/python -m pytest tests/distributed -n 2 --dist loadfile -v --durations 5
 
 test-long: setup
-	$(BIN)/python -m pytest tests -m long -v
+	$(BIN)/python -m pytest tests -m long -v -rs  # names what is skipped, such as the tests of Ray without '.[ray]'
 	@if $(HAS_PYTHON312); then $(MAKE) test-fake-gpu; else echo "skipped: make test-fake-gpu; $(NO_PYTHON312)"; fi
 
 # Software of the GPU machine (docs/operations/gpu.md) without its GPU: Python 3.12, torch for CUDA 13, 3 to 5 GB.

@@ -25,6 +25,8 @@ TRAIN = [
 ]
 HF = ["transformers>=4.57", "accelerate", "gguf"]  # accelerate and gguf read GGUF files, for examples/smollm2
 EVAL = ["lm-eval>=0.4.13"]
+# model2vec with its extra `distill` makes a static model of a sentence transformer, see tools/static_embedder.py
+MINE = ["faiss-cpu>=1.8", "model2vec[distill]>=0.6"]
 FAST = ["gigatoken>=0.10,<0.11"]
 RAY = ["ray[data]>=2.40"]
 
@@ -37,10 +39,13 @@ EXTRAS = {
     "eval": EVAL,
     "fast": FAST,
     "ray": RAY,
-    "all": [*TRAIN, *PLOT, *HF, *EVAL, *FAST],  # every command on a CPU; the extras below need a GPU or an account
+    "mine": [*DATA, *MINE, "sentence-transformers>=3"],
+    # every command on a CPU; the extras below need a GPU or an account
+    "all": [*TRAIN, *PLOT, *HF, *EVAL, *FAST, *MINE],
     "gpu": ["transformer-engine[pytorch]>=2.0"],
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "wandb": ["wandb"],
+    "ray": ["ray>=2.40"],  # 200 MB installed, so neither `all` nor `make setup` has it
     "cloud": ["fsspec>=2023.1"],  # plus the package of the object store: s3fs, gcsfs or adlfs
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     "dev": [

@@ -14,7 +14,7 @@ from megatron_cpt.checkpoint.record import read_run
 from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, read_mapping
 from megatron_cpt.config.load_run import apply_overrides
 from megatron_cpt.config.quantities import expand_paths
-from megatron_cpt.data.tokenfile.header import IndexHeader, read_header
+from megatron_cpt.data.tokenfile.listed_documents import open_dataset
 from megatron_cpt.data.tokenfile.reader import expand_prefixes
 from megatron_cpt.data.tokenfile.sidecar import Sidecar, name_tokenizer, read_sidecar, sidecar_path
 from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
@@ -33,7 +33,7 @@ class PreparedRun:
 
     Attributes:
         source_tokens: tokens per source.
-        prefixes: dataset prefixes per source; sources whose files are missing have no entry.
+        prefixes: dataset prefixes and document lists per source; sources whose files are missing have no entry.
         tokenizer: name and fingerprint of the tokenizer of the run's ids, from run.yaml or else from the sidecars of
             its data; None: unknown.
         eod_ids: ids that end the documents of the data, by its sidecars.
@@ -225,7 +225,7 @@ def _find_source(files: _Files, name: str, source: SourceConfig, seq_length: int
     key = f"sources.{name}"
     try:
         prefixes = expand_prefixes(source.paths)
-        sizes = [_read_files(files, prefix).num_tokens for prefix in prefixes]
+        sizes = [_read_files(files, prefix) for prefix in prefixes]
     except UserError as error:
         if need_files:
             files.missing.append(_line(f"{key}.path", error))
@@ -267,10 +267,12 @@ def _find_validation(files: _Files, draft: Draft, config: RunConfig) -> None:
             problems.append(_line(f"validation.sources.{name}", error))
 
 
-def _read_files(files: _Files, prefix: str) -> IndexHeader:
-    header = read_header(prefix)
-    files.sidecars[prefix] = read_sidecar(header)
-    return header
+def _read_files(files: _Files, prefix: str) -> int:
+    """Note the sidecars of a dataset or of the pairs that a document list chooses from; return the tokens."""
+    dataset = open_dataset(prefix)
+    for pair in dataset.parts:
+        files.sidecars[pair.prefix] = read_sidecar(pair.header)
+    return dataset.num_tokens
 
 
 def _compare_tokenizers(files: _Files, spec: str | None) -> tuple[str, str] | None:

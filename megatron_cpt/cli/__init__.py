@@ -21,6 +21,7 @@ from megatron_cpt.cli.commands.checkpoints.generate_command import generate
 from megatron_cpt.cli.commands.data.check_command import check
 from megatron_cpt.cli.commands.data.inspect_command import inspect
 from megatron_cpt.cli.commands.data.merge_command import merge
+from megatron_cpt.cli.commands.data.mine_command import mine
 from megatron_cpt.cli.commands.data.overlap_command import overlap
 from megatron_cpt.cli.commands.data.preprocess_command import preprocess
 from megatron_cpt.cli.commands.data.split_command import split
@@ -50,7 +51,7 @@ app = typer.Typer(
 app.command(rich_help_panel=PLAN)(plan)
 app.command(rich_help_panel=PLAN)(fit)
 app.command(rich_help_panel=PLAN)(recipe)
-for command in (preprocess, check, inspect, merge, split, overlap, trace):
+for command in (preprocess, check, inspect, merge, split, overlap, mine, trace):
     app.command(rich_help_panel=DATA)(command)
 app.command(rich_help_panel=TRAIN)(train)
 app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)

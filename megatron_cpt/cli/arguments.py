@@ -11,6 +11,7 @@ MANY_VALUES = {
     "merge": ("--input",),
     "split": ("--input",),
     "overlap": ("--train", "--held-out", "--key"),
+    "mine": ("--queries", "--corpus", "--held-out", "--key"),
     "train": ("--allow",),
     "evaluate": ("--tasks",),
     "report": ("--compare",),

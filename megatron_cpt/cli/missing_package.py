@@ -19,6 +19,9 @@ _EXTRA_BY_MODULE = {
     "transformers": "hf",
     "lm_eval": "eval",
     "ray": "ray",
+    "faiss": "mine",
+    "model2vec": "mine",
+    "sentence_transformers": "mine",
 }
 
 

@@ -141,7 +141,7 @@ class SourceConfig(Section):
     """One source of tokens."""
 
     path: Annotated[str | list[str], ExpandPaths]
-    """A prefix of .bin/.idx, a list of prefixes, or a glob."""
+    """A prefix of .bin/.idx, a document list NAME.docs, a glob, or a list of these."""
     max_epochs: float | None = Field(None, gt=0)
     """Largest number of epochs of this source in the run; null sets no limit."""
     on_exhausted: Literal["error", "renormalize"] = "error"
@@ -155,7 +155,7 @@ class SourceConfig(Section):
 
     @property
     def paths(self) -> list[str]:
-        """Prefixes or globs as a list."""
+        """Prefixes, document lists or globs as a list."""
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
 
@@ -256,7 +256,7 @@ class ValidationConfig(Section):
     batches: int = Field(20, gt=0)
     """Global batches per source, at most one epoch."""
     sources: Annotated[dict[str, str | list[str]], ExpandPaths] = Field(min_length=1)
-    """Held-out data per name: a prefix of .bin/.idx, a list of prefixes, or a glob."""
+    """Held-out data per name: a prefix of .bin/.idx, a document list NAME.docs, a glob, or a list of these."""
 
 
 EvaluationPoint = Literal["start", "switch", "end"]

@@ -41,13 +41,12 @@ class Node:
 
 def run_hashes(prepared: PreparedRun) -> tuple[tuple[str, str], ...]:
     """Return the value of `Node.run`."""
-    from megatron_cpt.data import IndexedDataset
     from megatron_cpt.data.tokenfile.fingerprint import fingerprint
+    from megatron_cpt.data.tokenfile.listed_documents import open_dataset
 
     config = hashlib.sha256(orjson.dumps(prepared.config.to_dict(), option=orjson.OPT_SORT_KEYS)).hexdigest()
     data = {
-        name: fingerprint([IndexedDataset(prefix) for prefix in prefixes])
-        for name, prefixes in prepared.prefixes.items()
+        name: fingerprint([open_dataset(prefix) for prefix in prefixes]) for name, prefixes in prepared.prefixes.items()
     }
     return (("run.yaml", config), *sorted(data.items()))
 

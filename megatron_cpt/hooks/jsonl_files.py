@@ -11,7 +11,7 @@ from megatron_cpt.errors import CptError
 from megatron_cpt.files.jsonl_log import JsonlLog, drop_lines_after
 from megatron_cpt.hooks.hook import Hook
 from megatron_cpt.provenance.run_history import ANOMALIES_FILE, METRICS_FILE
-from megatron_cpt.provenance.trace import trace_step
+from megatron_cpt.provenance.trace import DocumentPart, TracedSample, trace_step
 
 if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
@@ -74,5 +74,11 @@ def _samples_of_step(run_directory: Path, step: int) -> dict[str, Any]:
     samples = []
     for sample in trace.samples:
         place = {"source": sample.source, "k": sample.sample_index, "epoch": sample.epoch, "prefix": sample.prefix}
-        samples.append({**place, "documents": [part.document for part in sample.documents]})
+        documents = [_name_document(sample, part) for part in sample.documents]
+        samples.append({**place, "documents": documents})
     return {"samples": samples}
+
+
+def _name_document(sample: TracedSample, part: DocumentPart) -> int | str:
+    """Return the document's number, behind its file if the sample is from a document list."""
+    return part.document if part.prefix == sample.prefix else f"{part.prefix}:{part.document}"

@@ -22,11 +22,16 @@ from megatron_cpt.provenance.run_history import Blends, Recorded, Witness, read_
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """Part of a document that is in a sample; offset in the `.bin` and length are in tokens."""
+    """Part of a document that is in a sample; offset in the `.bin` and length are in tokens.
+
+    Attributes:
+        prefix: path of the file that holds the document, without `.bin`.
+    """
 
     document: int
     first_token: int
     num_tokens: int
+    prefix: str
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class TracedSample:
         source: name of the source.
         sample_index: index of the sample in the source, from 0, counted over all epochs.
         epoch: the source's epoch, from 0.
-        prefix: path of the file without `.bin`.
-        first_token: offset of the sample's first token in the `.bin`, in tokens.
+        prefix: path of the file without `.bin`, or of the document list.
+        first_token: offset of the sample's first token in the `.bin`, or in the documents of the list, in tokens.
         num_tokens: seq_length + 1; the last token is only a label.
         documents: the parts of documents that make up the sample, in order.
     """
@@ -186,15 +191,15 @@ def _sample(position: int, stream: TokenStream, index: int, seq_length: int) -> 
 
 
 def _document_parts(dataset: IndexedDataset, start: int, num_tokens: int) -> Iterator[DocumentPart]:
-    end = start + num_tokens
-    first, last = dataset.document_at(start), dataset.document_at(end - 1)
-    bounds = document_bounds(dataset, first, last + 1).clip(start, end).tolist()
-    for number, (begin, stop) in enumerate(pairwise(bounds), start=first):
-        if begin < stop:
-            yield DocumentPart(number, begin, stop - begin)
+    for pair, begin, count in dataset.file_ranges(start, num_tokens):
+        first, last = pair.document_at(begin), pair.document_at(begin + count - 1)
+        bounds = document_bounds(pair, first, last + 1).clip(begin, begin + count).tolist()
+        for number, (offset, stop) in enumerate(pairwise(bounds), start=first):
+            if offset < stop:
+                yield DocumentPart(number, offset, stop - offset, pair.prefix)
 
 
 def read_parts(sample: TracedSample) -> Sequence[npt.NDArray[Any]]:
     """Read the tokens of each document part of a sample."""
-    tokens = IndexedDataset(sample.prefix).read(sample.first_token, sample.num_tokens)
-    return [tokens[part.first_token - sample.first_token :][: part.num_tokens] for part in sample.documents]
+    pairs = {prefix: IndexedDataset(prefix) for prefix in {part.prefix for part in sample.documents}}
+    return [pairs[part.prefix].read(part.first_token, part.num_tokens) for part in sample.documents]

@@ -15,7 +15,6 @@ from megatron_cpt.checkpoint.record import corrupt_as_refused
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import (
     BlendCursor,
-    IndexedDataset,
     Loader,
     PhaseBlend,
     TokenStream,
@@ -27,6 +26,7 @@ from megatron_cpt.data.loading.fim import fill_in_middle
 from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
 from megatron_cpt.data.tokenfile.fingerprint import is_touched
 from megatron_cpt.data.tokenfile.header import read_header
+from megatron_cpt.data.tokenfile.listed_documents import open_dataset
 from megatron_cpt.data.tokenfile.sidecar import content_faults, read_sidecar
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.remote import is_remote
@@ -42,7 +42,7 @@ def open_streams(config: RunConfig, eod_id: int | None) -> dict[str, TokenStream
     """Open the token stream of every source, by name, in the order of run.yaml."""
     streams = {}
     for name, source in config.sources.items():
-        datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(source.paths)]
+        datasets = [open_dataset(prefix) for prefix in expand_prefixes(source.paths)]
         if source.cache is not None:
             keep_on_disk(datasets, source.cache)
         fim = fill_in_middle(name, source.fim, eod_id)
@@ -56,16 +56,17 @@ def verify_data(prefixes: Mapping[str, Sequence[str]], note: Callable[[str], Non
     Each dataset is read by one rank. Datasets without a sidecar and those in an object store are skipped.
 
     Args:
-        prefixes: dataset prefixes per source.
+        prefixes: dataset prefixes and document lists per source.
         note: called during the work, with its name.
 
     Raises:
         RefusedError: on all ranks, if a file differs.
     """
-    every = dict.fromkeys(prefix for some in prefixes.values() for prefix in some if not is_remote(prefix))
-    own = list(every)[dist.get_rank() :: dist.get_world_size()]
 
     def verify() -> None:
+        named = dict.fromkeys(prefix for some in prefixes.values() for prefix in some)
+        pairs = dict.fromkeys(pair.prefix for prefix in named for pair in open_dataset(prefix).parts)
+        own = [prefix for prefix in pairs if not is_remote(prefix)][dist.get_rank() :: dist.get_world_size()]
         faults = []
         for prefix in own:
             sidecar = read_sidecar(read_header(prefix))
@@ -104,8 +105,8 @@ def verify_touched_data(
             "compared with their sidecars",
             ", ".join(touched),
         )
-        every = [dataset for name in touched for dataset in streams[name].datasets]
-        if without := [dataset.prefix for dataset in every if read_sidecar(dataset.header) is None]:
+        every = {pair.prefix: pair for name in touched for data in streams[name].datasets for pair in data.parts}
+        if without := [prefix for prefix, pair in every.items() if read_sidecar(pair.header) is None]:
             logger.warning(
                 "%s: no sidecar PREFIX.json, so only ends and some blocks of the files could be compared with the "
                 "files of the checkpoint",
@@ -160,7 +161,7 @@ def build_validator(
     batches = {}
     for name, paths in config.validation.sources.items():
         prefixes = expand_prefixes([paths] if isinstance(paths, str) else list(paths))
-        datasets = [IndexedDataset(prefix) for prefix in prefixes]
+        datasets = [open_dataset(prefix) for prefix in prefixes]
         # Always in the run's seq_length, even in phases with another one, so that losses compare over the run.
         batches[name] = partial(
             validation_batches,

@@ -18,6 +18,7 @@ PAGES = (
     "getting-started",
     "run-yaml",
     "data",
+    "mine",
     "phases",
     "convert",
     "train",
@@ -68,6 +69,8 @@ def test_commands_that_are_not_run_say_why() -> None:
     commands = [step for page in PAGES for step in guide_steps(GUIDE / f"{page}.md") if isinstance(step, GuideCommand)]
     skipped = [(command.text.split()[1], command.skip_reason) for command in commands if command.skip_reason]
     assert skipped == [
+        ("tools/static_embedder.py", "downloads 83 MB, and distills for minutes"),
+        *[("mine", "needs the model of the first command")] * 5,
         ("convert", "needs a downloaded model"),
         ("launch", "needs 8 GPUs"),
         ("launch", "needs 4 processes"),

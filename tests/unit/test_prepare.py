@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from megatron_cpt.config import dump_yaml
 from megatron_cpt.data import TokenStream
 from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
-from megatron_cpt.data.tokenfile.reader import IndexedDatasetWriter
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
 from megatron_cpt.errors import EXIT_REFUSED, EXIT_USER, ConfigError, RefusedError, UserError
 from megatron_cpt.prepare import load_run, plan_run, prepare_run
+from tests.helpers.document_lists import write_list
 
 SIZES = {"web": 10_000, "code": 8_000, "qa": 2_000}
 
@@ -59,6 +61,28 @@ def test_an_epoch_of_several_files_is_what_the_stream_reads(with_files, write_ru
     assert prepared.prefixes["web"] == ["data/part0", "data/part1", "data/part2"]
     assert prepared.source_tokens["web"] == 300
     assert prepared.plan.sources["web"].epochs == prepared.plan.sources["web"].samples / 3
+
+
+def test_a_source_that_is_a_document_list(with_files, write_run, tmp_path):
+    encode = PreprocessOptions(append_eod=True)
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' * 100)
+    preprocess(["a.jsonl"], "data/pool", tokenizer="byte", options=encode)
+    write_list(tmp_path / "data" / "mined.docs", [IndexedDataset("data/pool")], [(0, n) for n in range(0, 100, 2)])
+    with_files["sources"]["web"] = {"path": "data/mined.docs"}
+    with_files |= {"validation": {"every": 5, "sources": {"mined": "data/mined.docs"}}}
+    prepared = prepare_run(write_run(with_files), need_files=True)
+    assert prepared.prefixes["web"] == ["data/mined.docs"]
+    assert prepared.source_tokens["web"] == 200
+    assert prepared.plan.sources["web"].epochs == prepared.plan.sources["web"].samples / (199 // 64)
+    assert prepared.eod_ids == {256}
+    with_files["tokenizer"] = "null:257"
+    with pytest.raises(RefusedError, match=r"data/pool: its ids are of tokenizer byte"):
+        prepare_run(write_run(with_files), need_files=True)
+    preprocess(["a.jsonl"], "data/pool", tokenizer="byte", options=replace(encode, append_eod=False, overwrite=True))
+    with pytest.raises(
+        RefusedError, match=r"sources\.web\.path: .*data/pool: is not the dataset that data/mined\.docs"
+    ):
+        prepare_run(write_run(with_files), need_files=False)
 
 
 def test_overrides_count(with_files, write_run):

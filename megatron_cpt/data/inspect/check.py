@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,8 +10,10 @@ from megatron_cpt.data.inspect.check_documents import DocumentReport, check_docu
 from megatron_cpt.data.inspect.check_index import examine_index
 from megatron_cpt.data.inspect.findings import MOST_NAMED, Finding, fault, listed
 from megatron_cpt.data.inspect.scan_ids import IdScan, scan_ids
+from megatron_cpt.data.tokenfile.document_list import is_document_list, listed_prefixes
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.header import IndexHeader
+from megatron_cpt.data.tokenfile.listed_documents import ListedDocuments
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.data.tokenfile.sidecar import Sidecar, content_faults, name_tokenizer, read_sidecar, sidecar_path
 from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
@@ -86,7 +88,7 @@ def check_dataset(
     duplicates: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
-    """Validate a PREFIX.bin/PREFIX.idx pair completely.
+    """Validate a PREFIX.bin/PREFIX.idx pair completely, or a document list without its pairs.
 
     Args:
         vocab_size: ids must be below it; None: ids are not compared.
@@ -98,6 +100,8 @@ def check_dataset(
     Raises:
         UserError: a file is missing or not readable.
     """
+    if is_document_list(prefix):
+        return _check_list(prefix)
     header, findings = examine_index(prefix)
     scan, documents, digest, sidecar = None, None, None, None
     index_is_valid = header is not None and not findings
@@ -128,6 +132,31 @@ def check_dataset(
             problem = f"{dataset.num_tokens:,} tokens are too few for a sample of {seq_length + 1:,}: it is never read"
             findings.append(Finding("warning", "too_short", f"{prefix}.bin", "", dataset.num_tokens, problem))
     return CheckReport(prefix, header, vocab_size, scan, documents, digest, sidecar, tuple(findings))
+
+
+def with_listed_pairs(prefixes: Sequence[str]) -> list[str]:
+    """Return the datasets, with the pairs that document lists choose from behind their lists, each once.
+
+    Raises:
+        UserError: there is no such list.
+        RefusedError: a list is damaged.
+    """
+    found = []
+    for prefix in prefixes:
+        found.append(prefix)
+        if is_document_list(prefix):
+            found += listed_prefixes(prefix)
+    return list(dict.fromkeys(found))
+
+
+def _check_list(path: str) -> CheckReport:
+    """Compare a document list with its pairs; they are validated by reports of their own."""
+    try:
+        dataset = ListedDocuments(path)
+    except RefusedError as error:
+        finding = fault("list", path, str(error).removeprefix(f"{path}: "))
+        return CheckReport(path, None, None, None, None, None, None, (finding,))
+    return CheckReport(path, dataset.header, None, None, None, fingerprint([dataset]), None, ())
 
 
 def _compare_sidecar(

@@ -99,9 +99,9 @@ def _id_outside_vocabulary(stream: TokenStream, index: int, vocab_size: int, len
     location, sample = stream.locate(index, length), stream.read_plain(index, length)
     position = int(np.flatnonzero((sample >= vocab_size) | (sample < 0))[0])
     token_offset = location.token_offset + position
-    document = stream.datasets[location.file].document_at(token_offset)
+    pair, offset, _ = next(stream.datasets[location.file].file_ranges(token_offset, 1))
     return RefusedError(
-        f"source {stream.name}: {location.prefix}.bin: document {document}, token {token_offset} of the file "
+        f"source {stream.name}: {pair.prefix}.bin: document {pair.document_at(offset)}, token {offset} of the file "
         f"(sample {index}): id {int(sample[position])} is outside of the vocabulary of {vocab_size}; the data was made "
         "with another tokenizer or is damaged: run `megatron-cpt check PREFIX --vocab-size N` to find all such ids"
     )

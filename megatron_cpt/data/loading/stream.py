@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.loading.fim import FillInMiddle
+from megatron_cpt.data.tokenfile.listed_documents import open_dataset
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.sampling.permutation import Permutation, derive_key
@@ -135,7 +136,8 @@ class TokenStream:
         """Open the files of a source; other arguments as for `TokenStream`.
 
         Args:
-            prefixes: path of a .bin/.idx pair without its ending, a glob such as `data/web-*`, or a list of both.
+            prefixes: path of a .bin/.idx pair without its ending, a glob such as `data/web-*`, a document list
+                `NAME.docs`, or a list of these.
 
         Raises:
             UserError: a file is missing, or no file has seq_length + 1 tokens.
@@ -143,7 +145,7 @@ class TokenStream:
         """
         if type(seq_length) is not int or seq_length < 1:
             raise UserError(f"seq_length: {seq_length!r}; give a whole number of at least 1")
-        datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(prefixes)]
+        datasets = [open_dataset(prefix) for prefix in expand_prefixes(prefixes)]
         return cls(name, datasets, seq_length=seq_length, seed=seed, fim=fim)
 
     def __getitem__(self, sample_index: int) -> npt.NDArray[Any]:

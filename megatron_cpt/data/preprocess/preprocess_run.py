@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import get_args
+from typing import Literal, get_args
 
 from megatron_cpt.data.preprocess import bad_lines as bad
 from megatron_cpt.data.preprocess.assemble import OutputLayout
@@ -21,7 +21,14 @@ from megatron_cpt.data.preprocess.inputs import (
     read_blocks,
 )
 from megatron_cpt.data.preprocess.work_folder import WorkFolder
-from megatron_cpt.data.preprocess.workers import EncodedBlock, EncodeOptions, Encoder, encode_blocks_in_pool
+from megatron_cpt.data.preprocess.workers import (
+    EncodedBlock,
+    EncodeOptions,
+    Encoder,
+    RayOptions,
+    encode_blocks_in_pool,
+    encode_blocks_on_ray,
+)
 from megatron_cpt.data.tokenfile.sidecar import Origin
 from megatron_cpt.data.tokenizers.fast import (
     Check,
@@ -37,6 +44,7 @@ from megatron_cpt.files.identity import check_unchanged
 
 Progress = Callable[[int, int, int, int], None]
 Notify = Callable[[str], None]
+Engine = Literal["local", "ray"]
 
 SAVE_SECONDS = 10.0  # at most this much work is lost in a kill
 _SHOWN_PATHS = 5
@@ -68,6 +76,9 @@ class PreprocessOptions:
         fast_tokenizer: when to use gigatoken, see `plan_tokenizer`.
         tokenizer_check: how much of gigatoken's output is compared with the tokenizer's own library.
         prefixes: output prefix per key, instead of the names derived from OUTPUT_PREFIX.
+        engine: "ray" encodes on a Ray cluster with `workers` CPUs, "local" in processes of this machine; the bytes
+            that are written and the saved progress are equal.
+        ray_address: address of a running cluster; None: one is started on this machine.
         overwrite: replace a dataset that already exists.
         restart: discard the progress of an interrupted run and start from scratch.
         progress: called after each block with (input bytes done, input bytes in total, documents, tokens).
@@ -91,6 +102,8 @@ class PreprocessOptions:
     fast_tokenizer: WhenFast = "auto"
     tokenizer_check: Check = "sample"
     prefixes: Sequence[str] | None = None
+    engine: Engine = "local"
+    ray_address: str | None = None
     overwrite: bool = False
     restart: bool = False
     progress: Progress | None = None
@@ -102,9 +115,14 @@ class PreprocessOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise UserError(f"{name}: {value!r}; give a whole number of at least {least}")
-        for name, choices in {"fast_tokenizer": get_args(WhenFast), "tokenizer_check": get_args(Check)}.items():
+        known = {"fast_tokenizer": WhenFast, "tokenizer_check": Check, "engine": Engine}
+        for name, choices in {name: get_args(kind) for name, kind in known.items()}.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}: {getattr(self, name)!r}; give one of {', '.join(choices)}")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UserError(
+                f"ray_address: {self.ray_address}: is used by --engine ray alone; add it, or remove the address"
+            )
 
 
 class DamagedInputError(RefusedError):
@@ -242,6 +260,9 @@ class _Run:
     def _results(self) -> Generator[EncodedBlock, None, None]:
         job = self._job
         blocks = read_blocks(job.files, job.encode.blocks, job.options.shard, self._cursor)
+        if job.options.engine == "ray":
+            engine = RayOptions(job.options.ray_address, job.options.workers)
+            return encode_blocks_on_ray(blocks, engine, self._plan, job.encode, job.origin.versions)
         if job.workers > 1:
             return encode_blocks_in_pool(blocks, job.workers, self._plan, job.encode)
         encoder = Encoder(build_tokenizer(self._plan), job.encode)

@@ -1,14 +1,13 @@
-"""Read, parse and encode blocks of the input into flat arrays of token ids, in this process or in many workers."""
+"""Read, parse and encode blocks of the input into flat arrays of token ids: here, in many workers, or on Ray."""
 
 from __future__ import annotations
 
 import mmap
 import multiprocessing
 import os
-import signal
-import threading
+import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -21,10 +20,13 @@ import numpy.typing as npt
 
 from megatron_cpt.data.preprocess.inputs import Block, BlockOptions
 from megatron_cpt.data.preprocess.parse import BadLine, parse_block
+from megatron_cpt.data.ray_engine import connect_ray, enter_folder
 from megatron_cpt.data.tokenfile.header import best_dtype
+from megatron_cpt.data.tokenfile.sidecar import own_versions
 from megatron_cpt.data.tokenizers.fast import TokenizerPlan, build_tokenizer
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.files.worker_process import prepare_worker
 
 _BLOCKS_PER_WORKER = 3  # in flight: one being encoded, one waiting, one being written
 _ALIGNMENT = 8
@@ -86,6 +88,19 @@ class EncodedBlock:
     num_ends: int
     num_lines: int
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Ray cluster that encodes.
+
+    Attributes:
+        address: address of a running cluster; None: one is started on this machine.
+        num_cpus: CPUs to use; None: all of the cluster or machine.
+    """
+
+    address: str | None = None
+    num_cpus: int | None = None
 
 
 class Encoder:
@@ -181,18 +196,8 @@ _worker: tuple[Encoder, SharedSlots] | None = None  # set in worker processes on
 
 def _start_worker(plan: TokenizerPlan, options: EncodeOptions, slots: SharedSlots) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends the workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    prepare_worker()
     _worker = (Encoder(build_tokenizer(plan), options), slots)
-
-
-def _exit_with_parent() -> None:
-    """Exit when the parent does: a killed parent cannot end its workers, which would wait for blocks forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_in_worker(block: Block, slot: int) -> _SentBlock:
@@ -205,6 +210,60 @@ def _encode_in_worker(block: Block, slot: int) -> _SentBlock:
         if offset is not None:
             result.texts[number] = replace(result.texts[number], tokens=result.texts[number].tokens[:0])
     return result, offsets
+
+
+def encode_blocks_on_ray(
+    blocks: Iterable[Block],
+    engine: RayOptions,
+    plan: TokenizerPlan,
+    options: EncodeOptions,
+    versions: Mapping[str, str],
+) -> Generator[EncodedBlock, None, None]:
+    """Encode blocks on a Ray cluster and yield the results in order, with a bounded number of blocks in flight.
+
+    Every node needs the input files and the tokenizer under the same paths.
+
+    Args:
+        versions: versions of the packages that make the ids; each node must have the same ones.
+
+    Raises:
+        RayFailedError: Ray does not start, or the worker of a block died too often.
+        UserError: there is no cluster at the address, or a node lacks the folder of the command or has other versions.
+    """
+    bytes_per_cpu = _BLOCKS_PER_WORKER * options.blocks.block_bytes * (1 + _ID_BYTES_PER_TEXT_BYTE)
+    with connect_ray(engine.address, num_cpus=engine.num_cpus, bytes_per_cpu=bytes_per_cpu) as cluster:
+        common = (uuid.uuid4().hex, os.getcwd(), plan, options, versions)
+        yield from cluster.map_in_order(encode_on_ray, blocks, common, in_flight=_BLOCKS_PER_WORKER * cluster.num_cpus)
+
+
+_ray_encoder: tuple[str, Encoder] | None = None  # run and its encoder, set in Ray's worker processes only
+
+
+def encode_on_ray(
+    block: Block, run: str, folder: str, plan: TokenizerPlan, options: EncodeOptions, versions: Mapping[str, str]
+) -> EncodedBlock:
+    """Encode one block in a worker process of Ray, which keeps the encoder of one run.
+
+    Args:
+        run: id of the run.
+        folder: working directory of the command.
+        versions: as for `encode_blocks_on_ray`.
+
+    Raises:
+        UserError: the node has other versions of the packages, or lacks the folder.
+    """
+    global _ray_encoder
+    if _ray_encoder is None or _ray_encoder[0] != run:
+        own = own_versions(*(name for name in versions if name != "megatron_cpt"))
+        if own != versions:
+            raise UserError(
+                f"Ray node {os.uname().nodename} has {own}, this machine has {dict(versions)}: ids may differ; install "
+                "the same versions on every node"
+            )
+        enter_folder(folder)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+        _ray_encoder = (run, Encoder(build_tokenizer(plan), options))
+    return _ray_encoder[1](block)
 
 
 class SharedSlots:

@@ -47,7 +47,8 @@ def keep_on_disk(datasets: Sequence[IndexedDataset], folder: str) -> None:
     if not os.access(folder, os.W_OK):
         raise UserError(f"cache {folder}: cannot be written; change its permissions or choose another folder")
     for dataset in datasets:
-        dataset.tokens_file = CachedFile(dataset, folder)
+        for pair in dataset.parts:
+            pair.tokens_file = CachedFile(pair, folder)
 
 
 class CachedFile:

@@ -33,12 +33,17 @@ _CONTENT_PARTS = 3
 def fingerprint(datasets: Sequence[IndexedDataset], *, with_times: bool = False) -> str:
     """Hash the datasets, in order; paths do not matter, and modification times only if they are asked for.
 
+    A document list counts with the documents that it names and with the pairs that it chooses from.
+
     A full checksum of terabytes would take hours, and a corpus that was built again differs in size or at its ends.
     """
     ends, blocks, content, times = hashlib.sha256(), Checksum(), Checksum(), Checksum()
-    num_blocks = -(-_NUM_BLOCKS // max(1, len(datasets)))
+    pairs = [pair for dataset in datasets for pair in dataset.parts]
+    num_blocks = -(-_NUM_BLOCKS // max(1, len(pairs)))
     has_sidecars = True
     for dataset in datasets:
+        ends.update(dataset.list_digest)
+    for dataset in pairs:
         for suffix in (".idx", ".bin"):
             _add_file(ends, blocks, f"{dataset.prefix}{suffix}", num_blocks)
         for identity in dataset.header.identities:
@@ -48,7 +53,7 @@ def fingerprint(datasets: Sequence[IndexedDataset], *, with_times: bool = False)
         has_sidecars &= sidecar is not None
         if sidecar is not None:
             content.update("".join(sidecar.checksums.values()).encode())
-    is_local = not any(is_remote(dataset.prefix) for dataset in datasets)
+    is_local = not any(is_remote(pair.prefix) for pair in pairs)
     parts = [
         ends.hexdigest(),
         blocks.hexdigest() if is_local else _UNKNOWN,

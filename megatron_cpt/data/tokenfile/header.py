@@ -48,6 +48,8 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 
+LIST_ENDING = ".docs"  # of document lists, see `document_list.py`
+
 _DTYPE_NAMES = ", ".join(dtype.name for dtype in DTYPE_CODES.values())
 _FIX = "copy the .bin/.idx pair again from an intact source, or build it again with `megatron-cpt preprocess`"
 
@@ -127,6 +129,8 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
         RefusedError: a file is truncated, has another format, or the two files do not belong together.
     """
     prefix = os.fspath(prefix)
+    if prefix.endswith(LIST_ENDING):
+        raise UserError(f"{prefix}: a document list cannot be used here; give prefixes of .bin/.idx")
     idx_path, bin_path = f"{prefix}.idx", f"{prefix}.bin"
     missing = [path for path in (idx_path, bin_path) if not is_file(path)]
     if missing:

@@ -12,14 +12,14 @@ import glob
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.tokenfile.header import IndexHeader, best_dtype, read_header, refuse
+from megatron_cpt.data.tokenfile.header import LIST_ENDING, IndexHeader, best_dtype, read_header, refuse
 from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.sidecar import Origin, join_origins, read_sidecar
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
@@ -34,6 +34,14 @@ __all__ = [
     "expand_prefixes",
     "read_header",
 ]
+
+
+class FileRange(NamedTuple):
+    """Consecutive tokens of one .bin/.idx pair; start is the offset in the `.bin`, in tokens."""
+
+    pair: IndexedDataset
+    start: int
+    num_tokens: int
 
 
 class IndexedDataset:
@@ -66,6 +74,16 @@ class IndexedDataset:
 
     def __repr__(self) -> str:
         return f"IndexedDataset({self.prefix!r}: {self.num_documents} documents, {self.num_tokens} {self.dtype} tokens)"
+
+    @property
+    def parts(self) -> tuple[IndexedDataset, ...]:
+        """Pairs that hold the tokens: this one, or those that a document list chooses from."""
+        return (self,)
+
+    @property
+    def list_digest(self) -> bytes:
+        """Hash of the documents that a document list chooses; empty for a pair."""
+        return b""
 
     @cached_property
     def sizes(self) -> NumberTable:
@@ -117,11 +135,19 @@ class IndexedDataset:
                     sizes = f"from {self.num_tokens * itemsize} to {file.size} bytes"
                     raise refuse(f"{self.prefix}.bin", f"was truncated {sizes} since it was opened")
 
-    def will_read(self, starts: Sequence[int], count: int) -> None:
-        """Announce that `count` tokens from each start will be read soon; the disk can then fetch them in parallel."""
+    def file_ranges(self, start: int, count: int) -> Iterator[FileRange]:
+        """Yield where tokens [start, start + count) are: one range of a pair, many of a document list."""
+        yield FileRange(self, start, count)
+
+    def will_read(self, starts: Sequence[int], counts: int | Sequence[int]) -> None:
+        """Announce that tokens from each start will be read soon; the disk can then fetch them in parallel.
+
+        Args:
+            counts: tokens per start, or one number for all.
+        """
         itemsize = self.dtype.itemsize
         with self._open_tokens() as file:
-            for start in starts:
+            for start, count in zip(starts, np.broadcast_to(counts, len(starts)).tolist(), strict=True):
                 file.will_read(start * itemsize, count * itemsize)
 
     def document(self, index: int) -> npt.NDArray[Any]:
@@ -248,8 +274,8 @@ def expand_prefixes(path: str | list[str]) -> list[str]:
     Example: ["data/web", "data/code-*"] becomes ["data/web", "data/code-0", "data/code-1"].
 
     Args:
-        path: a prefix, a glob over `.idx` files (matches are sorted), or a list of both. Entries may end in `.bin` or
-            `.idx`.
+        path: a prefix, a glob over `.idx` files (matches are sorted), a document list `NAME.docs`, a glob over such
+            lists, or a list of these. Prefixes may end in `.bin` or `.idx`.
 
     Returns:
         Prefixes in the given order. A prefix without a glob may not exist; `read_header` checks that.
@@ -260,10 +286,11 @@ def expand_prefixes(path: str | list[str]) -> list[str]:
     prefixes: list[str] = []
     for entry in [path] if isinstance(path, str) else path:
         stem = _without_ending(entry)
-        if glob.has_magic(stem) and not is_file(f"{stem}.idx"):
-            found = sorted(map(_without_ending, find(f"{stem}.idx")))
+        name = stem if stem.endswith(LIST_ENDING) else f"{stem}.idx"
+        if glob.has_magic(stem) and not is_file(name):
+            found = sorted(map(_without_ending, find(name)))
             if not found:
-                raise UserError(f"{entry}: no file matches {stem}.idx")
+                raise UserError(f"{entry}: no file matches {name}")
             prefixes += found
         else:
             prefixes.append(stem)

@@ -84,6 +84,11 @@ def test_bash_gets_a_script() -> None:
             "preprocess --input a.jsonl --output-prefix p --tokenizer byte",
             f"megatron-cpt preprocess: zstandard is not installed; {install_command('data')}",
         ),
+        (
+            "faiss",
+            "mine --queries q.jsonl --corpus web --output mined --embedder model2vec:static",
+            f"megatron-cpt mine: faiss is not installed; {install_command('mine')}",
+        ),
     ],
 )
 def test_a_missing_package_is_one_message(missing: str, words: str, message: str) -> None:

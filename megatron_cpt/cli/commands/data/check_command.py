@@ -14,7 +14,7 @@ from megatron_cpt.errors import EXIT_REFUSED
 if TYPE_CHECKING:
     from megatron_cpt.data.inspect.check import CheckReport
 
-PREFIXES_HELP = "Datasets: prefixes of .bin/.idx, or globs."
+PREFIXES_HELP = "Datasets: prefixes of .bin/.idx, document lists NAME.docs with their datasets, or globs."
 EOD_HELP = "Id that documents must end with. [default: the id in PREFIX.json]"
 TOKENIZER_HELP = "Tokenizer that the ids must be of, by the fingerprint in PREFIX.json."
 LENGTH_HELP = "Warn of datasets that are too short for a sample of N tokens."
@@ -36,10 +36,10 @@ def check(
 
     Exit status 0: all datasets are valid, perhaps with warnings; 3: a dataset is invalid; 2: a file does not exist.
     """
-    from megatron_cpt.data.inspect.check import check_dataset
+    from megatron_cpt.data.inspect.check import check_dataset, with_listed_pairs
     from megatron_cpt.data.tokenfile.reader import expand_prefixes
 
-    names = expand_prefixes(prefixes)
+    names = with_listed_pairs(expand_prefixes(prefixes))
     with progress_bar("checking", total_bytes(names)) as advance:
         reports = [
             check_dataset(

@@ -34,13 +34,14 @@ def inspect(
     With --tokenizer, documents are decoded; without --document, the start of the first few is shown.
     """
     from megatron_cpt.data.inspect.summary import get_document, summarize
-    from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
+    from megatron_cpt.data.tokenfile.listed_documents import open_dataset
+    from megatron_cpt.data.tokenfile.reader import expand_prefixes
     from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
     names = expand_prefixes(prefix)
     if len(names) > 1:
         raise UserError(f"{prefix}: {len(names)} datasets; give one of them: {', '.join(names[:5])}")
-    dataset = IndexedDataset(names[0])
+    dataset = open_dataset(names[0])
     codec = None if tokenizer is None else load_tokenizer(tokenizer)
     if document is not None:
         shown = get_document(dataset, document)

@@ -28,7 +28,8 @@ _MOST_SHOWN = 20
 
 def overlap(
     train: Annotated[
-        list[str], typer.Option("--train", metavar="PREFIX ...", help="Training datasets: prefixes, or globs.")
+        list[str],
+        typer.Option("--train", metavar="PREFIX ...", help="Training datasets: prefixes, document lists, or globs."),
     ],
     held_out: Annotated[list[str], typer.Option("--held-out", metavar="PREFIX_OR_JSONL ...", help=HELD_OUT_HELP)],
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="KIND:PATH", help=TOKENIZER_HELP)] = None,
@@ -53,10 +54,11 @@ def overlap(
     from megatron_cpt.data.contamination.held_out import held_out_documents
     from megatron_cpt.data.contamination.overlap import HeldOutSet, find_overlap
     from megatron_cpt.data.rewrite.split import select
-    from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
+    from megatron_cpt.data.tokenfile.listed_documents import open_dataset
+    from megatron_cpt.data.tokenfile.reader import expand_prefixes
     from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
-    training = [IndexedDataset(prefix) for prefix in expand_prefixes(train)]
+    training = [open_dataset(prefix) for prefix in expand_prefixes(train)]
     codec = load_tokenizer(tokenizer) if tokenizer else None
     if eod_id is None and codec is not None:
         eod_id = codec.eod_id

@@ -20,6 +20,10 @@ KEY_HELP = "The field that holds the text; a.b is a field of a field. Several ke
 SHARD_HELP = "Encode part i of n (i from 0); `slurm`: the part of this task or array job. Afterwards: --join n."
 JOIN_HELP = "Join the N shards of P into one dataset; needs neither --input nor --tokenizer."
 FAST_HELP = "Use gigatoken instead of the tokenizer's library: auto (if installed and certified), on, off."
+ENGINE_HELP = (
+    "Machines that do the work: local (processes of this machine) or ray (a Ray cluster); both write equal bytes."
+)
+RAY_HELP = "With --engine ray: a running cluster, such as head:6379. [default: one is started on this machine]"
 CHECK_HELP = "Compare gigatoken's ids with the library's: sample (one text per block) or all."
 
 
@@ -29,6 +33,13 @@ class Fast(enum.StrEnum):
     AUTO = "auto"
     ON = "on"
     OFF = "off"
+
+
+class WorkEngine(enum.StrEnum):
+    """Values of --engine."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 class Check(enum.StrEnum):
@@ -67,6 +78,8 @@ def preprocess(
     join: Annotated[int | None, typer.Option("--join", metavar="N", min=1, help=JOIN_HELP)] = None,
     fast_tokenizer: Annotated[Fast, typer.Option("--fast-tokenizer", help=FAST_HELP)] = Fast.AUTO,
     tokenizer_check: Annotated[Check, typer.Option("--tokenizer-check", help=CHECK_HELP)] = Check.SAMPLE,
+    engine: Annotated[WorkEngine, typer.Option("--engine", help=ENGINE_HELP)] = WorkEngine.LOCAL,
+    ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="ADDR", help=RAY_HELP)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard earlier progress, start from scratch.")] = False,
 ) -> None:
@@ -88,10 +101,13 @@ def preprocess(
             raise typer.BadParameter("Missing option", param_hint=option)
     import os
 
+    from megatron_cpt.cli.missing_package import require_module
     from megatron_cpt.data.preprocess.inputs import parse_shard
     from megatron_cpt.data.preprocess.pipeline import PreprocessOptions
     from megatron_cpt.data.preprocess.pipeline import preprocess as encode
 
+    if engine is WorkEngine.RAY:
+        require_module("ray")
     part = None if shard is None else parse_shard(shard, os.environ)
     with encoding_progress() as (show, notify):
         options = PreprocessOptions(
@@ -108,6 +124,8 @@ def preprocess(
             max_line_bytes=_count("--max-line", max_line),
             fast_tokenizer=fast_tokenizer.value,
             tokenizer_check=tokenizer_check.value,
+            engine=engine.value,
+            ray_address=ray_address,
             overwrite=overwrite,
             restart=restart,
             progress=show,

@@ -89,10 +89,12 @@ def _print_sample(one: TracedSample, codec: Tokenizer | None, most: int | None) 
     from megatron_cpt.provenance.trace import read_parts
 
     tokens = f"{one.first_token} to {one.first_token + one.num_tokens}"
-    print(f"sample {one.sample}: {one.source} {one.sample_index} (epoch {one.epoch}), {one.prefix}.bin {tokens}")
+    file = f"{one.prefix}.bin" if {part.prefix for part in one.documents} == {one.prefix} else one.prefix
+    print(f"sample {one.sample}: {one.source} {one.sample_index} (epoch {one.epoch}), {file} {tokens}")
     texts = [decode(codec, ids.tolist(), one.prefix) for ids in read_parts(one)] if codec is not None else []
     for number, part in enumerate(one.documents):
-        print(f"  document {part.document}: tokens {part.first_token} to {part.first_token + part.num_tokens}")
+        where = "" if part.prefix == one.prefix else f" of {part.prefix}.bin"
+        print(f"  document {part.document}{where}: tokens {part.first_token} to {part.first_token + part.num_tokens}")
         if texts:
             text = texts[number]
             print(text if most is None else f"    {text[:most]!r}{' ...' if len(text) > most else ''}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_cpt.cli import main
 from megatron_cpt.data.inspect.check import check_dataset
 from megatron_cpt.data.inspect.check_documents import find_duplicates
 from megatron_cpt.data.inspect.scan_ids import LONG_RUN, _find_runs, _join_runs, scan_ids
@@ -17,6 +18,7 @@ from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
 from megatron_cpt.errors import RefusedError, UserError
+from tests.helpers.document_lists import write_list
 
 DOCUMENTS = [[1, 2, 3, 9], [4, 5, 9], [6, 7, 8, 1, 2, 9], [5, 9]]  # 15 tokens, all end with 9
 SIZES = 34
@@ -347,3 +349,20 @@ def test_in_blocks_as_in_one(tmp_path, monkeypatch):
         del report["ids"]["seconds"], report["ids"]["gigabytes_per_second"]
     assert blocks == whole
     assert whole["empty_documents"] == int((lengths == 0).sum())
+
+
+def test_a_document_list_is_checked_with_its_pairs(sound, make_dataset, tmp_path, capsys):
+    other = make_dataset("code", DOCUMENTS[:2])
+    path = str(write_list(tmp_path / "mined.docs", [sound, other], [(0, 0), (0, 2), (1, 1)]))
+    assert main(["check", path, "--vocab-size", "10"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{path}: valid", "  3 documents, 13 uint16 tokens"]
+    assert [line for line in lines if line.endswith(": valid")][1:] == [
+        f"{sound.prefix}: valid",
+        f"{other.prefix}: valid",
+    ]
+    assert main(["inspect", path, "--document", "1"]) == 0
+    assert "6 7 8 1 2 9" in capsys.readouterr().out.replace(",", "")
+    overwrite(tmp_path / "web.bin", 0, b"\2")
+    assert main(["check", path]) == 3
+    assert f"fault: {path}: {sound.prefix}: is not the dataset that" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Document mining: the documents of a corpus that are nearest to questions and answers."""

@@ -1,0 +1,153 @@
+"""Texts to embed: the beginnings of documents, and the queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, expand_inputs, read_blocks
+from megatron_cpt.data.preprocess.parse import parse_block
+from megatron_cpt.data.tokenfile.documents import document_bounds
+from megatron_cpt.data.tokenfile.header import refuse
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
+from megatron_cpt.data.tokenfile.sidecar import Origin, read_sidecar
+from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.remote import is_file
+
+_BATCH = 1024  # documents
+_CHARACTERS_PER_ID = 3  # fewer than usual, so that one attempt is enough for most texts
+
+
+def is_dataset(name: str) -> bool:
+    """Return whether a name is a prefix of .bin/.idx or a glob of prefixes, rather than a file of text."""
+    stem = name[:-4] if name.endswith((".bin", ".idx")) else name
+    return stem != name or is_file(f"{stem}.idx") or any(is_file(f"{each}.idx") for each in _matches(stem))
+
+
+def find_tokenizer(datasets: Sequence[IndexedDataset], spec: str | None) -> tuple[str, Tokenizer]:
+    """Return the tokenizer of datasets: the named one, or else the one that their sidecars name.
+
+    Raises:
+        UserError: neither names one, or its files are missing.
+        RefusedError: the ids of a dataset are of another tokenizer.
+    """
+    origins = [(dataset.prefix, origin) for dataset in datasets if (origin := read_origin(dataset)).tokenizer]
+    if spec is None:
+        if not origins:
+            raise UserError("no sidecar names the tokenizer of the ids; give --tokenizer KIND:PATH")
+        spec = str(origins[0][1].tokenizer)
+    tokenizer = load_tokenizer(spec)
+    for prefix, origin in origins:
+        if origin.fingerprint not in (None, tokenizer.fingerprint):
+            raise RefusedError(
+                f"{prefix}: its ids are of tokenizer {origin.name}, not of {spec}; give that one with --tokenizer, and "
+                "mine datasets of different tokenizers separately"
+            )
+    return spec, tokenizer
+
+
+def read_origin(dataset: IndexedDataset) -> Origin:
+    """Return what the sidecar says about a dataset; nothing is known without one."""
+    sidecar = read_sidecar(dataset.header)
+    return Origin() if sidecar is None else sidecar.origin
+
+
+class DocumentTexts:
+    """Texts of a dataset's documents.
+
+    Args:
+        eod_id: id that ends documents and belongs to no text.
+    """
+
+    def __init__(self, dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+        self.dataset, self._tokenizer = dataset, tokenizer
+        origin = read_origin(dataset)
+        self.eod_id = tokenizer.eod_id if origin.eod_id is None else origin.eod_id
+
+    def ids(self, number: int) -> npt.NDArray[Any]:
+        """Return the ids of a document, without the id that ends it."""
+        return self._without_eod(self.dataset.document(number))
+
+    def start(self, number: int, characters: int) -> str:
+        """Return the first characters of a document."""
+        return self.starts(number, number + 1, characters)[0]
+
+    def starts(self, first: int, stop: int, characters: int) -> list[str]:
+        """Return the first characters of the documents [first, stop); no more ids than characters are read."""
+        texts: list[str] = []
+        for begin in range(first, stop, _BATCH):
+            bounds = document_bounds(self.dataset, begin, min(begin + _BATCH, stop))
+            lengths = np.minimum(np.diff(bounds), characters + 1).tolist()
+            rows = [np.empty(length, self.dataset.dtype) for length in lengths]
+            self.dataset.read_rows(bounds[:-1].tolist(), rows)
+            texts += [self._decode_start(row, characters) for row in rows]
+        return texts
+
+    def _without_eod(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return ids[:-1] if len(ids) and int(ids[-1]) == self.eod_id else ids
+
+    def _decode_start(self, ids: npt.NDArray[Any], characters: int) -> str:
+        ids = self._without_eod(ids)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
+            raise refuse(
+                f"{self.dataset.prefix}.bin", f"has ids outside the vocabulary of {self._tokenizer.vocab_size}"
+            )
+        count = max(1, characters // _CHARACTERS_PER_ID)
+        while True:
+            text = self._tokenizer.decode(ids[:count].tolist())
+            if len(text) >= characters or count >= len(ids):
+                return text[:characters]
+            count *= 2
+
+
+def read_queries(names: Sequence[str], tokenizer: str | None, keys: Sequence[str]) -> list[str]:
+    """Return the text of each query.
+
+    Args:
+        names: prefixes of .bin/.idx, globs of them, or text files in the formats of `preprocess`.
+        tokenizer: KIND:PATH for datasets without a sidecar.
+        keys: fields of a text file's lines; several are joined by line ends, such as a question and its answer.
+
+    Raises:
+        UserError: a file is missing, or there is no query.
+        RefusedError: a file is damaged, or a line lacks a field.
+    """
+    queries: list[str] = []
+    for name in names:
+        if is_dataset(name):
+            datasets = [IndexedDataset(prefix) for prefix in expand_prefixes(name)]
+            _, codec = find_tokenizer(datasets, None if read_origin(datasets[0]).tokenizer else tokenizer)
+            for dataset in datasets:
+                texts = DocumentTexts(dataset, codec)
+                queries += [codec.decode(texts.ids(number).tolist()) for number in range(dataset.num_documents)]
+                dataset.check_unchanged()
+        else:
+            queries += _read_texts(name, keys)
+    if not queries:
+        raise UserError(f"queries {', '.join(names)}: no query in them; give at least one question")
+    return queries
+
+
+def _read_texts(name: str, keys: Sequence[str]) -> list[str]:
+    files, options = InputFiles.of(expand_inputs([name])), BlockOptions(tuple(keys))
+    texts: list[str] = []
+    for block in read_blocks(files, options):
+        parsed = parse_block(block, options)
+        problem = block.damage or (parsed.bad_lines[0].reason if parsed.bad_lines else None)
+        if problem is not None:
+            raise RefusedError(
+                f"queries {block.path}: {problem}; fix the file, or name the fields that hold the text with --key"
+            )
+        texts += ["\n".join(fields) for fields in zip(*parsed.texts, strict=True)]
+    return texts
+
+
+def _matches(stem: str) -> list[str]:
+    try:
+        return expand_prefixes(stem)
+    except UserError:  # a glob of text files
+        return []
