@@ -28,7 +28,6 @@ EVAL = ["lm-eval>=0.4.13"]
 # model2vec with its extra `distill` makes a static model of a sentence transformer, see tools/static_embedder.py
 MINE = ["faiss-cpu>=1.8", "model2vec[distill]>=0.6"]
 FAST = ["gigatoken>=0.10,<0.11"]
-RAY = ["ray[data]>=2.40"]
 
 EXTRAS = {
     "data": DATA,
@@ -38,7 +37,6 @@ EXTRAS = {
     "hf": HF,
     "eval": EVAL,
     "fast": FAST,
-    "ray": RAY,
     "mine": [*DATA, *MINE, "sentence-transformers>=3"],
     # every command on a CPU; the extras below need a GPU or an account
     "all": [*TRAIN, *PLOT, *HF, *EVAL, *FAST, *MINE],
