@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections import deque
@@ -26,6 +27,7 @@ R = TypeVar("R")
 
 _RETRIES = 3  # of a piece whose worker process or node died
 _STARTS = 3  # Ray gives up on a node of its own whose helper processes need more than 15 s (ray-project/ray#65983)
+_CONNECT_SECONDS = 30
 _LEAST_STORE = 128 << 20
 _LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -159,9 +161,12 @@ def _start(num_cpus: int, store_bytes: int, folder: str) -> None:
 def _join(address: str) -> None:
     import ray
 
+    host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
+        if port.isdecimal():  # Ray itself waits for minutes
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--ray-address {address}: no connection to a Ray cluster: {_first_line(error)}; start it with "
             "`ray start --head`, and give the address that it prints"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -72,17 +73,23 @@ def test_a_slow_start_is_tried_again(ray: StandInRay) -> None:
 
 def test_a_running_cluster(ray: StandInRay) -> None:
     ray.cpus, before = 64, dict(os.environ)
-    with connect_ray("head:6379", num_cpus=None) as cluster:
+    with connect_ray("auto", num_cpus=None) as cluster:
         assert cluster.num_cpus == 64
-        assert ray.starts[0]["address"] == "head:6379"
+        assert ray.starts[0]["address"] == "auto"
         assert dict(os.environ) == before
         with connect_ray(None, num_cpus=2):  # inside a connection, that one is used
             assert len(ray.starts) == 1
         assert ray.is_up
     assert not ray.is_up
     ray.failing_starts = 2
-    with pytest.raises(UserError, match=r"--ray-address head:6379: no connection to a Ray cluster: timed out;"):
-        connect_ray("head:6379", num_cpus=2).__enter__()
+    with pytest.raises(UserError, match=r"--ray-address auto: no connection to a Ray cluster: timed out;"):
+        connect_ray("auto", num_cpus=2).__enter__()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"ray://127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"--ray-address {address}: no connection to a Ray cluster: .*refused"):
+            connect_ray(address, num_cpus=2).__enter__()
+    assert len(ray.starts) == 2
 
 
 def test_errors_of_tasks(ray: StandInRay) -> None:
