@@ -105,16 +105,15 @@ def _refuse_existing(folder: Path, output: str, corpus: Sequence[str], options: 
 def _mine_shards(job: MiningJob, path: Path) -> MiningReport:
     """Mine the ranges of a shard; without one, mine all and write the output."""
     options, shard = job.options, job.options.shard
-    settings = {**job.settings(), "shard": [shard.index, shard.count] if shard else None}
     ranges = job.ranges(shard)
-    with ResumableFolder(path, settings, progress_file=JOURNAL, should_restart=options.restart) as folder:
+    with ResumableFolder(path, job.settings(shard), progress_file=JOURNAL, should_restart=options.restart) as folder:
         journal = DurableJournal(folder.path / JOURNAL)
         if not journal.lines:  # a shard without ranges is finished, too
             _save(journal, folder.path / _RANGES, orjson.dumps(len(ranges)))
         finished = journal.verified_parts(folder.path)
         missing = [work for work in ranges if work.name not in finished]
-        done = sum(work.stop - work.first for work in ranges) - sum(work.stop - work.first for work in missing)
         total = sum(work.stop - work.first for work in ranges)
+        done = total - sum(work.stop - work.first for work in missing)
         engine = options.engine or run_in_processes(options.workers or default_workers(len(missing)))
         options.progress(done, total)
         for work, content in engine(job.plan, missing) if missing else ():
@@ -143,16 +142,13 @@ def _join(job: MiningJob, count: int) -> MiningReport:
     for shard, path in zip(shards, folders, strict=True):
         settings = read_settings(path)
         names = {_RANGES, *(work.name for work in job.ranges(shard))}
-        wanted = {**job.settings(), "shard": [shard.index, shard.count]}
-        if settings is not None and (different := differing_names(settings, wanted)):
+        if settings is not None and (different := differing_names(settings, job.settings(shard))):
             raise UserError(f"{path}: made with other settings than this call ({', '.join(different)}); run it again")
         if settings is None or not names <= DurableJournal(path / JOURNAL).verified_parts(path).keys():
             raise UserError(f"{path}: missing or not finished; run this shard (again) first")
     with contextlib.ExitStack() as stack:
         opened = [
-            stack.enter_context(
-                ResumableFolder(path, {**job.settings(), "shard": [shard.index, shard.count]}, progress_file=JOURNAL)
-            )
+            stack.enter_context(ResumableFolder(path, job.settings(shard), progress_file=JOURNAL))
             for shard, path in zip(shards, folders, strict=True)
         ]
         report = _write_output(job, folders)

@@ -112,8 +112,8 @@ class MiningJob:
         """Number of each dataset's first document over all datasets, then the total."""
         return [0, *accumulate(dataset.num_documents for dataset in self.datasets)]
 
-    def settings(self) -> dict[str, Any]:
-        """Return everything that decides the results of the ranges, except the shard."""
+    def settings(self, shard: Shard | None) -> dict[str, Any]:
+        """Return everything that decides the results of a shard's ranges."""
         texts = Checksum()
         for text in self.query_texts:
             texts.update(f"{len(text)} {text}".encode(errors="surrogatepass"))
@@ -127,6 +127,7 @@ class MiningJob:
             "method": self.plan.method,
             "recall": self.plan.recall,
             "range_documents": self.options.range_documents,
+            "shard": [shard.index, shard.count] if shard else None,
         }
 
     def ranges(self, shard: Shard | None) -> list[DocumentRange]:
@@ -157,7 +158,11 @@ def as_datasets(corpus: Sequence[str], output: str, options: MiningOptions) -> I
     facts = {"files": files.settings(), "tokenizer": load_tokenizer(options.tokenizer).fingerprint}
     settings = {**facts, "key": options.corpus_key}
     with ResumableFolder(
-        Path(f"{prefix}.mine"), settings, progress_file=JOURNAL, should_discard_other_settings=True
+        Path(f"{prefix}.mine"),
+        settings,
+        progress_file=JOURNAL,
+        should_restart=options.restart,
+        should_discard_other_settings=True,
     ) as folder:
         journal = DurableJournal(folder.path / JOURNAL)
         if not journal.lines:

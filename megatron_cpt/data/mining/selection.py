@@ -79,12 +79,14 @@ def find_copies(mined: Mined, read_ids: ReadIds, query_ids: ReadIds, share: floa
     for group in np.split(order, np.flatnonzero(np.diff(mined.queries[order])) + 1):
         if not group.size:
             continue
-        kept = [_Shingles.of(query_ids(int(mined.queries[group[0]])))]
-        for index in group.tolist():
-            shingles = _Shingles.of(read_ids(int(mined.documents[index])))
-            original = next((n for n, other in enumerate(kept) if shingles.is_in(other, share)), None)
+        documents = mined.documents[group].tolist()
+        texts = [query_ids(int(mined.queries[group[0]])), *map(read_ids, documents)]
+        is_within = _containment(texts, share)
+        kept = [0]  # the query, then documents by their place in the group, from 1
+        for place, index in enumerate(group.tolist(), 1):
+            original = next((other for other in kept if is_within[place, other]), None)
             if original is None:
-                kept.append(shingles)
+                kept.append(place)
             elif original == 0:
                 copies.of_query[index] = True
             else:
@@ -92,25 +94,26 @@ def find_copies(mined: Mined, read_ids: ReadIds, query_ids: ReadIds, share: floa
     return copies
 
 
-@dataclass(frozen=True)
-class _Shingles:
-    """Distinct n-grams of a document, or its ids if it has none."""
+def _containment(texts: Sequence[npt.NDArray[Any]], share: float) -> npt.NDArray[np.bool_]:
+    """Return whether text i has `share` of its distinct n-grams in text j, or equals it without any; bool (n, n)."""
+    grams = [np.unique(ngram_hashes(ids, NGRAM))[:_MOST_NGRAMS] for ids in texts]
+    _, members, counts = np.unique(np.concatenate(grams), return_inverse=True, return_counts=True)
+    owners = np.repeat(np.arange(len(texts)), [len(each) for each in grams])
+    columns = np.cumsum(counts > 1) - 1  # only n-grams of several texts are compared
+    is_shared = counts[members] > 1
+    table = np.zeros((len(texts), int((counts > 1).sum())), np.float32)
+    table[owners[is_shared], columns[members[is_shared]]] = 1
+    shared = table @ table.T
+    sizes = np.array([[_comparable(one, other) for other in grams] for one in grams])
+    is_within: npt.NDArray[np.bool_] = (sizes > 0) & (shared >= share * sizes)
+    for i, j in np.argwhere(np.array([len(each) == 0 for each in grams])[:, None] & (sizes == 0)):
+        is_within[i, j] = not len(grams[j]) and np.array_equal(texts[i], texts[j])
+    return is_within
 
-    grams: npt.NDArray[np.uint64]
-    ids: bytes
 
-    @classmethod
-    def of(cls, ids: npt.NDArray[Any]) -> _Shingles:
-        grams = np.unique(ngram_hashes(ids, NGRAM))[:_MOST_NGRAMS]
-        return cls(grams, ids.astype("<i8").tobytes() if not grams.size else b"")
-
-    def is_in(self, other: _Shingles, share: float) -> bool:
-        if not self.grams.size:
-            return self.ids == other.ids and not other.grams.size
-        limit = other.grams[-1] if len(other.grams) == _MOST_NGRAMS else None
-        # of a long document only the smallest hashes are known, so only those up to its limit can be compared
-        grams = self.grams if limit is None else self.grams[self.grams <= limit]
-        return bool(grams.size) and int(np.isin(grams, other.grams).sum()) >= share * grams.size
+def _comparable(grams: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64]) -> int:
+    """Return how many n-grams can be compared: of a long text only the smallest hashes are known."""
+    return len(grams) if len(others) < _MOST_NGRAMS else int(np.searchsorted(grams, others[-1], side="right"))
 
 
 def find_held_out(
