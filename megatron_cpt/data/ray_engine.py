@@ -110,7 +110,7 @@ def connect_ray(address: str | None, *, num_cpus: int | None, bytes_per_cpu: int
                 _start(cpus, max(cpus * bytes_per_cpu, _LEAST_STORE), folder)
             else:
                 _join(address)
-        found = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+        found = int(ray.cluster_resources().get("CPU", 1))
         yield RayCluster(num_cpus or found)
 
 
