@@ -254,7 +254,7 @@ class ValidationConfig(Section):
     every: int | None = Field(None, gt=0)
     """Steps between validations; null validates only before the first step and after the last."""
     batches: int = Field(20, gt=0)
-    """Global batches per source, at most one epoch."""
+    """Global batches per source, at most one epoch: the same samples in every run, whatever its seed."""
     sources: Annotated[dict[str, str | list[str]], ExpandPaths] = Field(min_length=1)
     """Held-out data per name: a prefix of .bin/.idx, a document list NAME.docs, a glob, or a list of these."""
 

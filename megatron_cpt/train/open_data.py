@@ -37,6 +37,8 @@ from megatron_cpt.train.validation import Validator
 
 logger = logging.getLogger(__name__)
 
+_VALIDATION_SEED = 1234  # of every run: runs of several seeds are compared on the same samples
+
 
 def open_streams(config: RunConfig, eod_id: int | None) -> dict[str, TokenStream]:
     """Open the token stream of every source, by name, in the order of run.yaml."""
@@ -165,7 +167,7 @@ def build_validator(
         # Always in the run's seq_length, even in phases with another one, so that losses compare over the run.
         batches[name] = partial(
             validation_batches,
-            TokenStream(name, datasets, seq_length=config.seq_length, seed=config.seed),
+            TokenStream(name, datasets, seq_length=config.seq_length, seed=_VALIDATION_SEED),
             num_samples=config.validation.batches * config.batch.global_,
             micro_batch=config.batch.micro,
             data_parallel_rank=ranks.data_parallel_rank,

@@ -24,9 +24,10 @@ def _validation(folder: Path, data: Path) -> list[str]:
 def test_held_out_losses_do_not_depend_on_the_layout(run_file: Path, base: Path) -> None:
     folder = run_file.parent / "validation"
     common = [f"init.from={base}", *_validation(folder, folder / "data")]
-    run_ranks(2, train_several, str(run_file), [
-        [*common, *layout, f"output={folder}/{number}"] for number, layout in enumerate(LAYOUTS)
-    ])  # fmt: skip
+    arguments = [[*common, *layout, f"output={folder}/{number}"] for number, layout in enumerate(LAYOUTS)]
+    one_batch = ["stop_at_step=1", "validation.batches=1"]
+    arguments += [[*common, *one_batch, f"seed={seed}", f"output={folder}/seed-{seed}"] for seed in (7, 8)]
+    run_ranks(2, train_several, str(run_file), arguments)
     first, *others = (read_metrics(folder / str(number), "validation") for number in range(len(LAYOUTS)))
     assert [line["step"] for line in first] == [0, 2, 3], "before the first step, every second, and after the last"
     assert first[0]["validation"]["many"] > first[-1]["validation"]["many"]
@@ -36,6 +37,9 @@ def test_held_out_losses_do_not_depend_on_the_layout(run_file: Path, base: Path)
     assert [line["step"] for line in read_metrics(folder / "0")] == [2, 3]
     # Each line counts the validation before it, after step 0 and after step 2.
     assert all(line["pause_seconds"] > 0 for line in read_metrics(folder / "0"))
+    before = [read_metrics(folder / f"seed-{seed}", "validation")[0]["validation"] for seed in (7, 8)]
+    assert before[0] == before[1], "the seed of a run does not choose its held-out samples"
+    assert before[0]["many"] != first[0]["validation"]["many"]
     page = (folder / "0" / "report.html").read_text()
     assert "Learned:" in page
     assert "3 of 20 steps" in page
