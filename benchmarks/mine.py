@@ -2,7 +2,7 @@
 
 The corpus is a .bin/.idx of 100,000 documents of about 2,000 characters: pieces of the sources and manuals of Python
 and the installed packages, each piece once, in random order. The queries are 2,000 other pieces of 300 characters. Each
-call is a process of its own with one worker, because `ru_maxrss` is the peak of a process. Documents per second are
+call is a process of its own with one worker, because the memory's peak is one of a process. Documents per second are
 computed with processor seconds of the call: reading, decoding, embedding, searching, comparing and writing.
 
     python tools/static_embedder.py --output data/static
@@ -36,7 +36,8 @@ import json, resource, sys
 from megatron_cpt.cli import main
 status = main(sys.argv[1:])
 usage = resource.getrusage(resource.RUSAGE_SELF)
-used = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_gib": usage.ru_maxrss / 2**20}
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+used = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_gib": peak / 2**20}
 print(json.dumps(used), file=sys.stderr)
 sys.exit(status)
 """
