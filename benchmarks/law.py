@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def compare(law: RunLaw, run: FinishedRun) -> list[Comparison]:
-    forecasts = law.forecast(run.path, run.seed)
+    forecasts = law.forecast(run.path)
     found = []
     for one in law.held_out:
         measured = run.losses.get(one.name)

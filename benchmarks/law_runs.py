@@ -6,7 +6,7 @@
 
 A trunk of 0.66M parameters is trained on 2M tokens of web text and code, down to a tenth of its rate. Twelve small runs
 of at most 61,440 tokens, 5 % of the arms, continue it with questions and answers at other shares, switches and
-schedules. The arms have another seed, so they are validated on other samples.
+schedules. The arms have another seed, so their training samples come in another order.
 """
 
 from __future__ import annotations

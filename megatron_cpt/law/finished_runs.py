@@ -19,7 +19,6 @@ from megatron_cpt.report.run_record import RunReader, RunRecord
 MIN_RUNS = 4
 _MIN_POINTS = 3  # validations of a run after step 0
 _START_TOLERANCE = 1e-3  # relative difference of the losses of equal weights at another layout or precision
-_SEED_TOLERANCE = 0.1  # the seed decides which samples of a held-out source are validated
 _COMPARED = ("model", "tokenizer", "seq_length", "batch.global", "documents", "optimizer", "init.load")
 _TRUNK = ("init.from", "validation.sources", "validation.batches")
 
@@ -45,11 +44,6 @@ class FinishedRun:
     steps: npt.NDArray[np.int64]
     losses: Mapping[str, Floats]
     notes: tuple[str, ...]
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run."""
-        return int(self.config["seed"])
 
 
 def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
@@ -87,7 +81,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
         UserError: it is no run, has no usable plan, or too few validations.
     """
     record = RunReader(folder).read()
-    if not isinstance(record.config.get("seed"), int) or not record.plan:
+    if not record.config or not record.plan:
         raise UserError(f"{folder}: its run.yaml or plan.json is missing or damaged; restore it, or omit the run")
     _check_one_plan(record)
     validations = record.metrics.validations
@@ -174,11 +168,9 @@ def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
         one, other = as_plain(run.config, key), as_plain(first.config, key)
         if name in run.path.sources and one != other:
             yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}: rename one of the sources"
-    has_same_seed = run.config.get("seed") == first.config.get("seed")
-    tolerance = _START_TOLERANCE if has_same_seed else _SEED_TOLERANCE
     for name, loss in first.start.items():
         other = run.start.get(name, math.nan)
-        if not abs(other - loss) <= tolerance * loss:
+        if not abs(other - loss) <= _START_TOLERANCE * loss:
             yield (
                 f"the loss of {name} before the first step is {other:.4f}, in {first.folder} {loss:.4f}: "
                 "another trunk or other held-out data; fit them separately"

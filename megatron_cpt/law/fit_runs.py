@@ -115,18 +115,13 @@ def _fit_held_out(name: str, whole: _GridTerms, begun: _GridTerms, num_terms: in
     ]
     return HeldOutLaw(
         name=name,
-        starts=_starts(name, whole.runs),
+        start=float(np.median([run.start[name] for run in whole.runs])),
         fit=whole.fit(points),
         without=tuple(without),
         error=float(np.sqrt(np.mean(np.square(errors)))),
         error_per_doubling=_horizon_error(name, begun, num_terms),
         num_points=num_points,
     )
-
-
-def _starts(name: str, runs: Sequence[FinishedRun]) -> dict[int, float]:
-    """Return the loss before the first step per seed, because the seed decides which samples are validated."""
-    return {run.seed: run.start[name] for run in reversed(runs)}
 
 
 def _horizon_error(name: str, begun: _GridTerms, num_terms: int) -> float | None:

@@ -78,7 +78,7 @@ class HeldOutLaw:
     """Law of one held-out source.
 
     Attributes:
-        starts: loss before the first step, by the seed of the runs: the seed decides which samples are validated.
+        start: loss before the first step, the median over the fitted runs.
         fit: on all runs.
         without: fits that omit one run each, in the order of the runs.
         error: root mean square of the relative errors at the end of the omitted runs, scaled to the longest one: they
@@ -89,21 +89,12 @@ class HeldOutLaw:
     """
 
     name: str
-    starts: Mapping[int, float]
+    start: float
     fit: CurveFit
     without: tuple[CurveFit, ...]
     error: float
     error_per_doubling: float | None
     num_points: int
-
-    def start(self, seed: int) -> float:
-        """Return the loss before the first step of a run; of an unknown seed the mean over the fitted ones."""
-        return self.starts.get(seed, sum(self.starts.values()) / len(self.starts))
-
-    def start_spread(self, seed: int) -> float:
-        """Return the relative standard deviation of `start`; 0 for a fitted seed, or if only one is known."""
-        known = list(self.starts.values())
-        return 0.0 if seed in self.starts or len(known) < 2 else float(np.std(np.log(known), ddof=1))
 
     def width(self, without: Floats, areas: Floats, fitted_area: float) -> Floats:
         """Return half the width of the interval.
@@ -155,7 +146,7 @@ class RunLaw:
                 f"{', '.join(self.sources)}. Run a small run with it and fit again"
             )
 
-    def forecast(self, path: RunPath, seed: int) -> dict[str, LossForecast]:
+    def forecast(self, path: RunPath) -> dict[str, LossForecast]:
         """Return the expected loss of each held-out source along a path.
 
         Raises:
@@ -166,10 +157,9 @@ class RunLaw:
         found = {}
         for law in self.held_out:
             without = np.array([columns(fit.shape) @ fit.coefficients for fit in law.without])
-            spread = student_t(len(without) - 1) * law.start_spread(seed)
-            width = np.hypot(law.width(without, path.areas, self.fitted.area), spread)
+            width = law.width(without, path.areas, self.fitted.area)
             change = columns(law.fit.shape) @ law.fit.coefficients
-            found[law.name] = LossForecast(law.start(seed), change, width, without)
+            found[law.name] = LossForecast(law.start, change, width, without)
         return found
 
     def outside(self, path: RunPath) -> Iterator[str]:

@@ -93,7 +93,7 @@ def _parse(content: Mapping[str, Any]) -> RunLaw:
 
 def _held_out_to_dict(law: HeldOutLaw) -> dict[str, Any]:
     return {
-        "starts": {str(seed): loss for seed, loss in law.starts.items()},
+        "start": law.start,
         "num_points": law.num_points,
         "error": law.error,
         "error_per_doubling": law.error_per_doubling,
@@ -109,11 +109,11 @@ def _fit_to_dict(fit: CurveFit) -> dict[str, Any]:
 def _parse_held_out(name: str, content: Mapping[str, Any], sources: tuple[str, ...]) -> HeldOutLaw:
     per_doubling = content["error_per_doubling"]
     without = tuple(_parse_fit(fit, sources) for fit in content["without"])
-    if len(without) < 2 or not content["starts"]:
-        raise ValueError(f"{name}: fewer than two fits without a run, or no loss before the first step")
+    if len(without) < 2:
+        raise ValueError(f"{name}: fewer than two fits without a run")
     return HeldOutLaw(
         name=name,
-        starts={int(seed): _positive(loss) for seed, loss in content["starts"].items()},
+        start=_positive(content["start"]),
         fit=_parse_fit(content["fit"], sources),
         without=without,
         error=float(content["error"]),

@@ -96,7 +96,7 @@ def predict_run(
     _check_same(law, config)
     steps = _switch_steps(plan)
     path = path_of_plan(plan.to_dict(), at=steps)
-    own = _Outcome(path, law.forecast(path, config.seed), config.seed)
+    own = _Outcome(path, law.forecast(path))
     return RunPrediction(
         path=path,
         forecasts=own.forecasts,
@@ -108,15 +108,14 @@ def predict_run(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Path of a run with its forecasts and its seed."""
+    """Path of a run with its forecasts."""
 
     path: RunPath
     forecasts: Mapping[str, LossForecast]
-    seed: int
 
     def alternative(self, law: RunLaw, plan: RunPlan, path: RunPath, change_text: str, step: int | None) -> Alternative:
         """Compare another path of the same learning rates with this one."""
-        other = law.forecast(path, self.seed)
+        other = law.forecast(path)
         change = [one.change[-1] - self.forecasts[name].change[-1] for name, one in other.items()]
         without = [one.without[:, -1] - self.forecasts[name].without[:, -1] for name, one in other.items()]
         spread = np.sqrt(jackknife_variance(np.mean(without, axis=0)))
@@ -147,12 +146,6 @@ def _notes(law: RunLaw, config: RunConfig, path: RunPath) -> Iterator[str]:
     trunk = str(config.init.from_)
     if trunk not in law.trunks:
         yield f"init.from is {trunk}, but the losses hold for the trunk of the fitted runs: {', '.join(law.trunks)}"
-    seeds = set().union(*(one.starts for one in law.held_out))
-    if config.seed not in seeds:
-        yield (
-            f"no fitted run has seed {config.seed}, only {', '.join(map(str, sorted(seeds)))}: validation may read "
-            "other samples of each held-out source, with another loss before the first step"
-        )
     if path.areas[-1] > law.fitted.area and any(one.error_per_doubling is None for one in law.held_out):
         yield "the fitted runs have too few points to measure the error beyond them; the intervals may be too narrow"
 

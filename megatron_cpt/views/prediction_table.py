@@ -21,11 +21,11 @@ def render_fit(law: Mapping[str, Any], stream: IO[str]) -> None:
     """
     table = _table("held-out source", "points", "loss before", "error of omitted run", "per doubling beyond")
     for name, one in law["held_out"].items():
-        beyond, starts = one["error_per_doubling"], list(one["starts"].values())
+        beyond = one["error_per_doubling"]
         table.add_row(
             name,
             f"{one['num_points']:,}",
-            f"{sum(starts) / len(starts):.4f}",
+            f"{one['start']:.4f}",
             f"{one['error']:.2%}",
             "?" if beyond is None else f"{beyond:.2%}",
         )

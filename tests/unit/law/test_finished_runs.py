@@ -110,12 +110,18 @@ def test_runs_of_another_model_tokenizer_or_trunk_are_refused_by_name(folders, c
     assert message in str(refused.value)
 
 
-def test_another_trunk_shows_in_the_loss_before_the_first_step(folders):
+def test_runs_of_another_seed_and_a_slightly_different_start_belong_together(folders):
+    change_lines(folders[2], lambda lines: [{"step": 0, "validation": {"general": 3.002, "exam": 5.0}}, *lines[1:]])
+    change_yaml(folders[2], seed=7)
+    assert len(read_finished_runs(folders)) == 5
+
+
+@pytest.mark.parametrize("seed", [1234, 7])
+def test_another_trunk_shows_in_the_loss_before_the_first_step(folders, seed):
+    change_yaml(folders[2], seed=seed)
     change_lines(folders[2], lambda lines: [{"step": 0, "validation": {"general": 3.01, "exam": 5.0}}, *lines[1:]])
     with pytest.raises(ConfigError, match=r"the loss of general before the first step is 3\.0100"):
         read_finished_runs(folders)
-    change_yaml(folders[2], seed=7)  # another seed validates other samples
-    assert len(read_finished_runs(folders)) == 5
 
 
 def test_all_problems_are_in_one_message(folders, tmp_path):

@@ -25,8 +25,6 @@ from tests.helpers.law_runs import (
     true_losses,
 )
 
-SEED = 1234  # of run.yaml
-
 
 def fitted(seed, *, noise):
     rng = np.random.default_rng(seed)
@@ -42,7 +40,7 @@ def test_a_law_without_noise_is_found_again_and_extrapolates_twentyfold():
     exact = fitted(0, noise=0.0)
     for data in arm_configs(20 * STEPS):
         path = path_of_plan(build_plan(parse(data), {}).to_dict())
-        for name, forecast in exact.forecast(path, SEED).items():
+        for name, forecast in exact.forecast(path).items():
             np.testing.assert_allclose(forecast.loss, true_losses(path, name), rtol=0.01)
 
 
@@ -53,7 +51,7 @@ def test_intervals_contain_nine_of_ten_new_runs(times):
         law, rng = fitted(seed, noise=0.004), np.random.default_rng(100 + seed)
         for data in arm_configs(STEPS * times):
             run = law_run(data, rng, noise=0.004)
-            for name, forecast in law.forecast(run.path, SEED).items():
+            for name, forecast in law.forecast(run.path).items():
                 inside.append(forecast.low[-1] <= run.losses[name][-1] <= forecast.high[-1])
     assert len(inside) == 30
     assert sum(inside) >= 25  # 27 expected; 24 or fewer have a probability of 7 % at 90 %
@@ -61,7 +59,7 @@ def test_intervals_contain_nine_of_ten_new_runs(times):
 
 def test_the_interval_starts_at_nothing_and_widens_beyond_the_fitted_runs(law):
     path = path_of_plan(build_plan(parse(law_config(qa_blend(0.2), steps=8 * STEPS)), {}).to_dict())
-    width = law.forecast(path, SEED)["exam"].width
+    width = law.forecast(path)["exam"].width
     assert width[0] == 0
     assert width[-1] > 2 * width[np.searchsorted(path.areas, law.fitted.area)]
 
@@ -73,23 +71,22 @@ def test_one_outlier_does_not_move_the_fit():
     runs[2].losses["exam"][4] *= 1.5
     spoiled = fit_runs(runs)
     path = path_of_plan(build_plan(parse(law_config(qa_blend(0.2))), {}).to_dict())
-    ends = [one.forecast(path, SEED)["exam"].loss[-1] for one in (clean, spoiled)]
+    ends = [one.forecast(path)["exam"].loss[-1] for one in (clean, spoiled)]
     np.testing.assert_allclose(*ends, rtol=0.005)
 
 
-def test_an_unknown_seed_widens_the_interval_by_the_spread_of_the_starts():
+def test_a_prediction_starts_at_the_median_and_each_run_counts_from_its_own_start():
     rng = np.random.default_rng(2)
-    runs = [law_run(data | {"seed": number % 3}, rng, noise=0.001) for number, data in enumerate(small_configs())]
-    for run, start in zip(runs, [3.0, 3.03, 2.97] * 4, strict=False):
+    runs = [law_run(data | {"seed": number}, rng, noise=0.0) for number, data in enumerate(small_configs())]
+    for run, start in zip(runs, [3.0, 3.002, 2.998, 3.0, 3.0] * 2, strict=True):
         run.losses["general"] *= start / 3.0
         run.start["general"] = start
-    law = fit_runs(runs)
+    law, exact = fit_runs(runs), fitted(2, noise=0.0)
     path = path_of_plan(build_plan(parse(law_config(qa_blend(0.2))), {}).to_dict())
-    known, unknown = (law.forecast(path, seed)["general"] for seed in (1, 77))
-    assert known.start == 3.03
-    assert unknown.start == pytest.approx(3.0)
-    assert unknown.width[0] == pytest.approx(student_t(9) * 0.01, rel=0.01)
-    assert known.width[0] == 0
+    forecast, expected = (one.forecast(path)["general"] for one in (law, exact))
+    assert forecast.start == 3.0
+    assert forecast.width[0] == 0
+    np.testing.assert_allclose(forecast.loss, expected.loss, rtol=1e-9)
 
 
 def test_too_few_points_are_refused():
@@ -107,7 +104,7 @@ def test_the_file_gives_the_same_law(law, tmp_path):
     again = read_law(tmp_path / "fit.json")
     path = path_of_plan(build_plan(parse(law_config(general_blend(), steps=500)), {}).to_dict())
     for name in TRUNK_LOSSES:
-        one, other = law.forecast(path, SEED)[name], again.forecast(path, SEED)[name]
+        one, other = law.forecast(path)[name], again.forecast(path)[name]
         assert np.array_equal(one.loss, other.loss)
         assert np.array_equal(one.width, other.width)
 
@@ -120,6 +117,7 @@ def test_the_file_gives_the_same_law(law, tmp_path):
         (lambda text: text[:200], "no JSON"),
         (lambda text: text.replace('"coefficients": [', '"coefficients": ["x",', 1), "damaged"),
         (lambda text: text.replace('"area": ', '"area": -', 1), "damaged"),
+        (lambda text: text.replace('"start": ', '"start": -', 1), "damaged"),
         (lambda text: text.replace('"without"', '"other"', 1), "damaged"),
     ],
 )
