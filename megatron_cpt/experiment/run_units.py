@@ -36,6 +36,7 @@ from megatron_cpt.experiment.unit_result import (
     set_run_aside,
     write_run_file,
 )
+from megatron_cpt.files.whole_io import read_file
 from megatron_cpt.provenance.run_history import METRICS_FILE
 
 _POLL_SECONDS = 0.1
@@ -303,7 +304,7 @@ def _last_step(unit: Unit) -> int:
 def _last_lines(log: Path) -> str:
     """Return the last error message in a log: from its last line `megatron-cpt: error:` on."""
     try:
-        text = log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip()
+        text = read_file(log)[-_TAIL_BYTES:].decode(errors="replace").strip()
     except OSError:
         return f"see {log}"
     _, mark, message = text.rpartition("megatron-cpt: error: ")

@@ -19,6 +19,7 @@ from megatron_cpt.data.tokenfile.reader import expand_prefixes
 from megatron_cpt.data.tokenfile.sidecar import read_sidecar
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.remote import is_remote
+from megatron_cpt.files.whole_io import exists
 from megatron_cpt.planning.timeline.epochs import samples_in_epoch
 
 SPLIT_SEED = 1234
@@ -169,7 +170,7 @@ def _split(
 
 def _is_split(source: RecipeSource, train: str, held_out: str, share: float) -> bool:
     """Return whether two datasets are this split of the source, from an earlier call."""
-    if not all(os.path.exists(f"{prefix}{ending}") for prefix in (train, held_out) for ending in _ENDINGS):
+    if not all(exists(f"{prefix}{ending}") for prefix in (train, held_out) for ending in _ENDINGS):
         return False
     headers = [read_header(prefix) for prefix in (train, held_out)]
     sidecars = [read_sidecar(header) for header in headers]

@@ -27,6 +27,7 @@ from megatron_cpt.data.tokenfile.header import IndexHeader
 from megatron_cpt.data.tokenfile.reader import FileRange, IndexedDataset
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.identity import FileIdentity
+from megatron_cpt.files.whole_io import exists
 
 _INDEX_BLOCK = 1 << 14  # documents of a pair whose bounds are read at a time
 
@@ -56,7 +57,7 @@ class ListedDocuments(IndexedDataset):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(path)
-        identity = FileIdentity.read(path) if os.path.exists(path) else None
+        identity = FileIdentity.read(path) if exists(path) else None
         listed = read_document_list(path)
         self._parts = tuple(open_listed_datasets(path, listed))
         self.dtype = self._common_dtype()

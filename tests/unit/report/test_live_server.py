@@ -65,7 +65,9 @@ def test_a_port_that_is_taken_is_the_users_mistake(served, folder, capsys):
 
 def test_ctrl_c_ends_the_command_with_status_0(folder):
     command = [sys.executable, "-m", "megatron_cpt", "report", str(folder), "--serve"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # a shell's background job, such as a test run under nohup, ignores SIGINT, and its children inherit that
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         url = process.stdout.readline().strip()
         assert "Summary" in get(url)
         process.send_signal(signal.SIGINT)

@@ -156,6 +156,7 @@ def _show_plans(found: Experiment, gpu: str | None, gpus: int | None, as_json: b
 def _show_results(found: Experiment, plot: Path | None, as_json: bool) -> None:
     from megatron_cpt.experiment.compare_arms import compare_arms
     from megatron_cpt.experiment.experiment_page import ranking_cells, write_results
+    from megatron_cpt.files.whole_io import read_text
     from megatron_cpt.views.experiment_table import render_rankings
 
     comparison = compare_arms(found)
@@ -166,7 +167,7 @@ def _show_results(found: Experiment, plot: Path | None, as_json: bool) -> None:
         _plot(comparison, plot)
         paths.append(plot)
     if as_json:
-        print(paths[1].read_text(), end="")
+        print(read_text(paths[1]), end="")
         return
     rankings = [
         (
