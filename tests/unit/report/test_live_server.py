@@ -17,6 +17,14 @@ from megatron_cpt.report.live_server import open_server
 from megatron_cpt.report.run_record import RunReader
 from tests.helpers.report_runs import training_line, write_run
 
+# A process of a background job, such as a test run under nohup, ignores SIGINT; this one takes it as from a terminal.
+WITH_CTRL_C = """
+import signal, sys
+from megatron_cpt.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -64,10 +72,8 @@ def test_a_port_that_is_taken_is_the_users_mistake(served, folder, capsys):
 
 
 def test_ctrl_c_ends_the_command_with_status_0(folder):
-    command = [sys.executable, "-m", "megatron_cpt", "report", str(folder), "--serve"]
-    # a shell's background job, such as a test run under nohup, ignores SIGINT, and its children inherit that
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+    command = [sys.executable, "-c", WITH_CTRL_C, "report", str(folder), "--serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().strip()
         assert "Summary" in get(url)
         process.send_signal(signal.SIGINT)
