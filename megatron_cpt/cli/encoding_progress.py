@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from megatron_cpt.cli.progress import Rates, described_progress
 
 if TYPE_CHECKING:
     from megatron_cpt.data.preprocess.pipeline import PreprocessReport
@@ -20,32 +21,17 @@ def encoding_progress() -> Iterator[tuple[Progress, Notify]]:
     Yields:
         The `progress` and `notify` of `PreprocessOptions`.
     """
-    from rich import progress as rich_progress
-
     from megatron_cpt.config import format_count
-    from megatron_cpt.views.terminal_console import TerminalConsole
 
-    console = TerminalConsole(stderr=True)
-    columns = (
-        rich_progress.BarColumn(),
-        rich_progress.TextColumn("{task.percentage:.0f}% {task.fields[found]}", markup=False),
-        rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("encoding", total=None, found="")
-        first: list[tuple[float, int, int]] = []  # (time, bytes, tokens) after one block: a resumed run starts above 0
+    rates = Rates()
+    with described_progress() as (show, notify):
 
-        def show(bytes_done: int, bytes_total: int, documents: int, tokens: int) -> None:
-            now = time.monotonic()
-            first[:] = first or [(now, bytes_done, tokens)]
-            seconds = max(now - first[0][0], 1e-9)
-            speed = (bytes_done - first[0][1]) / 1e6 / seconds
-            tokens_per_second = format_count((tokens - first[0][2]) / seconds)
+        def describe(bytes_done: int, bytes_total: int, documents: int, tokens: int) -> None:
+            speed, token_rate = rates.since_first(bytes_done, tokens)
             found = f"{format_count(documents)} documents, {format_count(tokens)} tokens"
-            found += f", {speed:.1f} MB/s, {tokens_per_second} tokens/s"
-            bar.update(task, completed=bytes_done, total=bytes_total, found=found)
+            show(bytes_done, bytes_total, f"{found}, {speed / 1e6:.1f} MB/s, {format_count(token_rate)} tokens/s")
 
-        yield show, lambda text: console.print(f"note: {text}", soft_wrap=True)
+        yield describe, notify
 
 
 def print_report(report: PreprocessReport) -> None:

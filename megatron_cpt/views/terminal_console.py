@@ -16,6 +16,8 @@ class TerminalConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, highlight=False, **options)
+        # A progress bar puts a stream of rich's in the place of stderr, which hides from rich that ours escapes.
+        self.file = self.file
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
         """Return the segments of a renderable; rich's own control sequences are kept."""

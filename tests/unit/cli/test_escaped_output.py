@@ -15,6 +15,7 @@ from rich.table import Table
 
 import megatron_cpt
 from megatron_cpt.cli import main
+from megatron_cpt.cli.progress import described_progress
 from megatron_cpt.config import dump_yaml
 from megatron_cpt.data import IndexedDatasetWriter
 from megatron_cpt.files.terminal import escape, escaped_output
@@ -105,3 +106,22 @@ def test_tables_are_shown_on_one_console_only() -> None:
     package = Path(megatron_cpt.__file__).parent
     users = [path.name for path in package.rglob("*.py") if re.search(r"rich.*import.*\bConsole\b", path.read_text())]
     assert users == ["terminal_console.py"]
+
+
+def test_a_progress_bar_keeps_its_own_control_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar was shown as the text `\\x1b[2K`: while it runs, rich puts another stream in the place of ours."""
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    clear = "\x1b[2J"
+    with escaped_output(), described_progress() as (show, notify):
+        show(1, 4, clear)
+        notify(clear)
+        print(f"printed: {clear}", file=sys.stderr)
+    text = shown.getvalue()
+    assert "\x1b[2K" in text, "rich erases the line of the bar"
+    assert r"\x1b[2K" not in text
+    assert clear not in text
+    assert r"note: \x1b[2J" in text
+    assert "printed: " in text
