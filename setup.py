@@ -25,8 +25,7 @@ TRAIN = [
 ]
 HF = ["transformers>=4.57", "accelerate", "gguf"]  # accelerate and gguf read GGUF files, for examples/smollm2
 EVAL = ["lm-eval>=0.4.13"]
-# model2vec with its extra `distill` makes a static model of a sentence transformer, see tools/static_embedder.py
-MINE = ["faiss-cpu>=1.8", "model2vec[distill]>=0.6"]
+MINE = ["faiss-cpu>=1.8", "model2vec>=0.6"]
 FAST = ["gigatoken>=0.10,<0.11"]
 
 EXTRAS = {
@@ -37,7 +36,8 @@ EXTRAS = {
     "hf": HF,
     "eval": EVAL,
     "fast": FAST,
-    "mine": [*DATA, *MINE, "sentence-transformers>=3"],
+    # `distill` makes a static model of a sentence transformer, see tools/static_embedder.py
+    "mine": [*DATA, *MINE, "model2vec[distill]", "sentence-transformers>=3"],
     # every command on a CPU; the extras below need a GPU or an account
     "all": [*TRAIN, *PLOT, *HF, *EVAL, *FAST, *MINE],
     "gpu": ["transformer-engine[pytorch]>=2.0"],

@@ -65,15 +65,18 @@ class StaticEmbedder(Embedder):
         from model2vec import StaticModel
 
         try:
-            self._model: Any = StaticModel.from_pretrained(folder, normalize=True, quantize_to="float32")
+            self._model: Any = StaticModel.from_pretrained(folder, normalize=False, quantize_to="float32")
         except Exception as error:  # the library raises many types
             raise _not_a_model(name, error) from error
         self.name, self.digest = name, _folder_digest(folder)
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the mean vectors of the tokens, scaled to length 1."""
-        vectors: Vectors = self._model.encode(list(texts), batch_size=_BATCH, use_multiprocessing=False)
-        return np.ascontiguousarray(vectors, np.float32)
+        means = self._model.encode(list(texts), batch_size=_BATCH, use_multiprocessing=False)
+        # Scaled here: model2vec 0.8 scales in float64 where a batch has a text without a known word.
+        vectors: Vectors = np.ascontiguousarray(means, np.float32)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.divide(vectors, lengths, out=vectors, where=lengths > 0)
 
 
 class TransformerEmbedder(Embedder):
