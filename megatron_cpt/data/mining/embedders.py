@@ -76,7 +76,8 @@ class StaticEmbedder(Embedder):
         # Scaled here: model2vec 0.8 scales in float64 where a batch has a text without a known word.
         vectors: Vectors = np.ascontiguousarray(means, np.float32)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.divide(vectors, lengths, out=vectors, where=lengths > 0)
+        np.divide(vectors, lengths, out=vectors, where=lengths > 0)
+        return vectors
 
 
 class TransformerEmbedder(Embedder):
