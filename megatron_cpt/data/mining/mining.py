@@ -70,7 +70,7 @@ def mine(
 
     Raises:
         UserError: a file is missing, the output exists, or there is nothing to mine.
-        RefusedError: a file is damaged, tokenizers differ, or mined documents overlap with held-out ones.
+        RefusedError: a file is damaged, tokenizers differ, mined documents overlap with held-out ones, or none is left.
         ChangedFileError: a file changed while it was read.
     """
     started, target = time.monotonic(), os.fspath(output)
@@ -181,6 +181,12 @@ def _write_output(job: MiningJob, folders: Sequence[Path]) -> MiningReport:
         copies_of_documents=int(copies.of_document.sum()),
     )
     chosen, report = _without_held_out(job, chosen, read_ids, report)
+    if not len(chosen):
+        raise RefusedError(
+            f"{job.output}: no document is left of the {len(near):,} nearest: {report.copies_of_queries:,} are "
+            f"near-duplicates of their query, {report.copies_of_documents:,} of a nearer document, and "
+            f"{report.overlapping or 0:,} share {NGRAM} consecutive ids with held-out documents; nothing is written"
+        )
     report = describe_mined(job, texts, chosen, report)
     _check_unchanged(job)
     _publish(job, chosen)

@@ -205,6 +205,20 @@ def test_held_out_documents_are_dropped_or_kept(mining, held_out, planted, tmp_p
     assert removed == {planted.documents[planted.planted[number]] for number in (3, 4)}
 
 
+def test_an_output_without_a_document_is_refused(static_model, tmp_path, planted):
+    """The corpus is the held-out text; an empty list would pass `check`, and no run could read it."""
+    text = planted.documents[0]
+    corpus = write_texts(tmp_path / "web", [text])
+    queries, test = (
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": text + end}])
+        for name, end in (("qa", " w1 w2 w3 w4 w5 w6 w7 w8 w9 " * 20), ("test", ""))
+    )
+    options = MiningOptions(k=5, workers=1, held_out=[test], overlap="drop")
+    with pytest.raises(RefusedError, match="no document is left of the 1 nearest"):
+        mine([queries], [corpus], tmp_path / "mined.docs", embedder=static_model, options=options)
+    assert not (tmp_path / "mined.docs").exists()
+
+
 def test_queries_of_several_fields_and_text_files_as_corpus(static_model, planted, tmp_path):
     rows = [{"question": text[: len(text) // 2], "answer": text[len(text) // 2 :]} for text in planted.queries[:5]]
     queries = write_lines(tmp_path / "qa.jsonl", rows)
