@@ -20,6 +20,10 @@ _DIGITS = 4  # significant digits of a weight
 _SPARE_SAMPLES = 2  # the planner rounds the samples of a source up, at most once per phase
 
 
+class TooLongRunError(UserError):
+    """Run that would read the general sources more than four times."""
+
+
 @dataclass(frozen=True)
 class SizedSource:
     """Source with what decides its weight.
@@ -65,7 +69,7 @@ def weigh_sources(
         general_samples, qa_samples: samples of phase `general` and of phase `qa`.
 
     Raises:
-        UserError: four epochs of all general sources are fewer samples than the run reads.
+        TooLongRunError: four epochs of all general sources are fewer samples than the run reads.
     """
     most_qa = {name: _most_samples(source) / qa_samples for name, source in qa.items()}
     qa_share = min(QA_SHARE, _floor(math.fsum(most_qa.values())))
@@ -76,9 +80,9 @@ def weigh_sources(
     general_reads = general_samples + (1.0 - qa_share) * qa_samples
     most = {name: _most_samples(source) / general_reads for name, source in general.items()}
     if (available := math.fsum(most.values())) < 1.0:
-        raise UserError(
+        raise TooLongRunError(
             f"--tokens: four epochs of the general sources are {available:.1%} of what the run reads of them; more "
-            "epochs teach little (arXiv 2305.16264): shorten the run to that share, or add data"
+            "epochs teach little (arXiv 2305.16264)"
         )
     wanted = normalize(_products(general))
     shares = share_out(wanted, most, 1.0)

@@ -72,7 +72,8 @@ def compose_run(choices: RecipeChoices) -> dict[str, Node]:
     """Return the sections of a run.yaml.
 
     Raises:
-        UserError: the run is too short for two phases, or too long for four epochs of the general sources.
+        UserError: the run is too short for two phases.
+        TooLongRunError: the run is too long for four epochs of the general sources.
     """
     schedule, record = choices.schedule, choices.pretraining.record
     switch = schedule.last_step_above(SWITCH_LR * schedule.max_lr)

@@ -7,14 +7,18 @@ document that is validated is trained on, nor an exact copy of one.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from megatron_cpt.data.rewrite.split import split_datasets
-from megatron_cpt.data.tokenfile.header import IndexHeader, read_header
+from megatron_cpt.data.tokenfile.document_list import is_document_list
+from megatron_cpt.data.tokenfile.header import LIST_ENDING, IndexHeader, read_header
+from megatron_cpt.data.tokenfile.listed_documents import open_dataset
 from megatron_cpt.data.tokenfile.reader import expand_prefixes
 from megatron_cpt.data.tokenfile.sidecar import read_sidecar
 from megatron_cpt.errors import UserError
@@ -32,7 +36,7 @@ class RecipeSource:
 
     Attributes:
         path: prefixes or globs as run.yaml has them; one of them is not a list.
-        prefixes: the datasets of the source.
+        prefixes: the datasets and document lists of the source.
         sizes: tokens of each of them.
         documents: number of their documents.
         held_out: prefixes or globs of its held-out data; None: not chosen yet.
@@ -63,32 +67,32 @@ def read_source(name: str, paths: Sequence[str], held_out: Sequence[str] | None)
     """Read the sizes of a source and of its held-out data, if that is given.
 
     Raises:
-        UserError: a file is missing, or the held-out data is the source itself.
+        UserError: a file is missing, or a document list has no held-out data.
         RefusedError: a file is damaged.
     """
     prefixes = expand_prefixes(list(paths))
-    headers = [read_header(prefix) for prefix in prefixes]
+    if held_out is None and (lists := list(filter(is_document_list, prefixes))):
+        raise UserError(
+            f"source {name}: {lists[0]}: --split cannot divide a document list; give --held-out {name}=PREFIX, or "
+            f"mine a dataset instead of a list: `megatron-cpt mine --output {lists[0].removesuffix(LIST_ENDING)}`"
+        )
+    headers = [_read_size(prefix) for prefix in prefixes]
     source = RecipeSource(name, paths, prefixes, [header.num_tokens for header in headers], _documents(headers))
     if held_out is None:
         return source
-    tokens = sum(read_header(prefix).num_tokens for prefix in expand_prefixes(list(held_out)))
+    tokens = sum(_read_size(prefix).num_tokens for prefix in expand_prefixes(list(held_out)))
     return replace(source, held_out=held_out, held_out_tokens=tokens)
 
 
-def refuse_trained_held_out(sources: Sequence[RecipeSource]) -> None:
-    """Refuse held-out data that is also a source.
+def expect_rest(source: RecipeSource, share: float) -> RecipeSource:
+    """Return a source as a split will leave it, rather too small than too large.
 
-    Raises:
-        UserError: a dataset is in both.
+    The number of held-out documents has a standard deviation of sqrt(share (1 - share) documents). Nine of them in
+    documents of mean length are four of the tokens if the lengths deviate by twice their mean.
     """
-    trained = {_real(prefix): source.name for source in sources for prefix in source.prefixes}
-    for source in sources:
-        for prefix in expand_prefixes(list(source.held_out or ())) if source.held_out else ():
-            if (other := trained.get(_real(prefix))) is not None:
-                raise UserError(
-                    f"--held-out {source.name}={prefix}: is also trained on, as source {other}; give other data, or "
-                    "let --split hold documents out"
-                )
+    deviation = math.sqrt(share * (1.0 - share) / max(1, source.documents))
+    rest = max(0, math.floor(source.tokens * (1.0 - share - 9.0 * deviation)))
+    return replace(source, prefixes=source.prefixes[:1], sizes=[rest])
 
 
 @contextlib.contextmanager
@@ -97,28 +101,27 @@ def split_sources(
     folder: Path,
     *,
     share: float,
-    overwrite: bool,
     progress: Callable[[int], None] = lambda amount: None,
 ) -> Iterator[list[RecipeSource]]:
     """Split held-out data off the sources that have none; yield all sources with held-out data.
 
-    If the block raises, the files that this call has written are removed.
+    Earlier splits are found again, and never replaced: the run of another recipe may train on them. If the block
+    raises, the files that this call has written are removed.
 
     Args:
         folder: place of the new datasets, `NAME-train` and `NAME-held-out`.
         share: share of the documents to hold out.
-        overwrite: replace datasets of these names that are another split.
         progress: called with the number of bytes after each block.
 
     Raises:
-        UserError: a name is taken, or the share holds no document out.
+        UserError: a name is taken by another split, or the share holds no document out.
     """
+    for source in sources:  # before hours of splitting
+        if not source.held_out:
+            _refuse_other_split(source, *_outputs(source, folder), share)
     written: list[str] = []
     try:
-        yield [
-            source if source.held_out else _split(source, folder, share, overwrite, progress, written)
-            for source in sources
-        ]
+        yield [source if source.held_out else _split(source, folder, share, progress, written) for source in sources]
     except BaseException:
         for prefix in written:
             for ending in _ENDINGS:
@@ -132,23 +135,13 @@ def _split(
     source: RecipeSource,
     folder: Path,
     share: float,
-    overwrite: bool,
     progress: Callable[[int], None],
     written: list[str],
 ) -> RecipeSource:
-    stem = quote(source.name, safe="")  # a name may hold a slash
-    train, held_out = (str(folder / f"{stem}-{side}") for side in ("train", "held-out"))
+    train, held_out = _outputs(source, folder)
     if not _is_split(source, train, held_out, share):
         folder.mkdir(parents=True, exist_ok=True)
-        report = split_datasets(
-            source.prefixes,
-            held_out,
-            train,
-            fraction=share,
-            seed=SPLIT_SEED,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        report = split_datasets(source.prefixes, held_out, train, fraction=share, seed=SPLIT_SEED, progress=progress)
         written += [train, held_out]
         if not report.held_out_documents or not report.rest_documents:
             raise UserError(
@@ -168,18 +161,53 @@ def _split(
     )
 
 
+def _outputs(source: RecipeSource, folder: Path) -> tuple[str, str]:
+    """Return the prefixes of training data and held-out data."""
+    stem = quote(source.name, safe="")  # a name may hold a slash
+    return str(folder / f"{stem}-train"), str(folder / f"{stem}-held-out")
+
+
+def _refuse_other_split(source: RecipeSource, train: str, held_out: str, share: float) -> None:
+    """Refuse to replace datasets that are not this split."""
+    there = [f"{prefix}{end}" for prefix in (train, held_out) for end in _ENDINGS if exists(f"{prefix}{end}")]
+    if not there or _is_split(source, train, held_out, share):
+        return
+    sidecar = read_sidecar(read_header(train)) if len(there) == 2 * len(_ENDINGS) else None
+    made_by = sidecar.origin.made_by if sidecar is not None else {}
+    wanted = _describe_split(_made_by(source, share))
+    if made_by.get("command") != "split":
+        problem = f"{there[0]}: exists already, and is not part of a complete split of {wanted}"
+    elif (found := _describe_split(made_by)) == wanted:
+        problem = f"{train}: is a split of {wanted} that was made before the data changed"
+    else:
+        problem = f"{train}: is a split of {found}, not of {wanted}"
+    raise UserError(
+        f"source {source.name}: {problem}; another recipe may use it, so it is not replaced; choose another folder: "
+        "--split-dir DIR"
+    )
+
+
+def _describe_split(made_by: Mapping[str, Any]) -> str:
+    return f"{', '.join(made_by['inputs'])} at {made_by['fraction'] * 100:.6g}% (seed {made_by['seed']})"
+
+
+def _made_by(source: RecipeSource, share: float) -> dict[str, Any]:
+    """Return what the sidecars of a split of a source say."""
+    return {
+        "command": "split",
+        "inputs": [os.path.basename(prefix) for prefix in source.prefixes],
+        "fraction": share,
+        "seed": SPLIT_SEED,
+    }
+
+
 def _is_split(source: RecipeSource, train: str, held_out: str, share: float) -> bool:
     """Return whether two datasets are this split of the source, from an earlier call."""
     if not all(exists(f"{prefix}{ending}") for prefix in (train, held_out) for ending in _ENDINGS):
         return False
     headers = [read_header(prefix) for prefix in (train, held_out)]
     sidecars = [read_sidecar(header) for header in headers]
-    made_by = {
-        "command": "split",
-        "inputs": [os.path.basename(prefix) for prefix in source.prefixes],
-        "fraction": share,
-        "seed": SPLIT_SEED,
-    }
+    made_by = _made_by(source, share)
     return (
         all(sidecar is not None and dict(sidecar.origin.made_by) == made_by for sidecar in sidecars)
         and sum(header.num_tokens for header in headers) == source.tokens
@@ -192,12 +220,13 @@ def _is_newer(prefix: str, split: str) -> bool:
     return not is_remote(prefix) and os.path.getmtime(f"{prefix}.bin") > os.path.getmtime(f"{split}.bin")
 
 
+def _read_size(prefix: str) -> IndexHeader:
+    """Return the sizes of a dataset or of the documents that a list names."""
+    return open_dataset(prefix).header if is_document_list(prefix) else read_header(prefix)
+
+
 def _documents(headers: Sequence[IndexHeader]) -> int:
     return sum(header.num_documents for header in headers)
-
-
-def _real(prefix: str) -> str:
-    return prefix if is_remote(prefix) else os.path.realpath(f"{prefix}.bin")
 
 
 def group_by_name(entries: Sequence[str], option: str) -> Mapping[str, list[str]]:

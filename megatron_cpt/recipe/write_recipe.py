@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,16 +20,13 @@ from megatron_cpt.planning import RunPlan
 from megatron_cpt.planning.cluster.advise import Advice, advise
 from megatron_cpt.planning.cluster.estimate import Cluster, find_gpu, place_on_cluster
 from megatron_cpt.prepare import PreparedRun, prepare_config
+from megatron_cpt.recipe.blend_weights import TooLongRunError
 from megatron_cpt.recipe.commented_yaml import Reasoned, dump_commented, without_reasons
 from megatron_cpt.recipe.compose_run import RecipeChoices, compose_run
-from megatron_cpt.recipe.hold_out import (
-    RecipeSource,
-    group_by_name,
-    read_source,
-    refuse_trained_held_out,
-    split_sources,
-)
+from megatron_cpt.recipe.hold_out import RecipeSource, expect_rest, group_by_name, read_source, split_sources
+from megatron_cpt.recipe.longest_run import advise_tokens
 from megatron_cpt.recipe.pretraining import Pretraining, read_pretraining
+from megatron_cpt.recipe.trained_held_out import refuse_trained_held_out
 from megatron_cpt.recipe.training_values import PAPER, choose_batch, choose_max_lr, choose_seq_length
 from megatron_cpt.recipe.weak_areas import WeakArea, find_weak_areas
 
@@ -111,7 +108,7 @@ def write_recipe(
     Args:
         checkpoint: a Hugging Face folder, a Megatron checkpoint, one of our checkpoints, or a run directory.
         output: the run.yaml to write.
-        overwrite: replace the run.yaml, and splits of other data.
+        overwrite: replace the run.yaml; earlier splits are never replaced.
         progress: called with the number of bytes after each block of a split.
 
     Raises:
@@ -120,7 +117,9 @@ def write_recipe(
     """
     if (output.exists() or output.is_symlink()) and not overwrite:
         raise UserError(f"{output}: exists already; choose another --output, or replace it: --overwrite")
-    if problem := output_problem(output, ending=".tmp"):
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; give a file, such as {output / 'run.yaml'}")
+    if problem := output_problem(output.parent if output.exists() else output, ending=".tmp"):
         raise UserError(f"--output {output}: {problem}")
     choices, import_command = _choose(checkpoint, options)
     general, qa = [source.name for source in choices.general], [source.name for source in choices.qa]
@@ -128,13 +127,17 @@ def write_recipe(
     with ExitStack() as stack:
         if options.split is not None and not all(source.held_out for source in sources):
             # Before hours of splitting: a refusal of the planner, with all documents in training and validation.
-            _finish(_with_sources(choices, [_self_validated(source) for source in sources]), output, options)
+            rest = [source if source.held_out else expect_rest(source, options.split) for source in sources]
+            with _shorter_run_in_errors(_with_sources(choices, rest), options):
+                _finish(_with_sources(choices, [_self_validated(source) for source in sources]), output, options)
             folder = options.split_folder or output.parent / "split"
-            split = split_sources(sources, folder, share=options.split, overwrite=overwrite, progress=progress)
+            split = split_sources(sources, folder, share=options.split, progress=progress)
             sources = stack.enter_context(split)
         _check_held_out(sources, choices.seq_length.value)
         assert [source.name for source in sources] == [*general, *qa]
-        text, prepared, cluster = _finish(_with_sources(choices, sources), output, options)
+        choices = _with_sources(choices, sources)
+        with _shorter_run_in_errors(choices, options):
+            text, prepared, cluster = _finish(choices, output, options)
         write_atomically(output, text)
     return Recipe(text, prepared.config, prepared.plan, cluster, import_command)
 
@@ -156,9 +159,7 @@ def _choose(checkpoint: Path, options: RecipeOptions) -> tuple[RecipeChoices, st
         tokens=options.tokens,
         max_lr=choose_max_lr(pretraining, given=options.max_lr, propose=options.propose_lr),
         seq_length=seq_length,
-        global_batch=choose_batch(
-            pretraining, seq_length.value, options.tokens, given=options.global_batch, num_gpus=options.num_gpus
-        ),
+        global_batch=_batch(pretraining, seq_length.value, options.tokens, options),
         general=general,
         qa=qa,
         quality=_factors(options.quality, [source.name for source in general]),
@@ -166,6 +167,26 @@ def _choose(checkpoint: Path, options: RecipeOptions) -> tuple[RecipeChoices, st
         evaluation=str(options.evaluation) if options.evaluation else None,
     )
     return choices, import_command
+
+
+def _batch(pretraining: Pretraining, seq_length: int, tokens: int, options: RecipeOptions) -> Reasoned[int]:
+    return choose_batch(pretraining, seq_length, tokens, given=options.global_batch, num_gpus=options.num_gpus)
+
+
+@contextmanager
+def _shorter_run_in_errors(choices: RecipeChoices, options: RecipeOptions) -> Iterator[None]:
+    """Name the length that passes in the error of a run that is too long for its data."""
+
+    def shorten(tokens: int) -> RecipeChoices:
+        batch = _batch(choices.pretraining, choices.seq_length.value, tokens, options)
+        return replace(choices, tokens=tokens, global_batch=batch)
+
+    try:
+        yield
+    except TooLongRunError as error:
+        tokens = advise_tokens(choices.tokens, shorten)
+        advice = "shorten the run" if tokens is None else f"give --tokens {tokens}"
+        raise UserError(f"{error}: {advice}, or add data") from error
 
 
 def _read_sources(options: RecipeOptions) -> tuple[list[RecipeSource], list[RecipeSource]]:
@@ -189,7 +210,7 @@ def _read_sources(options: RecipeOptions) -> tuple[list[RecipeSource], list[Reci
         for sources in (general, qa)
         for name, paths in sources.items()
     }
-    refuse_trained_held_out(list(read.values()))
+    refuse_trained_held_out(list(read.values()), options.split)
     return [read[name] for name in general], [read[name] for name in qa]
 
 

@@ -86,5 +86,6 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("experiment", "needs SLURM"),
         ("runs/rates/experiment.sbatch", "needs SLURM"),
         ("experiment", "needs Ray"),
+        *[(command, "needs an embedding model") for command in ("mine", "recipe")],
     ]
     assert len(commands) - len(skipped) >= 25

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_cpt.cli import main
+from megatron_cpt.config import parse_count
+from megatron_cpt.data import IndexedDataset
 from megatron_cpt.planning.timeline.schedule import Schedule
 from megatron_cpt.recipe.pretraining import read_pretraining
+from tests.helpers.document_lists import write_list
 from tests.helpers.hf_models import save_hf_model
 from tests.helpers.recipes import values_without_comment, write_documents
 
@@ -37,6 +41,11 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe(checkpoint: object, *options: str) -> int:
     sources = ["--general", "web=data/web", "code=data/code", "--qa", "stem=data/stem", f"{NEW_LINE}=data/chat"]
     return main(["recipe", str(checkpoint), *sources, "--tokens", "20K", "--split", "10%", *options])
+
+
+def documents_of(prefix: str) -> list[bytes]:
+    dataset = IndexedDataset(prefix)
+    return [dataset.document(number).tobytes() for number in range(dataset.num_documents)]
 
 
 def files() -> set[str]:
@@ -74,8 +83,92 @@ def test_a_split_is_written_once(models: Path, capsys: pytest.CaptureFixture[str
     assert "b.yaml: exists already" in capsys.readouterr().err
     write_documents(Path("data", "web"), documents=300, seed=9)
     assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "c.yaml") == 2
-    assert "split/web-held-out.bin" in capsys.readouterr().err
-    assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "c.yaml", "--overwrite") == 0
+    assert "web-train: is a split of web at 10% (seed 1234) that was made before the data" in capsys.readouterr().err
+    assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "c.yaml", "--split-dir", "new") == 0
+
+
+@pytest.mark.usefixtures("data")
+def test_overwrite_replaces_the_run_yaml_alone(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = ["--max-lr", "1e-4"], ["--max-lr", "2e-4", "--overwrite"]
+    assert recipe(models / "llama", *first) == 0
+    split = {name: os.stat(name).st_mtime_ns for name in files() if name.startswith("split")}
+    assert recipe(models / "llama", *second) == 0
+    assert yaml.safe_load(Path("run.yaml").read_text())["schedule"]["max_lr"] == 2e-4
+    for other in (["--split", "20%"], ["--general", "web=data/code", "code=data/web"]):
+        for overwrite in ([], ["--overwrite"]):
+            capsys.readouterr()
+            assert recipe(models / "llama", *first, *other, *overwrite, "--output", "other.yaml") == 2
+            message = capsys.readouterr().err
+            assert "--split-dir" in message
+            found = "20% (seed 1234)" if other[0] == "--split" else "a split of web at 10% (seed 1234), not of"
+            assert found in message
+    assert {name: os.stat(name).st_mtime_ns for name in split} == split
+    assert not Path("other.yaml").exists()
+    Path("folder").mkdir()
+    assert recipe(models / "llama", *second, "--output", "folder") == 2
+    assert "folder: is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("batch", [[], ["--global-batch", "8"]])
+def test_the_advised_number_of_tokens_passes(
+    models: Path, capsys: pytest.CaptureFixture[str], batch: list[str]
+) -> None:
+    options = [models / "llama", "--max-lr", "1e-4", *batch]
+    assert recipe(*options, "--tokens", "10M") == 2
+    advised = re.search(r"give --tokens (\S+), or add data", " ".join(capsys.readouterr().err.split()))
+    assert advised
+    assert parse_count(advised[1]) > 60_000  # of the 120,000 tokens in four epochs of general data
+    assert recipe(*options, "--tokens", advised[1]) == 0
+    # Enough data before the split, too little after it
+    assert recipe(*options, "--tokens", "118K", "--output", "b.yaml") == 2
+    advised = re.search(r"give --tokens (\S+), or add data", " ".join(capsys.readouterr().err.split()))
+    assert advised
+    assert recipe(*options, "--tokens", advised[1], "--output", "b.yaml") == 0
+
+
+@pytest.mark.usefixtures("data")
+def test_document_lists(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    web = IndexedDataset("data/web")
+    write_list(Path("data/mined.docs"), [web], [(0, number) for number in range(200)])
+    mined = ["--max-lr", "1e-4", "--general", "mined=data/mined.docs"]
+
+    def refusal(*options: str) -> str:
+        assert recipe(models / "llama", *mined, *options) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "mine a dataset instead of a list: `megatron-cpt mine --output data/mined`" in refusal()
+    write_documents(Path("data", "other"), documents=60, seed=7)
+    leaked = "data/mined.docs: has documents that --split holds out of source web"
+    assert leaked in refusal("--held-out", "mined=data/other")
+    assert "is also trained on, as source web" in refusal("--held-out", "mined=data/mined.docs")
+
+    assert recipe(models / "llama", "--max-lr", "1e-4") == 0
+    held_out = set(documents_of("split/web-held-out"))
+    rest = [(0, number) for number, text in enumerate(documents_of("data/web")) if text not in held_out]
+    assert 0 < len(rest) < 400
+    write_list(Path("data/mined.docs"), [web], rest)
+    given = ["--held-out", "mined=data/other", "--output", "mined.yaml"]
+    assert recipe(models / "llama", *mined, *given) == 0
+    write_list(Path("data/mined.docs"), [IndexedDataset("split/web-train")], [(0, number) for number in range(100)])
+    given = ["--held-out", "mined=split/web-held-out", "--output", "train.yaml"]
+    assert recipe(models / "llama", *mined, *given) == 0
+    run = yaml.safe_load(Path("train.yaml").read_text())
+    assert run["sources"]["mined"]["path"] == "data/mined.docs"
+    assert main(["plan", "train.yaml"]) == 0
+
+
+@pytest.mark.usefixtures("data")
+def test_lists_of_the_same_dataset_may_not_share_documents(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    web = IndexedDataset("data/web")
+    write_list(Path("train.docs"), [web], [(0, number) for number in range(300)])
+    arguments = ["--general", "web=train.docs", "--qa", "stem=data/stem", "--tokens", "5K", "--max-lr", "1e-4"]
+    arguments += ["--held-out", "stem=data/chat", "web=held.docs"]
+    write_list(Path("held.docs"), [web], [(0, number) for number in range(299, 400)])
+    assert main(["recipe", str(models / "llama"), *arguments]) == 2
+    assert "--held-out web=held.docs: is also trained on" in capsys.readouterr().err
+    write_list(Path("held.docs"), [web], [(0, number) for number in range(300, 400)])
+    assert main(["recipe", str(models / "llama"), *arguments]) == 0
 
 
 @pytest.mark.usefixtures("data")

@@ -62,7 +62,7 @@ def recipe(
     model: Annotated[str | None, typer.Option("--model", metavar="NAME|FILE", help=MODEL_HELP)] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Accept pickled .bin weights.")] = False,
     output: Annotated[Path, typer.Option("--output", metavar="RUN.yaml", help="The file to write.")] = Path("run.yaml"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.yaml.")] = False,
 ) -> None:
     """Write a run.yaml for your model and data by the rules of the paper, each value with its reason.
 
