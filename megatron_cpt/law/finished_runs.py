@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.errors import ConfigError, UserError
+from megatron_cpt.checkpoint.layout import resolve_checkpoint
+from megatron_cpt.config import format_number_of
+from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.law.run_path import Floats, RunPath, path_of_plan
 from megatron_cpt.provenance.run_history import MALFORMED
 from megatron_cpt.report.run_record import RunReader, RunRecord
 
-MIN_RUNS = 4
+MIN_ARMS = 4
 _MIN_POINTS = 3  # validations of a run after step 0
 _START_TOLERANCE = 1e-3  # relative difference of the losses of equal weights at another layout or precision
 _COMPARED = ("model", "tokenizer", "seq_length", "batch.global", "documents", "optimizer", "init.load")
@@ -30,7 +32,8 @@ class FinishedRun:
     Attributes:
         folder: the run directory.
         config: its resolved run.yaml.
-        path: its path up to the last validation.
+        path: its path, with knots at `steps`.
+        planned: the same path without knots at `steps`, equal for all runs of an arm.
         start: held-out loss per source before the first step.
         steps: validated steps after it.
         losses: held-out loss per source at `steps`; NaN: not measured or not finite.
@@ -40,6 +43,7 @@ class FinishedRun:
     folder: str
     config: Mapping[str, Any]
     path: RunPath
+    planned: RunPath
     start: Mapping[str, float]
     steps: npt.NDArray[np.int64]
     losses: Mapping[str, Floats]
@@ -50,7 +54,7 @@ def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """Read run directories that started from the same trunk and are validated on the same data.
 
     Raises:
-        UserError: a folder is no run, or there are too few runs.
+        UserError: a folder is no run, or the runs are of too few arms.
         ConfigError: lists the problems of all runs: no validation, too few points, another model, tokenizer or trunk.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -66,12 +70,25 @@ def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
         problems += [f"{run.folder}: {difference}" for difference in _differences(runs[0], run)]
     if problems:
         raise ConfigError("runs to fit", problems)
-    if len(runs) < MIN_RUNS:
+    if (num_arms := len(arms_of(runs))) < MIN_ARMS:
         raise UserError(
-            f"{len(runs)} runs to fit; give at least {MIN_RUNS}, with different blends and learning rates: the error "
-            "of a prediction comes from omitting one run at a time"
+            f"{format_number_of(len(runs), 'run')} of {format_number_of(num_arms, 'arm')} to fit; give at least "
+            f"{MIN_ARMS} arms, with different blends and learning rates: the error of a prediction comes from omitting "
+            "all runs of one arm at a time. Runs with equal plans are one arm, whatever their seed"
         )
     return runs
+
+
+def arms_of(runs: Sequence[FinishedRun]) -> list[list[int]]:
+    """Return the indices of the runs of each arm: runs with equal plans, whatever their seed, name or output."""
+    arms: list[list[int]] = []
+    for index, run in enumerate(runs):
+        arm = next((arm for arm in arms if runs[arm[0]].planned.equals(run.planned)), None)
+        if arm is None:
+            arms.append([index])
+        else:
+            arm.append(index)
+    return arms
 
 
 def read_finished_run(folder: Path) -> FinishedRun:
@@ -104,13 +121,13 @@ def read_finished_run(folder: Path) -> FinishedRun:
         )
     try:
         with np.errstate(all="ignore"):  # of a damaged plan
-            path = path_of_plan(record.plan, at=steps.tolist())
+            path, planned = path_of_plan(record.plan, at=steps.tolist()), path_of_plan(record.plan)
         path.knots_at(steps.tolist())
         if not 0 < path.areas[-1] < math.inf:
             raise ValueError("no learning rate")
     except (*MALFORMED, StopIteration, AssertionError) as error:
         raise UserError(f"{folder}/plan.json: damaged ({error!r}); restore it, or omit the run") from error
-    return FinishedRun(str(folder), record.config, path, start, steps, losses, tuple(notes))
+    return FinishedRun(str(folder), record.config, path, planned, start, steps, losses, tuple(notes))
 
 
 def _points(
@@ -153,6 +170,22 @@ def compared_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def trunk_key(name: Any) -> str:
+    """Return the checkpoint that an `init.from` names, so that a run and its newest checkpoint compare equal.
+
+    A folder that does not exist here stays text.
+    """
+    path = Path(str(name))
+    try:
+        if not path.exists():
+            return str(name)
+        return str(resolve_checkpoint(path).resolve())
+    except RefusedError:  # a folder without a checkpoint
+        return str(path.resolve())
+    except OSError:
+        return str(name)
+
+
 def _trunk_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: as_plain(config, key) for key in _TRUNK}
 
@@ -161,7 +194,9 @@ def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
     """Yield what keeps a run from being fitted together with the first one."""
     own, theirs = ({**compared_values(one.config), **_trunk_values(one.config)} for one in (run, first))
     for key, one in own.items():
-        if one != (other := theirs[key]):
+        other = theirs[key]
+        is_same = trunk_key(one) == trunk_key(other) if key == "init.from" else one == other
+        if not is_same:
             yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}; fit them separately"
     for name in first.path.sources:
         key = f"sources.{name}.path"

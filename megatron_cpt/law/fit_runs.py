@@ -1,22 +1,26 @@
-"""Fit of the law on finished runs, with the errors that omitting runs and cutting them short shows."""
+"""Fit of the law on finished runs, with the errors that omitting arms and cutting runs short shows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megatron_cpt.config import format_number_of
 from megatron_cpt.errors import UserError
 from megatron_cpt.law.curve_fit import CurveFit, FitPoints, fit_curve
-from megatron_cpt.law.finished_runs import MIN_RUNS, FinishedRun, as_plain, compared_values
+from megatron_cpt.law.finished_runs import MIN_ARMS, FinishedRun, arms_of, as_plain, compared_values
 from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
 from megatron_cpt.law.run_path import Floats, RunPath
 from megatron_cpt.law.terms import LawShape, term_names, term_signs, terms
 
 _FAR = 1.5  # areas beyond the fitted one from which on a run counts for the error per doubling
 _HORIZON = 4.0  # the law is also fitted on the first 1/_HORIZON of the runs, to see how it errs beyond its points
+_SAME_BLENDS = (
+    0.01  # singular values of the shares below this part of the largest count as 0: about one percentage point
+)
 
 
 @dataclass(frozen=True)
@@ -85,53 +89,72 @@ def fit_runs(runs: Sequence[FinishedRun]) -> RunLaw:
     rate = max(float(path.rates[0]) for path in paths) or max(float(path.rates.max()) for path in paths)
     whole = _GridTerms.build(runs, paths, area, rate)
     begun = _GridTerms.build(runs, paths, area / _HORIZON, rate)
-    laws = tuple(_fit_held_out(name, whole, begun, len(term_names(sources))) for name in held_out)
+    arms = arms_of(runs)
+    laws = tuple(_fit_held_out(name, whole, begun, arms, len(term_names(sources))) for name in held_out)
+    firsts = [arm[0] for arm in arms]
     return RunLaw(
-        runs=tuple(run.folder for run in runs),
+        arms=tuple(tuple(runs[index].folder for index in arm) for arm in arms),
+        num_seeds=len({repr(run.config.get("seed")) for run in runs}),
         trunks=tuple(dict.fromkeys(str(as_plain(run.config, "init.from")) for run in runs)),
         compared=compared_values(runs[0].config),
         sources=sources,
         held_out=laws,
         fitted=_fitted_range(paths, ends),
         notes=tuple(f"{run.folder}: {note}" for run in runs for note in run.notes),
+        warnings=tuple(_blend_warnings([paths[index] for index in firsts], [ends[index] for index in firsts])),
     )
 
 
-def _fit_held_out(name: str, whole: _GridTerms, begun: _GridTerms, num_terms: int) -> HeldOutLaw:
-    points = [found for found in whole.points(name) if found is not None]
-    num_points = sum(len(run.changes) for run in points)
-    if len(points) < MIN_RUNS or num_points < 2 * num_terms:
+def _fit_held_out(
+    name: str, whole: _GridTerms, begun: _GridTerms, arms: Sequence[Sequence[int]], num_terms: int
+) -> HeldOutLaw:
+    found = whole.points(name)
+    num_points = sum(len(points.changes) for points in found if points is not None)
+    num_arms = _num_arms(arms, found)
+    if num_arms < MIN_ARMS or num_points < 2 * num_terms:
         raise UserError(
-            f"held-out source {name}: {num_points} points of {len(points)} runs, but the law has {num_terms} "
-            f"coefficients: it needs {2 * num_terms} points of {MIN_RUNS} runs; lower validation.every or add runs"
+            f"held-out source {name}: {num_points} points of {format_number_of(num_arms, 'arm')}, but the law has "
+            f"{num_terms} coefficients: it needs {2 * num_terms} points of {MIN_ARMS} arms; lower validation.every or "
+            "add runs"
         )
-    without = [whole.fit([*points[:index], *points[index + 1 :]]) for index in range(len(points))]
-    reach = [
-        areas[-1] / whole.area for areas, run in zip(whole.areas, whole.points(name), strict=True) if run is not None
-    ]
-    errors = [
-        whole.end_error(fit, omitted) / np.sqrt(share)
-        for fit, omitted, share in zip(without, points, reach, strict=True)
-    ]
+    without: list[CurveFit] = []
+    squares: list[float] = []
+    for arm in arms:
+        # All seeds of an arm are omitted: with a twin in the fit, only the noise between seeds would show.
+        fit = whole.fit([points for index, points in enumerate(found) if points is not None and index not in arm])
+        without.append(fit)
+        omitted = [
+            whole.end_error(fit, points) ** 2 / (whole.areas[index][-1] / whole.area)
+            for index in arm
+            if (points := found[index]) is not None
+        ]
+        if omitted:
+            squares.append(float(np.mean(omitted)))
     return HeldOutLaw(
         name=name,
         start=float(np.median([run.start[name] for run in whole.runs])),
-        fit=whole.fit(points),
+        fit=whole.fit([points for points in found if points is not None]),
         without=tuple(without),
-        error=float(np.sqrt(np.mean(np.square(errors)))),
-        error_per_doubling=_horizon_error(name, begun, num_terms),
+        error=float(np.sqrt(np.mean(squares))),
+        error_per_doubling=_horizon_error(name, begun, arms, num_terms),
         num_points=num_points,
     )
 
 
-def _horizon_error(name: str, begun: _GridTerms, num_terms: int) -> float | None:
+def _num_arms(arms: Sequence[Sequence[int]], found: Sequence[FitPoints | None]) -> int:
+    """Return the number of arms with any point."""
+    return sum(any(found[index] is not None for index in arm) for arm in arms)
+
+
+def _horizon_error(name: str, begun: _GridTerms, arms: Sequence[Sequence[int]], num_terms: int) -> float | None:
     """Return the error per doubling of the area beyond the points of a fit; None if the beginnings have too few points.
 
     The law is fitted on the first part of every run and predicts the ends of the longer ones. The largest error counts:
     runs in which the loss hardly changes say nothing about the others.
     """
-    first = [found for found in begun.points(name, only_first=True) if found is not None]
-    if sum(len(run.changes) for run in first) < num_terms + 2 or len(first) < MIN_RUNS - 1:
+    begun_points = begun.points(name, only_first=True)
+    first = [points for points in begun_points if points is not None]
+    if sum(len(points.changes) for points in first) < num_terms + 2 or _num_arms(arms, begun_points) < MIN_ARMS - 1:
         return None
     fit = begun.fit(first)
     errors = [
@@ -140,6 +163,27 @@ def _horizon_error(name: str, begun: _GridTerms, num_terms: int) -> float | None
         if found is not None and areas[-1] > _FAR * begun.area
     ]
     return max(errors, default=None)
+
+
+def _blend_warnings(paths: Sequence[RunPath], ends: Sequence[Any]) -> Iterator[str]:
+    """Yield a warning if the shares of the arms do not vary in as many directions as there are sources.
+
+    Example: the arms {web: 0.7, code: 0.3} and {web: 0.63, code: 0.27, qa: 0.1}, with any switch between these blends,
+    give two directions of three: web and code always move together.
+    """
+    tokens = [
+        np.average(path.shares[:end], axis=0, weights=np.diff(path.tokens[: end + 1]))
+        for path, end in zip(paths, ends, strict=True)
+    ]
+    values = np.linalg.svd(np.array(tokens), compute_uv=False)
+    rank = int(np.count_nonzero(values > _SAME_BLENDS * values[0]))
+    sources = paths[0].sources
+    if rank < len(sources):
+        yield (
+            f"the fitted runs have {format_number_of(rank, 'independent blend')} of {len(sources)} sources "
+            f"({', '.join(sources)}): their shares cannot be told apart, so blends and switches are not predicted "
+            "reliably; add runs that vary the share of one source at a time"
+        )
 
 
 def _fitted_range(paths: Sequence[RunPath], ends: Sequence[Any]) -> FittedRange:

@@ -49,7 +49,7 @@ class LossForecast:
         start: loss before the first step.
         change: logarithm of loss / start, shape (K + 1,).
         width: half the width of the interval of `change`.
-        without: `change` by the fits that omit one run each, shape (runs, K + 1).
+        without: `change` by the fits that omit one arm each, shape (arms, K + 1).
     """
 
     start: float
@@ -80,9 +80,9 @@ class HeldOutLaw:
     Attributes:
         start: loss before the first step, the median over the fitted runs.
         fit: on all runs.
-        without: fits that omit one run each, in the order of the runs.
-        error: root mean square of the relative errors at the end of the omitted runs, scaled to the longest one: they
-            grow with the root of the area.
+        without: fits that omit all runs of one arm each, in the order of the arms.
+        error: root mean square, over the arms, of the relative errors at the end of the omitted runs, scaled to the
+            longest run: they grow with the root of the area.
         error_per_doubling: largest error of a run beyond the fitted area, per doubling of it; None: the runs are too
             short to measure it.
         num_points: points of the fit.
@@ -99,12 +99,12 @@ class HeldOutLaw:
     def width(self, without: Floats, areas: Floats, fitted_area: float) -> Floats:
         """Return half the width of the interval.
 
-        Three independent errors add up: of the coefficients (jackknife over the runs), of a single run inside the
+        Three independent errors add up: of the coefficients (jackknife over the arms), of a single run inside the
         fitted range, and of the form of the law beyond it. No run errs before its first step, so the second one grows
         with the area up to the longest fitted run.
 
         Args:
-            without: predictions of the fits that omit one run each, shape (runs, knots).
+            without: predictions of the fits that omit one arm each, shape (arms, knots).
             areas: forward area at each knot.
         """
         reach = areas / fitted_area
@@ -118,20 +118,24 @@ class RunLaw:
     """Laws of all held-out sources, fitted on the same runs.
 
     Attributes:
-        runs: run directories of the fit.
+        arms: run directories of the fit by arm; runs of one arm differ only in seed, name or output.
+        num_seeds: number of different seeds of the runs.
         trunks: `init.from` of the runs, each once.
         compared: values of run.yaml that the law holds for, by dotted key.
         sources: training sources, in the order of the terms.
         notes: points and lines that were skipped.
+        warnings: reasons to doubt every prediction.
     """
 
-    runs: tuple[str, ...]
+    arms: tuple[tuple[str, ...], ...]
+    num_seeds: int
     trunks: tuple[str, ...]
     compared: Mapping[str, Any]
     sources: tuple[str, ...]
     held_out: tuple[HeldOutLaw, ...]
     fitted: FittedRange
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def check_sources(self, path: RunPath) -> None:
         """Refuse a path that reads a source which no fitted run has read.
@@ -190,7 +194,7 @@ def _between(low: float, high: float, form: str) -> str:
 
 
 def jackknife_variance(without: Floats) -> Floats:
-    """Return the variance of predictions by omitting one run each, shape (runs, ...) -> (...)."""
+    """Return the variance of predictions by omitting one arm each, shape (arms, ...) -> (...)."""
     count = len(without)
     variance: Floats = (count - 1) / count * ((without - without.mean(axis=0)) ** 2).sum(axis=0)
     return variance

@@ -27,7 +27,8 @@ def law_to_dict(law: RunLaw) -> dict[str, Any]:
     """Return the content of FIT.json."""
     return {
         "format": FORMAT,
-        "runs": list(law.runs),
+        "arms": [list(runs) for runs in law.arms],
+        "num_seeds": law.num_seeds,
         "trunks": list(law.trunks),
         "compared": dict(law.compared),
         "sources": list(law.sources),
@@ -35,6 +36,7 @@ def law_to_dict(law: RunLaw) -> dict[str, Any]:
         "fitted": asdict(law.fitted),
         "held_out": {one.name: _held_out_to_dict(one) for one in law.held_out},
         "notes": list(law.notes),
+        "warnings": list(law.warnings),
     }
 
 
@@ -74,12 +76,14 @@ def read_law(path: Path) -> RunLaw:
 def _parse(content: Mapping[str, Any]) -> RunLaw:
     sources = tuple(map(str, content["sources"]))
     fitted = content["fitted"]
+    arms = tuple(tuple(map(str, runs)) for runs in content["arms"])
     return RunLaw(
-        runs=tuple(content["runs"]),
+        arms=arms,
+        num_seeds=int(content["num_seeds"]),
         trunks=tuple(content["trunks"]),
         compared=dict(content["compared"]),
         sources=sources,
-        held_out=tuple(_parse_held_out(name, one, sources) for name, one in content["held_out"].items()),
+        held_out=tuple(_parse_held_out(name, one, sources, len(arms)) for name, one in content["held_out"].items()),
         fitted=FittedRange(
             tokens=_positive(fitted["tokens"]),
             area=_positive(fitted["area"]),
@@ -88,6 +92,7 @@ def _parse(content: Mapping[str, Any]) -> RunLaw:
             shares={name: _pair(fitted["shares"][name]) for name in sources},
         ),
         notes=tuple(map(str, content["notes"])),
+        warnings=tuple(map(str, content["warnings"])),
     )
 
 
@@ -106,11 +111,11 @@ def _fit_to_dict(fit: CurveFit) -> dict[str, Any]:
     return {"shape": fit.shape.to_dict(), "coefficients": fit.coefficients.tolist()}
 
 
-def _parse_held_out(name: str, content: Mapping[str, Any], sources: tuple[str, ...]) -> HeldOutLaw:
+def _parse_held_out(name: str, content: Mapping[str, Any], sources: tuple[str, ...], num_arms: int) -> HeldOutLaw:
     per_doubling = content["error_per_doubling"]
     without = tuple(_parse_fit(fit, sources) for fit in content["without"])
-    if len(without) < 2:
-        raise ValueError(f"{name}: fewer than two fits without a run")
+    if len(without) < 2 or len(without) != num_arms:
+        raise ValueError(f"{name}: {len(without)} fits without an arm, for {num_arms} arms")
     return HeldOutLaw(
         name=name,
         start=_positive(content["start"]),

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import UserError
-from megatron_cpt.law.finished_runs import compared_values
+from megatron_cpt.law.finished_runs import compared_values, trunk_key
 from megatron_cpt.law.fitted_law import CONFIDENCE, LossForecast, RunLaw, jackknife_variance, student_t
 from megatron_cpt.law.run_path import RunPath, path_of_plan
 from megatron_cpt.planning.run_plan import RunPlan
@@ -124,7 +124,7 @@ class _Outcome:
             step=step,
             losses={name: float(one.loss[-1]) for name, one in other.items()},
             difference=float(np.mean(change)),
-            difference_width=float(student_t(len(law.runs) - 1) * spread),
+            difference_width=float(student_t(len(law.arms) - 1) * spread),
             repeats=", ".join(_repeats(plan, path)),
         )
 
@@ -141,10 +141,11 @@ def _check_same(law: RunLaw, config: RunConfig) -> None:
 
 
 def _notes(law: RunLaw, config: RunConfig, path: RunPath) -> Iterator[str]:
+    yield from law.warnings
     for text in law.outside(path):
         yield f"outside the fitted runs: {text}"
     trunk = str(config.init.from_)
-    if trunk not in law.trunks:
+    if trunk_key(trunk) not in map(trunk_key, law.trunks):
         yield f"init.from is {trunk}, but the losses hold for the trunk of the fitted runs: {', '.join(law.trunks)}"
     if path.areas[-1] > law.fitted.area and any(one.error_per_doubling is None for one in law.held_out):
         yield "the fitted runs have too few points to measure the error beyond them; the intervals may be too narrow"

@@ -44,6 +44,18 @@ class RunPath:
         assert np.array_equal(self.steps[knots], steps), "a step is no knot of the path"
         return knots
 
+    def equals(self, other: RunPath) -> bool:
+        """Return whether both paths have equal knots, rates and shares; the order of their sources may differ."""
+        if not np.array_equal(self.steps, other.steps):
+            return False
+        names = sorted({*self.sources, *other.sources})
+        own, others = self.with_sources(names).shares, other.with_sources(names).shares
+        return (
+            np.array_equal(self.tokens, other.tokens)
+            and np.allclose(self.rates, other.rates, rtol=1e-9, atol=0)
+            and np.allclose(own, others, rtol=0, atol=1e-9)
+        )
+
     def with_sources(self, names: Sequence[str]) -> RunPath:
         """Return the path with its shares in the order of `names`; a source that it does not read has share 0."""
         shares = np.zeros((len(self.shares), len(names)))

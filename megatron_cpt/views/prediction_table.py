@@ -19,7 +19,7 @@ def render_fit(law: Mapping[str, Any], stream: IO[str]) -> None:
     Args:
         law: content of FIT.json.
     """
-    table = _table("held-out source", "points", "loss before", "error of omitted run", "per doubling beyond")
+    table = _table("held-out source", "points", "loss before", "error of omitted arm", "per doubling beyond")
     for name, one in law["held_out"].items():
         beyond = one["error_per_doubling"]
         table.add_row(
@@ -29,13 +29,14 @@ def render_fit(law: Mapping[str, Any], stream: IO[str]) -> None:
             f"{one['error']:.2%}",
             "?" if beyond is None else f"{beyond:.2%}",
         )
-    fitted = law["fitted"]
+    fitted, arms = law["fitted"], law["arms"]
     shares = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in fitted["shares"].items())
     head = (
-        f"{format_number_of(len(law['runs']), 'run')} of up to {format_count(int(fitted['tokens']))} tokens; "
+        f"{format_number_of(sum(map(len, arms)), 'run')} ({format_number_of(len(arms), 'arm')}, "
+        f"{format_number_of(law['num_seeds'], 'seed')}) of up to {format_count(int(fitted['tokens']))} tokens; "
         f"rates up to {fitted['highest_rate']:.3g}; shares: {shares}"
     )
-    print_parts(stream, [Text(head), table, *_notes(law["notes"], "note")])
+    print_parts(stream, [Text(head), table, *_notes(law["notes"], "note"), *_notes(law["warnings"], "warning")])
 
 
 def render_prediction(prediction: Mapping[str, Any], stream: IO[str]) -> None:

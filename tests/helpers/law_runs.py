@@ -121,7 +121,7 @@ def law_run(data: dict[str, Any], rng: np.random.Generator, *, noise: float, nam
         + 0.3 * noise * rng.standard_normal(len(steps))
         for held_out in TRUNK_LOSSES
     }
-    return FinishedRun(name, config.to_dict(), path, dict(TRUNK_LOSSES), steps, losses, ())
+    return FinishedRun(name, config.to_dict(), path, path_of_plan(plan), dict(TRUNK_LOSSES), steps, losses, ())
 
 
 def write_law_run(folder: Path, data: dict[str, Any], *, noise: float = 0.002, seed: int = 0) -> Path:

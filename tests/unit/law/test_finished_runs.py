@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from megatron_cpt.errors import ConfigError, UserError
-from megatron_cpt.law.finished_runs import read_finished_run, read_finished_runs
-from tests.helpers.law_runs import small_configs, write_law_run
+from megatron_cpt.law.finished_runs import arms_of, read_finished_run, read_finished_runs
+from tests.helpers.law_runs import law_config, qa_blend, small_configs, write_law_run
 
 
 @pytest.fixture
@@ -110,6 +110,43 @@ def test_runs_of_another_model_tokenizer_or_trunk_are_refused_by_name(folders, c
     assert message in str(refused.value)
 
 
+def test_runs_that_differ_in_seed_name_output_and_validation_are_one_arm(folders, tmp_path):
+    data = small_configs()
+    again = data[1] | {"seed": 7, "name": "again", "output": "runs/again"}
+    again["validation"] = again["validation"] | {"every": 7}
+    other = law_config(qa_blend(0.11))
+    folders += [write_law_run(tmp_path / "again", again), write_law_run(tmp_path / "other", other)]
+    change_lines(folders[5], lambda lines: lines[:7])
+    runs = read_finished_runs(folders)
+    assert arms_of(runs) == [[0], [1, 5], [2], [3], [4], [6]]
+    with pytest.raises(UserError, match="4 runs of 3 arms to fit; give at least 4 arms"):
+        read_finished_runs([*folders[:3], folders[5]])
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 40_960}, {"schedule": {"shape": "constant", "max_lr": 1e-3}}])
+def test_another_length_or_schedule_is_another_arm(folders, tmp_path, changes):
+    folders.append(write_law_run(tmp_path / "other", small_configs()[1] | changes))
+    assert len(arms_of(read_finished_runs(folders))) == 6
+
+
+def test_a_blend_in_other_units_and_order_is_the_same_arm(folders, tmp_path):
+    same = law_config({"code": 30, "web": 70})
+    folders.append(write_law_run(tmp_path / "same", same))
+    assert arms_of(read_finished_runs(folders))[0] == [0, 5]
+
+
+def test_a_trunk_and_its_newest_checkpoint_are_the_same_trunk(folders, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "runs" / "trunk" / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"train": {"step": 10}}')
+    monkeypatch.chdir(tmp_path)
+    change_yaml(folders[3], init={"from": "runs/trunk/checkpoints/step-00000010", "load": "weights"})
+    assert len(read_finished_runs(folders)) == 5
+    change_yaml(folders[3], init={"from": "runs", "load": "weights"})  # a folder without a checkpoint
+    with pytest.raises(ConfigError, match=r"run3: init\.from is 'runs'"):
+        read_finished_runs(folders)
+
+
 def test_runs_of_another_seed_and_a_slightly_different_start_belong_together(folders):
     change_lines(folders[2], lambda lines: [{"step": 0, "validation": {"general": 3.002, "exam": 5.0}}, *lines[1:]])
     change_yaml(folders[2], seed=7)
@@ -131,8 +168,8 @@ def test_all_problems_are_in_one_message(folders, tmp_path):
     assert len(refused.value.problems) == 2
 
 
-def test_too_few_runs_and_a_run_given_twice(folders):
-    with pytest.raises(UserError, match="3 runs to fit; give at least 4"):
+def test_too_few_arms_and_a_run_given_twice(folders):
+    with pytest.raises(UserError, match="3 runs of 3 arms to fit; give at least 4 arms"):
         read_finished_runs(folders[:3])
     with pytest.raises(UserError, match="given twice"):
         read_finished_runs([*folders, folders[0]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from megatron_cpt.errors import UserError
 from megatron_cpt.law.fit_runs import fit_runs
 from megatron_cpt.law.fitted_law import jackknife_variance, student_t
 from megatron_cpt.law.law_file import read_law, write_law
+from megatron_cpt.law.predict import predict_run
 from megatron_cpt.law.run_path import path_of_plan
 from megatron_cpt.law.terms import LawShape, terms
 from megatron_cpt.planning import build_plan
@@ -89,13 +92,99 @@ def test_a_prediction_starts_at_the_median_and_each_run_counts_from_its_own_star
     np.testing.assert_allclose(forecast.loss, expected.loss, rtol=1e-9)
 
 
+def test_a_second_seed_with_equal_losses_changes_no_error():
+    rng = np.random.default_rng(4)
+    runs = [law_run(data, rng, noise=0.004, name=str(number)) for number, data in enumerate(small_configs())]
+    twins = [replace(run, folder=f"{run.folder}b", config={**run.config, "seed": 2}) for run in runs]
+    one, two = fit_runs(runs), fit_runs([*runs, *twins])
+    assert (one.num_seeds, two.num_seeds) == (1, 2)
+    assert two.arms == tuple((str(number), f"{number}b") for number in range(10))
+    path = path_of_plan(build_plan(parse(law_config(qa_blend(0.25))), {}).to_dict())
+    for first, second in zip(one.held_out, two.held_out, strict=True):
+        assert len(second.without) == 10
+        assert second.error == pytest.approx(first.error, rel=1e-6)
+        assert second.error_per_doubling == pytest.approx(first.error_per_doubling, rel=1e-6)
+        width = two.forecast(path)[first.name].width
+        np.testing.assert_allclose(width, one.forecast(path)[first.name].width, rtol=1e-6)
+
+
+def test_seeds_weigh_their_arm_once():
+    rng = np.random.default_rng(6)
+    runs = [law_run(data, rng, noise=0.0, name=str(number)) for number, data in enumerate(small_configs())]
+    for values in runs[1].losses.values():
+        values[-1] *= 1.02  # the only error: at the end of the arm with five seeds
+    many = [replace(runs[1], folder=f"b{number}") for number in range(4)]
+    law = fit_runs([*runs, *many])
+    assert [len(arm) for arm in law.arms] == [1, 5, *[1] * 8]
+    for one in law.held_out:
+        assert 0.02 / np.sqrt(10) < one.error < 0.02 * np.sqrt(5 / 14)  # at least the bound if each run counted
+
+
+def test_four_runs_of_three_arms_with_points_are_refused():
+    rng = np.random.default_rng(7)
+    runs = [law_run(data, rng, noise=0.001) for data in small_configs()[:4]]
+    runs[1].losses["exam"][:] = np.nan
+    runs.append(law_run(small_configs()[0] | {"seed": 2}, rng, noise=0.001))
+    with pytest.raises(UserError, match=r"source exam: 40 points of 3 arms, .* needs 14 points of 4 arms"):
+        fit_runs(runs)
+
+
+def test_an_arm_without_losses_of_one_held_out_source_counts_for_the_others():
+    rng = np.random.default_rng(8)
+    runs = [law_run(data, rng, noise=0.001) for data in small_configs()]
+    runs[1].losses["exam"][:] = np.nan
+    law = fit_runs(runs)
+    plan = build_plan(parse(law_config(general_blend(), qa_blend(0.2), until={"lr": 0.2})), {})
+    assert [len(one.without) for one in law.held_out] == [10, 10]
+    assert predict_run(law, parse(law_config(general_blend(), qa_blend(0.2), until={"lr": 0.2})), plan).switches
+
+
+@pytest.mark.parametrize(
+    ("blends", "told"),
+    [
+        ([general_blend(), qa_blend(0.3)] * 2, "2 independent blends of 3 sources (web, code, qa)"),
+        # Three blends, but web and code always move together.
+        ([general_blend(), qa_blend(0.1), qa_blend(0.2), qa_blend(0.3)], "2 independent blends of 3 sources"),
+        ([general_blend()] * 4, "1 independent blend of 2 sources (web, code)"),
+        ([general_blend(), {"web": 0.695, "code": 0.305}] * 2, "1 independent blend of 2 sources"),
+        ([general_blend(), {"web": 0.67, "code": 0.33}] * 2, None),
+        ([{"web": 1.0}] * 4, None),
+        ([general_blend(), qa_blend(0.3), {"web": 0.4, "code": 0.5, "qa": 0.1}, qa_blend(0.1)], None),
+    ],
+)
+def test_shares_that_cannot_be_told_apart_are_a_warning(blends, told):
+    rng = np.random.default_rng(9)
+    runs = [
+        law_run(law_config(blend, shape=shape) | {"seed": seed}, rng, noise=0.001)
+        for blend, shape in zip(blends, ("cosine", "wsd", "constant", "linear"), strict=True)
+        for seed in (1, 2)
+    ]
+    warnings = fit_runs(runs).warnings
+    assert len(warnings) == (told is not None)
+    assert told is None or f"the fitted runs have {told}" in warnings[0]
+
+
+def test_switches_between_two_blends_tell_two_sources_apart_and_not_three():
+    rng = np.random.default_rng(10)
+    runs = [
+        law_run(law_config(general_blend(), qa_blend(0.2), until={"lr": rate}), rng, noise=0.001)
+        for rate in (0.2, 0.4, 0.6, 0.8)
+    ]
+    assert "2 independent blends of 3 sources" in fit_runs(runs).warnings[0]
+    runs = [
+        law_run(law_config({"web": 1.0}, {"web": 0.5, "code": 0.5}, until={"lr": rate}), rng, noise=0.001)
+        for rate in (0.2, 0.4, 0.6, 0.8)
+    ]
+    assert fit_runs(runs).warnings == ()
+
+
 def test_too_few_points_are_refused():
     rng = np.random.default_rng(3)
     runs = [law_run(data, rng, noise=0.001) for data in small_configs()[:4]]
     for run in runs:
         for values in run.losses.values():
             values[3:] = np.nan
-    with pytest.raises(UserError, match=r"source general: 12 points of 4 runs, but the law has 7 coefficients"):
+    with pytest.raises(UserError, match=r"source general: 12 points of 4 arms, but the law has 7 coefficients"):
         fit_runs(runs)
 
 
@@ -118,6 +207,7 @@ def test_the_file_gives_the_same_law(law, tmp_path):
         (lambda text: text.replace('"coefficients": [', '"coefficients": ["x",', 1), "damaged"),
         (lambda text: text.replace('"area": ', '"area": -', 1), "damaged"),
         (lambda text: text.replace('"start": ', '"start": -', 1), "damaged"),
+        (lambda text: text.replace('"arms": [', '"arms": [["x"],', 1), "damaged"),
         (lambda text: text.replace('"without"', '"other"', 1), "damaged"),
     ],
 )

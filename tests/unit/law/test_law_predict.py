@@ -50,9 +50,10 @@ def test_fit_writes_a_file_that_plan_reads(tmp_path, capsys):
     folders = [str(write_law_run(tmp_path / f"run{n}", data, seed=n)) for n, data in enumerate(small_configs())]
     assert main(["fit", *folders, "--output", str(tmp_path / "fit.json")]) == 0
     printed = capsys.readouterr().out
-    assert "10 runs of up to 20.48K tokens; rates up to 0.001; shares: web 0.40 to 0.70" in printed
+    assert "10 runs (10 arms, 1 seed) of up to 20.48K tokens; rates up to 0.001; shares: web 0.40 to 0.70" in printed
     assert printed.endswith(f"{tmp_path / 'fit.json'}\n")
     assert "exam" in printed
+    assert "warning" not in printed
     first = (tmp_path / "fit.json").read_bytes()
     assert main(["fit", *folders, "--output", str(tmp_path / "again.json")]) == 0
     assert (tmp_path / "again.json").read_bytes() == first
@@ -61,10 +62,44 @@ def test_fit_writes_a_file_that_plan_reads(tmp_path, capsys):
 def test_fit_refuses_before_it_writes(tmp_path, capsys):
     folder = write_law_run(tmp_path / "run", small_configs()[0])
     assert main(["fit", str(folder), "--output", str(tmp_path / "fit.json")]) == 2
-    assert "1 runs to fit; give at least 4" in capsys.readouterr().err
+    assert "1 run of 1 arm to fit; give at least 4 arms" in capsys.readouterr().err
     assert main(["fit", str(folder), "--output", str(tmp_path / "none" / "fit.json")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert not (tmp_path / "fit.json").exists()
+
+
+def test_shares_that_cannot_be_told_apart_are_said_by_fit_and_by_plan(tmp_path, capsys):
+    arms = [law_config(qa_blend(share), shape=shape) for share in (0.1, 0.2) for shape in ("cosine", "constant")]
+    folders = [
+        str(write_law_run(tmp_path / f"arm{number}" / f"seed-{seed}", data | {"seed": seed}, seed=10 * number + seed))
+        for number, data in enumerate(arms)
+        for seed in (1, 2)
+    ]
+    assert main(["fit", *folders, "--output", str(tmp_path / "fit.json")]) == 0
+    told = "warning: the fitted runs have 2 independent blends of 3 sources (web, code, qa): their shares cannot be"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "8 runs (4 arms, 2 seeds) of up to 20.48K tokens" in printed
+    assert told in printed
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(law_config(qa_blend(0.2))))
+    assert main(["plan", str(tmp_path / "run.yaml"), "--predict", str(tmp_path / "fit.json")]) == 0
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_and_its_newest_checkpoint_are_the_same_trunk(plan, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (10, 20):
+        folder = tmp_path / "runs" / "trunk" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"train": {"step": step}}))
+    for name, is_same in (
+        ("runs/trunk", True),
+        (str(folder), True),
+        ("runs/trunk/../trunk", True),
+        ("runs/trunk/checkpoints/step-00000010", False),
+    ):
+        assert plan(two_phases() | {"init": {"from": name}}, "--json") == 0
+        notes = json.loads(capsys.readouterr().out)["prediction"]["notes"]
+        assert bool(notes) != is_same, name
 
 
 def test_inside_the_fitted_range_nothing_is_warned_of(plan, capsys):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-RUNS_HELP = "Run directories with the same model and trunk, of different blends and learning rates."
+RUNS_HELP = "Run directories with the same model and trunk, of at least 4 arms: different blends and learning rates."
 OUTPUT_HELP = "The file to write, for `plan RUN.yaml --predict FIT.json`."
 
 
@@ -18,7 +18,7 @@ def fit(
 ) -> None:
     """Fit held-out loss against learning rate, tokens and blend, from finished small runs that start from one trunk.
 
-    Prints the error of each held-out source, found by omitting one run at a time.
+    Prints the error of each held-out source, found by omitting all runs of one arm at a time.
     """
     from megatron_cpt.law.finished_runs import read_finished_runs
     from megatron_cpt.law.fit_runs import fit_runs
