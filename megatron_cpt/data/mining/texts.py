@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_cpt.data.contamination.held_out import JSON_LINES
 from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, expand_inputs, read_blocks
 from megatron_cpt.data.preprocess.parse import parse_block
 from megatron_cpt.data.tokenfile.documents import document_bounds
@@ -26,6 +27,24 @@ def is_dataset(name: str) -> bool:
     """Return whether a name is a prefix of .bin/.idx or a glob of prefixes, rather than a file of text."""
     stem = name[:-4] if name.endswith((".bin", ".idx")) else name
     return stem != name or is_file(f"{stem}.idx") or any(is_file(f"{each}.idx") for each in _matches(stem))
+
+
+def input_files(queries: Sequence[str], corpus: Sequence[str], held_out: Sequence[str]) -> list[str]:
+    """Return the paths of all files that a call reads.
+
+    Raises:
+        UserError: a text file is missing, or a glob has no match.
+    """
+    texts = [name for name in (*queries, *corpus) if not is_dataset(name)]
+    lines = [name for name in held_out if name.endswith(JSON_LINES)]
+    datasets = [name for name in (*queries, *corpus) if is_dataset(name)]
+    datasets += [name for name in held_out if not name.endswith(JSON_LINES)]
+    prefixes = [prefix for name in datasets for prefix in expand_prefixes(name)]
+    return [
+        *(expand_inputs(texts) if texts else ()),
+        *lines,
+        *(f"{prefix}{end}" for prefix in prefixes for end in (".bin", ".idx")),
+    ]
 
 
 def find_tokenizer(datasets: Sequence[IndexedDataset], spec: str | None) -> tuple[str, Tokenizer]:

@@ -14,7 +14,7 @@ has chosen a document; readers that only need its tokens ignore them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from megatron_cpt.data.tokenfile.fingerprint import fingerprint, is_same_data
 from megatron_cpt.data.tokenfile.header import LIST_ENDING
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.files.atomic import close_durably, publish
+from megatron_cpt.files.atomic import Rename, close_durably, publish
 from megatron_cpt.files.remote import is_remote
 from megatron_cpt.files.whole_io import is_regular_file, open_reader, open_writer
 
@@ -91,8 +91,17 @@ def describe_dataset(dataset: IndexedDataset, path: str | None = None) -> Listed
     return ListedDataset(path or os.path.abspath(dataset.prefix), dataset.num_documents, fingerprint([dataset]))
 
 
-def write_document_list(path: str | os.PathLike[str], documents: DocumentList) -> None:
-    """Write a list; it gets its name only when it is complete and on the disk."""
+def write_document_list(
+    path: str | os.PathLike[str],
+    documents: DocumentList,
+    *,
+    before_publish: Callable[[Sequence[Rename]], None] = lambda renames: None,
+) -> None:
+    """Write a list; it gets its name only when it is complete and on the disk.
+
+    Args:
+        before_publish: called with the finished file, just before it gets its final name.
+    """
     assert _first_disorder(documents) is None, "documents in ascending order, each once"
     temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
     header = {
@@ -109,7 +118,9 @@ def write_document_list(path: str | os.PathLike[str], documents: DocumentList) -
                 rows = zip(*(column[first : first + _LINES_PER_WRITE].tolist() for column in columns), strict=True)
                 file.writelines(_line(*row) for row in rows)
             close_durably(file)
-        publish([(temporary, os.fspath(path))])
+        renames = [(temporary, os.fspath(path))]
+        before_publish(renames)
+        publish(renames)
     finally:
         Path(temporary).unlink(missing_ok=True)
 

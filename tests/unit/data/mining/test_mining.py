@@ -196,6 +196,65 @@ def test_held_out_documents_are_refused(mining, held_out, tmp_path):
     assert leftovers(tmp_path) == ["mined.mine"]  # another choice takes up the finished search
 
 
+@pytest.mark.parametrize("name", ["mined", "mined.docs"])
+def test_a_dataset_beside_the_work_of_a_refused_call_is_not_replaced(mining, held_out, tmp_path, name):
+    with pytest.raises(RefusedError):
+        mining(name, held_out=[held_out])
+    paths = [tmp_path / name] if name.endswith(".docs") else [tmp_path / f"{name}.{end}" for end in ("bin", "idx")]
+    for path in paths:
+        path.write_bytes(b"somebody's")
+    with pytest.raises(UserError, match="exists already; choose another output, or replace it: --overwrite"):
+        mining(name, held_out=[held_out], overlap="keep")
+    assert {path.read_bytes() for path in paths} == {b"somebody's"}
+    mining(name, held_out=[held_out], overlap="keep", overwrite=True)
+    assert b"somebody's" not in {path.read_bytes() for path in paths}
+
+
+def test_a_dataset_that_appears_during_the_search_is_not_replaced(mining, tmp_path):
+    with pytest.raises(UserError, match=r"mined\.idx: exists already"):
+        mining("mined", progress=lambda done, total: (tmp_path / "mined.idx").write_bytes(b"somebody's"))
+    assert (tmp_path / "mined.idx").read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("shards", [None, 2])
+@pytest.mark.parametrize("name", ["mined", "mined.docs"])
+def test_a_call_that_was_killed_after_its_output_had_its_name_is_resumed(mining, tmp_path, monkeypatch, name, shards):
+    mining(f"whole_{name}")
+    options = {} if shards is None else {"join": shards}
+    for index in range(shards or 0):
+        mining(name, shard=Shard(index, shards))
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_cpt.files.resumable.ResumableFolder.remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            mining(name, **options)
+    ends = [""] if name.endswith(".docs") else [".bin", ".idx"]
+    assert all((tmp_path / f"{name}{end}").exists() for end in ends)
+    with pytest.raises(UserError, match="--overwrite"):
+        mining(name, restart=True, **options)
+    mining(name, **options)
+    for end in ends:
+        assert (tmp_path / f"{name}{end}").read_bytes() == (tmp_path / f"whole_{name}{end}").read_bytes()
+    assert not leftovers(tmp_path)
+
+
+def interrupt(folder) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("role", ["corpus", "queries", "held-out"])
+def test_an_output_that_is_an_input_is_refused_even_with_overwrite(static_model, planted, tmp_path, role):
+    names = {each: write_texts(tmp_path / each, planted.documents[:20]) for each in ("corpus", "queries", "held-out")}
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.[bi]*")}
+    for shard in (None, Shard(0, 2)):
+        options = MiningOptions(workers=1, overwrite=True, held_out=[names["held-out"]], shard=shard)
+        with pytest.raises(UserError, match="is an input too; choose another output"):
+            mine(
+                [names["queries"]], [names["corpus"]], tmp_path / "link" / role, embedder=static_model, options=options
+            )
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.[bi]*")} == before
+
+
 def test_held_out_documents_are_dropped_or_kept(mining, held_out, planted, tmp_path):
     kept = mining("kept", held_out=[held_out], overlap="keep")
     dropped = mining("dropped", held_out=[held_out], overlap="drop")
