@@ -36,6 +36,7 @@ _FORMAT = "megatron-cpt documents"
 _VERSION = 1
 _LINES_PER_WRITE = 1 << 14
 _MAX_LINE_BYTES = 1 << 24
+_MOST, _MOST_DATASETS, _FARTHEST = int(np.iinfo(np.int64).max), int(np.iinfo(np.int32).max), float(np.finfo("f4").max)
 
 
 @dataclass(frozen=True)
@@ -194,36 +195,65 @@ def _read_header(path: str | os.PathLike[str], line: bytes) -> tuple[list[Listed
         header = orjson.loads(line)
         if header["format"] != _FORMAT:
             raise KeyError("format")
-        if header["version"] > _VERSION:
+        if _whole("version", header["version"]) > _VERSION:
             raise RefusedError(
                 f"{path}: format version {header['version']}, this software reads up to {_VERSION}; update it"
             )
         datasets = [
-            ListedDataset(str(each["path"]), int(each["documents"]), str(each["fingerprint"]))
+            ListedDataset(
+                _text("path", each["path"]),
+                _whole("documents", each["documents"]),
+                _text("fingerprint", each["fingerprint"]),
+            )
             for each in header["datasets"]
         ]
         chosen = header.get("chosen")
-        return datasets, None if chosen is None else int(chosen)
+        return datasets, None if chosen is None else _whole("chosen", chosen)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RefusedError(
-            f"{path}: its first line is not the header of a document list ({type(error).__name__}: {error}); give a "
-            "list that `megatron-cpt mine` has written"
+            f"{path}: line 1: its first line is not the header of a document list ({type(error).__name__}: {error}); "
+            "give a list that `megatron-cpt mine` has written"
         ) from error
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise TypeError(f"{name} is no text, or has a zero byte")
+    return value
+
+
+def _whole(name: str, value: Any, limit: int = _MOST) -> int:
+    """Return a number of documents, or of one; numpy would wrap or refuse one that its type does not hold."""
+    if type(value) is not int:
+        raise TypeError(f"{name} is an integer")
+    if not -1 <= value <= limit:
+        raise ValueError(f"{name}: {value} is out of range")
+    return value
 
 
 def _append_line(path: str | os.PathLike[str], number: int, line: bytes, columns: dict[str, list[Any]]) -> None:
     try:
         row = orjson.loads(line)
-        values = [row[name] for name in columns]
-        if any(type(value) is not int for value in (values[0], values[1], values[3])):
-            raise TypeError("dataset, document and query are integers")
-        values[2] = float(values[2])
+        values = [
+            _whole("dataset", row["dataset"], _MOST_DATASETS),
+            _whole("document", row["document"]),
+            _distance(row["distance"]),
+            _whole("query", row["query"]),
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise RefusedError(
             f"{path}: line {number}: not a chosen document ({type(error).__name__}: {error}); copy the list again"
         ) from error
     for column, value in zip(columns.values(), values, strict=True):
         column.append(value)
+
+
+def _distance(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError("distance is a number")
+    if not abs(value) <= _FARTHEST:
+        raise ValueError(f"distance: {value} is out of range")
+    return float(value)
 
 
 def _move_to_blocks(columns: dict[str, list[Any]], blocks: dict[str, list[npt.NDArray[Any]]]) -> None:
