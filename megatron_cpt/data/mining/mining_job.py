@@ -15,12 +15,12 @@ import numpy.typing as npt
 from megatron_cpt.data.mining.embedders import Embedder, load_embedder
 from megatron_cpt.data.mining.ranges import RANGE_DOCUMENTS, DocumentRange, Engine, MiningPlan, cut_ranges
 from megatron_cpt.data.mining.search import Method
-from megatron_cpt.data.mining.texts import find_tokenizer, is_dataset, read_queries
-from megatron_cpt.data.preprocess.inputs import InputFiles, Shard, expand_inputs
+from megatron_cpt.data.mining.texts import corpus_prefixes, corpus_texts, find_tokenizer, read_queries
+from megatron_cpt.data.preprocess.inputs import InputFiles, Shard
 from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 from megatron_cpt.data.tokenfile.document_list import is_document_list
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
-from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes, open_with_one_dtype
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, open_with_one_dtype
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.checksum import Checksum
@@ -143,12 +143,11 @@ def as_datasets(corpus: Sequence[str], output: str, options: MiningOptions) -> I
     Raises:
         UserError: text files are given for a list or a shard, or without a tokenizer.
     """
-    texts = [name for name in corpus if not is_dataset(name)]
-    prefixes = [prefix for name in corpus if is_dataset(name) for prefix in expand_prefixes(name)]
+    texts, prefixes = corpus_texts(corpus), corpus_prefixes(corpus)
     if not texts:
         yield prefixes
         return
-    files = InputFiles.of(expand_inputs(texts))  # first: a misspelled prefix ends here
+    files = InputFiles.of(texts)
     if is_document_list(output) or options.shard is not None or options.join is not None:
         what = "a document list names datasets" if is_document_list(output) else "shards read the same datasets"
         raise UserError(f"corpus {texts[0]}: {what}; encode the text first: megatron-cpt preprocess --append-eod")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, expand
 from megatron_cpt.data.preprocess.parse import parse_block
 from megatron_cpt.data.tokenfile.documents import document_bounds
 from megatron_cpt.data.tokenfile.header import refuse
-from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes, find_repeated
 from megatron_cpt.data.tokenfile.sidecar import Origin, read_sidecar
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
@@ -29,18 +31,51 @@ def is_dataset(name: str) -> bool:
     return stem != name or is_file(f"{stem}.idx") or any(is_file(f"{each}.idx") for each in _matches(stem))
 
 
+def corpus_prefixes(corpus: Sequence[str]) -> list[str]:
+    """Return the prefixes of the datasets of a corpus.
+
+    Raises:
+        UserError: a dataset occurs twice.
+    """
+    prefixes = [prefix for name in corpus if is_dataset(name) for prefix in expand_prefixes(name)]
+    if twice := find_repeated(prefixes):
+        raise _repeated(twice)
+    return prefixes
+
+
+def corpus_texts(corpus: Sequence[str]) -> list[str]:
+    """Return the text files of a corpus.
+
+    Raises:
+        UserError: a file is missing, or occurs twice.
+    """
+    names = [name for name in corpus if not is_dataset(name)]
+    files = expand_inputs(names) if names else []
+    counts = Counter(map(os.path.realpath, files))
+    if twice := sorted({file for file in files if counts[os.path.realpath(file)] > 1}):
+        raise _repeated(twice)
+    return files
+
+
+def _repeated(names: Sequence[str]) -> UserError:
+    return UserError(
+        f"corpus: {', '.join(names)} is named more than once; give it once, or its copies take places of the k nearest"
+    )
+
+
 def input_files(queries: Sequence[str], corpus: Sequence[str], held_out: Sequence[str]) -> list[str]:
     """Return the paths of all files that a call reads.
 
     Raises:
-        UserError: a text file is missing, or a glob has no match.
+        UserError: a text file is missing, a glob has no match, or the corpus has a dataset or file twice.
     """
-    texts = [name for name in (*queries, *corpus) if not is_dataset(name)]
+    texts = [name for name in queries if not is_dataset(name)]
     lines = [name for name in held_out if name.endswith(JSON_LINES)]
-    datasets = [name for name in (*queries, *corpus) if is_dataset(name)]
+    datasets = [name for name in queries if is_dataset(name)]
     datasets += [name for name in held_out if not name.endswith(JSON_LINES)]
-    prefixes = [prefix for name in datasets for prefix in expand_prefixes(name)]
+    prefixes = [*corpus_prefixes(corpus), *(prefix for name in datasets for prefix in expand_prefixes(name))]
     return [
+        *corpus_texts(corpus),
         *(expand_inputs(texts) if texts else ()),
         *lines,
         *(f"{prefix}{end}" for prefix in prefixes for end in (".bin", ".idx")),

@@ -170,6 +170,18 @@ def test_kill_9_at_random_moments_gives_the_same_bytes(mining, static_model, tmp
     assert not leftovers(tmp_path)
 
 
+def test_a_dataset_or_file_that_the_corpus_names_twice(static_model, planted, tmp_path, monkeypatch):
+    """Copies of its documents would take half of the k places."""
+    monkeypatch.chdir(tmp_path)
+    write_texts("web", planted.documents[:20])
+    write_lines(tmp_path / "web.jsonl", [{"text": text} for text in planted.documents[:20]])
+    queries = write_lines(tmp_path / "qa.jsonl", [{"text": planted.queries[0]}])
+    (tmp_path / "link").symlink_to(tmp_path)
+    for corpus in (["web", "web"], ["web", "./web.bin"], ["w*", "link/web"], ["web.jsonl", "link/web.jsonl"]):
+        with pytest.raises(UserError, match=r"corpus: .*web\S* is named more than once; give it once"):
+            mine([queries], corpus, "mined", embedder=static_model, options=MiningOptions(workers=1, tokenizer="byte"))
+
+
 def test_near_duplicates_are_dropped(static_model, tmp_path, planted):
     query, others = planted.queries[0], planted.documents[:50]
     near = planted.documents[planted.planted[0]]
