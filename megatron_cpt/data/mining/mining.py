@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_cpt.data.contamination.held_out import held_out_documents
 from megatron_cpt.data.contamination.overlap import NGRAM, HeldOutSet
 from megatron_cpt.data.mining.mining_job import JOURNAL, MiningJob, MiningOptions, as_datasets, prepare_mining
 from megatron_cpt.data.mining.mining_output import record_published, require_free_output, require_no_input
@@ -30,7 +29,7 @@ from megatron_cpt.data.mining.mining_report import MiningReport, begin_report, d
 from megatron_cpt.data.mining.ranges import decode_result, default_workers, run_in_processes
 from megatron_cpt.data.mining.search import Neighbors, sample_queries
 from megatron_cpt.data.mining.selection import Mined, find_copies, find_held_out, locate, unite
-from megatron_cpt.data.mining.texts import DocumentTexts, input_files, read_origin
+from megatron_cpt.data.mining.texts import DocumentTexts, input_files, read_held_out, read_origin
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.tokenfile.document_list import (
     ENDING,
@@ -84,6 +83,8 @@ def mine(
         _check_output(queries, corpus, target, options)
         with as_datasets(corpus, target, options) as prefixes:
             job = prepare_mining(queries, prefixes, target, embedder, options)
+            for _ in read_held_out(options.held_out, job.tokenizer, options.held_out_keys):
+                pass  # a mistake ends the call here instead of after the search
             report = _mine_shards(job, folder) if options.join is None else _join(job, options.join)
     return replace(report, seconds=time.monotonic() - started)
 
@@ -217,7 +218,7 @@ def _without_held_out(
     if not options.held_out:
         return chosen, report
     eod_id = read_origin(job.datasets[0]).eod_id
-    documents = held_out_documents(options.held_out, job.tokenizer, options.held_out_keys)
+    documents = read_held_out(options.held_out, job.tokenizer, options.held_out_keys)
     held_out = HeldOutSet(documents, eod_id=job.tokenizer.eod_id if eod_id is None else eod_id)
     is_hit, found = find_held_out(chosen, read_ids, held_out)
     count, names = int(is_hit.sum()), [document.name for document in found]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.contamination.held_out import JSON_LINES
+from megatron_cpt.data.contamination.held_out import JSON_LINES, held_out_documents
 from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, expand_inputs, read_blocks
 from megatron_cpt.data.preprocess.parse import parse_block
+from megatron_cpt.data.tokenfile.document_list import is_document_list
 from megatron_cpt.data.tokenfile.documents import document_bounds
 from megatron_cpt.data.tokenfile.header import refuse
 from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes, find_repeated
@@ -20,6 +21,7 @@ from megatron_cpt.data.tokenfile.sidecar import Origin, read_sidecar
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.remote import is_file
+from megatron_cpt.files.whole_io import is_folder
 
 _BATCH = 1024  # documents
 _CHARACTERS_PER_ID = 3  # fewer than usual, so that one attempt is enough for most texts
@@ -67,8 +69,16 @@ def input_files(queries: Sequence[str], corpus: Sequence[str], held_out: Sequenc
     """Return the paths of all files that a call reads.
 
     Raises:
-        UserError: a text file is missing, a glob has no match, or the corpus has a dataset or file twice.
+        UserError: a text file is missing, a glob has no match, a document list is given, or the corpus has a dataset or
+            file twice.
     """
+    for role, names in (("queries", queries), ("corpus", corpus), ("held-out", held_out)):
+        lists = [name for name in names if is_document_list(name) and not is_dataset(name) and not is_folder(name)]
+        if lists:
+            raise UserError(
+                f"{role} {', '.join(lists)}: a document list cannot be used here; give the prefixes of whole datasets, "
+                "such as the ones that its first line names"
+            )
     texts = [name for name in queries if not is_dataset(name)]
     lines = [name for name in held_out if name.endswith(JSON_LINES)]
     datasets = [name for name in queries if is_dataset(name)]
@@ -156,6 +166,25 @@ class DocumentTexts:
             if len(text) >= characters or count >= len(ids):
                 return text[:characters]
             count *= 2
+
+
+def read_held_out(
+    names: Sequence[str], tokenizer: Tokenizer, keys: Sequence[str]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Yield name and ids of held-out documents; see `held_out_documents`.
+
+    Raises:
+        UserError: a file is missing, or has no text.
+        RefusedError: a file is damaged, or the ids of a dataset are of another tokenizer.
+    """
+    for prefix in (each for name in names if not name.endswith(JSON_LINES) for each in expand_prefixes(name)):
+        origin = read_origin(IndexedDataset(prefix))
+        if origin.fingerprint not in (None, tokenizer.fingerprint):
+            raise RefusedError(
+                f"held-out {prefix}: its ids are of tokenizer {origin.name}, not of the corpus's, so no text would be "
+                "found; encode its text with the tokenizer of the corpus"
+            )
+    yield from held_out_documents(names, tokenizer, keys)
 
 
 def read_queries(names: Sequence[str], tokenizer: str | None, keys: Sequence[str]) -> list[str]:

@@ -17,8 +17,8 @@ from megatron_cpt.data.mining.mining_job import MiningOptions
 from megatron_cpt.data.mining.ranges import cut_ranges, run_here, run_on_ray
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.tokenfile.document_list import open_listed_datasets, read_document_list
-from megatron_cpt.data.tokenfile.reader import IndexedDataset
-from megatron_cpt.data.tokenfile.sidecar import read_sidecar
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
+from megatron_cpt.data.tokenfile.sidecar import Origin, read_sidecar
 from megatron_cpt.errors import CptError, RefusedError, UserError
 from tests.helpers.stand_in_ray import install_ray
 from tests.helpers.static_model import plant
@@ -344,6 +344,19 @@ def test_empty_documents_and_unknown_words_are_near_to_nothing(static_model, pla
         ({"recall": 1.5}, "recall: 1.5; give a share"),
         ({"overlap": "maybe"}, "overlap: 'maybe'; give one of refuse, drop, keep"),
         ({"tokenizer": "null:300"}, "web: its ids are of tokenizer byte, not of null:300"),
+        ({"held_out": ["none"]}, "none.idx|no such file: none"),
+        ({"held_out": ["none.jsonl"]}, "no such file: none.jsonl"),
+        (
+            {"held_out": ["qa.docs"]},
+            "held-out qa.docs: a document list cannot be used here; give the prefixes of whole",
+        ),
+        ({"held_out": ["qa.jsonl"], "held_out_keys": ["blank"]}, "qa.jsonl: no line has text under blank"),
+        ({"held_out": ["empty.jsonl"]}, "empty.jsonl: no line has text under text"),
+        ({"held_out": ["empty"]}, "empty: has no tokens"),
+        ({"held_out": ["other"]}, "held-out other: its ids are of tokenizer other, not of the corpus's"),
+        ({"corpus": "qa.docs"}, "corpus qa.docs: a document list cannot be used here; give the prefixes of whole"),
+        ({"corpus": "*.docs"}, "corpus .*docs: a document list cannot be used here"),
+        ({"queries": "qa.docs"}, "queries qa.docs: a document list cannot be used here; give the prefixes of whole"),
         ({"query_keys": ["question"]}, "has no key 'question'.*--key"),
         ({"query_keys": ["blank"]}, "the embedder knows no word of any of them"),
     ],
@@ -353,6 +366,13 @@ def test_bad_input(static_model, tmp_path, monkeypatch, change, message):
     write_texts("web", ["w1 w2"])
     write_lines(tmp_path / "qa.jsonl", [{"text": "w1", "blank": " "}])
     (tmp_path / "qa.docs").touch()
+    write_lines(tmp_path / "empty.jsonl", [{"text": ""}, {"text": None}])
+    origins = {"empty": None, "other": Origin(tokenizer="other", fingerprint="other")}
+    for name, documents in (("empty", []), ("other", [[1, 2]])):
+        with IndexedDatasetWriter(name, "<u2", origin=origins[name]) as writer:
+            for document in documents:
+                writer.add_document(document)
+    monkeypatch.setattr("megatron_cpt.data.mining.mining._mine_shards", pytest.fail)  # refused before the search
     before = sorted(path.name for path in tmp_path.iterdir())
     names = {"queries": "qa.jsonl", "corpus": "web", "output": "mined", "embedder": static_model}
     call = names | {name: value for name, value in change.items() if name in names}
