@@ -27,6 +27,8 @@ from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.resumable import DurableJournal, ResumableFolder
 
 JOURNAL = "journal.jsonl"
+_MOST = int(np.iinfo(np.int32).max)  # documents of a range are int32 in its result
+_MOST_SHARDS = 1_000_000
 Overlap = Literal["refuse", "drop", "keep"]
 
 
@@ -38,7 +40,7 @@ class MiningOptions:
         tokenizer: KIND:PATH for datasets without a sidecar; text files of the corpus are encoded with it.
         query_keys: fields of the lines of text files of queries, joined by line ends.
         corpus_key: field of the lines of text files of the corpus.
-        k: documents per query.
+        k: documents per query; at most all of the corpus.
         characters: characters of a document, and of a query, that are embedded.
         method: see `find_nearest`, as for `recall`.
         held_out: datasets or JSON Lines that no mined document may overlap with, see `held_out_documents`.
@@ -80,6 +82,11 @@ class MiningOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: {value}; give a whole number of at least 1")
+            most = _MOST_SHARDS if name == "join" else _MOST
+            if value is not None and name != "k" and value > most:  # k is cut to the corpus
+                raise UserError(f"{name}: {value}; give a whole number of at most {most}")
+        if self.shard is not None and self.shard.count > _MOST_SHARDS:
+            raise UserError(f"shard: {self.shard.count} shards; give at most {_MOST_SHARDS}")
         if not 0 < self.recall <= 1:
             raise UserError(f"recall: {self.recall}; give a share above 0 and at most 1")
         for name, choices in (("method", get_args(Method)), ("overlap", get_args(Overlap))):
@@ -198,7 +205,8 @@ def prepare_mining(
     datasets = (
         [IndexedDataset(prefix) for prefix in prefixes] if is_document_list(output) else open_with_one_dtype(prefixes)
     )
-    if not any(dataset.num_documents for dataset in datasets):
+    num_documents = sum(dataset.num_documents for dataset in datasets)
+    if not num_documents:
         raise UserError(f"corpus {', '.join(prefixes)}: has no documents; there is nothing to mine")
     tokenizer_spec, tokenizer = find_tokenizer(datasets, options.tokenizer)
     embedder = load_embedder(spec)
@@ -207,13 +215,15 @@ def prepare_mining(
     used = np.flatnonzero(vectors.any(axis=1)).astype(np.int64)
     if not used.size:
         raise UserError(f"queries {', '.join(queries)}: the embedder knows no word of any of them; choose another one")
+    if options.k > num_documents:
+        options.notify(f"k is {num_documents:,} instead of {options.k:,}: the corpus has no more documents")
     plan = MiningPlan(
         prefixes=tuple(prefixes),
         tokenizer=tokenizer_spec,
         embedder=spec,
         queries=np.ascontiguousarray(vectors[used]),
         characters=options.characters,
-        k=options.k,
+        k=min(options.k, num_documents),
         method=options.method,
         recall=options.recall,
     )

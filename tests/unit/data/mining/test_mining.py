@@ -182,6 +182,17 @@ def test_a_dataset_or_file_that_the_corpus_names_twice(static_model, planted, tm
             mine([queries], corpus, "mined", embedder=static_model, options=MiningOptions(workers=1, tokenizer="byte"))
 
 
+@pytest.mark.parametrize("k", [10**9, 10**20])
+def test_a_k_above_the_number_of_documents_is_cut(static_model, planted, tmp_path, k):
+    corpus = write_texts(tmp_path / "web", planted.documents[:20])
+    queries = write_lines(tmp_path / "qa.jsonl", [{"text": text} for text in planted.queries])
+    notes: list[str] = []
+    options = MiningOptions(workers=1, k=k, notify=notes.append)
+    report = mine([queries], [corpus], tmp_path / "mined.docs", embedder=static_model, options=options)
+    assert (report.k, report.near) == (20, 20)
+    assert f"k is 20 instead of {k:,}: the corpus has no more documents" in notes
+
+
 def test_near_duplicates_are_dropped(static_model, tmp_path, planted):
     query, others = planted.queries[0], planted.documents[:50]
     near = planted.documents[planted.planted[0]]
@@ -341,6 +352,11 @@ def test_empty_documents_and_unknown_words_are_near_to_nothing(static_model, pla
         ({"output": "web"}, "web: is an input too"),
         ({"output": "qa.docs"}, "qa.docs: exists already"),
         ({"k": 0}, "k: 0; give a whole number of at least 1"),
+        ({"range_documents": 10**20}, "range_documents: 10+; give a whole number of at most 2147483647"),
+        ({"characters": 10**20}, "characters: 10+; give a whole number of at most"),
+        ({"workers": 10**20}, "workers: 10+; give a whole number of at most"),
+        ({"join": 10**20}, "join: 10+; give a whole number of at most 1000000"),
+        ({"shard": Shard(0, 10**20)}, "shard: 10+ shards; give at most 1000000"),
         ({"recall": 1.5}, "recall: 1.5; give a share"),
         ({"overlap": "maybe"}, "overlap: 'maybe'; give one of refuse, drop, keep"),
         ({"tokenizer": "null:300"}, "web: its ids are of tokenizer byte, not of null:300"),
