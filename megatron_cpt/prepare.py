@@ -14,8 +14,8 @@ from megatron_cpt.checkpoint.record import read_run
 from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, read_mapping
 from megatron_cpt.config.load_run import apply_overrides
 from megatron_cpt.config.quantities import expand_paths
-from megatron_cpt.data.tokenfile.listed_documents import open_dataset
-from megatron_cpt.data.tokenfile.reader import expand_prefixes
+from megatron_cpt.data.tokenfile.listed_documents import open_source
+from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.data.tokenfile.sidecar import Sidecar, name_tokenizer, read_sidecar, sidecar_path
 from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
@@ -224,8 +224,8 @@ def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
 def _find_source(files: _Files, name: str, source: SourceConfig, seq_length: int, need_files: bool) -> None:
     key = f"sources.{name}"
     try:
-        prefixes = expand_prefixes(source.paths)
-        sizes = [_read_files(files, prefix) for prefix in prefixes]
+        datasets = open_source(source.paths)
+        sizes = _read_files(files, datasets)
     except UserError as error:
         if need_files:
             files.missing.append(_line(f"{key}.path", error))
@@ -239,7 +239,7 @@ def _find_source(files: _Files, name: str, source: SourceConfig, seq_length: int
         files.damaged.append(_line(f"{key}.path", error))
         return
     tokens = sum(sizes)
-    files.prefixes[name], files.tokens[name] = prefixes, tokens
+    files.prefixes[name], files.tokens[name] = [dataset.prefix for dataset in datasets], tokens
     files.samples_per_epoch[name] = sum(samples_in_epoch(size, seq_length) for size in sizes)
     short = [size for size in sizes if samples_in_epoch(size, seq_length) == 0]
     if short and files.samples_per_epoch[name]:  # a source without any sample is a problem of the plan
@@ -260,19 +260,18 @@ def _find_validation(files: _Files, draft: Draft, config: RunConfig) -> None:
         return
     for name, path in config.validation.sources.items():
         try:
-            for prefix in expand_prefixes(path):
-                _read_files(files, prefix)
+            _read_files(files, open_source(path))
         except (UserError, RefusedError) as error:
             problems = files.damaged if isinstance(error, RefusedError) else files.missing
             problems.append(_line(f"validation.sources.{name}", error))
 
 
-def _read_files(files: _Files, prefix: str) -> int:
-    """Note the sidecars of a dataset or of the pairs that a document list chooses from; return the tokens."""
-    dataset = open_dataset(prefix)
-    for pair in dataset.parts:
-        files.sidecars[pair.prefix] = read_sidecar(pair.header)
-    return dataset.num_tokens
+def _read_files(files: _Files, datasets: Sequence[IndexedDataset]) -> list[int]:
+    """Note the sidecars of datasets and of the pairs that document lists choose from; return the tokens of each."""
+    for dataset in datasets:
+        for pair in dataset.parts:
+            files.sidecars[pair.prefix] = read_sidecar(pair.header)
+    return [dataset.num_tokens for dataset in datasets]
 
 
 def _compare_tokenizers(files: _Files, spec: str | None) -> tuple[str, str] | None:

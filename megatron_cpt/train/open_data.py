@@ -18,7 +18,6 @@ from megatron_cpt.data import (
     Loader,
     PhaseBlend,
     TokenStream,
-    expand_prefixes,
     validation_batches,
 )
 from megatron_cpt.data.loading.batch import DocumentOptions
@@ -26,7 +25,7 @@ from megatron_cpt.data.loading.fim import fill_in_middle
 from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
 from megatron_cpt.data.tokenfile.fingerprint import is_touched
 from megatron_cpt.data.tokenfile.header import read_header
-from megatron_cpt.data.tokenfile.listed_documents import open_dataset
+from megatron_cpt.data.tokenfile.listed_documents import open_dataset, open_source
 from megatron_cpt.data.tokenfile.sidecar import content_faults, read_sidecar
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.remote import is_remote
@@ -44,7 +43,7 @@ def open_streams(config: RunConfig, eod_id: int | None) -> dict[str, TokenStream
     """Open the token stream of every source, by name, in the order of run.yaml."""
     streams = {}
     for name, source in config.sources.items():
-        datasets = [open_dataset(prefix) for prefix in expand_prefixes(source.paths)]
+        datasets = open_source(source.paths)
         if source.cache is not None:
             keep_on_disk(datasets, source.cache)
         fim = fill_in_middle(name, source.fim, eod_id)
@@ -162,8 +161,7 @@ def build_validator(
         return None
     batches = {}
     for name, paths in config.validation.sources.items():
-        prefixes = expand_prefixes([paths] if isinstance(paths, str) else list(paths))
-        datasets = [open_dataset(prefix) for prefix in prefixes]
+        datasets = open_source([paths] if isinstance(paths, str) else list(paths))
         # Always in the run's seq_length, even in phases with another one, so that losses compare over the run.
         batches[name] = partial(
             validation_batches,

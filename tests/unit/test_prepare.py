@@ -85,6 +85,34 @@ def test_a_source_that_is_a_document_list(with_files, write_run, tmp_path):
         prepare_run(write_run(with_files), need_files=False)
 
 
+def test_documents_that_a_source_would_read_twice(with_files, write_run, tmp_path):
+    with IndexedDatasetWriter("data/pool", np.uint16) as writer:
+        for number in range(20):
+            writer.add_document([number] * (10 * (number % 5)))  # every fifth document is empty
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "data")
+    pool, linked = IndexedDataset("data/pool"), IndexedDataset("data/link/pool")
+    lists = {"even": range(0, 20, 2), "odd": range(1, 20, 2), "some": [4, 6, 9, 15], "empty": [0, 5]}
+    for name, chosen in lists.items():
+        write_list(tmp_path / "data" / f"{name}.docs", [pool], [(0, number) for number in chosen])
+    write_list(tmp_path / "data" / "twice.docs", [pool, linked], [(0, 3), (1, 3), (1, 4)])
+    for count, names in {
+        8: ["pool", "even.docs"],
+        2: ["even.docs", "some.docs"],
+        3: ["link/pool", "some.docs"],
+        1: ["twice.docs"],
+    }.items():
+        run = with_files | {"sources": with_files["sources"] | {"web": {"path": [f"data/{name}" for name in names]}}}
+        with pytest.raises(ConfigError, match=rf"sources\.web\.path: .* {count} documents more than once"):
+            prepare_run(write_run(run), need_files=True)
+    for names in (["even.docs", "odd.docs"], ["pool", "empty.docs"]):
+        with_files["sources"]["web"]["path"] = [f"data/{name}" for name in names]
+        assert prepare_run(write_run(with_files), need_files=True).source_tokens["web"] == 400
+    with_files["sources"]["web"]["path"] = "data/even.docs"
+    with_files |= {"validation": {"every": 5, "sources": {"mined": ["data/pool", "data/some.docs"]}}}
+    with pytest.raises(ConfigError, match=r"validation\.sources\.mined: .* documents more than once"):
+        prepare_run(write_run(with_files), need_files=True)
+
+
 def test_overrides_count(with_files, write_run):
     assert prepare_run(write_run(with_files), ["tokens=5120"], need_files=True).plan.steps == 10
 

@@ -33,7 +33,7 @@ def held_out_documents(
         Name and ids of a document. The name is `prefix[number]` or `file:line:key`.
 
     Raises:
-        UserError: a file is missing, or JSON Lines are given without a tokenizer.
+        UserError: a file is missing or has no text, or JSON Lines are given without a tokenizer.
         RefusedError: a file is damaged.
         ChangedFileError: a file changed while it was read.
     """
@@ -45,6 +45,8 @@ def held_out_documents(
         else:
             for prefix in expand_prefixes(name):
                 dataset = IndexedDataset(prefix)
+                if not dataset.num_tokens:
+                    raise UserError(f"{prefix}: has no tokens, so nothing would be compared; give held-out documents")
                 for block in document_blocks(dataset):
                     for index in range(block.num_documents):
                         yield f"{prefix}[{block.first + index}]", block.document(index)
@@ -66,7 +68,7 @@ def _json_lines(path: str, tokenizer: Tokenizer, keys: Sequence[str]) -> Iterato
             for key in keys:
                 text = line.get(key) if isinstance(line, dict) else None
                 if isinstance(text, str):
-                    has_text = True
+                    has_text = has_text or bool(text.strip())
                     yield f"{path}:{number}:{key}", np.array(tokenizer.encode(text), np.int64)
     identity.check()
     if not has_text:

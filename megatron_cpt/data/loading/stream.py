@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.loading.fim import FillInMiddle
-from megatron_cpt.data.tokenfile.listed_documents import open_dataset
-from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
+from megatron_cpt.data.tokenfile.listed_documents import open_source
+from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.sampling.permutation import Permutation, derive_key
 from megatron_cpt.sampling.spans import SpanGrid
@@ -145,8 +145,7 @@ class TokenStream:
         """
         if type(seq_length) is not int or seq_length < 1:
             raise UserError(f"seq_length: {seq_length!r}; give a whole number of at least 1")
-        datasets = [open_dataset(prefix) for prefix in expand_prefixes(prefixes)]
-        return cls(name, datasets, seq_length=seq_length, seed=seed, fim=fim)
+        return cls(name, open_source(prefixes), seq_length=seq_length, seed=seed, fim=fim)
 
     def __getitem__(self, sample_index: int) -> npt.NDArray[Any]:
         """Return the seq_length + 1 token ids of a sample; see `read`."""

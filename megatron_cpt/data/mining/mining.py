@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_cpt.data.contamination.held_out import held_out_documents
 from megatron_cpt.data.contamination.overlap import NGRAM, HeldOutSet
 from megatron_cpt.data.mining.mining_job import JOURNAL, MiningJob, MiningOptions, as_datasets, prepare_mining
+from megatron_cpt.data.mining.mining_output import record_published, require_free_output, require_no_input
 from megatron_cpt.data.mining.mining_report import MiningReport, begin_report, describe_mined
 from megatron_cpt.data.mining.ranges import decode_result, default_workers, run_in_processes
 from megatron_cpt.data.mining.search import Neighbors, sample_queries
 from megatron_cpt.data.mining.selection import Mined, find_copies, find_held_out, locate, unite
-from megatron_cpt.data.mining.texts import DocumentTexts, is_dataset, read_origin
+from megatron_cpt.data.mining.texts import DocumentTexts, input_files, read_held_out, read_origin
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.tokenfile.document_list import (
     ENDING,
@@ -37,8 +38,8 @@ from megatron_cpt.data.tokenfile.document_list import (
     is_document_list,
     write_document_list,
 )
-from megatron_cpt.data.tokenfile.reader import expand_prefixes, join_tokenizers
-from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_file_name, require_free
+from megatron_cpt.data.tokenfile.reader import join_tokenizers
+from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_file_name
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import close_durably
 from megatron_cpt.files.checksum import Checksum
@@ -79,9 +80,11 @@ def mine(
         raise UserError("workers: only for the engine that runs processes here")
     folder = work_folder(target, options.shard)
     with os_errors_as_cpt_errors(folder):
-        _refuse_existing(folder, target, corpus, options)
+        _check_output(queries, corpus, target, options)
         with as_datasets(corpus, target, options) as prefixes:
             job = prepare_mining(queries, prefixes, target, embedder, options)
+            for _ in read_held_out(options.held_out, job.tokenizer, options.held_out_keys):
+                pass  # a mistake ends the call here instead of after the search
             report = _mine_shards(job, folder) if options.join is None else _join(job, options.join)
     return replace(report, seconds=time.monotonic() - started)
 
@@ -91,15 +94,12 @@ def work_folder(output: str, shard: Shard | None = None) -> Path:
     return Path(f"{output}.mine" + (f"-{shard.index}-of-{shard.count}" if shard else ""))
 
 
-def _refuse_existing(folder: Path, output: str, corpus: Sequence[str], options: MiningOptions) -> None:
-    """Refuse an output that exists, unless it is the one of an interrupted call that had started to publish."""
-    if options.shard is not None or (exists(folder / JOURNAL) and not options.restart):
-        return
-    if not is_document_list(output):
-        inputs = [prefix for name in corpus if is_dataset(name) for prefix in expand_prefixes(name)]
-        require_free(output, inputs, overwrite=options.overwrite)
-    elif exists(output) and not options.overwrite:
-        raise UserError(f"{output}: exists already; choose another output, or replace it: --overwrite")
+def _check_output(queries: Sequence[str], corpus: Sequence[str], output: str, options: MiningOptions) -> None:
+    """Refuse an output that is an input, or exists, unless an interrupted call of this job has published it."""
+    require_no_input(output, input_files(queries, corpus, options.held_out))
+    if options.shard is None and not options.overwrite:
+        first = None if options.join is None else Shard(0, options.join)
+        require_free_output(output, None if options.restart else work_folder(output, first))
 
 
 def _mine_shards(job: MiningJob, path: Path) -> MiningReport:
@@ -189,7 +189,7 @@ def _write_output(job: MiningJob, folders: Sequence[Path]) -> MiningReport:
         )
     report = describe_mined(job, texts, chosen, report)
     _check_unchanged(job)
-    _publish(job, chosen)
+    _publish(job, chosen, folders[0])
     return report
 
 
@@ -218,7 +218,7 @@ def _without_held_out(
     if not options.held_out:
         return chosen, report
     eod_id = read_origin(job.datasets[0]).eod_id
-    documents = held_out_documents(options.held_out, job.tokenizer, options.held_out_keys)
+    documents = read_held_out(options.held_out, job.tokenizer, options.held_out_keys)
     held_out = HeldOutSet(documents, eod_id=job.tokenizer.eod_id if eod_id is None else eod_id)
     is_hit, found = find_held_out(chosen, read_ids, held_out)
     count, names = int(is_hit.sum()), [document.name for document in found]
@@ -232,18 +232,21 @@ def _without_held_out(
     return chosen.select(~is_hit) if options.overlap == "drop" else chosen, report
 
 
-def _publish(job: MiningJob, chosen: Mined) -> None:
+def _publish(job: MiningJob, chosen: Mined, folder: Path) -> None:
+    if not job.options.overwrite:  # the search may have taken hours
+        require_free_output(job.output, folder)
+    before_publish = partial(record_published, folder)
     dataset_of, number_of = locate(chosen.documents, job.starts)
     if is_document_list(job.output):
         described = [describe_dataset(dataset) for dataset in job.datasets]
         os.makedirs(os.path.dirname(job.output) or ".", exist_ok=True)
-        write_document_list(
-            job.output, DocumentList(described, dataset_of, number_of, chosen.distances, chosen.queries)
-        )
+        found = DocumentList(described, dataset_of, number_of, chosen.distances, chosen.queries)
+        write_document_list(job.output, found, before_publish=before_publish)
         return
     made_by = {"k": job.plan.k, "embedder": job.embedder.digest, "queries": len(job.query_texts)}
     origin = join_tokenizers(job.datasets, "mine", made_by, allow_mixed=False)
-    with IndexedDatasetWriter(job.output, job.datasets[0].dtype, origin=origin) as writer:
+    dtype = job.datasets[0].dtype
+    with IndexedDatasetWriter(job.output, dtype, origin=origin, before_publish=before_publish) as writer:
         for index, number in zip(dataset_of.tolist(), number_of.tolist(), strict=True):
             writer.add_document(job.datasets[index].document(number))
 

@@ -15,18 +15,20 @@ import numpy.typing as npt
 from megatron_cpt.data.mining.embedders import Embedder, load_embedder
 from megatron_cpt.data.mining.ranges import RANGE_DOCUMENTS, DocumentRange, Engine, MiningPlan, cut_ranges
 from megatron_cpt.data.mining.search import Method
-from megatron_cpt.data.mining.texts import find_tokenizer, is_dataset, read_queries
-from megatron_cpt.data.preprocess.inputs import InputFiles, Shard, expand_inputs
+from megatron_cpt.data.mining.texts import corpus_prefixes, corpus_texts, find_tokenizer, read_queries
+from megatron_cpt.data.preprocess.inputs import InputFiles, Shard
 from megatron_cpt.data.preprocess.pipeline import PreprocessOptions, preprocess
 from megatron_cpt.data.tokenfile.document_list import is_document_list
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
-from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes, open_with_one_dtype
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, open_with_one_dtype
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.resumable import DurableJournal, ResumableFolder
 
 JOURNAL = "journal.jsonl"
+_MOST = int(np.iinfo(np.int32).max)  # documents of a range are int32 in its result
+_MOST_SHARDS = 1_000_000
 Overlap = Literal["refuse", "drop", "keep"]
 
 
@@ -38,7 +40,7 @@ class MiningOptions:
         tokenizer: KIND:PATH for datasets without a sidecar; text files of the corpus are encoded with it.
         query_keys: fields of the lines of text files of queries, joined by line ends.
         corpus_key: field of the lines of text files of the corpus.
-        k: documents per query.
+        k: documents per query; at most all of the corpus.
         characters: characters of a document, and of a query, that are embedded.
         method: see `find_nearest`, as for `recall`.
         held_out: datasets or JSON Lines that no mined document may overlap with, see `held_out_documents`.
@@ -80,6 +82,11 @@ class MiningOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: {value}; give a whole number of at least 1")
+            most = _MOST_SHARDS if name == "join" else _MOST
+            if value is not None and name != "k" and value > most:  # k is cut to the corpus
+                raise UserError(f"{name}: {value}; give a whole number of at most {most}")
+        if self.shard is not None and self.shard.count > _MOST_SHARDS:
+            raise UserError(f"shard: {self.shard.count} shards; give at most {_MOST_SHARDS}")
         if not 0 < self.recall <= 1:
             raise UserError(f"recall: {self.recall}; give a share above 0 and at most 1")
         for name, choices in (("method", get_args(Method)), ("overlap", get_args(Overlap))):
@@ -143,12 +150,11 @@ def as_datasets(corpus: Sequence[str], output: str, options: MiningOptions) -> I
     Raises:
         UserError: text files are given for a list or a shard, or without a tokenizer.
     """
-    texts = [name for name in corpus if not is_dataset(name)]
-    prefixes = [prefix for name in corpus if is_dataset(name) for prefix in expand_prefixes(name)]
+    texts, prefixes = corpus_texts(corpus), corpus_prefixes(corpus)
     if not texts:
         yield prefixes
         return
-    files = InputFiles.of(expand_inputs(texts))  # first: a misspelled prefix ends here
+    files = InputFiles.of(texts)
     if is_document_list(output) or options.shard is not None or options.join is not None:
         what = "a document list names datasets" if is_document_list(output) else "shards read the same datasets"
         raise UserError(f"corpus {texts[0]}: {what}; encode the text first: megatron-cpt preprocess --append-eod")
@@ -199,7 +205,8 @@ def prepare_mining(
     datasets = (
         [IndexedDataset(prefix) for prefix in prefixes] if is_document_list(output) else open_with_one_dtype(prefixes)
     )
-    if not any(dataset.num_documents for dataset in datasets):
+    num_documents = sum(dataset.num_documents for dataset in datasets)
+    if not num_documents:
         raise UserError(f"corpus {', '.join(prefixes)}: has no documents; there is nothing to mine")
     tokenizer_spec, tokenizer = find_tokenizer(datasets, options.tokenizer)
     embedder = load_embedder(spec)
@@ -208,13 +215,15 @@ def prepare_mining(
     used = np.flatnonzero(vectors.any(axis=1)).astype(np.int64)
     if not used.size:
         raise UserError(f"queries {', '.join(queries)}: the embedder knows no word of any of them; choose another one")
+    if options.k > num_documents:
+        options.notify(f"k is {num_documents:,} instead of {options.k:,}: the corpus has no more documents")
     plan = MiningPlan(
         prefixes=tuple(prefixes),
         tokenizer=tokenizer_spec,
         embedder=spec,
         queries=np.ascontiguousarray(vectors[used]),
         characters=options.characters,
-        k=options.k,
+        k=min(options.k, num_documents),
         method=options.method,
         recall=options.recall,
     )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_cpt.data.contamination.held_out import JSON_LINES, held_out_documents
 from megatron_cpt.data.preprocess.inputs import BlockOptions, InputFiles, expand_inputs, read_blocks
 from megatron_cpt.data.preprocess.parse import parse_block
+from megatron_cpt.data.tokenfile.document_list import is_document_list
 from megatron_cpt.data.tokenfile.documents import document_bounds
 from megatron_cpt.data.tokenfile.header import refuse
-from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, expand_prefixes, find_repeated
 from megatron_cpt.data.tokenfile.sidecar import Origin, read_sidecar
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.remote import is_file
+from megatron_cpt.files.whole_io import is_folder
 
 _BATCH = 1024  # documents
 _CHARACTERS_PER_ID = 3  # fewer than usual, so that one attempt is enough for most texts
@@ -26,6 +31,65 @@ def is_dataset(name: str) -> bool:
     """Return whether a name is a prefix of .bin/.idx or a glob of prefixes, rather than a file of text."""
     stem = name[:-4] if name.endswith((".bin", ".idx")) else name
     return stem != name or is_file(f"{stem}.idx") or any(is_file(f"{each}.idx") for each in _matches(stem))
+
+
+def corpus_prefixes(corpus: Sequence[str]) -> list[str]:
+    """Return the prefixes of the datasets of a corpus.
+
+    Raises:
+        UserError: a dataset occurs twice.
+    """
+    prefixes = [prefix for name in corpus if is_dataset(name) for prefix in expand_prefixes(name)]
+    if twice := find_repeated(prefixes):
+        raise _repeated(twice)
+    return prefixes
+
+
+def corpus_texts(corpus: Sequence[str]) -> list[str]:
+    """Return the text files of a corpus.
+
+    Raises:
+        UserError: a file is missing, or occurs twice.
+    """
+    names = [name for name in corpus if not is_dataset(name)]
+    files = expand_inputs(names) if names else []
+    counts = Counter(map(os.path.realpath, files))
+    if twice := sorted({file for file in files if counts[os.path.realpath(file)] > 1}):
+        raise _repeated(twice)
+    return files
+
+
+def _repeated(names: Sequence[str]) -> UserError:
+    return UserError(
+        f"corpus: {', '.join(names)} is named more than once; give it once, or its copies take places of the k nearest"
+    )
+
+
+def input_files(queries: Sequence[str], corpus: Sequence[str], held_out: Sequence[str]) -> list[str]:
+    """Return the paths of all files that a call reads.
+
+    Raises:
+        UserError: a text file is missing, a glob has no match, a document list is given, or the corpus has a dataset or
+            file twice.
+    """
+    for role, names in (("queries", queries), ("corpus", corpus), ("held-out", held_out)):
+        lists = [name for name in names if is_document_list(name) and not is_dataset(name) and not is_folder(name)]
+        if lists:
+            raise UserError(
+                f"{role} {', '.join(lists)}: a document list cannot be used here; give the prefixes of whole datasets, "
+                "such as the ones that its first line names"
+            )
+    texts = [name for name in queries if not is_dataset(name)]
+    lines = [name for name in held_out if name.endswith(JSON_LINES)]
+    datasets = [name for name in queries if is_dataset(name)]
+    datasets += [name for name in held_out if not name.endswith(JSON_LINES)]
+    prefixes = [*corpus_prefixes(corpus), *(prefix for name in datasets for prefix in expand_prefixes(name))]
+    return [
+        *corpus_texts(corpus),
+        *(expand_inputs(texts) if texts else ()),
+        *lines,
+        *(f"{prefix}{end}" for prefix in prefixes for end in (".bin", ".idx")),
+    ]
 
 
 def find_tokenizer(datasets: Sequence[IndexedDataset], spec: str | None) -> tuple[str, Tokenizer]:
@@ -102,6 +166,25 @@ class DocumentTexts:
             if len(text) >= characters or count >= len(ids):
                 return text[:characters]
             count *= 2
+
+
+def read_held_out(
+    names: Sequence[str], tokenizer: Tokenizer, keys: Sequence[str]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Yield name and ids of held-out documents; see `held_out_documents`.
+
+    Raises:
+        UserError: a file is missing, or has no text.
+        RefusedError: a file is damaged, or the ids of a dataset are of another tokenizer.
+    """
+    for prefix in (each for name in names if not name.endswith(JSON_LINES) for each in expand_prefixes(name)):
+        origin = read_origin(IndexedDataset(prefix))
+        if origin.fingerprint not in (None, tokenizer.fingerprint):
+            raise RefusedError(
+                f"held-out {prefix}: its ids are of tokenizer {origin.name}, not of the corpus's, so no text would be "
+                "found; encode its text with the tokenizer of the corpus"
+            )
+    yield from held_out_documents(names, tokenizer, keys)
 
 
 def read_queries(names: Sequence[str], tokenizer: str | None, keys: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ has chosen a document; readers that only need its tokens ignore them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from megatron_cpt.data.tokenfile.fingerprint import fingerprint, is_same_data
 from megatron_cpt.data.tokenfile.header import LIST_ENDING
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.files.atomic import close_durably, publish
+from megatron_cpt.files.atomic import Rename, close_durably, publish
 from megatron_cpt.files.remote import is_remote
 from megatron_cpt.files.whole_io import is_regular_file, open_reader, open_writer
 
@@ -36,6 +36,7 @@ _FORMAT = "megatron-cpt documents"
 _VERSION = 1
 _LINES_PER_WRITE = 1 << 14
 _MAX_LINE_BYTES = 1 << 24
+_MOST, _MOST_DATASETS, _FARTHEST = int(np.iinfo(np.int64).max), int(np.iinfo(np.int32).max), float(np.finfo("f4").max)
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,17 @@ def describe_dataset(dataset: IndexedDataset, path: str | None = None) -> Listed
     return ListedDataset(path or os.path.abspath(dataset.prefix), dataset.num_documents, fingerprint([dataset]))
 
 
-def write_document_list(path: str | os.PathLike[str], documents: DocumentList) -> None:
-    """Write a list; it gets its name only when it is complete and on the disk."""
+def write_document_list(
+    path: str | os.PathLike[str],
+    documents: DocumentList,
+    *,
+    before_publish: Callable[[Sequence[Rename]], None] = lambda renames: None,
+) -> None:
+    """Write a list; it gets its name only when it is complete and on the disk.
+
+    Args:
+        before_publish: called with the finished file, just before it gets its final name.
+    """
     assert _first_disorder(documents) is None, "documents in ascending order, each once"
     temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
     header = {
@@ -109,7 +119,9 @@ def write_document_list(path: str | os.PathLike[str], documents: DocumentList) -
                 rows = zip(*(column[first : first + _LINES_PER_WRITE].tolist() for column in columns), strict=True)
                 file.writelines(_line(*row) for row in rows)
             close_durably(file)
-        publish([(temporary, os.fspath(path))])
+        renames = [(temporary, os.fspath(path))]
+        before_publish(renames)
+        publish(renames)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -183,36 +195,65 @@ def _read_header(path: str | os.PathLike[str], line: bytes) -> tuple[list[Listed
         header = orjson.loads(line)
         if header["format"] != _FORMAT:
             raise KeyError("format")
-        if header["version"] > _VERSION:
+        if _whole("version", header["version"]) > _VERSION:
             raise RefusedError(
                 f"{path}: format version {header['version']}, this software reads up to {_VERSION}; update it"
             )
         datasets = [
-            ListedDataset(str(each["path"]), int(each["documents"]), str(each["fingerprint"]))
+            ListedDataset(
+                _text("path", each["path"]),
+                _whole("documents", each["documents"]),
+                _text("fingerprint", each["fingerprint"]),
+            )
             for each in header["datasets"]
         ]
         chosen = header.get("chosen")
-        return datasets, None if chosen is None else int(chosen)
+        return datasets, None if chosen is None else _whole("chosen", chosen)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RefusedError(
-            f"{path}: its first line is not the header of a document list ({type(error).__name__}: {error}); give a "
-            "list that `megatron-cpt mine` has written"
+            f"{path}: line 1: its first line is not the header of a document list ({type(error).__name__}: {error}); "
+            "give a list that `megatron-cpt mine` has written"
         ) from error
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise TypeError(f"{name} is no text, or has a zero byte")
+    return value
+
+
+def _whole(name: str, value: Any, limit: int = _MOST) -> int:
+    """Return a number of documents, or of one; numpy would wrap or refuse one that its type does not hold."""
+    if type(value) is not int:
+        raise TypeError(f"{name} is an integer")
+    if not -1 <= value <= limit:
+        raise ValueError(f"{name}: {value} is out of range")
+    return value
 
 
 def _append_line(path: str | os.PathLike[str], number: int, line: bytes, columns: dict[str, list[Any]]) -> None:
     try:
         row = orjson.loads(line)
-        values = [row[name] for name in columns]
-        if any(type(value) is not int for value in (values[0], values[1], values[3])):
-            raise TypeError("dataset, document and query are integers")
-        values[2] = float(values[2])
+        values = [
+            _whole("dataset", row["dataset"], _MOST_DATASETS),
+            _whole("document", row["document"]),
+            _distance(row["distance"]),
+            _whole("query", row["query"]),
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise RefusedError(
             f"{path}: line {number}: not a chosen document ({type(error).__name__}: {error}); copy the list again"
         ) from error
     for column, value in zip(columns.values(), values, strict=True):
         column.append(value)
+
+
+def _distance(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError("distance is a number")
+    if not abs(value) <= _FARTHEST:
+        raise ValueError(f"distance: {value} is out of range")
+    return float(value)
 
 
 def _move_to_blocks(columns: dict[str, list[Any]], blocks: dict[str, list[npt.NDArray[Any]]]) -> None:

@@ -24,7 +24,7 @@ from megatron_cpt.data.tokenfile.document_list import (
 )
 from megatron_cpt.data.tokenfile.documents import document_bounds
 from megatron_cpt.data.tokenfile.header import IndexHeader
-from megatron_cpt.data.tokenfile.reader import FileRange, IndexedDataset
+from megatron_cpt.data.tokenfile.reader import FileRange, IndexedDataset, expand_prefixes, real_files
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.identity import FileIdentity
 from megatron_cpt.files.whole_io import exists
@@ -40,6 +40,42 @@ def open_dataset(path: str | os.PathLike[str]) -> IndexedDataset:
         RefusedError: the list or a dataset is damaged, or a dataset has changed since the list was made.
     """
     return ListedDocuments(path) if is_document_list(path) else IndexedDataset(path)
+
+
+def open_source(path: str | list[str]) -> list[IndexedDataset]:
+    """Open the datasets and document lists of a source in run.yaml; see `expand_prefixes`.
+
+    Raises:
+        UserError: a file is missing, or a document would be read twice per epoch.
+        RefusedError: a list or a dataset is damaged, or a dataset has changed since a list was made.
+    """
+    datasets = [open_dataset(prefix) for prefix in expand_prefixes(path)]
+    readers: dict[tuple[str, ...], list[tuple[str, npt.NDArray[np.int64] | None]]] = {}
+    for dataset in datasets:
+        for index, pair in enumerate(dataset.parts):
+            starts = dataset.starts_in(index) if isinstance(dataset, ListedDocuments) else None
+            if starts is None or starts.size:
+                readers.setdefault(real_files(pair.prefix), []).append((dataset.prefix, starts))
+    for found in readers.values():
+        _require_different_documents(found)
+    return datasets
+
+
+def _require_different_documents(readers: Sequence[tuple[str, npt.NDArray[np.int64] | None]]) -> None:
+    """Check that no document of a pair is read twice, by two lists, by one list, or by a list and the pair.
+
+    Args:
+        readers: name of the list and first tokens of its documents, or name of the pair and None.
+    """
+    listed = [starts for _, starts in readers if starts is not None]
+    repeats = sum(map(len, listed))
+    if len(listed) == len(readers):
+        repeats -= len(np.unique(np.concatenate(listed)))
+    if repeats:
+        raise UserError(
+            f"path: {' and '.join(dict.fromkeys(name for name, _ in readers))} name {repeats:,} documents more than "
+            "once, which would be read twice; give only one of them, or make sources of their own of them"
+        )
 
 
 class ListedDocuments(IndexedDataset):
@@ -80,6 +116,12 @@ class ListedDocuments(IndexedDataset):
     def parts(self) -> tuple[IndexedDataset, ...]:
         """Pairs that the list chooses from."""
         return self._parts
+
+    def starts_in(self, index: int) -> npt.NDArray[np.int64]:
+        """Return the first token of each document with tokens that is in one pair; no two documents share one."""
+        first, stop = [*self._first_of_part, self.num_documents][index : index + 2]
+        starts: npt.NDArray[np.int64] = self._starts[first:stop][np.diff(self._pointers[first : stop + 1]) > 0]
+        return starts
 
     @property
     def list_digest(self) -> bytes:

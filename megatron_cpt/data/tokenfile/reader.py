@@ -24,7 +24,7 @@ from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.sidecar import Origin, join_origins, read_sidecar
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.files.remote import RangeFile, find, is_file, open_ranges
+from megatron_cpt.files.remote import RangeFile, find, is_file, is_remote, open_ranges
 
 __all__ = [
     "IndexHeader",
@@ -281,7 +281,7 @@ def expand_prefixes(path: str | list[str]) -> list[str]:
         Prefixes in the given order. A prefix without a glob may not exist; `read_header` checks that.
 
     Raises:
-        UserError: the list is empty, a glob has no match, or a prefix occurs twice.
+        UserError: the list is empty, a glob has no match, or a dataset occurs twice, also under different paths.
     """
     prefixes: list[str] = []
     for entry in [path] if isinstance(path, str) else path:
@@ -296,10 +296,25 @@ def expand_prefixes(path: str | list[str]) -> list[str]:
             prefixes.append(stem)
     if not prefixes:
         raise UserError("path: an empty list names no data; give a prefix of .bin/.idx, a list of them, or a glob")
-    twice = sorted(prefix for prefix, count in Counter(prefixes).items() if count > 1)
-    if twice:
-        raise UserError(f"path: {', '.join(twice)} is named more than once; to see data more often raise its weight")
+    if twice := find_repeated(prefixes):
+        paths = ", under several paths" if len(twice) > 1 else ""
+        raise UserError(
+            f"path: {', '.join(twice)} is named more than once{paths}; to see data more often raise its weight"
+        )
     return prefixes
+
+
+def find_repeated(prefixes: Sequence[str]) -> list[str]:
+    """Return the prefixes of datasets that occur twice, also under different paths; each prefix once, sorted."""
+    files = [real_files(prefix) for prefix in prefixes]
+    counts = Counter(files)
+    return sorted({prefix for prefix, own in zip(prefixes, files, strict=True) if counts[own] > 1})
+
+
+def real_files(prefix: str) -> tuple[str, ...]:
+    """Return the files of a pair, or of a document list, without links; equal for two paths of one dataset."""
+    paths = [prefix] if prefix.endswith(LIST_ENDING) else [f"{prefix}.bin", f"{prefix}.idx"]
+    return tuple(path if is_remote(path) else os.path.realpath(path) for path in paths)
 
 
 def _without_ending(path: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -20,7 +20,7 @@ from megatron_cpt.data.tokenfile.header import MAGIC, PREAMBLE, VERSION, dtype_c
 from megatron_cpt.data.tokenfile.numbers import NumberTable
 from megatron_cpt.data.tokenfile.sidecar import Origin, describe_pair, is_free, sidecar_path
 from megatron_cpt.errors import UserError
-from megatron_cpt.files.atomic import close_durably, publish_or_remove, write_atomically
+from megatron_cpt.files.atomic import Rename, close_durably, publish_or_remove, write_atomically
 from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.output_path import output_problem
 from megatron_cpt.files.retry import is_path_error
@@ -46,13 +46,22 @@ class IndexedDatasetWriter:
         prefix: path without `.bin` or `.idx`; a missing folder is created.
         dtype: token type, for example `best_dtype(vocab_size)`.
         origin: facts for the sidecar PREFIX.json; None: no sidecar.
+        before_publish: called with the finished files, just before they get their final names.
 
     Raises:
         UserError: the format cannot store the token type or a token, or the folder is not writable.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike, *, origin: Origin | None = None) -> None:
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        dtype: npt.DTypeLike,
+        *,
+        origin: Origin | None = None,
+        before_publish: Callable[[Sequence[Rename]], None] = lambda renames: None,
+    ) -> None:
         self.prefix = os.fspath(prefix)
+        self._before_publish = before_publish
         self.dtype = np.dtype(dtype)
         self._code = dtype_code(self.dtype)
         self._origin = origin if is_free(self.prefix) else None
@@ -80,7 +89,9 @@ class IndexedDatasetWriter:
                 close_durably(self._bin)
                 self._write_index()
                 self._write_sidecar()
-                publish_or_remove([(path, f"{self.prefix}.{end}") for end, path in self._temporary.items()])
+                renames = [(path, f"{self.prefix}.{end}") for end, path in self._temporary.items()]
+                self._before_publish(renames)
+                publish_or_remove(renames)
         finally:  # after a success the temporary files no longer exist
             for path in self._temporary.values():
                 Path(path).unlink(missing_ok=True)

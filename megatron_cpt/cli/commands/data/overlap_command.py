@@ -54,11 +54,10 @@ def overlap(
     from megatron_cpt.data.contamination.held_out import held_out_documents
     from megatron_cpt.data.contamination.overlap import HeldOutSet, find_overlap
     from megatron_cpt.data.rewrite.split import select
-    from megatron_cpt.data.tokenfile.listed_documents import open_dataset
-    from megatron_cpt.data.tokenfile.reader import expand_prefixes
+    from megatron_cpt.data.tokenfile.listed_documents import open_source
     from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 
-    training = [open_dataset(prefix) for prefix in expand_prefixes(train)]
+    training = open_source(train)
     codec = load_tokenizer(tokenizer) if tokenizer else None
     if eod_id is None and codec is not None:
         eod_id = codec.eod_id

@@ -79,9 +79,11 @@ def test_every_way_to_name_a_list(tmp_path):
     assert expand_prefixes([first, pairs[0].prefix]) == [first, pairs[0].prefix]
     with pytest.raises(UserError, match=r"no file matches .*c\*\.docs$"):
         expand_prefixes(str(tmp_path / "c*.docs"))
-    mixed = TokenStream.open("mixed", [first, pairs[0].prefix], seq_length=2, seed=1)
-    assert mixed.num_tokens == 16 + 12
-    assert {mixed.locate(index).prefix for index in range(mixed.samples_per_epoch)} == {first, pairs[0].prefix}
+    mixed = TokenStream.open("mixed", [second, pairs[1].prefix], seq_length=2, seed=1)
+    assert mixed.num_tokens == 5 + 9
+    assert {mixed.locate(index).prefix for index in range(mixed.samples_per_epoch)} == {second, pairs[1].prefix}
+    with pytest.raises(UserError, match=r"a\.docs and \S*pair0 name 1 documents more than once"):
+        TokenStream.open("mixed", [first, pairs[0].prefix], seq_length=2, seed=1)
 
 
 def test_a_moved_folder_keeps_the_fingerprint(tmp_path):

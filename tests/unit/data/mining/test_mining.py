@@ -17,8 +17,8 @@ from megatron_cpt.data.mining.mining_job import MiningOptions
 from megatron_cpt.data.mining.ranges import cut_ranges, run_here, run_on_ray
 from megatron_cpt.data.preprocess.inputs import Shard
 from megatron_cpt.data.tokenfile.document_list import open_listed_datasets, read_document_list
-from megatron_cpt.data.tokenfile.reader import IndexedDataset
-from megatron_cpt.data.tokenfile.sidecar import read_sidecar
+from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWriter
+from megatron_cpt.data.tokenfile.sidecar import Origin, read_sidecar
 from megatron_cpt.errors import CptError, RefusedError, UserError
 from tests.helpers.stand_in_ray import install_ray
 from tests.helpers.static_model import plant
@@ -170,6 +170,29 @@ def test_kill_9_at_random_moments_gives_the_same_bytes(mining, static_model, tmp
     assert not leftovers(tmp_path)
 
 
+def test_a_dataset_or_file_that_the_corpus_names_twice(static_model, planted, tmp_path, monkeypatch):
+    """Copies of its documents would take half of the k places."""
+    monkeypatch.chdir(tmp_path)
+    write_texts("web", planted.documents[:20])
+    write_lines(tmp_path / "web.jsonl", [{"text": text} for text in planted.documents[:20]])
+    queries = write_lines(tmp_path / "qa.jsonl", [{"text": planted.queries[0]}])
+    (tmp_path / "link").symlink_to(tmp_path)
+    for corpus in (["web", "web"], ["web", "./web.bin"], ["w*", "link/web"], ["web.jsonl", "link/web.jsonl"]):
+        with pytest.raises(UserError, match=r"corpus: .*web\S* is named more than once; give it once"):
+            mine([queries], corpus, "mined", embedder=static_model, options=MiningOptions(workers=1, tokenizer="byte"))
+
+
+@pytest.mark.parametrize("k", [10**9, 10**20])
+def test_a_k_above_the_number_of_documents_is_cut(static_model, planted, tmp_path, k):
+    corpus = write_texts(tmp_path / "web", planted.documents[:20])
+    queries = write_lines(tmp_path / "qa.jsonl", [{"text": text} for text in planted.queries])
+    notes: list[str] = []
+    options = MiningOptions(workers=1, k=k, notify=notes.append)
+    report = mine([queries], [corpus], tmp_path / "mined.docs", embedder=static_model, options=options)
+    assert (report.k, report.near) == (20, 20)
+    assert f"k is 20 instead of {k:,}: the corpus has no more documents" in notes
+
+
 def test_near_duplicates_are_dropped(static_model, tmp_path, planted):
     query, others = planted.queries[0], planted.documents[:50]
     near = planted.documents[planted.planted[0]]
@@ -194,6 +217,65 @@ def test_held_out_documents_are_refused(mining, held_out, tmp_path):
         mining("mined", held_out=[held_out])
     assert not (tmp_path / "mined.idx").exists()
     assert leftovers(tmp_path) == ["mined.mine"]  # another choice takes up the finished search
+
+
+@pytest.mark.parametrize("name", ["mined", "mined.docs"])
+def test_a_dataset_beside_the_work_of_a_refused_call_is_not_replaced(mining, held_out, tmp_path, name):
+    with pytest.raises(RefusedError):
+        mining(name, held_out=[held_out])
+    paths = [tmp_path / name] if name.endswith(".docs") else [tmp_path / f"{name}.{end}" for end in ("bin", "idx")]
+    for path in paths:
+        path.write_bytes(b"somebody's")
+    with pytest.raises(UserError, match="exists already; choose another output, or replace it: --overwrite"):
+        mining(name, held_out=[held_out], overlap="keep")
+    assert {path.read_bytes() for path in paths} == {b"somebody's"}
+    mining(name, held_out=[held_out], overlap="keep", overwrite=True)
+    assert b"somebody's" not in {path.read_bytes() for path in paths}
+
+
+def test_a_dataset_that_appears_during_the_search_is_not_replaced(mining, tmp_path):
+    with pytest.raises(UserError, match=r"mined\.idx: exists already"):
+        mining("mined", progress=lambda done, total: (tmp_path / "mined.idx").write_bytes(b"somebody's"))
+    assert (tmp_path / "mined.idx").read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("shards", [None, 2])
+@pytest.mark.parametrize("name", ["mined", "mined.docs"])
+def test_a_call_that_was_killed_after_its_output_had_its_name_is_resumed(mining, tmp_path, monkeypatch, name, shards):
+    mining(f"whole_{name}")
+    options = {} if shards is None else {"join": shards}
+    for index in range(shards or 0):
+        mining(name, shard=Shard(index, shards))
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_cpt.files.resumable.ResumableFolder.remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            mining(name, **options)
+    ends = [""] if name.endswith(".docs") else [".bin", ".idx"]
+    assert all((tmp_path / f"{name}{end}").exists() for end in ends)
+    with pytest.raises(UserError, match="--overwrite"):
+        mining(name, restart=True, **options)
+    mining(name, **options)
+    for end in ends:
+        assert (tmp_path / f"{name}{end}").read_bytes() == (tmp_path / f"whole_{name}{end}").read_bytes()
+    assert not leftovers(tmp_path)
+
+
+def interrupt(folder) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("role", ["corpus", "queries", "held-out"])
+def test_an_output_that_is_an_input_is_refused_even_with_overwrite(static_model, planted, tmp_path, role):
+    names = {each: write_texts(tmp_path / each, planted.documents[:20]) for each in ("corpus", "queries", "held-out")}
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.[bi]*")}
+    for shard in (None, Shard(0, 2)):
+        options = MiningOptions(workers=1, overwrite=True, held_out=[names["held-out"]], shard=shard)
+        with pytest.raises(UserError, match="is an input too; choose another output"):
+            mine(
+                [names["queries"]], [names["corpus"]], tmp_path / "link" / role, embedder=static_model, options=options
+            )
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.[bi]*")} == before
 
 
 def test_held_out_documents_are_dropped_or_kept(mining, held_out, planted, tmp_path):
@@ -270,9 +352,27 @@ def test_empty_documents_and_unknown_words_are_near_to_nothing(static_model, pla
         ({"output": "web"}, "web: is an input too"),
         ({"output": "qa.docs"}, "qa.docs: exists already"),
         ({"k": 0}, "k: 0; give a whole number of at least 1"),
+        ({"range_documents": 10**20}, "range_documents: 10+; give a whole number of at most 2147483647"),
+        ({"characters": 10**20}, "characters: 10+; give a whole number of at most"),
+        ({"workers": 10**20}, "workers: 10+; give a whole number of at most"),
+        ({"join": 10**20}, "join: 10+; give a whole number of at most 1000000"),
+        ({"shard": Shard(0, 10**20)}, "shard: 10+ shards; give at most 1000000"),
         ({"recall": 1.5}, "recall: 1.5; give a share"),
         ({"overlap": "maybe"}, "overlap: 'maybe'; give one of refuse, drop, keep"),
         ({"tokenizer": "null:300"}, "web: its ids are of tokenizer byte, not of null:300"),
+        ({"held_out": ["none"]}, "none.idx|no such file: none"),
+        ({"held_out": ["none.jsonl"]}, "no such file: none.jsonl"),
+        (
+            {"held_out": ["qa.docs"]},
+            "held-out qa.docs: a document list cannot be used here; give the prefixes of whole",
+        ),
+        ({"held_out": ["qa.jsonl"], "held_out_keys": ["blank"]}, "qa.jsonl: no line has text under blank"),
+        ({"held_out": ["empty.jsonl"]}, "empty.jsonl: no line has text under text"),
+        ({"held_out": ["empty"]}, "empty: has no tokens"),
+        ({"held_out": ["other"]}, "held-out other: its ids are of tokenizer other, not of the corpus's"),
+        ({"corpus": "qa.docs"}, "corpus qa.docs: a document list cannot be used here; give the prefixes of whole"),
+        ({"corpus": "*.docs"}, "corpus .*docs: a document list cannot be used here"),
+        ({"queries": "qa.docs"}, "queries qa.docs: a document list cannot be used here; give the prefixes of whole"),
         ({"query_keys": ["question"]}, "has no key 'question'.*--key"),
         ({"query_keys": ["blank"]}, "the embedder knows no word of any of them"),
     ],
@@ -282,6 +382,13 @@ def test_bad_input(static_model, tmp_path, monkeypatch, change, message):
     write_texts("web", ["w1 w2"])
     write_lines(tmp_path / "qa.jsonl", [{"text": "w1", "blank": " "}])
     (tmp_path / "qa.docs").touch()
+    write_lines(tmp_path / "empty.jsonl", [{"text": ""}, {"text": None}])
+    origins = {"empty": None, "other": Origin(tokenizer="other", fingerprint="other")}
+    for name, documents in (("empty", []), ("other", [[1, 2]])):
+        with IndexedDatasetWriter(name, "<u2", origin=origins[name]) as writer:
+            for document in documents:
+                writer.add_document(document)
+    monkeypatch.setattr("megatron_cpt.data.mining.mining._mine_shards", pytest.fail)  # refused before the search
     before = sorted(path.name for path in tmp_path.iterdir())
     names = {"queries": "qa.jsonl", "corpus": "web", "output": "mined", "embedder": static_model}
     call = names | {name: value for name, value in change.items() if name in names}
