@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from megatron_cpt.law.curve_fit import CurveFit
 from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
 from megatron_cpt.law.terms import LawShape, term_names
 from megatron_cpt.provenance.run_history import MALFORMED
+from megatron_cpt.report.write_report import check_output
 
 FORMAT = 1
 """Version of FIT.json; it changes when a term of the law changes, so an old file never gives other numbers."""
@@ -38,6 +39,40 @@ def law_to_dict(law: RunLaw) -> dict[str, Any]:
         "notes": list(law.notes),
         "warnings": list(law.warnings),
     }
+
+
+def check_law_output(path: Path, run_directories: Sequence[Path], *, overwrite: bool) -> None:
+    """Check that FIT.json may be written to a path. It may replace an earlier FIT.json.
+
+    Args:
+        path: the output.
+        run_directories: the runs to fit; the output must be outside them.
+        overwrite: replace a file of another kind.
+
+    Raises:
+        UserError: the path is in one of the runs, is no file, or is a file of another kind that would be lost.
+    """
+    check_output(path)
+    for place in (path.resolve(), path.parent.resolve() / path.name):
+        for folder in run_directories:
+            if place.is_relative_to(folder.resolve()):
+                raise UserError(f"--output {path}: is inside the run {folder}; choose a path outside the runs to fit")
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_file():
+        raise UserError(f"--output {path}: exists and is no regular file; choose another output")
+    if not overwrite and not _is_law_file(path):
+        raise UserError(f"{path}: exists already and is no fit; choose another --output, or replace it: --overwrite")
+
+
+def _is_law_file(path: Path) -> bool:
+    try:
+        content = orjson.loads(read_file(path))
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be read: {error.strerror}; choose another output") from error
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"format", "held_out", "terms"} <= content.keys()
 
 
 def write_law(path: Path, law: RunLaw) -> None:

@@ -68,6 +68,31 @@ def test_fit_refuses_before_it_writes(tmp_path, capsys):
     assert not (tmp_path / "fit.json").exists()
 
 
+def test_fit_replaces_only_a_fit_and_never_a_file_of_a_run(tmp_path, capsys):
+    folders = [str(write_law_run(tmp_path / f"run{n}", data, seed=n)) for n, data in enumerate(small_configs())]
+    metrics, output, link = tmp_path / "run0" / "metrics.jsonl", tmp_path / "fit.json", tmp_path / "link.json"
+    link.symlink_to(metrics)
+    before = metrics.read_bytes()
+    for path in (metrics, link, tmp_path / "run1" / "checkpoints" / ".." / "fit.json"):
+        (tmp_path / "run1" / "checkpoints").mkdir(exist_ok=True)
+        assert main(["fit", *folders, "--output", str(path), "--overwrite"]) == 2
+        assert "is inside the run" in capsys.readouterr().err
+    assert metrics.read_bytes() == before
+    for text in ("name: a run\n", '{"format": 1}', ""):
+        output.write_text(text)
+        assert main(["fit", *folders, "--output", str(output)]) == 2
+        assert "exists already and is no fit; choose another --output, or replace it: --overwrite" in " ".join(
+            capsys.readouterr().err.split()
+        )
+        assert output.read_text() == text
+    assert main(["fit", *folders, "--output", str(output), "--overwrite"]) == 0
+    assert main(["fit", *folders, "--output", str(output)]) == 0
+    link.unlink()
+    link.symlink_to(tmp_path / "none")
+    assert main(["fit", *folders, "--output", str(link)]) == 2
+    assert "is no regular file" in capsys.readouterr().err
+
+
 def test_shares_that_cannot_be_told_apart_are_said_by_fit_and_by_plan(tmp_path, capsys):
     arms = [law_config(qa_blend(share), shape=shape) for share in (0.1, 0.2) for shape in ("cosine", "constant")]
     folders = [
