@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import read_file
 from megatron_cpt.law.curve_fit import CurveFit
@@ -20,6 +21,7 @@ from megatron_cpt.law.terms import LawShape, term_names
 from megatron_cpt.provenance.run_history import MALFORMED
 from megatron_cpt.report.write_report import check_output
 
+_CHECKSUM = "checksum"
 FORMAT = 1
 """Version of FIT.json; it changes when a term of the law changes, so an old file never gives other numbers."""
 
@@ -82,30 +84,43 @@ def write_law(path: Path, law: RunLaw) -> None:
         CptError: the file cannot be written.
     """
     with write_errors_as_cpt_errors(path):
-        write_atomically(path, orjson.dumps(law_to_dict(law), option=orjson.OPT_INDENT_2) + b"\n")
+        content = law_to_dict(law)
+        content[_CHECKSUM] = _checksum(content)
+        write_atomically(path, orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Return the checksum of all values and their order; spaces and line breaks of the file do not count."""
+    return Checksum(orjson.dumps({key: value for key, value in content.items() if key != _CHECKSUM})).hexdigest()
 
 
 def read_law(path: Path) -> RunLaw:
     """Read FIT.json.
 
+    The checksum finds every edit: a changed number or order would give other predictions without any sign of it.
+
     Raises:
-        UserError: it cannot be read, is no FIT.json, or of another version.
+        UserError: it cannot be read.
+        RefusedError: it is no FIT.json, of another version, or damaged.
     """
+    again = "write it again with `megatron-cpt fit`"
     try:
         content = orjson.loads(read_file(path))
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
         raise UserError(f"{path}: {reason}; give a file that `megatron-cpt fit` wrote") from error
     except ValueError as error:
-        raise UserError(f"{path}: no JSON ({error}); write it again with `megatron-cpt fit`") from error
+        raise RefusedError(f"{path}: damaged: no JSON ({error}); {again}") from error
     version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         reason = f"its format is {version!r}, this version reads {FORMAT}"
-        raise UserError(f"{path}: {reason}; write it again with `megatron-cpt fit`")
+        raise RefusedError(f"{path}: damaged, or no fit of this version: {reason}; {again}")
     try:
+        if content.get(_CHECKSUM) != _checksum(content):
+            raise ValueError("its content has another checksum than it was written with")
         return _parse(content)
     except MALFORMED as error:
-        raise UserError(f"{path}: damaged ({error!r}); write it again with `megatron-cpt fit`") from error
+        raise RefusedError(f"{path}: damaged ({error}); {again}, and do not edit it") from error
 
 
 def _parse(content: Mapping[str, Any]) -> RunLaw:
