@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_cpt.config import format_number_of
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.law.run_path import Floats, RunPath, path_of_plan
 from megatron_cpt.provenance.run_history import MALFORMED
+from megatron_cpt.report.metrics_columns import as_mapping
 from megatron_cpt.report.run_record import RunReader, RunRecord
 
 MIN_ARMS = 4
@@ -66,6 +68,7 @@ def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             runs.append(read_finished_run(folder))
         except UserError as error:
             problems.append(str(error))
+    problems += _renamed_sources(runs)
     for run in runs[1:]:
         problems += [f"{run.folder}: {difference}" for difference in _differences(runs[0], run)]
     if problems:
@@ -170,6 +173,27 @@ def compared_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def data_paths(config: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Return the paths of a run.yaml: per training source (`sources`) and held-out source (`validation.sources`)."""
+    named = {
+        "sources": {name: as_plain(source, "path") for name, source in _mapping(config, "sources").items()},
+        "validation.sources": _mapping(config, "validation.sources"),
+    }
+    return {
+        key: {name: list(map(str, paths)) if isinstance(paths, list) else [str(paths)] for name, paths in one.items()}
+        for key, one in named.items()
+    }
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    return as_mapping(as_plain(config, key))
+
+
+def are_same_paths(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Return whether paths name the same files in the same order, relative or absolute."""
+    return list(map(os.path.realpath, one)) == list(map(os.path.realpath, other))
+
+
 def trunk_key(name: Any) -> str:
     """Return the checkpoint that an `init.from` names, so that a run and its newest checkpoint compare equal.
 
@@ -198,11 +222,6 @@ def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
         is_same = trunk_key(one) == trunk_key(other) if key == "init.from" else one == other
         if not is_same:
             yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}; fit them separately"
-    for name in first.path.sources:
-        key = f"sources.{name}.path"
-        one, other = as_plain(run.config, key), as_plain(first.config, key)
-        if name in run.path.sources and one != other:
-            yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}: rename one of the sources"
     for name, loss in first.start.items():
         other = run.start.get(name, math.nan)
         if not abs(other - loss) <= _START_TOLERANCE * loss:
@@ -211,6 +230,20 @@ def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
                 "another trunk or other held-out data; fit them separately"
             )
             return
+
+
+def _renamed_sources(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    """Yield the training sources that have other paths in one run than in an earlier one."""
+    known: dict[str, tuple[FinishedRun, list[str]]] = {}
+    for run in runs:
+        paths = data_paths(run.config)["sources"]
+        for name in run.path.sources:
+            earlier, other = known.setdefault(name, (run, paths.get(name, [])))
+            if not are_same_paths(paths.get(name, []), other):
+                yield (
+                    f"{run.folder}: sources.{name}.path is {_short(paths.get(name, []))}, but {earlier.folder} has "
+                    f"{_short(other)}: rename one of the sources"
+                )
 
 
 def _short(value: Any) -> str:

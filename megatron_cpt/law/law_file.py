@@ -34,6 +34,7 @@ def law_to_dict(law: RunLaw) -> dict[str, Any]:
         "num_seeds": law.num_seeds,
         "trunks": list(law.trunks),
         "compared": dict(law.compared),
+        "data": law.data,
         "sources": list(law.sources),
         "terms": term_names(law.sources),
         "fitted": asdict(law.fitted),
@@ -132,6 +133,7 @@ def _parse(content: Mapping[str, Any]) -> RunLaw:
         num_seeds=int(content["num_seeds"]),
         trunks=tuple(content["trunks"]),
         compared=dict(content["compared"]),
+        data={key: dict(content["data"][key]) for key in ("sources", "validation.sources")},
         sources=sources,
         held_out=tuple(_parse_held_out(name, one, sources, len(arms)) for name, one in content["held_out"].items()),
         fitted=FittedRange(

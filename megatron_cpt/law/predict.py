@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import UserError
-from megatron_cpt.law.finished_runs import compared_values, trunk_key
+from megatron_cpt.law.finished_runs import are_same_paths, compared_values, data_paths, trunk_key
 from megatron_cpt.law.fitted_law import CONFIDENCE, LossForecast, RunLaw, jackknife_variance, student_t
 from megatron_cpt.law.run_path import RunPath, path_of_plan
 from megatron_cpt.planning.run_plan import RunPlan
@@ -147,8 +147,21 @@ def _notes(law: RunLaw, config: RunConfig, path: RunPath) -> Iterator[str]:
     trunk = str(config.init.from_)
     if trunk_key(trunk) not in map(trunk_key, law.trunks):
         yield f"init.from is {trunk}, but the losses hold for the trunk of the fitted runs: {', '.join(law.trunks)}"
+    yield from _other_data(law, config)
     if path.areas[-1] > law.fitted.area and any(one.error_per_doubling is None for one in law.held_out):
         yield "the fitted runs have too few points to measure the error beyond them; the intervals may be too narrow"
+
+
+def _other_data(law: RunLaw, config: RunConfig) -> Iterator[str]:
+    """Yield a sentence for each source that has the name of a fitted one, but other paths."""
+    for key, named in data_paths(config.to_dict()).items():
+        for name, paths in named.items():
+            fitted = law.data[key].get(name)
+            if fitted is not None and not are_same_paths(paths, fitted):
+                yield (
+                    f"{key}.{name} is {', '.join(paths)}, in the fitted runs {', '.join(fitted)}: the losses hold only "
+                    "for the fitted data; fit runs of this data, or ignore this if it is a copy"
+                )
 
 
 def _switch_steps(plan: RunPlan) -> dict[int, str]:

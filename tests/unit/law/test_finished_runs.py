@@ -100,7 +100,7 @@ def test_a_run_that_changed_its_blend_is_refused(folders):
         ({"batch": {"global": 16, "micro": 2}}, "run3: batch.global is 16"),
         ({"init": {"from": "other", "load": "weights"}}, "run3: init.from is 'other'"),
         ({"validation": {"every": 4, "batches": 20, "sources": {}}}, "run3: validation.sources is {}"),
-        ({"sources": {"web": {"path": "other"}}}, "run3: sources.web.path is 'other'"),
+        ({"sources": {"web": {"path": "other"}}}, "run3: sources.web.path is ['other']"),
     ],
 )
 def test_runs_of_another_model_tokenizer_or_trunk_are_refused_by_name(folders, changes, message):
@@ -158,6 +158,20 @@ def test_another_trunk_shows_in_the_loss_before_the_first_step(folders, seed):
     change_yaml(folders[2], seed=seed)
     change_lines(folders[2], lambda lines: [{"step": 0, "validation": {"general": 3.01, "exam": 5.0}}, *lines[1:]])
     with pytest.raises(ConfigError, match=r"the loss of general before the first step is 3\.0100"):
+        read_finished_runs(folders)
+
+
+def test_a_source_that_the_first_run_does_not_read_has_one_path(folders):
+    sources = yaml.safe_load((folders[2] / "run.yaml").read_text())["sources"]
+    change_yaml(folders[2], sources=sources | {"qa": {"path": "other"}})
+    with pytest.raises(ConfigError, match=r"run2: sources\.qa\.path is \['other'\], but .*run1 has \['data/qa'\]"):
+        read_finished_runs(folders)
+
+
+@pytest.mark.parametrize("sources", ["web", [1], {"web": "x"}])
+def test_damaged_sources_are_refused(folders, sources):
+    change_yaml(folders[0], sources=sources)
+    with pytest.raises(ConfigError, match="rename one of the sources"):
         read_finished_runs(folders)
 
 

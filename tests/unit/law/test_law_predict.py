@@ -135,6 +135,19 @@ def test_inside_the_fitted_range_nothing_is_warned_of(plan, capsys):
     assert "warning" not in printed.partition("expected held-out loss")[2]
 
 
+def test_other_data_under_the_names_of_fitted_sources_is_warned_of(plan, capsys):
+    data = two_phases()
+    data["sources"]["web"]["path"] = "data/elsewhere"
+    data["validation"]["sources"] |= {"general": "data/other_val", "new": "data/new"}
+    data["sources"]["code"]["path"] = ["data/../data/code"]
+    assert plan(data, "--json") == 0
+    first, second = json.loads(capsys.readouterr().out)["prediction"]["notes"]
+    assert "sources.web is data/elsewhere, in the fitted runs data/web: the losses hold only for" in first
+    assert "validation.sources.general is data/other_val, in the fitted runs data/general_val" in second
+    assert plan(data) == 0
+    assert "warning: sources.web is data/elsewhere" in " ".join(capsys.readouterr().out.split())
+
+
 def test_json_has_curves_intervals_and_switches(plan, capsys):
     assert plan(two_phases(), "--json", "--blend", "qa=0.05,0.3") == 0
     prediction = json.loads(capsys.readouterr().out)["prediction"]
