@@ -22,6 +22,7 @@ from megatron_cpt.report.run_record import RunReader, RunRecord
 
 MIN_ARMS = 4
 _MIN_POINTS = 3  # validations of a run after step 0
+_LOSSES = (1e-6, 1e6)  # nats per token; a loss outside is no measurement, and its logarithm would dominate the fit
 _START_TOLERANCE = 1e-3  # relative difference of the losses of equal weights at another layout or precision
 _COMPARED = ("model", "tokenizer", "seq_length", "batch.global", "documents", "optimizer", "init.load")
 _TRUNK = ("init.from", "validation.sources", "validation.batches")
@@ -38,7 +39,7 @@ class FinishedRun:
         planned: the same path without knots at `steps`, equal for all runs of an arm.
         start: held-out loss per source before the first step.
         steps: validated steps after it.
-        losses: held-out loss per source at `steps`; NaN: not measured or not finite.
+        losses: held-out loss per source at `steps`; NaN: not measured or not usable.
         notes: what was skipped.
     """
 
@@ -110,17 +111,22 @@ def read_finished_run(folder: Path) -> FinishedRun:
             f"{folder}: no held-out loss before the first step in metrics.jsonl; `validation` in run.yaml measures it. "
             "Omit the run"
         )
-    start = {name: loss for name, loss in validations[0].items() if 0 < loss < math.inf}
+    start = {name: loss for name, loss in validations[0].items() if _LOSSES[0] <= loss <= _LOSSES[1]}
     if not start:
-        raise UserError(f"{folder}: no finite held-out loss before the first step; omit the run")
+        raise UserError(f"{folder}: no usable held-out loss before the first step; omit the run")
     notes = [note for note in record.notes if "metrics.jsonl" in note]
     steps, losses, skipped = _points(validations, start)
     if skipped:
-        notes.append(f"{skipped:,} held-out losses are not finite and skipped")
+        notes.append(f"{skipped:,} held-out losses are not between {_LOSSES[0]:g} and {_LOSSES[1]:g} and skipped")
     if len(steps) < _MIN_POINTS:
         raise UserError(
             f"{folder}: {len(steps)} validations after the start, at least {_MIN_POINTS} are needed; "
             "lower validation.every, or omit the run"
+        )
+    if record.planned_steps is not None and steps[-1] > record.planned_steps:
+        raise UserError(
+            f"{folder}/metrics.jsonl: has held-out losses after step {steps[-1]:,}, but plan.json ends with step "
+            f"{record.planned_steps:,}: one of the files belongs to another run; restore it, or omit the run"
         )
     try:
         with np.errstate(all="ignore"):  # of a damaged plan
@@ -136,13 +142,13 @@ def read_finished_run(folder: Path) -> FinishedRun:
 def _points(
     validations: Mapping[int, Mapping[str, float]], start: Iterable[str]
 ) -> tuple[npt.NDArray[np.int64], dict[str, Floats], int]:
-    """Return the validated steps with any finite loss, the losses per source, and how many are not finite."""
+    """Return the validated steps with any usable loss, the losses per source, and how many are not usable."""
     steps = [step for step in sorted(validations) if step > 0]
     found = {name: np.array([validations[step].get(name, math.nan) for step in steps]) for name in start}
-    finite = {name: np.isfinite(values) & (values > 0) for name, values in found.items()}
-    skipped = sum(int(np.count_nonzero(~mask)) for mask in finite.values())
-    kept = np.logical_or.reduce(list(finite.values())) if steps else np.zeros(0, dtype=bool)
-    losses = {name: np.where(finite[name], values, math.nan)[kept] for name, values in found.items()}
+    usable = {name: (values >= _LOSSES[0]) & (values <= _LOSSES[1]) for name, values in found.items()}
+    skipped = sum(int(np.count_nonzero(~mask)) for mask in usable.values())
+    kept = np.logical_or.reduce(list(usable.values())) if steps else np.zeros(0, dtype=bool)
+    losses = {name: np.where(usable[name], values, math.nan)[kept] for name, values in found.items()}
     return np.array(steps, dtype=np.int64)[kept], losses, skipped
 
 

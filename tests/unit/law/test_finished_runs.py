@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import orjson
 import pytest
 import yaml
@@ -43,8 +45,24 @@ def test_a_torn_last_line_and_losses_that_are_not_finite_are_skipped_with_a_note
     assert len(run.steps) == 4
     assert run.notes == (
         "metrics.jsonl: the last line is cut off and skipped",
-        "1 held-out losses are not finite and skipped",
+        "1 held-out losses are not between 1e-06 and 1e+06 and skipped",
     )
+
+
+@pytest.mark.parametrize("loss", [5e-324, 1e308, 0, -1.0])
+def test_a_loss_that_is_no_measurement_is_skipped_with_a_note(folders, loss):
+    change_lines(folders[0], lambda lines: [*lines[:-1], {"step": 40, "validation": {"general": loss, "exam": 4.9}}])
+    run = read_finished_run(folders[0])
+    assert math.isnan(run.losses["general"][-1])
+    assert run.notes == ("1 held-out losses are not between 1e-06 and 1e+06 and skipped",)
+
+
+@pytest.mark.parametrize("step", [2**63, 2**53, -1, True])
+def test_a_validation_line_without_a_valid_step_is_skipped_with_a_note(folders, step):
+    change_lines(folders[0], lambda lines: [*lines, {"step": step, "validation": {"general": 3.0}}])
+    run = read_finished_run(folders[0])
+    assert len(run.steps) == 10
+    assert run.notes == ("metrics.jsonl: 1 line is no metrics and skipped, the first is line 12",)
 
 
 def test_a_run_that_was_repeated_counts_its_last_life(folders):
@@ -59,7 +77,12 @@ def test_a_run_that_was_repeated_counts_its_last_life(folders):
     [
         (lambda lines: [], "no held-out loss before the first step"),
         (lambda lines: lines[1:], "no held-out loss before the first step"),
-        (lambda lines: [{**lines[0], "validation": {"general": None}}, *lines[1:]], "no finite held-out loss"),
+        (lambda lines: [{**lines[0], "validation": {"general": None}}, *lines[1:]], "no usable held-out loss"),
+        (lambda lines: [{**lines[0], "validation": {"general": 5e-324}}, *lines[1:]], "no usable held-out loss"),
+        (
+            lambda lines: [*lines, {"step": 1000, "validation": {"general": 3.0}}],
+            r"run0/metrics\.jsonl: has held-out losses after step 1,000, but plan\.json ends with step 40",
+        ),
         (lambda lines: lines[:3], "2 validations after the start, at least 3"),
     ],
 )
