@@ -91,17 +91,30 @@ def predict_run(
         shares: shares of a source in the last phase to try, by source.
 
     Raises:
-        UserError: the law is of another model, tokenizer, batch or sequence length, or does not know a source.
+        UserError: the law is of another model, tokenizer, batch or sequence length, does not know a source, or expects
+            no finite loss.
     """
     _check_same(law, config)
     steps = _switch_steps(plan)
-    path = path_of_plan(plan.to_dict(), at=steps)
-    own = _Outcome(path, law.forecast(path))
+    with np.errstate(over="ignore", invalid="ignore"):  # far beyond the fitted runs; refused below
+        path = path_of_plan(plan.to_dict(), at=steps)
+        own = _Outcome(path, law.forecast(path))
+        switches = tuple(_switches(law, plan, own, steps))
+        blends = tuple(_blends(law, plan, own, shares or {}))
+        highest = [one.high.max() for one in own.forecasts.values()]
+    for tried in (*switches, *blends):
+        highest += [*tried.losses.values(), tried.difference, tried.difference_width]
+    if not np.isfinite(highest).all():
+        raise UserError(
+            "--predict: no finite loss is expected for this run: the sum of learning rate x tokens is "
+            f"{path.areas[-1] / law.fitted.area:.3g} times the largest fitted one; fit longer runs, or lower "
+            "schedule.max_lr or tokens"
+        )
     return RunPrediction(
         path=path,
         forecasts=own.forecasts,
-        switches=tuple(_switches(law, plan, own, steps)),
-        blends=tuple(_blends(law, plan, own, shares or {})),
+        switches=switches,
+        blends=blends,
         notes=tuple(_notes(law, config, path)),
     )
 

@@ -148,6 +148,12 @@ def test_other_data_under_the_names_of_fitted_sources_is_warned_of(plan, capsys)
     assert "warning: sources.web is data/elsewhere" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("rate", [1e6, 1e300])
+def test_a_run_without_a_finite_loss_is_refused(plan, capsys, rate):
+    assert plan(two_phases(max_lr=rate), "--json") == 2
+    assert "no finite loss is expected for this run" in " ".join(capsys.readouterr().err.split())
+
+
 def test_json_has_curves_intervals_and_switches(plan, capsys):
     assert plan(two_phases(), "--json", "--blend", "qa=0.05,0.3") == 0
     prediction = json.loads(capsys.readouterr().out)["prediction"]
