@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from megatron_cpt.config import format_number_of
 from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.law.run_path import Floats, RunPath, path_of_plan
 from megatron_cpt.provenance.run_history import MALFORMED
+from megatron_cpt.report.metrics_columns import as_mapping
 from megatron_cpt.report.run_record import RunReader, RunRecord
 
 MIN_ARMS = 4
 _MIN_POINTS = 3  # validations of a run after step 0
+_LOSSES = (1e-6, 1e6)  # nats per token; a loss outside is no measurement, and its logarithm would dominate the fit
 _START_TOLERANCE = 1e-3  # relative difference of the losses of equal weights at another layout or precision
 _COMPARED = ("model", "tokenizer", "seq_length", "batch.global", "documents", "optimizer", "init.load")
 _TRUNK = ("init.from", "validation.sources", "validation.batches")
@@ -36,7 +39,7 @@ class FinishedRun:
         planned: the same path without knots at `steps`, equal for all runs of an arm.
         start: held-out loss per source before the first step.
         steps: validated steps after it.
-        losses: held-out loss per source at `steps`; NaN: not measured or not finite.
+        losses: held-out loss per source at `steps`; NaN: not measured or not usable.
         notes: what was skipped.
     """
 
@@ -66,6 +69,7 @@ def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             runs.append(read_finished_run(folder))
         except UserError as error:
             problems.append(str(error))
+    problems += _renamed_sources(runs)
     for run in runs[1:]:
         problems += [f"{run.folder}: {difference}" for difference in _differences(runs[0], run)]
     if problems:
@@ -107,17 +111,22 @@ def read_finished_run(folder: Path) -> FinishedRun:
             f"{folder}: no held-out loss before the first step in metrics.jsonl; `validation` in run.yaml measures it. "
             "Omit the run"
         )
-    start = {name: loss for name, loss in validations[0].items() if 0 < loss < math.inf}
+    start = {name: loss for name, loss in validations[0].items() if _LOSSES[0] <= loss <= _LOSSES[1]}
     if not start:
-        raise UserError(f"{folder}: no finite held-out loss before the first step; omit the run")
+        raise UserError(f"{folder}: no usable held-out loss before the first step; omit the run")
     notes = [note for note in record.notes if "metrics.jsonl" in note]
     steps, losses, skipped = _points(validations, start)
     if skipped:
-        notes.append(f"{skipped:,} held-out losses are not finite and skipped")
+        notes.append(f"{skipped:,} held-out losses are not between {_LOSSES[0]:g} and {_LOSSES[1]:g} and skipped")
     if len(steps) < _MIN_POINTS:
         raise UserError(
             f"{folder}: {len(steps)} validations after the start, at least {_MIN_POINTS} are needed; "
             "lower validation.every, or omit the run"
+        )
+    if record.planned_steps is not None and steps[-1] > record.planned_steps:
+        raise UserError(
+            f"{folder}/metrics.jsonl: has held-out losses after step {steps[-1]:,}, but plan.json ends with step "
+            f"{record.planned_steps:,}: one of the files belongs to another run; restore it, or omit the run"
         )
     try:
         with np.errstate(all="ignore"):  # of a damaged plan
@@ -133,13 +142,13 @@ def read_finished_run(folder: Path) -> FinishedRun:
 def _points(
     validations: Mapping[int, Mapping[str, float]], start: Iterable[str]
 ) -> tuple[npt.NDArray[np.int64], dict[str, Floats], int]:
-    """Return the validated steps with any finite loss, the losses per source, and how many are not finite."""
+    """Return the validated steps with any usable loss, the losses per source, and how many are not usable."""
     steps = [step for step in sorted(validations) if step > 0]
     found = {name: np.array([validations[step].get(name, math.nan) for step in steps]) for name in start}
-    finite = {name: np.isfinite(values) & (values > 0) for name, values in found.items()}
-    skipped = sum(int(np.count_nonzero(~mask)) for mask in finite.values())
-    kept = np.logical_or.reduce(list(finite.values())) if steps else np.zeros(0, dtype=bool)
-    losses = {name: np.where(finite[name], values, math.nan)[kept] for name, values in found.items()}
+    usable = {name: (values >= _LOSSES[0]) & (values <= _LOSSES[1]) for name, values in found.items()}
+    skipped = sum(int(np.count_nonzero(~mask)) for mask in usable.values())
+    kept = np.logical_or.reduce(list(usable.values())) if steps else np.zeros(0, dtype=bool)
+    losses = {name: np.where(usable[name], values, math.nan)[kept] for name, values in found.items()}
     return np.array(steps, dtype=np.int64)[kept], losses, skipped
 
 
@@ -170,6 +179,27 @@ def compared_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def data_paths(config: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Return the paths of a run.yaml: per training source (`sources`) and held-out source (`validation.sources`)."""
+    named = {
+        "sources": {name: as_plain(source, "path") for name, source in _mapping(config, "sources").items()},
+        "validation.sources": _mapping(config, "validation.sources"),
+    }
+    return {
+        key: {name: list(map(str, paths)) if isinstance(paths, list) else [str(paths)] for name, paths in one.items()}
+        for key, one in named.items()
+    }
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    return as_mapping(as_plain(config, key))
+
+
+def are_same_paths(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Return whether paths name the same files in the same order, relative or absolute."""
+    return list(map(os.path.realpath, one)) == list(map(os.path.realpath, other))
+
+
 def trunk_key(name: Any) -> str:
     """Return the checkpoint that an `init.from` names, so that a run and its newest checkpoint compare equal.
 
@@ -198,11 +228,6 @@ def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
         is_same = trunk_key(one) == trunk_key(other) if key == "init.from" else one == other
         if not is_same:
             yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}; fit them separately"
-    for name in first.path.sources:
-        key = f"sources.{name}.path"
-        one, other = as_plain(run.config, key), as_plain(first.config, key)
-        if name in run.path.sources and one != other:
-            yield f"{key} is {_short(one)}, but {first.folder} has {_short(other)}: rename one of the sources"
     for name, loss in first.start.items():
         other = run.start.get(name, math.nan)
         if not abs(other - loss) <= _START_TOLERANCE * loss:
@@ -211,6 +236,20 @@ def _differences(first: FinishedRun, run: FinishedRun) -> Iterator[str]:
                 "another trunk or other held-out data; fit them separately"
             )
             return
+
+
+def _renamed_sources(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    """Yield the training sources that have other paths in one run than in an earlier one."""
+    known: dict[str, tuple[FinishedRun, list[str]]] = {}
+    for run in runs:
+        paths = data_paths(run.config)["sources"]
+        for name in run.path.sources:
+            earlier, other = known.setdefault(name, (run, paths.get(name, [])))
+            if not are_same_paths(paths.get(name, []), other):
+                yield (
+                    f"{run.folder}: sources.{name}.path is {_short(paths.get(name, []))}, but {earlier.folder} has "
+                    f"{_short(other)}: rename one of the sources"
+                )
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,14 @@ import numpy as np
 from megatron_cpt.config import format_number_of
 from megatron_cpt.errors import UserError
 from megatron_cpt.law.curve_fit import CurveFit, FitPoints, fit_curve
-from megatron_cpt.law.finished_runs import MIN_ARMS, FinishedRun, arms_of, as_plain, compared_values
+from megatron_cpt.law.finished_runs import (
+    MIN_ARMS,
+    FinishedRun,
+    arms_of,
+    as_plain,
+    compared_values,
+    data_paths,
+)
 from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
 from megatron_cpt.law.run_path import Floats, RunPath
 from megatron_cpt.law.terms import LawShape, term_names, term_signs, terms
@@ -97,12 +104,23 @@ def fit_runs(runs: Sequence[FinishedRun]) -> RunLaw:
         num_seeds=len({repr(run.config.get("seed")) for run in runs}),
         trunks=tuple(dict.fromkeys(str(as_plain(run.config, "init.from")) for run in runs)),
         compared=compared_values(runs[0].config),
+        data=_fitted_data(runs, held_out),
         sources=sources,
         held_out=laws,
         fitted=_fitted_range(paths, ends),
         notes=tuple(f"{run.folder}: {note}" for run in runs for note in run.notes),
         warnings=tuple(_blend_warnings([paths[index] for index in firsts], [ends[index] for index in firsts])),
     )
+
+
+def _fitted_data(runs: Sequence[FinishedRun], held_out: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Return the paths of the sources, each from a run that reads it."""
+    found: dict[str, dict[str, list[str]]] = {"sources": {}, "validation.sources": {}}
+    for run in runs:
+        for key, used in (("sources", run.path.sources), ("validation.sources", held_out)):
+            paths = data_paths(run.config)[key]
+            found[key] = {name: paths[name] for name in used if name in paths} | found[key]
+    return found
 
 
 def _fit_held_out(

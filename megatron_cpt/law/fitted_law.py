@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from statistics import NormalDist
@@ -122,6 +122,8 @@ class RunLaw:
         num_seeds: number of different seeds of the runs.
         trunks: `init.from` of the runs, each once.
         compared: values of run.yaml that the law holds for, by dotted key.
+        data: paths of the fitted data by source: training sources under `sources`, held-out ones under
+            `validation.sources`.
         sources: training sources, in the order of the terms.
         notes: points and lines that were skipped.
         warnings: reasons to doubt every prediction.
@@ -131,6 +133,7 @@ class RunLaw:
     num_seeds: int
     trunks: tuple[str, ...]
     compared: Mapping[str, Any]
+    data: Mapping[str, Mapping[str, Sequence[str]]]
     sources: tuple[str, ...]
     held_out: tuple[HeldOutLaw, ...]
     fitted: FittedRange

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import read_file
 from megatron_cpt.law.curve_fit import CurveFit
 from megatron_cpt.law.fitted_law import FittedRange, HeldOutLaw, RunLaw
 from megatron_cpt.law.terms import LawShape, term_names
 from megatron_cpt.provenance.run_history import MALFORMED
+from megatron_cpt.report.write_report import check_output
 
+_CHECKSUM = "checksum"
 FORMAT = 1
 """Version of FIT.json; it changes when a term of the law changes, so an old file never gives other numbers."""
 
@@ -31,6 +34,7 @@ def law_to_dict(law: RunLaw) -> dict[str, Any]:
         "num_seeds": law.num_seeds,
         "trunks": list(law.trunks),
         "compared": dict(law.compared),
+        "data": law.data,
         "sources": list(law.sources),
         "terms": term_names(law.sources),
         "fitted": asdict(law.fitted),
@@ -40,6 +44,40 @@ def law_to_dict(law: RunLaw) -> dict[str, Any]:
     }
 
 
+def check_law_output(path: Path, run_directories: Sequence[Path], *, overwrite: bool) -> None:
+    """Check that FIT.json may be written to a path. It may replace an earlier FIT.json.
+
+    Args:
+        path: the output.
+        run_directories: the runs to fit; the output must be outside them.
+        overwrite: replace a file of another kind.
+
+    Raises:
+        UserError: the path is in one of the runs, is no file, or is a file of another kind that would be lost.
+    """
+    check_output(path)
+    for place in (path.resolve(), path.parent.resolve() / path.name):
+        for folder in run_directories:
+            if place.is_relative_to(folder.resolve()):
+                raise UserError(f"--output {path}: is inside the run {folder}; choose a path outside the runs to fit")
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_file():
+        raise UserError(f"--output {path}: exists and is no regular file; choose another output")
+    if not overwrite and not _is_law_file(path):
+        raise UserError(f"{path}: exists already and is no fit; choose another --output, or replace it: --overwrite")
+
+
+def _is_law_file(path: Path) -> bool:
+    try:
+        content = orjson.loads(read_file(path))
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be read: {error.strerror}; choose another output") from error
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"format", "held_out", "terms"} <= content.keys()
+
+
 def write_law(path: Path, law: RunLaw) -> None:
     """Write FIT.json atomically.
 
@@ -47,30 +85,43 @@ def write_law(path: Path, law: RunLaw) -> None:
         CptError: the file cannot be written.
     """
     with write_errors_as_cpt_errors(path):
-        write_atomically(path, orjson.dumps(law_to_dict(law), option=orjson.OPT_INDENT_2) + b"\n")
+        content = law_to_dict(law)
+        content[_CHECKSUM] = _checksum(content)
+        write_atomically(path, orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Return the checksum of all values and their order; spaces and line breaks of the file do not count."""
+    return Checksum(orjson.dumps({key: value for key, value in content.items() if key != _CHECKSUM})).hexdigest()
 
 
 def read_law(path: Path) -> RunLaw:
     """Read FIT.json.
 
+    The checksum finds every edit: a changed number or order would give other predictions without any sign of it.
+
     Raises:
-        UserError: it cannot be read, is no FIT.json, or of another version.
+        UserError: it cannot be read.
+        RefusedError: it is no FIT.json, of another version, or damaged.
     """
+    again = "write it again with `megatron-cpt fit`"
     try:
         content = orjson.loads(read_file(path))
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
         raise UserError(f"{path}: {reason}; give a file that `megatron-cpt fit` wrote") from error
     except ValueError as error:
-        raise UserError(f"{path}: no JSON ({error}); write it again with `megatron-cpt fit`") from error
+        raise RefusedError(f"{path}: damaged: no JSON ({error}); {again}") from error
     version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         reason = f"its format is {version!r}, this version reads {FORMAT}"
-        raise UserError(f"{path}: {reason}; write it again with `megatron-cpt fit`")
+        raise RefusedError(f"{path}: damaged, or no fit of this version: {reason}; {again}")
     try:
+        if content.get(_CHECKSUM) != _checksum(content):
+            raise ValueError("its content has another checksum than it was written with")
         return _parse(content)
     except MALFORMED as error:
-        raise UserError(f"{path}: damaged ({error!r}); write it again with `megatron-cpt fit`") from error
+        raise RefusedError(f"{path}: damaged ({error}); {again}, and do not edit it") from error
 
 
 def _parse(content: Mapping[str, Any]) -> RunLaw:
@@ -82,6 +133,7 @@ def _parse(content: Mapping[str, Any]) -> RunLaw:
         num_seeds=int(content["num_seeds"]),
         trunks=tuple(content["trunks"]),
         compared=dict(content["compared"]),
+        data={key: dict(content["data"][key]) for key in ("sources", "validation.sources")},
         sources=sources,
         held_out=tuple(_parse_held_out(name, one, sources, len(arms)) for name, one in content["held_out"].items()),
         fitted=FittedRange(

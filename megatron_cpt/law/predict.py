@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import UserError
-from megatron_cpt.law.finished_runs import compared_values, trunk_key
+from megatron_cpt.law.finished_runs import are_same_paths, compared_values, data_paths, trunk_key
 from megatron_cpt.law.fitted_law import CONFIDENCE, LossForecast, RunLaw, jackknife_variance, student_t
 from megatron_cpt.law.run_path import RunPath, path_of_plan
 from megatron_cpt.planning.run_plan import RunPlan
@@ -91,17 +91,30 @@ def predict_run(
         shares: shares of a source in the last phase to try, by source.
 
     Raises:
-        UserError: the law is of another model, tokenizer, batch or sequence length, or does not know a source.
+        UserError: the law is of another model, tokenizer, batch or sequence length, does not know a source, or expects
+            no finite loss.
     """
     _check_same(law, config)
     steps = _switch_steps(plan)
-    path = path_of_plan(plan.to_dict(), at=steps)
-    own = _Outcome(path, law.forecast(path))
+    with np.errstate(over="ignore", invalid="ignore"):  # far beyond the fitted runs; refused below
+        path = path_of_plan(plan.to_dict(), at=steps)
+        own = _Outcome(path, law.forecast(path))
+        switches = tuple(_switches(law, plan, own, steps))
+        blends = tuple(_blends(law, plan, own, shares or {}))
+        highest = [one.high.max() for one in own.forecasts.values()]
+    for tried in (*switches, *blends):
+        highest += [*tried.losses.values(), tried.difference, tried.difference_width]
+    if not np.isfinite(highest).all():
+        raise UserError(
+            "--predict: no finite loss is expected for this run: the sum of learning rate x tokens is "
+            f"{path.areas[-1] / law.fitted.area:.3g} times the largest fitted one; fit longer runs, or lower "
+            "schedule.max_lr or tokens"
+        )
     return RunPrediction(
         path=path,
         forecasts=own.forecasts,
-        switches=tuple(_switches(law, plan, own, steps)),
-        blends=tuple(_blends(law, plan, own, shares or {})),
+        switches=switches,
+        blends=blends,
         notes=tuple(_notes(law, config, path)),
     )
 
@@ -147,8 +160,21 @@ def _notes(law: RunLaw, config: RunConfig, path: RunPath) -> Iterator[str]:
     trunk = str(config.init.from_)
     if trunk_key(trunk) not in map(trunk_key, law.trunks):
         yield f"init.from is {trunk}, but the losses hold for the trunk of the fitted runs: {', '.join(law.trunks)}"
+    yield from _other_data(law, config)
     if path.areas[-1] > law.fitted.area and any(one.error_per_doubling is None for one in law.held_out):
         yield "the fitted runs have too few points to measure the error beyond them; the intervals may be too narrow"
+
+
+def _other_data(law: RunLaw, config: RunConfig) -> Iterator[str]:
+    """Yield a sentence for each source that has the name of a fitted one, but other paths."""
+    for key, named in data_paths(config.to_dict()).items():
+        for name, paths in named.items():
+            fitted = law.data[key].get(name)
+            if fitted is not None and not are_same_paths(paths, fitted):
+                yield (
+                    f"{key}.{name} is {', '.join(paths)}, in the fitted runs {', '.join(fitted)}: the losses hold only "
+                    "for the fitted data; fit runs of this data, or ignore this if it is a copy"
+                )
 
 
 def _switch_steps(plan: RunPlan) -> dict[int, str]:

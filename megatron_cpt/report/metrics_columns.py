@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 
@@ -132,7 +132,7 @@ class MetricsColumns:
         except ValueError:
             return False
         step = line.get("step") if isinstance(line, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < MAX_STEP:
+        if not is_step(step):
             return False
         if "loss" not in line:
             if not _is_held_out(line):
@@ -234,6 +234,11 @@ class MetricsReader:
         return self.columns
 
 
+def is_step(value: Any) -> TypeGuard[int]:
+    """Return whether a value from a file of unknown content is the number of a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_STEP
+
+
 def number(value: Any) -> float:
     """Return a number from a file of unknown content; NaN for anything else, such as null, which stands for NaN."""
     try:
@@ -270,6 +275,6 @@ def _is_held_out(line: Any) -> bool:
     """Return whether a line without a loss has held-out losses or evaluations."""
     return (
         isinstance(line, dict)
-        and isinstance(line.get("step"), int)
+        and is_step(line.get("step"))
         and any(isinstance(line.get(key), dict) for key in ("validation", "evaluation"))
     )

@@ -19,7 +19,6 @@ from megatron_cpt.planning import Schedule
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
 from megatron_cpt.provenance.run_history import ANOMALIES_FILE, EVENTS_FILE, METRICS_FILE
 from megatron_cpt.report.metrics_columns import (
-    MAX_STEP,
     Directions,
     MetricsColumns,
     MetricsReader,
@@ -27,6 +26,7 @@ from megatron_cpt.report.metrics_columns import (
     as_mapping,
     clean_directions,
     clean_results,
+    is_step,
     number,
 )
 
@@ -152,7 +152,7 @@ class RunReader:
         for path in _results_files(self.folder):
             directions |= _add_results(path, evaluations, steps, notes)
         anomalies = _read_lines(self.folder / ANOMALIES_FILE, notes)
-        by_step = {line["step"]: line for line in anomalies if _is_step(line.get("step"))}
+        by_step = {line["step"]: line for line in anomalies if is_step(line.get("step"))}
         checkpoints = [path.name for path in layout.list_checkpoints(layout.checkpoints_folder(self.folder))]
         return RunRecord(
             folder=self.folder,
@@ -235,14 +235,10 @@ def _results_step(content: Mapping[str, Any]) -> int | None:
     """Return the step of the evaluated checkpoint; an imported one is step 0, before the run."""
     model = as_mapping(content.get("model"))
     step = model.get("step")
-    if isinstance(step, int) and _is_step(step):
+    if is_step(step):
         return step
     found = _CHECKPOINT_STEP.search(str(model.get("checkpoint")))
     return int(found[1]) if found else None
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_STEP
 
 
 def _read_yaml(path: Path, notes: list[str]) -> Mapping[str, Any]:

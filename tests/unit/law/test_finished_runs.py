@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import orjson
 import pytest
 import yaml
@@ -43,8 +45,24 @@ def test_a_torn_last_line_and_losses_that_are_not_finite_are_skipped_with_a_note
     assert len(run.steps) == 4
     assert run.notes == (
         "metrics.jsonl: the last line is cut off and skipped",
-        "1 held-out losses are not finite and skipped",
+        "1 held-out losses are not between 1e-06 and 1e+06 and skipped",
     )
+
+
+@pytest.mark.parametrize("loss", [5e-324, 1e308, 0, -1.0])
+def test_a_loss_that_is_no_measurement_is_skipped_with_a_note(folders, loss):
+    change_lines(folders[0], lambda lines: [*lines[:-1], {"step": 40, "validation": {"general": loss, "exam": 4.9}}])
+    run = read_finished_run(folders[0])
+    assert math.isnan(run.losses["general"][-1])
+    assert run.notes == ("1 held-out losses are not between 1e-06 and 1e+06 and skipped",)
+
+
+@pytest.mark.parametrize("step", [2**63, 2**53, -1, True])
+def test_a_validation_line_without_a_valid_step_is_skipped_with_a_note(folders, step):
+    change_lines(folders[0], lambda lines: [*lines, {"step": step, "validation": {"general": 3.0}}])
+    run = read_finished_run(folders[0])
+    assert len(run.steps) == 10
+    assert run.notes == ("metrics.jsonl: 1 line is no metrics and skipped, the first is line 12",)
 
 
 def test_a_run_that_was_repeated_counts_its_last_life(folders):
@@ -59,7 +77,12 @@ def test_a_run_that_was_repeated_counts_its_last_life(folders):
     [
         (lambda lines: [], "no held-out loss before the first step"),
         (lambda lines: lines[1:], "no held-out loss before the first step"),
-        (lambda lines: [{**lines[0], "validation": {"general": None}}, *lines[1:]], "no finite held-out loss"),
+        (lambda lines: [{**lines[0], "validation": {"general": None}}, *lines[1:]], "no usable held-out loss"),
+        (lambda lines: [{**lines[0], "validation": {"general": 5e-324}}, *lines[1:]], "no usable held-out loss"),
+        (
+            lambda lines: [*lines, {"step": 1000, "validation": {"general": 3.0}}],
+            r"run0/metrics\.jsonl: has held-out losses after step 1,000, but plan\.json ends with step 40",
+        ),
         (lambda lines: lines[:3], "2 validations after the start, at least 3"),
     ],
 )
@@ -100,7 +123,7 @@ def test_a_run_that_changed_its_blend_is_refused(folders):
         ({"batch": {"global": 16, "micro": 2}}, "run3: batch.global is 16"),
         ({"init": {"from": "other", "load": "weights"}}, "run3: init.from is 'other'"),
         ({"validation": {"every": 4, "batches": 20, "sources": {}}}, "run3: validation.sources is {}"),
-        ({"sources": {"web": {"path": "other"}}}, "run3: sources.web.path is 'other'"),
+        ({"sources": {"web": {"path": "other"}}}, "run3: sources.web.path is ['other']"),
     ],
 )
 def test_runs_of_another_model_tokenizer_or_trunk_are_refused_by_name(folders, changes, message):
@@ -158,6 +181,20 @@ def test_another_trunk_shows_in_the_loss_before_the_first_step(folders, seed):
     change_yaml(folders[2], seed=seed)
     change_lines(folders[2], lambda lines: [{"step": 0, "validation": {"general": 3.01, "exam": 5.0}}, *lines[1:]])
     with pytest.raises(ConfigError, match=r"the loss of general before the first step is 3\.0100"):
+        read_finished_runs(folders)
+
+
+def test_a_source_that_the_first_run_does_not_read_has_one_path(folders):
+    sources = yaml.safe_load((folders[2] / "run.yaml").read_text())["sources"]
+    change_yaml(folders[2], sources=sources | {"qa": {"path": "other"}})
+    with pytest.raises(ConfigError, match=r"run2: sources\.qa\.path is \['other'\], but .*run1 has \['data/qa'\]"):
+        read_finished_runs(folders)
+
+
+@pytest.mark.parametrize("sources", ["web", [1], {"web": "x"}])
+def test_damaged_sources_are_refused(folders, sources):
+    change_yaml(folders[0], sources=sources)
+    with pytest.raises(ConfigError, match="rename one of the sources"):
         read_finished_runs(folders)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.law.fit_runs import fit_runs
 from megatron_cpt.law.fitted_law import jackknife_variance, student_t
 from megatron_cpt.law.law_file import read_law, write_law
@@ -198,6 +199,21 @@ def test_the_file_gives_the_same_law(law, tmp_path):
         assert np.array_equal(one.width, other.width)
 
 
+def changed(edit):
+    """Return a function that edits the parsed text of a file."""
+
+    def change(text):
+        content = json.loads(text)
+        edit(content)
+        return json.dumps(content)
+
+    return change
+
+
+def exam(law):
+    return law["held_out"]["exam"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -209,17 +225,37 @@ def test_the_file_gives_the_same_law(law, tmp_path):
         (lambda text: text.replace('"start": ', '"start": -', 1), "damaged"),
         (lambda text: text.replace('"arms": [', '"arms": [["x"],', 1), "damaged"),
         (lambda text: text.replace('"without"', '"other"', 1), "damaged"),
+        (changed(lambda law: exam(law)["fit"]["coefficients"].__setitem__(0, 1e5)), "damaged"),
+        (changed(lambda law: exam(law)["fit"]["shape"].update(learning=5e-324)), "damaged"),
+        (changed(lambda law: exam(law).update(error="nan")), "damaged"),
+        (changed(lambda law: exam(law).update(error="Infinity")), "damaged"),
+        (changed(lambda law: exam(law).update(error=-5)), "damaged"),
+        (changed(lambda law: exam(law)["without"].pop()), "damaged"),
+        (changed(lambda law: law["sources"].reverse()), "damaged"),
+        (changed(lambda law: law.update(trunks="runs/trunk")), "damaged"),
+        (changed(lambda law: law.update(trunks=[1])), "damaged"),
+        (changed(lambda law: law.update(held_out={})), "damaged"),
+        (changed(lambda law: law.update(format=True)), "damaged"),
+        (changed(lambda law: law.pop("checksum")), "damaged"),
+        (lambda text: text.replace('"notes": []', '"notes": ' + "[" * 500 + "]" * 500), "damaged"),
     ],
 )
 def test_a_damaged_file_or_another_version_is_refused(law, tmp_path, change, message):
     path = tmp_path / "fit.json"
     write_law(path, law)
     text = path.read_text()
-    changed = change(text)
-    assert changed != text
-    path.write_text(changed)
-    with pytest.raises(UserError, match=message):
+    damaged = change(text)
+    assert damaged != text
+    path.write_text(damaged)
+    with pytest.raises(RefusedError, match=message):
         read_law(path)
+
+
+def test_a_file_with_other_spaces_is_the_same_law(law, tmp_path):
+    path = tmp_path / "fit.json"
+    write_law(path, law)
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert read_law(path).sources == law.sources
 
 
 def test_a_missing_file_is_refused(tmp_path):

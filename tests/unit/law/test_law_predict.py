@@ -68,6 +68,31 @@ def test_fit_refuses_before_it_writes(tmp_path, capsys):
     assert not (tmp_path / "fit.json").exists()
 
 
+def test_fit_replaces_only_a_fit_and_never_a_file_of_a_run(tmp_path, capsys):
+    folders = [str(write_law_run(tmp_path / f"run{n}", data, seed=n)) for n, data in enumerate(small_configs())]
+    metrics, output, link = tmp_path / "run0" / "metrics.jsonl", tmp_path / "fit.json", tmp_path / "link.json"
+    link.symlink_to(metrics)
+    before = metrics.read_bytes()
+    for path in (metrics, link, tmp_path / "run1" / "checkpoints" / ".." / "fit.json"):
+        (tmp_path / "run1" / "checkpoints").mkdir(exist_ok=True)
+        assert main(["fit", *folders, "--output", str(path), "--overwrite"]) == 2
+        assert "is inside the run" in capsys.readouterr().err
+    assert metrics.read_bytes() == before
+    for text in ("name: a run\n", '{"format": 1}', ""):
+        output.write_text(text)
+        assert main(["fit", *folders, "--output", str(output)]) == 2
+        assert "exists already and is no fit; choose another --output, or replace it: --overwrite" in " ".join(
+            capsys.readouterr().err.split()
+        )
+        assert output.read_text() == text
+    assert main(["fit", *folders, "--output", str(output), "--overwrite"]) == 0
+    assert main(["fit", *folders, "--output", str(output)]) == 0
+    link.unlink()
+    link.symlink_to(tmp_path / "none")
+    assert main(["fit", *folders, "--output", str(link)]) == 2
+    assert "is no regular file" in capsys.readouterr().err
+
+
 def test_shares_that_cannot_be_told_apart_are_said_by_fit_and_by_plan(tmp_path, capsys):
     arms = [law_config(qa_blend(share), shape=shape) for share in (0.1, 0.2) for shape in ("cosine", "constant")]
     folders = [
@@ -108,6 +133,25 @@ def test_inside_the_fitted_range_nothing_is_warned_of(plan, capsys):
     assert "expected held-out loss" in printed
     assert "as planned: rate 0.2" in printed
     assert "warning" not in printed.partition("expected held-out loss")[2]
+
+
+def test_other_data_under_the_names_of_fitted_sources_is_warned_of(plan, capsys):
+    data = two_phases()
+    data["sources"]["web"]["path"] = "data/elsewhere"
+    data["validation"]["sources"] |= {"general": "data/other_val", "new": "data/new"}
+    data["sources"]["code"]["path"] = ["data/../data/code"]
+    assert plan(data, "--json") == 0
+    first, second = json.loads(capsys.readouterr().out)["prediction"]["notes"]
+    assert "sources.web is data/elsewhere, in the fitted runs data/web: the losses hold only for" in first
+    assert "validation.sources.general is data/other_val, in the fitted runs data/general_val" in second
+    assert plan(data) == 0
+    assert "warning: sources.web is data/elsewhere" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e300])
+def test_a_run_without_a_finite_loss_is_refused(plan, capsys, rate):
+    assert plan(two_phases(max_lr=rate), "--json") == 2
+    assert "no finite loss is expected for this run" in " ".join(capsys.readouterr().err.split())
 
 
 def test_json_has_curves_intervals_and_switches(plan, capsys):

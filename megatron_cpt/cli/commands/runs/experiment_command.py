@@ -43,7 +43,9 @@ def experiment(
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help=PLOT_HELP)] = None,
     gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help=GPUS_HELP)] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help=GPU_HELP)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or with --plan the plans, as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result, or with --plan the plans, as JSON.")
+    ] = False,
 ) -> None:
     """Train every arm of an experiment with every seed, and rank the arms with confidence intervals.
 

@@ -15,6 +15,7 @@ OUTPUT_HELP = "The file to write, for `plan RUN.yaml --predict FIT.json`."
 def fit(
     run_directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR ...", help=RUNS_HELP)],
     output: Annotated[Path, typer.Option("--output", metavar="FIT.json", help=OUTPUT_HELP)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file that is no fit.")] = False,
 ) -> None:
     """Fit held-out loss against learning rate, tokens and blend, from finished small runs that start from one trunk.
 
@@ -22,11 +23,10 @@ def fit(
     """
     from megatron_cpt.law.finished_runs import read_finished_runs
     from megatron_cpt.law.fit_runs import fit_runs
-    from megatron_cpt.law.law_file import law_to_dict, write_law
-    from megatron_cpt.report.write_report import check_output
+    from megatron_cpt.law.law_file import check_law_output, law_to_dict, write_law
     from megatron_cpt.views.prediction_table import render_fit
 
-    check_output(output)
+    check_law_output(output, run_directories, overwrite=overwrite)
     law = fit_runs(read_finished_runs(run_directories))
     write_law(output, law)
     render_fit(law_to_dict(law), sys.stdout)

@@ -38,7 +38,8 @@ def recipe(
     split: Annotated[str | None, typer.Option("--split", metavar="SHARE", help=SPLIT_HELP)] = None,
     split_dir: Annotated[Path | None, typer.Option("--split-dir", metavar="DIR", help=SPLIT_DIR_HELP)] = None,
     evaluation: Annotated[
-        Path | None, typer.Option("--evaluation", metavar="results.json", help="Result of `evaluate` on the checkpoint.")
+        Path | None,
+        typer.Option("--evaluation", metavar="results.json", help="Result of `evaluate` on the checkpoint."),
     ] = None,
     area: Annotated[list[str] | None, typer.Option("--area", metavar="TASK=SOURCE ...", help=AREA_HELP)] = None,
     max_lr: Annotated[float | None, typer.Option("--max-lr", metavar="RATE", help=MAX_LR_HELP)] = None,
