@@ -159,13 +159,13 @@ def _prepare_arms(
     found: dict[str, PreparedRun] = {}
     problems: dict[str, list[str]] = {}
     damaged: dict[str, list[str]] = {}
+    if config.trunk is not None:  # before the changes of an arm, so that only its own init.from replaces the trunk
+        base = {**base, "init": {**_section(base, "init"), "from": _trunk(config.trunk)}}
     for name, changes in config.arms.items():
         data, wrong = arm_data(base, changes)
         data |= {"name": f"{config.name}/{name}", "output": str(_folder(config, name, config.seeds[0]))}
         data |= {"seed": config.seeds[0]}
         data.pop("stop_at_step", None)
-        if config.trunk is not None and not any(key.partition(".")[0] == "init" for key in changes):
-            data["init"] = {**_section(data, "init"), "from": _trunk(config.trunk)}
         if isinstance(data.get("checkpoint", {}), dict):
             data["checkpoint"] = {**_section(data, "checkpoint"), "keep": 1, "keep_every": None, "at_end": True}
         for text in wrong:

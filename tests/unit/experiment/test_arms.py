@@ -112,9 +112,12 @@ def test_the_trunk_is_the_checkpoint_of_now(load: Load, tmp_path: Path) -> None:
         checkpoint = tmp_path / "trunk" / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "state.json").write_text(f'{{"train": {{"step": {step}}}}}')
-    found = load(trunk=str(tmp_path / "trunk"), arms={"a": {}, "random": {"init.from": None}})
-    assert found.units[0].config.init.from_ == str(checkpoint)
-    assert found.prepared["random"].config.init.from_ is None
+    arms: dict[str, Any] = {"a": {}, "random": {"init.from": None}, "other": {"init": {"from": str(tmp_path)}}}
+    arms |= {"dotted": {"init.load": "weights"}, "section": {"init": {"load": "weights"}}}
+    found = load(trunk=str(tmp_path / "trunk"), arms=arms)
+    starts = {name: run.config.init.from_ for name, run in found.prepared.items()}
+    trunk = str(checkpoint)
+    assert starts == {"a": trunk, "random": None, "other": str(tmp_path), "dotted": trunk, "section": trunk}
 
 
 def test_files_are_required_to_train_and_not_to_plan(write_experiment: Callable[..., Path]) -> None:
