@@ -46,6 +46,11 @@ class Unit:
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
+    def inputs_file(self) -> Path:
+        """Fingerprints of the files that the run reads, written when it starts."""
+        return self.folder.with_name(f"{self.folder.name}.inputs.json")
+
+    @property
     def log_file(self) -> Path:
         """Output of `train`."""
         return self.folder.with_name(f"{self.folder.name}.log")
