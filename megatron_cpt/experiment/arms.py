@@ -13,6 +13,7 @@ from megatron_cpt.checkpoint.layout import resolve_checkpoint
 from megatron_cpt.config import RunConfig, format_count, read_mapping
 from megatron_cpt.config.load_run import set_value
 from megatron_cpt.errors import ConfigError, RefusedError
+from megatron_cpt.experiment.equal_measurement import measurement_problems
 from megatron_cpt.experiment.experiment_file import MEAN, ExperimentConfig, read_experiment
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.prepare import PreparedRun, prepare_mapping
@@ -116,6 +117,9 @@ def load_experiment(path: Path, *, need_files: bool) -> Experiment:
     prepared = _prepare_arms(path, config, base, need_files)
     problems = [*_token_problems(config, prepared)]
     metrics = _metrics(config, prepared, problems)
+    runs = {name: run.config for name, run in prepared.items()}
+    sources = dict.fromkeys(source for metric in metrics for source in metric.sources)
+    problems += measurement_problems(runs, sources, has_tasks=any(metric.task for metric in metrics))
     if problems:
         raise ConfigError(str(path), problems)
     return Experiment(

@@ -107,6 +107,30 @@ def test_a_source_that_one_arm_lacks_is_no_metric(load: Load) -> None:
     assert [metric.name for metric in found.metrics] == ["web"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation.sources.web": "held/qa"}, "validation.sources.web: the arms differ (a held/web, b held/qa)"),
+        ({"validation.batches": 2}, "validation.batches x batch.global: the arms differ (a 8, b 16)"),
+        ({"batch.global": 16}, "validation.batches x batch.global: the arms differ (a 8, b 16)"),
+        ({"seq_length": 128}, "seq_length: the arms differ (a 64, b 128)"),
+        ({"documents.eod_loss": False}, "documents.eod_loss: the arms differ (a True, b False)"),
+        ({"evaluation.limit": 5}, "evaluation.limit: the arms differ (a None, b 5)"),
+    ],
+)
+def test_arms_are_measured_on_the_same_data(load: Load, change: dict[str, Any], message: str) -> None:
+    base = {"evaluation": {"at": ["end"], "tasks": ["wmt"]}, "tokenizer": "byte"}
+    with pytest.raises(ConfigError) as caught:
+        load(base=base, arms={"a": {}, "b": change}, metrics=["web", "wmt:ter"])
+    assert message in str(caught.value)
+
+
+def test_what_is_not_compared_may_differ(load: Load) -> None:
+    arms: dict[str, Any] = {"a": {"batch.global": 16, "validation.batches": 1}, "b": {"validation.batches": 2}}
+    assert len(load(arms=arms).units) == 6
+    assert len(load(arms={"a": {}, "b": {"validation.sources.qa": "held/web"}}, metrics=["web"]).units) == 6
+
+
 def test_the_trunk_is_the_checkpoint_of_now(load: Load, tmp_path: Path) -> None:
     for step in (4, 8):
         checkpoint = tmp_path / "trunk" / "checkpoints" / f"step-{step:08d}"
