@@ -13,19 +13,20 @@ from typing import Any
 import orjson
 
 from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.record import read_json
 from megatron_cpt.config import dump_yaml, format_count, read_mapping
 from megatron_cpt.errors import CptError, RefusedError
 from megatron_cpt.experiment.arms import Metric, Unit
 from megatron_cpt.experiment.input_fingerprints import InputFingerprints, changed_inputs
+from megatron_cpt.experiment.result_file import FORMAT_VERSION, read_result_file
 from megatron_cpt.files.atomic import sync_folder, write_atomically
 from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
-from megatron_cpt.files.whole_io import exists, read_file
+from megatron_cpt.files.whole_io import exists
 from megatron_cpt.report.metrics_columns import clean_directions
 from megatron_cpt.report.run_digests import differences
 from megatron_cpt.report.run_record import RunReader
 
 RESULT_FILE = "result.json"
-_FORMAT = "megatron-cpt experiment run"
 _MOST_NAMED = 5
 
 
@@ -57,8 +58,7 @@ class UnitResult:
         if metric.task is not None:
             task, name = metric.task
             found = self.tasks.get(task, {})
-            value = found.get(name, found.get(f"{name},none"))
-            return math.nan if value is None else value
+            return found.get(name, found.get(f"{name},none", math.nan))
         losses = [self.held_out.get(source, math.nan) * scales[source] for source in metric.sources]
         return math.fsum(losses) / len(losses)
 
@@ -67,26 +67,23 @@ def read_result(unit: Unit) -> UnitResult | None:
     """Return the result of a run; None if it is not finished.
 
     Raises:
-        RefusedError: the file is damaged.
+        RefusedError: the file is damaged, or of a newer version.
     """
     path = unit.folder / RESULT_FILE
     if not exists(path):
         return None
-    try:
-        content = orjson.loads(read_file(path))
-        if content["format"] != _FORMAT:
-            raise ValueError("not a result of this command")
-        held_out = {name: math.nan if loss is None else float(loss) for name, loss in content["held_out"].items()}
-        return UnitResult(
-            content["steps"],
-            held_out,
-            content["tasks"],
-            content["source_tokens"],
-            clean_directions(content.get("higher_is_better")),
-            _checked_inputs(content["inputs"]),
-        )
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RefusedError(f"{path}: damaged ({error}); remove it, and run the experiment again") from error
+    content = read_result_file(path)
+    return UnitResult(
+        steps=content.steps,
+        held_out={name: math.nan if loss is None else loss for name, loss in content.held_out.items()},
+        tasks={
+            task: {name: math.nan if value is None else value for name, value in metrics.items()}
+            for task, metrics in content.tasks.items()
+        },
+        source_tokens=content.source_tokens,
+        higher_is_better=clean_directions(content.higher_is_better),
+        inputs=content.inputs,
+    )
 
 
 def is_started(unit: Unit) -> bool:
@@ -98,19 +95,13 @@ def _read_inputs(unit: Unit) -> dict[str, str]:
     """Return the fingerprints from the start of a run; empty if they are unknown."""
     if not exists(unit.inputs_file):
         return {}
-    try:
-        return _checked_inputs(orjson.loads(read_file(unit.inputs_file)))
-    except (ValueError, AttributeError) as error:
-        raise RefusedError(
-            f"{unit.inputs_file}: damaged ({error}); restore it, or move it away if no file that the run reads was "
-            "replaced since its start"
-        ) from error
-
-
-def _checked_inputs(content: Any) -> dict[str, str]:
+    content = read_json(unit.inputs_file)
     if not all(isinstance(value, str) for value in content.values()):
-        raise ValueError("inputs: not a fingerprint per name")
-    return dict(content)
+        raise RefusedError(
+            f"{unit.inputs_file}: damaged: not a fingerprint per name; restore it, or remove the run's folder to train "
+            "it again"
+        )
+    return content
 
 
 def changes_since_start(unit: Unit, fingerprints: InputFingerprints) -> list[str]:
@@ -213,8 +204,8 @@ def _plain(result: UnitResult) -> dict[str, Any]:
     for (task, metric), is_higher in result.higher_is_better.items():
         directions.setdefault(task, {})[metric] = is_higher
     return {
-        "format": _FORMAT,
-        "format_version": 1,
+        "format": "megatron-cpt experiment run",
+        "format_version": FORMAT_VERSION,
         "steps": result.steps,
         "held_out": {name: loss if math.isfinite(loss) else None for name, loss in result.held_out.items()},
         "tasks": {task: dict(metrics) for task, metrics in result.tasks.items()},

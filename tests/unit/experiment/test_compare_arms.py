@@ -88,7 +88,13 @@ def test_the_task_says_which_direction_is_better(load: Load) -> None:
     found = load(base={"evaluation": evaluation, "tokenizer": "byte"}, metrics=["wmt:ter"])
     for unit in found.units:
         directions = {"wmt": {"ter": False}}
-        content = {"format": "megatron-cpt experiment run", "steps": 10, "held_out": {}, "source_tokens": {}}
+        content = {
+            "format": "megatron-cpt experiment run",
+            "format_version": 1,
+            "steps": 10,
+            "held_out": {},
+            "source_tokens": {},
+        }
         content |= {"tasks": {"wmt": {"ter,none": 40.0}}, "higher_is_better": directions, "inputs": {}}
         unit.folder.mkdir(parents=True)
         (unit.folder / "result.json").write_bytes(orjson.dumps(content))
