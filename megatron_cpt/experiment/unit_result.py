@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.record import read_json
-from megatron_cpt.config import dump_yaml, format_count, read_mapping
+from megatron_cpt.checkpoint.record import read_json, read_run
+from megatron_cpt.config import dump_yaml, format_count
 from megatron_cpt.errors import CptError, RefusedError
 from megatron_cpt.experiment.arms import Metric, Unit
 from megatron_cpt.experiment.input_fingerprints import InputFingerprints, changed_inputs
@@ -110,9 +110,13 @@ def changes_since_start(unit: Unit, fingerprints: InputFingerprints) -> list[str
     Args:
         fingerprints: of the present files; one object for all runs reads each file once.
     """
+    path = unit.folder / layout.RUN_FILE
     if not is_started(unit):
-        return []
-    before = read_mapping(unit.folder / layout.RUN_FILE)
+        return [f"{path} is missing"] if exists(unit.folder / RESULT_FILE) else []
+    try:
+        before = read_run(unit.folder)
+    except RefusedError as error:  # a change, so that --restart-changed can set the run aside
+        return [f"{path} is damaged ({str(error).removeprefix(f'damaged: {path}: ').partition('; give the path')[0]})"]
     found = differences([before, unit.config.to_dict()])
     changes = [f"{key} was {old}, is {new}" for key, (old, new) in found.items()]
     result = read_result(unit)

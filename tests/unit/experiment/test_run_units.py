@@ -118,6 +118,27 @@ def test_changed_settings_are_refused_and_named(load: Load) -> None:
     assert (found.output / "high" / "seed-1.before-1" / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\0", "is damaged (not UTF-8 text"),
+        (b"[1]", "is damaged ("),
+        (b"a: [", "is damaged ("),
+        (None, "is missing"),
+    ],
+)
+def test_a_finished_run_without_its_run_file_is_refused(load: Load, content: bytes | None, message: str) -> None:
+    found = load(seeds=[1], arms={"base": {}})
+    run(found)
+    path = found.units[0].folder / "run.yaml"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(RefusedError, match=r"restore them, choose another output, or .* --restart-changed") as caught:
+        run(found)
+    assert f"base/seed-1: {path} {message}" in str(caught.value)
+    assert "give the path" not in str(caught.value)
+    assert run(found, restart_changed=True)[::2] == (0, 10)
+
+
 def test_checkpoints_can_be_removed_once_the_result_is_safe(load: Load) -> None:
     found = load(seeds=[1], keep_checkpoints="none")
     run(found)
