@@ -234,8 +234,12 @@ def _metrics(config: ExperimentConfig, prepared: Mapping[str, PreparedRun], prob
     """Return the metrics of an experiment; add one message per metric that an arm does not measure."""
     held_out = [list(run.config.validation.sources) if run.config.validation else [] for run in prepared.values()]
     known = [name for name in held_out[0] if all(name in sources for sources in held_out)]
+    if MEAN in known:
+        problems.append("validation.sources.mean: this name is the mean over all held-out sources; rename the source")
     for name, sources in config.means.items():
         problems += [f"means.{name}: {_unknown(source, known)}" for source in sources if source not in known]
+        if any(name in own for own in held_out):
+            problems.append(f"means.{name}: a held-out source has this name; choose another one")
     names = config.metrics
     if names is None:
         names = [*([MEAN] if len(known) > 1 else []), *config.means, *known]

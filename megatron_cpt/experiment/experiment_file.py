@@ -95,6 +95,12 @@ class ExperimentConfig(Section):
             problems.append(f"baseline: {self.baseline!r} is no arm; choose one of {', '.join(self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
             problems.append(f"seeds: {self.seeds}: a seed is given twice; every run needs a seed of its own")
+        for key, names in {
+            "metrics": self.metrics or [],
+            **{f"means.{n}": one for n, one in self.means.items()},
+        }.items():
+            if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                problems.append(f"{key}: {', '.join(repeated)}: given twice; remove one")
         if MEAN in self.means:
             problems.append("means.mean: this name is the mean over all held-out sources; choose another one")
         return problems
