@@ -17,6 +17,9 @@ MEAN = "mean"
 RESERVED_KEYS = ("name", "output", "seed", "stop_at_step")
 """Keys of run.yaml that the experiment sets itself; `stop_at_step` would end a run before its tokens."""
 
+RESULT_NAMES = ("report.html", "summary.json", "summary.md", "experiment.sbatch", "logs")
+"""Names in the folder of an experiment that no arm may have."""
+
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
@@ -84,6 +87,11 @@ class ExperimentConfig(Section):
             f"arms: {name!r}: an arm is also a folder; use letters, digits, dots, - and _"
             for name in self.arms
             if not _ARM_NAME.fullmatch(name)
+        ]
+        problems += [
+            f"arms: {name!r}: the experiment writes a file or folder of this name into its output; choose another name"
+            for name in self.arms
+            if name.casefold() in RESULT_NAMES
         ]
         problems += [
             f"arms.{name}.{key}: the experiment sets it; remove it"

@@ -74,6 +74,10 @@ def test_a_problem_of_all_arms_is_told_once(load: Load) -> None:
         ({"baseline": "nobody"}, "baseline: 'nobody' is no arm; choose one of base, same, high"),
         ({"arms": {"a/b": {}}}, "arms: 'a/b': an arm is also a folder"),
         ({"arms": {"..": {}}}, "an arm is also a folder"),
+        *(
+            ({"arms": {name: {}}}, f"arms: {name!r}: the experiment writes a file or folder of this name")
+            for name in ("report.html", "summary.json", "summary.md", "Summary.md", "experiment.sbatch", "logs")
+        ),
         ({"arms": {"a": {"seed": 3}}}, "arms.a.seed: the experiment sets it"),
         ({"arms": {"a": {"stop_at_step": 3}}}, "arms.a.stop_at_step: the experiment sets it"),
         ({"metrics": ["wbe"]}, "metrics: 'wbe' is not measured in every arm; did you mean web?"),
