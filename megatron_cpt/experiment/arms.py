@@ -13,6 +13,7 @@ from megatron_cpt.checkpoint.layout import resolve_checkpoint
 from megatron_cpt.config import RunConfig, format_count, read_mapping
 from megatron_cpt.config.load_run import set_value
 from megatron_cpt.errors import ConfigError, RefusedError
+from megatron_cpt.experiment.equal_measurement import measurement_problems
 from megatron_cpt.experiment.experiment_file import MEAN, ExperimentConfig, read_experiment
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.prepare import PreparedRun, prepare_mapping
@@ -44,6 +45,11 @@ class Unit:
     def run_file(self) -> Path:
         """The run.yaml that `train` is started with, beside the run directory."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
+
+    @property
+    def inputs_file(self) -> Path:
+        """Fingerprints of the files that the run reads, written when it starts."""
+        return self.folder.with_name(f"{self.folder.name}.inputs.json")
 
     @property
     def log_file(self) -> Path:
@@ -111,6 +117,9 @@ def load_experiment(path: Path, *, need_files: bool) -> Experiment:
     prepared = _prepare_arms(path, config, base, need_files)
     problems = [*_token_problems(config, prepared)]
     metrics = _metrics(config, prepared, problems)
+    runs = {name: run.config for name, run in prepared.items()}
+    sources = dict.fromkeys(source for metric in metrics for source in metric.sources)
+    problems += measurement_problems(runs, sources, has_tasks=any(metric.task for metric in metrics))
     if problems:
         raise ConfigError(str(path), problems)
     return Experiment(
@@ -159,13 +168,13 @@ def _prepare_arms(
     found: dict[str, PreparedRun] = {}
     problems: dict[str, list[str]] = {}
     damaged: dict[str, list[str]] = {}
+    if config.trunk is not None:  # before the changes of an arm, so that only its own init.from replaces the trunk
+        base = {**base, "init": {**_section(base, "init"), "from": _trunk(config.trunk)}}
     for name, changes in config.arms.items():
         data, wrong = arm_data(base, changes)
         data |= {"name": f"{config.name}/{name}", "output": str(_folder(config, name, config.seeds[0]))}
         data |= {"seed": config.seeds[0]}
         data.pop("stop_at_step", None)
-        if config.trunk is not None and not any(key.partition(".")[0] == "init" for key in changes):
-            data["init"] = {**_section(data, "init"), "from": _trunk(config.trunk)}
         if isinstance(data.get("checkpoint", {}), dict):
             data["checkpoint"] = {**_section(data, "checkpoint"), "keep": 1, "keep_every": None, "at_end": True}
         for text in wrong:
@@ -225,8 +234,12 @@ def _metrics(config: ExperimentConfig, prepared: Mapping[str, PreparedRun], prob
     """Return the metrics of an experiment; add one message per metric that an arm does not measure."""
     held_out = [list(run.config.validation.sources) if run.config.validation else [] for run in prepared.values()]
     known = [name for name in held_out[0] if all(name in sources for sources in held_out)]
+    if MEAN in known:
+        problems.append("validation.sources.mean: this name is the mean over all held-out sources; rename the source")
     for name, sources in config.means.items():
         problems += [f"means.{name}: {_unknown(source, known)}" for source in sources if source not in known]
+        if any(name in own for own in held_out):
+            problems.append(f"means.{name}: a held-out source has this name; choose another one")
     names = config.metrics
     if names is None:
         names = [*([MEAN] if len(known) > 1 else []), *config.means, *known]

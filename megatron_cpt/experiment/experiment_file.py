@@ -17,6 +17,9 @@ MEAN = "mean"
 RESERVED_KEYS = ("name", "output", "seed", "stop_at_step")
 """Keys of run.yaml that the experiment sets itself; `stop_at_step` would end a run before its tokens."""
 
+RESULT_NAMES = ("report.html", "summary.json", "summary.md", "experiment.sbatch", "logs")
+"""Names in the folder of an experiment that no arm may have."""
+
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
@@ -86,6 +89,11 @@ class ExperimentConfig(Section):
             if not _ARM_NAME.fullmatch(name)
         ]
         problems += [
+            f"arms: {name!r}: the experiment writes a file or folder of this name into its output; choose another name"
+            for name in self.arms
+            if name.casefold() in RESULT_NAMES
+        ]
+        problems += [
             f"arms.{name}.{key}: the experiment sets it; remove it"
             for name, changes in self.arms.items()
             for key in changes
@@ -95,6 +103,12 @@ class ExperimentConfig(Section):
             problems.append(f"baseline: {self.baseline!r} is no arm; choose one of {', '.join(self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
             problems.append(f"seeds: {self.seeds}: a seed is given twice; every run needs a seed of its own")
+        for key, names in {
+            "metrics": self.metrics or [],
+            **{f"means.{n}": one for n, one in self.means.items()},
+        }.items():
+            if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                problems.append(f"{key}: {', '.join(repeated)}: given twice; remove one")
         if MEAN in self.means:
             problems.append("means.mean: this name is the mean over all held-out sources; choose another one")
         return problems

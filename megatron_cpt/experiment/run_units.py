@@ -28,6 +28,7 @@ from megatron_cpt.errors import (
 )
 from megatron_cpt.experiment import child_process
 from megatron_cpt.experiment.arms import Experiment, Unit
+from megatron_cpt.experiment.input_fingerprints import InputFingerprints
 from megatron_cpt.experiment.unit_result import (
     changes_since_start,
     finish_unit,
@@ -106,15 +107,16 @@ def unfinished_units(experiment: Experiment, units: Sequence[Unit], *, restart_c
         restart_changed: rename the run directories of changed runs instead of refusing them.
 
     Raises:
-        RefusedError: a run on the disk was trained with other settings.
+        RefusedError: a run on the disk was trained with other settings or files.
     """
-    found = {unit.name: changes_since_start(unit) for unit in units}
+    fingerprints = InputFingerprints()
+    found = {unit.name: changes_since_start(unit, fingerprints) for unit in units}
     changed = {name: changes for name, changes in found.items() if changes}
     if not restart_changed:
         refuse_changes(changed)
     for unit in units:
         if unit.name in changed:
-            tell(f"{unit.name}: trained with other settings; its files are now in {set_run_aside(unit)}")
+            tell(f"{unit.name}: trained with other settings or files; its files are now in {set_run_aside(unit)}")
     return [unit for unit in units if read_result(unit) is None]
 
 

@@ -13,18 +13,20 @@ from typing import Any
 import orjson
 
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.config import dump_yaml, format_count, read_mapping
+from megatron_cpt.checkpoint.record import read_json, read_run
+from megatron_cpt.config import dump_yaml, format_count
 from megatron_cpt.errors import CptError, RefusedError
 from megatron_cpt.experiment.arms import Metric, Unit
+from megatron_cpt.experiment.input_fingerprints import InputFingerprints, changed_inputs
+from megatron_cpt.experiment.result_file import FORMAT_VERSION, read_result_file
 from megatron_cpt.files.atomic import sync_folder, write_atomically
 from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
-from megatron_cpt.files.whole_io import exists, read_file
+from megatron_cpt.files.whole_io import exists
 from megatron_cpt.report.metrics_columns import clean_directions
 from megatron_cpt.report.run_digests import differences
 from megatron_cpt.report.run_record import RunReader
 
 RESULT_FILE = "result.json"
-_FORMAT = "megatron-cpt experiment run"
 _MOST_NAMED = 5
 
 
@@ -37,6 +39,7 @@ class UnitResult:
         tasks: metrics per task after the last step.
         source_tokens: tokens per source that the run was planned with.
         higher_is_better: per task and metric, as far as the task says it.
+        inputs: fingerprint per key of run.yaml that names files; see `InputFingerprints`.
     """
 
     steps: int
@@ -44,6 +47,7 @@ class UnitResult:
     tasks: Mapping[str, Mapping[str, float]]
     source_tokens: Mapping[str, int]
     higher_is_better: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, metric: Metric, scales: Mapping[str, float]) -> float:
         """Return the value of a metric; NaN if the run has none.
@@ -54,8 +58,7 @@ class UnitResult:
         if metric.task is not None:
             task, name = metric.task
             found = self.tasks.get(task, {})
-            value = found.get(name, found.get(f"{name},none"))
-            return math.nan if value is None else value
+            return found.get(name, found.get(f"{name},none", math.nan))
         losses = [self.held_out.get(source, math.nan) * scales[source] for source in metric.sources]
         return math.fsum(losses) / len(losses)
 
@@ -64,25 +67,23 @@ def read_result(unit: Unit) -> UnitResult | None:
     """Return the result of a run; None if it is not finished.
 
     Raises:
-        RefusedError: the file is damaged.
+        RefusedError: the file is damaged, or of a newer version.
     """
     path = unit.folder / RESULT_FILE
     if not exists(path):
         return None
-    try:
-        content = orjson.loads(read_file(path))
-        if content["format"] != _FORMAT:
-            raise ValueError("not a result of this command")
-        held_out = {name: math.nan if loss is None else float(loss) for name, loss in content["held_out"].items()}
-        return UnitResult(
-            content["steps"],
-            held_out,
-            content["tasks"],
-            content["source_tokens"],
-            clean_directions(content.get("higher_is_better")),
-        )
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RefusedError(f"{path}: damaged ({error}); remove it, and run the experiment again") from error
+    content = read_result_file(path)
+    return UnitResult(
+        steps=content.steps,
+        held_out={name: math.nan if loss is None else loss for name, loss in content.held_out.items()},
+        tasks={
+            task: {name: math.nan if value is None else value for name, value in metrics.items()}
+            for task, metrics in content.tasks.items()
+        },
+        source_tokens=content.source_tokens,
+        higher_is_better=clean_directions(content.higher_is_better),
+        inputs=content.inputs,
+    )
 
 
 def is_started(unit: Unit) -> bool:
@@ -90,11 +91,32 @@ def is_started(unit: Unit) -> bool:
     return exists(unit.folder / layout.RUN_FILE)
 
 
-def changes_since_start(unit: Unit) -> list[str]:
-    """Return what differs between a run on the disk and what the arm would be now; empty for a run not started."""
+def _read_inputs(unit: Unit) -> dict[str, str]:
+    """Return the fingerprints from the start of a run; empty if they are unknown."""
+    if not exists(unit.inputs_file):
+        return {}
+    content = read_json(unit.inputs_file)
+    if not all(isinstance(value, str) for value in content.values()):
+        raise RefusedError(
+            f"{unit.inputs_file}: damaged: not a fingerprint per name; restore it, or remove the run's folder to train "
+            "it again"
+        )
+    return content
+
+
+def changes_since_start(unit: Unit, fingerprints: InputFingerprints) -> list[str]:
+    """Return what differs between a run on the disk and what the arm would be now; empty for a run not started.
+
+    Args:
+        fingerprints: of the present files; one object for all runs reads each file once.
+    """
+    path = unit.folder / layout.RUN_FILE
     if not is_started(unit):
-        return []
-    before = read_mapping(unit.folder / layout.RUN_FILE)
+        return [f"{path} is missing"] if exists(unit.folder / RESULT_FILE) else []
+    try:
+        before = read_run(unit.folder)
+    except RefusedError as error:  # a change, so that --restart-changed can set the run aside
+        return [f"{path} is damaged ({str(error).removeprefix(f'damaged: {path}: ').partition('; give the path')[0]})"]
     found = differences([before, unit.config.to_dict()])
     changes = [f"{key} was {old}, is {new}" for key, (old, new) in found.items()]
     result = read_result(unit)
@@ -102,7 +124,9 @@ def changes_since_start(unit: Unit) -> list[str]:
         earlier = result.source_tokens.get(name) if result else None
         if earlier is not None and earlier != tokens:
             changes.append(f"source {name} had {format_count(earlier)} tokens, has {format_count(tokens)}")
-    return changes
+    inputs = _read_inputs(unit) if result is None else result.inputs
+    replaced = changed_inputs(inputs, fingerprints.of_run(unit.config))
+    return [*changes, *(f"{key}: its files were replaced by others" for key in replaced)]
 
 
 def refuse_changes(changed: Mapping[str, list[str]]) -> None:
@@ -116,8 +140,8 @@ def refuse_changes(changed: Mapping[str, list[str]]) -> None:
     raise RefusedError(
         "\n".join(
             [
-                f"{len(changed)} of the runs on the disk were trained with other settings; restore them, choose "
-                "another output, or train these runs again with --restart-changed:",
+                f"{len(changed)} of the runs on the disk were trained with other settings or files; restore them, "
+                "choose another output, or train these runs again with --restart-changed:",
                 *lines,
             ]
         )
@@ -136,9 +160,11 @@ def set_run_aside(unit: Unit) -> str:
 
 
 def write_run_file(unit: Unit) -> None:
-    """Write the run.yaml that `train` is started with."""
+    """Write the run.yaml that `train` is started with, and before the first start the fingerprints of its files."""
     with write_errors_as_cpt_errors(unit.run_file):
         unit.folder.parent.mkdir(parents=True, exist_ok=True)
+        if not is_started(unit):
+            write_atomically(unit.inputs_file, orjson.dumps(InputFingerprints().of_run(unit.config)))
         write_atomically(unit.run_file, dump_yaml(unit.config.to_dict()))
 
 
@@ -146,8 +172,15 @@ def finish_unit(unit: Unit, *, keep_checkpoints: bool) -> UnitResult:
     """Write the result of a run that `train` has ended, then remove its checkpoints unless they are kept.
 
     Raises:
+        RefusedError: files that the run reads were replaced since its start.
         CptError: the run has no held-out losses of its last step, or the result cannot be written.
     """
+    inputs = _read_inputs(unit)
+    if replaced := changed_inputs(inputs, InputFingerprints().of_run(unit.config)):
+        raise RefusedError(
+            f"{', '.join(replaced)}: files were replaced by others while the run trained, so it cannot be compared; "
+            "restore them and run the experiment again, or train the run again with --restart-changed"
+        )
     record = RunReader(unit.folder).read()
     held_out = record.metrics.validations.get(unit.plan.steps, {})
     validation = unit.config.validation
@@ -160,6 +193,7 @@ def finish_unit(unit: Unit, *, keep_checkpoints: bool) -> UnitResult:
         tasks=record.evaluations.get(unit.plan.steps, {}),
         source_tokens=dict(unit.source_tokens),
         higher_is_better=record.higher_is_better,
+        inputs=inputs,
     )
     with write_errors_as_cpt_errors(unit.folder / RESULT_FILE):
         write_atomically(unit.folder / RESULT_FILE, orjson.dumps(_plain(result), option=orjson.OPT_INDENT_2))
@@ -174,11 +208,12 @@ def _plain(result: UnitResult) -> dict[str, Any]:
     for (task, metric), is_higher in result.higher_is_better.items():
         directions.setdefault(task, {})[metric] = is_higher
     return {
-        "format": _FORMAT,
-        "format_version": 1,
+        "format": "megatron-cpt experiment run",
+        "format_version": FORMAT_VERSION,
         "steps": result.steps,
         "held_out": {name: loss if math.isfinite(loss) else None for name, loss in result.held_out.items()},
         "tasks": {task: dict(metrics) for task, metrics in result.tasks.items()},
         "source_tokens": dict(result.source_tokens),
         "higher_is_better": directions,
+        "inputs": dict(result.inputs),
     }

@@ -74,12 +74,20 @@ def test_a_problem_of_all_arms_is_told_once(load: Load) -> None:
         ({"baseline": "nobody"}, "baseline: 'nobody' is no arm; choose one of base, same, high"),
         ({"arms": {"a/b": {}}}, "arms: 'a/b': an arm is also a folder"),
         ({"arms": {"..": {}}}, "an arm is also a folder"),
+        *(
+            ({"arms": {name: {}}}, f"arms: {name!r}: the experiment writes a file or folder of this name")
+            for name in ("report.html", "summary.json", "summary.md", "Summary.md", "experiment.sbatch", "logs")
+        ),
         ({"arms": {"a": {"seed": 3}}}, "arms.a.seed: the experiment sets it"),
         ({"arms": {"a": {"stop_at_step": 3}}}, "arms.a.stop_at_step: the experiment sets it"),
         ({"metrics": ["wbe"]}, "metrics: 'wbe' is not measured in every arm; did you mean web?"),
         ({"metrics": ["mmlu:acc"]}, "a task needs a section `evaluation`"),
         ({"means": {"all": ["web", "law"]}}, "means.all: 'law' is not measured in every arm"),
         ({"means": {"mean": ["web"]}}, "means.mean: this name is the mean over all"),
+        ({"means": {"web": ["qa"]}}, "means.web: a held-out source has this name"),
+        ({"means": {"text": ["web", "qa", "web"]}}, "means.text: web: given twice"),
+        ({"metrics": ["web", "qa", "web"]}, "metrics: web: given twice"),
+        ({"base": {"validation": {"sources": {"mean": "a", "web": "b"}}}}, "validation.sources.mean: this name is the"),
         ({"confidence": 95}, "confidence: 95"),
         ({"slurm": {"options": ["--x\nrm -rf /"]}}, "slurm.options[0]"),
     ],
@@ -107,14 +115,41 @@ def test_a_source_that_one_arm_lacks_is_no_metric(load: Load) -> None:
     assert [metric.name for metric in found.metrics] == ["web"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation.sources.web": "held/qa"}, "validation.sources.web: the arms differ (a held/web, b held/qa)"),
+        ({"validation.batches": 2}, "validation.batches x batch.global: the arms differ (a 8, b 16)"),
+        ({"batch.global": 16}, "validation.batches x batch.global: the arms differ (a 8, b 16)"),
+        ({"seq_length": 128}, "seq_length: the arms differ (a 64, b 128)"),
+        ({"documents.eod_loss": False}, "documents.eod_loss: the arms differ (a True, b False)"),
+        ({"evaluation.limit": 5}, "evaluation.limit: the arms differ (a None, b 5)"),
+    ],
+)
+def test_arms_are_measured_on_the_same_data(load: Load, change: dict[str, Any], message: str) -> None:
+    base = {"evaluation": {"at": ["end"], "tasks": ["wmt"]}, "tokenizer": "byte"}
+    with pytest.raises(ConfigError) as caught:
+        load(base=base, arms={"a": {}, "b": change}, metrics=["web", "wmt:ter"])
+    assert message in str(caught.value)
+
+
+def test_what_is_not_compared_may_differ(load: Load) -> None:
+    arms: dict[str, Any] = {"a": {"batch.global": 16, "validation.batches": 1}, "b": {"validation.batches": 2}}
+    assert len(load(arms=arms).units) == 6
+    assert len(load(arms={"a": {}, "b": {"validation.sources.qa": "held/web"}}, metrics=["web"]).units) == 6
+
+
 def test_the_trunk_is_the_checkpoint_of_now(load: Load, tmp_path: Path) -> None:
     for step in (4, 8):
         checkpoint = tmp_path / "trunk" / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "state.json").write_text(f'{{"train": {{"step": {step}}}}}')
-    found = load(trunk=str(tmp_path / "trunk"), arms={"a": {}, "random": {"init.from": None}})
-    assert found.units[0].config.init.from_ == str(checkpoint)
-    assert found.prepared["random"].config.init.from_ is None
+    arms: dict[str, Any] = {"a": {}, "random": {"init.from": None}, "other": {"init": {"from": str(tmp_path)}}}
+    arms |= {"dotted": {"init.load": "weights"}, "section": {"init": {"load": "weights"}}}
+    found = load(trunk=str(tmp_path / "trunk"), arms=arms)
+    starts = {name: run.config.init.from_ for name, run in found.prepared.items()}
+    trunk = str(checkpoint)
+    assert starts == {"a": trunk, "random": None, "other": str(tmp_path), "dotted": trunk, "section": trunk}
 
 
 def test_files_are_required_to_train_and_not_to_plan(write_experiment: Callable[..., Path]) -> None:

@@ -11,9 +11,11 @@ import pytest
 
 from megatron_cpt.experiment.arms import Experiment, Metric, load_experiment
 from megatron_cpt.experiment.compare_arms import compare_arms, rank_arms
+from megatron_cpt.experiment.experiment_file import RESULT_NAMES
 from megatron_cpt.experiment.experiment_page import experiment_page, write_results
 from megatron_cpt.experiment.held_out_bytes import bits_per_byte_scales
 from megatron_cpt.experiment.run_units import train_units
+from megatron_cpt.experiment.slurm_array import write_array
 from megatron_cpt.experiment.unit_result import UnitResult
 from megatron_cpt.report.html_page import html_page
 from megatron_cpt.views.experiment_plot import PlottedArm, plot_differences
@@ -88,8 +90,14 @@ def test_the_task_says_which_direction_is_better(load: Load) -> None:
     found = load(base={"evaluation": evaluation, "tokenizer": "byte"}, metrics=["wmt:ter"])
     for unit in found.units:
         directions = {"wmt": {"ter": False}}
-        content = {"format": "megatron-cpt experiment run", "steps": 10, "held_out": {}, "source_tokens": {}}
-        content |= {"tasks": {"wmt": {"ter,none": 40.0}}, "higher_is_better": directions}
+        content = {
+            "format": "megatron-cpt experiment run",
+            "format_version": 1,
+            "steps": 10,
+            "held_out": {},
+            "source_tokens": {},
+        }
+        content |= {"tasks": {"wmt": {"ter,none": 40.0}}, "higher_is_better": directions, "inputs": {}}
         unit.folder.mkdir(parents=True)
         (unit.folder / "result.json").write_bytes(orjson.dumps(content))
     assert compare_arms(found).rankings[0].is_lower_better, "translation errors"
@@ -120,7 +128,12 @@ def test_the_report_has_every_arm(write_experiment: Callable[..., Path], tmp_pat
     found.output.mkdir()
     train_units(found, found.units, jobs=2, tell=lambda _: None, advance=lambda _: None)
     comparison = compare_arms(found)
-    assert [path.name for path in write_results(found, comparison)] == ["report.html", "summary.json", "summary.md"]
+    write_array(found, found.units, jobs=None)
+    names = [path.name for path in write_results(found, comparison)]
+    assert names == ["report.html", "summary.json", "summary.md"]
+    arms = set(found.config.arms)
+    others = {path.name for path in found.output.iterdir()} - arms - {"starts.txt"}  # written by the stand-in
+    assert others == set(RESULT_NAMES)
     page = (found.output / "report.html").read_text()
     assert 'class="error' in page
     for text in ("difference from base", "schedule.max_lr", "high/seed-2", "not told apart from"):

@@ -11,6 +11,9 @@ import orjson
 import pytest
 
 from megatron_cpt.cli import main
+from megatron_cpt.experiment import run_units
+from megatron_cpt.experiment.arms import Unit
+from megatron_cpt.experiment.unit_result import UnitResult
 from tests.helpers.runs import write_source
 
 WriteExperiment = Callable[..., Path]
@@ -63,12 +66,65 @@ def test_changes_are_seen_in_files_and_settings(
     write_experiment(seeds=[1], arms={"base": {}, "high": {"schedule.max_lr": 4.0e-3}})
     assert main(["experiment", str(file), "--report-only"]) == 0
     warnings = capsys.readouterr().err
-    assert "warning: high/seed-1 was trained with other settings: schedule.max_lr was 0.002, is 0.004" in warnings
+    assert (
+        "warning: high/seed-1 was trained with other settings or files: schedule.max_lr was 0.002, is 0.004" in warnings
+    )
     assert "warning: base" not in warnings
     write_experiment(seeds=[1], arms={"base": {}})
     write_source(tmp_path / "data/qa", stride=1, documents=50)
     assert main(["experiment", str(file)]) == 3
     assert "base/seed-1: source qa had" in capsys.readouterr().err
+
+
+def _write_trunk(content: str) -> None:
+    folder = Path("trunk/checkpoints/step-00000004")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.json").write_text('{"train": {"step": 4}}')
+    (folder / "manifest.json").write_text(content)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("key", ["init.from", "sources.qa.path", "validation.sources.web"])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_replaced_files_are_refused(
+    file: Path, write_experiment: WriteExperiment, key: str, is_finished: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_trunk("one")
+    write_experiment(seeds=[1], arms={"base": {}}, trunk="trunk")
+    assert main(["experiment", str(file)]) == 0
+    if not is_finished:
+        Path("grid/base/seed-1/result.json").unlink()
+    if key == "init.from":
+        _write_trunk("other")
+    else:  # of equal size
+        path = Path("data/qa.bin" if key.startswith("sources") else "held/web.bin")
+        path.write_bytes(path.read_bytes()[::-1])
+    write_experiment(seeds=[1], arms={"base": {}, "twin": {}}, trunk="trunk")
+    assert main(["experiment", str(file)]) == 3
+    assert f"base/seed-1: {key}: its files were replaced by others" in capsys.readouterr().err
+    assert not Path("grid/twin").exists()
+    if is_finished:
+        assert main(["experiment", str(file), "--report-only"]) == 0
+        assert f"warning: base/seed-1 was trained with other settings or files: {key}" in capsys.readouterr().err
+    assert main(["experiment", str(file), "--restart-changed"]) == 0
+    assert "Runs: 2 of 2 finished." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_files_replaced_during_a_run_are_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish = run_units.finish_unit
+
+    def replace_and_finish(unit: Unit, *, keep_checkpoints: bool) -> UnitResult:
+        path = Path("held/web.bin")
+        path.write_bytes(path.read_bytes()[::-1])
+        return finish(unit, keep_checkpoints=keep_checkpoints)
+
+    monkeypatch.setattr(run_units, "finish_unit", replace_and_finish)
+    assert main(["experiment", str(file), "--only", "base/seed-1"]) == 3
+    assert "validation.sources.web: files were replaced by others while the run" in capsys.readouterr().err
+    assert not Path("grid/base/seed-1/result.json").exists()
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 import yaml
 
@@ -116,6 +118,27 @@ def test_changed_settings_are_refused_and_named(load: Load) -> None:
     assert (found.output / "high" / "seed-1.before-1" / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\0", "is damaged (not UTF-8 text"),
+        (b"[1]", "is damaged ("),
+        (b"a: [", "is damaged ("),
+        (None, "is missing"),
+    ],
+)
+def test_a_finished_run_without_its_run_file_is_refused(load: Load, content: bytes | None, message: str) -> None:
+    found = load(seeds=[1], arms={"base": {}})
+    run(found)
+    path = found.units[0].folder / "run.yaml"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(RefusedError, match=r"restore them, choose another output, or .* --restart-changed") as caught:
+        run(found)
+    assert f"base/seed-1: {path} {message}" in str(caught.value)
+    assert "give the path" not in str(caught.value)
+    assert run(found, restart_changed=True)[::2] == (0, 10)
+
+
 def test_checkpoints_can_be_removed_once_the_result_is_safe(load: Load) -> None:
     found = load(seeds=[1], keep_checkpoints="none")
     run(found)
@@ -123,13 +146,54 @@ def test_checkpoints_can_be_removed_once_the_result_is_safe(load: Load) -> None:
     assert run(found) == (0, [], 0)
 
 
-def test_a_damaged_result_is_refused(load: Load) -> None:
-    found = load(seeds=[1])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"held_out": {"web": True, "qa": 5.0, "code": 5.0}}, "damaged (held_out.web"),
+        ({"held_out": {"web": 5.0, "qa": -3, "code": 5.0}}, "damaged (held_out.qa"),
+        ({"held_out": {"web": "5.0"}}, "damaged (held_out.web"),
+        ({"held_out": None}, "damaged (held_out"),
+        ({"steps": -7}, "damaged (steps"),
+        ({"steps": 10.5}, "damaged (steps"),
+        ({"format_version": 99}, "format version 99, this software reads 1; update it"),
+        ({"format_version": "1"}, "damaged (format_version"),
+        ({"format": "other"}, "damaged (format"),
+        ({"tasks": 5}, "damaged (tasks"),
+        ({"tasks": {"mmlu": {"acc": True}}}, "damaged (tasks.mmlu.acc"),
+        ({"source_tokens": None}, "damaged (source_tokens"),
+        ({"higher_is_better": {"mmlu": {"acc": 1}}}, "damaged (higher_is_better.mmlu.acc"),
+        ({"inputs": {"init.from": 5}}, "damaged (inputs.init.from"),
+    ],
+)
+def test_a_damaged_result_is_refused(load: Load, change: dict[str, Any], message: str) -> None:
+    found = load(seeds=[1], arms={"base": {}})
     run(found)
     path = found.units[0].folder / "result.json"
-    path.write_text("{}")
-    with pytest.raises(RefusedError, match=r"result.json: damaged .* remove it"):
+    path.write_bytes(orjson.dumps({**orjson.loads(path.read_bytes()), **change}))
+    for use in (compare_arms, run):
+        with pytest.raises(RefusedError) as caught:
+            use(found)
+        assert str(caught.value).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b"null"])
+def test_a_result_that_is_none_is_refused(load: Load, content: bytes) -> None:
+    found = load(seeds=[1], arms={"base": {}})
+    run(found)
+    path = found.units[0].folder / "result.json"
+    path.write_bytes(content)
+    with pytest.raises(RefusedError, match=r"result.json: .*damaged"):
         compare_arms(found)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"init.from": 5}'])
+def test_damaged_fingerprints_are_refused(load: Load, content: bytes) -> None:
+    found = load(seeds=[1], arms={"base": {}})
+    run(found)
+    (found.units[0].folder / "result.json").unlink()
+    found.units[0].inputs_file.write_bytes(content)
+    with pytest.raises(RefusedError, match=r"seed-1.inputs.json: .*damaged"):
+        run(found)
 
 
 def test_a_run_without_held_out_losses_is_a_failure(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,12 +85,14 @@ def _chosen(found: Experiment, only: str | None) -> list[Unit]:
 
 
 def _warn_of_changes(units: list[Unit]) -> None:
-    """Name finished runs that were trained with other settings than their arm has now."""
+    """Name finished runs that were trained with other settings or files than their arm has now."""
+    from megatron_cpt.experiment.input_fingerprints import InputFingerprints
     from megatron_cpt.experiment.unit_result import changes_since_start
 
+    fingerprints = InputFingerprints()
     for unit in units:
-        if changes := changes_since_start(unit):
-            _tell(f"warning: {unit.name} was trained with other settings: {'; '.join(changes[:3])}")
+        if changes := changes_since_start(unit, fingerprints):
+            _tell(f"warning: {unit.name} was trained with other settings or files: {'; '.join(changes[:3])}")
 
 
 def _tell(line: str) -> None:
