@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,30 @@ def test_a_split_is_written_once(models: Path, capsys: pytest.CaptureFixture[str
     assert "b.yaml: exists already" in capsys.readouterr().err
     write_documents(Path("data", "web"), documents=300, seed=9)
     assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "c.yaml") == 2
-    assert "web-train: is a split of web at 10% (seed 1234) that was made before the data" in capsys.readouterr().err
+    assert "web-train: is a split of web at 10% (seed 1234), but of other data" in capsys.readouterr().err
     assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "c.yaml", "--split-dir", "new") == 0
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("has_sidecar", [True, False])
+def test_a_split_of_other_data_of_the_same_name(
+    models: Path, capsys: pytest.CaptureFixture[str], has_sidecar: bool
+) -> None:
+    for folder, seed in (("data", 0), ("other", 9)):
+        write_documents(Path(folder, "web"), documents=400, seed=seed)
+        if not has_sidecar:
+            Path(folder, "web.json").unlink()
+    os.utime("other/web.bin", (0, 0))
+    assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "a.yaml") == 0
+    other = ["--general", "web=other/web", "code=data/code", "--qa", "stem=data/stem", "--split", "10%"]
+    other += ["--tokens", "20K", "--max-lr", "1e-4", "--output", "b.yaml"]
+    assert main(["recipe", str(models / "llama"), *other]) == 2
+    assert "but of other data of this name" in " ".join(capsys.readouterr().err.split())
+    Path("copy").mkdir()
+    for path in Path("data").glob("web.*"):
+        shutil.copy2(path, "copy")
+    other[1] = "web=copy/web"
+    assert main(["recipe", str(models / "llama"), *other]) == 0
 
 
 @pytest.mark.usefixtures("data")
