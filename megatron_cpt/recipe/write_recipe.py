@@ -26,7 +26,7 @@ from megatron_cpt.recipe.compose_run import RecipeChoices, compose_run
 from megatron_cpt.recipe.hold_out import RecipeSource, expect_rest, group_by_name, read_source, split_sources
 from megatron_cpt.recipe.longest_run import advise_tokens
 from megatron_cpt.recipe.pretraining import Pretraining, read_pretraining
-from megatron_cpt.recipe.trained_held_out import refuse_trained_held_out
+from megatron_cpt.recipe.repeated_data import refuse_repeated_data
 from megatron_cpt.recipe.training_values import PAPER, choose_batch, choose_max_lr, choose_seq_length
 from megatron_cpt.recipe.weak_areas import WeakArea, find_weak_areas
 
@@ -210,7 +210,7 @@ def _read_sources(options: RecipeOptions) -> tuple[list[RecipeSource], list[Reci
         for sources in (general, qa)
         for name, paths in sources.items()
     }
-    refuse_trained_held_out(list(read.values()), options.split)
+    refuse_repeated_data(list(read.values()), options.split)
     return [read[name] for name in general], [read[name] for name in qa]
 
 

@@ -117,7 +117,8 @@ def test_overwrite_replaces_the_run_yaml_alone(models: Path, capsys: pytest.Capt
     split = {name: os.stat(name).st_mtime_ns for name in files() if name.startswith("split")}
     assert recipe(models / "llama", *second) == 0
     assert yaml.safe_load(Path("run.yaml").read_text())["schedule"]["max_lr"] == 2e-4
-    for other in (["--split", "20%"], ["--general", "web=data/code", "code=data/web"]):
+    write_documents(Path("data", "more"), documents=100, seed=7)
+    for other in (["--split", "20%"], ["--general", "web=data/more"]):
         for overwrite in ([], ["--overwrite"]):
             capsys.readouterr()
             assert recipe(models / "llama", *first, *other, *overwrite, "--output", "other.yaml") == 2
@@ -192,6 +193,42 @@ def test_lists_of_the_same_dataset_may_not_share_documents(models: Path, capsys:
     assert "--held-out web=held.docs: is also trained on" in capsys.readouterr().err
     write_list(Path("held.docs"), [web], [(0, number) for number in range(300, 400)])
     assert main(["recipe", str(models / "llama"), *arguments]) == 0
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--held-out", "web=data/copy"], "--held-out web=data/copy: is also trained on, as source web"),
+        (["--held-out", "code=data/link"], "--held-out code=data/link: is also trained on, as source web"),
+        (["--held-out", "code=data/all.docs"], "--held-out code=data/all.docs: is also trained on, as source web"),
+        (["--general", "web=data/web", "web2=data/web"], "source web2: data/web: has the same documents as data/web"),
+        (["--general", "web=data/web", "web=./data/web"], "source web: ./data/web: has the same documents"),
+        (["--general", "web=data/web", "web=data/copy"], "source web: data/copy: has the same documents as data/web"),
+        (["--general", "web=data/web", "web2=data/link"], "source web2: data/link: has the same documents"),
+        (["--general", "web=data/web", "--qa", "qa=data/web"], "source qa: data/web: has the same documents"),
+        (["--general", "web=data/web", "l=data/all.docs", "--held-out", "l=data/chat"], "source l: data/all.docs: has"),
+        (["--general", "web=data/web", "l=data/few.docs", "--held-out", "l=data/chat"], "source l: data/few.docs: has"),
+    ],
+)
+@pytest.mark.parametrize("has_sidecar", [True, False])
+def test_copies_and_links_are_the_same_data(
+    models: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str, has_sidecar: bool
+) -> None:
+    for ending in (".bin", ".idx", *([".json"] if has_sidecar else [])):
+        shutil.copy(f"data/web{ending}", f"data/copy{ending}")
+        os.link(f"data/web{ending}", f"data/link{ending}")
+    write_list(Path("data/all.docs"), [IndexedDataset("data/web")], [(0, number) for number in range(400)])
+    write_list(Path("data/few.docs"), [IndexedDataset("data/copy")], [(0, number) for number in range(100)])
+    arguments = ["--general", "web=data/web", "code=data/code", "--qa", "stem=data/stem", "--split", "10%"]
+    for option in ("--general", "--qa"):
+        if option in options:
+            at = arguments.index(option)
+            stop = next((n for n in range(at + 1, len(arguments)) if arguments[n].startswith("--")), len(arguments))
+            del arguments[at:stop]
+    assert main(["recipe", str(models / "llama"), *arguments, *options, "--tokens", "5K", "--max-lr", "1e-4"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not Path("run.yaml").exists()
 
 
 @pytest.mark.usefixtures("data")
