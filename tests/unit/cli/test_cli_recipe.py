@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ import yaml
 from megatron_cpt.cli import main
 from megatron_cpt.config import parse_count
 from megatron_cpt.data import IndexedDataset
+from megatron_cpt.errors import UserError
 from megatron_cpt.planning.timeline.schedule import Schedule
+from megatron_cpt.recipe.commented_yaml import Reasoned
 from megatron_cpt.recipe.pretraining import read_pretraining
+from megatron_cpt.recipe.training_values import choose_max_lr
 from tests.helpers.document_lists import write_list
 from tests.helpers.hf_models import save_hf_model
 from tests.helpers.recipes import values_without_comment, write_documents
@@ -245,6 +249,9 @@ def test_copies_and_links_are_the_same_data(
         (["--max-lr", "1e-4", "--quality", "stem=2"], "--quality stem: no such source"),
         (["--max-lr", "1e-4", "--area", "mmlu=stem"], "needs the result of an evaluation"),
         (["--max-lr", "1e-4", "--qa", "web=data/chat"], "is also a general source"),
+        *((["--max-lr", rate], f"--max-lr {rate}: give a") for rate in ("nan", "inf", "0", "1e+300", "-1")),
+        *((["--max-lr", "1e-4", "--quality", f"web={factor}"], "give one factor") for factor in ("nan", "inf")),
+        (["--max-lr", "1e-4", "--split", "nan"], "--split nan: give a share"),
         (["--max-lr", "1e-4", "--gpus", "8"], "give both --gpus N and --gpu NAME"),
     ],
 )
@@ -269,6 +276,15 @@ def test_held_out_data_is_required(models: Path, capsys: pytest.CaptureFixture[s
     assert run["precision"] == {"compute": "bf16"}
     assert values_without_comment(Path("run.yaml").read_text()) == []
     assert files() == {"run.yaml"}
+
+
+@pytest.mark.parametrize("rate", [1e300, 2.0, 1e-300])
+def test_a_recorded_rate_must_be_usable(rate: float) -> None:
+    found = read_pretraining(FIXTURE)
+    damaged = replace(found, record=replace(found.record, last_rate=Reasoned(rate, "state.json")))
+    with pytest.raises(UserError, match=r"ended on is .* \(state.json\).* give a learning rate from"):
+        choose_max_lr(damaged, given=None, propose=False)
+    assert choose_max_lr(damaged, given=1e-4, propose=False).value == 1e-4
 
 
 def test_a_megatron_checkpoint_records_its_last_rate() -> None:
