@@ -16,6 +16,7 @@ from megatron_cpt.config.yamlfile import parse_yaml
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.output_path import output_problem
+from megatron_cpt.files.whole_io import is_folder
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.planning.cluster.advise import Advice, advise
 from megatron_cpt.planning.cluster.estimate import Cluster, find_gpu, place_on_cluster
@@ -119,6 +120,8 @@ def write_recipe(
         raise UserError(f"{output}: exists already; choose another --output, or replace it: --overwrite")
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; give a file, such as {output / 'run.yaml'}")
+    if not is_folder(output.parent):
+        raise UserError(f"--output {output}: {output.parent}: no such folder; create it, or choose another output")
     if problem := output_problem(output.parent if output.exists() else output, ending=".tmp"):
         raise UserError(f"--output {output}: {problem}")
     choices, import_command = _choose(checkpoint, options)

@@ -252,6 +252,7 @@ def test_copies_and_links_are_the_same_data(
         *((["--max-lr", rate], f"--max-lr {rate}: give a") for rate in ("nan", "inf", "0", "1e+300", "-1")),
         *((["--max-lr", "1e-4", "--quality", f"web={factor}"], "give one factor") for factor in ("nan", "inf")),
         (["--max-lr", "1e-4", "--split", "nan"], "--split nan: give a share"),
+        (["--max-lr", "1e-4", "--output", "no/such/run.yaml"], "no/such: no such folder; create it"),
         (["--max-lr", "1e-4", "--gpus", "8"], "give both --gpus N and --gpu NAME"),
     ],
 )
