@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from megatron_cpt.data.rewrite.split import split_datasets
 from megatron_cpt.data.tokenfile.document_list import is_document_list
+from megatron_cpt.data.tokenfile.fingerprint import fingerprint, is_same_data
 from megatron_cpt.data.tokenfile.header import LIST_ENDING, IndexHeader, read_header
 from megatron_cpt.data.tokenfile.listed_documents import open_dataset
 from megatron_cpt.data.tokenfile.reader import expand_prefixes
@@ -178,7 +179,7 @@ def _refuse_other_split(source: RecipeSource, train: str, held_out: str, share: 
     if made_by.get("command") != "split":
         problem = f"{there[0]}: exists already, and is not part of a complete split of {wanted}"
     elif (found := _describe_split(made_by)) == wanted:
-        problem = f"{train}: is a split of {wanted} that was made before the data changed"
+        problem = f"{train}: is a split of {wanted}, but of other data of this name, or of the data before it changed"
     else:
         problem = f"{train}: is a split of {found}, not of {wanted}"
     raise UserError(
@@ -192,7 +193,7 @@ def _describe_split(made_by: Mapping[str, Any]) -> str:
 
 
 def _made_by(source: RecipeSource, share: float) -> dict[str, Any]:
-    """Return what the sidecars of a split of a source say."""
+    """Return what the sidecars of a split of a source say, except for the fingerprint of the data."""
     return {
         "command": "split",
         "inputs": [os.path.basename(prefix) for prefix in source.prefixes],
@@ -207,13 +208,20 @@ def _is_split(source: RecipeSource, train: str, held_out: str, share: float) -> 
         return False
     headers = [read_header(prefix) for prefix in (train, held_out)]
     sidecars = [read_sidecar(header) for header in headers]
-    made_by = _made_by(source, share)
     return (
-        all(sidecar is not None and dict(sidecar.origin.made_by) == made_by for sidecar in sidecars)
+        all(sidecar is not None and _is_made_by(sidecar.origin.made_by, source, share) for sidecar in sidecars)
         and sum(header.num_tokens for header in headers) == source.tokens
         and _documents(headers) == source.documents
         and not any(_is_newer(prefix, held_out) for prefix in source.prefixes)
     )
+
+
+def _is_made_by(made_by: Mapping[str, Any], source: RecipeSource, share: float) -> bool:
+    recorded = dict(made_by)
+    data = recorded.pop("data", None)  # base names and sizes agree for other data too
+    if recorded != _made_by(source, share) or not isinstance(data, str):
+        return False
+    return is_same_data(data, fingerprint([open_dataset(prefix) for prefix in source.prefixes]))
 
 
 def _is_newer(prefix: str, split: str) -> bool:

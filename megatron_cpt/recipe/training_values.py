@@ -14,6 +14,7 @@ PAPER = "arXiv 2407.07263"
 PAPER_SEQ_LENGTH = 4096
 PAPER_BATCH_TOKENS = 1152 * PAPER_SEQ_LENGTH
 PAPER_TOKENS = 300_000_000_000
+_LEAST_RATE, _MOST_RATE = 1e-12, 1.0  # a rate outside is a mistake: the peaks below are a thousand times smaller than 1
 
 # Parameters and peak learning rate of GPT-3's models, arXiv 2005.14165, table 2.1. Each decays to a tenth of its peak.
 _GPT3_PEAKS = (
@@ -27,18 +28,27 @@ _GPT3_PEAKS = (
     (175e9, 0.6e-4),
 )
 
+_USABLE = f"give a learning rate from {_LEAST_RATE:g} to {_MOST_RATE:g}, such as 4.5e-5"
+
 
 def choose_max_lr(pretraining: Pretraining, *, given: float | None, propose: bool) -> Reasoned[float]:
     """Return the highest learning rate: the last one of pretraining, as given, recorded or proposed.
 
     Raises:
-        UserError: it is neither given nor recorded, and no proposal was asked for.
+        UserError: it is neither given nor recorded, and no proposal was asked for; or it is no usable rate.
     """
     recorded = pretraining.record.last_rate
     if given is not None:
+        if not _is_usable(given):
+            raise UserError(f"--max-lr {given:g}: {_USABLE}")
         other = f"; the checkpoint records {recorded.value:g} ({recorded.reason})" if recorded else ""
         return Reasoned(given, f"eta_max: pretraining's last learning rate, given by --max-lr{other} ({PAPER})")
     if recorded is not None:
+        if not _is_usable(recorded.value):
+            raise UserError(
+                f"{pretraining.path}: the learning rate that pretraining ended on is {recorded.value:g} "
+                f"({recorded.reason}), and no run can start there; give another with --max-lr: {_USABLE}"
+            )
         return Reasoned(recorded.value, f"eta_max: pretraining's last learning rate: {recorded.reason} ({PAPER})")
     proposal = propose_max_lr(pretraining.model)
     if propose:
@@ -47,6 +57,10 @@ def choose_max_lr(pretraining: Pretraining, *, given: float | None, propose: boo
         f"{pretraining.path}: does not record the learning rate that pretraining ended on, where the run must start; "
         f"give it: --max-lr RATE, or take a proposal, {proposal.value:g}: --propose-lr"
     )
+
+
+def _is_usable(rate: float) -> bool:
+    return _LEAST_RATE <= rate <= _MOST_RATE  # False for NaN
 
 
 def propose_max_lr(model: ModelConfig) -> Reasoned[float]:

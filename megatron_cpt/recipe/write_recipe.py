@@ -16,6 +16,7 @@ from megatron_cpt.config.yamlfile import parse_yaml
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.output_path import output_problem
+from megatron_cpt.files.whole_io import is_folder
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.planning.cluster.advise import Advice, advise
 from megatron_cpt.planning.cluster.estimate import Cluster, find_gpu, place_on_cluster
@@ -26,7 +27,7 @@ from megatron_cpt.recipe.compose_run import RecipeChoices, compose_run
 from megatron_cpt.recipe.hold_out import RecipeSource, expect_rest, group_by_name, read_source, split_sources
 from megatron_cpt.recipe.longest_run import advise_tokens
 from megatron_cpt.recipe.pretraining import Pretraining, read_pretraining
-from megatron_cpt.recipe.trained_held_out import refuse_trained_held_out
+from megatron_cpt.recipe.repeated_data import refuse_repeated_data
 from megatron_cpt.recipe.training_values import PAPER, choose_batch, choose_max_lr, choose_seq_length
 from megatron_cpt.recipe.weak_areas import WeakArea, find_weak_areas
 
@@ -119,6 +120,8 @@ def write_recipe(
         raise UserError(f"{output}: exists already; choose another --output, or replace it: --overwrite")
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; give a file, such as {output / 'run.yaml'}")
+    if not is_folder(output.parent):
+        raise UserError(f"--output {output}: {output.parent}: no such folder; create it, or choose another output")
     if problem := output_problem(output.parent if output.exists() else output, ending=".tmp"):
         raise UserError(f"--output {output}: {problem}")
     choices, import_command = _choose(checkpoint, options)
@@ -210,7 +213,7 @@ def _read_sources(options: RecipeOptions) -> tuple[list[RecipeSource], list[Reci
         for sources in (general, qa)
         for name, paths in sources.items()
     }
-    refuse_trained_held_out(list(read.values()), options.split)
+    refuse_repeated_data(list(read.values()), options.split)
     return [read[name] for name in general], [read[name] for name in qa]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.tokenfile.documents import DocumentBlock, document_blocks
+from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import join_tokenizers, open_with_one_dtype
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 from megatron_cpt.errors import UserError
@@ -75,9 +76,8 @@ def split_datasets(
     datasets = open_with_one_dtype(prefixes)
     for output in outputs:
         require_free(output, prefixes, overwrite=overwrite)
-    origin = join_tokenizers(
-        datasets, "split", {"fraction": fraction, "seed": seed}, allow_mixed=allow_mixed_tokenizers
-    )
+    options = {"fraction": fraction, "seed": seed, "data": fingerprint(datasets)}
+    origin = join_tokenizers(datasets, "split", options, allow_mixed=allow_mixed_tokenizers)
     totals = np.zeros((2, 2), np.int64)  # documents and tokens of each side
     with contextlib.ExitStack() as stack:
         writers = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ import yaml
 from megatron_cpt.cli import main
 from megatron_cpt.config import parse_count
 from megatron_cpt.data import IndexedDataset
+from megatron_cpt.errors import UserError
 from megatron_cpt.planning.timeline.schedule import Schedule
+from megatron_cpt.recipe.commented_yaml import Reasoned
 from megatron_cpt.recipe.pretraining import read_pretraining
+from megatron_cpt.recipe.training_values import choose_max_lr
 from tests.helpers.document_lists import write_list
 from tests.helpers.hf_models import save_hf_model
 from tests.helpers.recipes import values_without_comment, write_documents
@@ -83,8 +88,30 @@ def test_a_split_is_written_once(models: Path, capsys: pytest.CaptureFixture[str
     assert "b.yaml: exists already" in capsys.readouterr().err
     write_documents(Path("data", "web"), documents=300, seed=9)
     assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "c.yaml") == 2
-    assert "web-train: is a split of web at 10% (seed 1234) that was made before the data" in capsys.readouterr().err
+    assert "web-train: is a split of web at 10% (seed 1234), but of other data" in capsys.readouterr().err
     assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "c.yaml", "--split-dir", "new") == 0
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("has_sidecar", [True, False])
+def test_a_split_of_other_data_of_the_same_name(
+    models: Path, capsys: pytest.CaptureFixture[str], has_sidecar: bool
+) -> None:
+    for folder, seed in (("data", 0), ("other", 9)):
+        write_documents(Path(folder, "web"), documents=400, seed=seed)
+        if not has_sidecar:
+            Path(folder, "web.json").unlink()
+    os.utime("other/web.bin", (0, 0))
+    assert recipe(models / "llama", "--max-lr", "1e-4", "--output", "a.yaml") == 0
+    other = ["--general", "web=other/web", "code=data/code", "--qa", "stem=data/stem", "--split", "10%"]
+    other += ["--tokens", "20K", "--max-lr", "1e-4", "--output", "b.yaml"]
+    assert main(["recipe", str(models / "llama"), *other]) == 2
+    assert "but of other data of this name" in " ".join(capsys.readouterr().err.split())
+    Path("copy").mkdir()
+    for path in Path("data").glob("web.*"):
+        shutil.copy2(path, "copy")
+    other[1] = "web=copy/web"
+    assert main(["recipe", str(models / "llama"), *other]) == 0
 
 
 @pytest.mark.usefixtures("data")
@@ -94,7 +121,8 @@ def test_overwrite_replaces_the_run_yaml_alone(models: Path, capsys: pytest.Capt
     split = {name: os.stat(name).st_mtime_ns for name in files() if name.startswith("split")}
     assert recipe(models / "llama", *second) == 0
     assert yaml.safe_load(Path("run.yaml").read_text())["schedule"]["max_lr"] == 2e-4
-    for other in (["--split", "20%"], ["--general", "web=data/code", "code=data/web"]):
+    write_documents(Path("data", "more"), documents=100, seed=7)
+    for other in (["--split", "20%"], ["--general", "web=data/more"]):
         for overwrite in ([], ["--overwrite"]):
             capsys.readouterr()
             assert recipe(models / "llama", *first, *other, *overwrite, "--output", "other.yaml") == 2
@@ -175,6 +203,42 @@ def test_lists_of_the_same_dataset_may_not_share_documents(models: Path, capsys:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--held-out", "web=data/copy"], "--held-out web=data/copy: is also trained on, as source web"),
+        (["--held-out", "code=data/link"], "--held-out code=data/link: is also trained on, as source web"),
+        (["--held-out", "code=data/all.docs"], "--held-out code=data/all.docs: is also trained on, as source web"),
+        (["--general", "web=data/web", "web2=data/web"], "source web2: data/web: has the same documents as data/web"),
+        (["--general", "web=data/web", "web=./data/web"], "source web: ./data/web: has the same documents"),
+        (["--general", "web=data/web", "web=data/copy"], "source web: data/copy: has the same documents as data/web"),
+        (["--general", "web=data/web", "web2=data/link"], "source web2: data/link: has the same documents"),
+        (["--general", "web=data/web", "--qa", "qa=data/web"], "source qa: data/web: has the same documents"),
+        (["--general", "web=data/web", "l=data/all.docs", "--held-out", "l=data/chat"], "source l: data/all.docs: has"),
+        (["--general", "web=data/web", "l=data/few.docs", "--held-out", "l=data/chat"], "source l: data/few.docs: has"),
+    ],
+)
+@pytest.mark.parametrize("has_sidecar", [True, False])
+def test_copies_and_links_are_the_same_data(
+    models: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str, has_sidecar: bool
+) -> None:
+    for ending in (".bin", ".idx", *([".json"] if has_sidecar else [])):
+        shutil.copy(f"data/web{ending}", f"data/copy{ending}")
+        os.link(f"data/web{ending}", f"data/link{ending}")
+    write_list(Path("data/all.docs"), [IndexedDataset("data/web")], [(0, number) for number in range(400)])
+    write_list(Path("data/few.docs"), [IndexedDataset("data/copy")], [(0, number) for number in range(100)])
+    arguments = ["--general", "web=data/web", "code=data/code", "--qa", "stem=data/stem", "--split", "10%"]
+    for option in ("--general", "--qa"):
+        if option in options:
+            at = arguments.index(option)
+            stop = next((n for n in range(at + 1, len(arguments)) if arguments[n].startswith("--")), len(arguments))
+            del arguments[at:stop]
+    assert main(["recipe", str(models / "llama"), *arguments, *options, "--tokens", "5K", "--max-lr", "1e-4"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not Path("run.yaml").exists()
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ([], "does not record the learning rate"),
         (["--max-lr", "1e-4", "--tokens", "10M"], "four epochs of the general sources are"),
         (["--max-lr", "1e-4", "--tokens", "32"], "too few to reach a fifth"),
@@ -185,6 +249,10 @@ def test_lists_of_the_same_dataset_may_not_share_documents(models: Path, capsys:
         (["--max-lr", "1e-4", "--quality", "stem=2"], "--quality stem: no such source"),
         (["--max-lr", "1e-4", "--area", "mmlu=stem"], "needs the result of an evaluation"),
         (["--max-lr", "1e-4", "--qa", "web=data/chat"], "is also a general source"),
+        *((["--max-lr", rate], f"--max-lr {rate}: give a") for rate in ("nan", "inf", "0", "1e+300", "-1")),
+        *((["--max-lr", "1e-4", "--quality", f"web={factor}"], "give one factor") for factor in ("nan", "inf")),
+        (["--max-lr", "1e-4", "--split", "nan"], "--split nan: give a share"),
+        (["--max-lr", "1e-4", "--output", "no/such/run.yaml"], "no/such: no such folder; create it"),
         (["--max-lr", "1e-4", "--gpus", "8"], "give both --gpus N and --gpu NAME"),
     ],
 )
@@ -209,6 +277,15 @@ def test_held_out_data_is_required(models: Path, capsys: pytest.CaptureFixture[s
     assert run["precision"] == {"compute": "bf16"}
     assert values_without_comment(Path("run.yaml").read_text()) == []
     assert files() == {"run.yaml"}
+
+
+@pytest.mark.parametrize("rate", [1e300, 2.0, 1e-300])
+def test_a_recorded_rate_must_be_usable(rate: float) -> None:
+    found = read_pretraining(FIXTURE)
+    damaged = replace(found, record=replace(found.record, last_rate=Reasoned(rate, "state.json")))
+    with pytest.raises(UserError, match=r"ended on is .* \(state.json\).* give a learning rate from"):
+        choose_max_lr(damaged, given=None, propose=False)
+    assert choose_max_lr(damaged, given=1e-4, propose=False).value == 1e-4
 
 
 def test_a_megatron_checkpoint_records_its_last_rate() -> None:
