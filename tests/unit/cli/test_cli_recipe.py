@@ -207,7 +207,10 @@ def test_lists_of_the_same_dataset_may_not_share_documents(models: Path, capsys:
         (["--held-out", "code=data/link"], "--held-out code=data/link: is also trained on, as source web"),
         (["--held-out", "code=data/all.docs"], "--held-out code=data/all.docs: is also trained on, as source web"),
         (["--general", "web=data/web", "web2=data/web"], "source web2: data/web: has the same documents as data/web"),
-        (["--general", "web=data/web", "web=./data/web"], "source web: ./data/web: has the same documents"),
+        (
+            ["--general", "web=data/web", "web=./data/web"],
+            "./data/web, data/web is named more than once, under several paths",
+        ),
         (["--general", "web=data/web", "web=data/copy"], "source web: data/copy: has the same documents as data/web"),
         (["--general", "web=data/web", "web2=data/link"], "source web2: data/link: has the same documents"),
         (["--general", "web=data/web", "--qa", "qa=data/web"], "source qa: data/web: has the same documents"),
