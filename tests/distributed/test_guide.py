@@ -81,6 +81,7 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("python", "takes hours on two cores"),
         ("report", "serves until Ctrl-C"),
         ("fit", "needs ten finished runs"),
+        ("fit", "needs a finished experiment"),
         ("plan", "needs a fit"),
         ("experiment", "trains six runs"),
         ("experiment", "needs SLURM"),
