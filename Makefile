@@ -17,7 +17,7 @@ $(STAMP): setup.py constraints.txt
 	touch $@
 
 demo: setup
-	@echo "== the demo: real corpora, a base model, two continued runs; about 7 minutes on 2 cores"
+	@echo "== the demo: real corpora, a base model, two continued runs; 5 to 7 minutes on 2 cores"
 	$(BIN)/python examples/quickstart/demo.py
 
 # Unit tests first. Distributed tests start up to 4 processes each and mostly wait for them, so two files run in parallel.
