@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_cpt.experiment.student_t import quantile, two_sided_p
+from megatron_cpt.law.student_t import quantile, two_sided_p
 
 _ROUNDING = 1e-12  # differences below this share of the values are rounding, not noise between seeds
 

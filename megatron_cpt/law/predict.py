@@ -11,8 +11,9 @@ import numpy as np
 from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import UserError
 from megatron_cpt.law.finished_runs import are_same_paths, compared_values, data_paths, trunk_key
-from megatron_cpt.law.fitted_law import CONFIDENCE, LossForecast, RunLaw, jackknife_variance, student_t
+from megatron_cpt.law.fitted_law import CONFIDENCE, LossForecast, RunLaw, jackknife_variance
 from megatron_cpt.law.run_path import RunPath, path_of_plan
+from megatron_cpt.law.student_t import quantile
 from megatron_cpt.planning.run_plan import RunPlan
 from megatron_cpt.planning.timeline.epochs import REPEAT_LIMIT
 
@@ -137,7 +138,7 @@ class _Outcome:
             step=step,
             losses={name: float(one.loss[-1]) for name, one in other.items()},
             difference=float(np.mean(change)),
-            difference_width=float(student_t(len(law.arms) - 1) * spread),
+            difference_width=float(quantile(CONFIDENCE, len(law.arms) - 1) * spread),
             repeats=", ".join(_repeats(plan, path)),
         )
 

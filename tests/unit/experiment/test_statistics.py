@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.experiment.paired_test import compare_pairs, holm
-from megatron_cpt.experiment.student_t import quantile, two_sided_p
+from megatron_cpt.law.student_t import quantile, two_sided_p
 
 stats = pytest.importorskip("scipy.stats")
 

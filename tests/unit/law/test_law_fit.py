@@ -10,10 +10,11 @@ import pytest
 
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.law.fit_runs import fit_runs
-from megatron_cpt.law.fitted_law import jackknife_variance, student_t
+from megatron_cpt.law.fitted_law import CONFIDENCE, jackknife_variance
 from megatron_cpt.law.law_file import read_law, write_law
 from megatron_cpt.law.predict import predict_run
 from megatron_cpt.law.run_path import path_of_plan
+from megatron_cpt.law.student_t import quantile
 from megatron_cpt.law.terms import LawShape, terms
 from megatron_cpt.planning import build_plan
 from tests.helpers.law_runs import (
@@ -287,6 +288,6 @@ def test_jackknife_variance_of_a_mean():
     assert jackknife_variance(means) == pytest.approx(values.var(ddof=1) / 4)
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(3, 2.3534), (5, 2.0150), (9, 1.8331), (30, 1.6973)])
-def test_quantiles_of_student_t(freedom, quantile):
-    assert student_t(freedom) == pytest.approx(quantile, rel=0.005)
+@pytest.mark.parametrize(("freedom", "expected"), [(3, 2.3534), (5, 2.0150), (9, 1.8331), (30, 1.6973)])
+def test_quantiles_of_student_t(freedom, expected):
+    assert quantile(CONFIDENCE, freedom) == pytest.approx(expected, rel=0.005)
