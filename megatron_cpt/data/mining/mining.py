@@ -161,10 +161,10 @@ def _write_output(job: MiningJob, folders: Sequence[Path]) -> MiningReport:
     neighbors, recall = _merge(job, folders)
     near = unite(neighbors)
     near = replace(near, queries=job.used[near.queries])
-    texts = [DocumentTexts(dataset, job.tokenizer) for dataset in job.datasets]
+    texts, starts = [DocumentTexts(dataset, job.tokenizer) for dataset in job.datasets], job.starts
 
     def read_ids(number: int) -> npt.NDArray[Any]:
-        dataset, document = locate(np.array([number]), job.starts)
+        dataset, document = locate(np.array([number]), starts)
         return texts[int(dataset[0])].ids(int(document[0]))
 
     def query_ids(number: int) -> npt.NDArray[Any]:
