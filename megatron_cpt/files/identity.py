@@ -29,7 +29,7 @@ class ChangedFileError(RefusedError):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileIdentity:
     """Identity of a local file. It does not include the device number, which differs between mounts of one server.
 

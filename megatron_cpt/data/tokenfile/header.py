@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ _DTYPE_NAMES = ", ".join(dtype.name for dtype in DTYPE_CODES.values())
 _FIX = "copy the .bin/.idx pair again from an intact source, or build it again with `megatron-cpt preprocess`"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class IndexHeader:
     """Header of a dataset, from the first bytes of its `.idx` and the sizes of both files.
 
@@ -137,16 +137,14 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
         raise UserError(f"no such file: {' and '.join(missing)}; a dataset is a pair PREFIX.bin and PREFIX.idx")
     try:
         with open_ranges(idx_path) as idx, open_ranges(bin_path) as tokens:
-            bin_bytes = tokens.size
-            header = _parse_preamble(prefix, idx_path, idx.read(0, PREAMBLE.size), idx.size, bin_bytes)
-            _check_ends(idx, header, idx_path, bin_path, bin_bytes)
-            identities = tokens.identity(), idx.identity()
+            header = _read_preamble(prefix, idx, tokens)
+            _check_ends(idx, header, idx_path, bin_path)
+            return header
     except OSError as error:
         if not is_path_error(error):
             raise
         path = error.filename or idx_path
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return replace(header, identities=identities)
 
 
 def refuse(path: str, problem: str) -> RefusedError:
@@ -154,7 +152,9 @@ def refuse(path: str, problem: str) -> RefusedError:
     return RefusedError(f"{path}: {problem}; {_FIX}")
 
 
-def _parse_preamble(prefix: str, idx_path: str, preamble: bytes, idx_bytes: int, bin_bytes: int) -> IndexHeader:
+def _read_preamble(prefix: str, idx: RangeFile, tokens: RangeFile) -> IndexHeader:
+    idx_path, idx_bytes, bin_bytes = f"{prefix}.idx", idx.size, tokens.size
+    preamble = idx.read(0, PREAMBLE.size)
     if len(preamble) < PREAMBLE.size:
         raise refuse(idx_path, f"has {len(preamble)} bytes, fewer than the {PREAMBLE.size} of a header")
     magic, version, code, num_sequences, num_boundaries = PREAMBLE.unpack(preamble)
@@ -171,7 +171,16 @@ def _parse_preamble(prefix: str, idx_path: str, preamble: bytes, idx_bytes: int,
         raise refuse(
             f"{prefix}.bin", f"has {bin_bytes} bytes, no whole number of {dtype.name} tokens: it was truncated"
         )
-    header = IndexHeader(prefix, dtype, num_sequences, num_boundaries - 1, bin_bytes // dtype.itemsize)
+    header = IndexHeader(
+        prefix=prefix,
+        dtype=dtype,
+        num_sequences=num_sequences,
+        num_documents=num_boundaries - 1,
+        num_tokens=bin_bytes // dtype.itemsize,
+        # 4 bytes for the size of a sequence, 8 for its offset, 1 for its mode
+        has_modes=num_sequences > 0 and idx_bytes == PREAMBLE.size + (4 + 8 + 1) * num_sequences + 8 * num_boundaries,
+        identities=(tokens.identity(), idx.identity()),
+    )
     with_modes = header.modes_offset + num_sequences
     if idx_bytes not in (header.modes_offset, with_modes):
         raise refuse(
@@ -179,10 +188,10 @@ def _parse_preamble(prefix: str, idx_path: str, preamble: bytes, idx_bytes: int,
             f"has {idx_bytes} bytes, but {num_sequences} sequences and {num_boundaries - 1} documents take "
             f"{header.modes_offset} (or {with_modes} with modes): it was truncated or is damaged",
         )
-    return replace(header, has_modes=num_sequences > 0 and idx_bytes == with_modes)
+    return header
 
 
-def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: str, bin_bytes: int) -> None:
+def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: str) -> None:
     """Check that the first and last table entries are consistent and end exactly at the end of the `.bin`."""
     (last_boundary,) = struct.unpack("<q", idx.read(header.modes_offset - 8, 8))
     if last_boundary != header.num_sequences:
@@ -201,6 +210,7 @@ def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: st
                 f"gives sequence {sequence} {size} {header.dtype.name} tokens from byte {start}"
                 + (f", and starts the next one at byte {after[0]}" if after else ""),
             )
+    bin_bytes = header.num_tokens * header.dtype.itemsize
     if end != bin_bytes:
         raise refuse(
             bin_path,

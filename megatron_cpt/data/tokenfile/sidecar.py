@@ -6,7 +6,6 @@ sidecar: it is never replaced, and the dataset then has none.
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -77,6 +76,8 @@ class Sidecar:
 
 def own_versions(*packages: str) -> dict[str, str]:
     """Return the versions of this package and of others."""
+    import importlib.metadata  # here: it imports email and zipfile, and a run that starts reads no version
+
     return {"megatron_cpt": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 
