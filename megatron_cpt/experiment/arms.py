@@ -15,6 +15,8 @@ from megatron_cpt.config.load_run import set_value
 from megatron_cpt.errors import ConfigError, RefusedError
 from megatron_cpt.experiment.equal_measurement import measurement_problems
 from megatron_cpt.experiment.experiment_file import MEAN, ExperimentConfig, read_experiment
+from megatron_cpt.experiment.input_fingerprints import InputFingerprints
+from megatron_cpt.experiment.reuse_runs import find_equal_run
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.prepare import PreparedRun, prepare_mapping
 
@@ -122,11 +124,12 @@ def load_experiment(path: Path, *, need_files: bool) -> Experiment:
     problems += measurement_problems(runs, sources, has_tasks=any(metric.task for metric in metrics))
     if problems:
         raise ConfigError(str(path), problems)
+    fingerprints = InputFingerprints()
     return Experiment(
         path=path,
         config=config,
         prepared=prepared,
-        units=[unit for name, run in prepared.items() for unit in _units(config, name, run)],
+        units=[unit for name, run in prepared.items() for unit in _units(config, name, run, fingerprints)],
         metrics=metrics,
         ranks={name: config.ranks or run.config.parallel.model_parallel_size for name, run in prepared.items()},
     )
@@ -213,10 +216,12 @@ def _folder(config: ExperimentConfig, arm: str, seed: int) -> Path:
     return Path(config.output) / arm / f"seed-{seed}"
 
 
-def _units(config: ExperimentConfig, arm: str, run: PreparedRun) -> Iterator[Unit]:
+def _units(config: ExperimentConfig, arm: str, run: PreparedRun, fingerprints: InputFingerprints) -> Iterator[Unit]:
     for seed in config.seeds:
         folder = _folder(config, arm, seed)
         own = run.config.model_copy(update={"seed": seed, "output": str(folder)})
+        if not folder.exists() and (equal := find_equal_run(own, config.reuse, fingerprints)) is not None:
+            own, folder = equal, Path(equal.output)
         yield Unit(arm, seed, folder, own, run.plan, {name: run.source_tokens[name] for name in run.prefixes})
 
 

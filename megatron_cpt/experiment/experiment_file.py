@@ -59,6 +59,8 @@ class ExperimentConfig(Section):
     """Arm that the others are compared with; null takes the first one."""
     equal_tokens: bool = True
     """Require that all arms train on equally many tokens."""
+    reuse: list[Annotated[str, ExpandPaths]] = Field(default_factory=list)
+    """Outputs of other experiments; a finished run there that differs in name and output only is not trained again."""
     metrics: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
     """Held-out sources, names of `means`, `mean` and TASK:METRIC; the first one ranks the arms. Null takes the mean
     over all held-out sources, all `means` and every source."""

@@ -12,7 +12,7 @@ import orjson
 from megatron_cpt.config import format_number_of
 from megatron_cpt.experiment.arms import Experiment
 from megatron_cpt.experiment.compare_arms import METHOD, ArmRow, Comparison, MetricRanking
-from megatron_cpt.experiment.unit_result import RESULT_FILE
+from megatron_cpt.experiment.result_file import RESULT_FILE
 from megatron_cpt.report.course import curves_section
 from megatron_cpt.report.html_page import html_page
 from megatron_cpt.report.learning import MAX_CURVES

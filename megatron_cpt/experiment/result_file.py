@@ -11,6 +11,7 @@ from megatron_cpt.checkpoint.record import read_json
 from megatron_cpt.config.quantities import Section
 from megatron_cpt.errors import RefusedError
 
+RESULT_FILE = "result.json"
 FORMAT_VERSION = 1
 
 # A cross-entropy is not negative, apart from rounding.

@@ -18,7 +18,7 @@ from megatron_cpt.config import dump_yaml, format_count
 from megatron_cpt.errors import CptError, RefusedError
 from megatron_cpt.experiment.arms import Metric, Unit
 from megatron_cpt.experiment.input_fingerprints import InputFingerprints, changed_inputs
-from megatron_cpt.experiment.result_file import FORMAT_VERSION, read_result_file
+from megatron_cpt.experiment.result_file import FORMAT_VERSION, RESULT_FILE, read_result_file
 from megatron_cpt.files.atomic import sync_folder, write_atomically
 from megatron_cpt.files.jsonl_log import write_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import exists
@@ -26,7 +26,6 @@ from megatron_cpt.report.metrics_columns import clean_directions
 from megatron_cpt.report.run_digests import differences
 from megatron_cpt.report.run_record import RunReader
 
-RESULT_FILE = "result.json"
 _MOST_NAMED = 5
 
 

@@ -14,9 +14,12 @@ import orjson
 import pytest
 import yaml
 
+from megatron_cpt.config import RunConfig
 from megatron_cpt.errors import CptError, RefusedError, UserError
 from megatron_cpt.experiment.arms import Experiment
 from megatron_cpt.experiment.compare_arms import compare_arms
+from megatron_cpt.experiment.input_fingerprints import InputFingerprints
+from megatron_cpt.experiment.reuse_runs import find_equal_run
 from megatron_cpt.experiment.run_units import (
     experiment_lock,
     gpu_slots,
@@ -240,3 +243,35 @@ def test_several_ranks_are_launched(load: Load) -> None:
     words = " ".join(train_command(found, four, nodes))
     assert "--nproc-per-node 2 --nnodes 2 --node-rank 1" in words
     assert "is_host=0" in words
+
+
+def test_an_equal_run_of_another_experiment_is_reused(load: Load, tmp_path: Path) -> None:
+    first = load()
+    run(first, jobs=3)
+    arms = {"paper": {}, "low": {"schedule.max_lr": 5.0e-4}}
+    second = load(name="second", output=str(tmp_path / "second"), arms=arms, reuse=[str(first.output)])
+    taken = {unit.name: unit.folder for unit in second.units if unit.arm == "paper"}
+    assert taken == {f"paper/seed-{seed}": first.output / "base" / f"seed-{seed}" for seed in (1, 2, 3)}
+    before = starts(first)
+    assert run(second)[0] == 0
+    assert starts(first) == before
+    assert sorted(starts(second)) == [f"low/seed-{seed}" for seed in (1, 2, 3)]
+    rows = {row.arm: row for row in compare_arms(second).rankings[0].rows}
+    base = {row.arm: row for row in compare_arms(first).rankings[0].rows}["base"]
+    assert rows["paper"].mean == base.mean
+
+
+def test_unfinished_runs_and_runs_of_other_files_are_not_reused(load: Load) -> None:
+    first = load(arms={"base": {}})
+    run(first, jobs=3)
+    result = first.output / "base" / "seed-1" / "result.json"
+    result.write_bytes(orjson.dumps({**orjson.loads(result.read_bytes()), "inputs": {"tokenizer": "xxh3:1"}}))
+    (first.output / "base" / "seed-2" / "result.json").unlink()
+
+    class Present(InputFingerprints):
+        def of_run(self, config: RunConfig) -> dict[str, str]:
+            return {"tokenizer": "xxh3:2"}
+
+    configs = [unit.config.model_copy(update={"name": "other", "output": "elsewhere"}) for unit in first.units]
+    found = [find_equal_run(config, [str(first.output)], Present()) for config in configs]
+    assert found == [None, None, first.units[2].config]

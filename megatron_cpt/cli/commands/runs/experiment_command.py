@@ -120,6 +120,9 @@ def _run(
         left = unfinished_units(found, units, restart_changed=restart_changed, tell=_tell)
         if len(left) < len(units):
             _tell(f"{len(units) - len(left)} of {len(units)} runs are finished and kept")
+        for unit in units:
+            if found.output not in unit.folder.parents:
+                _tell(f"{unit.name}: an equal run is finished, {unit.folder}")
         if not left:
             return EXIT_OK
         if engine == "slurm":
