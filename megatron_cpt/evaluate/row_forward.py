@@ -30,7 +30,7 @@ from torch import nn
 
 from megatron_cpt.backend import rng_state, set_rng_state
 from megatron_cpt.checkpoint.state.state_dicts import unwrap
-from megatron_cpt.evaluate.token_tree import Ids, TokenRow
+from megatron_cpt.evaluate.token_tree import Ids, Segment, TokenRow, segments_of
 from megatron_cpt.model.local_modules import LocalAttention
 
 T = TypeVar("T")
@@ -91,6 +91,36 @@ class KvCache:
         return self._layers[layer]
 
 
+@dataclass(frozen=True)
+class MaskedSegment:
+    """Segment of a packed row.
+
+    Attributes:
+        keys: ranges of the row that the tokens see at least in part, the last one is the segment itself.
+        mask: (1, 1, tokens, keys), True where attention is forbidden; None: each token sees all tokens before it.
+    """
+
+    keys: Sequence[range]
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, segment: Segment, ends: torch.Tensor) -> MaskedSegment:
+        """Return a segment of a row; `ends` is on the device."""
+        prefix, start, stop = segment
+        own = range(start, stop)
+        ends = ends[start:stop]
+        if not prefix and bool((ends == ends[0]).all()):
+            return cls([own], None)
+        index = torch.arange(start, stop, device=ends.device)
+        hidden = (index[None, :] > index[:, None]) | (index[:, None] >= ends[None, :])
+        return cls([*prefix, own], nn.functional.pad(hidden, (sum(map(len, prefix)), 0))[None, None])
+
+    def of_keys(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows (keys, ...) of a tensor (s, ...)."""
+        parts = [tensor[keys.start : keys.stop] for keys in self.keys]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 @dataclass
 class Row(Generic[T]):
     """One forward pass.
@@ -99,7 +129,7 @@ class Row(Generic[T]):
         tokens, positions: (s,) on the device.
         selected: (n,) indices of the tokens whose logits are needed.
         collect: makes the result of a row from its logits (n, columns of this rank), on the last stage.
-        ends: `TokenRow.ends` on the device; None for a row of newest tokens, which attend to `cache`.
+        segments: of a packed row, with their masks; None for a row of newest tokens, which attend to `cache`.
         cache: the cache that the row reads or fills; None if keys and values are not needed again.
         cached_paths: slot of the cache by number of a row's sequence, and the indices of its tokens.
     """
@@ -108,10 +138,9 @@ class Row(Generic[T]):
     positions: torch.Tensor
     selected: torch.Tensor
     collect: Callable[[torch.Tensor], T]
-    ends: torch.Tensor | None = None
+    segments: Sequence[MaskedSegment] | None = None
     cache: KvCache | None = None
     cached_paths: dict[int, torch.Tensor] = field(default_factory=dict)
-    _mask: torch.Tensor | None = None
 
     @classmethod
     def of_tokens(
@@ -119,21 +148,13 @@ class Row(Generic[T]):
     ) -> Row[T]:
         """Return the forward pass of a packed row, without a cache."""
         tokens, positions, ends = (torch.from_numpy(x).to(device) for x in (row.tokens, row.positions, row.ends))
-        return cls(tokens, positions, selected.to(device), collect, ends)
+        segments = [MaskedSegment.of(segment, ends) for segment in segments_of(row.ends)]
+        return cls(tokens, positions, selected.to(device), collect, segments)
 
     def fill(self, cache: KvCache, paths: Mapping[int, Ids]) -> None:
         """Let the row store keys and values of its sequences in slots of a cache."""
         self.cache = cache
         self.cached_paths = {slot: torch.from_numpy(path).to(self.tokens.device) for slot, path in paths.items()}
-
-    @property
-    def mask(self) -> torch.Tensor:
-        """Mask (1, 1, s, s) of a packed row, True where attention is forbidden."""
-        if self._mask is None:
-            assert self.ends is not None
-            index = torch.arange(len(self.tokens), device=self.tokens.device)
-            self._mask = ((index[None, :] > index[:, None]) | (index[:, None] >= self.ends[None, :]))[None, None]
-        return self._mask
 
 
 class RowAttention(nn.Module):
@@ -149,13 +170,17 @@ class RowAttention(nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Compute attention; query (s, 1, heads, d), key and value (s, 1, groups, d), result (s, 1, heads * d)."""
         row = self._runner[0].row
-        if row.ends is None:
+        if row.segments is None:
             return self._newest_tokens(query, key, value, row.cache)
         for slot, path in row.cached_paths.items():
             assert row.cache is not None
             row.cache.write_path(self.layer, key, value, slot, path)
-        out: torch.Tensor = self.masked(query, key, value, row.mask)
-        return out
+        out = []
+        for segment in row.segments:
+            own = segment.keys[-1]
+            queries = query[own.start : own.stop]
+            out.append(self.masked(queries, segment.of_keys(key), segment.of_keys(value), segment.mask))
+        return torch.cat(out) if len(out) > 1 else out[0]
 
     def _newest_tokens(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KvCache | None
@@ -222,7 +247,7 @@ class RowRunner:
     def _rotary_of_positions(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         cache = self.row.cache
         # megatron-core makes one row per token, enough for a packed row; its `forward` caches by length
-        table = output if self.row.ends is not None or cache is None else module.forward(cache.capacity)
+        table = output if self.row.segments is not None or cache is None else module.forward(cache.capacity)
         return table[self.row.positions]
 
     def _selected_states(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

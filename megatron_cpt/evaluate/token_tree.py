@@ -10,6 +10,9 @@ A row is a forest of tokens in depth-first order. The sequences `a b c`, `a b d`
 A token attends to itself and to its ancestors: token j sees token i if `i <= j < end[i]`. So a few-shot prompt that
 many requests share, or a question with four answers, is computed once per row.
 
+Attention over a whole row would compute mostly hidden pairs of tokens. So a row is cut into segments: the tokens of a
+long shared prefix are one, and the subtrees below it are others, which see the prefix and themselves.
+
 The rows depend on the set of sequences only, not on their order: the sequences are sorted first.
 """
 
@@ -17,11 +20,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+
+_NEEDED = 512  # tokens of a row whose logits are needed
+_SEGMENT = 256  # tokens; smaller segments hide fewer pairs, but their kernels are less efficient
+
+
+class Segment(NamedTuple):
+    """Consecutive tokens of a row that see a shared prefix and, by the rule above, themselves.
+
+    Attributes:
+        prefix: ranges of the row; every token of the segment sees all of their tokens.
+        start, stop: the tokens.
+    """
+
+    prefix: tuple[range, ...]
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -46,21 +66,62 @@ class TokenRow:
         return len(self.tokens)
 
 
-def pack_rows(sequences: Sequence[tuple[int, ...]], *, budget: int, multiple: int) -> list[TokenRow]:
+def segments_of(ends: Ids) -> list[Segment]:
+    """Cut a row into segments: trees of more than 256 tokens into their shared prefix and what follows it.
+
+    Args:
+        ends: of a `TokenRow`.
+
+    Example: 300 tokens with the continuations of 200 and 100 tokens become the segments [0, 300), [300, 500) and
+    [500, 600); the prefix of the last two is [0, 300).
+    """
+    found = []
+    forests: list[tuple[int, int, tuple[range, ...]]] = [(0, len(ends), ())]
+    while forests:
+        start, stop, prefix = forests.pop()
+        first = start  # of the small trees that wait for their segment
+        while start < stop:
+            end = int(ends[start])
+            if end - start > _SEGMENT or end - first > _SEGMENT:
+                found += [Segment(prefix, first, start)] if first < start else []
+                first = start
+            if end - start > _SEGMENT:
+                trunk = start + 1 + int(np.argmin(np.append(ends[start + 1 : end] == end, False)))
+                found.append(Segment(prefix, start, trunk))
+                forests.append((trunk, end, _joined(prefix, range(start, trunk))))
+                first = end
+            start = end
+        found += [Segment(prefix, first, stop)] if first < stop else []
+    return sorted(found, key=lambda segment: segment.start)
+
+
+def _joined(ranges: tuple[range, ...], last: range) -> tuple[range, ...]:
+    if ranges and ranges[-1].stop == last.start:
+        return (*ranges[:-1], range(ranges[-1].start, last.stop))
+    return (*ranges, last)
+
+
+def pack_rows(
+    sequences: Sequence[tuple[int, ...]], *, budget: int, multiple: int, needed: Sequence[int] | None = None
+) -> list[TokenRow]:
     """Pack all sequences, none of them empty, into rows; longest row first.
 
     Args:
         budget: largest number of tokens in a row; a longer sequence gets a row of its own.
         multiple: row lengths are padded to a multiple of this.
+        needed: tokens of each sequence whose logits are needed, at most 512 in a row of several sequences: their
+            logits take far more memory than the row.
     """
     order = sorted(range(len(sequences)), key=lambda number: (sequences[number], number))
-    rows, builder = [], _RowBuilder()
+    rows, builder, num_needed = [], _RowBuilder(), 0
     for number in order:
         ids = np.array(sequences[number], dtype=np.int64)
-        if builder.paths and builder.length_with(ids) > budget:
+        own = 0 if needed is None else needed[number]
+        if builder.paths and (builder.length_with(ids) > budget or num_needed + own > _NEEDED):
             rows.append(builder.build(multiple))
-            builder = _RowBuilder()
+            builder, num_needed = _RowBuilder(), 0
         builder.add(number, ids)
+        num_needed += own
     if builder.paths:
         rows.append(builder.build(multiple))
     return sorted(rows, key=len, reverse=True)  # a stable sort

@@ -16,6 +16,7 @@ import torch
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
 from megatron_cpt.cli import main
 from megatron_cpt.convert.importer import import_checkpoint
+from megatron_cpt.evaluate import token_tree
 from megatron_cpt.evaluate.requests import Generation, GenerationOptions, Score, ScoreRequest
 from tests.helpers.hf_models import FAMILY_CONFIGS, build_hf_model, save_hf_model, tiny_config
 from tests.helpers.ranks import run_ranks
@@ -79,10 +80,11 @@ def evaluate(base: str, families: Sequence[str], layouts: dict[str, list[str]]) 
 
 def _evaluate(checkpoint: Path, overrides: Sequence[str]) -> tuple[list[Score], list[Generation], list[Generation]]:
     saved = open_checkpoint(checkpoint)
-    with load_inference_model(saved, inference_run(saved, overrides)) as loaded:
+    with load_inference_model(saved, inference_run(saved, overrides)) as loaded, pytest.MonkeyPatch.context() as patch:
         from megatron_cpt.evaluate.engine import Engine
 
-        # small rows and groups: several of each, and prompts that take several rows
+        # small rows, segments and groups: several of each, and prompts that take several rows
+        patch.setattr(token_tree, "_SEGMENT", 8)
         engine = Engine(loaded.model, loaded.run, loaded.ranks, row_tokens=48, group_size=4, batch_size=3)
         return (
             engine.score(requests()),

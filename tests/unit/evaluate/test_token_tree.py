@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.evaluate.token_tree import TokenRow, pack_rows
+from megatron_cpt.evaluate import token_tree
+from megatron_cpt.evaluate.token_tree import Segment, TokenRow, pack_rows, segments_of
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), min_size=1, max_size=12)
 
@@ -57,3 +59,40 @@ def test_padding_is_under_five_percent() -> None:
     rows = pack_rows(texts, budget=512, multiple=16)
     assert sum(len(row) - row.num_tokens for row in rows) < 0.05 * sum(map(len, rows))
     assert len({len(row) for row in rows}) <= 512 / 16
+
+
+@given(sequences, st.integers(1, 5))
+def test_segments_see_what_the_row_sees(texts: list[tuple[int, ...]], size: int) -> None:
+    (row,) = pack_rows(texts, budget=1000, multiple=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_tree, "_SEGMENT", size)
+        segments = segments_of(row.ends)
+    assert [token for segment in segments for token in range(segment.start, segment.stop)] == list(range(len(row)))
+    for segment in segments:
+        before = [token for part in segment.prefix for token in part]
+        for index in range(segment.start, segment.stop):
+            seen = [*before, *(token for token in visible(row, index) if token >= segment.start)]
+            assert seen == visible(row, index)
+
+
+def test_a_long_prefix_is_a_segment_of_its_own() -> None:
+    shots = tuple(range(300))
+    texts = [shots + (400 + number,) * 100 for number in range(4)]
+    (row,) = pack_rows([*texts, (1000,) * 20], budget=4096, multiple=1)
+    prefix = (range(300),)
+    assert segments_of(row.ends) == [
+        Segment((), 0, 300),
+        Segment(prefix, 300, 500),
+        Segment(prefix, 500, 700),
+        Segment((), 700, 720),
+    ]
+
+
+def test_few_logits_are_needed_per_row() -> None:
+    texts = [(number,) * 400 for number in range(4)]
+    assert len(pack_rows(texts, budget=4096, multiple=1)) == 1
+    assert [len(row.paths) for row in pack_rows(texts, budget=4096, multiple=1, needed=[200, 200, 200, 400])] == [
+        2,
+        1,
+        1,
+    ]
