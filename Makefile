@@ -20,13 +20,16 @@ demo: setup
 	@echo "== the demo: real corpora, a base model, two continued runs; 5 to 7 minutes on 2 cores"
 	$(BIN)/python examples/quickstart/demo.py
 
-# Unit tests first. Distributed tests start up to 4 processes each and mostly wait for them, so two files run in parallel.
-# Tests of one file share runs and stay in order.
+# Unit tests first. Distributed tests start up to 4 processes each and often wait, so three files run in parallel.
+# Tests of one file share runs and stay in order. A process with one thread leaves the other core to other processes.
+test test-long: export OMP_NUM_THREADS := 1
 test: setup
 	$(BIN)/python -m pytest tests/unit -n 2 --dist worksteal
-	$(BIN)/python -m pytest tests/distributed -n 2 --dist loadfile -v --durations 5
+	$(BIN)/python -m pytest tests/distributed -n 3 --dist loadfile -v --durations 5
 
+# The long tests, and every property with many inputs.
 test-long: setup
+	$(BIN)/python -m pytest tests/unit -m 'hypothesis and not long' -n 2 --hypothesis-profile many
 	$(BIN)/python -m pytest tests -m long -v -rs  # names what is skipped, such as the tests of Ray without '.[ray]'
 	@if $(HAS_PYTHON312); then $(MAKE) test-fake-gpu; else echo "skipped: make test-fake-gpu; $(NO_PYTHON312)"; fi
 

@@ -129,7 +129,10 @@ def _staged_sizes(path: str, overrides: list[str]) -> tuple[list[list[int]], lis
     return reserved, copied
 
 
-@pytest.mark.parametrize("parallel", ["{tensor: 2}", "{}", "{distributed_optimizer: false}"])
+@pytest.mark.parametrize(
+    "parallel",
+    ["{}", *(pytest.param(one, marks=pytest.mark.long) for one in ("{tensor: 2}", "{distributed_optimizer: false}"))],
+)
 def test_after_the_first_step_the_host_memory_has_the_size_of_every_save(
     short_run: Path, tmp_path: Path, parallel: str
 ) -> None:
@@ -160,7 +163,7 @@ def _full_disk_on_one_rank(path: str, overrides: list[str], reports: str) -> Non
     Path(reports, f"{rank}.txt").write_text(message)
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_a_writer_that_fails_on_one_rank_is_one_clear_error_on_all(
     short_run: Path, tmp_path: Path, background: str
 ) -> None:

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.checkpoints import differing
+from tests.helpers.command import run_command, start_command
 from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, read_metrics, train_here
 
@@ -19,17 +21,19 @@ TRAIN = [sys.executable, "-m", "megatron_cpt", "train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def _run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **kwargs)  # type: ignore[call-overload]
-
-
-def _wait_for_lines(output: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_lines(output: Path, count: int, process: Any) -> None:
     metrics = output / "metrics.jsonl"
-    while process.poll() is None:
+    while process.exitcode is None:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.02)
-    raise AssertionError(f"the run ended early with status {process.returncode}")
+    raise AssertionError(f"the run ended early with status {process.exitcode}")
+
+
+def _status(process: Any) -> int:
+    process.join(120)
+    assert process.exitcode is not None, "the run did not end"
+    return int(process.exitcode)
 
 
 LONGER = f"tokens={60 * 256}"
@@ -42,25 +46,19 @@ def unbroken(run_file: Path) -> Path:
     return output
 
 
-# A process started in the background ignores SIGINT; this one takes it as from a terminal.
-_FOREGROUND = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from megatron_cpt.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGUSR1, signal.SIGINT))],
+)
 def test_a_signal_saves_and_ends_with_75_and_a_later_call_goes_on(
-    run_file: Path, unbroken: Path, number: signal.Signals
+    run_file: Path, unbroken: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     output = run_file.parent / f"signal-{number.name}"
-    command = [sys.executable, "-c", _FOREGROUND, "train", str(run_file), LONGER, f"output={output}"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = ["train", run_file, LONGER, f"output={output}"]
+    process = start_command(arguments, stdout=tmp_path / "stdout", stderr=tmp_path / "stderr")
     _wait_for_lines(output, 3, process)
-    process.send_signal(number)
-    assert process.wait(timeout=120) == 75
+    os.kill(process.pid, number)
+    assert _status(process) == 75
     step = int(newest(output).name.removeprefix("step-"))
     assert 3 <= step < 60
     assert read_metrics(output)[-1]["step"] == step
@@ -68,22 +66,24 @@ def test_a_signal_saves_and_ends_with_75_and_a_later_call_goes_on(
     assert differing(newest(unbroken), newest(output)) == []
 
 
-def test_ctrl_c_that_also_ends_tee_saves(run_file: Path) -> None:
+def test_ctrl_c_that_also_ends_tee_saves(run_file: Path, tmp_path: Path) -> None:
     """In `train 2>&1 | tee log`, Ctrl-C reaches both processes."""
-    output = run_file.parent / "tee"
-    command = [sys.executable, "-c", _FOREGROUND, "train", str(run_file), LONGER, f"output={output}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    output, pipe = run_file.parent / "tee", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    arguments = ["train", run_file, LONGER, f"output={output}"]
+    process = start_command(arguments, stdout=tmp_path / "stdout", stderr=pipe)
     _wait_for_lines(output, 3, process)
-    assert process.stderr is not None
-    process.stderr.close()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 75
+    os.close(reader)
+    os.kill(process.pid, signal.SIGINT)
+    assert _status(process) == 75
     assert newest(output).name >= "step-00000003"
 
 
 def test_torchrun_trains_on_two_ranks(run_file: Path) -> None:
     output = run_file.parent / "torchrun"
-    done = _run([*TORCHRUN, *TRAIN[1:], str(run_file), f"output={output}", "parallel.tensor=2", "stop_at_step=2"])
+    command = [*TORCHRUN, *TRAIN[1:], str(run_file), f"output={output}", "parallel.tensor=2", "stop_at_step=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert newest(output).name == "step-00000002"
     assert (output / "run.yaml").exists()
@@ -93,7 +93,7 @@ def test_torchrun_trains_on_two_ranks(run_file: Path) -> None:
 def test_a_wrong_layout_is_one_message_and_writes_nothing(run_file: Path) -> None:
     output = run_file.parent / "wrong"
     wrong = ["parallel.tensor=3", "batch.micro=3", "sources.web.path=nowhere", "phases.qa.blend.qa=-1", "color=red"]
-    done = _run([*TRAIN, str(run_file), f"output={output}", *wrong])
+    done = run_command(["train", run_file, f"output={output}", *wrong])
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     for key in ("parallel.tensor: 3", "batch.micro: 3", "sources.web.path", "phases[1].blend.qa", "color"):
@@ -103,7 +103,7 @@ def test_a_wrong_layout_is_one_message_and_writes_nothing(run_file: Path) -> Non
 
 def test_an_output_that_cannot_be_written_is_one_message(run_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = _run([*TRAIN, str(run_file), f"output={tmp_path}/file/out"])
+    done = run_command(["train", run_file, f"output={tmp_path}/file/out"])
     assert done.returncode == 2
     assert done.stderr.count("megatron-cpt: error:") == 1
     assert f"{tmp_path}/file is not a folder; choose another place" in done.stderr
@@ -112,7 +112,8 @@ def test_an_output_that_cannot_be_written_is_one_message(run_file: Path, tmp_pat
 
 def test_one_process_is_refused_where_a_replica_needs_two(run_file: Path) -> None:
     output = run_file.parent / "alone"
-    done = _run([*TRAIN, str(run_file), f"output={output}", "parallel.pipeline=2"])
+    command = [*TRAIN, str(run_file), f"output={output}", "parallel.pipeline=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert "parallel.tensor x pipeline x context" in done.stderr
     assert not output.exists()
@@ -120,13 +121,13 @@ def test_one_process_is_refused_where_a_replica_needs_two(run_file: Path) -> Non
 
 def test_a_damaged_checkpoint_is_passed_over_or_refused(run_file: Path) -> None:
     output = run_file.parent / "damaged"
-    command = [*TRAIN, str(run_file), f"output={output}", "checkpoint.every=2"]
-    assert _run([*command, "stop_at_step=4"]).returncode == 0
+    arguments = ["train", run_file, f"output={output}", "checkpoint.every=2"]
+    assert run_command([*arguments, "stop_at_step=4"]).returncode == 0
     shard = next(newest(output).glob("__0_*.distcp"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = _run([*command, "stop_at_step=6"])
+    done = run_command([*arguments, "stop_at_step=6"])
     assert done.returncode == 0
     assert f"{shard.name}: checksum differs" in done.stderr
     assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4, 5, 6]
@@ -134,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(run_file: Path) -> None:
     from_broken = [f"init.from={newest(output).parent / 'step-00000004'}", f"output={output}-2"]
     for checkpoint in (output / "checkpoints").glob("step-*"):
         os.truncate(next(checkpoint.glob("__0_*.distcp")), 100)
-    done = _run([*command, "stop_at_step=8"])
+    done = run_command([*arguments, "stop_at_step=8"])
     assert done.returncode == 3
     assert "no valid checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
@@ -143,18 +144,18 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(run_file: Path) -> None:
         run_ranks(1, train_here, str(run_file), from_broken)
 
 
+def _emulate_bf16() -> None:
+    from megatron_cpt.train import setup
+
+    setup.emulates_bf16 = lambda: True
+
+
 def test_bf16_on_a_cpu_that_emulates_it_is_said_once_with_what_to_set(run_file: Path) -> None:
-    code = (
-        "import sys\n"
-        "from megatron_cpt.planning import hardware\n"
-        "hardware.emulates_bf16 = lambda: True\n"
-        "from megatron_cpt.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", code, "train", str(run_file), "stop_at_step=1"]
-    slow = _run([*command, f"output={run_file.parent}/bf16", "precision.compute=bf16"])
+    arguments = ["train", run_file, "stop_at_step=1"]
+    bf16 = [*arguments, f"output={run_file.parent}/bf16", "precision.compute=bf16"]
+    slow = run_command(bf16, prepare=_emulate_bf16)
     assert slow.returncode == 0, slow.stderr
     assert slow.stderr.count("bf16 is emulated on this CPU") == 1
     assert "set precision.compute=fp32" in slow.stderr
-    fast = _run([*command, f"output={run_file.parent}/fp32"])
+    fast = run_command([*arguments, f"output={run_file.parent}/fp32"], prepare=_emulate_bf16)
     assert "emulated" not in fast.stderr

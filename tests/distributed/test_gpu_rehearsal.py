@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_the_rehearsal_runs_the_items_and_writes_only_to_its_folders(tmp_path: Path) -> None:
     before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, check=False).stdout
     command = [sys.executable, str(ROOT / "tools" / "dev" / "gpu_measure.py"), "--rehearse", "--items=0,3b"]

@@ -20,6 +20,7 @@ from tests.helpers.ranks import RankError, run_ranks
 from tests.helpers.runs import newest, read_metrics, small_run, train_here, train_several
 
 SMALL = {"preset": "tiny_llama", "layers": 1, "hidden": 64, "ffn_hidden": 96, "vocab": 257}
+NEVER = 1_000_000  # changes; a process makes fewer
 START, END = 3, 5  # the killed process resumes from step 3, saves step 4 and deletes step 2
 
 
@@ -99,41 +100,52 @@ def valid_steps(output: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("power_cut", "background", "resume_every"),
+    ("power_cut", "background", "every"),
     [
-        pytest.param(True, False, 3, id="power-cut"),
+        pytest.param(True, False, 8, id="power-cut"),
         pytest.param(True, False, 1, id="power-cut-each", marks=pytest.mark.long),
         pytest.param(False, False, 1, id="kill", marks=pytest.mark.long),
         pytest.param(True, True, 1, id="power-cut-async", marks=pytest.mark.long),
     ],
 )
 def test_a_death_before_any_change_of_a_file_costs_one_step_at_most(
-    small_file: Path, start: Path, quiet: Path, tmp_path: Path, power_cut: bool, background: bool, resume_every: int
+    small_file: Path, start: Path, quiet: Path, tmp_path: Path, power_cut: bool, background: bool, every: int
 ) -> None:
-    """The process is killed once before each change of the run directory in a start, a step, a save and a deletion."""
-    killed: list[Path] = []
-    while True:
-        output = tmp_path / f"{len(killed) + 1}"
+    """The process is killed before changes of the run directory in a start, a step, a save and a deletion.
+
+    Those are the changes around the two renames, which publish a checkpoint and hide the one to delete, and one in
+    `every` of the others.
+    """
+
+    def train(number: int) -> tuple[Path, bool]:
+        output = tmp_path / f"{number}"
         shutil.copytree(start, output)
-        if survives(small_file, output, len(killed) + 1, power_cut, background):
-            break
+        return output, survives(small_file, output, number, power_cut, background)
+
+    whole, survived = train(NEVER)
+    assert survived
+    expected = changes(whole)
+    renames = [1 + expected.index(f"os.rename checkpoints/{name}") for name in (".step-N.tmp", "step-N")]
+    assert renames == sorted(renames)
+    around = {number + offset for number in renames for offset in (-1, 0, 1)}
+    numbers = sorted({*range(1, len(expected) + 1, every), *around})
+
+    killed: list[Path] = []
+    for number in numbers:
+        output, survived = train(number)
+        assert not survived
         assert valid_steps(output) in ([2, 3], [2, 3, 4], [3, 4])
         killed.append(output)
     killed_before = [changes(output)[-1] for output in killed]
-    assert sorted(killed_before) == sorted(changes(output)), (
-        "a process was killed before each change of the one that survived"
-    )
+    if every == 1:
+        assert sorted(killed_before) == sorted(expected), "a process was killed before each change"
     published = [4 in valid_steps(output) for output in killed]
     assert published == sorted(published)
     assert published[killed_before.index("os.rename checkpoints/.step-N.tmp") :].count(False) == 1
-    assert killed_before.index("os.rename checkpoints/.step-N.tmp") < killed_before.index(
-        "os.rename checkpoints/step-N"
-    )
 
-    resumed = killed[::resume_every]
-    runs = [[f"output={output}", f"stop_at_step={END}"] for output in resumed]
+    runs = [[f"output={output}", f"stop_at_step={END}"] for output in killed]
     run_ranks(1, train_several, str(small_file), runs, timeout=900)
-    for output in resumed:
+    for output in killed:
         assert differing(newest(quiet), newest(output)) == []
         names = sorted(path.name for path in checkpoints_folder(output).iterdir())
         assert names == [LATEST_FILE, "step-00000004", "step-00000005"], "leftovers of killed processes are deleted"

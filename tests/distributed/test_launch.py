@@ -48,7 +48,11 @@ def _wait_for_ranks(folder: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(
     ("behaviors", "status"),
-    [(("0:75", "1:75"), 75), (("0:75", "1:0"), 75), (("0:3", "1:3"), 3)],
+    [
+        (("0:75", "1:0"), 75),
+        pytest.param(("0:75", "1:75"), 75, marks=pytest.mark.long),
+        pytest.param(("0:3", "1:3"), 3, marks=pytest.mark.long),
+    ],
 )
 def test_the_status_of_the_ranks_gets_through_and_nothing_is_started_again(
     tmp_path: Path, behaviors: tuple[str, ...], status: int
@@ -60,6 +64,7 @@ def test_the_status_of_the_ranks_gets_through_and_nothing_is_started_again(
     assert "attempt 1" not in out
 
 
+@pytest.mark.long  # the next test restarts two ranks for real
 def test_a_fault_is_started_again_and_the_last_attempt_counts(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:0", "1:fault", options=("--max-restarts", "1"))
     out, err = process.communicate(timeout=_PATIENCE)
@@ -76,6 +81,7 @@ def test_ranks_of_a_restart_connect_to_each_other(tmp_path: Path) -> None:
     assert ended.stdout.count("connected in attempt 1") == 2
 
 
+@pytest.mark.long
 def test_a_fault_without_restarts_is_1(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:0", "1:fault")
     _, err = process.communicate(timeout=_PATIENCE)
@@ -113,6 +119,7 @@ def test_a_signal_before_the_ranks_listen_ends_them_with_75(tmp_path: Path) -> N
     assert "launch: stopped before training started, so nothing was saved; run the same command again" in err
 
 
+@pytest.mark.long  # the next test sends the same signal
 def test_ctrl_c_saves_and_ends_with_75(tmp_path: Path) -> None:
     process = _start(tmp_path, "0:stop", "1:stop", options=("--max-restarts", "2"))
     _wait_for_ranks(tmp_path, process)
@@ -148,6 +155,7 @@ def test_a_second_ctrl_c_kills_the_ranks_and_ends_with_130(tmp_path: Path) -> No
     assert psutil.wait_procs(family, timeout=_PATIENCE)[1] == []
 
 
+@pytest.mark.long
 def test_a_rank_that_torchrun_ends_after_a_failure_is_not_a_requested_stop(tmp_path: Path) -> None:
     # Rank 0 is still starting when rank 1 fails; rank 2 keeps torchrun waiting for longer than the grace period.
     process = _start(tmp_path, "0:wait", "1:fault", "2:linger", options=("--nproc-per-node", "3"))
@@ -169,6 +177,7 @@ def test_a_rank_that_was_killed_is_a_failure_even_if_torchrun_has_not_noticed(tm
     assert "the others wait for it: killing 0 ranks" in err
 
 
+@pytest.mark.long  # two launchers, two agents and two ranks import torch
 def test_doctor_on_two_nodes_compares_them(tmp_path: Path) -> None:
     run, endpoint = small_run(tmp_path), f"localhost:{free_port()}"
     rendezvous = [

@@ -92,7 +92,9 @@ def test_a_frozen_host_of_the_store_ends_all_ranks_in_time(run_file: Path) -> No
 
 
 @pytest.mark.parametrize("seconds", [6, pytest.param(70, marks=pytest.mark.long)])
-@pytest.mark.parametrize("parallel", ["parallel.distributed_optimizer=true", "parallel.pipeline=2"])
+@pytest.mark.parametrize(
+    "parallel", ["parallel.distributed_optimizer=true", pytest.param("parallel.pipeline=2", marks=pytest.mark.long)]
+)
 def test_a_job_that_is_suspended_as_a_whole_goes_on(run_file: Path, parallel: str, seconds: int) -> None:
     output = run_file.parent / f"suspended-{parallel[9:17]}-{seconds}"
     limits = ["resilience.hang_timeout=4", "resilience.peer_timeout=3"]

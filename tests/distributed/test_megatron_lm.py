@@ -55,7 +55,7 @@ def _load_as_megatron_lm(run: str, changes: list[str], checkpoint: str, folder: 
         }
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", ["bf16-tp2", pytest.param("fp32", marks=pytest.mark.long)])
 def test_megatron_lm_resumes_a_run(run_file: Path, tmp_path: Path, kind: str) -> None:
     num_ranks, changes = RUNS[kind]
     output = tmp_path / "run"

@@ -16,7 +16,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["qwen3-like", *(pytest.param(name, marks=pytest.mark.long) for name in MODELS if name != "qwen3-like")]
+)
 def test_losses_and_gradients_do_not_depend_on_the_layout(tmp_path: Path, name: str) -> None:
     run_file = small_run(tmp_path, model=MODELS[name], stop_at_step=3, output=str(tmp_path / "unused"))
     layouts = {

@@ -15,7 +15,7 @@ from tests.helpers.recipes import write_documents
 from tests.helpers.runs import newest, read_metrics, train_here
 
 
-@pytest.mark.parametrize("family", ["llama", "nemotron"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("nemotron", marks=pytest.mark.long)])
 def test_import_recipe_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.chdir(tmp_path)
     save_hf_model(Path("hf"), family, vocab_size=257, max_position_embeddings=32)

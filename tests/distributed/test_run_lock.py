@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.command import run_command
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import read_metrics
 
@@ -45,8 +46,7 @@ def _hold(output: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def _train(run_file: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_cpt", "train", str(run_file), f"output={output}", "stop_at_step=2"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=_environment())
+    return run_command(["train", run_file, f"output={output}", "stop_at_step=2"])
 
 
 def test_a_second_run_in_one_output_is_refused_until_the_first_one_ends(run_file: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ HASHED = ["resilience.parameter_hash_every=1"]
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run(tmp_path_factory.mktemp("speed"))
+    return small_run(tmp_path_factory.mktemp("speed"), tokens=8 * 8 * 32)
 
 
 def _train(path: Path, ranks: int, runs: dict[str, list[str]]) -> None:
@@ -30,7 +30,7 @@ def _train(path: Path, ranks: int, runs: dict[str, list[str]]) -> None:
 def test_overlap_changes_nothing(run_file: Path) -> None:
     folder = run_file.parent
     _train(run_file, 2, {"plain": [], "overlapped": [*OVERLAP, *HASHED]})
-    _train(run_file, 2, {"halves": [*OVERLAP, "stop_at_step=7"]})
+    _train(run_file, 2, {"halves": [*OVERLAP, "stop_at_step=3"]})
     _train(run_file, 2, {"halves": OVERLAP})
     plain, overlapped, halves = (read_metrics(folder / name) for name in ("plain", "overlapped", "halves"))
     # a sum of two addends does not depend on their order
@@ -44,10 +44,15 @@ def test_overlap_changes_nothing(run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
-        (2, ["parallel.tensor=2", "parallel.sequence=true", "precision.compute=bf16", FUSED_LOSS]),
+        pytest.param(
+            4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"], id="interleaved", marks=pytest.mark.long
+        ),
+        pytest.param(
+            2,
+            ["parallel.tensor=2", "parallel.sequence=true", "precision.compute=bf16", FUSED_LOSS],
+            id="fused_loss_tp2",
+        ),
     ],
-    ids=["interleaved", "fused_loss_tp2"],
 )
 def test_in_other_layouts(run_file: Path, ranks: int, changes: list[str]) -> None:
     name = f"ranks{ranks}"

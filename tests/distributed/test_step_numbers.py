@@ -55,7 +55,7 @@ def _norms(path: str, runs: Sequence[list[str]]) -> list[list[tuple[float, float
     return found
 
 
-@pytest.mark.parametrize("num_ranks", LAYOUTS)
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_gradient_norm_is_megatron_cores(run_file: Path, num_ranks: int) -> None:
     layouts = LAYOUTS[num_ranks]
     folder = run_file.parent / "norms"
@@ -82,7 +82,7 @@ def _train_with_both(path: str, runs: Sequence[list[str]]) -> None:
             assert train_here(path, [f"{each}-core" if each.startswith("output=") else each for each in overrides]) == 0
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_gradients_are_divided_by_the_tokens_with_a_loss(run_file: Path, num_ranks: int) -> None:
     names = [name for name in ("one", "pp2-interleaved", "dp2") if name in LAYOUTS[num_ranks]]
     folder = run_file.parent / "tokens"

@@ -81,7 +81,7 @@ def test_two_equal_runs_have_equal_bits(small_file: Path, quiet: Path) -> None:
     assert read_reproducible_metrics(quiet) == read_reproducible_metrics(again)
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_crashes_around_a_phase_switch_lose_no_sample_and_read_none_twice(
     small_file: Path, quiet: Path, every: int
 ) -> None:
@@ -129,7 +129,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("background", ["false", "true"])
+@pytest.mark.parametrize("background", [pytest.param("false", marks=pytest.mark.long), "true"])
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
     small_file: Path, small_disk: Path, background: str
 ) -> None:

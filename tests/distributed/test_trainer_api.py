@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.command import run_command
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import newest, read_metrics
 
@@ -208,9 +209,8 @@ def test_a_hook_of_the_run_yaml_is_called_by_the_command(run_file: Path, tmp_pat
 
 @pytest.mark.parametrize("entry", ["my_missing_hooks:Note", "json:JSONDecoder", "no-module"])
 def test_a_wrong_hook_is_status_2_before_anything_is_written(run_file: Path, tmp_path: Path, entry: str) -> None:
-    done = _python(
-        "-m", "megatron_cpt", "train", run_file, f"output={tmp_path}/out", f"log.hooks=['{entry}']", cwd=tmp_path
-    )
+    arguments = ["train", run_file, f"output={tmp_path}/out", f"log.hooks=['{entry}']"]
+    done = run_command(arguments, folder=tmp_path)
     assert done.returncode == 2
     assert entry in done.stderr
     assert "Traceback" not in done.stderr
@@ -241,6 +241,7 @@ def test_the_examples_run_in_one_process(example_data: Path) -> None:
     assert counts[0] < counts[-1]
 
 
+@pytest.mark.long  # test_command.py trains under torchrun
 def test_the_example_runs_under_torchrun(example_data: Path, tmp_path: Path) -> None:
     for name in ("text.bin", "text.idx"):
         (tmp_path / name).symlink_to(example_data / name)

@@ -130,8 +130,8 @@ def _train_beside_a_bad_block(path: str, overrides: Sequence[str], file: str, ra
     return _refusals(path, [overrides])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("file", ["common.pt", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize("file", ["common.pt", pytest.param(".metadata", marks=pytest.mark.long), "__0_0.distcp"])
 def test_a_file_that_one_rank_cannot_read_ends_all_ranks_alike(
     run_file: Path, base: Path, tmp_path: Path, file: str, rank: int
 ) -> None:

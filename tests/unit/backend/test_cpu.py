@@ -20,7 +20,9 @@ assert importlib.util.find_spec("{library}") is None
 """
 
 
-@pytest.mark.parametrize("library", ["transformer_engine", "apex", "amp_C"])
+@pytest.mark.parametrize(
+    "library", ["transformer_engine", *(pytest.param(name, marks=pytest.mark.long) for name in ("apex", "amp_C"))]
+)
 def test_kernels_for_cuda_are_not_taken_on_a_cpu(tmp_path: Path, library: str) -> None:
     package = tmp_path / library
     package.mkdir()

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
-import sys
+from typing import Any
 
-# Each case runs in a process of its own, whose disposition of SIGINT does not depend on how the tests were started.
-_CASE = """
-import signal, sys
 from megatron_cpt.backend.signals import own_process
-signal.signal(signal.SIGINT, {before})
-with own_process() as request:
-    for number in sys.argv[1:]:
-        signal.raise_signal(getattr(signal, number))
-        print(number, request.received and request.received.name, flush=True)
-print(signal.getsignal(signal.SIGINT) is {before})
-"""
+from tests.helpers.command import run_forked
 
 
-def _raise_signals(*names: str, before: str = "signal.default_int_handler") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", _CASE.format(before=before), *names]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def _case(names: list[str], before: Any) -> None:
+    signal.signal(signal.SIGINT, before)
+    with own_process() as request:
+        for name in names:
+            signal.raise_signal(getattr(signal, name))
+            print(name, request.received and request.received.name, flush=True)
+    print(signal.getsignal(signal.SIGINT) is before)
+
+
+def _case_without_a_reader(names: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 2)
+    _case(names, signal.default_int_handler)
+
+
+def _raise_signals(*names: str, before: Any = signal.default_int_handler) -> subprocess.CompletedProcess[str]:
+    """Raise signals in a process of its own, whose disposition of SIGINT does not depend on how the tests began."""
+    return run_forked(_case, [*names], before)
 
 
 def test_ctrl_c_is_recorded_and_said_at_once() -> None:
@@ -41,12 +49,10 @@ def test_a_second_sigterm_does_not_interrupt_the_save() -> None:
 
 
 def test_a_background_job_still_ignores_ctrl_c() -> None:
-    done = _raise_signals("SIGINT", before="signal.SIG_IGN")
+    done = _raise_signals("SIGINT", before=signal.SIG_IGN)
     assert (done.returncode, done.stdout) == (0, "SIGINT None\nTrue\n")
 
 
 def test_ctrl_c_is_recorded_if_nobody_reads_stderr() -> None:
-    code = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 2)\n" + _CASE
-    command = [sys.executable, "-c", code.format(before="signal.default_int_handler"), "SIGINT"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_forked(_case_without_a_reader, ["SIGINT"])
     assert (done.returncode, done.stdout) == (0, "SIGINT SIGINT\nTrue\n")

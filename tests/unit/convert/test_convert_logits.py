@@ -83,7 +83,7 @@ def differences_of_odd_models(families: list[str], examples: int) -> dict[str, l
 
 
 def differences_of_both_kinds(families: list[str]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    return differences(families), differences_of_odd_models(families, 3)
+    return differences(families), differences_of_odd_models(families, 1)
 
 
 def test_logits_of_every_family_and_of_odd_models_equal_transformers():
@@ -91,7 +91,7 @@ def test_logits_of_every_family_and_of_odd_models_equal_transformers():
     assert sorted(odd) == sorted(FAMILY_CONFIGS)
     assert found.keys() == {*FAMILY_CONFIGS, "linear RoPE scaling"}
     assert max(found.values()) < 1e-4, found
-    assert all(len(odd[family]) >= 3 for family in FAMILY_CONFIGS)
+    assert all(len(odd[family]) >= 1 for family in FAMILY_CONFIGS)
 
 
 @pytest.mark.long

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import resource
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
 from megatron_cpt.convert.megatron.torch_dist_plan import Target
 from megatron_cpt.convert.verify import verify_tensors
 from megatron_cpt.errors import CptError, RefusedError
+from tests.helpers.command import run_command
 from tests.helpers.hf_models import save_hf_model
 
 
@@ -38,14 +39,8 @@ def checkpoint(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_limited(limit: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `megatron-cpt convert` in a process that may write no file larger than `limit` bytes."""
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_cpt", "convert", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    prepare = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    return run_command(["convert", *arguments], prepare=prepare)
 
 
 @pytest.mark.parametrize("kind", ["import", "export"])

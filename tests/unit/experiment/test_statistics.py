@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.experiment.paired_test import compare_pairs, holm
@@ -26,7 +26,6 @@ def test_quantile_is_scipys(degrees: int, confidence: float) -> None:
     assert quantile(confidence, degrees) == pytest.approx(stats.t.ppf((1 + confidence) / 2, degrees), rel=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(2, 12), st.integers(0, 10**6), st.floats(-0.5, 0.5))
 def test_paired_comparison_is_scipys(count: int, seed: int, shift: float) -> None:
     rng = np.random.default_rng(seed)

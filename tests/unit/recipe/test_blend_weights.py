@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_cpt.errors import UserError
@@ -54,7 +54,6 @@ def test_too_little_general_data_is_an_error() -> None:
         weigh_sources({"web": source(100)}, {"qa": source(100)}, general_samples=700, qa_samples=300)
 
 
-@settings(max_examples=50)
 @example([(28762920, 1.0)], [(1, 1.0), (7711, 1.0), (1575124, 1.0)], 8, 121382967)
 @given(
     st.lists(st.tuples(st.integers(1, 10**9), st.floats(0.01, 100)), min_size=1, max_size=6),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.config.yamlfile import parse_yaml
@@ -23,7 +23,6 @@ _TREES = st.recursive(
 )
 
 
-@settings(max_examples=50)
 @given(_TREES, _TEXT)
 def test_the_text_holds_the_values_and_every_value_has_a_comment(tree: dict[str, Any], head: str) -> None:
     text = dump_commented(tree, f"head {head}")

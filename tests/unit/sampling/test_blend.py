@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.errors import RefusedError
@@ -41,7 +41,6 @@ def by_the_rule(weights: np.ndarray, count: int) -> list[int]:
     return chosen
 
 
-@settings(max_examples=60, deadline=None)
 @given(weights=weight_lists, count=st.integers(0, 400))
 def test_equals_megatron_core(weights, count):
     weights = normalized(weights)
@@ -75,7 +74,6 @@ skewed_weight_lists = st.lists(
 ).map(lambda groups: [weight for weight, repeats in groups for _ in range(repeats)])
 
 
-@settings(max_examples=100, deadline=None)
 @given(weights=weight_lists | skewed_weight_lists)
 def test_stays_with_its_weights_at_every_sample(weights):
     # docs/internals/decisions.md has the proof
@@ -97,7 +95,6 @@ def test_two_equal_sources_alternate_from_the_first():
     assert assign(np.array([0.5, 0.5]), np.zeros(2, np.int64), 6).tolist() == [0, 1, 0, 1, 0, 1]
 
 
-@settings(max_examples=40, deadline=None)
 @given(weights=weight_lists, cuts=st.lists(st.integers(0, 200), max_size=6))
 def test_assigning_in_parts_changes_nothing(weights, cuts):
     weights, given = normalized(weights), np.zeros(len(weights), np.int64)
@@ -132,7 +129,6 @@ class TestCursor:
         assert cursor.counts == {"web": 56, "code": 40, "qa": 4}
         assert cursor.remaining == 0
 
-    @settings(max_examples=40, deadline=None)
     @given(cuts=st.lists(st.integers(0, 100), max_size=8))
     def test_batches_and_restarts_change_nothing(self, cuts):
         whole = walk(BlendCursor([GENERAL, QA], NAMES), 100)

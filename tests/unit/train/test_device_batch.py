@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -32,7 +32,6 @@ ARRAYS = npst.arrays(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(ARRAYS, max_size=12))
 def test_any_arrays_come_back_from_one_buffer(arrays):
     offsets, size = packed_offsets(arrays)

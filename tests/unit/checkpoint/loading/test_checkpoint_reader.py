@@ -58,7 +58,7 @@ def _target(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tens
     return torch.zeros(shape, dtype=dtype)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_box_of_any_tensor_into_any_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
     monkeypatch.setattr(reader, "PIECE_BYTES", data.draw(st.sampled_from([1, 64, 500, 8 << 20]), "piece"))
@@ -155,7 +155,6 @@ def test_a_cut_file_is_refused_by_name(tmp_path: Path) -> None:
         _read_all(tmp_path, {name: torch.zeros(5000) for name in tensors})
 
 
-@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_box_is_filled_from_any_division_of_the_tensor(data: Any) -> None:
     """Every element of the target is read once, from its own place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from transformers import AutoConfig
 
 from megatron_cpt.config import ModelConfig
@@ -95,7 +95,6 @@ def test_published_configs_are_the_presets(config, family, name):
     } | ({"rope_theta": float(config["rope_theta"])})
 
 
-@settings(max_examples=40, deadline=None)
 @given(odd_configs())
 def test_what_is_written_is_what_was_read(chosen):
     _, config = chosen

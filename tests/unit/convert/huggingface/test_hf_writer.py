@@ -6,13 +6,13 @@ import gc
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -20,6 +20,7 @@ from megatron_cpt.convert.huggingface import writer as hf_writer
 from megatron_cpt.convert.huggingface.folder import HfFolder
 from megatron_cpt.convert.huggingface.writer import HfWriter
 from megatron_cpt.errors import UserError
+from tests.helpers.command import run_forked
 from tests.helpers.hf_models import build_hf_model, hf_tensors, tiny_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64]
@@ -50,7 +51,6 @@ def some_tensors():
     return {f"t{n}": torch.randn(n + 1, 3).to(DTYPES[n % 3]) for n in range(6)}
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=8),
     types=st.lists(st.sampled_from(DTYPES), min_size=8, max_size=8),
@@ -161,25 +161,22 @@ def test_threads_share_a_writer(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------ resuming
 
-KILLED = """
-import os, signal, sys, torch
-from megatron_cpt.convert.huggingface import writer as hf_writer
-hf_writer._SYNC_BYTES = 40
-torch.manual_seed(0)
-tensors = {f"t{n}": torch.randn(n + 1, 3) for n in range(6)}
-writer = hf_writer.HfWriter(sys.argv[1], {name: (t.shape, t.dtype) for name, t in tensors.items()}, 100, source="a")
-for name in ["t0", "t1", "t2", "t3"]:
-    writer.write_rows(name, 0, tensors[name])
-writer.write_rows("t4", 0, tensors["t4"][:2])
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+
+def _write_and_die(path: Path) -> None:
+    hf_writer._SYNC_BYTES = 40
+    torch.manual_seed(0)
+    tensors = {f"t{n}": torch.randn(n + 1, 3) for n in range(6)}
+    writer = HfWriter(path, plan_of(tensors), 100, source="a")
+    for name in ["t0", "t1", "t2", "t3"]:
+        writer.write_rows(name, 0, tensors[name])
+    writer.write_rows("t4", 0, tensors["t4"][:2])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def work_of_a_killed_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    process = subprocess.run([sys.executable, "-c", KILLED, str(folder / "model")], check=False, timeout=120)
-    assert process.returncode == -9
+    assert run_forked(_write_and_die, folder / "model").returncode == -9
     return folder / "model.partial"
 
 

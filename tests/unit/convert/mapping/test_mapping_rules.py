@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,7 +38,6 @@ def numbered(shapes):
     return tensors
 
 
-@settings(max_examples=30, deadline=None)
 @given(odd_configs(), st.data())
 def test_rules_cover_transformers_models_and_are_exact_inverses(chosen, data):
     name, config = chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.data.contamination.held_out import held_out_documents
@@ -95,7 +95,6 @@ def test_verdicts_by_hand(make_dataset):
     assert half.held_out[2].verdict(half.near) == "near"
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     training=st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=12),
     held_out=st.lists(st.lists(st.integers(0, 2), max_size=10), min_size=1, max_size=6),

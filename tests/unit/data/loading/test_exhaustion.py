@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.config import draft_config
@@ -45,7 +45,6 @@ def walk(cursor: BlendCursor, count: int) -> list[tuple[str, int]]:
     return [(NAMES[source], k) for source, k in zip(sources.tolist(), ks.tolist(), strict=True)]
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     limits=st.dictionaries(st.sampled_from(["code", "qa", "math"]), st.integers(0, 40)),  # web never ends
     cuts=st.lists(st.integers(0, 150), max_size=8),
@@ -104,7 +103,6 @@ def test_a_limit_raised_on_resume_brings_the_source_back_without_a_burst():
     assert [name for name, _ in pairs] == [name for name, _ in islice(by_the_rule(PHASES, {}), 10)]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     epochs=st.dictionaries(st.sampled_from(["web", "code", "qa"]), st.floats(0.05, 3), min_size=1, max_size=2),
     weights=st.lists(st.sampled_from([1.0, 0.5, 0.2, 0.05]), min_size=3, max_size=3),

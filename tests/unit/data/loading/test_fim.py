@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.config import FimConfig
@@ -41,7 +41,6 @@ def pieces(sample: list[int]) -> list[list[int]]:
 documents = st.lists(st.lists(st.integers(1, 1000), max_size=12), min_size=1, max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     documents=documents, key=st.integers(0, 2**64 - 1), spm_rate=st.sampled_from([0.0, 0.5, 1.0]), rate=st.floats(0, 1)
 )

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.data.loading.fim import FillInMiddle
@@ -74,7 +74,6 @@ def test_a_window_is_at_most_a_64th_of_an_epoch(num_spans):
     assert window == 1 or window * 64 <= num_spans
 
 
-@settings(max_examples=200, deadline=None)
 @given(num_spans=st.integers(1, 5000), k=st.integers(0, 60_000), old=st.sampled_from([2, 4, 8, 16]),
        new=st.sampled_from([2, 4, 8, 16]))  # fmt: skip
 def test_a_change_of_length_continues_with_the_next_unread_window(num_spans, k, old, new):
@@ -125,7 +124,6 @@ PHASES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(phases=PHASES, spans=st.tuples(st.integers(1, 700), st.integers(1, 300)), cuts=st.lists(st.integers(1, 2000)))
 def test_nothing_is_read_twice_in_an_epoch_and_restarts_change_nothing(
     tmp_path_factory, write_pair, phases, spans, cuts
@@ -159,7 +157,6 @@ def test_nothing_is_read_twice_in_an_epoch_and_restarts_change_nothing(
         assert skipped <= num_changes * stream.grid.window_spans * LONG
 
 
-@settings(max_examples=40, deadline=None)
 @given(phases=PHASES, limits=st.fixed_dictionaries({"code": st.integers(0, 60)}), cuts=st.lists(st.integers(1, 2000)))
 def test_a_source_ends_at_its_limit_whatever_the_length(tmp_path_factory, write_pair, phases, limits, cuts):
     folder = tmp_path_factory.mktemp("limits")

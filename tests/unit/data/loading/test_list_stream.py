@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.data.loading.samples import read_document_ends, read_samples
@@ -41,7 +41,6 @@ def counting_pairs(folder: Path, corpora) -> list[IndexedDataset]:
     return pairs
 
 
-@settings(max_examples=40, deadline=None)
 @given(data=st.data(), corpora=st.lists(LENGTHS, min_size=1, max_size=3), seq_length=st.sampled_from([1, 2, 4, 8]))
 def test_equal_to_a_copy_of_the_documents(tmp_path_factory, data, corpora, seq_length):
     folder = tmp_path_factory.mktemp("listed")

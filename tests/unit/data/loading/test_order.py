@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.data.loading.loader import Loader, StepData
@@ -105,7 +105,6 @@ def in_global_order(ranks: list[list[StepData]]) -> Iterator[list[int]]:
                 yield from np.concatenate([batch.tokens, batch.labels[:, -1:]], axis=1).tolist()
 
 
-@settings(max_examples=60, deadline=None)
 @given(run=runs())
 def test_any_division_restart_and_change_of_blend_reads_the_same_order(streams, run):
     switch, segments = run

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.data import IndexedDataset, TokenStream
@@ -35,7 +35,6 @@ def streams(tmp_path_factory: pytest.TempPathFactory, write_pair) -> list[TokenS
 WANTED = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 200)), min_size=1, max_size=40)
 
 
-@settings(max_examples=200, deadline=None)
 @given(wanted=WANTED, length=st.sampled_from([None, S, S // 2]))
 def test_equal_to_what_each_stream_reads_alone(streams, wanted, length):
     sources, ks = np.array(wanted).T

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.data.loading.stream import TokenStream
@@ -36,7 +36,6 @@ def test_a_sample_is_contiguous_in_its_file(stream):
         assert len(tokens) == S + 1
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 120), min_size=1, max_size=6),
     seq_length=st.integers(1, 20),

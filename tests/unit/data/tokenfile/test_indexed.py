@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.data.tokenfile.header import DTYPE_CODES
@@ -46,7 +46,6 @@ def pair_bytes(prefix: Path) -> tuple[bytes, bytes]:
 
 class TestSameAsMegatronCore:
     @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-    @settings(max_examples=20, deadline=None)
     @given(documents=st.lists(st.lists(st.integers(0, 65499), max_size=20), max_size=20))
     def test_bytes(self, tmp_path_factory, dtype, documents):
         folder = tmp_path_factory.mktemp("pair")
@@ -130,7 +129,6 @@ class TestReading:
             with pytest.raises(IndexError):
                 dataset.document_at(outside)
 
-    @settings(max_examples=20, deadline=None)
     @given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=30).filter(any))
     def test_document_at_equals_counting(self, tmp_path_factory, lengths):
         prefix = tmp_path_factory.mktemp("pair") / "p"

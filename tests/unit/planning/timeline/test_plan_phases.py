@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.config import draft_config
@@ -97,7 +97,6 @@ def test_several_wrong_phases_are_all_reported(run_data):
     assert len(texts(plan(run_data))) == 2
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     steps=st.integers(1, 400),
     batch=st.integers(1, 64),
@@ -134,7 +133,6 @@ def test_phases_tile_the_run(steps, batch, ends, shape):
     assert sum(total.tokens for total in found.sources.values()) == found.tokens_trained == found.tokens
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.integers(0, 10**9))
 def test_samples_are_shared_out_by_weight(weights, samples):
     shares = normalize({f"s{n}": weight for n, weight in enumerate(weights)})

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megatron_cpt.config import RunConfig, draft_config
@@ -137,7 +137,6 @@ def run_of(ramp, untils, shapes, tokens, warmup, shape, decay) -> RunConfig:
     return config
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(**RUNS)
 @example(None, [{"lr": 0.5}], [(None, None)] * 3, 1, 0, "wsd", 5)  # a decay longer than the run: its first step counts
 def test_the_plan_equals_a_simulation_step_by_step(ramp, untils, shapes, tokens, warmup, shape, decay):
@@ -172,7 +171,6 @@ def bisect(target: int, most: int, value: Callable[[int], int]) -> int:
     return min(most, 1 + bisect_left(values, target))
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(**RUNS)
 def test_a_run_is_as_long_as_bisection_finds(ramp, untils, shapes, tokens, warmup, shape, decay):
     config = run_of(ramp, untils, shapes, tokens, warmup, shape, decay)

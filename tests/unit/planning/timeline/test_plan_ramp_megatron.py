@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.config import BatchConfig, draft_config
@@ -44,7 +44,6 @@ def ramps(draw) -> BatchConfig:
     return BatchConfig.model_validate({"global": start + num * increment, "ramp_up": ramp})
 
 
-@settings(max_examples=150, deadline=None)
 @given(ramps(), st.integers(0, 30_000))
 def test_the_size_after_any_number_of_samples_is_megatrons(batch, samples):
     calculator, ramp = calculator_of(batch), batch.ramp_up
@@ -53,7 +52,6 @@ def test_the_size_after_any_number_of_samples_is_megatrons(batch, samples):
         assert batch_size(batch, at) == calculator.get_current_global_batch_size()
 
 
-@settings(max_examples=60, deadline=None)
 @given(batch=ramps(), steps=st.integers(1, 300))
 def test_every_step_of_a_plan_has_megatrons_batch(batch, steps):
     data = {

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.config import ScheduleConfig, Span
@@ -81,7 +81,6 @@ def test_warm_up_is_linear_and_the_decay_takes_what_is_left():
     assert warmed.rate(61) == pytest.approx(1e-5 + 99e-5 / 2)  # 40 of the 80 steps after the warmup
 
 
-@settings(max_examples=60, deadline=None)
 @given(schedules())
 def test_rates_stay_within_their_bounds_and_fall_after_the_peak(run):
     rates = run.rates(range(1, run.steps + 1))
@@ -93,7 +92,6 @@ def test_rates_stay_within_their_bounds_and_fall_after_the_peak(run):
     assert run.rate(run.steps + 1) == (run.max_lr if run.shape == "constant" else run.min_lr)
 
 
-@settings(max_examples=200, deadline=None)
 @given(schedules(), st.floats(1e-3, 0.999))
 def test_the_last_step_above_a_rate(run, share):
     wanted = share * run.max_lr
