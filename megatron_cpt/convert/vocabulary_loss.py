@@ -102,7 +102,7 @@ def encode_text(name: str, extended: ExtendedVocabulary) -> EncodedText:
 def measure_loss(checkpoint: Path, text: EncodedText, extended: ExtendedVocabulary) -> VocabularyLoss:
     """Compute the loss of an imported checkpoint on a text under both tokenizers, in this process and in fp32.
 
-    The model before is the same model whose softmax leaves out the new rows, since all other weights are unchanged.
+    The model before is the same model with a softmax over the old ids, since all other weights are unchanged.
     """
     saved = open_checkpoint(checkpoint)
     new_rows = torch.zeros(extended.source.model.vocab, dtype=torch.bool)
