@@ -40,14 +40,13 @@ class _Ray(SimpleNamespace):
         return [{"Resources": {"CPU": 2.0}}]
 
     def remote(self, **_: Any) -> Callable[[Callable[..., Any]], Any]:
-        return lambda function: SimpleNamespace(remote=lambda *words: (function, words))
+        return lambda function: SimpleNamespace(remote=lambda *words: lambda: function(*words))
 
     def wait(self, tasks: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
         return tasks[:num_returns], tasks[num_returns:]
 
     def get(self, task: Any) -> Any:
-        function, words = task
-        return function(*words)
+        return task()
 
 
 @pytest.fixture
