@@ -109,6 +109,7 @@ def test_tied_embeddings_and_full_recompute_over_a_pipeline(run_file: Path) -> N
         assert [line["loss"] for line in read_metrics(folder / name)] == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.long  # unequal stages train above, and test_resume.py changes between them
 def test_three_layers_on_two_stages(run_file: Path) -> None:
     """A run of 3 layers has the losses of one process, and resumes with another number of layers per stage."""
     folder = run_file.parent / "three"
