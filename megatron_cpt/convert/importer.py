@@ -26,6 +26,7 @@ from megatron_cpt.convert.megatron.torch_dist_writer import (
 )
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.convert.vocabulary import VocabularyReport, count_ids_without_row, extend_vocabulary
+from megatron_cpt.convert.vocabulary_loss import VocabularyLoss, encode_text, measure_loss
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.identity import must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
@@ -46,8 +47,11 @@ class ImportOptions:
         allow_pickle: also read pickled `.bin` weights of a Hugging Face folder; tensors only, no code is run.
         allow_nan: import weights that are NaN or infinite.
         optimizer: also import Adam's moments, master weights and step, for `init.load: weights+optimizer`.
-        init_rows: initial embeddings of new tokens: `pieces` (mean over the old tokenizer's pieces of the token) or
-            `mean` (mean over all tokens).
+        new_tokens: tokens to add to tokenizer and model.
+        init_rows: initial rows of new tokens in embedding and output layer: `pieces` (mean over the old tokenizer's
+            pieces of the token) or `mean` (mean over all tokens).
+        loss_on: held-out text, to compute the loss before and after the new tokens; see `encode_text`. The model must
+            fit into memory in fp32.
     """
 
     dtype: str | None = None
@@ -59,6 +63,7 @@ class ImportOptions:
     optimizer: bool = False
     new_tokens: tuple[str, ...] = ()
     init_rows: str = "pieces"
+    loss_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class ImportReport:
         vocabulary: changes to the vocabulary, if tokens were added.
         ids_without_row: ids of the tokenizer for which the model has no row of the embedding.
         optimizer_step: Adam's step, if the optimizer was imported.
+        loss: loss on `ImportOptions.loss_on` under both vocabularies.
     """
 
     kind: str
@@ -88,6 +94,7 @@ class ImportReport:
     vocabulary: VocabularyReport | None = None
     ids_without_row: int = 0
     optimizer_step: int | None = None
+    loss: VocabularyLoss | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values."""
@@ -117,6 +124,8 @@ def import_checkpoint(
     source, target, options = Path(source), Path(target), options or ImportOptions()
     if options.optimizer and options.new_tokens:
         raise UserError("--optimizer: new tokens have no moments; import with --add-tokens or with --optimizer")
+    if options.loss_on and not options.new_tokens:
+        raise UserError("--loss-on: compares the loss before and after new tokens; give them with --add-tokens")
     refuse_existing(target)
     work_path = target.with_name(f".{target.name}.tmp")
     with os_errors_as_cpt_errors(work_path), tempfile.TemporaryDirectory() as scratch:
@@ -126,9 +135,12 @@ def import_checkpoint(
             allow_pickle=options.allow_pickle,
             with_optimizer=options.optimizer,
         )
-        vocabulary = None
+        extended = text = None
         if options.new_tokens:
-            opened, vocabulary = extend_vocabulary(opened, options.new_tokens, options.init_rows, Path(scratch))
+            extended = extend_vocabulary(opened, options.new_tokens, options.init_rows, Path(scratch))
+            opened = extended.source
+            text = encode_text(options.loss_on, extended) if options.loss_on else None
+        vocabulary = extended.report if extended else None
         started = time.perf_counter()
         dtype = find_dtype(options.dtype)
         specs = {
@@ -145,6 +157,8 @@ def import_checkpoint(
                 write_checkpoint_files(work.path, target.name, source, opened, specs, written, vocabulary)
             work.publish()
         ids_without_row = count_ids_without_row(opened)
+        seconds = time.perf_counter() - started
+        loss = measure_loss(target, text, extended) if extended and text else None
     return ImportReport(
         kind=opened.kind,
         family=opened.family,
@@ -155,10 +169,11 @@ def import_checkpoint(
         num_bytes=num_bytes,
         num_files=len(plans),
         num_kept=num_kept,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         vocabulary=vocabulary,
         ids_without_row=ids_without_row,
         optimizer_step=opened.groups[0]["step"] if opened.groups is not None else None,
+        loss=loss,
     )
 
 

@@ -6,11 +6,12 @@ runs the Hugging Face model and compares. Both compute in fp32.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ PROMPTS = (
     "1, 1, 2, 3, 5, 8, 13, 21,",
 )
 _RANDOM_LENGTHS = (5, 17, 32)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def compare_logits(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of transformers and torch do not concern a reader of the report
         ids, origin = _prompt_ids(Path(hf), model, prompts)
-        ours = _our_logits(saved, ids, tensor, pipeline)
+        ours = map_logits(saved, ids, lambda logits, _: logits, tensor=tensor, pipeline=pipeline)
         if launched_rank() != 0:
             return None
         return _compare(ours, _hf_logits(Path(hf), ids), ids, f"TP {tensor} x PP {pipeline}", origin)
@@ -104,8 +107,21 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
     return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS], "random ids"
 
 
-def _our_logits(saved: SavedRun, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int) -> list[torch.Tensor]:
-    """Return (length, padded vocab) float32 logits per prompt, on every rank."""
+def map_logits(
+    saved: SavedRun,
+    prompts: Sequence[torch.Tensor],
+    function: Callable[[torch.Tensor, torch.Tensor], T],
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+) -> list[T]:
+    """Load a checkpoint in fp32 and return `function(logits, ids)` per prompt, on every rank of the job.
+
+    Args:
+        prompts: ids of each text.
+        function: called on the last pipeline stage with (length, padded vocab) float32 logits; its result is picklable.
+        tensor, pipeline: tensor- and pipeline-parallel sizes; their product is the number of processes.
+    """
     layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     with load_inference_model(saved, inference_run(saved, [*layout, "precision={compute: fp32}"])) as loaded:
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -116,13 +132,13 @@ def _our_logits(saved: SavedRun, prompts: Sequence[torch.Tensor], tensor: int, p
         def forward(ids: torch.Tensor, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             tokens = ids[None].to(device)
             positions = torch.arange(len(ids), device=device)[None]
-            return chunk(tokens, positions, None), collect
+            return chunk(tokens, positions, None), functools.partial(collect, ids)
 
-        def collect(logits: torch.Tensor, **_: Any) -> torch.Tensor:
+        def collect(ids: torch.Tensor, logits: torch.Tensor, **_: Any) -> T:
             gathered: torch.Tensor = gather_from_tensor_model_parallel_region(logits)
-            return gathered[0].float().cpu()
+            return function(gathered[0].float().cpu(), ids)
 
-        results = []
+        results: list[T] = []
         for ids in prompts:
             with torch.no_grad():
                 found = get_forward_backward_func()(

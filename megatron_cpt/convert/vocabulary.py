@@ -1,16 +1,16 @@
 """New tokens for continued pretraining: initial rows of embedding and output layer.
 
 Random rows would be unlike everything that the model has learned. Therefore the row of a new token is the mean of the
-rows of the pieces that the old tokenizer splits it into, or the mean of all rows (Hewitt, *Initializing New Word
-Embeddings for Pretrained Language Models*, 2021). Example: the old tokenizer splits "megatron" into ids 17 and 403, so
-its row is (row 17 + row 403) / 2.
+rows of the pieces that the old tokenizer splits it into (Gee et al., *Fast Vocabulary Transfer*, arXiv 2402.09977), or
+the mean of all rows (Hewitt, *Initializing New Word Embeddings for Pretrained Language Models*, 2021). Example: the old
+tokenizer splits "megatron" into ids 17 and 403, so its row is (row 17 + row 403) / 2.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class VocabularyReport:
         num_new: number of rows that were initialized: of the added tokens, and of all other ids that had no row.
         from_pieces: number of these rows that are the mean over pieces of the old tokenizer; the others are the mean of
             all rows.
+        without_pieces: new tokens that got the mean of all rows, because the old tokenizer knows no piece of them.
         known: tokens of the list that tokenizer and model already had, which were skipped.
         near_zero: number of rows of the old embedding with a norm under 5 % of the median; their ids were hardly
             trained.
@@ -57,29 +58,50 @@ class VocabularyReport:
     known: list[str]
     near_zero: int
     near_zero_ids: list[int]
+    without_pieces: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         skipped = f"; {len(self.known)} skipped, already known" if self.known else ""
         ids = f" (ids {', '.join(map(str, self.near_zero_ids))}...)" if self.near_zero else ""
         return (
             f"{self.before:,} -> {self.after:,}: {self.num_new} new, "
-            f"{self.from_pieces} initialized from their pieces{skipped}; "
+            f"{self.from_pieces} initialized from their pieces{self._without_pieces()}{skipped}; "
             f"{self.near_zero} old rows are near zero{ids}"
         )
+
+    def _without_pieces(self) -> str:
+        names = [repr(token) for token in self.without_pieces[:_MAX_SHOWN]]
+        more = "..." if len(self.without_pieces) > _MAX_SHOWN else ""
+        return f", {len(self.without_pieces)} without pieces from all rows ({', '.join(names)}{more})" if names else ""
+
+
+@dataclass(frozen=True)
+class ExtendedVocabulary:
+    """Model and tokenizer with new tokens.
+
+    Attributes:
+        source: the larger model, with the files of the new tokenizer.
+        report: the changes.
+        new_ids: ids of the new tokens.
+        old_tokenizer, new_tokenizer: folders with the files of both tokenizers.
+    """
+
+    source: SourceCheckpoint
+    report: VocabularyReport
+    new_ids: tuple[int, ...]
+    old_tokenizer: Path
+    new_tokenizer: Path
 
 
 def extend_vocabulary(
     source: SourceCheckpoint, tokens: Sequence[str], init_rows: str, scratch: Path
-) -> tuple[SourceCheckpoint, VocabularyReport]:
+) -> ExtendedVocabulary:
     """Add tokens to a model and to its tokenizer.
 
     Args:
         source: the model; its side files must include a tokenizer.
         init_rows: `pieces` or `mean`, see `ImportOptions`.
-        scratch: empty folder for the files of the old and the new tokenizer.
-
-    Returns:
-        The larger model with the files of the new tokenizer, and the changes.
+        scratch: empty folder for the files of the old and the new tokenizer, which stay there.
 
     Raises:
         UserError: the source has no tokenizer, or tokenizer and model already have all tokens.
@@ -91,7 +113,8 @@ def extend_vocabulary(
     new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
     if len(known) == len(tokens) and max(vocabulary.values()) < vocab:
         raise UserError("--add-tokens: tokenizer and model already have all of them; omit the option")
-    pieces = [tokenizer(token, add_special_tokens=False).input_ids if init_rows == "pieces" else [] for token in new]
+    pieces = [_known_pieces(tokenizer, token, vocab) if init_rows == "pieces" else [] for token in new]
+    without_pieces = [token for token, own in zip(new, pieces, strict=True) if init_rows == "pieces" and not own]
     tokenizer.add_tokens(list(new))
     ids = [tokenizer.convert_tokens_to_ids(token) for token in new]
     if new and ids != list(range(ids[0], ids[0] + len(new))):
@@ -114,7 +137,7 @@ def extend_vocabulary(
     by_id = dict(zip(ids, pieces, strict=True))
     kept = [number for number in filled if number < vocab and number not in by_id]  # between new ids, in a gap
     by_id |= {number: [number] for number in kept}
-    pieces = [own if all(piece < vocab for piece in own) else [] for own in (by_id.get(n, []) for n in filled)]
+    pieces = [by_id.get(number, []) for number in filled]
     model = ModelConfig.model_validate({**source.model.model_dump(mode="json"), "vocab": after})
     rows = {
         name: _new_rows(source.read, name, source.specs[name].shape[1], vocab, pieces)
@@ -130,6 +153,7 @@ def extend_vocabulary(
         known=known,
         near_zero=len(near_zero),
         near_zero_ids=near_zero[:_MAX_SHOWN],
+        without_pieces=without_pieces,
     )
     shapes = expected_tensors(model)
     larger = replace(
@@ -140,7 +164,13 @@ def extend_vocabulary(
         # Without a token that is new to it, the tokenizer keeps its files and so its fingerprint in data.
         side_files={**source.side_files, **(find_side_files(scratch / "new") if new else {})},
     )
-    return larger, report
+    return ExtendedVocabulary(larger, report, tuple(ids), scratch / "old", scratch / ("new" if new else "old"))
+
+
+def _known_pieces(tokenizer: Any, token: str, vocab: int) -> list[int]:
+    """Return the ids of a token's pieces; empty if a piece is unknown to the tokenizer or has no row in the model."""
+    ids: list[int] = tokenizer(token, add_special_tokens=False).input_ids
+    return ids if all(piece < vocab and piece != tokenizer.unk_token_id for piece in ids) else []
 
 
 def count_ids_without_row(source: SourceCheckpoint) -> int:

@@ -79,7 +79,9 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def connect_ray(address: str | None, *, num_cpus: int | None, bytes_per_cpu: int = 0) -> Iterator[RayCluster]:
+def connect_ray(
+    address: str | None, *, num_cpus: int | None, num_gpus: int | None = 0, bytes_per_cpu: int = 0
+) -> Iterator[RayCluster]:
     """Connect to a cluster, or start one on this machine and stop it at the end.
 
     The cluster of this machine has no dashboard, listens on the loopback address with a token of its own, and leaves no
@@ -88,6 +90,7 @@ def connect_ray(address: str | None, *, num_cpus: int | None, bytes_per_cpu: int
     Args:
         address: as `ray.init` takes it, such as `head:6379` or `auto`; None: start a cluster.
         num_cpus: CPUs to use; None: all of the cluster or machine.
+        num_gpus: GPUs of a cluster that is started; None: all of the machine.
         bytes_per_cpu: size of the object store of a cluster that is started, per CPU.
 
     Raises:
@@ -107,7 +110,7 @@ def connect_ray(address: str | None, *, num_cpus: int | None, bytes_per_cpu: int
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
                 stack.callback(ray.shutdown)  # before its folder is removed
                 cpus = num_cpus or len(os.sched_getaffinity(0))
-                _start(cpus, max(cpus * bytes_per_cpu, _LEAST_STORE), folder)
+                _start(cpus, num_gpus, max(cpus * bytes_per_cpu, _LEAST_STORE), folder)
             else:
                 _join(address)
         found = int(ray.cluster_resources().get("CPU", 1))
@@ -132,7 +135,7 @@ def _set_environment(stack: contextlib.ExitStack) -> None:
     os.environ.update(_LOCAL_SETTINGS)
 
 
-def _start(num_cpus: int, store_bytes: int, folder: str) -> None:
+def _start(num_cpus: int, num_gpus: int | None, store_bytes: int, folder: str) -> None:
     import ray
 
     for start in range(1, _STARTS + 1):
@@ -140,7 +143,7 @@ def _start(num_cpus: int, store_bytes: int, folder: str) -> None:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
-                num_gpus=0,
+                num_gpus=num_gpus,
                 object_store_memory=store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,

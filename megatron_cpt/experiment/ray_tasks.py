@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_cpt.data.ray_engine import connect_ray
 from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError, UserError
 from megatron_cpt.experiment import child_process
 from megatron_cpt.experiment.arms import Experiment, Unit
 
-_STARTS = 3
+# A task would set OMP_NUM_THREADS to its CPUs, and sums of a CPU run would differ from a run of the local engine.
+_VARIABLES = {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
 
 def run_on_ray(
@@ -34,14 +36,11 @@ def run_on_ray(
         UserError: there is no cluster at the address, or no node has room for a run.
         CptError: Ray did not start, or runs have failed.
     """
-    import ray
+    with connect_ray(address, num_cpus=None, num_gpus=None):
+        import ray  # by now its settings are in the environment
 
-    _connect(ray, address)
-    try:
         _check_room(ray, experiment, units)
         statuses = _run_tasks(ray, experiment, units, jobs or len(units), tell)
-    finally:
-        ray.shutdown()
     failed = [
         f"  - {name}: status {status}: {text}"
         for name, (status, text) in statuses.items()
@@ -50,30 +49,6 @@ def run_on_ray(
     if failed:
         raise CptError("\n".join([f"{len(failed)} of {len(units)} runs failed:", *failed]))
     return EXIT_STOPPED if any(status == EXIT_STOPPED for status, _ in statuses.values()) else EXIT_OK
-
-
-def _connect(ray: Any, address: str | None) -> None:
-    """Connect to a cluster, or start one on this machine, for which Ray allows its processes 30 seconds."""
-    options: dict[str, Any] = {"address": address}
-    if address is None:
-        options = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    # Ray would set it to the CPUs of a task, and sums of a CPU run would differ from a run of the local engine.
-    variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    for start in range(1, _STARTS + 1):
-        try:
-            ray.init(log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables}, **options)
-            return
-        except Exception as error:  # Ray raises plain exceptions if its processes do not come up
-            ray.shutdown()
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if address is not None:
-                raise UserError(f"--ray-address {address}: no connection to a Ray cluster: {reason}") from error
-            if start == _STARTS:
-                raise CptError(
-                    f"Ray did not start in {_STARTS} attempts: {reason}; the machine may be too busy: try again, use "
-                    "--engine local, or name a running cluster with --ray-address"
-                ) from error
 
 
 def _check_room(ray: Any, experiment: Experiment, units: Sequence[Unit]) -> None:
@@ -93,6 +68,7 @@ def _run_tasks(
 ) -> dict[str, tuple[int, str]]:
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     path, folder = str(experiment.path), os.getcwd()
+    variables = {name: os.environ.get(name, default) for name, default in _VARIABLES.items()}
     waiting = list(units)
     running: dict[Any, str] = {}
     ended: dict[str, tuple[int, str]] = {}
@@ -101,7 +77,7 @@ def _run_tasks(
             unit = waiting.pop(0)
             ranks = experiment.ranks[unit.arm]
             task = ray.remote(num_cpus=ranks, num_gpus=ranks if has_gpus else 0, max_retries=0)(run_only)
-            running[task.remote(path, unit.name, folder)] = unit.name
+            running[task.remote(path, unit.name, folder, variables)] = unit.name
         done, _ = ray.wait(list(running), num_returns=1)
         name = running.pop(done[0])
         try:
@@ -112,9 +88,10 @@ def _run_tasks(
     return ended
 
 
-def run_only(path: str, unit: str, folder: str) -> tuple[int, str]:
-    """Train one run in a process of its own; return its exit status and its last line of output."""
+def run_only(path: str, unit: str, folder: str, variables: Mapping[str, str]) -> tuple[int, str]:
+    """Train one run in a process with these variables; return its exit status and its last line of output."""
     words = child_process.command(["experiment", path, "--only", unit])
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()
     return (done.returncode if done.returncode >= 0 else 1), lines[-1] if lines else ""

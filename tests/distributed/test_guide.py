@@ -65,7 +65,7 @@ def _run(text: str, folder: Path, environment: dict[str, str]) -> subprocess.Com
     """Run a line in bash; a `megatron-cpt` that needs neither a shell nor a launcher is forked, which saves imports."""
     words = shlex.split(text)
     if words[:1] == ["megatron-cpt"] and words[1] not in ("--version", "launch") and not set(text) & set("*>|;$"):
-        return run_command(words[1:], folder=folder, environment={"OMP_NUM_THREADS": "1"})
+        return run_command(words[1:], folder=folder, environment=environment)
     command = ["bash", "-c", text]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

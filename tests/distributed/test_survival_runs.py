@@ -74,6 +74,7 @@ def samples_of_steps(output: Path) -> list[set[str]]:
     return [{sample for samples in steps[step].values() for sample in samples} for step in sorted(steps)]
 
 
+@pytest.mark.long  # the tests below compare further runs with `quiet`
 def test_two_equal_runs_have_equal_bits(small_file: Path, quiet: Path) -> None:
     again = small_file.parent / "again"
     run_ranks(2, train_here, str(small_file), [f"output={again}"])

@@ -20,7 +20,7 @@ class RankError(AssertionError):
     """A rank raised an error or died; the message contains its traceback."""
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
     """Call `function(*args)` on every rank of a new gloo job.
 
     Args:

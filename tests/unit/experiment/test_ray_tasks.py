@@ -25,7 +25,10 @@ class _Ray(SimpleNamespace):
     def init(self, **options: Any) -> None:
         self.calls.append(options)
         if len(self.calls) <= self.starts_failed:
-            raise Exception("timed out\nlong trace")
+            raise ConnectionError("timed out\nlong trace")
+
+    def is_initialized(self) -> bool:
+        return False
 
     def shutdown(self) -> None:
         self.is_down = True
@@ -37,14 +40,13 @@ class _Ray(SimpleNamespace):
         return [{"Resources": {"CPU": 2.0}}]
 
     def remote(self, **_: Any) -> Callable[[Callable[..., Any]], Any]:
-        return lambda function: SimpleNamespace(remote=lambda *words: (function, words))
+        return lambda function: SimpleNamespace(remote=lambda *words: lambda: function(*words))
 
     def wait(self, tasks: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
         return tasks[:num_returns], tasks[num_returns:]
 
     def get(self, task: Any) -> Any:
-        function, words = task
-        return function(*words)
+        return task()
 
 
 @pytest.fixture
@@ -58,8 +60,9 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> _Ray:
 def run(
     found: Experiment, statuses: dict[str, int], monkeypatch: pytest.MonkeyPatch, address: str | None = None
 ) -> int:
-    def run_only(path: str, unit: str, folder: str) -> tuple[int, str]:
+    def run_only(path: str, unit: str, folder: str, variables: dict[str, str]) -> tuple[int, str]:
         assert path == str(found.path)
+        assert variables["OMP_NUM_THREADS"]
         return statuses.get(unit, 0), "the last line"
 
     monkeypatch.setattr(ray_tasks, "run_only", run_only)
@@ -73,6 +76,7 @@ def test_statuses_of_the_tasks(load: Load, ray: _Ray, monkeypatch: pytest.Monkey
     with pytest.raises(CptError, match=r"1 of 3 runs failed:\n  - same/seed-1: status 3: the last line"):
         run(found, {"same/seed-1": 3, "high/seed-1": 75}, monkeypatch)
     assert ray.is_down
+    assert {(call["address"], call["_node_ip_address"]) for call in ray.calls} == {("local", "127.0.0.1")}
 
 
 def test_a_slow_start_is_tried_again(load: Load, ray: _Ray, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +90,8 @@ def test_a_slow_start_is_tried_again(load: Load, ray: _Ray, monkeypatch: pytest.
 
 def test_no_cluster_at_an_address(load: Load, ray: _Ray, monkeypatch: pytest.MonkeyPatch) -> None:
     ray.starts_failed = 1
-    with pytest.raises(UserError, match="--ray-address head:1: no connection to a Ray cluster: timed out"):
-        run(load(seeds=[1]), {}, monkeypatch, "head:1")
+    with pytest.raises(UserError, match="--ray-address auto: no connection to a Ray cluster: timed out"):
+        run(load(seeds=[1]), {}, monkeypatch, "auto")
 
 
 @pytest.mark.usefixtures("ray")

@@ -82,6 +82,14 @@ def import_(
             help="Embeddings of new tokens: mean over the old tokenizer's pieces of the token, or over all tokens.",
         ),
     ] = "pieces",
+    loss_on: Annotated[
+        str | None,
+        typer.Option(
+            "--loss-on",
+            metavar="FILE|PREFIX",
+            help="With --add-tokens, compute the loss on held-out text under both tokenizers: JSONL, or a dataset.",
+        ),
+    ] = None,
     allow_pickle: AllowPickle = False,
     allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Import weights that are NaN or infinite.")] = False,
     as_json: Json = False,
@@ -106,6 +114,7 @@ def import_(
         optimizer=optimizer,
         new_tokens=tuple(dict.fromkeys(_read_lines("--add-tokens", add_tokens, "token"))) if add_tokens else (),
         init_rows=init_rows,
+        loss_on=loss_on,
     )
     with progress_bar("importing", is_bytes=True) as advance:
         report = import_checkpoint(source, target, options, advance=advance)
@@ -120,6 +129,8 @@ def import_(
         print(f"optimizer: moments and master weights after {report.optimizer_step:,} updates")
     if report.vocabulary is not None:
         print(f"vocabulary: {report.vocabulary}")
+    if report.loss is not None:
+        print(f"loss: {report.loss}")
     if report.ids_without_row:
         print(
             f"warning: the tokenizer has {report.ids_without_row:,} ids more than the model has rows, and `train` "
