@@ -31,6 +31,7 @@ from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, sha
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.checkpoint.state import optimizer_shards, state_dicts
 from megatron_cpt.errors import CptError, RefusedError
+from megatron_cpt.optim.ema import WeightEma
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,19 @@ def load_training(
     optimizer: MegatronOptimizer,
     how: Verify = "full",
     *,
+    ema: WeightEma | None = None,
     with_rng: bool,
 ) -> None:
-    """Load weights, optimizer and, if the layout is the one that saved them, random states; see `load_weights`."""
-    wanted = state_dicts.training_state(chunks, optimizer, is_loading=True, with_rng=with_rng)
+    """Load weights, optimizer and, if the layout is the one that saved them, random states; see `load_weights`.
+
+    Args:
+        saved: the checkpoint.
+        chunks, optimizer: filled in place.
+        how: share of the checksums to compare.
+        ema: filled in place; None: a moving average in the checkpoint is not read.
+        with_rng: also load random states.
+    """
+    wanted = state_dicts.training_state(chunks, optimizer, ema=ema, is_loading=True, with_rng=with_rng)
     state = _load(wanted, saved, how)
     state_dicts.load_model_state(chunks, state)
     optimizer_shards.load_state(optimizer, state["optimizer"])
