@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from megatron_cpt.backend import launched_rank, launched_world_size
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
-from megatron_cpt.checkpoint.record import SavedRun
+from megatron_cpt.checkpoint.record import SavedRun, WeightSet
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.errors import UserError
 
@@ -60,12 +60,19 @@ class LogitsReport:
 
 
 def compare_logits(
-    hf: str | Path, checkpoint: str | Path, prompts: Sequence[str] | None = None, *, tensor: int = 1, pipeline: int = 1
+    hf: str | Path,
+    checkpoint: str | Path,
+    prompts: Sequence[str] | None = None,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    weights: WeightSet = "raw",
 ) -> LogitsReport | None:
     """Compare the logits of a checkpoint and a Hugging Face folder; every rank of the job calls this function.
 
     Args:
         prompts: texts. None: `PROMPTS`, or random ids if the folder has no tokenizer.
+        weights: `ema`: the moving average of the checkpoint's weights.
         tensor, pipeline: tensor- and pipeline-parallel sizes; their product is the number of processes.
 
     Returns:
@@ -84,7 +91,7 @@ def compare_logits(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of transformers and torch do not concern a reader of the report
         ids, origin = _prompt_ids(Path(hf), model, prompts)
-        ours = _our_logits(saved, ids, tensor, pipeline)
+        ours = _our_logits(saved, ids, tensor, pipeline, weights)
         if launched_rank() != 0:
             return None
         return _compare(ours, _hf_logits(Path(hf), ids), ids, f"TP {tensor} x PP {pipeline}", origin)
@@ -104,10 +111,13 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
     return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS], "random ids"
 
 
-def _our_logits(saved: SavedRun, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int) -> list[torch.Tensor]:
+def _our_logits(
+    saved: SavedRun, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int, weights: WeightSet
+) -> list[torch.Tensor]:
     """Return (length, padded vocab) float32 logits per prompt, on every rank."""
     layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
-    with load_inference_model(saved, inference_run(saved, [*layout, "precision={compute: fp32}"])) as loaded:
+    run = inference_run(saved, [*layout, "precision={compute: fp32}"])
+    with load_inference_model(saved, run, weights) as loaded:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 

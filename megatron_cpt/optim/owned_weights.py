@@ -47,8 +47,7 @@ def owned_weights(optimizer: Any) -> list[OwnedWeight]:
     part = only_part(optimizer)
     if isinstance(part, DistributedOptimizer):
         return [
-            OwnedWeight(parameter, start, end, part._get_main_param_and_optimizer_states(parameter)["param"])
-            for parameter, (start, end) in _ranges(part)
+            OwnedWeight(parameter, start, end, _master(part, parameter)) for parameter, (start, end) in _ranges(part)
         ]
     return [OwnedWeight(parameter, 0, parameter.numel(), master) for parameter, master in _whole(part)]
 
@@ -60,6 +59,17 @@ def _ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int]]]:
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
                     yield parameter, (ranges["param"].start, ranges["param"].end)
+
+
+def _master(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return this rank's share of the master weights.
+
+    megatron-core's `_get_main_param_and_optimizer_states` would create an empty state of Adam, if there is none yet.
+    Then `load_state_dict` takes the moments for allocated, and does not load them.
+    """
+    group, place = part.model_param_group_index_map[parameter]
+    master: torch.Tensor = part.optimizer.param_groups[group]["params"][place]
+    return master
 
 
 def _whole(part: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

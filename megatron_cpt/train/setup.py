@@ -259,7 +259,11 @@ def _build_from_newest_valid(
 def _build_and_load(
     config: RunConfig, ranks: Ranks, own: SavedRun | None, origin: SavedRun | None
 ) -> tuple[Model, MegatronOptimizer, WeightEma | None, TrainState]:
-    """Build the model, its optimizer and the moving average of its weights, and load them from `own` or `origin`; a collective call.
+    """Build the model, its optimizer and the average of its weights, and load them; a collective call.
+
+    Args:
+        config, ranks: the run.
+        own, origin: as in `load_state`.
 
     Raises:
         CorruptCheckpointError: shards of the checkpoint are corrupt.

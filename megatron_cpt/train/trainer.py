@@ -361,7 +361,13 @@ class Trainer:
             return ""
         activity, started = f"evaluation after step {step}", time.perf_counter()
         self.wall_time.begin_evaluation()
-        measured = evaluator.run(lambda: self._progress.note(activity), lambda: self._stop.received is not None)
+        measure = partial(evaluator.run, lambda: self._progress.note(activity), lambda: self._stop.received is not None)
+        measured = measure()
+        if measured is not None and session.ema is not None:
+            session.saver.wait_for_copy()
+            with session.ema.as_weights():
+                averaged = measure()
+            measured = averaged and {**measured, "evaluation_ema": averaged["evaluation"]}
         seconds = time.perf_counter() - started
         self.wall_time.end_evaluation()
         if measured is None:

@@ -30,6 +30,8 @@ from megatron_cpt.optim.owned_weights import OwnedWeight, is_sharded, only_part,
 
 _FORMAT = "fully_reshardable"  # megatron-core's other formats cannot change TP or PP
 _RESHARDABLE = {"distrib_optim_sharding_type": _FORMAT}
+EMA_PREFIX = "optimizer.state.ema."
+"""Beginning of the name of a weight's moving average in a checkpoint."""
 _SCHEDULE_KEYS = ("start_wd", "end_wd", "optimizer")  # overrides of one group, which no run of this package has
 
 Box = tuple[int, tuple[int, ...], tuple[int, ...]]
