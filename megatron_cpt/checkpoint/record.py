@@ -89,7 +89,7 @@ def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None =
 def no_ema_error(checkpoint: Path) -> UserError:
     """Return the error for `--weights ema` on a checkpoint without a moving average."""
     return UserError(
-        f"--weights ema: {checkpoint}: holds no moving average, because it was saved by a run without an `ema` section; "
+        f"--weights ema: {checkpoint}: has no moving average, because its run had no `ema` section; "
         "omit --weights, or choose a checkpoint of a run with `ema`"
     )
 
