@@ -18,7 +18,7 @@ from megatron_cpt.files.retry import is_path_error
 from megatron_cpt.files.whole_io import DiskFile, is_regular_file, read_file
 
 WeightSet = Literal["raw", "ema"]
-"""Weights of a checkpoint: those of its step, or their moving average."""
+"""Weights of a checkpoint: the weights of its step, or their moving average."""
 
 
 @dataclass(frozen=True)

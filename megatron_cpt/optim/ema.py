@@ -51,7 +51,7 @@ class WeightEma:
     def update(self, step: int) -> None:
         """Move the average towards the weights if it is due after this step, whose update has been applied."""
         if self._averages and step % self._config.every == 0:
-            # ema + (1 - decay) * (weight - ema), in one pass over the memory
+            # ema + (1 - decay) * (weight - ema): both are read once
             torch._foreach_lerp_(self._averages, self._masters, 1.0 - self._config.decay)
 
     @contextlib.contextmanager

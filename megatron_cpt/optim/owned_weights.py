@@ -64,8 +64,8 @@ def _ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int]]]:
 def _master(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     """Return this rank's share of the master weights.
 
-    megatron-core's `_get_main_param_and_optimizer_states` would create an empty state of Adam, if there is none yet.
-    Then `load_state_dict` takes the moments for allocated, and does not load them.
+    megatron-core's `_get_main_param_and_optimizer_states` would create an empty state of Adam before the first step.
+    `load_state_dict` then takes the moments for allocated, and they are not loaded.
     """
     group, place = part.model_param_group_index_map[parameter]
     master: torch.Tensor = part.optimizer.param_groups[group]["params"][place]

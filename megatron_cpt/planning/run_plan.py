@@ -314,8 +314,8 @@ def _shape_warnings(config: RunConfig, segments: Sequence[Segment]) -> Iterator[
 def _ema_warnings(config: RunConfig, steps: int) -> Iterator[str]:
     if config.ema is not None and config.ema.every > steps:
         yield (
-            f"ema.every: {config.ema.every:,} is above the {steps:,} steps of the run, so the moving average stays what "
-            "it starts as; choose a smaller number"
+            f"ema.every: {config.ema.every:,} is above the {steps:,} steps of the run, so the moving average keeps "
+            "its first value; choose a smaller number"
         )
 
 

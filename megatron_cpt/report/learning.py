@@ -326,8 +326,8 @@ def _average_parts(run: RunRecord) -> Iterator[DataTable]:
         for score in scores[:MAX_ROWS]:
             line = [score.task, score.metric.removesuffix(",none")]
             line += [with_error(value, error) for value, error in zip(score.values, score.errors, strict=True)]
-            weights = theirs.get((score.task, score.metric))
-            line.append(with_error(weights.values[-1], weights.errors[-1]) if weights else MISSING)
+            other = theirs.get((score.task, score.metric))
+            line.append(with_error(other.values[-1], other.errors[-1]) if other else MISSING)
             lines.append(line)
         headers = ["task", "metric", *(stage.header for stage in at), "weights"]
         yield DataTable("Tasks of the moving average (EMA)", headers, lines, frozenset({1}), "")

@@ -177,7 +177,7 @@ def _plan(tensor: ShardedTensor, stored: StoredState, alias: str | None, path: P
 
 
 def _ema_names(wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name of each weight's moving average by the weight's name; FP8 histories are read as they are."""
+    """Return the name of each weight's moving average by the weight's name; FP8 histories have none."""
     entries = [entry for entry in nested_values(wanted) if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
     histories = {entry.key for _, _, entry in state_dicts.amax_histories(dict(wanted))}
     return {entry.key: f"{optimizer_shards.EMA_PREFIX}{entry.key}" for entry in entries if entry.key not in histories}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CHECKPOINT_HELP = "A checkpoint, or a run directory for its newest checkpoint."
 TOKENIZER_HELP = "Tokenizer as KIND:PATH. [default: the checkpoint's own]"
 LAYOUT_HELP = "Layout and precision, such as parallel.tensor=2 or precision.compute=bf16."
-WEIGHTS_HELP = "Weights of the checkpoint: those of its step, or their moving average."
+WEIGHTS_HELP = "Weights of its step, or their moving average (section ema of run.yaml)."
 
 
 class Weights(enum.StrEnum):
