@@ -38,6 +38,8 @@ KINDS = {
     "bf16-plain": ["precision.compute=bf16", "parallel.distributed_optimizer=false"],
     "fp32": [],
     "fp32-plain": ["parallel.distributed_optimizer=false"],
+    "overlap": ["precision.compute=bf16", "speed={overlap_grad_reduce: true, overlap_param_gather: true}"],
+    "fp8": ["precision={compute: bf16, fp8: {backend: emulated, recipe: delayed}}"],
 }
 LAYOUTS = {
     "TP2": ["parallel.tensor=2"],
@@ -106,7 +108,7 @@ def test_it_equals_a_plain_loop_and_changes_nothing_else(run_file: Path, origin:
     assert run_ranks(2, train_several, str(run_file), runs) == [[0] * len(runs)] * 2
 
     tensors, start = read_tensors(newest(with_ema)), read_tensors(origin)
-    dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float32
+    dtype = torch.float32 if kind.startswith("fp32") else torch.bfloat16
     before = {name: start[name].to(dtype) for name in master_weights(tensors)}
     expected, found = plain_loop(before, with_ema, 5), averages(tensors)
     assert found.keys() == expected.keys()
