@@ -160,9 +160,15 @@ def load_state(
         with corrupt_as_refused(own.path):
             is_same_layout = own.state["layout"] == rank_layout(config.parallel, ranks)
             state = TrainState.from_dict(own.state["train"])
-            has_ema = own.run.get("ema") is not None
-        saved_ema = ema if has_ema else None
-        load_training(own, model.chunks, optimizer, config.checkpoint.verify, ema=saved_ema, with_rng=is_same_layout)
+        has_ema = own.has_ema
+        load_training(
+            own,
+            model.chunks,
+            optimizer,
+            config.checkpoint.verify,
+            ema=ema if has_ema else None,
+            with_rng=is_same_layout,
+        )
         random_states = "continue" if is_same_layout else "start new, because the layout changed"
         message = (
             f"resuming from {own.path}, step {state.step}: weights, optimizer, data and schedule continue; "
