@@ -100,6 +100,7 @@ RULES = (
     ResumeRule(
         "precision", lambda run: run["precision"], "the run continues in another number format from its fp32 weights"
     ),
+    ResumeRule("ema", lambda run: run["ema"], "the moving average continues with the new values, or is dropped"),
     ResumeRule("tokenizer", lambda run: run["tokenizer"], "ids may mean other text from this step on"),
     ResumeRule("documents", _documents, "masks change from this step on"),
 )
@@ -160,6 +161,8 @@ def find_changes(
         before, after = rule.of(saved_run), rule.of(now)
         if rule.name == "tokenizer" and None not in tokenizers:
             before, after = (f"content {fingerprint}" for fingerprint in tokenizers)
+        if rule.name == "ema" and before is None:
+            continue  # it starts from the current weights, which changes nothing else
         if before != after:
             changes.append(Change(rule, _difference(before, after)))
     if document_ends is not None and document_ends[0] != document_ends[1]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -16,6 +16,9 @@ from megatron_cpt.config import read_mapping
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.retry import is_path_error
 from megatron_cpt.files.whole_io import DiskFile, is_regular_file, read_file
+
+WeightSet = Literal["raw", "ema"]
+"""Weights of a checkpoint: the weights of its step, or their moving average."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class SavedRun:
         """Id of the run that saved it; None: of format 1, or imported."""
         return self.state.get("run_id")
 
+    @property
+    def has_ema(self) -> bool:
+        """True if it holds a moving average of the weights."""
+        return self.run.get("ema") is not None
+
 
 def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None = None) -> SavedRun:
     """Read the text files of a checkpoint.
@@ -76,6 +84,14 @@ def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None =
                 raise RefusedError(f"{path}: missing, or different from what {layout.MANIFEST_FILE} lists")
     with corrupt_as_refused(checkpoint):
         return SavedRun(checkpoint, manifest, read_state(checkpoint), read_run(checkpoint))
+
+
+def no_ema_error(checkpoint: Path) -> UserError:
+    """Return the error for `--weights ema` on a checkpoint without a moving average."""
+    return UserError(
+        f"--weights ema: {checkpoint}: has no moving average, because its run had no `ema` section; "
+        "omit --weights, or choose a checkpoint of a run with `ema`"
+    )
 
 
 @contextlib.contextmanager

@@ -251,6 +251,14 @@ def _check_documents(config: RunConfig) -> Iterator[str]:
         yield f"documents.eod_id: {documents.eod_id} is outside model.vocab: {config.model.vocab}; choose a smaller id"
 
 
+def _check_ema(config: RunConfig) -> Iterator[str]:
+    if config.ema is not None and config.precision.has_fp8_weights:
+        yield (
+            "ema: not possible with precision.fp8.params: true, because weights in FP8 cannot be exchanged with their "
+            "average bit for bit; remove one of them"
+        )
+
+
 def _check_spike_warmup(config: RunConfig) -> Iterator[str]:
     spike = config.resilience.spike
     if spike.num_needed > spike.window:
@@ -306,6 +314,7 @@ CHECKS = (
     ),
     ConfigCheck(("optimizer.moments", "optimizer.betas"), check_moments),
     ConfigCheck(("resilience.spike.warmup", "resilience.spike.window"), _check_spike_warmup),
+    ConfigCheck(("ema", "precision.fp8"), _check_ema),
     ConfigCheck(("profile.steps",), _check_profile),
     ConfigCheck(("evaluation", "tokenizer", "parallel.context"), _check_evaluation),
 )

@@ -279,6 +279,15 @@ class EvaluationConfig(Section):
     """Folder with task files of your own, in addition to the tasks of lm-evaluation-harness."""
 
 
+class EmaConfig(Section):
+    """Exponential moving average of the weights, in fp32: ema = decay * ema + (1 - decay) * weight."""
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Share of the average that an update keeps; 0.999 averages about the last 1,000 updates of the average."""
+    every: int = Field(1, gt=0)
+    """Steps between updates of the average: after each step whose number is a multiple of it."""
+
+
 class WandbConfig(Section):
     """Logging to Weights & Biases."""
 
@@ -380,6 +389,8 @@ class RunConfig(Section):
     """Held-out loss; null never validates."""
     evaluation: EvaluationConfig | None = None
     """Benchmarks; null never evaluates."""
+    ema: EmaConfig | None = None
+    """Moving average of the weights, saved and validated beside them; null keeps none."""
     log: LogConfig = Field(default_factory=LogConfig)
     """Metrics."""
     profile: ProfileConfig | None = None

@@ -15,7 +15,7 @@ import torch
 
 from megatron_cpt.checkpoint.layout import checkpoints_folder, is_checkpoint, resolve_checkpoint
 from megatron_cpt.checkpoint.manifest import Verify
-from megatron_cpt.checkpoint.record import read_run
+from megatron_cpt.checkpoint.record import WeightSet, read_run
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.dtypes import cast, find_dtype
 from megatron_cpt.convert.huggingface.config import matching, read_model, to_hf_config
@@ -58,6 +58,7 @@ class ExportOptions:
         model: a preset, or a YAML file with a model section, for Megatron checkpoints without a usable config.
         verify: share of the checkpoint's checksums to compare, each before its file is read: `full`, `sampled` or
             `none`.
+        weights: `ema`: the moving average of the weights, in the dtype of the weights unless `dtype` says otherwise.
     """
 
     dtype: str | None = None
@@ -67,6 +68,7 @@ class ExportOptions:
     files: Path | None = None
     model: str | None = None
     verify: Verify = "full"
+    weights: WeightSet = "raw"
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def export_checkpoint(
         advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: the source does not exist, the target does, or the disk is too small.
+        UserError: the source does not exist or has no moving average, the target does, or the disk is too small.
         RefusedError: the source is corrupt or changes while it is read, or no family can express its model.
         CptError: the operating system failed, for example with a full disk.
     """
@@ -126,7 +128,7 @@ def export_checkpoint(
     refuse_existing(target)
     with os_errors_as_cpt_errors(work_folder(target)):
         started = time.perf_counter()
-        checkpoint = open_checkpoint(source, model=options.model, verify=options.verify)
+        checkpoint = open_checkpoint(source, model=options.model, verify=options.verify, weights=options.weights)
         side = find_side_files(Path(options.files)) if options.files is not None else dict(checkpoint.side_files)
         identities = identify(side.values())
         family = _choose_family(checkpoint, side, options.family)
@@ -137,14 +139,16 @@ def export_checkpoint(
             for rule in rules
             for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
         }
-        with HfWriter(target, tensors, options.shard_bytes, source=repr(checkpoint.identity())) as writer:
+        with HfWriter(
+            target, tensors, options.shard_bytes, source=repr((options.weights, checkpoint.identity()))
+        ) as writer:
             with must_not_change([*checkpoint.identities, *identities]):
                 _write_tensors(checkpoint, rules, tensors, writer, options.workers, advance)
                 config_dtype = _HF_DTYPES[next(iter(tensors.values()))[1]]
                 own = _own_checkpoint(source)
                 eod_id = (read_run(own).get("documents") or {}).get("eod_id") if is_checkpoint(own) else None
                 names = _write_side_files(writer.folder, family, checkpoint.model, side, config_dtype, eod_id)
-                names = sorted({*names, *write_model_card(writer.folder, own, side)})
+                names = sorted({*names, *write_model_card(writer.folder, own, side, options.weights)})
             writer.finish()
     return ExportReport(
         family=family.name,
@@ -156,11 +160,13 @@ def export_checkpoint(
     )
 
 
-def open_checkpoint(path: Path, *, model: str | None = None, verify: Verify = "full") -> SourceCheckpoint:
+def open_checkpoint(
+    path: Path, *, model: str | None = None, verify: Verify = "full", weights: WeightSet = "raw"
+) -> SourceCheckpoint:
     """Open a checkpoint to export or compare, see `open_source_checkpoint`; refuse a Hugging Face folder."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint or run directory")
-    checkpoint = open_source_checkpoint(path, named_model=model, verify=verify)
+    checkpoint = open_source_checkpoint(path, named_model=model, verify=verify, weights=weights)
     if checkpoint.kind == "huggingface":
         raise UserError(f"{path}: a Hugging Face folder already; give a checkpoint or a run directory")
     return checkpoint

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from megatron_cpt.backend import launched_rank, launched_world_size
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
-from megatron_cpt.checkpoint.record import SavedRun
+from megatron_cpt.checkpoint.record import SavedRun, WeightSet
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.errors import UserError
 
@@ -63,12 +63,19 @@ class LogitsReport:
 
 
 def compare_logits(
-    hf: str | Path, checkpoint: str | Path, prompts: Sequence[str] | None = None, *, tensor: int = 1, pipeline: int = 1
+    hf: str | Path,
+    checkpoint: str | Path,
+    prompts: Sequence[str] | None = None,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    weights: WeightSet = "raw",
 ) -> LogitsReport | None:
     """Compare the logits of a checkpoint and a Hugging Face folder; every rank of the job calls this function.
 
     Args:
         prompts: texts. None: `PROMPTS`, or random ids if the folder has no tokenizer.
+        weights: `ema`: the moving average of the checkpoint's weights.
         tensor, pipeline: tensor- and pipeline-parallel sizes; their product is the number of processes.
 
     Returns:
@@ -87,7 +94,7 @@ def compare_logits(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of transformers and torch do not concern a reader of the report
         ids, origin = _prompt_ids(Path(hf), model, prompts)
-        ours = map_logits(saved, ids, lambda logits, _: logits, tensor=tensor, pipeline=pipeline)
+        ours = map_logits(saved, ids, lambda logits, _: logits, tensor=tensor, pipeline=pipeline, weights=weights)
         if launched_rank() != 0:
             return None
         return _compare(ours, _hf_logits(Path(hf), ids), ids, f"TP {tensor} x PP {pipeline}", origin)
@@ -114,6 +121,7 @@ def map_logits(
     *,
     tensor: int = 1,
     pipeline: int = 1,
+    weights: WeightSet = "raw",
 ) -> list[T]:
     """Load a checkpoint in fp32 and return `function(logits, ids)` per prompt, on every rank of the job.
 
@@ -121,9 +129,11 @@ def map_logits(
         prompts: ids of each text.
         function: called on the last pipeline stage with (length, padded vocab) float32 logits; its result is picklable.
         tensor, pipeline: tensor- and pipeline-parallel sizes; their product is the number of processes.
+        weights: `ema`: the moving average of the checkpoint's weights.
     """
     layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
-    with load_inference_model(saved, inference_run(saved, [*layout, "precision={compute: fp32}"])) as loaded:
+    run = inference_run(saved, [*layout, "precision={compute: fp32}"])
+    with load_inference_model(saved, run, weights) as loaded:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 

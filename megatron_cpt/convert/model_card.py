@@ -13,7 +13,7 @@ import orjson
 
 from megatron_cpt import __version__
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused, read_json, read_saved_run
+from megatron_cpt.checkpoint.record import SavedRun, WeightSet, corrupt_as_refused, read_json, read_saved_run
 from megatron_cpt.config import format_count
 from megatron_cpt.config.yamlfile import dump_yaml, parse_yaml
 from megatron_cpt.convert.side_files import HF_FOLDER
@@ -44,7 +44,7 @@ class Base:
     hub_name: str | None
 
 
-def write_model_card(folder: Path, checkpoint: Path, side: Mapping[str, Path]) -> list[str]:
+def write_model_card(folder: Path, checkpoint: Path, side: Mapping[str, Path], weights: WeightSet = "raw") -> list[str]:
     """Write README.md into an exported folder, and keep the source's own README beside it.
 
     Nothing is written for a checkpoint without a step of training, whose README describes it already.
@@ -53,6 +53,7 @@ def write_model_card(folder: Path, checkpoint: Path, side: Mapping[str, Path]) -
         folder: the exported folder, with copies of the side files in it.
         checkpoint: one of our checkpoints; a checkpoint of another project has no card.
         side: config, tokenizer and other files of the source by name.
+        weights: that were exported.
 
     Returns:
         Names of the files that were written.
@@ -65,7 +66,7 @@ def write_model_card(folder: Path, checkpoint: Path, side: Mapping[str, Path]) -
     try:
         saved = read_saved_run(checkpoint)
         with corrupt_as_refused(checkpoint):
-            card = describe_training(saved, kept) if saved.state["train"]["step"] else None
+            card = describe_training(saved, kept, weights) if saved.state["train"]["step"] else None
     except RefusedError as error:  # records of an earlier version, for example; the weights are exported anyway
         logger.warning("no model card is written: %s", error)
         return []
@@ -87,11 +88,12 @@ def _free_name(taken: Mapping[str, Path]) -> str:
     return name
 
 
-def describe_training(saved: SavedRun, kept: Mapping[str, Any]) -> str:
+def describe_training(saved: SavedRun, kept: Mapping[str, Any], weights: WeightSet = "raw") -> str:
     """Return the model card of a trained checkpoint.
 
     Args:
         kept: keys of the front matter of the source's card that hold for the new model too, such as its license.
+        weights: the checkpoint's weights that the card is for.
     """
     plan, base = read_json(saved.path / layout.PLAN_FILE), find_base(saved)
     tags = [*(["continued-pretraining"] if base is not None else []), *_TAGS]
@@ -109,10 +111,10 @@ def describe_training(saved: SavedRun, kept: Mapping[str, Any]) -> str:
         "",
         f"This model was {origin} with megatron-cpt. This card was written by `megatron-cpt convert export` "
         f"{__version__} from the records of the checkpoint.",
-        *_section("Training", _table(("setting", "value"), _settings(saved, plan, base))),
+        *_section("Training", _table(("setting", "value"), _settings(saved, plan, base, weights))),
         *_section("Phases", _table(("phase", "steps", "learning rate", "blend"), _phases(saved, plan))),
         *_section("Data", _table(("source", "samples", "tokens", "epochs"), _sources(saved, plan))),
-        *_section("Losses", _losses(saved)),
+        *_section("Losses", _losses(saved, weights)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -160,11 +162,15 @@ def _front_matter(card: str) -> dict[str, Any]:
     return {key: front[key] for key in _KEPT_KEYS if front.get(key)} if isinstance(front, dict) else {}
 
 
-def _settings(saved: SavedRun, plan: Mapping[str, Any], base: Base | None) -> Iterator[tuple[str, str]]:
+def _settings(
+    saved: SavedRun, plan: Mapping[str, Any], base: Base | None, weights: WeightSet
+) -> Iterator[tuple[str, str]]:
     run, train = saved.run, saved.state["train"]
     schedule, optimizer, precision = run["schedule"], run["optimizer"], run["precision"]
     if base is not None:
         yield "base checkpoint", f"`{base.path}`, {run['init']['load']}"
+    if weights == "ema":
+        yield "weights", "moving average, decay {decay:g} every {every} steps".format_map(run["ema"])
     yield "steps", f"{train['step']:,} of {plan['steps']:,}"
     yield "tokens", f"{format_count(train['tokens'])} of {format_count(plan['tokens_trained'])}"
     yield "parameters", format_count(plan["parameters"])
@@ -219,13 +225,14 @@ def _sources(saved: SavedRun, plan: Mapping[str, Any]) -> Iterator[tuple[str, st
         )
 
 
-def _losses(saved: SavedRun) -> list[str]:
+def _losses(saved: SavedRun, weights: WeightSet) -> list[str]:
     """Return the last losses up to the checkpoint's step; none without metrics.jsonl in its run directory."""
     file, step = saved.path.parent.parent / _METRICS_FILE, saved.state["train"]["step"]
     if not file.is_file():
         return []
     training: dict[str, Any] | None = None
     held_out: list[dict[str, Any]] = []
+    key = "validation_ema" if weights == "ema" else "validation"
     for text in read_file(file).splitlines():
         try:
             line = orjson.loads(text)
@@ -233,7 +240,7 @@ def _losses(saved: SavedRun) -> list[str]:
             continue
         if line["step"] <= step and line.get("loss") is not None:
             training = line
-        if line["step"] <= step and "validation" in line:
+        if line["step"] <= step and key in line:
             held_out.append(line)
     lines = []
     if training is not None:
@@ -243,8 +250,8 @@ def _losses(saved: SavedRun) -> list[str]:
         first, last = held_out[0], held_out[-1]
         head = ("held-out source", f"step {first['step']:,}", f"step {last['step']:,}")
         rows = (
-            (name, f"{first['validation'][name]:.4f}" if name in first["validation"] else "", f"{loss:.4f}")
-            for name, loss in last["validation"].items()
+            (name, f"{first[key][name]:.4f}" if name in first[key] else "", f"{loss:.4f}")
+            for name, loss in last[key].items()
         )
         lines += _table(head, rows)
     return lines

@@ -13,12 +13,19 @@ import torch
 from megatron_cpt.checkpoint.layout import checkpoints_folder, is_checkpoint, resolve_checkpoint
 from megatron_cpt.checkpoint.loading.verify_while_reading import ShardVerifier
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, find_faults, shards_to_compare
+from megatron_cpt.checkpoint.record import WeightSet, no_ema_error
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.huggingface.config import read_model
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE, HfFolder
 from megatron_cpt.convert.huggingface.untrusted_json import read_json_object
 from megatron_cpt.convert.mapping.families import detect
-from megatron_cpt.convert.mapping.names import EMBEDDING, OUTPUT_LAYER, is_optimizer_tensor, weight_name
+from megatron_cpt.convert.mapping.names import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    is_optimizer_tensor,
+    optimizer_prefix,
+    weight_name,
+)
 from megatron_cpt.convert.mapping.resolve import check_hf_tensors, refuse_wrong_tensors, resolve, tied_copies
 from megatron_cpt.convert.mapping.rules import TensorRule
 from megatron_cpt.convert.mapping.shapes import expected_tensors
@@ -77,6 +84,7 @@ def open_source_checkpoint(
     allow_pickle: bool = False,
     verify: Verify = "full",
     with_optimizer: bool = False,
+    weights: WeightSet = "raw",
 ) -> SourceCheckpoint:
     """Open a Hugging Face folder or a Megatron checkpoint; the format is detected.
 
@@ -86,15 +94,16 @@ def open_source_checkpoint(
         allow_pickle: also read `.bin` files of a Hugging Face folder.
         verify: share of the checksums of one of our checkpoints to compare, each before its file is read.
         with_optimizer: open moments, master weights and Adam's step as well.
+        weights: `ema` opens the moving average of the weights, in fp32, in place of them; `specs` has their dtypes.
 
     Raises:
-        UserError: the folder does not exist, or `with_optimizer` is not possible for its format.
+        UserError: the folder does not exist, `with_optimizer` is not possible for its format, or it has no average.
         RefusedError: it is corrupt, or holds a model that cannot be converted.
     """
     path = resolve_source(path)
     before = identify_folder(path)
     try:
-        source = _open(path, named_model, allow_pickle, verify, with_optimizer)
+        source = _open(path, named_model, allow_pickle, verify, with_optimizer, weights)
     except CptError:
         check_unchanged(before.values())  # a file that was cut a moment ago looks corrupt
         raise
@@ -120,7 +129,7 @@ def identify_folder(path: Path) -> dict[Path, FileIdentity]:
 
 
 def _open(
-    path: Path, named_model: str | None, allow_pickle: bool, verify: Verify, with_optimizer: bool
+    path: Path, named_model: str | None, allow_pickle: bool, verify: Verify, with_optimizer: bool, kind: WeightSet
 ) -> SourceCheckpoint:
     before_read = None
     if is_checkpoint(path) and verify != "none":
@@ -130,7 +139,11 @@ def _open(
         files = sorted(weights.folder.iterdir())
         common = weights.common()
         source = _from_megatron("torch_dist", weights, path, common, named_model, files)
+        if kind == "ema":
+            source = _take_ema(source, weights, path)
         return _add_optimizer(source, weights, common) if with_optimizer else source
+    if kind == "ema":
+        raise no_ema_error(path)
     if with_optimizer:
         raise UserError(f"--optimizer: {path}: only torch_dist checkpoints are read with their optimizer; omit it")
     if is_legacy(path):
@@ -244,6 +257,18 @@ def _add_optimizer(source: SourceCheckpoint, weights: TorchDistWeights, common: 
         return rows
 
     return replace(source, specs={**source.specs, **specs}, read=read, groups=adam.groups)
+
+
+def _take_ema(source: SourceCheckpoint, weights: TorchDistWeights, path: Path) -> SourceCheckpoint:
+    """Return the source with the moving average of its weights in place of them."""
+    prefix = optimizer_prefix("ema")
+    names = weights.keys()
+    if not any(name.startswith(prefix) for name in names):
+        raise no_ema_error(path)
+    averages = {name.removeprefix(prefix): mosaic for name, mosaic in weights.collect(prefix).items()}
+    shapes = {name: spec.shape for name, spec in source.specs.items()}
+    refuse_wrong_tensors(path, averages, shapes, padded=(EMBEDDING, OUTPUT_LAYER))
+    return replace(source, read=partial(_read_with_padding, MosaicWeights(averages), source.specs))
 
 
 def _read_with_padding(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.record import WeightSet
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.exporter import TensorBlock, blocks, open_checkpoint, read_block
 from megatron_cpt.convert.huggingface.config import read_model
@@ -71,6 +72,7 @@ def verify_tensors(
     workers: int = 0,
     allow_pickle: bool = False,
     model: str | None = None,
+    weights: WeightSet = "raw",
     advance: Advance = no_progress,
 ) -> TensorReport:
     """Compare a checkpoint, as it would be exported, with a Hugging Face folder, a part of a tensor at a time.
@@ -80,10 +82,11 @@ def verify_tensors(
         workers: number of threads; 0: one per core.
         allow_pickle: also read pickled `.bin` weights.
         model: a preset, or a YAML file with a model section, for Megatron checkpoints without a usable config.
+        weights: `ema`: compare the moving average of the checkpoint's weights.
         advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: the folder or the checkpoint does not exist.
+        UserError: the folder or the checkpoint does not exist, or the checkpoint has no moving average.
         RefusedError: one of them is corrupt or changes while it is read, or they are different models: tensors are
             missing, unknown or of another shape.
         CptError: the operating system failed, for example with a block that cannot be read.
@@ -95,7 +98,7 @@ def verify_tensors(
         family, hf_model = read_model(folder.config, hf / CONFIG_FILE)
         rules = resolve(family, hf_model)
         check_hf_tensors(rules, folder.tensors, hf_model, hf)
-        opened = open_checkpoint(checkpoint, model=model)
+        opened = open_checkpoint(checkpoint, model=model, weights=weights)
         _refuse_other_model(hf, hf_model, checkpoint, opened.model)
         differing: Counter[str] = Counter()
         lock = threading.Lock()

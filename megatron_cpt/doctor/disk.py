@@ -60,9 +60,10 @@ def read_run(path: str, overrides: Sequence[str]) -> tuple[PreparedRun | None, D
 
 
 def checkpoint_bytes(prepared: PreparedRun) -> int:
-    """Return the size of one checkpoint: weights in the training precision, optimizer state in fp32."""
+    """Return the size of one checkpoint: weights in the training precision, optimizer state and average in fp32."""
     weight = 4 if prepared.config.precision.compute == "fp32" else 2
-    return prepared.plan.parameters.total * (weight + _OPTIMIZER_BYTES)
+    average = 4 if prepared.config.ema is not None else 0
+    return prepared.plan.parameters.total * (weight + _OPTIMIZER_BYTES + average)
 
 
 def try_disk(folder: Path, size: int = _TEST_BYTES) -> Disk:

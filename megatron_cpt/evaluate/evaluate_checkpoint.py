@@ -23,7 +23,7 @@ from megatron_cpt.backend.distributed import job_group, launched_rank
 from megatron_cpt.checkpoint.layout import checkpoints_folder, is_checkpoint, list_checkpoints
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
 from megatron_cpt.checkpoint.manifest import is_shard
-from megatron_cpt.checkpoint.record import SavedRun
+from megatron_cpt.checkpoint.record import SavedRun, WeightSet
 from megatron_cpt.convert.importer import import_checkpoint
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import UserError
@@ -68,6 +68,7 @@ class EvaluateOptions:
         log_samples: also write documents, prompts and answers beside the output.
         allow_code_execution: run the programs that a model writes, for tasks that need it.
         online: let `datasets` download from a hub.
+        weights: `ema`: the moving average of the checkpoint's weights.
     """
 
     overrides: Sequence[str] = ()
@@ -82,6 +83,7 @@ class EvaluateOptions:
     log_samples: bool = False
     allow_code_execution: bool = False
     online: bool = False
+    weights: WeightSet = "raw"
 
 
 def evaluate(
@@ -133,7 +135,7 @@ def evaluate(
             saved = open_checkpoint(path)
             run = inference_run(saved, options.overrides)
             tokenizer = load_checkpoint_tokenizer(saved, options.tokenizer)
-            with load_inference_model(saved, run) as loaded:
+            with load_inference_model(saved, run, options.weights) as loaded:
                 return _evaluate(
                     model, saved, loaded, tokenizer, loaded_tasks, output, options, advance=advance, started=started
                 )
@@ -168,7 +170,7 @@ def _evaluate(
     batch = {} if options.batch_size is None else {"batch_size": options.batch_size}
     engine = Engine(loaded.model, loaded.run, loaded.ranks, max_length=options.max_length, **batch)
     leading = LeadingEngine(engine, tokenizer, loaded.ranks.world_size)
-    digest = weights_digest(saved)
+    digest = weights_digest(saved, options.weights)
 
     def work() -> dict[str, Any]:
         from megatron_cpt.evaluate.lm_eval_model import HarnessModel
@@ -185,7 +187,12 @@ def _evaluate(
             _write_samples(samples, found)
         results = {
             **_results(found),
-            "model": {"path": str(model), "checkpoint": saved.path.name, "step": _step(saved)},
+            "model": {
+                "path": str(model),
+                "checkpoint": saved.path.name,
+                "step": _step(saved),
+                "weights": options.weights,
+            },
             "digests": {
                 "checkpoint": digest,
                 "tokenizer": tokenizer.fingerprint,
@@ -235,10 +242,11 @@ def _import_aside(model: Path, output: Path | None) -> str:
     return folder
 
 
-def weights_digest(saved: SavedRun) -> str:
+def weights_digest(saved: SavedRun, weights: WeightSet = "raw") -> str:
     """Return a digest of a checkpoint's tensors and model section; a renamed or copied checkpoint has the same one."""
     shards = {name: entry.checksum for name, entry in sorted(saved.manifest.items()) if is_shard(name)}
-    plain = orjson.dumps([shards, saved.run.get("model")], option=orjson.OPT_SORT_KEYS)
+    parts = [shards, saved.run.get("model"), *(["ema"] if weights == "ema" else [])]
+    plain = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
     return f"sha256:{hashlib.sha256(plain).hexdigest()}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
+from megatron_cpt.checkpoint.record import WeightSet
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.evaluate.checkpoint_tokenizer import load_checkpoint_tokenizer
@@ -45,6 +46,7 @@ def generate_texts(
     stop: Sequence[str] = (),
     tokenizer: str | None = None,
     overrides: Sequence[str] = (),
+    weights: WeightSet = "raw",
 ) -> list[GeneratedText]:
     """Return the text that a model writes after each prompt, on every rank. Example:
 
@@ -58,6 +60,7 @@ def generate_texts(
         stop: texts that end a new text, which does not contain them.
         tokenizer: KIND:PATH; None: the checkpoint's own.
         overrides: `key=value`, such as `parallel.tensor=2` or `precision.compute=bf16`.
+        weights: `ema`: the moving average of the checkpoint's weights.
 
     Raises:
         UserError: an option is wrong, no tokenizer was found, or the number of processes does not fit the layout.
@@ -73,7 +76,7 @@ def generate_texts(
     run = inference_run(saved, overrides)
     stop_ids = options.stop_ids if codec.eod_id is None else options.stop_ids | {codec.eod_id}
     ids = [_encode(codec, prompt) for prompt in prompts]
-    with load_inference_model(saved, run) as loaded:
+    with load_inference_model(saved, run, weights) as loaded:
         # imported here: megatron-core reads torch.cuda on import, and process_groups replaces it on a CPU
         from megatron_cpt.evaluate.engine import Engine
 

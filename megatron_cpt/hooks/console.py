@@ -69,15 +69,18 @@ class ConsoleHook(Hook):
 
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:
         """Print the held-out losses."""
-        losses = "  ".join(f"{name} {loss:.4f}" for name, loss in line["validation"].items())
-        self._print(f"step {line['step']}  held-out loss  {losses}")
+        for key, title in (("validation", "held-out loss"), ("validation_ema", "held-out loss of the EMA")):
+            if key in line:
+                losses = "  ".join(f"{name} {loss:.4f}" for name, loss in line[key].items())
+                self._print(f"step {line['step']}  {title}  {losses}")
 
     def on_evaluation(self, session: Session, line: dict[str, Any]) -> None:
         """Print the metrics of each task, without their standard errors."""
         self._print(f"step {line['step']}  evaluation in {_clock_time(line['evaluation_seconds'])}")
-        for task, metrics in line["evaluation"].items():
-            values = (f"{name} {value:.4f}" for name, value, _ in rows_of_metrics(metrics) if value is not None)
-            self._print(f"  {task}  {'  '.join(values)}")
+        for key, whose in (("evaluation", ""), ("evaluation_ema", " (EMA)")):
+            for task, metrics in line.get(key, {}).items():
+                values = (f"{name} {value:.4f}" for name, value, _ in rows_of_metrics(metrics) if value is not None)
+                self._print(f"  {task}{whose}  {'  '.join(values)}")
 
     def on_checkpoint(self, session: Session, path: str) -> None:
         """Print the path of the checkpoint."""

@@ -40,10 +40,16 @@ class Hook:
         """Called after a step with a spike, NaN or infinity; `line` is complete on the main rank only."""
 
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:
-        """Called after a validation with `{"step": ..., "validation": {NAME: loss}}`."""
+        """Called after a validation with `{"step": ..., "validation": {NAME: loss}}`.
+
+        With an `ema` section the line also has `validation_ema`, the losses of the moving average.
+        """
 
     def on_evaluation(self, session: Session, line: dict[str, Any]) -> None:
-        """Called after an evaluation with `{"step": ..., "evaluation": {TASK: {METRIC: float}}, ...}`."""
+        """Called after an evaluation with `{"step": ..., "evaluation": {TASK: {METRIC: float}}, ...}`.
+
+        With an `ema` section the line also has `evaluation_ema`, the metrics of the moving average.
+        """
 
     def on_checkpoint(self, session: Session, path: str) -> None:
         """Called after a checkpoint was published under `path`."""

@@ -51,13 +51,15 @@ class TensorBoardHook(Hook):
 
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:
         """Write the held-out losses."""
-        self._write({f"validation/{name}": loss for name, loss in line["validation"].items()}, line["step"])
+        for key in ("validation", "validation_ema"):
+            self._write({f"{key}/{name}": loss for name, loss in line.get(key, {}).items()}, line["step"])
 
     def on_evaluation(self, session: Session, line: dict[str, Any]) -> None:
         """Write the metrics of each task."""
         scalars = {
-            f"evaluation/{task}/{metric}": value
-            for task, metrics in line["evaluation"].items()
+            f"{key}/{task}/{metric}": value
+            for key in ("evaluation", "evaluation_ema")
+            for task, metrics in line.get(key, {}).items()
             for metric, value in metrics.items()
         }
         self._write(scalars, line["step"])

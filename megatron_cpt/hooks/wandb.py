@@ -55,12 +55,16 @@ class WandbHook(Hook):
     def on_validation(self, session: Session, line: dict[str, Any]) -> None:
         """Log the held-out losses."""
         if self._run is not None:
-            self._run.log({"validation": line["validation"]}, step=line["step"])
+            self._run.log(
+                {key: line[key] for key in ("validation", "validation_ema") if key in line}, step=line["step"]
+            )
 
     def on_evaluation(self, session: Session, line: dict[str, Any]) -> None:
         """Log the metrics of each task."""
         if self._run is not None:
-            self._run.log({"evaluation": line["evaluation"]}, step=line["step"])
+            self._run.log(
+                {key: line[key] for key in ("evaluation", "evaluation_ema") if key in line}, step=line["step"]
+            )
 
     def on_end(self, session: Session) -> None:
         """Close the W&B run."""

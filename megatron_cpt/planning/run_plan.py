@@ -198,6 +198,7 @@ def build_plan(
             *_shape_warnings(config, segments),
             *source_warnings(totals),
             *_end_warnings(config, phases),
+            *_ema_warnings(config, schedule.steps),
         ),
         problems=tuple(problems),
     )
@@ -307,6 +308,14 @@ def _shape_warnings(config: RunConfig, segments: Sequence[Segment]) -> Iterator[
         yield (
             f"sequences of {longest:,} tokens have positions beyond {which}: {known:,}, new to the model; "
             "check model.rotary_base and model.rope_scaling"
+        )
+
+
+def _ema_warnings(config: RunConfig, steps: int) -> Iterator[str]:
+    if config.ema is not None and config.ema.every > steps:
+        yield (
+            f"ema.every: {config.ema.every:,} is above the {steps:,} steps of the run, so the moving average keeps "
+            "its first value; choose a smaller number"
         )
 
 

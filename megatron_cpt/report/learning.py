@@ -83,14 +83,17 @@ class HeldOut:
         return "same" if abs(self.change) < _SAME else "learned" if self.change < 0 else "forgot"
 
 
-def held_out(run: RunRecord) -> tuple[list[Stage], list[HeldOut]]:
-    """Return the stages of a run and the held-out losses of each source at them."""
-    at = stages(run, run.metrics.validations)
-    names = dict.fromkeys(name for stage in at for name in run.metrics.validations[stage.step])
-    rows = [
-        HeldOut(name, tuple(_known(run.metrics.validations[stage.step].get(name)) for stage in at)) for name in names
-    ]
-    return at, rows
+def held_out(run: RunRecord, *, of_average: bool = False) -> tuple[list[Stage], list[HeldOut]]:
+    """Return the stages of a run and the held-out losses of each source at them.
+
+    Args:
+        run: the run.
+        of_average: losses of the moving average of the weights.
+    """
+    losses = run.metrics.validations_ema if of_average else run.metrics.validations
+    at = stages(run, losses)
+    names = dict.fromkeys(name for stage in at for name in losses[stage.step])
+    return at, [HeldOut(name, tuple(_known(losses[stage.step].get(name)) for stage in at)) for name in names]
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,16 @@ class TaskScore:
         return "better" if (self.change < 0) == self.is_lower_better else "worse"
 
 
-def task_scores(run: RunRecord) -> tuple[list[Stage], list[TaskScore]]:
-    """Return the stages of a run and the metrics of each task at them; bits per byte come first."""
-    at = stages(run, run.evaluations)
-    results = [run.evaluations[stage.step] for stage in at]
+def task_scores(run: RunRecord, *, of_average: bool = False) -> tuple[list[Stage], list[TaskScore]]:
+    """Return the stages of a run and the metrics of each task at them; bits per byte come first.
+
+    Args:
+        run: the run.
+        of_average: metrics of the moving average of the weights.
+    """
+    evaluations = run.evaluations_ema if of_average else run.evaluations
+    at = stages(run, evaluations)
+    results = [evaluations[stage.step] for stage in at]
     keys = dict.fromkeys(
         (task, metric)
         for one in results
@@ -166,7 +175,7 @@ def _is_error(metric: str) -> bool:
 
 def learning_section(run: RunRecord, others: Sequence[RunRecord]) -> PageSection:
     """Return the section with the held-out losses and the tasks."""
-    parts = [*_held_out_parts(run, others), *_task_parts(run, others)]
+    parts = [*_held_out_parts(run, others), *_task_parts(run, others), *_average_parts(run)]
     sentences = ["Held-out loss in nats per token: lower is better. ± is one standard error."]
     if not parts:
         sentences = [
@@ -296,6 +305,32 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
             run.switches,
             has_points=True,
         )
+
+
+def _average_parts(run: RunRecord) -> Iterator[DataTable]:
+    """Yield tables of the moving average of the weights beside the weights themselves."""
+    at, rows = held_out(run, of_average=True)
+    own = {row.source: row.losses[-1] for row in held_out(run)[1]}
+    if rows:
+        lines = []
+        for row in rows[:MAX_ROWS]:
+            last, weights = row.losses[-1], own.get(row.source)
+            gain = last - weights if last is not None and weights is not None else None
+            lines.append([row.source, *map(decimal, row.losses), decimal(weights), signed(gain)])
+        headers = ["held-out source", *(stage.header for stage in at), "weights", "average − weights"]
+        yield DataTable("Held-out loss of the moving average (EMA)", headers, lines, frozenset(), "")
+    at, scores = task_scores(run, of_average=True)
+    theirs = {(score.task, score.metric): score for score in task_scores(run)[1]}
+    if scores:
+        lines = []
+        for score in scores[:MAX_ROWS]:
+            line = [score.task, score.metric.removesuffix(",none")]
+            line += [with_error(value, error) for value, error in zip(score.values, score.errors, strict=True)]
+            other = theirs.get((score.task, score.metric))
+            line.append(with_error(other.values[-1], other.errors[-1]) if other else MISSING)
+            lines.append(line)
+        headers = ["task", "metric", *(stage.header for stage in at), "weights"]
+        yield DataTable("Tasks of the moving average (EMA)", headers, lines, frozenset({1}), "")
 
 
 def _common_metrics(scores: Sequence[TaskScore]) -> list[tuple[str, bool]]:

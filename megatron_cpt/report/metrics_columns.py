@@ -55,7 +55,9 @@ class MetricsColumns:
         last: the newest training line.
         phases: (step, name) of the first line of each phase.
         validations: held-out loss by source, by step.
+        validations_ema: held-out loss of the moving average of the weights by source, by step.
         evaluations: metrics by task, by step.
+        evaluations_ema: metrics of the moving average by task, by step.
         higher_is_better: by task and metric, as far as the lines of evaluations say it.
         resumed_after: for each repeat, the last step that was kept.
         num_foreign: lines that are no metrics.
@@ -69,7 +71,9 @@ class MetricsColumns:
     last: Mapping[str, Any] = field(default_factory=dict)
     phases: list[tuple[int, str]] = field(default_factory=list)
     validations: dict[int, dict[str, float]] = field(default_factory=dict)
+    validations_ema: dict[int, dict[str, float]] = field(default_factory=dict)
     evaluations: dict[int, Results] = field(default_factory=dict)
+    evaluations_ema: dict[int, Results] = field(default_factory=dict)
     higher_is_better: Directions = field(default_factory=dict)
     resumed_after: list[int] = field(default_factory=list)
     num_lines: int = 0
@@ -180,11 +184,12 @@ class MetricsColumns:
 
     def _add_held_out(self, line: Mapping[str, Any]) -> None:
         step = line["step"]
-        validation = {name: number(loss) for name, loss in as_mapping(line.get("validation")).items()}
-        if validation:
-            self.validations[step] = validation
-        if evaluation := clean_results(line.get("evaluation")):
-            self.evaluations[step] = self.evaluations.get(step, {}) | evaluation
+        for key, losses in (("validation", self.validations), ("validation_ema", self.validations_ema)):
+            if found := {name: number(loss) for name, loss in as_mapping(line.get(key)).items()}:
+                losses[step] = found
+        for key, results in (("evaluation", self.evaluations), ("evaluation_ema", self.evaluations_ema)):
+            if evaluation := clean_results(line.get(key)):
+                results[step] = results.get(step, {}) | evaluation
         self.higher_is_better |= clean_directions(line.get("higher_is_better"))
 
     def _drop_from(self, step: int) -> None:
@@ -194,8 +199,9 @@ class MetricsColumns:
         for column in (*self.scalars.values(), *self.loss_by_source.values()):
             del column[kept:]
         self.phases = [(first, name) for first, name in self.phases if first < step]
-        self.validations = {at: losses for at, losses in self.validations.items() if at < step}
-        self.evaluations = {at: results for at, results in self.evaluations.items() if at < step}
+        for by_step in (self.validations, self.validations_ema, self.evaluations, self.evaluations_ema):
+            for at in [at for at in by_step if at >= step]:
+                del by_step[at]
         self.resumed_after.append(step - 1)
 
 

@@ -67,6 +67,7 @@ class RunRecord:
         schedule: of the plan; None: unknown.
         metrics: columns of metrics.jsonl.
         evaluations: metrics by task, by step: evaluation lines and the results.json files of `evaluate`.
+        evaluations_ema: the same of the moving average of the weights.
         higher_is_better: by task and metric, as far as a file says it.
         anomalies: lines of anomalies.jsonl, in order of their steps.
         events: lines of events.jsonl: starts and stops, oldest first.
@@ -84,6 +85,7 @@ class RunRecord:
     schedule: Schedule | None
     metrics: MetricsColumns
     evaluations: Mapping[int, Results]
+    evaluations_ema: Mapping[int, Results]
     higher_is_better: Mapping[tuple[str, str], bool]
     anomalies: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
@@ -146,11 +148,14 @@ class RunReader:
         config = _read_yaml(self.folder / layout.RUN_FILE, notes)
         plan = _read_json(self.folder / layout.PLAN_FILE, notes)
         metrics = self._read_metrics(notes)
-        evaluations = {step: dict(results) for step, results in metrics.evaluations.items()}
+        evaluations, evaluations_ema = (
+            {step: dict(results) for step, results in by_step.items()}
+            for by_step in (metrics.evaluations, metrics.evaluations_ema)
+        )
         steps = metrics.steps[-1] if metrics.steps else max(metrics.validations, default=0)
         directions = dict(metrics.higher_is_better)
         for path in _results_files(self.folder):
-            directions |= _add_results(path, evaluations, steps, notes)
+            directions |= _add_results(path, evaluations, evaluations_ema, steps, notes)
         anomalies = _read_lines(self.folder / ANOMALIES_FILE, notes)
         by_step = {line["step"]: line for line in anomalies if is_step(line.get("step"))}
         checkpoints = [path.name for path in layout.list_checkpoints(layout.checkpoints_folder(self.folder))]
@@ -163,6 +168,7 @@ class RunReader:
             schedule=_schedule(plan),
             metrics=metrics,
             evaluations=dict(sorted(evaluations.items())),
+            evaluations_ema=dict(sorted(evaluations_ema.items())),
             higher_is_better=directions,
             anomalies=[by_step[step] for step in sorted(by_step)],
             events=_read_lines(self.folder / EVENTS_FILE, notes)[-_MAX_EVENTS:],
@@ -204,7 +210,9 @@ def _results_files(folder: Path) -> list[Path]:
     return [*own, *sorted((folder / RESULTS_FOLDER).glob("**/*.json"))]
 
 
-def _add_results(path: Path, evaluations: dict[int, Results], last_step: int, notes: list[str]) -> Directions:
+def _add_results(
+    path: Path, raw: dict[int, Results], ema: dict[int, Results], last_step: int, notes: list[str]
+) -> Directions:
     """Add the results of a file of `evaluate`, and return which metrics are better when higher.
 
     Another program's JSON file is no concern of the report.
@@ -225,6 +233,7 @@ def _add_results(path: Path, evaluations: dict[int, Results], last_step: int, no
     if step is None:
         notes.append(f"{name}: does not name its checkpoint, so it counts for the last step, {last_step:,}")
         step = last_step
+    evaluations = ema if as_mapping(content.get("model")).get("weights") == "ema" else raw
     for task, metrics in results.items():
         evaluations.setdefault(step, {})[task] = evaluations.get(step, {}).get(task, {}) | metrics
     facts = as_mapping(content.get("tasks"))

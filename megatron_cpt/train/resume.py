@@ -20,6 +20,7 @@ from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.model.build_model import Model
 from megatron_cpt.model.padded_vocabulary import zero_padding
+from megatron_cpt.optim.ema import WeightEma
 from megatron_cpt.planning import RunPlan
 from megatron_cpt.train.run_files import rank_layout
 from megatron_cpt.train.state import TrainState
@@ -136,14 +137,17 @@ def load_state(
     ranks: Ranks,
     model: Model,
     optimizer: MegatronOptimizer,
+    ema: WeightEma | None,
     own: SavedRun | None,
     origin: SavedRun | None,
 ) -> TrainState:
-    """Load model, optimizer and random states; a collective call.
+    """Load model, optimizer, moving average and random states; a collective call.
+
+    The average starts as the loaded weights if the run starts, or if its checkpoint has no average.
 
     Args:
         config, ranks: the run.
-        model, optimizer: filled in place; unusable after an error.
+        model, optimizer, ema: filled in place; unusable after an error.
         own: the run's own checkpoint to resume from; None: the run starts.
         origin: the checkpoint to start from; None: keep the random weights.
 
@@ -151,12 +155,20 @@ def load_state(
         CorruptCheckpointError: shards of the checkpoint are corrupt.
         RefusedError: it cannot be read, or does not fit the model.
     """
-    state = TrainState()
+    state, has_ema = TrainState(), False
     if own is not None:
         with corrupt_as_refused(own.path):
             is_same_layout = own.state["layout"] == rank_layout(config.parallel, ranks)
             state = TrainState.from_dict(own.state["train"])
-        load_training(own, model.chunks, optimizer, config.checkpoint.verify, with_rng=is_same_layout)
+        has_ema = own.has_ema
+        load_training(
+            own,
+            model.chunks,
+            optimizer,
+            config.checkpoint.verify,
+            ema=ema if has_ema else None,
+            with_rng=is_same_layout,
+        )
         random_states = "continue" if is_same_layout else "start new, because the layout changed"
         message = (
             f"resuming from {own.path}, step {state.step}: weights, optimizer, data and schedule continue; "
@@ -181,4 +193,8 @@ def load_state(
         )
     if ranks.is_main:
         logger.info(message)
+    if ema is not None and not has_ema:
+        ema.restart()
+        if ranks.is_main:
+            logger.info("ema: the moving average starts from the weights after step %d", state.step)
     return state

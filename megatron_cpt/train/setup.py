@@ -26,6 +26,7 @@ from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.model.build_model import Model, build_model
 from megatron_cpt.model.capabilities import check_machine, read_machine
 from megatron_cpt.optim.build_optimizer import build_optimizer, set_adam
+from megatron_cpt.optim.ema import WeightEma
 from megatron_cpt.optim.update import Update
 from megatron_cpt.planning import RunPlan, flops_per_token
 from megatron_cpt.planning.hardware import emulates_bf16
@@ -48,6 +49,7 @@ class Session:
 
     Attributes:
         model, optimizer: of this rank.
+        ema: moving average of its weights; None without an `ema` section.
         forward, update: the two halves of a step.
         loader: this rank's batches, from the next step on.
         validator: measures held-out losses; None without a `validation` section.
@@ -66,6 +68,7 @@ class Session:
     ranks: Ranks
     model: Model
     optimizer: MegatronOptimizer
+    ema: WeightEma | None
     forward: ForwardPass
     update: Update
     loader: Loader
@@ -152,7 +155,7 @@ def setup(
         if "tokenizer" not in allow:
             compare_tokenizer(origin, data_tokenizer)
 
-    own, origin, model, optimizer, state = _build_from_newest_valid(config, ranks, check_resume, check_init)
+    own, origin, model, optimizer, ema, state = _build_from_newest_valid(config, ranks, check_resume, check_init)
     if own is not None:
         with corrupt_as_refused(own.path):
             check_progress(state, plan, str(own.path))
@@ -166,13 +169,14 @@ def setup(
         ranks=ranks,
         model=model,
         optimizer=optimizer,
+        ema=ema,
         forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
         update=Update(optimizer, config.optimizer.weight_decay),
         loader=loader,
         validator=validator,
         meter=LossMeter(names, contributes_loss),
         state=state,
-        saver=_open_saver(config, model, optimizer),
+        saver=_open_saver(config, model, optimizer, ema),
         data_fingerprints=fingerprints if own is None else own.state["data_fingerprints"] | fingerprints,
         tokenizer_fingerprint=tokenizer_fingerprint,
         eod_id=eod_id,
@@ -205,12 +209,13 @@ def _open_loaders(
     )
 
 
-def _open_saver(config: RunConfig, model: Model, optimizer: MegatronOptimizer) -> Saver:
+def _open_saver(config: RunConfig, model: Model, optimizer: MegatronOptimizer, ema: WeightEma | None) -> Saver:
     return Saver(
         layout.checkpoints_folder(config.output),
         model.chunks,
         optimizer,
         Retention(config.checkpoint.keep, config.checkpoint.keep_every),
+        ema=ema,
         in_background=config.checkpoint.async_,
     )
 
@@ -228,12 +233,12 @@ def _build_from_newest_valid(
     ranks: Ranks,
     check_resume: Callable[[SavedRun | None], None],
     check_init: Callable[[SavedRun], None],
-) -> tuple[SavedRun | None, SavedRun | None, Model, MegatronOptimizer, TrainState]:
+) -> tuple[SavedRun | None, SavedRun | None, Model, MegatronOptimizer, WeightEma | None, TrainState]:
     """Find the checkpoint to start from, build the model and load it; a collective call.
 
     Returns:
         The run's own checkpoint (None: the run starts), the checkpoint that was loaded (None: random weights), the
-        model, its optimizer and the progress of the run.
+        model, its optimizer, the moving average of its weights and the progress of the run.
     """
     corrupt: dict[Path, list[str]] = {}
     while True:
@@ -253,8 +258,12 @@ def _build_from_newest_valid(
 
 def _build_and_load(
     config: RunConfig, ranks: Ranks, own: SavedRun | None, origin: SavedRun | None
-) -> tuple[Model, MegatronOptimizer, TrainState]:
-    """Build the model and its optimizer and load them from `own` or `origin`; a collective call.
+) -> tuple[Model, MegatronOptimizer, WeightEma | None, TrainState]:
+    """Build the model, its optimizer and the average of its weights, and load them; a collective call.
+
+    Args:
+        config, ranks: the run.
+        own, origin: as in `load_state`.
 
     Raises:
         CorruptCheckpointError: shards of the checkpoint are corrupt.
@@ -265,6 +274,7 @@ def _build_and_load(
         knobs = ", ".join(sorted(model.knobs)) or "nothing fused or overlapped"
         logger.info("layers: %s; speed: %s", model.layers, knobs)
     optimizer = build_optimizer(config.optimizer, config.schedule, config.parallel, config.precision, model.chunks)
-    state = load_state(config, ranks, model, optimizer, own, origin)
+    ema = WeightEma(config.ema, model.chunks, optimizer) if config.ema is not None else None
+    state = load_state(config, ranks, model, optimizer, ema, own, origin)
     set_adam(optimizer, config.optimizer)
-    return model, optimizer, state
+    return model, optimizer, ema, state

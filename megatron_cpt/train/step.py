@@ -47,6 +47,7 @@ def train_step(
     requests: Callable[[], Sequence[bool]],
     judge: Callable[[torch.Tensor, float, bool], Anomaly | None],
     before_update: Callable[[], None],
+    after_update: Callable[[], None] = lambda: None,
     sync_wait: AbstractContextManager[None] = nullcontext(),  # noqa: B008 - stateless
 ) -> StepResult:
     """Train on one global batch; a collective call.
@@ -63,6 +64,7 @@ def train_step(
         requests: returns what this rank asks of all ranks; called after the backward pass was issued.
         judge: finds what is wrong from the losses, the gradient norm and whether all ranks have finite numbers.
         before_update: called before weights, moments and amax histories change.
+        after_update: called after an update that was applied.
         sync_wait: entered while this thread waits for the device and the other ranks; measures that time.
     """
     forward.zero_grad()
@@ -80,5 +82,6 @@ def train_step(
     before_update()
     if is_applied:
         update.apply(rate, agreed.grad_norm)
+        after_update()
     forward.end_step(keep_amax=is_applied)
     return StepResult(rate, agreed.losses, agreed.grad_norm, anomaly, agreed.requests)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -272,12 +273,17 @@ class Trainer:
             requests=lambda: (self._stop.received is not None, self._is_last_step(is_save_due)),
             judge=self._judge,
             before_update=session.saver.wait_for_copy,
+            after_update=self._update_ema,
             sync_wait=session.meter.sync_wait,
         )
         state.advance(data.num_tokens, data.counts, data.state)
         session.meter.add(result.loss_by_source, data.num_tokens, session.flops_per_token(state.step))
         self.hooks.on_step(session)
         return result
+
+    def _update_ema(self) -> None:
+        if self.session.ema is not None:
+            self.session.ema.update(self.session.state.step + 1)
 
     def _is_last_step(self, is_save_due: bool) -> bool:
         step, due = self.session.state.step, self.session.plan.evaluation_steps
@@ -322,8 +328,15 @@ class Trainer:
         if session.validator is None:
             return
         activity, started = f"validation after step {session.state.step}", time.perf_counter()
-        losses = session.validator.run(session.forward, lambda source: self._progress.note(f"{activity}: {source}"))
-        self.hooks.on_validation(session, {"step": session.state.step, "validation": losses})
+        measure = partial(
+            session.validator.run, session.forward, lambda source: self._progress.note(f"{activity}: {source}")
+        )
+        losses = {"validation": measure()}
+        if session.ema is not None:
+            session.saver.wait_for_copy()
+            with session.ema.as_weights():
+                losses["validation_ema"] = measure()
+        self.hooks.on_validation(session, {"step": session.state.step, **losses})
         session.meter.skip_time(time.perf_counter() - started)
 
     def _evaluate(self, *, is_first: bool = False) -> str:
@@ -348,7 +361,13 @@ class Trainer:
             return ""
         activity, started = f"evaluation after step {step}", time.perf_counter()
         self.wall_time.begin_evaluation()
-        measured = evaluator.run(lambda: self._progress.note(activity), lambda: self._stop.received is not None)
+        measure = partial(evaluator.run, lambda: self._progress.note(activity), lambda: self._stop.received is not None)
+        measured = measure()
+        if measured is not None and session.ema is not None:
+            session.saver.wait_for_copy()
+            with session.ema.as_weights():
+                averaged = measure()
+            measured = averaged and {**measured, "evaluation_ema": averaged["evaluation"]}
         seconds = time.perf_counter() - started
         self.wall_time.end_evaluation()
         if measured is None:

@@ -150,8 +150,8 @@ class StopBefore(Hook):
 
 
 def train_with_and_without(run_file: str, common: Sequence[str], evaluation: str, folder: str) -> list[int]:
-    """Train without evaluations, with them, and with an interruption by a signal and a resume."""
-    with_evaluation = [*common, evaluation]
+    """Train without evaluations, with them and an average, and with an interruption by a signal and a resume."""
+    with_evaluation = [*common, evaluation, "ema.decay=0.5"]
     statuses = [
         train_here(run_file, [*common, f"output={folder}/without"]),
         train_here(run_file, [*with_evaluation, f"output={folder}/with"]),
@@ -177,12 +177,16 @@ def test_training_with_evaluations_is_bit_equal_and_resumes(run_file: Path, task
     assert "bits_per_byte" in lines[0]["evaluation"]["letters"]
     assert lines[0]["evaluation"]["letters"] != lines[-1]["evaluation"]["letters"]
     assert all(line["evaluation_seconds"] > 0 for line in lines)
+    assert lines[0]["evaluation_ema"] == lines[0]["evaluation"], "the average starts as the weights"
+    assert lines[-1]["evaluation_ema"]["letters"] != lines[-1]["evaluation"]["letters"]
     stopped = read_metrics(tmp_path / "stopped", "evaluation")
-    assert [line["evaluation"] for line in stopped] == [line["evaluation"] for line in lines]
+    for key in ("evaluation", "evaluation_ema"):
+        assert [line[key] for line in stopped] == [line[key] for line in lines]
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("without", "with", "stopped")]
     assert losses[0] == losses[1] == losses[2]
     for name in ("with", "stopped"):
-        assert differing(newest(tmp_path / "without"), newest(tmp_path / name)) == []
+        assert differing(newest(tmp_path / "without"), newest(tmp_path / name), ignore=("optimizer.state.ema.",)) == []
+    assert differing(newest(tmp_path / "with"), newest(tmp_path / "stopped")) == []
 
 
 def test_an_evaluation_that_cannot_run_is_found_before_training(run_file: Path, tasks: Path, tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ START, END = 3, 5  # the killed process resumes from step 3, saves step 4 and de
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return run.yaml of a run that saves every step and keeps two checkpoints, so that every save deletes one."""
-    return small_run(tmp_path_factory.mktemp("kill-save"), model=SMALL, checkpoint={"every": 1, "keep": 2})
+    return small_run(
+        tmp_path_factory.mktemp("kill-save"), model=SMALL, checkpoint={"every": 1, "keep": 2}, ema={"decay": 0.5}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -139,12 +139,12 @@ class Training:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return weights, master weights and moments by name; complete on one data-parallel rank."""
-        from megatron_cpt.checkpoint.state import optimizer_shards
+        from megatron_cpt.optim.owned_weights import only_part, owned_weights
 
         found = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        part = optimizer_shards._only_part(self.optimizer)
+        part = only_part(self.optimizer)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for parameter, _ in optimizer_shards._ranges(part):
+        for parameter in [owned.parameter for owned in owned_weights(part)]:
             for kind, tensor in part._get_main_param_and_optimizer_states(parameter).items():
                 found[f"{kind}.{names[id(parameter)]}"] = tensor.detach().clone().view(parameter.shape)
         return found

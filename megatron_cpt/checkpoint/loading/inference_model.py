@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_cpt.backend import Ranks, launched_world_size, process_groups
 from megatron_cpt.backend.distributed import data_parallel_size
 from megatron_cpt.checkpoint.layout import RUN_FILE, is_checkpoint, resolve_checkpoint
-from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused, read_saved_run
+from megatron_cpt.checkpoint.record import SavedRun, WeightSet, corrupt_as_refused, no_ema_error, read_saved_run
 from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.errors import UserError
 
@@ -85,7 +85,7 @@ def inference_run(saved: SavedRun, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 @contextlib.contextmanager
-def load_inference_model(saved: SavedRun, run: RunConfig) -> Iterator[InferenceModel]:
+def load_inference_model(saved: SavedRun, run: RunConfig, weights: WeightSet = "raw") -> Iterator[InferenceModel]:
     """Open process groups, build the model of this rank and load its weights; a collective of all ranks of the job.
 
     Example:
@@ -95,10 +95,12 @@ def load_inference_model(saved: SavedRun, run: RunConfig) -> Iterator[InferenceM
             scores = Engine(loaded.model, loaded.run, loaded.ranks).score(requests)
 
     Raises:
-        UserError: the number of processes does not fit `run.parallel`.
+        UserError: the number of processes does not fit `run.parallel`, or the checkpoint has no moving average.
         RefusedError: the checkpoint is corrupt.
     """
     data_parallel_size(run.parallel, launched_world_size())
+    if weights == "ema" and not saved.has_ema:
+        raise no_ema_error(saved.path)
     with process_groups(run.parallel) as ranks:
         # imported here: megatron-core reads torch.cuda on import, and process_groups replaces it on a CPU
         from megatron_cpt.checkpoint.loading.load import load_weights
@@ -107,7 +109,7 @@ def load_inference_model(saved: SavedRun, run: RunConfig) -> Iterator[InferenceM
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # megatron-core's, of what is not installed
             model = build_model(run, draw_weights=False, is_trainable=False)
-        load_weights(saved, model.chunks)
+        load_weights(saved, model.chunks, weights=weights)
         for chunk in model.chunks:
             chunk.eval()
         yield InferenceModel(model, run, ranks)

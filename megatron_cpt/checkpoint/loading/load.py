@@ -28,17 +28,20 @@ from megatron_cpt.checkpoint.loading.reader import BoxRead, plan_reads, read_box
 from megatron_cpt.checkpoint.loading.stored_state import StoredState, read_errors_as_refused, read_stored_state
 from megatron_cpt.checkpoint.loading.verify_while_reading import ShardVerifier, share_of
 from megatron_cpt.checkpoint.manifest import CorruptCheckpointError, Verify, shards_to_compare
-from megatron_cpt.checkpoint.record import SavedRun
+from megatron_cpt.checkpoint.record import SavedRun, WeightSet
 from megatron_cpt.checkpoint.state import optimizer_shards, state_dicts
 from megatron_cpt.errors import CptError, RefusedError
+from megatron_cpt.optim.ema import WeightEma
 
 logger = logging.getLogger(__name__)
 
 _MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
-def load_weights(saved: SavedRun, chunks: Sequence[DistributedDataParallel], how: Verify = "full") -> dict[str, Any]:
-    """Load the weights only; a collective call.
+def load_weights(
+    saved: SavedRun, chunks: Sequence[DistributedDataParallel], how: Verify = "full", *, weights: WeightSet = "raw"
+) -> dict[str, Any]:
+    """Load the weights only, or their moving average in place of them; a collective call.
 
     After an error the content of the model is undefined.
 
@@ -50,7 +53,7 @@ def load_weights(saved: SavedRun, chunks: Sequence[DistributedDataParallel], how
         CorruptCheckpointError: shards are damaged.
         RefusedError: the checkpoint cannot be read, or does not fit the model.
     """
-    loaded = _load(state_dicts.model_state(chunks, is_loading=True), saved, how)
+    loaded = _load(state_dicts.model_state(chunks, is_loading=True), saved, how, weights)
     state_dicts.load_model_state(chunks, loaded)
     return loaded
 
@@ -61,10 +64,19 @@ def load_training(
     optimizer: MegatronOptimizer,
     how: Verify = "full",
     *,
+    ema: WeightEma | None = None,
     with_rng: bool,
 ) -> None:
-    """Load weights, optimizer and, if the layout is the one that saved them, random states; see `load_weights`."""
-    wanted = state_dicts.training_state(chunks, optimizer, is_loading=True, with_rng=with_rng)
+    """Load weights, optimizer and, if the layout is the one that saved them, random states; see `load_weights`.
+
+    Args:
+        saved: the checkpoint.
+        chunks, optimizer: filled in place.
+        how: share of the checksums to compare.
+        ema: filled in place; None: a moving average in the checkpoint is not read.
+        with_rng: also load random states.
+    """
+    wanted = state_dicts.training_state(chunks, optimizer, ema=ema, is_loading=True, with_rng=with_rng)
     state = _load(wanted, saved, how)
     state_dicts.load_model_state(chunks, state)
     optimizer_shards.load_state(optimizer, state["optimizer"])
@@ -72,9 +84,9 @@ def load_training(
         set_rng_state(state["rng"])
 
 
-def _load(wanted: dict[str, Any], saved: SavedRun, how: Verify) -> dict[str, Any]:
+def _load(wanted: dict[str, Any], saved: SavedRun, how: Verify, weights: WeightSet = "raw") -> dict[str, Any]:
     with _verifying(saved, how) as verifier:
-        return on_all(lambda: _fill(wanted, saved.path, verifier))
+        return on_all(lambda: _fill(wanted, saved.path, verifier, weights))
 
 
 @contextlib.contextmanager
@@ -108,7 +120,7 @@ def _skip_missing_histories(wanted: dict[str, Any], stored: StoredState, path: P
         logger.info("%s has no amax history of this recipe: FP8 scaling starts from scratch", path)
 
 
-def _fill(wanted: dict[str, Any], path: Path, verifier: ShardVerifier) -> dict[str, Any]:
+def _fill(wanted: dict[str, Any], path: Path, verifier: ShardVerifier, weights: WeightSet) -> dict[str, Any]:
     """Read the tensors of a sharded state into their own memory.
 
     The steps follow `dist_checkpointing.load`: build the parts of tensors that a factory describes (the two
@@ -120,6 +132,8 @@ def _fill(wanted: dict[str, Any], path: Path, verifier: ShardVerifier) -> dict[s
     stored = read_stored_state(path)
     _skip_missing_histories(wanted, stored, path)
     aliases = _find_aliases(wanted, stored.shapes) if "optimizer" in wanted else {}
+    if weights == "ema":
+        aliases = _ema_names(wanted)
     force_all_tensors_to_non_fp8(wanted)
     try:
         state, unsaved, factories = load_preprocess(wanted)
@@ -160,6 +174,13 @@ def _plan(tensor: ShardedTensor, stored: StoredState, alias: str | None, path: P
             "checkpoint; copy the checkpoint again"
         )
     return reads
+
+
+def _ema_names(wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Return the name of each weight's moving average by the weight's name; FP8 histories have none."""
+    entries = [entry for entry in nested_values(wanted) if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+    histories = {entry.key for _, _, entry in state_dicts.amax_histories(dict(wanted))}
+    return {entry.key: f"{optimizer_shards.EMA_PREFIX}{entry.key}" for entry in entries if entry.key not in histories}
 
 
 def _find_aliases(wanted: Mapping[str, Any], present: Collection[str]) -> dict[str, str]:

@@ -36,6 +36,7 @@ from megatron_cpt.checkpoint.saving.writer import write_files
 from megatron_cpt.checkpoint.state import state_dicts
 from megatron_cpt.errors import CptError
 from megatron_cpt.files.atomic import sync_folder
+from megatron_cpt.optim.ema import WeightEma
 
 Files = Mapping[str, Sequence[ShardEntry]]
 """File name -> content."""
@@ -74,6 +75,7 @@ class Saver:
         folder: the folder of the run's checkpoints.
         chunks, optimizer: of this rank.
         retention: which older checkpoints to keep.
+        ema: moving average of the weights to save with them.
         in_background: let training continue up to its next update, which must `wait_for_copy`; otherwise `save` waits
             for the publication.
     """
@@ -85,10 +87,11 @@ class Saver:
         optimizer: MegatronOptimizer,
         retention: Retention = Retention(),  # noqa: B008 - frozen
         *,
+        ema: WeightEma | None = None,
         in_background: bool = False,
     ) -> None:
         self._folder, self._retention = folder, retention
-        self._chunks, self._optimizer = chunks, optimizer
+        self._chunks, self._optimizer, self._ema = chunks, optimizer, ema
         self._staging = StagingBuffer() if in_background else None
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="copy")  # separate: a copy never waits for the disk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -105,7 +108,7 @@ class Saver:
         if self._staging is None or self._is_reserved:
             return
         self._is_reserved = True
-        state = state_dicts.training_state(self._chunks, self._optimizer, is_loading=False, with_rng=True)
+        state = self._state()
         self._copier.submit(self._staging.reserve, shard_sizes(state))
 
     def save(self, step: int, record: Record) -> Path | None:
@@ -121,7 +124,7 @@ class Saver:
         name = layout.checkpoint_name(step)
         aside, final = self._folder / f".{name}.tmp", self._folder / name
         self._on_main(step, partial(self._create_folder, aside))
-        state = state_dicts.training_state(self._chunks, self._optimizer, is_loading=False, with_rng=True)
+        state = self._state()
         plan = plan_shards(state, aside, validate=not self._is_validated)
         self._is_validated = True  # the division into shards does not change during a run
         # Only now: megatron-core takes a folder with files for the remains of an older save, and warns.
@@ -187,6 +190,9 @@ class Saver:
         self._thread.shutdown()
         if self._staging is not None:
             self._staging.close()
+
+    def _state(self) -> dict[str, Any]:
+        return state_dicts.training_state(self._chunks, self._optimizer, ema=self._ema, is_loading=False, with_rng=True)
 
     def _create_folder(self, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)

@@ -14,7 +14,7 @@ copying. Names and shapes in the checkpoint equal megatron-core's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
+from megatron_cpt.optim.ema import WeightEma
+from megatron_cpt.optim.owned_weights import OwnedWeight, is_sharded, only_part, owned_weights
+
 _FORMAT = "fully_reshardable"  # megatron-core's other formats cannot change TP or PP
 _RESHARDABLE = {"distrib_optim_sharding_type": _FORMAT}
+EMA_PREFIX = "optimizer.state.ema."
+"""Beginning of the name of a weight's moving average in a checkpoint."""
 _SCHEDULE_KEYS = ("start_wd", "end_wd", "optimizer")  # overrides of one group, which no run of this package has
 
 Box = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -81,7 +86,7 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loa
         model: sharded weights of all chunks, which name and place the optimizer's tensors.
         is_loading: the state is about to be loaded, so the optimizer must have its tensors.
     """
-    part = _only_part(optimizer)
+    part = only_part(optimizer)
     if not is_loading:
         _create_missing_moments(part.optimizer)
     if not isinstance(part, DistributedOptimizer):
@@ -105,7 +110,7 @@ def _create_missing_moments(adam: torch.optim.Optimizer) -> None:
 
 def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Put the loaded `sharded_state`, changed in place, into the optimizer, whichever kind of optimizer saved it."""
-    part = _only_part(optimizer)
+    part = only_part(optimizer)
     # megatron-core's plain fp32 optimizer has its parameter groups at the top, the others have them under `optimizer`.
     inner = state.setdefault("optimizer", {})
     own, other = (state, inner) if isinstance(part, FP32Optimizer) else (inner, state)
@@ -130,48 +135,63 @@ def _set_rates(groups: list[dict[str, Any]], config: Any) -> None:
         group.update(max_lr=config.lr, min_lr=config.min_lr)
 
 
-def _only_part(optimizer: Any) -> Any:
-    """Return the one optimizer in megatron-core's chain; dense models have no second one."""
-    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return part
+def ema_state(ema: WeightEma, optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[int, Any]:
+    """Return the sharded moving average of the weights; its tensors are the average's own memory, not copies.
+
+    Args:
+        ema: of this rank.
+        optimizer: whose weights are averaged.
+        model: as in `sharded_state`.
+    """
+    parameters, own_share = _described(model), is_sharded(optimizer)
+    return {
+        number: _numbered(_describe(parameters[id(owned.parameter)], owned, "ema", average, own_share=own_share))
+        for number, (owned, average) in enumerate(ema.entries())
+    }
 
 
 def _own_boxes(optimizer: Any, model: dict[str, Any]) -> dict[int, Any]:
     """Describe the master weights and moments that this rank owns."""
-    entries = [entry for entry in nested_values(model) if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
-    described = {id(entry.data): entry for entry in entries}
+    parameters = _described(model)
     state: dict[int, Any] = {}
-    for parameter, (start, end) in _ranges(optimizer):
-        tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-        state[len(state)] = {
-            name: {
-                str(number): box
-                for number, box in enumerate(_describe(described[id(parameter)], parameter, name, tensor, start, end))
-            }
+    for number, owned in enumerate(owned_weights(optimizer)):
+        tensors = optimizer._get_main_param_and_optimizer_states(owned.parameter)
+        state[number] = {
+            name: _numbered(_describe(parameters[id(owned.parameter)], owned, name, tensor, own_share=True))
             for name, tensor in tensors.items()
             if name != "step"  # one per parameter group, saved with the groups
         }
     return state
 
 
-def _ranges(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int]]]:
-    """Yield the parameters that this rank updates, each with the range of elements that it owns."""
-    for buffer in optimizer.gbuf_ranges:
-        for buckets in buffer.values():
-            for bucket in buckets:
-                for parameter, ranges in bucket["param_map"].items():
-                    yield parameter, (ranges["param"].start, ranges["param"].end)
+def _described(model: dict[str, Any]) -> Mapping[int, ShardedTensor | ShardedTensorFactory]:
+    """Return the description of each parameter by its `id`."""
+    entries = [entry for entry in nested_values(model) if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+    return {id(entry.data): entry for entry in entries}
+
+
+def _numbered(boxes: Iterator[ShardedTensor]) -> dict[str, ShardedTensor]:
+    return {str(number): box for number, box in enumerate(boxes)}
 
 
 def _describe(
     described: ShardedTensor | ShardedTensorFactory,
-    parameter: torch.nn.Parameter,
+    owned: OwnedWeight,
     name: str,
     tensor: torch.Tensor,
-    start: int,
-    end: int,
+    *,
+    own_share: bool,
 ) -> Iterator[ShardedTensor]:
-    """Yield a flat range of optimizer state as boxes of the parameter's whole tensor."""
+    """Yield a range of optimizer state as boxes of the parameter's whole tensor.
+
+    Args:
+        described: the parameter.
+        owned: the range.
+        name: kind of the state.
+        tensor: its values in the range.
+        own_share: data-parallel replicas own different ranges; otherwise each has the whole parameter.
+    """
+    parameter, start, end = owned.parameter, owned.start, owned.end
     flat = tensor.detach().view(-1)
     assert flat.numel() == end - start
     # A factory describes a parameter that holds several parts: the two halves of a gated fc1.
@@ -197,6 +217,6 @@ def _describe(
                 global_shape=tuple(part.global_shape),
                 global_offset=(*whole, *(a + b for a, b in within)),
                 axis_fragmentations=None,  # no regular grid
-                replica_id=(*part.replica_id[:2], 0),  # (pipeline, tensor, data): replicas own different ranges
+                replica_id=(*part.replica_id[:2], 0) if own_share else part.replica_id,  # (pipeline, tensor, data)
                 allow_shape_mismatch=part.allow_shape_mismatch,
             )

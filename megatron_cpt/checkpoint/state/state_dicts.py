@@ -15,6 +15,7 @@ from megatron_cpt.checkpoint.state import optimizer_shards
 from megatron_cpt.checkpoint.state.fp8_history import add_histories, dequantize, take_histories
 from megatron_cpt.model.fp8_emulated import AMAX_HISTORY
 from megatron_cpt.model.kernel_options import gather_weights
+from megatron_cpt.optim.ema import WeightEma
 
 
 def model_state(chunks: Sequence[DistributedDataParallel], *, is_loading: bool = False) -> dict[str, Any]:
@@ -28,13 +29,27 @@ def model_state(chunks: Sequence[DistributedDataParallel], *, is_loading: bool =
 
 
 def training_state(
-    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool, with_rng: bool
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    *,
+    ema: WeightEma | None = None,
+    is_loading: bool,
+    with_rng: bool,
 ) -> dict[str, Any]:
-    """Return the state that training resumes from: weights, optimizer and, if asked, random states; a collective."""
+    """Return the state that training resumes from: weights, optimizer and, if asked, random states; a collective.
+
+    Args:
+        chunks, optimizer: of this rank.
+        ema: moving average of the weights; None: none is saved or loaded.
+        is_loading: as in `optimizer_shards.sharded_state`.
+        with_rng: with random states.
+    """
     if not is_loading:
         gather_weights(chunks)
     model = model_state(chunks, is_loading=is_loading)
     state = {**model, "optimizer": optimizer_shards.sharded_state(optimizer, model, is_loading=is_loading)}
+    if ema is not None:
+        state["ema"] = optimizer_shards.ema_state(ema, optimizer, model)
     for weights in model.values():  # last: the parameters themselves identify the optimizer's tensors
         dequantize(weights)
     return {**state, "rng": random_state()} if with_rng else state

@@ -298,7 +298,7 @@ def candidate_problems(config: RunConfig, plan: RunPlan, num_gpus: int) -> list[
 def explain_memory(memory: Memory, gpu: Gpu) -> str:
     """Return why a stage does not fit the GPU."""
     usable = (1 - MEMORY_MARGIN) * gpu.memory_gib
-    states = (memory.weights + memory.gradients + memory.optimizer) / GIB
+    states = (memory.weights + memory.gradients + memory.optimizer + memory.ema) / GIB
     return (
         f"needs {memory.total / GIB:.0f} GiB on stage {memory.stage} ({states:.0f} of them weights, gradients and "
         f"optimizer), {usable:.0f} are usable"

@@ -162,10 +162,12 @@ def _optimizer_seconds(config: RunConfig, layout: Layout, gpu: Gpu, stage: int) 
 
     The norm reads the gradient (4). Adam reads gradient, master weight and two moments (16) and writes all but the
     gradient, and the weight in bf16 (14). Moments in bf16 are copied to fp32 before (4 + 8) and back after (8 + 4).
-    Then the gradients of all parameters, not only of the shard, are cleared (4).
+    Then the gradients of all parameters, not only of the shard, are cleared (4). A moving average is read with the
+    master weight and written (12), every `ema.every` steps.
     """
     copies = 4 + 8 + 8 + 4 if config.optimizer.moments == "bf16" else 0
+    average = 12 / config.ema.every if config.ema is not None else 0
     parameters = shard = stage_parameters(config, stage)
     if config.parallel.distributed_optimizer:
         shard = parameters / (layout.data_parallel * config.parallel.context)
-    return ((4 + 16 + 14 + copies) * shard + 4 * parameters) / (HBM_EFFICIENCY * gpu.hbm)
+    return ((4 + 16 + 14 + copies + average) * shard + 4 * parameters) / (HBM_EFFICIENCY * gpu.hbm)

@@ -47,6 +47,7 @@ class Memory:
         weights: in the compute format, and their FP8 or FP4 copies.
         gradients: fp32 gradients, accumulated over the micro-batches of a step.
         optimizer: fp32 master weights (bf16 runs) and both moments of Adam.
+        ema: fp32 moving average of the weights; 0 without section `ema`.
         activations: saved for the backward passes of all micro-batches in flight.
         logits: of one micro-batch with its loss, on the last stage.
         working: gradients inside the layer that runs backward, and its recomputed activations, as far as they exceed
@@ -58,6 +59,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    ema: float
     activations: float
     logits: float
     working: float
@@ -66,7 +68,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Sum of all parts in bytes."""
-        states = self.weights + self.gradients + self.optimizer
+        states = self.weights + self.gradients + self.optimizer + self.ema
         return states + self.activations + self.logits + self.working + self.reserved
 
     def to_dict(self) -> dict[str, float]:
@@ -90,8 +92,7 @@ def stage_memory(
     is_bf16 = config.precision.compute == "bf16"
     # bf16: fp32 master weights and two moments, 4 bytes each; fp32 weights need no master copy.
     optimizer = ((4 if is_bf16 else 0) + 2 * (2 if config.optimizer.moments == "bf16" else 4)) * parameters
-    if config.parallel.distributed_optimizer:
-        optimizer /= layout.data_parallel * config.parallel.context
+    shares = layout.data_parallel * config.parallel.context if config.parallel.distributed_optimizer else 1
     weights = (2 if is_bf16 else 4) * parameters
     kind = format_of(config)
     if kind is not None:
@@ -103,7 +104,8 @@ def stage_memory(
         stage=stage,
         weights=weights,
         gradients=4 * parameters,
-        optimizer=optimizer,
+        optimizer=optimizer / shares,
+        ema=4 * parameters / shares if config.ema is not None else 0.0,
         activations=stage_activation_bytes(config, layout, stage, spec),
         logits=logits,
         working=max(0.0, working_bytes(config, stage, spec) - logits),

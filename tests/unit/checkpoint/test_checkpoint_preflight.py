@@ -65,6 +65,17 @@ def test_what_would_load_and_train_wrong_is_refused_for_good(run_data: dict[str,
         refuse_unless_allowed(changes, [rule.rule.name for rule in changes], "step-00000040")
 
 
+def test_a_moving_average_ends_or_changes_only_if_allowed_but_may_begin(run_data: dict[str, Any]) -> None:
+    with_ema = {**run_data, "ema": {"decay": 0.9}}
+    assert _changes(run_data, "ema.decay=0.9") == []
+    for change, what in {"ema=null": "ema {'decay': 0.9", "ema.every=2": "every 1 -> 2"}.items():
+        changes = _changes(with_ema, change)
+        assert what.removeprefix("ema ") in str(changes[0])
+        with pytest.raises(RefusedError, match="to resume anyway: --allow ema"):
+            refuse_unless_allowed(changes, (), "here")
+        refuse_unless_allowed(changes, ["ema"], "here")
+
+
 def test_a_tokenizer_is_compared_by_its_content(run_data: dict[str, Any]) -> None:
     moved = "tokenizer=sentencepiece:elsewhere/tokenizer.model"
     assert _changes(run_data, moved, tokenizers=("abc", "abc")) == []

@@ -128,6 +128,11 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         (["phases.qa.until={step: 90}"], "phases[1].until (phase qa): the last phase runs to the end"),
         (["documents.eod_id=257"], "documents.eod_id: 257 is outside model.vocab: 257"),
         (["precision={compute: fp32, fp8: {}}"], "precision.fp8: needs precision.compute: bf16"),
+        (["precision.fp8={params: true}", "ema.decay=0.9"], "ema: not possible with precision.fp8.params: true"),
+        (["ema.decay=1"], "ema.decay: 1: should be less than 1"),
+        (["ema.decay=-0.5"], "ema.decay: -0.5: should be greater than or equal to 0"),
+        (["ema.decay=.nan"], "ema.decay: NaN: not a finite number"),
+        (["ema.every=0"], "ema.every: 0: should be greater than 0"),
     ],
 )
 def test_each_rule(run_data, overrides, problem):

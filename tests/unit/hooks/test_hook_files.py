@@ -220,6 +220,26 @@ def test_an_evaluation_reaches_console_tensorboard_and_wandb(tmp_path, capsys):
     assert wandb._run.lines == [({"evaluation": {"piqa": metrics}}, 7)]
 
 
+def test_measurements_of_the_moving_average_have_names_of_their_own(tmp_path, capsys):
+    losses = {"step": 7, "validation": {"web": 2.5}, "validation_ema": {"web": 2.25}}
+    scores = {"step": 7, "evaluation": {"piqa": {"acc": 0.5}}, "evaluation_ema": {"piqa": {"acc": 0.75}}}
+    console, tensorboard, wandb = ConsoleHook(), TensorBoardHook(), object.__new__(WandbHook)
+    console._is_main, tensorboard._writer, tensorboard._folder, wandb._run = True, Scalars(), tmp_path, Log()
+    for hook in (console, tensorboard, wandb):
+        hook.on_validation(session(tmp_path), losses)
+        hook.on_evaluation(session(tmp_path), {**scores, "evaluation_seconds": 1.0})
+    printed = capsys.readouterr().err
+    assert "step 7  held-out loss of the EMA  web 2.2500\n" in printed
+    assert "  piqa (EMA)  acc 0.7500\n" in printed
+    written = tensorboard._writer.written
+    assert (written["validation/web", 7], written["validation_ema/web", 7]) == (2.5, 2.25)
+    assert (written["evaluation/piqa/acc", 7], written["evaluation_ema/piqa/acc", 7]) == (0.5, 0.75)
+    assert [sorted(values) for values, _ in wandb._run.lines] == [
+        ["validation", "validation_ema"],
+        ["evaluation", "evaluation_ema"],
+    ]
+
+
 class Log:
     """Stand-in for a W&B run."""
 

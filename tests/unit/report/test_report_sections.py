@@ -245,3 +245,23 @@ def test_results_of_evaluate_belong_to_the_step_of_their_checkpoint(recipe):
     exam = next(score for score in task_scores(run)[1] if score.task == "exam")
     assert (exam.values, exam.errors) == ((0.7, 0.7, 0.7), (0.01, 0.01, 0.01))
     assert "results.json: does not name its checkpoint, so it counts for the last step, 200" in run.notes
+
+
+def test_the_moving_average_is_shown_beside_the_weights_and_is_no_source_of_its_own(recipe):
+    lines = [orjson.loads(line) for line in (recipe / "metrics.jsonl").read_bytes().splitlines()]
+    for line in lines:
+        if "validation" in line:
+            line["validation_ema"] = {name: loss - 0.25 for name, loss in line["validation"].items()}
+    (recipe / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    (recipe / "evaluations").mkdir()
+    results = {"results": {"exam": {"acc,none": 0.875}}, "model": {"step": 200, "weights": "ema"}}
+    (recipe / "evaluations" / "ema.json").write_bytes(orjson.dumps(results))
+    run = RunReader(recipe).read()
+    assert run.evaluations_ema == {200: {"exam": {"acc,none": 0.875}}}
+    raw = held_out(run)[1]
+    found = tables(page_of(recipe))
+    table = found["Held-out loss of the moving average (EMA)"]
+    assert [row[0] for row in table.rows] == [row.source for row in raw]
+    assert {row[-1] for row in table.rows} == {"−0.2500"}
+    assert [row[:3] for row in found["Tasks of the moving average (EMA)"].rows] == [["exam", "acc", "0.8750"]]
+    assert all("exam" not in row[0] or "0.8750" not in row for row in found["Tasks"].rows)

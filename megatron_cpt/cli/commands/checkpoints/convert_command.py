@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_cpt.cli.commands.checkpoints.generate_command import Weights, WeightsOption
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import EXIT_REFUSED, UserError
 from megatron_cpt.files.retry import is_path_error
@@ -161,6 +162,7 @@ def export(
     verify: Annotated[
         Verify, typer.Option("--verify", help="Share of the checkpoint's checksums to compare.")
     ] = Verify.FULL,
+    weights: WeightsOption = Weights.RAW,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face folder, with the config and tokenizer files that were imported with it.
@@ -169,6 +171,7 @@ def export(
     """
     if to is Format.MEGATRON:
         given = {"--dtype": dtype, "--family": family, "--files": files, "--model": model}
+        given["--weights"] = weights if weights is not Weights.RAW else None
         if unused := [option for option, value in given.items() if value is not None]:
             raise UserError(f"{', '.join(unused)}: of no use with --format megatron, which copies tensors; omit it")
         _export_for_megatron_lm(source, target, workers, verify, as_json)
@@ -183,6 +186,7 @@ def export(
         files=files,
         model=model,
         verify=verify.value,
+        weights=weights.value,
     )
     with progress_bar("exporting", is_bytes=True) as advance:
         report = export_checkpoint(source, target, options, advance=advance)
@@ -225,6 +229,7 @@ def verify(
     pipeline: Annotated[int, typer.Option("--pipeline", min=1, help="Pipeline-parallel size for --logits.")] = 1,
     workers: Workers = 0,
     model: ModelOption = None,
+    weights: WeightsOption = Weights.RAW,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
@@ -239,13 +244,19 @@ def verify(
     if read_launcher().rank == 0:
         with progress_bar("comparing", is_bytes=True) as advance:
             tensors = verify_tensors(
-                hf, checkpoint, workers=workers, allow_pickle=allow_pickle, model=model, advance=advance
+                hf,
+                checkpoint,
+                workers=workers,
+                allow_pickle=allow_pickle,
+                model=model,
+                weights=weights.value,
+                advance=advance,
             )
     if logits:
         from megatron_cpt.convert.logits import compare_logits
 
         texts = _read_lines("--prompts", prompts, "prompt", str.strip) if prompts else None
-        compared = compare_logits(hf, checkpoint, texts, tensor=tensor, pipeline=pipeline)
+        compared = compare_logits(hf, checkpoint, texts, tensor=tensor, pipeline=pipeline, weights=weights.value)
     if tensors is None:
         return
     if as_json:

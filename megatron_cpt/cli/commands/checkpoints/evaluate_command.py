@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.commands.checkpoints.generate_command import LAYOUT_HELP
+from megatron_cpt.cli.commands.checkpoints.generate_command import LAYOUT_HELP, Weights, WeightsOption
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import UserError
 
@@ -54,6 +54,7 @@ def evaluate(
         int | None,
         typer.Option("--max-length", metavar="N", min=2, help="Tokens per sequence. [default: the model's positions]"),
     ] = None,
+    weights: WeightsOption = Weights.RAW,
     online: Annotated[bool, typer.Option("--online", help="Let datasets be downloaded from the Hub.")] = False,
 ) -> None:
     """Evaluate a model on tasks of lm-evaluation-harness, alone or on every rank under torchrun or `launch`.
@@ -86,6 +87,7 @@ def evaluate(
         log_samples=log_samples,
         allow_code_execution=allow_code_execution,
         online=online,
+        weights=weights.value,
     )
     has_bar = read_launcher().rank == 0
     with progress_bar("evaluating") if has_bar else contextlib.nullcontext(lambda *amounts: None) as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import warnings
 from pathlib import Path
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 CHECKPOINT_HELP = "A checkpoint, or a run directory for its newest checkpoint."
 TOKENIZER_HELP = "Tokenizer as KIND:PATH. [default: the checkpoint's own]"
 LAYOUT_HELP = "Layout and precision, such as parallel.tensor=2 or precision.compute=bf16."
+WEIGHTS_HELP = "Weights of its step, or their moving average (section ema of run.yaml)."
+
+
+class Weights(enum.StrEnum):
+    """Weights of a checkpoint."""
+
+    RAW = "raw"
+    EMA = "ema"
+
+
+WeightsOption = Annotated[Weights, typer.Option("--weights", help=WEIGHTS_HELP)]
 _REASONS = {
     "stop_id": "ended by an end-of-document token",
     "stop_text": "ended by --stop",
@@ -46,6 +58,7 @@ def generate(
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends a continuation; repeatable.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="KIND:PATH", help=TOKENIZER_HELP)] = None,
+    weights: WeightsOption = Weights.RAW,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the text that a model writes after prompts, for a look at a checkpoint before and after training.
@@ -74,6 +87,7 @@ def generate(
         stop=[text for text in stop or [] if text],
         tokenizer=tokenizer,
         overrides=overrides or [],
+        weights=weights.value,
     )
     if rank != 0:
         return

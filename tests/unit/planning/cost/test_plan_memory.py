@@ -110,6 +110,17 @@ def test_moments_in_bf16_take_two_bytes_each(run_data):
     assert stage(halved).optimizer == stage(fp32).optimizer / 2
 
 
+def test_a_moving_average_takes_four_bytes_and_is_sharded_like_the_optimizer(run_data):
+    run = config(run_data, "model.vocab=256", "ema.decay=0.99")
+    without = config(run_data, "model.vocab=256")
+    assert stage(without).ema == 0
+    assert stage(run).ema == 4 * count_parameters(run.model).total
+    assert stage(run, num_gpus=4).ema == stage(run).ema / 4
+    assert stage(run).total == stage(without).total + stage(run).ema
+    plain = config(run_data, "parallel.distributed_optimizer=false", "ema.every=7")
+    assert stage(plain, num_gpus=4).ema == stage(plain).ema
+
+
 def test_the_distributed_optimizer_shards_over_replicas(run_data):
     run = config(run_data)
     assert stage(run, num_gpus=4).optimizer == stage(run).optimizer / 4
