@@ -36,4 +36,4 @@ def test_five_layouts_equal_numpy_and_a_run_starts_from_the_average(run_file: Pa
     start = [f"init.from={tmp_path}/average", f"output={tmp_path}/continued", "stop_at_step=1", "parallel.tensor=2"]
     run_ranks(2, train_here, str(run_file), start)
     losses = [read_metrics(tmp_path / name)[0]["loss"] for name in ("continued", *LAYOUTS)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.1)  # near that of random weights; a mix-up would be far off
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)  # a model of mixed-up tensors would be far off

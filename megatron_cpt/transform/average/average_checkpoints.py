@@ -31,7 +31,8 @@ from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.transform.average.average_inputs import AverageInput, describe_differences, open_inputs
 from megatron_cpt.transform.average.average_weights import decay_weights, given_weights, uniform_weights
 
-_BLOCK_BYTES = 2 << 20  # of the result; its fp32 sum and one term stay in a core's cache
+_BLOCK_BYTES = 2 << 20  # of the result; each input is read in blocks of these rows
+_CACHED_ELEMENTS = 1 << 17  # whose product in fp32 stays in a core's cache, which doubles the speed of the sum
 _ARITHMETIC = "fp32: w1*x1, + w2*x2, + ... in the order of the inputs; each step rounded to fp32, the sum to the dtype"
 
 
@@ -107,7 +108,7 @@ def average_checkpoints(
         advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: an input does not exist or is named twice, the output exists or lies in an input, the weights are
+        UserError: an input does not exist or is named twice, the output exists or is inside an input, the weights are
             wrong, or the disk is too small.
         RefusedError: an input is corrupt, changes while it is read, or is another model than the first one.
         CptError: the operating system failed, for example with a full disk.
@@ -160,7 +161,7 @@ def averaged_source(
 ) -> SourceCheckpoint:
     """Return a source whose tensors are the weighted sums of the inputs' tensors.
 
-    Model section and side files are those of the first input.
+    Model section and side files come from the first input.
 
     Args:
         dtype: of the result; None: the dtype of each tensor, or the wider one where the inputs differ.
@@ -198,12 +199,19 @@ def weighted_sum(terms: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
     multiplication and addition stay two operations, since a fused one would round once and depends on the processor.
 
     Args:
-        terms: weights that fp32 holds exactly, and tensors, which may be overwritten.
+        terms: weights that fp32 holds exactly, and contiguous tensors, which may be overwritten; only one of them is
+            in memory at a time.
     """
     total: torch.Tensor | None = None
     for weight, tensor in terms:
-        term = tensor.to(torch.float32).mul_(weight)
-        total = term if total is None else total.add_(term)
+        parts = tensor.view(-1).split(_CACHED_ELEMENTS)
+        if total is None:
+            total = torch.empty(tensor.shape, dtype=torch.float32)
+            for sums, part in zip(total.view(-1).split(_CACHED_ELEMENTS), parts, strict=True):
+                sums.copy_(part).mul_(weight)
+        else:
+            for sums, part in zip(total.view(-1).split(_CACHED_ELEMENTS), parts, strict=True):
+                sums.add_(part.to(torch.float32).mul_(weight))
     assert total is not None
     return total
 

@@ -101,8 +101,8 @@ def open_inputs(
         verify: share of the checksums of our checkpoints to compare, each before its file is read.
 
     Raises:
-        UserError: there are fewer than two checkpoints, one does not exist, one is named twice, or the output lies in
-            one of them.
+        UserError: there are fewer than two checkpoints, one does not exist, one is named twice, or the output is
+            inside one of them.
         RefusedError: one is corrupt, or they are not of the same model and tokenizer.
     """
     if len(paths) < 2:
@@ -113,7 +113,7 @@ def open_inputs(
         if folder in real[:number]:
             raise UserError(f"{folders[number]}: named twice; name it once and give it a larger weight: --weights")
         if output.resolve().is_relative_to(folder):
-            raise UserError(f"{output}: lies in {folders[number]}, which is an input; choose another output")
+            raise UserError(f"{output}: is inside {folders[number]}, which is an input; choose another output")
     inputs = [_open(folder, named_model, verify) for folder in folders]
     for other in inputs[1:]:
         _refuse_other_model(inputs[0], other)

@@ -30,7 +30,7 @@ def test_the_last_checkpoints_of_a_run(run: Path, tmp_path: Path, capsys: pytest
     assert lines[0] == "weights: minus-sqrt"
     assert lines[1].split() == ["0.707107", f"{run}/checkpoints/step-00000020", "(step", "20)"]
     assert lines[2].split() == ["0.292893", f"{run}/checkpoints/step-00000030", "(step", "30)"]
-    assert lines[-1].startswith(f"{out}: 20 tensors, 44.93K parameters with padding, ")
+    assert lines[-1].startswith(f"{out}: 20 tensors, 45.02K parameters with padding, ")
 
 
 def test_given_weights_and_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

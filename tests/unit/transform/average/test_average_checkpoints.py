@@ -19,7 +19,9 @@ import torch
 from megatron_cpt.checkpoint.manifest import find_faults
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert import importer
+from megatron_cpt.convert.exporter import export_checkpoint
 from megatron_cpt.convert.megatron.torch_dist_plan import Target
+from megatron_cpt.convert.verify import verify_tensors
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.transform.average import average_checkpoints as module
 from megatron_cpt.transform.average.average_checkpoints import AverageOptions, average_checkpoints
@@ -61,6 +63,7 @@ def test_the_order_of_the_sum_is_that_of_the_arguments(tmp_path: Path, three: li
 
 def test_tensors_larger_than_a_block(tmp_path: Path, three: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)  # 5 rows of the embedding
+    monkeypatch.setattr(module, "_CACHED_ELEMENTS", 100)
     average_checkpoints(three, tmp_path / "out")
     assert_is_average(tmp_path / "out", three, [1 / 3] * 3, torch.float32)
 
@@ -90,6 +93,16 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     average_checkpoints(paths, tmp_path / "out")
     assert "output_layer.weight" not in read_tensors(tmp_path / "out")
     assert_is_average(tmp_path / "out", paths, [0.5, 0.5], torch.float32)
+
+
+def test_a_hugging_face_folder_is_an_input_and_the_result_is_exported(tmp_path: Path, three: list[Path]) -> None:
+    export_checkpoint(three[1], tmp_path / "hf")
+    average_checkpoints([three[0], tmp_path / "hf"], tmp_path / "out")
+    assert_is_average(tmp_path / "out", three[:2], [0.5, 0.5], torch.float32)
+    digest = json.loads((tmp_path / "out" / "manifest.json").read_text())["provenance"]["inputs"][1]["digest"]
+    assert digest.startswith("xxh3_128 of files: ")
+    export_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert verify_tensors(tmp_path / "back", tmp_path / "out").is_equal
 
 
 def test_the_manifest_names_inputs_digests_and_weights(tmp_path: Path) -> None:
@@ -231,8 +244,8 @@ def test_paths_that_make_no_average(tmp_path: Path, three: list[Path]) -> None:
     cases = [
         ([three[0]], tmp_path / "out", "at least two checkpoints"),
         ([three[0], three[1], link], tmp_path / "out", "named twice"),
-        ([three[0], three[1]], three[1] / "out", "lies in .*c1, which is an input"),
-        ([three[0], three[1]], link / "a" / "b", "lies in .*c0, which is an input"),
+        ([three[0], three[1]], three[1] / "out", "is inside .*c1, which is an input"),
+        ([three[0], three[1]], link / "a" / "b", "is inside .*c0, which is an input"),
         ([three[0], tmp_path / "none"], tmp_path / "out", "none: no such folder"),
         ([three[0], three[1]], three[2], "exists already"),
     ]
