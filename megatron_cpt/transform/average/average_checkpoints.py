@@ -8,6 +8,7 @@ only, and training from it (`init.load: weights`) starts new ones.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +33,7 @@ from megatron_cpt.transform.average.average_inputs import AverageInput, describe
 from megatron_cpt.transform.average.average_weights import decay_weights, given_weights, uniform_weights
 
 _BLOCK_BYTES = 2 << 20  # of the result; each input is read in blocks of these rows
+_MAX_WORKERS = 8  # by default; as fast as most disks, and below 1 GB of memory
 _CACHED_ELEMENTS = 1 << 17  # whose product in fp32 stays in a core's cache, which doubles the speed of the sum
 _ARITHMETIC = "fp32: w1*x1, + w2*x2, + ... in the order of the inputs; each step rounded to fp32, the sum to the dtype"
 
@@ -45,7 +47,7 @@ class AverageOptions:
         decay: shape of a learning-rate decay that gives the weights, see `average_weights`; not with `weights`.
         dtype: `fp32`, `bf16` or `fp16`; None: the dtype of each tensor, or the wider one where the inputs differ.
         target: tensor- and pipeline-parallel sizes that load fastest; every layout can load the checkpoint.
-        workers: number of threads; 0: one per core.
+        workers: number of threads; 0: one per core, at most 8. Each holds up to 32 MiB in memory.
         model: a preset, or a YAML file with a model section, for Megatron checkpoints without a usable config.
         verify: share of the inputs' checksums to compare, each before its file is read: `full`, `sampled` or `none`.
     """
@@ -127,8 +129,9 @@ def average_checkpoints(
         with JobFolder(work_path, output, _job(source, weights, options), needed_bytes=num_bytes + SPARE_BYTES) as work:
             written = files_written_before(work)
             num_kept = len(written)
+            workers = options.workers or min(os.cpu_count() or 1, _MAX_WORKERS)
             with must_not_change(source.identities):
-                writing = ImportOptions(target=options.target, workers=options.workers, allow_nan=True)
+                writing = ImportOptions(target=options.target, workers=workers, allow_nan=True)
                 write_tensors(source, source.specs, plans, writing, work, written, advance)
                 state = {key: inputs[0].state.get(key) for key in ("tokenizer_fingerprint", "eod_id")}
                 write_records(
