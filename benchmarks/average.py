@@ -5,7 +5,7 @@
 Random bf16 checkpoints of one Llama are written in different layouts. Each round reads all files twice from a cold page
 cache: once without doing anything (the rate of the disk, the better of 2 and 8 threads), and once with `average`, which
 also compares every checksum and writes the result until it is on the disk. `average` runs in a process of its own. Its
-peak memory is the kernel's VmHWM, without the page cache. In the end the result is compared with numpy, bit for bit. The
+peak memory is the kernel's VmHWM, without the page cache. In the end the result is compared with numpy bit for bit. The
 disk holds one checkpoint more than there are inputs.
 """
 
