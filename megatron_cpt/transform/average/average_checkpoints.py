@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -207,16 +207,20 @@ def weighted_sum(terms: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
     """
     total: torch.Tensor | None = None
     for weight, tensor in terms:
-        parts = tensor.view(-1).split(_CACHED_ELEMENTS)
         if total is None:
             total = torch.empty(tensor.shape, dtype=torch.float32)
-            for sums, part in zip(total.view(-1).split(_CACHED_ELEMENTS), parts, strict=True):
+            for sums, part in zip(_parts(total), _parts(tensor), strict=True):
                 sums.copy_(part).mul_(weight)
         else:
-            for sums, part in zip(total.view(-1).split(_CACHED_ELEMENTS), parts, strict=True):
+            for sums, part in zip(_parts(total), _parts(tensor), strict=True):
                 sums.add_(part.to(torch.float32).mul_(weight))
     assert total is not None
     return total
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.view(-1)
+    return (flat[start : start + _CACHED_ELEMENTS] for start in range(0, flat.numel(), _CACHED_ELEMENTS))
 
 
 def _not_finite(inputs: Sequence[AverageInput], name: str, first: int, last: int) -> RefusedError:
