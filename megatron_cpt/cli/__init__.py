@@ -15,6 +15,7 @@ import typer
 from megatron_cpt import __version__
 from megatron_cpt.cli.arguments import repeat_options
 from megatron_cpt.cli.command_groups import CHECKPOINTS, DATA, EVALUATE, OPERATIONS, PLAN, TRAIN, GroupedCommands
+from megatron_cpt.cli.commands.checkpoints.average_command import average
 from megatron_cpt.cli.commands.checkpoints.convert_command import app as convert_app
 from megatron_cpt.cli.commands.checkpoints.evaluate_command import evaluate
 from megatron_cpt.cli.commands.checkpoints.generate_command import generate
@@ -58,6 +59,7 @@ app.command(rich_help_panel=TRAIN, cls=WordsCommand)(launch)
 app.command(rich_help_panel=TRAIN)(report)
 app.command(rich_help_panel=TRAIN)(experiment)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
+app.command(rich_help_panel=CHECKPOINTS)(average)
 app.command(rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=EVALUATE)(generate)
 app.command(rich_help_panel=OPERATIONS)(doctor)

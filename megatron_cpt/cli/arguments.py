@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from megatron_cpt.errors import UserError
@@ -14,10 +15,13 @@ MANY_VALUES = {
     "mine": ("--queries", "--corpus", "--held-out", "--key"),
     "train": ("--allow",),
     "evaluate": ("--tasks",),
+    "average": ("--weights", "--evaluate"),
     "report": ("--compare",),
     "recipe": ("--general", "--qa", "--quality", "--held-out", "--area"),
 }
 """Options with several values, per command."""
+
+_NUMBER = re.compile(r"-\d*\.?\d+(e-?\d+)?")  # a value that is not an option, such as -0.5
 
 
 def repeat_options(argv: Sequence[str]) -> list[str]:
@@ -33,7 +37,7 @@ def repeat_options(argv: Sequence[str]) -> list[str]:
     for number, word in enumerate(argv):
         if word == "--":
             return [*words, *argv[number:]]
-        if word.startswith("-") and word != "-":
+        if word.startswith("-") and word != "-" and not (current and _NUMBER.fullmatch(word)):
             current, has_value = word if word in MANY_VALUES.get(command, ()) else "", False
             following = argv[number + 1 : number + 2]
             if current and (not following or following[0].startswith("--")):

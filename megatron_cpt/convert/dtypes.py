@@ -27,7 +27,7 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         RefusedError: a weight is too large for the dtype, so it would become infinite.
     """
     result = tensor.to(dtype)
-    if dtype is not tensor.dtype and not _is_finite(result) and _is_finite(tensor):
+    if dtype is not tensor.dtype and not is_finite(result) and is_finite(tensor):
         largest = tensor.abs().max().item()
         raise RefusedError(f"{name}: holds weights up to {largest:.4g}, too large for {dtype}; choose bf16 or fp32")
     return result
@@ -39,14 +39,15 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     Raises:
         RefusedError: a weight is not finite.
     """
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise RefusedError(
             f"{name}: holds weights that are not finite, so the model's loss would be NaN; copy the file again, or "
             "import it anyway with --allow-nan"
         )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no element is NaN or infinite."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)  # one pass without temporary tensors; a NaN makes both results NaN

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 HF_FOLDER = "hf"
 """Folder of a checkpoint that keeps these files."""
+TOKENIZER_FILES = {"tokenizer.json": "huggingface", "vocab.json": "huggingface", "tokenizer.model": "sentencepiece"}
+"""Kind of tokenizer per file that holds one, the preferred file first."""
 _TOKENIZER_FOLDERS = ("tokenizer", "context/nemo_tokenizer", "../context/nemo_tokenizer")
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md", ".model.v3")
 _PREFIXES = ("LICENSE", "NOTICE")
@@ -84,3 +86,11 @@ def _side_files_of_import(path: Path) -> dict[str, Path]:
             return {}
         path = resolve_checkpoint(ancestor)
     return {}
+
+
+def tokenizer_among(files: Mapping[str, Path]) -> str | None:
+    """Return KIND:PATH of the tokenizer among side files; None: they hold none."""
+    for name, kind in TOKENIZER_FILES.items():
+        if name in files:
+            return f"{kind}:{files[name].parent if kind == 'huggingface' else files[name]}"
+    return None

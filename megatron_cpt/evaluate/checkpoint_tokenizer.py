@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_cpt.checkpoint.record import SavedRun
-from megatron_cpt.convert.side_files import side_files_of_checkpoint
+from megatron_cpt.convert.side_files import side_files_of_checkpoint, tokenizer_among
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.errors import UserError
-
-TOKENIZER_FILES = {"tokenizer.json": "huggingface", "vocab.json": "huggingface", "tokenizer.model": "sentencepiece"}
-"""Kind of tokenizer per file that holds one, the preferred file first."""
 
 
 def load_checkpoint_tokenizer(saved: SavedRun, spec: str | None = None) -> Tokenizer:
@@ -42,9 +39,7 @@ def find_tokenizer(saved: SavedRun) -> str:
     spec = saved.run.get("tokenizer")
     if isinstance(spec, str) and (":" not in spec or Path(spec.partition(":")[2]).exists()):
         return spec
-    files = side_files_of_checkpoint(saved.path)
-    for name, kind in TOKENIZER_FILES.items():
-        if name in files:
-            return f"{kind}:{files[name].parent if kind == 'huggingface' else files[name]}"
+    if found := tokenizer_among(side_files_of_checkpoint(saved.path)):
+        return found
     missing = f"its tokenizer {spec} is not on this machine" if spec else "it names no tokenizer"
     raise UserError(f"{saved.path}: {missing}; give one with --tokenizer KIND:PATH")

@@ -12,9 +12,10 @@ from megatron_cpt.checkpoint.layout import is_checkpoint
 from megatron_cpt.checkpoint.record import SavedRun, read_saved_run
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.huggingface.folder import CONFIG_FILE
+from megatron_cpt.convert.side_files import TOKENIZER_FILES
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint, resolve_source
 from megatron_cpt.errors import UserError
-from megatron_cpt.evaluate.checkpoint_tokenizer import TOKENIZER_FILES, find_tokenizer
+from megatron_cpt.evaluate.checkpoint_tokenizer import find_tokenizer
 from megatron_cpt.recipe.commented_yaml import Reasoned
 
 

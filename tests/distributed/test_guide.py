@@ -31,6 +31,7 @@ PAGES = (
     "law",
     "experiment",
     "recipe",
+    "average",
 )
 
 
@@ -97,5 +98,6 @@ def test_commands_that_are_not_run_say_why() -> None:
         ("runs/rates/experiment.sbatch", "needs SLURM"),
         ("experiment", "needs Ray"),
         *[(command, "needs an embedding model") for command in ("mine", "recipe")],
+        ("average", "needs the tasks of the evaluation page"),
     ]
     assert len(commands) - len(skipped) >= 25

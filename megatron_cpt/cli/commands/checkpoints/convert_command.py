@@ -107,7 +107,7 @@ def import_(
         raise UserError(f"--init-rows {init_rows}: choose pieces or mean")
     options = ImportOptions(
         dtype=dtype.value if dtype else None,
-        target=Target(tensor, pipeline, _parse_size(shard_size)),
+        target=Target(tensor, pipeline, parse_size(shard_size)),
         workers=workers,
         model=model,
         allow_pickle=allow_pickle,
@@ -180,7 +180,7 @@ def export(
 
     options = ExportOptions(
         dtype=dtype.value if dtype else None,
-        shard_bytes=_parse_size(shard_size),
+        shard_bytes=parse_size(shard_size),
         workers=workers,
         family=family,
         files=files,
@@ -315,7 +315,7 @@ def _read_lines(option: str, file: Path, unit: str, keep: Callable[[str], str] =
     return lines
 
 
-def _parse_size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Return the number of bytes for `1GB`, `500MB` or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?", text.strip())
     size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
