@@ -69,10 +69,15 @@ def digest(path: Path, algorithm: str = ALGORITHM) -> FileDigest:
     return FileDigest(path.stat().st_size, file_checksum(path, algorithm=algorithm), algorithm)
 
 
-def manifest_text(files: Mapping[str, FileDigest]) -> str:
-    """Return the content of a manifest of the present format."""
+def manifest_text(files: Mapping[str, FileDigest], facts: Mapping[str, Any] | None = None) -> str:
+    """Return the content of a manifest of the present format.
+
+    Args:
+        files: size and checksum by name.
+        facts: keys for the reader besides the files, such as the proof of a grown model.
+    """
     entries = {name: {"size": files[name].size, "checksum": files[name].checksum} for name in sorted(files)}
-    plain = {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, "files": entries}
+    plain = {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, "files": entries, **(facts or {})}
     return orjson.dumps({**plain, "checksum": _own_checksum(plain)}, option=orjson.OPT_INDENT_2).decode()
 
 

@@ -31,11 +31,25 @@ def write_checkpoint_files(
     source: SourceCheckpoint,
     specs: Mapping[str, TensorSpec],
     written: Mapping[str, WrittenFile],
-    vocabulary: VocabularyReport | None,
+    vocabulary: VocabularyReport | None = None,
+    *,
+    made_by: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write all files besides the tensors into the work folder; the manifest with all checksums comes last."""
+    """Write all files besides the tensors into the work folder; the manifest with all checksums comes last.
+
+    Args:
+        made_by: entry of state.json about the origin of the weights; None: `imported`.
+        run: keys of run.yaml besides `name` and `model`.
+    """
     common = {"optimizer": {"optimizer": {"param_groups": source.groups}}} if source.groups is not None else {}
     names = write_metadata(folder, specs, source.model.layers, written, common)
+    imported = {
+        "from": str(source_path.resolve()),
+        "kind": source.kind,
+        "family": source.family,
+        "vocabulary": asdict(vocabulary) if vocabulary is not None else None,
+    }
     # state.json of a checkpoint that no run has written: no step is trained, no sample is read
     state: dict[str, Any] = {
         "format_version": layout.FORMAT_VERSION,
@@ -44,20 +58,15 @@ def write_checkpoint_files(
         "layout": {"world_size": 1, "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1},
         "data_fingerprints": {},
         "layer_spec": "local",
-        "imported": {
-            "from": str(source_path.resolve()),
-            "kind": source.kind,
-            "family": source.family,
-            "vocabulary": asdict(vocabulary) if vocabulary is not None else None,
-        },
+        **(made_by or {"imported": imported}),
         "versions": {
             "megatron_cpt": __version__,
             **{package: importlib.metadata.version(package) for package in ("torch", "megatron-core", "numpy")},
         },
     }
     write_content(folder / layout.STATE_FILE, orjson.dumps(state, option=orjson.OPT_INDENT_2))
-    run = {"name": name, "model": source.model.model_dump(mode="json")}
-    write_content(folder / layout.RUN_FILE, dump_yaml(run).encode())
+    saved_run = {"name": name, **(run or {}), "model": source.model.model_dump(mode="json")}
+    write_content(folder / layout.RUN_FILE, dump_yaml(saved_run).encode())
     names += [layout.STATE_FILE, layout.RUN_FILE]
     shutil.rmtree(folder / HF_FOLDER, ignore_errors=True)  # from an earlier call that was interrupted below
     for file_name, file in source.side_files.items():

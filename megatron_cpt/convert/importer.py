@@ -30,8 +30,8 @@ from megatron_cpt.errors import UserError
 from megatron_cpt.files.identity import must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
-_EXTRA_STATE_FILE = "__extra_0.distcp"
-_SPARE_BYTES = 64 << 20  # for the files besides the tensors
+EXTRA_STATE_FILE = "__extra_0.distcp"
+SPARE_BYTES = 64 << 20  # for the files besides the tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +137,11 @@ def import_checkpoint(
         }
         num_bytes = sum(spec.num_bytes for spec in specs.values())
         plans = plan_files(specs, opened.model.layers, options.target)
-        with JobFolder(work_path, target, _job(opened, options), needed_bytes=num_bytes + _SPARE_BYTES) as work:
-            written = _files_written_before(work)
+        with JobFolder(work_path, target, _job(opened, options), needed_bytes=num_bytes + SPARE_BYTES) as work:
+            written = files_written_before(work)
             num_kept = len(written)
             with must_not_change(opened.identities):
-                _write_tensors(opened, specs, plans, options, work, written, advance)
+                write_tensors(opened, specs, plans, options, work, written, advance)
                 write_checkpoint_files(work.path, target.name, source, opened, specs, written, vocabulary)
             work.publish()
         ids_without_row = count_ids_without_row(opened)
@@ -175,7 +175,7 @@ def _job(source: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
     }
 
 
-def _files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
+def files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
     """Return the files that an interrupted call has finished and that are as it wrote them."""
     return {
         name: WrittenFile(line["size"], line["checksum"], [FileEntry(**entry) for entry in line["entries"]])
@@ -183,7 +183,7 @@ def _files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
     }
 
 
-def _write_tensors(
+def write_tensors(
     source: SourceCheckpoint,
     specs: Mapping[str, TensorSpec],
     plans: list[FilePlan],
@@ -213,6 +213,6 @@ def _write_tensors(
     missing = [plan for plan in plans if plan.name not in written]
     missing.sort(key=lambda plan: plan.num_bytes, reverse=True)  # a large file at the end would run alone
     run_parallel(write, missing, options.workers)
-    if _EXTRA_STATE_FILE not in written:
+    if EXTRA_STATE_FILE not in written:
         keys = extra_state_keys(source.model.layers)
-        record(_EXTRA_STATE_FILE, write_extra_states(work.path / _EXTRA_STATE_FILE, keys))
+        record(EXTRA_STATE_FILE, write_extra_states(work.path / EXTRA_STATE_FILE, keys))

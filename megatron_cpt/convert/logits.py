@@ -84,7 +84,7 @@ def compare_logits(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of transformers and torch do not concern a reader of the report
         ids, origin = _prompt_ids(Path(hf), model, prompts)
-        ours = _our_logits(saved, ids, tensor, pipeline)
+        ours = checkpoint_logits(saved, ids, tensor, pipeline)
         if launched_rank() != 0:
             return None
         return _compare(ours, _hf_logits(Path(hf), ids), ids, f"TP {tensor} x PP {pipeline}", origin)
@@ -100,12 +100,19 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
         return [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts], "tokenizer"
     if prompts:
         raise UserError(f"--prompts: {hf} has no tokenizer to encode them; omit --prompts to compare on random ids")
+    return random_prompts(model), "random ids"
+
+
+def random_prompts(model: ModelConfig) -> list[torch.Tensor]:
+    """Return prompts of random ids, equal in every call."""
     generator = torch.Generator().manual_seed(1234)
-    return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS], "random ids"
+    return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS]
 
 
-def _our_logits(saved: SavedRun, prompts: Sequence[torch.Tensor], tensor: int, pipeline: int) -> list[torch.Tensor]:
-    """Return (length, padded vocab) float32 logits per prompt, on every rank."""
+def checkpoint_logits(
+    saved: SavedRun, prompts: Sequence[torch.Tensor], tensor: int = 1, pipeline: int = 1
+) -> list[torch.Tensor]:
+    """Return (length, padded vocab) float32 logits per prompt, on every rank; a collective call of all ranks."""
     layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
     with load_inference_model(saved, inference_run(saved, [*layout, "precision={compute: fp32}"])) as loaded:
         from megatron.core.pipeline_parallel import get_forward_backward_func

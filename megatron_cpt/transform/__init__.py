@@ -1,0 +1,1 @@
+"""Checkpoints from checkpoints, with proof."""
