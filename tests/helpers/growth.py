@@ -1,4 +1,4 @@
-"""Growth of a transformers model in memory: its tensors in Megatron's layout, grown, and in a larger transformers model."""
+"""Growth of a transformers model in memory, through Megatron's layout of its tensors."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -12,7 +13,14 @@ from megatron_cpt.convert.mapping.shapes import expected_tensors
 from megatron_cpt.convert.megatron.torch_dist_plan import TensorSpec
 from megatron_cpt.convert.source import SourceCheckpoint
 from megatron_cpt.transform.grow.growth_axes import layer_origins
-from megatron_cpt.transform.grow.growth_rules import IDENTITY_ZEROS, Noise, OldTensor, grow_rows, growth_rules
+from megatron_cpt.transform.grow.growth_rules import (
+    IDENTITY_ZEROS,
+    GrowthRule,
+    Noise,
+    OldTensor,
+    grow_rows,
+    growth_rules,
+)
 
 _BLOCK_BYTES = 4 << 20  # of float32 rows that are computed at a time
 
@@ -29,12 +37,15 @@ def grown_source(
         seed: of noise and fresh weights.
         dtype: of the grown weights; None: the dtype of each small one.
     """
-    rules = growth_rules(source.model, target)
     layers = layer_origins(source.model.layers, target.layers)
     old_tensors = {
         name: OldTensor(lambda first, last, name=name: source.read(name, first, last), spec.shape[0])  # type: ignore[misc]
         for name, spec in source.specs.items()
     }
+
+    @cache
+    def rules() -> dict[str, GrowthRule]:  # at the first read, so that a shape too large for the disk is refused before
+        return growth_rules(source.model, target)
 
     def origin(name: str) -> tuple[str, str, bool]:
         """Return the rule's name, the old tensor's name, and whether the tensor is zero in an identity block."""
@@ -55,7 +66,7 @@ def grown_source(
         for start in range(first, last, step):
             end = min(last, start + step)
             rows[start - first : end - first] = grow_rows(
-                rules[rule_name], start, end, old_tensors[old_name], Noise(noise, seed, name)
+                rules()[rule_name], start, end, old_tensors[old_name], Noise(noise, seed, name)
             )
         return rows
 
