@@ -43,13 +43,17 @@ def measure(folder: Path, steps: int) -> None:
         log={"every": 1},
     )
     _call("train", run, f"output={folder / 'small'}")
+    continued = folder / "continue.yaml"  # with the model of the checkpoint that it starts from
+    settings = yaml.safe_load(run.read_text())
+    del settings["model"]
+    continued.write_text(yaml.safe_dump(settings))
     (folder / "wide.yaml").write_text(yaml.safe_dump({"hidden": 128, "heads": 8, "ffn_hidden": 344}))
     print(f"| noise | steps | blocks of the projection differ by | rank of {2 * 64} | loss |")
     print("| --- | --- | --- | --- | --- |")
     for noise in (0.0, 0.316):
         grown, output = folder / f"grown-{noise}", folder / f"run-{noise}"
         _call("grow", folder / "small", "--to", folder / "wide.yaml", "--output", grown, "--noise", noise)
-        _call("train", run, f"output={output}", f"init={{from: {grown}}}", "model=null")
+        _call("train", continued, f"output={output}", f"init={{from: {grown}}}")
         losses = [line["loss"] for line in read_metrics(output)]
         for step, checkpoint, loss in ((0, grown, losses[0]), (steps, output, losses[-1])):
             difference, rank = compare_blocks(checkpoint)

@@ -3,8 +3,9 @@
     {"format_version": 2, "algorithm": "xxh3_128", "files": {"state.json": {"size": 717, "checksum": "a9..."}, ...},
      "checksum": "0f..."}
 
-The last checksum covers the manifest itself, so it stays in all later formats. Format 1 has neither it nor a version;
-its checksums are of `xxh3_128`, or of `sha256` under that key.
+The last checksum covers the manifest itself, so it stays in all later formats. A checkpoint that was made of other
+checkpoints also has `provenance`: the command, its inputs with their digests, and what it computed. Format 1 has no
+version and no checksum of its own; its checksums are of `xxh3_128`, or of `sha256` under that key.
 """
 
 from __future__ import annotations
@@ -69,15 +70,16 @@ def digest(path: Path, algorithm: str = ALGORITHM) -> FileDigest:
     return FileDigest(path.stat().st_size, file_checksum(path, algorithm=algorithm), algorithm)
 
 
-def manifest_text(files: Mapping[str, FileDigest], facts: Mapping[str, Any] | None = None) -> str:
+def manifest_text(files: Mapping[str, FileDigest], provenance: Mapping[str, Any] | None = None) -> str:
     """Return the content of a manifest of the present format.
 
     Args:
-        files: size and checksum by name.
-        facts: keys for the reader besides the files, such as the proof of a grown model.
+        provenance: the command and the inputs of a checkpoint that was made of other checkpoints.
     """
     entries = {name: {"size": files[name].size, "checksum": files[name].checksum} for name in sorted(files)}
-    plain = {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, "files": entries, **(facts or {})}
+    plain: dict[str, Any] = {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, "files": entries}
+    if provenance is not None:
+        plain["provenance"] = dict(provenance)
     return orjson.dumps({**plain, "checksum": _own_checksum(plain)}, option=orjson.OPT_INDENT_2).decode()
 
 

@@ -1,4 +1,4 @@
-"""Files of an imported checkpoint besides its tensors: descriptions, records, tokenizer, manifest."""
+"""Files besides the tensors of a checkpoint that no run has written: descriptions, records, tokenizer, manifest."""
 
 from __future__ import annotations
 
@@ -31,42 +31,56 @@ def write_checkpoint_files(
     source: SourceCheckpoint,
     specs: Mapping[str, TensorSpec],
     written: Mapping[str, WrittenFile],
-    vocabulary: VocabularyReport | None = None,
-    *,
-    made_by: Mapping[str, Any] | None = None,
-    run: Mapping[str, Any] | None = None,
+    vocabulary: VocabularyReport | None,
 ) -> None:
-    """Write all files besides the tensors into the work folder; the manifest with all checksums comes last.
-
-    Args:
-        made_by: entry of state.json about the origin of the weights; None: `imported`.
-        run: keys of run.yaml besides `name` and `model`.
-    """
-    common = {"optimizer": {"optimizer": {"param_groups": source.groups}}} if source.groups is not None else {}
-    names = write_metadata(folder, specs, source.model.layers, written, common)
+    """Write all files besides the tensors into the work folder; the manifest with all checksums comes last."""
     imported = {
         "from": str(source_path.resolve()),
         "kind": source.kind,
         "family": source.family,
         "vocabulary": asdict(vocabulary) if vocabulary is not None else None,
     }
-    # state.json of a checkpoint that no run has written: no step is trained, no sample is read
-    state: dict[str, Any] = {
+    write_records(folder, name, source, specs, written, state={"imported": imported})
+
+
+def write_records(
+    folder: Path,
+    name: str,
+    source: SourceCheckpoint,
+    specs: Mapping[str, TensorSpec],
+    written: Mapping[str, WrittenFile],
+    *,
+    state: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all files besides the tensors of a checkpoint that no run has written; the manifest comes last.
+
+    Args:
+        source: gives the model section, the side files and, if it has them, the optimizer's groups.
+        state: entries of state.json about the origin.
+        run: entries of run.yaml besides `name` and `model`.
+        provenance: entry of the manifest, see `manifest_text`.
+    """
+    common = {"optimizer": {"optimizer": {"param_groups": source.groups}}} if source.groups is not None else {}
+    names = write_metadata(folder, specs, source.model.layers, written, common)
+    # no step is trained, no sample is read
+    records: dict[str, Any] = {
         "format_version": layout.FORMAT_VERSION,
         "content": "weights" if source.groups is None else "weights+optimizer",
         "train": {"step": 0, "tokens": 0, "samples_by_source": {}, "data": None},
         "layout": {"world_size": 1, "tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1},
         "data_fingerprints": {},
         "layer_spec": "local",
-        **(made_by or {"imported": imported}),
+        **state,
         "versions": {
             "megatron_cpt": __version__,
             **{package: importlib.metadata.version(package) for package in ("torch", "megatron-core", "numpy")},
         },
     }
-    write_content(folder / layout.STATE_FILE, orjson.dumps(state, option=orjson.OPT_INDENT_2))
-    saved_run = {"name": name, **(run or {}), "model": source.model.model_dump(mode="json")}
-    write_content(folder / layout.RUN_FILE, dump_yaml(saved_run).encode())
+    write_content(folder / layout.STATE_FILE, orjson.dumps(records, option=orjson.OPT_INDENT_2))
+    settings = {"name": name, "model": source.model.model_dump(mode="json"), **(run or {})}
+    write_content(folder / layout.RUN_FILE, dump_yaml(settings).encode())
     names += [layout.STATE_FILE, layout.RUN_FILE]
     shutil.rmtree(folder / HF_FOLDER, ignore_errors=True)  # from an earlier call that was interrupted below
     for file_name, file in source.side_files.items():
@@ -75,4 +89,4 @@ def write_checkpoint_files(
         names.append(f"{HF_FOLDER}/{file_name}")
     digests = {file_name: FileDigest(file.size, file.checksum) for file_name, file in written.items()}
     digests |= {file_name: digest(folder / file_name) for file_name in names}
-    write_atomically(folder / layout.MANIFEST_FILE, manifest_text(digests))
+    write_atomically(folder / layout.MANIFEST_FILE, manifest_text(digests, provenance))

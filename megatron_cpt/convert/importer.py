@@ -30,7 +30,7 @@ from megatron_cpt.errors import UserError
 from megatron_cpt.files.identity import must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
-EXTRA_STATE_FILE = "__extra_0.distcp"
+_EXTRA_STATE_FILE = "__extra_0.distcp"
 SPARE_BYTES = 64 << 20  # for the files besides the tensors
 
 
@@ -192,7 +192,12 @@ def write_tensors(
     written: dict[str, WrittenFile],
     advance: Advance,
 ) -> None:
-    """Write the files that are not in `written`, in parallel, and add them to it."""
+    """Write the files that are not in `written`, in parallel, and add them to it.
+
+    Args:
+        specs: tensors as they are written; `source.read` may return another dtype.
+        options: its `target`, `workers` and `allow_nan` matter.
+    """
     total = sum(plan.num_bytes for plan in plans)
     advance(sum(plan.num_bytes for plan in plans if plan.name in written), total)
 
@@ -213,6 +218,6 @@ def write_tensors(
     missing = [plan for plan in plans if plan.name not in written]
     missing.sort(key=lambda plan: plan.num_bytes, reverse=True)  # a large file at the end would run alone
     run_parallel(write, missing, options.workers)
-    if EXTRA_STATE_FILE not in written:
+    if _EXTRA_STATE_FILE not in written:
         keys = extra_state_keys(source.model.layers)
-        record(EXTRA_STATE_FILE, write_extra_states(work.path / EXTRA_STATE_FILE, keys))
+        record(_EXTRA_STATE_FILE, write_extra_states(work.path / _EXTRA_STATE_FILE, keys))

@@ -1,1 +1,1 @@
-"""Checkpoints from checkpoints, with proof."""
+"""Checkpoints that are made of other checkpoints."""

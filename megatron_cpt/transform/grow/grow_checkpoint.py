@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.loading.inference_model import open_checkpoint
 from megatron_cpt.checkpoint.manifest import digest, manifest_text, read_manifest
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.convert.checkpoint_files import write_checkpoint_files
+from megatron_cpt.convert.checkpoint_files import write_records
 from megatron_cpt.convert.dtypes import find_dtype
 from megatron_cpt.convert.importer import SPARE_BYTES, ImportOptions, files_written_before, write_tensors
 from megatron_cpt.convert.job import Advance, JobFolder, no_progress, refuse_existing
@@ -32,6 +32,7 @@ from megatron_cpt.transform.grow.growth_proof import LIMITS, GrowthProof, prove_
 from megatron_cpt.transform.grow.growth_target import SIZES, read_target, size_of
 
 _KEPT_RUN_KEYS = ("tokenizer", "documents")  # of the small model's run.yaml
+_KEPT_STATE_KEYS = ("tokenizer_fingerprint", "eod_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,23 +129,27 @@ def grow_checkpoint(
             refuse_small_memory(target)
         num_bytes = sum(spec.num_bytes for spec in grown.specs.values())
         plans = plan_files(grown.specs, target.layers, options.target)
-        job = _job(small, target, options)
+        job, provenance = _job(small, target, options), _provenance(saved, small.model, target, options)
         with JobFolder(work_path, output, job, needed_bytes=num_bytes + SPARE_BYTES) as work:
             written = files_written_before(work)
             num_kept = len(written)
             with must_not_change(small.identities):
                 write_tensors(grown, grown.specs, plans, _writing_options(options), work, written, advance)
-                write_checkpoint_files(
+                write_records(
                     work.path,
                     output.name,
-                    saved.path,
                     grown,
                     grown.specs,
                     written,
-                    made_by={"grown": _provenance(saved, small.model, target, options)},
+                    state={key: saved.state.get(key) for key in _KEPT_STATE_KEYS},
                     run={key: saved.run[key] for key in _KEPT_RUN_KEYS if saved.run.get(key) is not None},
+                    provenance=provenance,
                 )
-                proof = _prove(saved.path, work.path, grown, options) if options.should_prove else None
+                proof = None
+                if options.should_prove:
+                    proof = _prove(saved.path, work.path, grown, options)
+                    content = manifest_text(read_manifest(work.path), {**provenance, "proof": proof.to_dict()})
+                    write_atomically(work.path / MANIFEST_FILE, content)
             work.publish()
     return GrowReport(
         sizes={key: (size_of(small.model, key), size_of(target, key)) for key in SIZES},
@@ -182,9 +187,15 @@ def _identity_layers(small: ModelConfig, target: ModelConfig) -> dict[int, int]:
 
 def _provenance(saved: SavedRun, small: ModelConfig, target: ModelConfig, options: GrowOptions) -> dict[str, Any]:
     return {
-        "from": str(saved.path.resolve()),
-        "manifest_checksum": digest(saved.path / MANIFEST_FILE).checksum,
-        "step": saved.state["train"]["step"],
+        "command": "grow",
+        "inputs": [
+            {
+                "path": str(saved.path.resolve()),
+                "step": saved.state["train"]["step"],
+                "run_id": saved.run_id,
+                "digest": digest(saved.path / MANIFEST_FILE).checksum,
+            }
+        ],
         "sizes": {key: [size_of(small, key), size_of(target, key)] for key in SIZES},
         "identity_layers": {str(number): layer for number, layer in _identity_layers(small, target).items()},
         "noise": options.noise,
@@ -193,7 +204,7 @@ def _provenance(saved: SavedRun, small: ModelConfig, target: ModelConfig, option
 
 
 def _prove(small: Path, folder: Path, grown: SourceCheckpoint, options: GrowOptions) -> GrowthProof:
-    """Compare the logits and store the result in the manifest.
+    """Compare the logits of both models.
 
     Raises:
         RefusedError: they differ by more than the limit.
@@ -208,5 +219,4 @@ def _prove(small: Path, folder: Path, grown: SourceCheckpoint, options: GrowOpti
             f"largest logit, more than {limit:g}; nothing was published. If only rounding is to blame, write it with "
             "--dtype fp32 or raise --tolerance"
         )
-    write_atomically(folder / MANIFEST_FILE, manifest_text(read_manifest(folder), {"proof": proof.to_dict()}))
     return proof

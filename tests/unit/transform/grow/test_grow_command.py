@@ -58,16 +58,18 @@ def test_the_export_of_a_grown_model_has_the_logits_of_the_small_one(base: Path,
     assert relative_difference(load(base / "hf"), load(tmp_path / "hf")) < 1e-5
 
 
-def test_state_names_the_origin(base: Path, tmp_path: Path) -> None:
+def test_the_manifest_names_the_origin(base: Path, tmp_path: Path) -> None:
     report = grow_checkpoint(base / "small", base / "model.yaml", tmp_path / "grown", NO_PROOF)
     state = json.loads((tmp_path / "grown" / "state.json").read_text())
     assert state["content"] == "weights"
-    assert state["grown"]["from"] == str(base / "small")
-    assert state["grown"]["sizes"]["layers"] == [2, 4]
-    assert state["grown"]["identity_layers"] == {"1": 0, "3": 1}
-    assert (state["grown"]["noise"], state["grown"]["seed"]) == (0.316, 1234)
+    provenance = json.loads((tmp_path / "grown" / "manifest.json").read_text())["provenance"]
+    assert provenance["command"] == "grow"
+    assert provenance["inputs"][0]["path"] == str(base / "small")
+    assert provenance["sizes"]["layers"] == [2, 4]
+    assert provenance["identity_layers"] == {"1": 0, "3": 1}
+    assert (provenance["noise"], provenance["seed"]) == (0.316, 1234)
     assert report.proof is None
-    assert "proof" not in json.loads((tmp_path / "grown" / "manifest.json").read_text())
+    assert "proof" not in provenance
 
 
 def test_layouts_of_source_and_target_do_not_matter(base: Path, tmp_path: Path) -> None:
