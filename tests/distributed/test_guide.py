@@ -29,6 +29,7 @@ PAGES = (
     "law",
     "experiment",
     "recipe",
+    "grow",
 )
 
 

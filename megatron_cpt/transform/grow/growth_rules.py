@@ -1,8 +1,8 @@
 """Rules that grow each tensor of a model without changing what the model computes.
 
 The residual stream becomes n copies of itself. A matrix that reads n copies divides by n; mean, variance and RMS of n
-copies equal those of one copy, so norms are only tiled. A tied output layer is the embedding, which is not divided; the
-final norm is divided instead.
+copies equal the values of one copy, so norms are only tiled. A tied output layer is the embedding, which is not
+divided; the final norm is divided instead.
 
 Sources: HyperCloning (arXiv 2409.12903, section 3), Net2Net (1511.05641), bert2BERT (2110.07143), LEMON (2310.07999)
 for widths that are no multiple, LLaMA-Pro (2401.02415) for depth.
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -122,16 +122,16 @@ def growth_rules(old: ModelConfig, new: ModelConfig) -> dict[str, GrowthRule]:
     qkv, attention, vocabulary = qkv_axis(old, new), attention_axis(old, new), unchanged_axis(old.padded_vocab)
     # LayerNorm subtracts the mean of the stream: fresh elements that equal it become zero, and do not move it.
     fill = Fill.ZERO if old.norm is Norm.RMSNORM else Fill.MEAN
-    reads_stream = {"columns": stream, "reads_copies": True, "fresh_columns": Fill.RANDOM, "std": new.init_std}
+    reads_stream = partial(GrowthRule, columns=stream, fresh_columns=Fill.RANDOM, reads_copies=True, std=new.init_std)
     layer = "decoder.layers.*"
     rules = {
         EMBEDDING: GrowthRule(vocabulary, stream, fresh_columns=fill),
-        OUTPUT_LAYER: GrowthRule(vocabulary, **reads_stream),
-        f"{layer}.self_attention.linear_qkv.weight": GrowthRule(qkv, fresh_rows=Fill.RANDOM, **reads_stream),
+        OUTPUT_LAYER: reads_stream(vocabulary),
+        f"{layer}.self_attention.linear_qkv.weight": reads_stream(qkv, fresh_rows=Fill.RANDOM),
         f"{layer}.self_attention.linear_qkv.bias": GrowthRule(qkv),
         f"{layer}.self_attention.linear_proj.weight": GrowthRule(stream, attention, fresh_rows=fill, reads_copies=True),
         f"{layer}.self_attention.linear_proj.bias": GrowthRule(stream, fresh_rows=fill),
-        f"{layer}.mlp.linear_fc1.weight": GrowthRule(fc1, fresh_rows=Fill.RANDOM, **reads_stream),
+        f"{layer}.mlp.linear_fc1.weight": reads_stream(fc1, fresh_rows=Fill.RANDOM),
         f"{layer}.mlp.linear_fc1.bias": GrowthRule(fc1),
         f"{layer}.mlp.linear_fc2.weight": GrowthRule(stream, ffn, fresh_rows=fill, reads_copies=True),
         f"{layer}.mlp.linear_fc2.bias": GrowthRule(stream, fresh_rows=fill),
