@@ -195,7 +195,7 @@ def write_tensors(
     """Write the files that are not in `written`, in parallel, and add them to it.
 
     Args:
-        specs: tensors as they are written; `source.read` may return another dtype.
+        specs: shapes and dtypes to write; `source.read` may return another dtype.
         options: its `target`, `workers` and `allow_nan` matter.
     """
     total = sum(plan.num_bytes for plan in plans)
