@@ -3,8 +3,8 @@
     python benchmarks/grow_memory.py [--layers 1] [--vocab 32000] [--folder DIR]
 
 The weights are random, in bf16. With `--layers 32 --vocab 256000` the source takes 9 GB and the result 31 GB. Memory
-does not depend on the numbers of layers and tokens, because tensors are streamed in pieces. The growth runs in a process
-of its own, whose peak is the kernel's VmHWM. Noise is on. 24 heads in 8 groups become 48 in 8, and 9,216 neurons become
+does not depend on the numbers of layers and tokens, because tensors are streamed in pieces. The growth runs in its own
+process, whose peak is the kernel's VmHWM. Noise is on. 24 heads in 8 groups become 48 in 8, and 9,216 neurons become
 24,576, which is no multiple.
 """
 
@@ -74,13 +74,16 @@ def measure(folder: Path, layers: int, vocab: int) -> dict[str, float]:
 
 def _write_random_model(folder: Path, model: ModelConfig) -> None:
     folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
+    generator, places = torch.Generator().manual_seed(0), {}
     for number, rule in enumerate(resolve(NEMOTRON, model)):
         tensors = {
             name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
             for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
         }
-        save_file(tensors, folder / f"model-{number:05d}.safetensors")
+        name = f"model-{number:05d}.safetensors"
+        save_file(tensors, folder / name)
+        places |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(json.dumps(to_hf_config(NEMOTRON, model)))
 
 
