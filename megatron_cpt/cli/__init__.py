@@ -19,6 +19,7 @@ from megatron_cpt.cli.commands.checkpoints.average_command import average
 from megatron_cpt.cli.commands.checkpoints.convert_command import app as convert_app
 from megatron_cpt.cli.commands.checkpoints.evaluate_command import evaluate
 from megatron_cpt.cli.commands.checkpoints.generate_command import generate
+from megatron_cpt.cli.commands.checkpoints.grow_command import grow
 from megatron_cpt.cli.commands.data.check_command import check
 from megatron_cpt.cli.commands.data.inspect_command import inspect
 from megatron_cpt.cli.commands.data.merge_command import merge
@@ -60,6 +61,7 @@ app.command(rich_help_panel=TRAIN)(report)
 app.command(rich_help_panel=TRAIN)(experiment)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
 app.command(rich_help_panel=CHECKPOINTS)(average)
+app.command(rich_help_panel=CHECKPOINTS)(grow)
 app.command(rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=EVALUATE)(generate)
 app.command(rich_help_panel=OPERATIONS)(doctor)

@@ -251,6 +251,8 @@ def _write_side_files(
     else:
         config |= {**to_hf_config(family, model, dtype), **ids}
         config.pop("dtype", None)  # the newer name of torch_dtype
+        if "layer_types" in config:  # one entry per layer; only models with full attention are converted
+            config["layer_types"] = ["full_attention"] * model.layers
         write_content(folder / CONFIG_FILE, orjson.dumps(config, option=orjson.OPT_INDENT_2))
     if GENERATION_FILE not in side and CONFIG_FILE not in side and any(value is not None for value in ids.values()):
         write_content(folder / GENERATION_FILE, orjson.dumps(ids, option=orjson.OPT_INDENT_2))

@@ -110,8 +110,13 @@ def _prompt_ids(hf: Path, model: ModelConfig, prompts: Sequence[str] | None) -> 
         return [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts], "tokenizer"
     if prompts:
         raise UserError(f"--prompts: {hf} has no tokenizer to encode them; omit --prompts to compare on random ids")
+    return random_prompts(model), "random ids"
+
+
+def random_prompts(model: ModelConfig) -> list[torch.Tensor]:
+    """Return prompts of random ids, equal in every call."""
     generator = torch.Generator().manual_seed(1234)
-    return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS], "random ids"
+    return [torch.randint(0, model.vocab, (length,), generator=generator) for length in _RANDOM_LENGTHS]
 
 
 def map_logits(

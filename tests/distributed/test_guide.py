@@ -32,6 +32,7 @@ PAGES = (
     "experiment",
     "recipe",
     "average",
+    "grow",
 )
 
 
