@@ -31,6 +31,7 @@ from megatron_cpt.planning import RunPlan, flops_per_token
 from megatron_cpt.planning.hardware import emulates_bf16
 from megatron_cpt.provenance.plans_file import read_started_run
 from megatron_cpt.train.device_batch import make_upload
+from megatron_cpt.train.distillation.open_teacher import find_teacher, open_distillation
 from megatron_cpt.train.first_start import choose_run_id, refuse_lost_run
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
@@ -138,6 +139,7 @@ def setup(
     fingerprints = {name: fingerprint(stream.datasets, with_times=True) for name, stream in streams.items()}
 
     started = on_main(lambda: read_started_run(Path(config.output)))
+    teacher = find_teacher(config)
 
     def check_resume(own: SavedRun | None) -> None:
         if own is not None:
@@ -156,6 +158,7 @@ def setup(
     if own is not None:
         with corrupt_as_refused(own.path):
             check_progress(state, plan, str(own.path))
+    distillation = open_distillation(config, ranks, model, teacher) if teacher is not None else None
     names, contributes_loss = list(streams), ranks.is_last_stage and ranks.tensor_rank == 0
     loader, validator = _open_loaders(
         config, plan, ranks, streams, eod_id=eod_id, model=model, state=state, saved=own, measures_loss=contributes_loss
@@ -166,11 +169,11 @@ def setup(
         ranks=ranks,
         model=model,
         optimizer=optimizer,
-        forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
+        forward=ForwardPass(model, len(names), config.parallel.context, ranks.device, distillation),
         update=Update(optimizer, config.optimizer.weight_decay),
         loader=loader,
         validator=validator,
-        meter=LossMeter(names, contributes_loss),
+        meter=LossMeter(names, contributes_loss, config.teacher),
         state=state,
         saver=_open_saver(config, model, optimizer),
         data_fingerprints=fingerprints if own is None else own.state["data_fingerprints"] | fingerprints,
