@@ -140,11 +140,15 @@ def setup(
 
     started = on_main(lambda: read_started_run(Path(config.output)))
     teacher = find_teacher(config)
+    if teacher is not None and "tokenizer" not in allow:
+        compare_tokenizer(teacher.saved, data_tokenizer, "teacher.from")
+    teacher_digest = teacher.digest if teacher is not None else None
 
     def check_resume(own: SavedRun | None) -> None:
         if own is not None:
             run_id = started.run_id if started is not None else None
-            preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, eod_id, run_id, allow)
+            facts = (fingerprints, tokenizer_fingerprint, eod_id, run_id, teacher_digest)
+            preflight(own, config, plan, ranks, *facts, allow)
             if DATA.name not in allow:
                 verify_touched_data(own.state["data_fingerprints"], fingerprints, streams, note)
         elif not restart:

@@ -55,8 +55,8 @@ def find_teacher(config: RunConfig) -> FoundTeacher | None:
         model = ModelConfig.model_validate(dict(saved.run["model"]))
     if model.vocab != config.model.vocab:
         raise RefusedError(
-            f"teacher.from: {saved.path}: its vocabulary has {model.vocab} ids, model.vocab is {config.model.vocab}: the "
-            "divergence compares the same ids; choose a teacher with the tokenizer of this run"
+            f"teacher.from: {saved.path}: its vocabulary has {model.vocab} ids, model.vocab is {config.model.vocab}: "
+            "the divergence compares equal ids; choose a teacher with the tokenizer of this run"
         )
     if section.model is not None and section.model != model:
         raise RefusedError(f"teacher.model: not the model of {saved.path}; remove it, and it is read from there")
