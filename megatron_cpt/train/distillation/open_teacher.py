@@ -49,7 +49,8 @@ def find_teacher(config: RunConfig) -> FoundTeacher | None:
     section = config.teacher
     if section is None:
         return None
-    assert config.teacher_checkpoint is not None, "checked by config/checks.py"
+    if config.teacher_checkpoint is None:
+        raise UserError("teacher.cache: this version trains with a teacher that runs beside the model; use teacher.from")
     saved = find_valid(config.teacher_checkpoint, config.checkpoint.verify)
     with corrupt_as_refused(saved.path):
         model = ModelConfig.model_validate(dict(saved.run["model"]))
