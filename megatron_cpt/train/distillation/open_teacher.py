@@ -50,7 +50,7 @@ def find_teacher(config: RunConfig) -> FoundTeacher | None:
     if section is None:
         return None
     if config.teacher_checkpoint is None:
-        raise UserError("teacher.cache: this version trains with a teacher that runs beside the model; use teacher.from")
+        raise UserError("teacher.cache: only a teacher that runs beside the model can be used yet; use teacher.from")
     saved = find_valid(config.teacher_checkpoint, config.checkpoint.verify)
     with corrupt_as_refused(saved.path):
         model = ModelConfig.model_validate(dict(saved.run["model"]))
