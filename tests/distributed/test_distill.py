@@ -43,7 +43,7 @@ SETTINGS = Settings(
     teacher_weights={"web": 0.6, "code": 0.3},
     temperature=2.0,
 )
-# Other hidden size, heads and depth than the student: 6 layers are [2, 2, 1, 1] in four chunks. Its embeddings are tied.
+# Another width and depth than the student: 6 layers are [2, 2, 1, 1] in four chunks. The embeddings are tied.
 TEACHER_SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 6, "num_attention_heads": 8}
 FROM_OTHER = "documents={eod_id: 256, reset_attention: true, eod_loss: false}"
 FROM_INIT = ["teacher={from: init}", "stop_at_step=2"]
