@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
+from megatron_cpt.errors import CptError
 from megatron_cpt.provenance.trace import trace_step
 from tests.helpers.checkpoints import differing
 from tests.helpers.hf_models import save_hf_model
@@ -182,3 +184,43 @@ def test_weight_zero_changes_no_bit(prepared: Path) -> None:
     assert measured[0]["kl"] > 0.1
     for key in ("loss", "loss_by_source", "grad_norm"):
         assert [line[key] for line in without] == [line[key] for line in measured]
+
+
+def _refusals(path: str, runs: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """Return exit status and message of each run that is refused; status 0 and no message if it trains."""
+    found = []
+    for overrides in runs:
+        try:
+            found.append((train_here(path, overrides), ""))
+        except CptError as error:
+            found.append((error.exit_status, str(error)))
+    return found
+
+
+def test_a_teacher_that_does_not_fit_is_refused(prepared: Path) -> None:
+    run_file, other, damaged = str(prepared / "run.yaml"), prepared / "other", prepared / "damaged"
+    shutil.copytree(other, damaged)
+    shard = next(damaged.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    moved = prepared / "moved"
+    shutil.copytree(other, moved)
+    resumed = [f"output={prepared}/resumed", f"teacher.from={other}"]
+    small = "model={preset: tiny_llama, vocab: 257}"
+    runs = [
+        [f"output={prepared}/missing", "teacher.from=nowhere"],
+        [f"output={prepared}/vocabulary", small, "init.from=null"],
+        [f"output={prepared}/corrupt", f"teacher.from={damaged}"],
+        [*resumed, "stop_at_step=1"],
+        [*resumed, "stop_at_step=2", f"teacher.from={moved}"],
+        [*resumed, "stop_at_step=3", f"teacher.from={prepared / 'base'}"],
+    ]
+    (found,) = run_ranks(1, _refusals, run_file, runs)
+    assert [status for status, _ in found] == [2, 3, 3, 0, 0, 3]
+    assert "teacher.from: nowhere: no such checkpoint" in found[0][1]
+    assert "its vocabulary has 301 ids, model.vocab is 257" in found[1][1]
+    assert "damaged" in found[2][1]
+    assert "corrupt" in found[2][1]
+    assert "teacher: content" in found[5][1]
+    assert "to resume anyway: --allow teacher" in found[5][1]
+    for name in ("missing", "vocabulary", "corrupt"):
+        assert not (prepared / name / "run.yaml").exists(), "nothing is written"
