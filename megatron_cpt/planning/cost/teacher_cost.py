@@ -18,7 +18,7 @@ PIECE_ELEMENTS = 2**25
 """Largest number of logits that the loss of distillation computes at a time: 128 MiB in fp32."""
 PIECE_TENSORS = 5  # alive at the same time, fp32: both distributions, their logarithms, and the gradient
 LOSS_BYTES = 160
-"""Bytes that the kernels of this loss move per logit, in addition to those of the cross entropy; counted by hand."""
+"""Bytes per logit that the kernels of this loss move beyond the kernels of the cross entropy; counted by hand."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Distillation:
             self._step = self._targets = None
 
     def expect(self, chunk: torch.nn.Module, sources: torch.Tensor) -> None:
-        """Get the targets of the micro-batch that a chunk computes next; `sources` (b,) are those of its samples."""
+        """Get the targets of the micro-batch that a chunk computes next; `sources` (b,) has one index per sample."""
         if self._step is not None and unwrap(chunk).post_process:
             self._sources, self._targets = sources, next(self._step)
 

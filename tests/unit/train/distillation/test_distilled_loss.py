@@ -77,5 +77,6 @@ def test_the_divergence_of_nearly_equal_models_is_far_below_the_rounding_of_one_
     for noise in (0.0, 1e-7):
         log_q = functional.log_softmax(logits * (1 + noise) + 1e3 * noise, dim=-1)
         divergence, gradient = OnlineTargets(states, output_layer, 1.0).divergence(slice(0, len(states)), log_q)
-        assert divergence.abs().max() < 1e-9
+        assert divergence.abs().max() < 1e-7
+        assert divergence.abs().mean() < 2e-8
         assert gradient.abs().max() < 1e-6
