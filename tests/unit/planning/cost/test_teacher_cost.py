@@ -23,7 +23,7 @@ def _config(data: dict[str, Any], *changes: str) -> RunConfig:
 
 def test_an_equal_model_costs_a_third_of_the_training_flops(run_data: dict[str, Any]) -> None:
     config = _config(run_data, *FROM_INIT)
-    plan = build_plan(config, dict.fromkeys(config.sources, 10 ** 6))
+    plan = build_plan(config, dict.fromkeys(config.sources, 10**6))
     assert plan.teacher is not None
     assert plan.teacher.flops.full == pytest.approx(plan.flops.full / 3)
     assert plan.teacher.parameters == plan.parameters.total
