@@ -14,7 +14,7 @@ from megatron_cpt.config.precision_checks import (
     check_precision,
     check_quantized_shapes,
 )
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.schema import RunConfig, TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,7 @@ def _check_blends(config: RunConfig) -> Iterator[str]:
         for name, weight in phase.blend.items():
             key = f"phases[{index}].blend.{name} (phase {phase.name})"
             if name not in config.sources:
-                near = difflib.get_close_matches(name, list(config.sources), n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known sources: {', '.join(config.sources)}"
-                yield f"{key}: not a source; {hint}"
+                yield f"{key}: not a source; {_source_hint(name, config)}"
             if not math.isfinite(weight) or weight <= 0:
                 yield f"{key}: {weight:g} is not a positive weight; remove the source from the blend to skip it"
 
@@ -281,6 +279,47 @@ def _check_evaluation(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _check_teacher(config: RunConfig) -> Iterator[str]:
+    teacher = config.teacher
+    if teacher is None:
+        return
+    if (teacher.from_ is None) == (teacher.cache is None):
+        yield "teacher: give exactly one of from (a checkpoint) and cache (a folder of `megatron-cpt teach`)"
+    if teacher.from_ == "init" and config.init.from_ is None:
+        yield "teacher.from: init: init.from names no checkpoint; set init.from, or name the teacher's checkpoint"
+    if teacher.cache is not None and teacher.temperature != 1:
+        yield (
+            f"teacher.temperature: {teacher.temperature:g}: a cache holds probabilities at temperature 1; remove it, "
+            "or use teacher.from"
+        )
+    yield from _check_teacher_layout(config, teacher)
+    for name, factor in teacher.sources.items():
+        key = f"teacher.sources.{name}"
+        if name not in config.sources:
+            yield f"{key}: not a source; {_source_hint(name, config)}"
+        if teacher.weight_of(name) > 1:
+            yield (
+                f"{key}: {factor:g} x teacher.weight: {teacher.weight:g} is above 1, and the cross entropy would count "
+                "negatively; choose a smaller factor"
+            )
+
+
+def _check_teacher_layout(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
+    own, parallel = teacher.layout(config.parallel), config.parallel
+    for key, size, of_model in (("tensor", own[0], parallel.tensor), ("pipeline", own[1], parallel.pipeline)):
+        if size not in (1, of_model):
+            yield f"teacher.{key}: {size}: choose 1 or parallel.{key}: {of_model}"
+    if own[0] < parallel.tensor and own[1] > 1:
+        yield f"teacher.tensor: {own[0]} needs teacher.pipeline: 1, so that the ranks of the last stage run the teacher"
+    if own != (parallel.tensor, parallel.pipeline) and parallel.context > 1:
+        yield f"teacher: a layout of its own is not possible with parallel.context: {parallel.context}; remove it"
+
+
+def _source_hint(name: str, config: RunConfig) -> str:
+    near = difflib.get_close_matches(name, list(config.sources), n=1)
+    return f"did you mean {near[0]}?" if near else f"known sources: {', '.join(config.sources)}"
+
+
 MAX_SHOWN_CHUNKS = 32
 """Largest number of model chunks for which a message shows a layout."""
 
@@ -317,4 +356,5 @@ CHECKS = (
     ConfigCheck(("ema", "precision.fp8"), _check_ema),
     ConfigCheck(("profile.steps",), _check_profile),
     ConfigCheck(("evaluation", "tokenizer", "parallel.context"), _check_evaluation),
+    ConfigCheck(("teacher", "sources", "init.from", "parallel"), _check_teacher),
 )

@@ -288,6 +288,39 @@ class EmaConfig(Section):
     """Steps between updates of the average: after each step whose number is a multiple of it."""
 
 
+class TeacherConfig(Section):
+    """Distillation: a share of the loss is the divergence from a second model, the teacher, which is not trained."""
+
+    from_: Annotated[str | None, ExpandPaths] = Field(None, alias="from")
+    """A checkpoint, or a run directory for its newest checkpoint; `init` is the checkpoint in `init.from`."""
+    cache: Annotated[str | None, ExpandPaths] = None
+    """Folder written by `megatron-cpt teach`, instead of `from`: the teacher's most likely tokens."""
+    weight: float = Field(0.5, ge=0, le=1)
+    """Share of the divergence in the loss; the cross entropy has the rest. 0 only measures the divergence."""
+    temperature: float = Field(1.0, gt=0)
+    """Divisor of both models' logits in the divergence, which is multiplied by its square (Hinton et al. 2015)."""
+    sources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Factor on `weight` per source; 0 does not distill the source, a source not named has 1."""
+    tensor: int | None = Field(None, gt=0)
+    """Tensor-parallel ranks of the teacher: as many as the model has, or 1; null takes as many."""
+    pipeline: int | None = Field(None, gt=0)
+    """Pipeline stages of the teacher: as many as the model has, or 1, then the ranks of the last stage run it."""
+    model: ModelConfig | None = None
+    """Shape of the teacher, to plan without its checkpoint; null reads it from the checkpoint."""
+
+    def layout(self, parallel: ParallelConfig) -> tuple[int, int]:
+        """Return the tensor-parallel ranks and the pipeline stages of a teacher beside a model with this layout."""
+        return self.tensor or parallel.tensor, self.pipeline or parallel.pipeline
+
+    def factor_of(self, source: str) -> float:
+        """Return the factor on `weight` of a source."""
+        return self.sources.get(source, 1.0)
+
+    def weight_of(self, source: str) -> float:
+        """Return the share of the divergence in the loss of a source."""
+        return self.weight * self.factor_of(source)
+
+
 class WandbConfig(Section):
     """Logging to Weights & Biases."""
 
@@ -391,6 +424,8 @@ class RunConfig(Section):
     """Benchmarks; null never evaluates."""
     ema: EmaConfig | None = None
     """Moving average of the weights, saved and validated beside them; null keeps none."""
+    teacher: TeacherConfig | None = None
+    """Distillation from another model; null trains on the cross entropy alone."""
     log: LogConfig = Field(default_factory=LogConfig)
     """Metrics."""
     profile: ProfileConfig | None = None
@@ -414,6 +449,13 @@ class RunConfig(Section):
     def micro_batch_of(self, phase: PhaseConfig) -> int:
         """Return the sequences per forward pass of one rank in a phase."""
         return (phase.batch and phase.batch.micro) or self.batch.micro
+
+    @property
+    def teacher_checkpoint(self) -> str | None:
+        """Checkpoint of the teacher; null without one that runs beside the model."""
+        if self.teacher is None:
+            return None
+        return self.init.from_ if self.teacher.from_ == "init" else self.teacher.from_
 
     @property
     def uses_own_batch(self) -> bool:

@@ -32,6 +32,7 @@ from megatron_cpt.planning import RunPlan, flops_per_token
 from megatron_cpt.planning.hardware import emulates_bf16
 from megatron_cpt.provenance.plans_file import read_started_run
 from megatron_cpt.train.device_batch import make_upload
+from megatron_cpt.train.distillation.open_teacher import find_teacher, open_distillation
 from megatron_cpt.train.first_start import choose_run_id, refuse_lost_run
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
@@ -141,11 +142,16 @@ def setup(
     fingerprints = {name: fingerprint(stream.datasets, with_times=True) for name, stream in streams.items()}
 
     started = on_main(lambda: read_started_run(Path(config.output)))
+    teacher = find_teacher(config)
+    if teacher is not None and "tokenizer" not in allow:
+        compare_tokenizer(teacher.saved, data_tokenizer, "teacher.from")
+    teacher_digest = teacher.digest if teacher is not None else None
 
     def check_resume(own: SavedRun | None) -> None:
         if own is not None:
             run_id = started.run_id if started is not None else None
-            preflight(own, config, plan, ranks, fingerprints, tokenizer_fingerprint, eod_id, run_id, allow)
+            facts = (fingerprints, tokenizer_fingerprint, eod_id, run_id, teacher_digest)
+            preflight(own, config, plan, ranks, *facts, allow)
             if DATA.name not in allow:
                 verify_touched_data(own.state["data_fingerprints"], fingerprints, streams, note)
         elif not restart:
@@ -159,6 +165,7 @@ def setup(
     if own is not None:
         with corrupt_as_refused(own.path):
             check_progress(state, plan, str(own.path))
+    distillation = open_distillation(config, ranks, model, teacher) if teacher is not None else None
     names, contributes_loss = list(streams), ranks.is_last_stage and ranks.tensor_rank == 0
     loader, validator = _open_loaders(
         config, plan, ranks, streams, eod_id=eod_id, model=model, state=state, saved=own, measures_loss=contributes_loss
@@ -170,11 +177,11 @@ def setup(
         model=model,
         optimizer=optimizer,
         ema=ema,
-        forward=ForwardPass(model, len(names), config.parallel.context, ranks.device),
+        forward=ForwardPass(model, len(names), config.parallel.context, ranks.device, distillation),
         update=Update(optimizer, config.optimizer.weight_decay),
         loader=loader,
         validator=validator,
-        meter=LossMeter(names, contributes_loss),
+        meter=LossMeter(names, contributes_loss, config.teacher),
         state=state,
         saver=_open_saver(config, model, optimizer, ema),
         data_fingerprints=fingerprints if own is None else own.state["data_fingerprints"] | fingerprints,

@@ -24,6 +24,7 @@ PAGES = (
     "phases",
     "convert",
     "train",
+    "distill",
     "evaluate",
     "evaluate-tasks",
     "report",

@@ -1,0 +1,120 @@
+"""The teacher of section `teacher`: found and compared before the model is built, loaded after it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, replace
+
+import orjson
+
+from megatron_cpt.backend import Ranks, rng_state, second_layout, set_rng_state
+from megatron_cpt.checkpoint.loading.find_valid import find_valid
+from megatron_cpt.checkpoint.loading.load import load_weights
+from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
+from megatron_cpt.config import ModelConfig, RunConfig, TeacherConfig
+from megatron_cpt.config.checks import CHECKS
+from megatron_cpt.errors import RefusedError, UserError
+from megatron_cpt.files.checksum import Checksum
+from megatron_cpt.model.build_model import Model, build_model
+from megatron_cpt.model.padded_vocabulary import zero_padding
+from megatron_cpt.planning.cost.teacher_cost import teacher_run
+from megatron_cpt.train.distillation.distillation import Distillation
+from megatron_cpt.train.distillation.distilled_loss import Teacher, VocabularyShard
+from megatron_cpt.train.distillation.online_teacher import OnlineTeacher
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundTeacher:
+    """Teacher that fits the run and is not loaded yet.
+
+    Attributes:
+        saved: its checkpoint.
+        run: the run that builds its model.
+        digest: hash of the checkpoint.
+    """
+
+    saved: SavedRun
+    run: RunConfig
+    digest: str
+
+
+def find_teacher(config: RunConfig) -> FoundTeacher | None:
+    """Return the teacher of a run, or None if it has no section `teacher`; a collective call.
+
+    Raises:
+        UserError: there is no such checkpoint, or its model cannot be divided as `parallel` says.
+        RefusedError: it is corrupt, or has another vocabulary.
+    """
+    section = config.teacher
+    if section is None:
+        return None
+    if config.teacher_checkpoint is None:
+        raise UserError("teacher.cache: only a teacher that runs beside the model can be used yet; use teacher.from")
+    saved = find_valid(config.teacher_checkpoint, config.checkpoint.verify)
+    with corrupt_as_refused(saved.path):
+        model = ModelConfig.model_validate(dict(saved.run["model"]))
+    if model.vocab != config.model.vocab:
+        raise RefusedError(
+            f"teacher.from: {saved.path}: its vocabulary has {model.vocab} ids, model.vocab is {config.model.vocab}: "
+            "the divergence compares equal ids; choose a teacher with the tokenizer of this run"
+        )
+    if section.model is not None and section.model != model:
+        raise RefusedError(f"teacher.model: not the model of {saved.path}; remove it, and it is read from there")
+    run = teacher_run(config, model)
+    assert run is not None
+    if problems := [text for check in CHECKS for text in check.find(run)]:
+        raise UserError(f"teacher: its model does not fit the layout of this run: {'; '.join(problems)}")
+    return FoundTeacher(saved, run, _digest(saved))
+
+
+def _digest(saved: SavedRun) -> str:
+    checksums = {name: entry.checksum for name, entry in saved.manifest.items()}
+    return str(Checksum(orjson.dumps(checksums, option=orjson.OPT_SORT_KEYS)).hexdigest())
+
+
+def open_distillation(config: RunConfig, ranks: Ranks, student: Model, found: FoundTeacher) -> Distillation:
+    """Build and load the teacher, and let the student's loss compare with it; a collective call.
+
+    The random states stay unchanged, so that dropout does not depend on the teacher.
+
+    Raises:
+        RefusedError: the teacher's checkpoint is corrupt or cannot be read.
+        UserError: attention takes documents in another form than the student's.
+    """
+    section = config.teacher
+    assert section is not None
+    return Distillation(_load(config, section, ranks, student, found), student.chunks, config, ranks.device)
+
+
+def _load(config: RunConfig, section: TeacherConfig, ranks: Ranks, student: Model, found: FoundTeacher) -> Teacher:
+    is_own_layout = section.layout(config.parallel) != (config.parallel.tensor, config.parallel.pipeline)
+    layout = second_layout(found.run.parallel) if is_own_layout else contextlib.nullcontext
+    states = rng_state()
+    with layout():
+        model = build_model(found.run, draw_weights=False, is_trainable=False)
+        load_weights(found.saved, model.chunks, config.checkpoint.verify)
+        zero_padding(model.chunks, found.run.model)
+        first_row = VocabularyShard.of(found.run.model).first
+    set_rng_state(states)
+    if config.documents.reset_attention and model.packs_documents != student.packs_documents:
+        raise UserError(
+            "documents.reset_attention: the layers of the teacher take documents in another form than the layers of "
+            "the model; set precision.fp8=null, or reset_attention=false"
+        )
+    if is_own_layout and not ranks.is_last_stage:
+        model = replace(model, chunks=())  # its memory is free again
+    if ranks.is_main:
+        logger.info("teacher: %s, forward only, weight %g of the loss", found.saved.path, section.weight)
+    shard = VocabularyShard.of(config.model)
+    first = shard.first - first_row
+    return OnlineTeacher(
+        model,
+        slice(first, first + shard.columns),
+        layout=layout,
+        temperature=section.temperature,
+        distilled=frozenset(number for number, name in enumerate(config.sources) if section.factor_of(name) > 0),
+        digest=found.digest,
+    )
