@@ -29,6 +29,9 @@ class DeviceBatch:
         sequence_bounds: int32, start of each packed document and end of the last one; None unless attention is reset
             by packing.
         longest_sequence: tokens of the longest packed document.
+        teacher_ids: uint16 or uint32 (micro, S, k), as in `TeacherTargets`; None without a cached teacher.
+        teacher_log_probs: float16 (micro, S, k).
+        teacher_log_tail: float16 (micro, S).
     """
 
     tokens: torch.Tensor
@@ -39,6 +42,9 @@ class DeviceBatch:
     attention_documents: torch.Tensor | None = None
     sequence_bounds: torch.Tensor | None = None
     longest_sequence: int = 0
+    teacher_ids: torch.Tensor | None = None
+    teacher_log_probs: torch.Tensor | None = None
+    teacher_log_tail: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,9 @@ def unpack(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int], memory: t
 def _arrays(batch: Batch, packs_documents: bool) -> tuple[dict[str, npt.NDArray[Any]], int]:
     """Return the arrays that a model reads, by the names of `DeviceBatch`, and the length of the longest document."""
     arrays = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    documents, longest = arrays.pop("attention_documents"), 0
+    documents, targets, longest = arrays.pop("attention_documents"), arrays.pop("teacher"), 0
+    if targets is not None:
+        arrays |= {f"teacher_{field.name}": getattr(targets, field.name) for field in fields(targets)}
     if documents is not None and packs_documents:
         bounds = sequence_bounds(documents)
         arrays["sequence_bounds"], longest = bounds, int(np.diff(bounds).max())
