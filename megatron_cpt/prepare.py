@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.layout import resolve_checkpoint
 from megatron_cpt.checkpoint.record import read_run
-from megatron_cpt.config import Draft, RunConfig, SourceConfig, draft_config, format_count, read_mapping
+from megatron_cpt.config import Draft, ModelConfig, RunConfig, SourceConfig, draft_config, format_count, read_mapping
 from megatron_cpt.config.load_run import apply_overrides
 from megatron_cpt.config.quantities import expand_paths
 from megatron_cpt.data.tokenfile.listed_documents import open_source
@@ -188,7 +188,8 @@ def _saved_model(data: dict[str, Any], overrides: Sequence[str]) -> tuple[Any, s
 def _prepare(name: str, draft: Draft, need_files: bool, num_gpus: int | None) -> PreparedRun:
     if draft.config is None:
         raise ConfigError(name, draft.problems)
-    config, files = draft.config, _find_files(draft, draft.config, need_files)
+    config = _with_shape_of_teacher(draft.config)
+    files = _find_files(draft, config, need_files)
     plan = build_plan(config, files.tokens, samples_per_epoch=files.samples_per_epoch, num_gpus=num_gpus)
     # A plan made with a stand-in for an invalid value reports false problems of that value.
     plan_problems = [problem.text for problem in plan.problems if draft.is_untouched(*problem.keys)]
@@ -303,6 +304,7 @@ def _missing_start(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str]]
     if start is not None and draft.is_untouched("init") and not exists(start) and not has_started:
         fix = "give a checkpoint or a run directory, or remove it to start from random weights"
         yield f"init.from: {start}: no such checkpoint", fix
+    yield from _missing_teacher(draft, config)
     kind, _, path = (config.tokenizer or "").partition(":")
     if not path or kind == "null" or not draft.is_untouched("tokenizer"):
         return
@@ -315,6 +317,26 @@ def _missing_start(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str]]
     except UserError as error:  # a folder without the tokenizer's file
         problem, _, fix = str(error).partition("; ")
         yield problem, fix
+
+
+def _with_shape_of_teacher(config: RunConfig) -> RunConfig:
+    """Return the run with the shape of its teacher from the checkpoint, for the plan; `train` reports a wrong one."""
+    teacher, path = config.teacher, config.teacher_checkpoint
+    if teacher is None or teacher.model is not None or path is None:
+        return config
+    with contextlib.suppress(UserError, RefusedError, ValueError):
+        model = ModelConfig.model_validate(read_run(resolve_checkpoint(path)).get("model"))
+        return config.model_copy(update={"teacher": teacher.model_copy(update={"model": model})})
+    return config
+
+
+def _missing_teacher(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.teacher is None or not draft.is_untouched("teacher", "init"):
+        return
+    if (path := config.teacher_checkpoint) is not None and not exists(path):
+        yield f"teacher.from: {path}: no such checkpoint", "give a checkpoint or a run directory"
+    if (path := config.teacher.cache) is not None and not exists(path):
+        yield f"teacher.cache: {path}: no such folder", "make it with `megatron-cpt teach`"
 
 
 def _line(key: str, error: Exception) -> str:

@@ -16,6 +16,7 @@ from megatron_cpt.config.schema import (
     ScheduleConfig,
     SourceConfig,
     Span,
+    TeacherConfig,
     Until,
 )
 from megatron_cpt.config.yamlfile import dump_yaml, read_mapping
@@ -37,6 +38,7 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "Span",
+    "TeacherConfig",
     "Until",
     "draft_config",
     "dump_yaml",

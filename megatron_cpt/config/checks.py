@@ -199,9 +199,7 @@ def _check_blends(config: RunConfig) -> Iterator[str]:
         for name, weight in phase.blend.items():
             key = f"phases[{index}].blend.{name} (phase {phase.name})"
             if name not in config.sources:
-                near = difflib.get_close_matches(name, list(config.sources), n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known sources: {', '.join(config.sources)}"
-                yield f"{key}: not a source; {hint}"
+                yield f"{key}: not a source; {_source_hint(name, config)}"
             if not math.isfinite(weight) or weight <= 0:
                 yield f"{key}: {weight:g} is not a positive weight; remove the source from the blend to skip it"
 
@@ -273,6 +271,35 @@ def _check_evaluation(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _check_teacher(config: RunConfig) -> Iterator[str]:
+    teacher = config.teacher
+    if teacher is None:
+        return
+    if (teacher.from_ is None) == (teacher.cache is None):
+        yield "teacher: give exactly one of from (a checkpoint) and cache (a folder of `megatron-cpt teach`)"
+    if teacher.from_ == "init" and config.init.from_ is None:
+        yield "teacher.from: init: init.from names no checkpoint; set init.from, or name the teacher's checkpoint"
+    if teacher.cache is not None and teacher.temperature != 1:
+        yield (
+            f"teacher.temperature: {teacher.temperature:g}: a cache holds the probabilities at temperature 1; remove it "
+            "or use teacher.from"
+        )
+    for name, factor in teacher.sources.items():
+        key = f"teacher.sources.{name}"
+        if name not in config.sources:
+            yield f"{key}: not a source; {_source_hint(name, config)}"
+        if teacher.weight_of(name) > 1:
+            yield (
+                f"{key}: {factor:g} x teacher.weight: {teacher.weight:g} is above 1, and the cross entropy would count "
+                "negatively; choose a smaller factor"
+            )
+
+
+def _source_hint(name: str, config: RunConfig) -> str:
+    near = difflib.get_close_matches(name, list(config.sources), n=1)
+    return f"did you mean {near[0]}?" if near else f"known sources: {', '.join(config.sources)}"
+
+
 MAX_SHOWN_CHUNKS = 32
 """Largest number of model chunks for which a message shows a layout."""
 
@@ -308,4 +335,5 @@ CHECKS = (
     ConfigCheck(("resilience.spike.warmup", "resilience.spike.window"), _check_spike_warmup),
     ConfigCheck(("profile.steps",), _check_profile),
     ConfigCheck(("evaluation", "tokenizer", "parallel.context"), _check_evaluation),
+    ConfigCheck(("teacher", "sources", "init.from"), _check_teacher),
 )

@@ -279,6 +279,31 @@ class EvaluationConfig(Section):
     """Folder with task files of your own, in addition to the tasks of lm-evaluation-harness."""
 
 
+class TeacherConfig(Section):
+    """Distillation: a share of the loss is the divergence from a second model, the teacher, which is not trained."""
+
+    from_: Annotated[str | None, ExpandPaths] = Field(None, alias="from")
+    """A checkpoint, or a run directory for its newest checkpoint; `init` is the checkpoint in `init.from`."""
+    cache: Annotated[str | None, ExpandPaths] = None
+    """Folder written by `megatron-cpt teach`, instead of `from`: the teacher's most likely tokens."""
+    weight: float = Field(0.5, ge=0, le=1)
+    """Share of the divergence in the loss; the cross entropy has the rest. 0 only measures the divergence."""
+    temperature: float = Field(1.0, gt=0)
+    """Divisor of both models' logits in the divergence, which is multiplied by its square (Hinton et al. 2015)."""
+    sources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Factor on `weight` per source; 0 does not distill the source, a source not named has 1."""
+    model: ModelConfig | None = None
+    """Shape of the teacher, to plan without its checkpoint; null reads it from the checkpoint."""
+
+    def factor_of(self, source: str) -> float:
+        """Return the factor on `weight` of a source."""
+        return self.sources.get(source, 1.0)
+
+    def weight_of(self, source: str) -> float:
+        """Return the share of the divergence in the loss of a source."""
+        return self.weight * self.factor_of(source)
+
+
 class WandbConfig(Section):
     """Logging to Weights & Biases."""
 
@@ -380,6 +405,8 @@ class RunConfig(Section):
     """Held-out loss; null never validates."""
     evaluation: EvaluationConfig | None = None
     """Benchmarks; null never evaluates."""
+    teacher: TeacherConfig | None = None
+    """Distillation from another model; null trains on the cross entropy alone."""
     log: LogConfig = Field(default_factory=LogConfig)
     """Metrics."""
     profile: ProfileConfig | None = None
@@ -403,6 +430,13 @@ class RunConfig(Section):
     def micro_batch_of(self, phase: PhaseConfig) -> int:
         """Return the sequences per forward pass of one rank in a phase."""
         return (phase.batch and phase.batch.micro) or self.batch.micro
+
+    @property
+    def teacher_checkpoint(self) -> str | None:
+        """Checkpoint of the teacher; null without one that runs beside the model."""
+        if self.teacher is None:
+            return None
+        return self.init.from_ if self.teacher.from_ == "init" else self.teacher.from_
 
     @property
     def uses_own_batch(self) -> bool:

@@ -64,6 +64,7 @@ _REPLACED_AS_A_WHOLE = (
     "phases[*].until",
     "validation",
     "sources.*.fim",
+    "teacher",
 )
 
 _REASONS = {

@@ -59,10 +59,11 @@ class ConsoleHook(Hook):
         steps = session.plan.steps
         mfu = f"  MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
         waited = line["data_wait_seconds"] / line["step_seconds"] if line["step_seconds"] else 0.0
+        divergence = f"  KL {line['kl']:.4f}" if line.get("kl") is not None else ""
         data = f"  data wait {waited:.0%}" if waited >= _NOTABLE_WAIT else ""
         self._print(
             f"step {line['step']:>{len(str(steps))}}/{steps}  {line['phase']}"
-            f"  loss {line['loss']:.4f}  lr {line['lr']:.3e}  grad {line['grad_norm']:.3f}"
+            f"  loss {line['loss']:.4f}{divergence}  lr {line['lr']:.3e}  grad {line['grad_norm']:.3f}"
             f"  {format_count(line['tokens_per_second'])} tokens/s{mfu}{data}"
             f"  peak {line['peak_memory_gib']:.1f} GiB  {_clock_time(line['eta'])} left"
         )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_cpt.train.setup import Session
 
 _TRAIN_SCALARS = (
-    *("loss", "lr", "grad_norm", "tokens", "tokens_per_second"),
+    *("loss", "kl", "lr", "grad_norm", "tokens", "tokens_per_second"),
     *("step_seconds", "data_wait_seconds", "sync_wait_seconds"),
     *("tflops_per_gpu", "mfu", "peak_memory_gib", "reserved_memory_gib", "eta"),
 )
@@ -38,10 +38,10 @@ class TensorBoardHook(Hook):
 
     def on_metrics(self, session: Session, line: dict[str, Any]) -> None:
         """Write the training scalars, the number of the phase, and losses and samples by source."""
-        known = {name: line[name] for name in _TRAIN_SCALARS if line[name] is not None}
+        known = {name: line[name] for name in _TRAIN_SCALARS if line.get(name) is not None}
         self._write({f"train/{name}": value for name, value in known.items()}, line["step"])
-        for key in ("loss_by_source", "samples_by_source"):
-            self._write({f"{key}/{source}": value for source, value in line[key].items()}, line["step"])
+        for key in ("loss_by_source", "kl_by_source", "samples_by_source"):
+            self._write({f"{key}/{source}": value for source, value in line.get(key, {}).items()}, line["step"])
         number = next(n for n, phase in enumerate(session.plan.phases, 1) if phase.name == line["phase"])
         self._write({"train/phase": number}, line["step"])
         if self._writer is not None and self._phase != line["phase"]:

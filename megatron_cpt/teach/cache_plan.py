@@ -160,7 +160,7 @@ def _sources(options: TeachOptions, run: RunConfig) -> list[str]:
         raise UserError(f"--source: {unknown[0]}; the run has {', '.join(run.sources)}")
     wanted = set(options.sources)
     if not wanted:
-        section = getattr(run, "teacher", None)
+        section = run.teacher
         wanted = {name for name in run.sources if section is None or section.weight_of(name) > 0}
     if moved := [name for name in run.sources if name in wanted and run.sources[name].fim is not None]:
         raise UserError(

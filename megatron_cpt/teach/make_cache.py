@@ -21,7 +21,6 @@ from megatron_cpt.backend.collectives import is_true_on_any, on_all, on_main
 from megatron_cpt.backend.distributed import job_group
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
 from megatron_cpt.checkpoint.record import SavedRun
-from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, CacheHeader, read_header
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.evaluate.evaluate_checkpoint import weights_digest
@@ -30,6 +29,7 @@ from megatron_cpt.files.output_path import output_problem
 from megatron_cpt.files.resumable import ResumableFolder
 from megatron_cpt.prepare import PreparedRun
 from megatron_cpt.teach.cache_plan import CachePlan, TeachOptions, check_space, plan_cache
+from megatron_cpt.train.open_data import document_options
 from megatron_cpt.train.resume import compare_tokenizer
 from megatron_cpt.train.run_files import read_tokenizer
 
@@ -93,14 +93,13 @@ def _plan(saved: SavedRun, prepared: PreparedRun, options: TeachOptions) -> Cach
             "parallelism"
         )
     eod_id, _ = read_tokenizer(run)
-    rules = run.documents
     return plan_cache(
         saved,
         teacher,
         run,
         options,
         digest=weights_digest(saved),
-        documents=DocumentOptions(eod_id, rules.reset_attention, rules.reset_positions, rules.eod_loss),
+        documents=document_options(run, eod_id),
         tokenizer_fingerprint=prepared.tokenizer[1] if prepared.tokenizer is not None else None,
     )
 
@@ -244,7 +243,11 @@ class _Job:
         from megatron_cpt.teach.record_files import missing_groups
 
         files = range(len(self._header.files))
-        found = None if is_new else [on_main(lambda file=file: missing_groups(self._folder, self._rows, file)) for file in files]
+        found = (
+            None
+            if is_new
+            else [on_main(lambda file=file: missing_groups(self._folder, self._rows, file)) for file in files]
+        )
         self._kept = 0
         if found is not None:
             left = sum(self._count(self._rows.group(file, int(n))) for file in files for n in found[file])

@@ -17,7 +17,7 @@ class Agreement:
     Attributes:
         is_finite: True if the losses and gradients of all ranks are finite.
         requests: for each request, whether any rank made it.
-        losses: (num_sources, 2) float64 on the CPU, summed loss and token count over the global batch.
+        losses: (num_sources, 2 or 3) float64 on the CPU, sums over the global batch as in `StepResult`.
         grad_norm: over all ranks, before clipping.
     """
 
@@ -33,7 +33,7 @@ def agree(
     """Combine the numbers of all ranks; a collective call, and the only place of a step where the host waits.
 
     Args:
-        losses: (num_sources, 2) float64, this rank's part of the sum.
+        losses: (num_sources, 2 or 3) float64, this rank's part of the sum.
         squared_norm: (), this rank's part of the squared gradient norm.
         is_finite: bool (), whether this rank's losses and gradients are finite.
         requests: of this rank.

@@ -29,6 +29,7 @@ class DeviceBatch:
         sequence_bounds: int32, start of each packed document and end of the last one; None unless attention is reset
             by packing.
         longest_sequence: tokens of the longest packed document.
+        source_set: the different values of `sources`, on the host.
         teacher_ids: uint16 or uint32 (micro, S, k), as in `TeacherTargets`; None without a cached teacher.
         teacher_log_probs: float16 (micro, S, k).
         teacher_log_tail: float16 (micro, S).
@@ -42,9 +43,76 @@ class DeviceBatch:
     attention_documents: torch.Tensor | None = None
     sequence_bounds: torch.Tensor | None = None
     longest_sequence: int = 0
+    source_set: frozenset[int] = frozenset()
     teacher_ids: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
     teacher_log_tail: torch.Tensor | None = None
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """Rows and their length as the model gets them: packed documents are one row."""
+        rows, length = self.tokens.shape
+        return (rows, length) if self.sequence_bounds is None else (1, rows * length)
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Arguments of megatron-core's GPT for one micro-batch, the part of this context-parallel rank.
+
+    Attributes:
+        positional: tokens, position ids, and the attention mask or None.
+        labels: in the shape of the tokens.
+        loss_mask: (micro, S), also for packed documents.
+        packing: arguments by name for packed documents.
+    """
+
+    positional: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    packing: dict[str, Any]
+
+
+def model_inputs(batch: DeviceBatch, context_parallel_size: int) -> ModelInputs:
+    """Return the arguments of the model for a micro-batch."""
+    names = ("tokens", "position_ids", "labels", "loss_mask")
+    tensors = {name: getattr(batch, name) for name in names}
+    if batch.attention_documents is not None:
+        tensors["attention_mask"] = document_mask(batch.attention_documents)
+    if context_parallel_size > 1:
+        from megatron.core.utils import get_batch_on_this_cp_rank
+
+        tensors = get_batch_on_this_cp_rank(tensors)
+    tokens, positions, labels = (tensors[name] for name in names[:3])
+    packing = {}
+    if batch.sequence_bounds is not None:
+        tokens, positions, labels = (tensor.view(1, -1) for tensor in (tokens, positions, labels))
+        packing = {"packed_seq_params": _packed_sequences(batch.sequence_bounds, batch.longest_sequence)}
+    mask = tensors.get("attention_mask")
+    return ModelInputs((tokens, positions, mask), labels, tensors["loss_mask"], packing)
+
+
+def _packed_sequences(bounds: torch.Tensor, longest: int) -> Any:
+    """Return packed documents in megatron-core's `thd` format."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def document_mask(documents: torch.Tensor) -> torch.Tensor:
+    """Return the attention mask that hides later tokens and other documents.
+
+    Args:
+        documents: (b, s) number of each token's document.
+
+    Returns:
+        bool (b, 1, s, s), True where attention is forbidden, as megatron-core defines it.
+    """
+    length = documents.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
+    other = documents[:, :, None] != documents[:, None, :]
+    return (later | other)[:, None]
 
 
 @dataclass(frozen=True)
@@ -87,9 +155,9 @@ def make_upload(device: torch.device, *, packs_documents: bool) -> Upload:
 
 
 def _on_host(batch: Batch, packs_documents: bool) -> DeviceBatch:
-    arrays, longest = _arrays(batch, packs_documents)
+    arrays, on_host = _arrays(batch, packs_documents)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return DeviceBatch(**tensors, longest_sequence=longest)
+    return DeviceBatch(**tensors, **on_host)
 
 
 class Uploader:
@@ -119,9 +187,7 @@ class Uploader:
             memory.copy_(pinned, non_blocking=True)
             copied.record(self._stream)
         views = iter(unpack(arrays, offsets, memory))
-        batches_there = [
-            DeviceBatch(**{name: next(views) for name in named}, longest_sequence=longest) for named, longest in pairs
-        ]
+        batches_there = [DeviceBatch(**{name: next(views) for name in named}, **on_host) for named, on_host in pairs]
         return Uploaded(batches_there, memory, copied)
 
 
@@ -180,18 +246,19 @@ def unpack(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int], memory: t
     ]
 
 
-def _arrays(batch: Batch, packs_documents: bool) -> tuple[dict[str, npt.NDArray[Any]], int]:
-    """Return the arrays that a model reads, by the names of `DeviceBatch`, and the length of the longest document."""
+def _arrays(batch: Batch, packs_documents: bool) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Return the arrays that a model reads, by the names of `DeviceBatch`, and the fields of it that stay on the host."""
     arrays = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    documents, targets, longest = arrays.pop("attention_documents"), arrays.pop("teacher"), 0
+    on_host: dict[str, Any] = {"source_set": frozenset(batch.sources.tolist())}
+    documents, targets = arrays.pop("attention_documents"), arrays.pop("teacher")
     if targets is not None:
         arrays |= {f"teacher_{field.name}": getattr(targets, field.name) for field in fields(targets)}
     if documents is not None and packs_documents:
         bounds = sequence_bounds(documents)
-        arrays["sequence_bounds"], longest = bounds, int(np.diff(bounds).max())
+        arrays["sequence_bounds"], on_host["longest_sequence"] = bounds, int(np.diff(bounds).max())
     elif documents is not None:
         arrays["attention_documents"] = documents
-    return arrays, longest
+    return arrays, on_host
 
 
 def sequence_bounds(documents: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_cpt.config import PrecisionConfig
+from megatron_cpt.config import PrecisionConfig, TeacherConfig
 from megatron_cpt.planning.cost.memory import GIB
 from megatron_cpt.planning.hardware import GPUS, TERA
 
@@ -24,10 +24,44 @@ def mean_losses(total: torch.Tensor, names: Sequence[str]) -> tuple[float, dict[
     """Return the mean loss per token over all sources, and by source for each source that has tokens.
 
     Example: [[6.0, 3.0], [2.0, 1.0], [0.0, 0.0]] for web, code and qa gives 8 / 4 = 2.0 and {web: 2.0, code: 2.0}.
+
+    Args:
+        total: (num_sources, 2) summed loss and tokens.
+        names: the sources.
     """
     loss_sum, tokens = total.sum(dim=0).tolist()
     by_source = {name: s / n for name, (s, n) in zip(names, total.tolist(), strict=True) if n}
     return loss_sum / tokens if tokens else float("nan"), by_source
+
+
+def mean_divergences(
+    total: torch.Tensor, names: Sequence[str], teacher: TeacherConfig
+) -> tuple[float | None, dict[str, float]]:
+    """Return the mean divergence per token from the teacher, and by source; sources with a factor of 0 do not count.
+
+    Args:
+        total: (num_sources, 3) summed cross entropy, tokens, summed divergence.
+        names: the sources.
+        teacher: section of run.yaml.
+    """
+    counted = [number for number, name in enumerate(names) if teacher.factor_of(name) > 0]
+    mean, by_source = mean_losses(total[counted][:, [2, 1]], [names[number] for number in counted])
+    return mean if by_source else None, by_source
+
+
+def mean_objective(total: torch.Tensor, names: Sequence[str], teacher: TeacherConfig | None) -> float:
+    """Return the mean per token of the loss that the run minimizes: the cross entropy, or its mixture with divergences.
+
+    Args:
+        total: (num_sources, 2) summed cross entropy and tokens; with a teacher (num_sources, 3), also the divergence.
+        names: the sources.
+        teacher: section of run.yaml.
+    """
+    if teacher is None:
+        return mean_losses(total, names)[0]
+    weights = torch.tensor([teacher.weight_of(name) for name in names], dtype=total.dtype)
+    mixed = (1.0 - weights) * total[:, 0] + weights * teacher.temperature**2 * total[:, 2]
+    return mean_losses(torch.stack([mixed, total[:, 1]], dim=1), names)[0]
 
 
 class Stopwatch:
@@ -48,6 +82,15 @@ class Stopwatch:
         return seconds
 
 
+def named_losses(total: torch.Tensor, names: Sequence[str], teacher: TeacherConfig | None) -> dict[str, Any]:
+    """Return `loss` and `loss_by_source`, and with a teacher `kl` and `kl_by_source`; arguments as `mean_objective`."""
+    loss, by_source = mean_losses(total[:, :2], names)
+    losses: dict[str, Any] = {"loss": loss, "loss_by_source": by_source}
+    if teacher is not None:
+        losses["kl"], losses["kl_by_source"] = mean_divergences(total, names, teacher)
+    return losses
+
+
 @dataclass
 class LossMeter:
     """Sums of losses, tokens, FLOPs and times since the last line of metrics.
@@ -59,13 +102,15 @@ class LossMeter:
         pause: seconds spent on checkpoints and validations, which the rates exclude.
         contributes_loss: whether this rank's losses enter the sum over ranks. Only the last pipeline stage has losses,
             and its tensor-parallel ranks have equal ones, so one of them contributes.
+        teacher: section of run.yaml.
     """
 
     names: Sequence[str]
     contributes_loss: bool
+    teacher: TeacherConfig | None = None
 
     def __post_init__(self) -> None:
-        self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64)
+        self._sums = torch.zeros(len(self.names), 2 if self.teacher is None else 3, dtype=torch.float64)
         self.data_wait, self.sync_wait = Stopwatch(), Stopwatch()
         self._steps, self._tokens, self._flops = 0, 0, 0.0
         self._started, self.pause = time.perf_counter(), 0.0
@@ -74,7 +119,7 @@ class LossMeter:
         """Add one step; losses that are not finite are skipped.
 
         Args:
-            loss_by_source: (num_sources, 2) float64, summed loss and token count over all ranks.
+            loss_by_source: over all ranks, as `StepResult` has it.
             tokens: trained on in this step by all ranks.
             flops_per_token: of training.
         """
@@ -86,7 +131,7 @@ class LossMeter:
 
     def take(self) -> dict[str, Any]:
         """Return means and rates over the steps since the last call, and reset the sums."""
-        loss, by_source = mean_losses(self._sums, self.names)
+        losses = named_losses(self._sums, self.names, self.teacher)
         now = time.perf_counter()
         seconds = max(now - self._started, 1e-9)
         rates = {"tokens_per_second": self._tokens / seconds, "flops_per_second": self._flops / seconds}
@@ -95,7 +140,7 @@ class LossMeter:
         times["pause_seconds"] = self.pause
         self._sums.zero_()
         self._steps, self._tokens, self._flops, self._started, self.pause = 0, 0, 0.0, now, 0.0
-        return {"loss": loss, "loss_by_source": by_source, **rates, **times}
+        return {**losses, **rates, **times}
 
     def skip_time(self, seconds: float) -> None:
         """Exclude seconds that were spent on a checkpoint or a validation from the rates, and count them as a pause."""
@@ -122,6 +167,7 @@ def metrics_line(session: Session, result: StepResult) -> dict[str, Any]:
         "phase": plan.phase_of(state.step).name,
         "lr": result.rate,
         "loss": numbers["loss"],
+        **({"kl": numbers["kl"]} if "kl" in numbers else {}),
         "grad_norm": result.grad_norm,
         "tokens_per_second": numbers["tokens_per_second"],
         "step_seconds": numbers["step_seconds"],
@@ -134,6 +180,7 @@ def metrics_line(session: Session, result: StepResult) -> dict[str, Any]:
         "reserved_memory_gib": reserved_bytes / GIB if reserved_bytes is not None else None,
         "eta": tokens_left / numbers["tokens_per_second"],
         "loss_by_source": numbers["loss_by_source"],
+        **({"kl_by_source": numbers["kl_by_source"]} if "kl" in numbers else {}),
         "samples_by_source": state.samples_by_source,
         "skipped_updates": state.skipped,
     }

@@ -24,7 +24,8 @@ class StepResult:
 
     Attributes:
         rate: the learning rate of the step.
-        loss_by_source: (num_sources, 2) float64, summed loss and token count over the global batch.
+        loss_by_source: (num_sources, 2) float64, summed cross entropy and token count over the global batch; with a
+            teacher (num_sources, 3), also the summed divergence from it.
         grad_norm: gradient norm over all ranks before clipping.
         anomaly: the spike, NaN or infinity that was found; None: the step is normal.
         requests: for each request, whether any rank made it.

@@ -33,7 +33,7 @@ from megatron_cpt.errors import EXIT_OK, EXIT_STOPPED, CptError
 from megatron_cpt.hooks import Hook, HookList, build_hooks
 from megatron_cpt.prepare import PreparedRun, prepare_config
 from megatron_cpt.train.garbage import COLLECT_EVERY, manual_collection
-from megatron_cpt.train.metrics import mean_losses, metrics_line
+from megatron_cpt.train.metrics import mean_objective, metrics_line
 from megatron_cpt.train.resilience.anomalies import Anomaly, describe, find_anomaly, note_loss, reason_to_stop
 from megatron_cpt.train.resilience.replicas import check_replicas
 from megatron_cpt.train.resilience.run_lock import run_lock
@@ -290,7 +290,7 @@ class Trainer:
         plan, state, spike = self.session.plan, self.session.state, self.session.config.resilience.spike
         if state.step and plan.phase_of(state.step).name != plan.phase_of(state.step + 1).name:
             state.recent_losses = []  # another blend has another level of loss
-        loss = mean_losses(losses, self.session.meter.names)[0]
+        loss = mean_objective(losses, self.session.meter.names, self.session.config.teacher)
         anomaly = find_anomaly(loss, grad_norm, is_finite, state.recent_losses, spike)
         note_loss(state, loss, anomaly, spike)
         return anomaly

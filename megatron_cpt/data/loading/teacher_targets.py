@@ -12,6 +12,7 @@ import numpy.typing as npt
 from megatron_cpt.data.loading.batch import DocumentOptions, TeacherTargets
 from megatron_cpt.data.loading.stream import TokenStream
 from megatron_cpt.data.teacher_cache.read_cache import TeacherCache
+from megatron_cpt.data.tokenfile.sidecar import name_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 
 
@@ -27,6 +28,11 @@ class CachedTeacher:
     cache: TeacherCache
     sources: frozenset[str]
 
+    @property
+    def digest(self) -> str:
+        """Hash of the teacher and of the options of the cache."""
+        return self.cache.header.digest
+
     @classmethod
     def open(
         cls,
@@ -36,7 +42,7 @@ class CachedTeacher:
         *,
         documents: DocumentOptions,
         vocab_size: int,
-        tokenizer_fingerprint: str | None,
+        tokenizer: tuple[str, str] | None,
     ) -> CachedTeacher:
         """Open a cache and compare it with a run.
 
@@ -46,7 +52,7 @@ class CachedTeacher:
             sources: names of the sources with a teacher.
             documents: treatment of document boundaries in the run.
             vocab_size: ids of the student.
-            tokenizer_fingerprint: tokenizer of the run's ids; None: unknown.
+            tokenizer: name and fingerprint of the tokenizer of the run's ids; None: unknown.
 
         Raises:
             UserError: a source moves tokens (fill-in-the-middle), which no cache can know.
@@ -54,10 +60,10 @@ class CachedTeacher:
         """
         cache = TeacherCache(path)
         header = cache.header
-        if None not in (header.tokenizer, tokenizer_fingerprint) and header.tokenizer != tokenizer_fingerprint:
+        if header.tokenizer is not None and tokenizer is not None and header.tokenizer != tokenizer[1]:
             raise RefusedError(
-                f"{path}: its ids are of tokenizer {header.tokenizer}, the run has {tokenizer_fingerprint}: equal ids "
-                f"mean other text; {cache.advice()}"
+                f"{path}: its ids are of tokenizer {header.tokenizer[:12]}, this run has {name_tokenizer(*tokenizer)}: "
+                f"equal ids mean other text; {cache.advice()}"
             )
         if vocab_size < header.vocab:
             raise RefusedError(
@@ -103,7 +109,9 @@ class CachedTeacher:
                 wanted[file].append((location.token_offset, row))
         records = np.zeros((len(sources), length), self.cache.header.records.dtype)
         for file, reads in wanted.items():
-            for (_, row), found in zip(reads, self.cache.read(file, [start for start, _ in reads], length), strict=True):
+            for (_, row), found in zip(
+                reads, self.cache.read(file, [start for start, _ in reads], length), strict=True
+            ):
                 records[row] = found
         # torch takes no array whose strides are not a multiple of its element size
         fields = {name: np.ascontiguousarray(records[name]) for name in ("ids", "log_probs", "log_tail")}

@@ -85,6 +85,11 @@ class CacheHeader:
         """Return the windows over a file."""
         return WindowGrid(self.files[index].tokens, self.window, self.stride)
 
+    @property
+    def digest(self) -> str:
+        """Hash of everything but the files that decides the content of a record."""
+        return f"{self._seed:016x}"
+
     def key(self, index: int) -> int:
         """Return the key of the records of a file: it differs for another teacher, other options or another file."""
         file = self.files[index]

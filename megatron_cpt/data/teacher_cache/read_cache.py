@@ -59,7 +59,9 @@ class TeacherCache:
         if index is not None:
             return index
         earlier = [file for file in self.header.files if Path(file.prefix).name == Path(dataset.prefix).name]
-        reason = f"a file of this name had other content when the cache was made ({earlier[0].prefix})" if earlier else ""
+        reason = (
+            f"a file of this name had other content when the cache was made ({earlier[0].prefix})" if earlier else ""
+        )
         raise RefusedError(
             f"{self.path}: has no records of source {source}, file {dataset.prefix}, from token 0 on"
             f"{f': {reason}' if reason else ''}; {self.advice()}"

@@ -21,11 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
+from torch import nn
 
 from megatron_cpt.train.device_batch import DeviceBatch
-from megatron_cpt.train.distillation.distilled_loss import Targets, VocabularyShard
+from megatron_cpt.train.distillation.distilled_loss import Targets, VocabularyShard, all_reduced
 
 _SMALLEST = 1e-30  # of q_rest, whose logarithm is taken
 
@@ -56,23 +55,19 @@ class TopKTargets:
         merged = torch.cat([self.log_probs[rows], self.log_tail[rows, None]], dim=1).float()
         log_p = torch.log_softmax(merged, dim=1)  # exactly a distribution, in spite of the rounding of fp16
         p = log_p.exp()
+        # A token in the columns of another rank reads and writes a column past the last one.
         columns = self.ids[rows].long() - self.shard.first
-        is_mine = (columns >= 0) & (columns < self.shard.columns)
-        columns = columns.clamp(0, self.shard.columns - 1)
-        own_log_q = torch.where(is_mine, log_q.gather(1, columns), 0.0)
-        # A token that another rank has writes to a column past the last one, which is cut off again.
-        targets = torch.where(is_mine, columns, self.shard.columns)
-        q = torch.nn.functional.pad(log_q.exp_(), (0, 1))
-        q.scatter_(1, targets, 0.0)
-        rest = q[:, :-1].sum(dim=1)
-        summed = torch.cat([own_log_q, rest[:, None]], dim=1)
-        if parallel_state.get_tensor_model_parallel_world_size() > 1:
-            dist.all_reduce(summed, group=parallel_state.get_tensor_model_parallel_group())
+        columns = torch.where((columns >= 0) & (columns < self.shard.columns), columns, self.shard.columns)
+        log_q = nn.functional.pad(log_q, (0, 1))
+        own_log_q = log_q.gather(1, columns)
+        q = log_q.exp_().scatter_(1, columns, 0.0)[:, :-1]
+        summed = all_reduced(torch.cat([own_log_q, q.sum(dim=1, keepdim=True)], dim=1))
         log_q_top, q_rest = summed[:, :-1], summed[:, -1].clamp_min(_SMALLEST)
-        merged_log_q = torch.cat([log_q_top, q_rest.log()[:, None]], dim=1)
-        divergence = (p * (log_p - merged_log_q)).sum(dim=1)
-        gradient = q * (1.0 - p[:, -1] / q_rest)[:, None]
-        gradient.scatter_(1, targets, log_q_top.exp() - p[:, :-1])
+        log_ratio = log_p - torch.cat([log_q_top, q_rest.log()[:, None]], dim=1)
+        # Both distributions sum to 1, so q - p adds 0; it cancels rounding errors, see `OnlineTargets`.
+        difference = torch.cat([log_q_top.exp(), q_rest[:, None]], dim=1) - p
+        divergence = (p * log_ratio + difference).sum(dim=1)
+        gradient = log_q.mul_((1.0 - p[:, -1] / q_rest)[:, None]).scatter_(1, columns, difference[:, :-1])
         return divergence, gradient[:, :-1]
 
 
@@ -83,17 +78,19 @@ class CacheTeacher:
     Attributes:
         digest: of the weights that the cache was made with.
         shard: columns of the vocabulary on this rank.
+        distilled: indices of the sources that are distilled.
         context_parallel_size: ranks that share a sequence.
     """
 
     digest: str
     shard: VocabularyShard
+    distilled: frozenset[int]
     context_parallel_size: int = 1
 
     def targets(self, micro_batches: Sequence[DeviceBatch]) -> Iterator[Targets | None]:
-        """Yield the targets of each micro-batch; None on ranks whose loader reads no records."""
+        """Yield the targets of each micro-batch; None also on ranks whose loader reads no records."""
         for batch in micro_batches:
-            yield self._targets(batch)
+            yield self._targets(batch) if batch.source_set & self.distilled else None
 
     def _targets(self, batch: DeviceBatch) -> Targets | None:
         fields = {"ids": batch.teacher_ids, "log_probs": batch.teacher_log_probs, "log_tail": batch.teacher_log_tail}

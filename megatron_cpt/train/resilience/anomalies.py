@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cpt.config.resilience import ResilienceConfig, SpikeConfig
-from megatron_cpt.train.metrics import mean_losses
+from megatron_cpt.train.metrics import named_losses
 from megatron_cpt.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def find_anomaly(
     """Return the anomaly of a step; None: the step is normal.
 
     Args:
-        loss: mean loss per token over the global batch.
+        loss: mean loss per token over the global batch, with its part from a teacher.
         grad_norm: gradient norm over all ranks.
         is_finite: whether all ranks found finite losses and gradients.
         losses: of the previous steps.
@@ -96,7 +96,7 @@ def note_loss(state: TrainState, loss: float, anomaly: Anomaly | None, spike: Sp
 
 def describe(anomaly: Anomaly, result: StepResult, session: Session) -> dict[str, Any]:
     """Return the line of anomalies.jsonl for the step just done, without its samples; a collective call."""
-    mean, by_source = mean_losses(result.loss_by_source, session.meter.names)
+    losses = named_losses(result.loss_by_source, session.meter.names, session.config.teacher)
     return {
         "step": session.state.step,
         "kind": anomaly.kind,
@@ -104,9 +104,8 @@ def describe(anomaly: Anomaly, result: StepResult, session: Session) -> dict[str
         "limit": anomaly.limit,
         "action": anomaly.action,
         "skipped_in_a_row": session.state.skipped_in_a_row,
-        "loss": mean,
+        **losses,
         "grad_norm": result.grad_norm,
-        "loss_by_source": by_source,
         "not_finite_on_ranks": {} if anomaly.kind == "spike" else _not_finite_by_rank(session.model.chunks),
     }
 

@@ -62,10 +62,17 @@ def teach(
     if not is_main:
         raise typer.Exit(0 if report.is_finished else EXIT_STOPPED)
     if not report.is_finished:
-        print(f"stopped; finished parts are kept in {output}.partial; run the same command again to resume", file=sys.stderr)
+        print(
+            f"stopped; finished parts are kept in {output}.partial; run the same command again to resume",
+            file=sys.stderr,
+        )
         raise typer.Exit(EXIT_STOPPED)
     new, seconds = report.new_records, max(report.seconds, 1e-9)
-    speed = f"{format_count(new)} new ones in {seconds:.1f} s ({format_count(new / seconds)} tokens/s)" if new else "complete already"
+    speed = (
+        f"{format_count(new)} new ones in {seconds:.1f} s ({format_count(new / seconds)} tokens/s)"
+        if new
+        else "complete already"
+    )
     print(
         f"{output}: {report.header.num_positions:,} records of {len(report.header.files)} file(s), "
         f"{format_bytes(report.header.num_bytes)}; {speed}"

@@ -1,0 +1,1 @@
+"""Distillation: the loss, and the teachers that it compares the model with."""
