@@ -62,7 +62,7 @@ def largest_ids(logits: torch.Tensor) -> torch.Tensor:
 
 
 def most_likely(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return for each row its most likely ids, their log-probabilities, and the logarithm of all other ids' probability.
+    """Return each row's most likely ids, their log-probabilities, and the log of the probability of all other ids.
 
     Args:
         logits: result of `own_logits`.

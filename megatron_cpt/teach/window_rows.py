@@ -25,8 +25,8 @@ Ids = npt.NDArray[np.int64]
 class WindowGroup:
     """Consecutive windows of one file that are one forward pass.
 
-    The groups of a file depend on the file and the group size only. So a record has the same bits whether or not `teach`
-    was interrupted, and for every number of replicas.
+    The groups of a file depend on the file and the group size only. So a record has the same bits for every number of
+    replicas, and also if `teach` was interrupted.
 
     Attributes:
         file: index of the file in the cache.
@@ -109,8 +109,10 @@ class WindowRows:
 
         chosen = np.concatenate(selected)
         assert len(chosen) == stop - start
-        inputs = (torch.from_numpy(array).to(device) for array in (tokens, positions, chosen))
-        return Row(*inputs, collect, torch.from_numpy(ends).to(device))
+        inputs, places, given_places, reach = (
+            torch.from_numpy(array).to(device) for array in (tokens, positions, chosen, ends)
+        )
+        return Row(inputs, places, given_places, collect, reach)
 
     def _window(self, file: int, first: int, after: int) -> tuple[Ids, Ids, Ids]:
         """Return ids, positions, and for each token the index after the last one that may attend to it."""
@@ -119,8 +121,8 @@ class WindowRows:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.header.vocab:
             bad = int(np.flatnonzero((tokens < 0) | (tokens >= self.header.vocab))[0])
             raise RefusedError(
-                f"{dataset.prefix}.bin: token {first + bad}: id {int(tokens[bad])} is outside of the teacher's vocabulary "
-                f"of {self.header.vocab:,}; choose a teacher with the tokenizer of the data"
+                f"{dataset.prefix}.bin: token {first + bad}: id {int(tokens[bad])} is outside of the teacher's "
+                f"vocabulary of {self.header.vocab:,}; choose a teacher with the tokenizer of the data"
             )
         positions, ends = np.arange(count), np.full(count, count)
         options = self.documents

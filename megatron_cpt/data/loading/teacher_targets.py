@@ -109,10 +109,9 @@ class CachedTeacher:
                 wanted[file].append((location.token_offset, row))
         records = np.zeros((len(sources), length), self.cache.header.records.dtype)
         for file, reads in wanted.items():
-            for (_, row), found in zip(
-                reads, self.cache.read(file, [start for start, _ in reads], length), strict=True
-            ):
-                records[row] = found
+            found = self.cache.read(file, [start for start, _ in reads], length)
+            for (_, row), own in zip(reads, found, strict=True):
+                records[row] = own
         # torch takes no array whose strides are not a multiple of its element size
         fields = {name: np.ascontiguousarray(records[name]) for name in ("ids", "log_probs", "log_tail")}
         return TeacherTargets(**fields)

@@ -58,13 +58,12 @@ class TeacherCache:
         index = self.index_of(dataset)
         if index is not None:
             return index
-        earlier = [file for file in self.header.files if Path(file.prefix).name == Path(dataset.prefix).name]
-        reason = (
-            f"a file of this name had other content when the cache was made ({earlier[0].prefix})" if earlier else ""
-        )
+        names = {Path(file.prefix).name for file in self.header.files}
+        is_known = Path(dataset.prefix).name in names
+        reason = ": a file of this name had other content when the cache was made" if is_known else ""
         raise RefusedError(
-            f"{self.path}: has no records of source {source}, file {dataset.prefix}, from token 0 on"
-            f"{f': {reason}' if reason else ''}; {self.advice()}"
+            f"{self.path}: has no records of source {source}, file {dataset.prefix}, from token 0 on{reason}; "
+            f"{self.advice()}"
         )
 
     def advice(self) -> str:
@@ -88,7 +87,7 @@ class TeacherCache:
                 file.will_read(start * size, count * size)
             for start in starts:
                 records = np.zeros(count, self._format.dtype)
-                done = file.read_into(memoryview(records.view(np.uint8)), start * size)
+                done = file.read_into(records.view(np.uint8).data, start * size)
                 self._verify(index, records, start, done // size)
                 found.append(records)
         return found

@@ -1,4 +1,4 @@
-"""Records of a cache: the teacher's k most likely next tokens at one position of a token file, and the mass of the rest.
+"""Records of a cache: the teacher's k most likely next tokens at a position of a token file, and the mass of the rest.
 
     bytes             content
     4                 check: XXH3 of the other bytes, with the position as its seed; the lower 32 bits

@@ -1,8 +1,8 @@
 """Windows in which a teacher reads a token file, so that a record depends on the file and the position only.
 
-A sample of training starts anywhere in a file, because the grid of its source shifts in every epoch. A cache cannot hold
-the teacher's answer for every start. So the teacher reads each file in windows of its own, and a position gets its
-record from the first window that ends after it:
+A sample of training starts anywhere in a file, because the grid of its source shifts in every epoch. A cache cannot
+hold the teacher's answer for every start. So the teacher reads each file in windows of its own, and a position gets its
+record from the first window that ends after it.
 
 Example: 11 tokens have 10 positions, because the last token is only ever predicted. Windows of 4 tokens with stride 2:
 

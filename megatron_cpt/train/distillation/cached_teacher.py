@@ -5,8 +5,8 @@ other token" (also called ghost token, arXiv 2503.16870). With p for the teacher
 
     KL = sum over the k tokens of p_i (log p_i - log q_i)  +  p_rest (log p_rest - log q_rest)
 
-Merging outcomes never increases a divergence (the log-sum inequality), so this is a lower bound of the full KL. It falls
-short by p_rest * KL(the teacher's tail || the student's tail), both tails normalized.
+Merging outcomes never increases a divergence (the log-sum inequality), so this is a lower bound of the full KL. It
+falls short by p_rest * KL(the teacher's tail || the student's tail), both tails normalized.
 
     gradient in the logit of a token of the record:  q_i - p_i
     gradient in the logit of another token j:        q_j - p_rest * q_j / q_rest
@@ -71,7 +71,7 @@ class TopKTargets:
         return divergence, gradient[:, :-1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class CacheTeacher:
     """Teacher that reads nothing itself: the loader has put the records into the micro-batches.
 

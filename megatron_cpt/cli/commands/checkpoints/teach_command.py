@@ -62,21 +62,14 @@ def teach(
     if not is_main:
         raise typer.Exit(0 if report.is_finished else EXIT_STOPPED)
     if not report.is_finished:
-        print(
-            f"stopped; finished parts are kept in {output}.partial; run the same command again to resume",
-            file=sys.stderr,
-        )
+        _print_note(f"stopped; finished parts are kept in {output}.partial; run the same command again to resume")
         raise typer.Exit(EXIT_STOPPED)
     new, seconds = report.new_records, max(report.seconds, 1e-9)
-    speed = (
-        f"{format_count(new)} new ones in {seconds:.1f} s ({format_count(new / seconds)} tokens/s)"
-        if new
-        else "complete already"
+    work = (
+        f"{format_count(new)} new in {seconds:.1f} s ({format_count(new / seconds)} tokens/s)" if new else "no new ones"
     )
-    print(
-        f"{output}: {report.header.num_positions:,} records of {len(report.header.files)} file(s), "
-        f"{format_bytes(report.header.num_bytes)}; {speed}"
-    )
+    header = report.header
+    print(f"{output}: {format_count(header.num_positions)} records, {format_bytes(header.num_bytes)}; {work}")
     print(f"train with it: teacher: {{cache: {output}, weight: 0.5}}")
 
 
