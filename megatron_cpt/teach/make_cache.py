@@ -159,6 +159,90 @@ def _is_finished(output: Path, header: CacheHeader) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     try:
+        found = read_header(output)
+    except RefusedError as error:
+        raise UserError(f"--output {output}: exists and is no cache of a teacher; choose another output") from error
+    if found.settings() == header.settings() and [file.fingerprint for file in found.files] == [
+        file.fingerprint for file in header.files
+    ]:
+        return True
+    raise UserError(
+        f"--output {output}: is a cache of another teacher, other files or other options; choose another output, or "
+        "delete it"
+    )
+
+
+def _open_folder(
+    stack: contextlib.ExitStack,
+    folder: ResumableFolder,
+    plan: CachePlan,
+    output: Path,
+    notify: Callable[[str], None],
+) -> bool:
+    """Lock the work folder and create its files; return whether the work starts from scratch."""
+    from megatron_cpt.teach.record_files import create_files
+
+    notify(f"{output}: {plan.describe()}")
+    existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
+    used = sum(path.stat().st_blocks * 512 for path in folder.path.glob("*.topk")) if folder.path.is_dir() else 0
+    check_space(plan, output, shutil.disk_usage(existing).free + used)
+    stack.enter_context(folder)
+    started = folder.path / _STARTED_FILE
+    is_new = not started.exists()
+    create_files(folder.path, plan.header)
+    write_atomically(started, b"")
+    return is_new
+
+
+def _publish(folder: ResumableFolder, header: CacheHeader, output: Path) -> None:
+    write_atomically(folder.path / HEADER_FILE, header.to_bytes())
+    folder.publish_as(output)
+
+
+class _Job:
+    """Work of one rank."""
+
+    def __init__(self, plan: CachePlan, loaded: InferenceModel, folder: Path, advance: Advance) -> None:
+        # imported here: megatron-core reads torch.cuda on import, and process_groups replaces it on a CPU
+        from megatron_cpt.evaluate.row_forward import RowRunner
+        from megatron_cpt.teach.window_rows import WindowRows
+
+        self.new_records = 0
+        self._header, self._folder, self._advance, self._ranks = plan.header, folder, advance, loaded.ranks
+        self._runner = RowRunner(loaded.model.chunks, loaded.model.config, device=loaded.ranks.device)
+        precision = plan.teacher.precision
+        is_quantized = precision.fp8 is not None or precision.fp4 is not None
+        row_tokens = _ROW_TOKENS["cpu" if loaded.ranks.device.type == "cpu" else "cuda"]
+        self._rows: WindowRows = WindowRows(
+            header=plan.header,
+            datasets=plan.datasets,
+            documents=plan.documents,
+            group_size=max(1, row_tokens // plan.header.window),
+            multiple=_QUANTIZED_MULTIPLE if is_quantized else _MULTIPLE,
+        )
+
+    def run(self, stop: StopRequest, *, is_new: bool) -> int | None:
+        """Compute what is missing; return the number of new records, None if a signal stopped the work."""
+        groups, total = self._missing(is_new=is_new), self._header.num_positions
+        size = _ROWS_IN_FLIGHT * self._ranks.data_parallel_size
+        with self._runner.evaluating():
+            while batch := list(islice(groups, size)):
+                own = batch[self._ranks.data_parallel_rank :: self._ranks.data_parallel_size]
+                self._write(own)
+                self.new_records += sum(self._count(group) for group in batch)
+                self._advance(self._kept + self.new_records, total)
+                if is_true_on_any(stop.received is not None):
+                    return None
+        from megatron_cpt.teach.record_files import sync_files
+
+        on_all(lambda: sync_files(self._folder, self._header))
+        return self.new_records
+
+    def _missing(self, *, is_new: bool) -> Iterator[WindowGroup]:
+        """Return the groups to compute, in order, equal on all ranks; `_kept` records are there already."""
+        from megatron_cpt.teach.record_files import missing_groups
+
+        files = range(len(self._header.files))
         found = None
         if not is_new:
             found = on_main(lambda: [missing_groups(self._folder, self._rows, file) for file in files])
