@@ -87,6 +87,17 @@ def span_lengths(run: Mapping[str, Any]) -> dict[str, int]:
     return lengths
 
 
+def _teacher(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the teacher with its loss; the shape of its model follows from its checkpoint."""
+    section = run.get("teacher")
+    if not section:
+        return None
+    # the same checkpoint, named as the start of the run or by its path
+    source = run["init"]["from"] if section.get("from") == "init" else section.get("from")
+    factors = {name: section["sources"].get(name, 1.0) for name in run["sources"]}
+    return {**section, "from": source, "sources": factors, "model": None}
+
+
 RULES = (
     ResumeRule("model", model_shape, "the weights belong to another model", allowed=False),
     ResumeRule("batch", lambda run: run["batch"]["global"], "steps are counted in global batches", allowed=False),
@@ -102,6 +113,7 @@ RULES = (
     ),
     ResumeRule("tokenizer", lambda run: run["tokenizer"], "ids may mean other text from this step on"),
     ResumeRule("documents", _documents, "masks change from this step on"),
+    ResumeRule("teacher", _teacher, "the loss has another target or weight from this step on"),
 )
 DATA = ResumeRule(
     "data", lambda fingerprints: fingerprints, "a source's samples are renumbered: some are read twice, some never"
@@ -141,6 +153,7 @@ def find_changes(
     tokenizers: tuple[str | None, str | None] = (None, None),
     document_ends: tuple[int | None, int | None] | None = None,
     run_ids: tuple[str | None, str | None] = (None, None),
+    teachers: tuple[str | None, str | None] = (None, None),
 ) -> list[Change]:
     """Return the differences that matter; parallel layout, micro-batch, logging and the like may change freely.
 
@@ -152,6 +165,7 @@ def find_changes(
         tokenizers: fingerprints of the tokenizer's content, saved and now; if both are known, its path may change.
         document_ends: end-of-document ids, saved and now; None: the checkpoint is of a version that did not save it.
         run_ids: ids of the run that saved the checkpoint, and of the run directory; None: unknown.
+        teachers: hashes of the teacher's content, saved and now; if both are known, its path may change.
     """
     now = run.to_dict()
     saved_run = _with_defaults(RunConfig, saved_run)
@@ -160,6 +174,11 @@ def find_changes(
         before, after = rule.of(saved_run), rule.of(now)
         if rule.name == "tokenizer" and None not in tokenizers:
             before, after = (f"content {fingerprint}" for fingerprint in tokenizers)
+        if rule.name == "teacher" and None not in teachers and before is not None and after is not None:
+            before, after = (
+                {**section, "from": None, "cache": None, "content": digest}
+                for section, digest in zip((before, after), teachers, strict=True)
+            )
         if before != after:
             changes.append(Change(rule, _difference(before, after)))
     if document_ends is not None and document_ends[0] != document_ends[1]:

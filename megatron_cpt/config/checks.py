@@ -281,7 +281,7 @@ def _check_teacher(config: RunConfig) -> Iterator[str]:
         yield "teacher.from: init: init.from names no checkpoint; set init.from, or name the teacher's checkpoint"
     if teacher.cache is not None and teacher.temperature != 1:
         yield (
-            f"teacher.temperature: {teacher.temperature:g}: a cache holds the probabilities at temperature 1; remove it "
+            f"teacher.temperature: {teacher.temperature:g}: a cache holds probabilities at temperature 1; remove it, "
             "or use teacher.from"
         )
     for name, factor in teacher.sources.items():

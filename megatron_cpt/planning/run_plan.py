@@ -12,6 +12,7 @@ from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
 from megatron_cpt.planning.cost.memory import GIB, Memory, stage_memories
 from megatron_cpt.planning.cost.parameters import FlopsPerToken, Parameters, count_parameters, flops_per_token
 from megatron_cpt.planning.cost.rank_layout import Layout, layout_problems
+from megatron_cpt.planning.cost.teacher_cost import TeacherCost, distilled_share, teacher_cost
 from megatron_cpt.planning.hardware import Gpu
 from megatron_cpt.planning.problem import Problem
 from megatron_cpt.planning.timeline.epochs import (
@@ -43,6 +44,7 @@ class RunPlan:
         sources: tokens read of each source over all phases.
         flops: of training on one token; the mean over all tokens if sequence lengths differ.
         memory_stages: memory of every pipeline stage, in the phase that needs most.
+        teacher: parameters and FLOPs of the teacher; None if no teacher runs beside the model.
         evaluation_steps: steps after which the tasks of section `evaluation` are measured; 0 is before the first step.
         warnings: messages about settings that are allowed but may be mistakes.
         problems: reasons why the run cannot start; the caller raises them.
@@ -59,6 +61,7 @@ class RunPlan:
     flops: FlopsPerToken
     layout: Layout
     memory_stages: Sequence[Memory]
+    teacher: TeacherCost | None
     evaluation_steps: Sequence[int]
     warnings: Sequence[str]
     problems: Sequence[Problem]
@@ -133,6 +136,7 @@ class RunPlan:
             "memory_per_gpu_gib": self.memory.total / GIB,
             "memory_by_part_gib": self.memory.to_dict(),
             "memory_by_stage_gib": [{**stage.to_dict(), "total": stage.total / GIB} for stage in self.memory_stages],
+            "teacher": self.teacher and asdict(self.teacher),
             "layout": asdict(self.layout),
             "schedule": asdict(self.schedule),
             "phases": [_with_file_keys(asdict(phase)) for phase in self.phases],
@@ -191,11 +195,13 @@ def build_plan(
         flops=_mean_flops(config, phases),
         layout=Layout.build(config, num_gpus),
         memory_stages=peak_memories(config, segments, num_gpus),
+        teacher=teacher_cost(config),
         evaluation_steps=_evaluation_steps(config, phases, schedule.steps),
         warnings=(
             *_schedule_warnings(config),
             *_blend_warnings(config),
             *_shape_warnings(config, segments),
+            *_teacher_warnings(config),
             *source_warnings(totals),
             *_end_warnings(config, phases),
         ),
@@ -307,6 +313,22 @@ def _shape_warnings(config: RunConfig, segments: Sequence[Segment]) -> Iterator[
         yield (
             f"sequences of {longest:,} tokens have positions beyond {which}: {known:,}, new to the model; "
             "check model.rotary_base and model.rope_scaling"
+        )
+
+
+def _teacher_warnings(config: RunConfig) -> Iterator[str]:
+    teacher = config.teacher
+    if teacher is None:
+        return
+    if distilled_share(config) == 0:
+        yield "teacher: all sources that a phase reads have a factor of 0 in teacher.sources; the teacher has no effect"
+    if config.teacher_checkpoint is not None and teacher.model is None:
+        yield "teacher: planned with the shape of the model, because its checkpoint cannot be read here"
+    known = teacher.model.max_positions if teacher.model is not None else None
+    if known is not None and config.longest_sequence > known:
+        yield (
+            f"teacher: sequences of {config.longest_sequence:,} tokens have positions beyond the {known:,} that it "
+            "knows; its distributions there may be poor"
         )
 
 

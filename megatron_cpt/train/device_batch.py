@@ -156,8 +156,7 @@ def make_upload(device: torch.device, *, packs_documents: bool) -> Upload:
 
 def _on_host(batch: Batch, packs_documents: bool) -> DeviceBatch:
     arrays, on_host = _arrays(batch, packs_documents)
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return DeviceBatch(**tensors, **on_host)
+    return DeviceBatch(**{**{name: torch.from_numpy(array) for name, array in arrays.items()}, **on_host})
 
 
 class Uploader:
@@ -187,7 +186,8 @@ class Uploader:
             memory.copy_(pinned, non_blocking=True)
             copied.record(self._stream)
         views = iter(unpack(arrays, offsets, memory))
-        batches_there = [DeviceBatch(**{name: next(views) for name in named}, **on_host) for named, on_host in pairs]
+        fields_there = [{**{name: next(views) for name in named}, **on_host} for named, on_host in pairs]
+        batches_there = [DeviceBatch(**there) for there in fields_there]
         return Uploaded(batches_there, memory, copied)
 
 
@@ -247,7 +247,7 @@ def unpack(arrays: Sequence[npt.NDArray[Any]], offsets: Sequence[int], memory: t
 
 
 def _arrays(batch: Batch, packs_documents: bool) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Return the arrays that a model reads, by the names of `DeviceBatch`, and the fields of it that stay on the host."""
+    """Return the arrays that a model reads, by the names of `DeviceBatch`, and its fields that stay on the host."""
     arrays = {field.name: getattr(batch, field.name) for field in fields(batch)}
     on_host: dict[str, Any] = {"source_set": frozenset(batch.sources.tolist())}
     documents, targets = arrays.pop("attention_documents"), arrays.pop("teacher")

@@ -77,7 +77,7 @@ class ForwardPass:
         batch = next(micro_batches)
         inputs = model_inputs(batch, self.context_parallel_size)
         if distillation is not None:
-            distillation.expect(batch.sources)
+            distillation.expect(chunk, batch.sources)
         output = chunk(*inputs.positional, labels=inputs.labels, **inputs.packing)
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -37,6 +37,7 @@ def preflight(
     tokenizer: str | None,
     eod_id: int | None,
     run_id: str | None,
+    teacher: str | None,
     allow: Collection[str],
 ) -> None:
     """Compare the run with the checkpoint it resumes from, report the changes, and refuse those not allowed.
@@ -47,6 +48,7 @@ def preflight(
         fingerprints, tokenizer: hashes of the sources' files and of the tokenizer's content; None: unknown.
         eod_id: the end-of-document id; None: there is none.
         run_id: id of the run directory; None: unknown.
+        teacher: hash of the teacher's content; None: there is none.
         allow: names of allowed changes.
 
     Raises:
@@ -57,7 +59,10 @@ def preflight(
         tokenizers = (saved.get("tokenizer_fingerprint"), tokenizer)
         ends = (saved["eod_id"], eod_id) if "eod_id" in saved else None
         run_ids = (own.run_id, run_id)
-        changes = find_changes(own.run, config, saved["data_fingerprints"], fingerprints, tokenizers, ends, run_ids)
+        teachers = (saved.get("teacher"), teacher)
+        changes = find_changes(
+            own.run, config, saved["data_fingerprints"], fingerprints, tokenizers, ends, run_ids, teachers
+        )
         step = saved["train"]["step"] + 1
         samples, rate = saved["train"]["samples_by_source"], plan.schedule.rate(step)
         if ranks.is_main and own.run_id is None and run_id is not None:
@@ -98,12 +103,13 @@ def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) ->
     return saved
 
 
-def compare_tokenizer(origin: SavedRun, tokenizer: tuple[str, str] | None) -> None:
-    """Compare the run's tokenizer with the tokenizer of the checkpoint to start from, where both are known.
+def compare_tokenizer(origin: SavedRun, tokenizer: tuple[str, str] | None, key: str = "init.from") -> None:
+    """Compare the run's tokenizer with the tokenizer of a checkpoint that the run uses, where both are known.
 
     Args:
-        origin: the checkpoint that `init.from` names.
+        origin: the checkpoint.
         tokenizer: name and fingerprint of the run's tokenizer.
+        key: key of run.yaml that names the checkpoint.
 
     Raises:
         RefusedError: they differ.
@@ -114,7 +120,7 @@ def compare_tokenizer(origin: SavedRun, tokenizer: tuple[str, str] | None) -> No
     if known and tokenizer[1] not in known.values():
         names = " or ".join(name_tokenizer(name, value) for name, value in known.items())
         raise RefusedError(
-            f"init.from: {origin.path}: its model was trained with tokenizer {names}, this run has "
+            f"{key}: {origin.path}: its model was trained with tokenizer {names}, this run has "
             f"{name_tokenizer(*tokenizer)}: equal ids mean other text; encode the data with the checkpoint's "
             "tokenizer, or start anyway: --allow tokenizer"
         )

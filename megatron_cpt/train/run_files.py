@@ -131,6 +131,7 @@ def record(session: Session) -> Record:
         "data_fingerprints": session.data_fingerprints,
         "tokenizer_fingerprint": session.tokenizer_fingerprint,
         "eod_id": session.eod_id,
+        "teacher": None if (distillation := session.forward.distillation) is None else distillation.teacher.digest,
         "layer_spec": session.model.spec,
         "versions": {
             "megatron_cpt": __version__,

@@ -65,6 +65,13 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
         f"{_flops(flops.full)} per token with full attention counted, {_flops(flops.causal)} causal; "
         f"in total {flops.full * plan.tokens_trained:.3g} and {flops.causal * plan.tokens_trained:.3g}",
     )
+    if plan.teacher is not None:
+        teacher = plan.teacher
+        yield (
+            "teacher",
+            f"{format_count(teacher.parameters)} parameters, forward only on {teacher.share:.0%} of the micro-batches: "
+            f"{_flops(teacher.flops.full)} per token more, {_flops(teacher.flops.causal)} causal",
+        )
     yield "schedule", describe_schedule(plan.schedule)
     yield (
         "layout",

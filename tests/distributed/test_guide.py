@@ -22,6 +22,7 @@ PAGES = (
     "phases",
     "convert",
     "train",
+    "distill",
     "evaluate",
     "evaluate-tasks",
     "report",

@@ -38,6 +38,9 @@ class Settings:
     padding: int = 0
     """Rows of zeros after the vocabulary that take part in the softmax (`model.padding_in_softmax`)."""
     dtype: type = np.uint16
+    teacher_weights: Mapping[str, float] = field(default_factory=dict)
+    """`teacher.weight` times its factor, by source; a source without an entry has no teacher."""
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ class Step:
 
 @dataclass
 class Result:
-    """Losses, gradient norms before clipping, and losses by source, one per step; and the steps without an update."""
+    """Losses, gradient norms before clipping, and losses by source, one per step; and the steps without an update.
+
+    The losses are cross entropies; `divergences` has their counterparts for the sources that have a teacher.
+    """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     by_source: list[dict[str, float]] = field(default_factory=list)
+    divergences: list[dict[str, float]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
 
 
@@ -74,8 +81,8 @@ def read_sample(sample: Sample, settings: Settings) -> tuple[torch.Tensor, torch
     return ids, torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
-def token_losses(model: Any, sample: Sample, settings: Settings) -> torch.Tensor:
-    """Return the losses of the positions of one sample that count."""
+def token_logits(model: Any, sample: Sample, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits (n, vocab) and labels (n,) of the positions of one sample that count."""
     ids, documents = read_sample(sample, settings)
     inputs, labels, own = ids[:-1], ids[1:], documents[:-1]
     length = len(inputs)
@@ -91,11 +98,19 @@ def token_losses(model: Any, sample: Sample, settings: Settings) -> torch.Tensor
         input_ids=inputs[None], position_ids=positions[None], attention_mask=bias[None, None], use_cache=False
     ).logits[0]
     logits = functional.pad(logits, (0, settings.padding))  # the logit of a row of zeros is 0
-    losses = functional.cross_entropy(logits, labels, reduction="none")
     if not settings.eod_loss:
         # the next token belongs to another document: its first token is not predicted
-        losses = losses[documents[1:] == own]
-    return losses
+        counts = documents[1:] == own
+        return logits[counts], labels[counts]
+    return logits, labels
+
+
+def divergences(logits: torch.Tensor, teacher: Any, sample: Sample, settings: Settings) -> torch.Tensor:
+    """Return KL(teacher || student) of the positions of one sample that count, at the temperature."""
+    with torch.no_grad():
+        wanted = token_logits(teacher, sample, settings)[0]
+    log_q, log_p = (functional.log_softmax(values / settings.temperature, dim=-1) for values in (logits, wanted))
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
 
 
 def is_spike(loss: float, previous: Sequence[float], spike: tuple[float, int, int] | None) -> bool:
@@ -106,7 +121,7 @@ def is_spike(loss: float, previous: Sequence[float], spike: tuple[float, int, in
     return loss > np.mean(recent) + spike[0] * np.std(recent, ddof=1)
 
 
-def train(model: Any, steps: Sequence[Step], settings: Settings) -> Result:
+def train(model: Any, steps: Sequence[Step], settings: Settings, teacher: Any = None) -> Result:
     """Train `model` in place, one entry of `steps` per step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -121,9 +136,17 @@ def train(model: Any, steps: Sequence[Step], settings: Settings) -> Result:
     phase, previous = "", []
     for number, step in enumerate(steps, start=1):
         optimizer.zero_grad(set_to_none=False)
-        losses = [(sample["source"], token_losses(model, sample, settings)) for sample in step.samples]
-        num_tokens = sum(len(values) for _, values in losses)
-        mean = torch.stack([values.sum() for _, values in losses]).sum() / num_tokens
+        losses, distances, objectives = [], [], []
+        for sample in step.samples:
+            source, (logits, labels) = sample["source"], token_logits(model, sample, settings)
+            losses.append((source, functional.cross_entropy(logits, labels, reduction="none")))
+            objectives.append(losses[-1][1])
+            if source in settings.teacher_weights:
+                weight = settings.teacher_weights[source]
+                distances.append((source, divergences(logits, teacher, sample, settings)))
+                parts = (objectives[-1], distances[-1][1])
+                objectives[-1] = (1 - weight) * parts[0] + weight * settings.temperature**2 * parts[1]
+        mean = torch.cat(objectives).sum() / sum(map(len, objectives))
         mean.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad))
         for group in optimizer.param_groups:
@@ -134,8 +157,14 @@ def train(model: Any, steps: Sequence[Step], settings: Settings) -> Result:
         else:
             optimizer.step()
         previous.append(mean.item())
-        result.losses.append(mean.item())
+        result.losses.append(float(torch.cat([values.detach() for _, values in losses]).mean()))
         result.grad_norms.append(norm)
-        by_source = {name: torch.cat([values.detach() for own, values in losses if own == name]) for name, _ in losses}
-        result.by_source.append({name: float(values.mean()) for name, values in by_source.items()})
+        result.by_source.append(_means(losses))
+        result.divergences.append(_means(distances))
     return result
+
+
+def _means(named: Sequence[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """Return the mean over all tokens with the same name."""
+    by_name = {name: torch.cat([values.detach() for own, values in named if own == name]) for name, _ in named}
+    return {name: float(values.mean()) for name, values in by_name.items()}

@@ -43,6 +43,18 @@ def test_files_give_the_sizes(with_files, write_run):
     assert prepared.config.name == "small"
 
 
+def test_a_missing_teacher_is_a_problem_of_train_and_a_warning_of_plan(with_files, write_run):
+    path = write_run(with_files | {"teacher": {"from": "nowhere/teacher"}})
+    with pytest.raises(ConfigError, match=r"teacher\.from: nowhere/teacher: no such checkpoint; give a checkpoint"):
+        prepare_run(path, need_files=True)
+    warnings = prepare_run(path, need_files=False).plan.warnings
+    assert warnings[0] == "teacher.from: nowhere/teacher: no such checkpoint; `train` needs it"
+    assert "planned with the shape of the model" in warnings[1]
+    path = write_run(with_files | {"teacher": {"cache": "nowhere/cache"}})
+    with pytest.raises(ConfigError, match=r"teacher\.cache: nowhere/cache: no such folder; make it with"):
+        prepare_run(path, need_files=True)
+
+
 def test_a_plan_names_a_checkpoint_and_a_tokenizer_that_are_not_here(with_files, write_run):
     with_files |= {"init": {"from": "nowhere/base"}, "tokenizer": "huggingface:nowhere/tokenizer"}
     prepared = prepare_run(write_run(with_files), need_files=False)

@@ -194,6 +194,7 @@ def step_lines(speed: Speed) -> list[tuple[str, float]]:
         "communication": "TP/CP/PP communication",
         "uneven": "slowest stage",
         "bubble": "bubble",
+        "teacher": "teacher",
         "exchange": "gradient exchange",
         "optimizer": "optimizer",
         "scale": "scale",

@@ -57,6 +57,11 @@ class StageTime:
         """Sum of all parts."""
         return self.matmul + self.attention + self.memory_bound + self.recompute + self.communication
 
+    @property
+    def forward(self) -> float:
+        """Seconds of the forward pass alone, with the shares that `_recompute` assumes."""
+        return self.matmul / 3 + self.attention * 2 / 7 + self.memory_bound * 0.4 + self.communication / 2
+
 
 def stage_time(
     config: RunConfig, layout: Layout, gpu: Gpu, links: Links, stage: int, *, overlaps_tensor: bool

@@ -2,7 +2,7 @@
 
 With m micro-batches, stages of t seconds per micro-batch (`stage_time.py`) and v model chunks per rank, a step takes
 
-    m t_max + (sum(t) - t_max) / v + exposed gradient exchange + optimizer + scale
+    m t_max + (sum(t) - t_max) / v + teacher + exposed gradient exchange + optimizer + scale
 
 (Narayanan et al., arXiv 2104.04473, extended to unequal stages: with a large vocabulary the stage of the head is the
 slowest). Example: 4 stages of 1, 1, 1 and 1.2 s, m = 8, v = 2 take 8 x 1.2 + 3 / 2 = 11.1 s. With chunks of unequal
@@ -22,8 +22,10 @@ from megatron_cpt.config.knobs import GPU_CLUSTER, is_possible, resolve_speed
 from megatron_cpt.planning.cluster.communication import GRADIENT_BYTES, GradientExchange, Links
 from megatron_cpt.planning.cluster.pipeline_schedule import balanced_layout, schedule_seconds
 from megatron_cpt.planning.cluster.stage_time import HBM_EFFICIENCY, StageTime, stage_time
+from megatron_cpt.planning.cost.activations import tokens_of_micro_batch
 from megatron_cpt.planning.cost.memory import stage_parameters
 from megatron_cpt.planning.cost.rank_layout import Layout, stage_chunks
+from megatron_cpt.planning.cost.teacher_cost import LOSS_BYTES, distilled_share, teacher_run
 from megatron_cpt.planning.hardware import Gpu
 
 # Seconds that each doubling of the number of nodes adds to a step: more hops, and ranks that wait for the slowest.
@@ -79,6 +81,7 @@ class Speed:
         communication: exposed tensor, context and pipeline parallelism.
         uneven: waiting for the slowest stage, in every micro-batch.
         bubble: waiting for the first micro-batches to arrive and the last ones to leave.
+        teacher: forward passes of a teacher, and the loss that compares with it; 0 without distillation.
         exchange: exposed exchange of gradients and weights.
         optimizer: the update.
         scale: growth with the number of nodes.
@@ -93,6 +96,7 @@ class Speed:
     communication: float
     uneven: float
     bubble: float
+    teacher: float
     exchange: float
     optimizer: float
     scale: float
@@ -117,17 +121,32 @@ def estimate_speed(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap
     passes = num_micro_batches * longest + bubble
     if config.parallel.pipeline_layout is not None and config.parallel.virtual_pipeline > 1:
         passes = schedule_seconds([time.chunks for time in times], num_micro_batches)
-    step = passes + exchange + optimizer + scale
+    teacher = _teacher_seconds(config, layout, gpu)
+    step = passes + teacher + exchange + optimizer + scale
     return Speed(
         step=step,
         uneven=passes - bubble - means.pop("total"),
         bubble=bubble,
+        teacher=teacher,
         exchange=exchange,
         optimizer=optimizer,
         scale=scale,
         tokens_per_gpu=config.batch.global_ * config.seq_length / step / layout.num_gpus,
         **means,
     )
+
+
+def _teacher_seconds(config: RunConfig, layout: Layout, gpu: Gpu) -> float:
+    """Return seconds of the teacher's forward passes, which precede the student's passes, and of the distilled loss."""
+    if config.teacher is None:
+        return 0.0
+    logits = tokens_of_micro_batch(config) * config.model.padded_vocab / config.parallel.tensor
+    micro_batches = distilled_share(config) * layout.num_micro_batches
+    seconds = micro_batches * LOSS_BYTES * logits / (HBM_EFFICIENCY * gpu.hbm)
+    if (run := teacher_run(config)) is not None:
+        stages = [time.forward for time in _stage_times(run, layout, gpu, Overlap(tensor=False))]
+        seconds += micro_batches * max(stages) + (sum(stages) - max(stages)) / config.parallel.virtual_pipeline
+    return seconds
 
 
 def _stage_times(config: RunConfig, layout: Layout, gpu: Gpu, overlap: Overlap) -> list[StageTime]:

@@ -201,6 +201,10 @@ def _passes_in_flight(stages: int, stage: int, num_micro_batches: int, sizes: tu
 
 
 def logits_bytes(config: RunConfig) -> float:
-    """Return bytes of the logits of one micro-batch and of their softmax in fp32, which overwrites fp32 logits."""
-    per_logit = 2 + 4 if config.precision.compute == "bf16" else 4
+    """Return bytes of the logits of one micro-batch and of their softmax in fp32, which overwrites fp32 logits.
+
+    Distillation overwrites the logits piece by piece, unless its weight is 0.
+    """
+    is_overwritten = config.precision.compute == "fp32" or (config.teacher is not None and config.teacher.weight > 0)
+    per_logit = (2 if config.precision.compute == "bf16" else 4) + (0 if is_overwritten else 4)
     return per_logit * config.model.padded_vocab / config.parallel.tensor * tokens_of_micro_batch(config)

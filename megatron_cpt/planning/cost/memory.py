@@ -25,6 +25,7 @@ from megatron_cpt.planning.cost.activations import (
 from megatron_cpt.planning.cost.formats import format_of, quantized_layers, weight_bytes
 from megatron_cpt.planning.cost.parameters import count_parameters, norm_size
 from megatron_cpt.planning.cost.rank_layout import Layout, layers_of_stage
+from megatron_cpt.planning.cost.teacher_cost import hidden_state_bytes, loss_piece_bytes, teacher_run
 from megatron_cpt.planning.hardware import Gpu
 
 GIB = 2**30
@@ -51,6 +52,7 @@ class Memory:
         logits: of one micro-batch with its loss, on the last stage.
         working: gradients inside the layer that runs backward, and its recomputed activations, as far as they exceed
             the logits, which are freed before.
+        teacher: weights of a teacher, its hidden states, and its part of the loss; 0 without distillation.
         reserved: CUDA context, communication buffers, kernel workspaces; 0 without a named GPU.
     """
 
@@ -61,13 +63,14 @@ class Memory:
     activations: float
     logits: float
     working: float
+    teacher: float
     reserved: float
 
     @property
     def total(self) -> float:
         """Sum of all parts in bytes."""
         states = self.weights + self.gradients + self.optimizer
-        return states + self.activations + self.logits + self.working + self.reserved
+        return states + self.activations + self.logits + self.working + self.teacher + self.reserved
 
     def to_dict(self) -> dict[str, float]:
         """Return the stage, and its parts in GiB."""
@@ -98,7 +101,8 @@ def stage_memory(
         # Transformer Engine stores them during a step, in addition to the bf16 weights or, with `params`, instead.
         replaced = 2 if config.precision.has_fp8_weights else 0
         weights += (weight_bytes(kind, gpu) - replaced) * quantized_parameters(config, stage)
-    logits = logits_bytes(config) if stage == config.parallel.pipeline - 1 else 0.0
+    is_last = stage == config.parallel.pipeline - 1
+    logits = logits_bytes(config) if is_last else 0.0
     return Memory(
         stage=stage,
         weights=weights,
@@ -107,8 +111,15 @@ def stage_memory(
         activations=stage_activation_bytes(config, layout, stage, spec),
         logits=logits,
         working=max(0.0, working_bytes(config, stage, spec) - logits),
+        teacher=_teacher(config, layout, stage, is_last=is_last),
         reserved=0.0 if gpu is None else _reserved(config, layout),
     )
+
+
+def _teacher(config: RunConfig, layout: Layout, stage: int, *, is_last: bool) -> float:
+    run = teacher_run(config)
+    weights = (2 if config.precision.compute == "bf16" else 4) * stage_parameters(run, stage) if run is not None else 0
+    return weights + (loss_piece_bytes(config) + hidden_state_bytes(config, layout) if is_last else 0.0)
 
 
 def stage_parameters(config: RunConfig, stage: int) -> float:

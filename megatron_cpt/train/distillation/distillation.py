@@ -53,7 +53,8 @@ class Distillation:
         self._options = LossOptions(
             VocabularyShard.of(config.model), section.temperature, config.model.padding_in_softmax
         )
-        self._targets: Iterator[Targets | None] | None = None
+        self._step: Iterator[Targets | None] | None = None
+        self._targets: Targets | None = None
         self._sources = torch.empty(0)
         for chunk in chunks:
             if unwrap(chunk).post_process:
@@ -62,24 +63,25 @@ class Distillation:
     @contextlib.contextmanager
     def step(self, micro_batches: Sequence[DeviceBatch]) -> Iterator[None]:
         """Compare the micro-batches of a training step with the teacher; a collective call of a replica."""
-        self._targets = self.teacher.targets(micro_batches)
+        self._step = self.teacher.targets(micro_batches)
         try:
             yield
         finally:
-            self._targets = None
+            self._step = self._targets = None
 
-    def expect(self, sources: torch.Tensor) -> None:
-        """Note the sources (b,) of the micro-batch whose forward pass comes next."""
-        self._sources = sources
+    def expect(self, chunk: torch.nn.Module, sources: torch.Tensor) -> None:
+        """Get the targets of the micro-batch that a chunk computes next; `sources` (b,) has one index per sample."""
+        if self._step is not None and unwrap(chunk).post_process:
+            self._sources, self._targets = sources, next(self._step)
 
     def _replace_loss(self, model: Any) -> None:
         own_loss = model.compute_language_model_loss
 
         def compute_language_model_loss(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             """Return the loss (b, s) of labels (b, s) and logits (s, b, columns of this rank)."""
-            if self._targets is None:
+            if self._step is None:  # a validation
                 return own_loss(labels, logits)  # type: ignore[no-any-return]
-            return self._loss(next(self._targets), labels, logits, own_loss)
+            return self._loss(self._targets, labels, logits, own_loss)
 
         model.compute_language_model_loss = compute_language_model_loss
 

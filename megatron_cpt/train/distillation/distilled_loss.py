@@ -24,10 +24,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_cpt.config import ModelConfig
+from megatron_cpt.planning.cost.teacher_cost import PIECE_ELEMENTS
 from megatron_cpt.train.device_batch import DeviceBatch
-
-PIECE_ELEMENTS = 2**25
-"""Largest number of logits in a piece: 128 MiB in fp32."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -77,12 +78,11 @@ class OnlineTeacher:
 
     def targets(self, micro_batches: Sequence[DeviceBatch]) -> Iterator[Targets | None]:
         """Yield the targets of each micro-batch; see `Teacher.targets`."""
-        chosen = [batch for batch in micro_batches if batch.source_set & self._distilled]
-        if self._model.config.pipeline_model_parallel_size == 1:
-            states = (self._forward(batch) for batch in chosen)
-        else:
-            states = iter(self._run_pipeline(chosen))
-        return (self._targets(next(states)) if batch.source_set & self._distilled else None for batch in micro_batches)
+        is_chosen = [not self._distilled.isdisjoint(batch.source_set) for batch in micro_batches]
+        chosen = list(compress(micro_batches, is_chosen))
+        has_stages = self._model.config.pipeline_model_parallel_size > 1
+        states = iter(self._run_pipeline(chosen)) if has_stages else map(self._forward, chosen)
+        return (self._targets(next(states)) if is_next else None for is_next in is_chosen)
 
     def _targets(self, states: torch.Tensor) -> OnlineTargets:
         """Return the targets of states (b, s of this rank, hidden)."""

@@ -12,7 +12,7 @@ from megatron_cpt.backend import Ranks, rng_state, set_rng_state
 from megatron_cpt.checkpoint.loading.find_valid import find_valid
 from megatron_cpt.checkpoint.loading.load import load_weights
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
-from megatron_cpt.config import ModelConfig, PrecisionConfig, RecomputeConfig, RunConfig, TeacherConfig
+from megatron_cpt.config import ModelConfig, RunConfig, TeacherConfig
 from megatron_cpt.config.checks import CHECKS
 from megatron_cpt.data import TokenStream
 from megatron_cpt.data.loading.batch import DocumentOptions
@@ -21,6 +21,7 @@ from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.model.build_model import Model, build_model
 from megatron_cpt.model.padded_vocabulary import zero_padding
+from megatron_cpt.planning.cost.teacher_cost import teacher_run
 from megatron_cpt.train.distillation.cached_teacher import CacheTeacher
 from megatron_cpt.train.distillation.distillation import Distillation
 from megatron_cpt.train.distillation.distilled_loss import Teacher, VocabularyShard
@@ -80,49 +81,16 @@ def find_teacher(
         model = ModelConfig.model_validate(dict(saved.run["model"]))
     if model.vocab != config.model.vocab:
         raise RefusedError(
-            f"teacher.from: {saved.path}: its vocabulary has {model.vocab} ids, model.vocab is {config.model.vocab}: the "
-            "divergence compares the same ids; choose a teacher with the tokenizer of this run"
+            f"teacher.from: {saved.path}: its vocabulary has {model.vocab} ids, model.vocab is {config.model.vocab}: "
+            "the divergence compares equal ids; choose a teacher with the tokenizer of this run"
         )
     if section.model is not None and section.model != model:
         raise RefusedError(f"teacher.model: not the model of {saved.path}; remove it, and it is read from there")
-    return FoundTeacher(saved, teacher_run(config, model), _digest(saved))
-
-
-def teacher_run(config: RunConfig, model: ModelConfig) -> RunConfig:
-    """Return the run that builds a teacher at the student's layout: the compute format without FP8, no recomputation.
-
-    Raises:
-        UserError: the model cannot be divided as `parallel` says.
-    """
-    # the same padding, so that both models have the same columns on a rank
-    model = model.model_copy(update={"vocab_multiple": config.model.vocab_multiple, "padding_in_softmax": False})
-    speed = dict.fromkeys(
-        ("overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap", "fused_grad_accumulation"), False
-    )
-    parallel = config.parallel.model_copy(update={"pipeline_layout": _pipeline_layout(config, model)})
-    run = config.model_copy(
-        update={
-            "model": model,
-            "parallel": parallel,
-            "precision": PrecisionConfig(compute=config.precision.compute),
-            "recompute": RecomputeConfig(),
-            "speed": config.speed.model_copy(update=speed),
-            "teacher": None,
-        }
-    )
+    run = teacher_run(config, model)
+    assert run is not None
     if problems := [text for check in CHECKS for text in check.find(run)]:
         raise UserError(f"teacher: its model does not fit the layout of this run: {'; '.join(problems)}")
-    return run
-
-
-def _pipeline_layout(config: RunConfig, model: ModelConfig) -> list[int] | None:
-    """Return the layers per model chunk of the teacher; None: equally many."""
-    parallel = config.parallel
-    if model.layers == config.model.layers:
-        return parallel.pipeline_layout
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    even, rest = divmod(model.layers, chunks)
-    return [even + (number < rest) for number in range(chunks)] if rest else None
+    return FoundTeacher(saved, run, _digest(saved))
 
 
 def _digest(saved: SavedRun) -> str:

@@ -77,6 +77,24 @@ def test_a_tokenizer_is_compared_by_its_content(run_data: dict[str, Any]) -> Non
     refuse_unless_allowed([changed], ["tokenizer"], "step-00000040")
 
 
+def _teacher_changes(data: dict[str, Any], before: str, now: str, digests: tuple[str | None, str | None]) -> list[str]:
+    saved, run = (_config(data, "init.from=start", f"teacher={teacher}") for teacher in (before, now))
+    return [str(change) for change in find_changes(saved.to_dict(), run, DATA, DATA, teachers=digests)]
+
+
+def test_a_teacher_is_compared_by_its_content(run_data: dict[str, Any]) -> None:
+    assert _teacher_changes(run_data, "{from: init}", "{from: moved}", ("a", "a")) == []
+    assert _teacher_changes(run_data, "{from: init}", "{from: start}", (None, None)) == []
+    (other,) = _teacher_changes(run_data, "{from: init}", "{from: init}", ("a", "b"))
+    assert other == "teacher: content a -> b: the loss has another target or weight from this step on"
+    (weight,) = _teacher_changes(run_data, "{from: init}", "{from: init, weight: 0.1}", ("a", "a"))
+    assert weight.startswith("teacher: weight 0.5 -> 0.1")
+    (removed,) = _teacher_changes(run_data, "{from: init}", "null", ("a", None))
+    assert removed.startswith("teacher: ")
+    named = "{from: init, sources: {web: 1.0}}"
+    assert _teacher_changes(run_data, "{from: init}", named, ("a", "a")) == [], "1 is the factor of a source not named"
+
+
 def test_a_field_that_is_newer_than_the_checkpoint_has_not_changed(run_data: dict[str, Any]) -> None:
     now = _config(run_data)
     saved = now.to_dict()

@@ -41,6 +41,22 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
             "evaluation.at[0]: \"middle\": should be 'start', 'switch' or 'end'",
         ),
         (["evaluation={tasks: [a], limits: 3}", "tokenizer=byte"], "did you mean evaluation.limit?"),
+        (["teacher={weight: 0.5}"], "teacher: give exactly one of from (a checkpoint) and cache"),
+        (["teacher={from: a, cache: b}"], "teacher: give exactly one of from (a checkpoint) and cache"),
+        (["teacher={from: init}"], "teacher.from: init: init.from names no checkpoint"),
+        (["teacher={from: a, weight: 1.5}"], "teacher.weight: 1.5: should be less than or equal to 1"),
+        (["teacher={from: a, weight: -1}"], "teacher.weight: -1: should be greater than or equal to 0"),
+        (["teacher={from: a, temperature: 0}"], "teacher.temperature: 0: should be greater than 0"),
+        (
+            ["teacher={cache: a, temperature: 2}"],
+            "teacher.temperature: 2: a cache holds probabilities at temperature 1",
+        ),
+        (["teacher={from: a, sources: {wbe: 1}}"], "teacher.sources.wbe: not a source; did you mean web?"),
+        (["teacher={from: a, sources: {web: -1}}"], "teacher.sources.web: -1: should be greater than or equal to 0"),
+        (
+            ["teacher={from: a, weight: 0.6, sources: {web: 2}}"],
+            "teacher.sources.web: 2 x teacher.weight: 0.6 is above 1",
+        ),
         (["parallel.pipeline=3"], "or set the layers of each chunk: parallel.pipeline_layout=[2,1,1]"),
         (
             ["parallel={pipeline: 2, pipeline_layout: [2, 1, 1]}"],

@@ -9,9 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_cpt.config import PrecisionConfig
+from megatron_cpt.config import PrecisionConfig, TeacherConfig
 from megatron_cpt.train import metrics
-from megatron_cpt.train.metrics import LossMeter, mean_losses, metrics_line, peak_flops
+from megatron_cpt.train.metrics import (
+    LossMeter,
+    mean_divergences,
+    mean_losses,
+    mean_objective,
+    metrics_line,
+    peak_flops,
+)
 from megatron_cpt.train.step import StepResult
 
 BF16 = PrecisionConfig.model_validate({"compute": "bf16"})
@@ -50,6 +57,17 @@ def test_the_peak_is_known_by_device_and_number_format(device_name, precision, p
 def test_means_are_over_tokens():
     total = torch.tensor([[6.0, 3.0], [2.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
     assert mean_losses(total, ["web", "code", "qa"]) == (2.0, {"web": 2.0, "code": 2.0})
+
+
+def test_the_objective_mixes_cross_entropy_and_divergence_by_source():
+    teacher = TeacherConfig.model_validate({"from": "x", "weight": 0.5, "temperature": 2.0, "sources": {"qa": 0.0}})
+    total = torch.tensor([[6.0, 3.0, 1.5], [2.0, 1.0, 9.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    names = ["web", "qa", "code"]
+    # web: 0.5 x 6 + 0.5 x 4 x 1.5 = 6; qa: 2, its divergence does not count
+    assert mean_objective(total, names, teacher) == 2.0
+    assert mean_objective(total[:, :2], names, None) == 2.0
+    assert mean_divergences(total, names, teacher) == (0.5, {"web": 0.5})
+    assert mean_divergences(total[1:], names[1:], teacher) == (None, {})
 
 
 @pytest.fixture

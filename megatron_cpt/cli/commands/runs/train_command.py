@@ -12,7 +12,7 @@ from megatron_cpt.cli.commands.runs.plan_command import OVERRIDES_HELP, RUN_HELP
 # The names in checkpoint/preflight.py, which `--help` need not import; a test compares them.
 ALLOW_HELP = (
     "Changes since the checkpoint that are intended: ramp_up, phase_length, phase_batch, blend, schedule, optimizer, "
-    "precision, tokenizer, documents, data, run."
+    "precision, tokenizer, documents, teacher, data, run."
 )
 RESTART_HELP = (
     "Start from scratch where a run has lost its checkpoints; its files are kept in before-restart-1/. A run that "
