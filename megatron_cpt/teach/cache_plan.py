@@ -10,6 +10,7 @@ from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.config import RunConfig, format_bytes, format_count
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.teacher_cache.cache_header import CachedFile, CacheHeader
+from megatron_cpt.data.teacher_cache.top_k_records import DEFAULT_TOP_K
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.listed_documents import open_source
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
@@ -35,7 +36,7 @@ class TeachOptions:
         restart: discard earlier progress.
     """
 
-    top_k: int = 64
+    top_k: int = DEFAULT_TOP_K
     window: int | None = None
     stride: int | None = None
     sources: Sequence[str] = ()

@@ -25,6 +25,8 @@ import xxhash
 
 Records = npt.NDArray[np.void]
 
+DEFAULT_TOP_K = 64
+
 _CHECK_BYTES = 4
 _CHECK_MASK = (1 << 32) - 1
 _SEED_MASK = (1 << 64) - 1
