@@ -239,7 +239,7 @@ class _Job:
         return self.new_records
 
     def _missing(self, *, is_new: bool) -> Iterator[WindowGroup]:
-        """Return the groups to compute, in order, equal on all ranks; `_kept` records are there already."""
+        """Return the groups to compute, in order, equal on all ranks; `_kept` counts the records that need no work."""
         from megatron_cpt.teach.record_files import missing_groups
 
         files = range(len(self._header.files))

@@ -41,12 +41,14 @@ def write_run(folder: Path, base: Path) -> Path:
     return path
 
 
-def teach(run_file: str, teacher: str, cache: str, options: Sequence[str], num_batches: int | None = None) -> None:
-    """Make a cache; with `num_batches` an error ends it after so many batches."""
+def teach(run_file: str, teacher: str, cache: str, overrides: Sequence[str], num_batches: int | None = None) -> None:
+    """Make a cache; with `num_batches` an error ends it after so many batches of one row."""
     from megatron_cpt.prepare import prepare_run
+    from megatron_cpt.teach import make_cache
     from megatron_cpt.teach.cache_plan import TeachOptions
-    from megatron_cpt.teach.make_cache import make_cache
 
+    if num_batches is not None:
+        make_cache._ROWS_IN_FLIGHT = 1
     calls = []
 
     def advance(done: int, total: int) -> None:
@@ -56,7 +58,8 @@ def teach(run_file: str, teacher: str, cache: str, options: Sequence[str], num_b
             raise CptError("interrupted")
 
     prepared = prepare_run(run_file, need_files=False)
-    make_cache(teacher, prepared, cache, TeachOptions(257, stride=LENGTH, overrides=options), advance=advance)
+    options = TeachOptions(257, stride=LENGTH, overrides=overrides)
+    make_cache.make_cache(teacher, prepared, cache, options, advance=advance)
 
 
 def teach_and_train(run_file: str, teacher: str, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Reader of a finished cache: the records of any range of a token file, verified as they are read."""
+"""Reader of a finished cache: the records of any range of a token file, verified when they are read."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class CacheCost:
         num_bytes: size of the cache.
         bytes_per_step: that all ranks of one pipeline stage and tensor rank read together, in the largest step of the
             phase with the largest share of distilled samples.
-        exists: False if the cache is not made yet, and the size is that of all distilled sources with the default
+        exists: False if the cache is not made yet, and the size is computed for all distilled sources with the default
             number of tokens per record.
     """
 
