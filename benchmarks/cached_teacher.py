@@ -28,7 +28,7 @@ from record import machine, write_result
 
 from megatron_cpt.data import IndexedDataset, IndexedDatasetWriter
 from megatron_cpt.data.loading.batch import DocumentOptions
-from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, CachedFile, CacheHeader, file_name
+from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, TaughtFile, CacheHeader, file_name
 from megatron_cpt.data.teacher_cache.top_k_records import record_seeds
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.prepare import prepare_run
@@ -155,7 +155,7 @@ def write_run(folder: Path, options: argparse.Namespace, steps: int) -> Path:
 def write_cache(folder: Path, vocab: int, rng: np.random.Generator) -> None:
     """Write a cache with random ids."""
     dataset = IndexedDataset(str(folder / "web"))
-    file = CachedFile("web", dataset.prefix, fingerprint([dataset]), dataset.num_tokens)
+    file = TaughtFile("web", dataset.prefix, fingerprint([dataset]), dataset.num_tokens)
     header = CacheHeader(
         teacher="random",
         teacher_path="none",

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.config import RunConfig, format_bytes, format_count
 from megatron_cpt.data.loading.batch import DocumentOptions
-from megatron_cpt.data.teacher_cache.cache_header import CachedFile, CacheHeader
+from megatron_cpt.data.teacher_cache.cache_header import TaughtFile, CacheHeader
 from megatron_cpt.data.teacher_cache.top_k_records import DEFAULT_TOP_K
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.listed_documents import open_source
@@ -110,11 +110,11 @@ def plan_cache(
         raise UserError(f"--top-k: {options.top_k}; give 1 to {teacher.model.vocab:,}, the ids of the teacher")
     if not 1 <= stride <= window:
         raise UserError(f"--stride: {stride}; give 1 to {window:,}, the window")
-    files: dict[tuple[str, int], tuple[CachedFile, IndexedDataset]] = {}
+    files: dict[tuple[str, int], tuple[TaughtFile, IndexedDataset]] = {}
     for name in _sources(options, run):
         for dataset in open_source(run.sources[name].paths):
             if dataset.num_tokens > run.span_length(name):  # a shorter file has no sample
-                file = CachedFile(name, dataset.prefix, fingerprint([dataset]), dataset.num_tokens)
+                file = TaughtFile(name, dataset.prefix, fingerprint([dataset]), dataset.num_tokens)
                 files.setdefault((file.fingerprint, file.tokens), (file, dataset))  # sources may share a file
     if not files:
         raise UserError("--run: no file of the sources is as long as one sample; there is nothing to teach")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.loading.batch import DocumentOptions
-from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, CachedFile, CacheHeader, file_name
+from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, TaughtFile, CacheHeader, file_name
 from megatron_cpt.data.teacher_cache.top_k_records import Records, record_seeds
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
@@ -19,7 +19,7 @@ def write_cache(folder: Path, prefixes: dict[str, Path], *, top_k: int = 4, voca
     files = []
     for name, prefix in prefixes.items():
         dataset = IndexedDataset(str(prefix))
-        files.append(CachedFile(name, dataset.prefix, fingerprint([dataset]), dataset.num_tokens))
+        files.append(TaughtFile(name, dataset.prefix, fingerprint([dataset]), dataset.num_tokens))
     fields: dict[str, Any] = {
         "teacher": "sha256:0",
         "teacher_path": "runs/teacher",

@@ -23,7 +23,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class CachedFile:
+class TaughtFile:
     """Token file whose records a cache holds.
 
     Attributes:
@@ -64,7 +64,7 @@ class CacheHeader:
     window: int
     stride: int
     documents: Mapping[str, Any]
-    files: tuple[CachedFile, ...]
+    files: tuple[TaughtFile, ...]
 
     @property
     def records(self) -> RecordFormat:
@@ -129,7 +129,7 @@ def read_header(folder: Path) -> CacheHeader:
             raise ValueError("another format")
         if (version := plain.pop("format_version")) > _VERSION:
             raise RefusedError(f"{path}: format version {version}, this software reads up to {_VERSION}; update it")
-        return CacheHeader(**{**plain, "files": tuple(CachedFile(**file) for file in plain["files"])})
+        return CacheHeader(**{**plain, "files": tuple(TaughtFile(**file) for file in plain["files"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and not is_path_error(error):
             raise
