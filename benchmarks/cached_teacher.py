@@ -28,7 +28,7 @@ from record import machine, write_result
 
 from megatron_cpt.data import IndexedDataset, IndexedDatasetWriter
 from megatron_cpt.data.loading.batch import DocumentOptions
-from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, TaughtFile, CacheHeader, file_name
+from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, CacheHeader, TaughtFile, file_name
 from megatron_cpt.data.teacher_cache.top_k_records import record_seeds
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.prepare import prepare_run

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.config import RunConfig, format_bytes, format_count
 from megatron_cpt.data.loading.batch import DocumentOptions
-from megatron_cpt.data.teacher_cache.cache_header import TaughtFile, CacheHeader
+from megatron_cpt.data.teacher_cache.cache_header import CacheHeader, TaughtFile
 from megatron_cpt.data.teacher_cache.top_k_records import DEFAULT_TOP_K
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.listed_documents import open_source

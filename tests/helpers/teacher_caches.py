@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.data.loading.batch import DocumentOptions
-from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, TaughtFile, CacheHeader, file_name
+from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, CacheHeader, TaughtFile, file_name
 from megatron_cpt.data.teacher_cache.top_k_records import Records, record_seeds
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
