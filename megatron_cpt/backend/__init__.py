@@ -7,6 +7,7 @@ from megatron_cpt.backend.distributed import (
     launched_rank,
     launched_world_size,
     process_groups,
+    second_layout,
 )
 from megatron_cpt.backend.seeding import rng_state, seed_everything, set_rng_state
 from megatron_cpt.backend.signals import StopRequest, own_process
@@ -21,6 +22,7 @@ __all__ = [
     "own_process",
     "process_groups",
     "rng_state",
+    "second_layout",
     "seed_everything",
     "set_rng_state",
 ]

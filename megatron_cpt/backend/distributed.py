@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,8 @@ from megatron_cpt.backend import cpu
 from megatron_cpt.config import ParallelConfig, format_number_of
 from megatron_cpt.config.launcher import read_launcher
 from megatron_cpt.errors import UserError
+
+_MINUTES = 20 * 24 * 60  # for collectives of a second layout: the watchdog ends what hangs, see `train/trainer.py`
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,39 @@ def process_groups(parallel: ParallelConfig, *, timeout: float = 1800.0) -> Iter
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
             is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         )
+
+
+def second_layout(parallel: ParallelConfig) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Create the process groups of another layout of the same ranks; a collective call of all ranks.
+
+    megatron-core has one global parallel state. Its layers keep their groups, but build and forward pass also ask the
+    state, so both take place inside the context.
+
+    Returns:
+        A function that returns a context in which megatron-core sees the other layout.
+    """
+    parallel_state = _parallel_state()
+
+    def state() -> dict[str, Any]:
+        return {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name.isupper()}
+
+    @contextlib.contextmanager
+    def replaced(other: dict[str, Any]) -> Iterator[None]:
+        own = state()
+        vars(parallel_state).update(other)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(own)
+
+    with replaced({name: {} if isinstance(value, dict) else None for name, value in state().items()}):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            distributed_timeout_minutes=_MINUTES,
+        )
+        second = state()
+    return lambda: replaced(second)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from megatron_cpt.config.precision_checks import (
     check_precision,
     check_quantized_shapes,
 )
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.schema import RunConfig, TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -284,6 +284,7 @@ def _check_teacher(config: RunConfig) -> Iterator[str]:
             f"teacher.temperature: {teacher.temperature:g}: a cache holds probabilities at temperature 1; remove it, "
             "or use teacher.from"
         )
+    yield from _check_teacher_layout(config, teacher)
     for name, factor in teacher.sources.items():
         key = f"teacher.sources.{name}"
         if name not in config.sources:
@@ -293,6 +294,17 @@ def _check_teacher(config: RunConfig) -> Iterator[str]:
                 f"{key}: {factor:g} x teacher.weight: {teacher.weight:g} is above 1, and the cross entropy would count "
                 "negatively; choose a smaller factor"
             )
+
+
+def _check_teacher_layout(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
+    own, parallel = teacher.layout(config.parallel), config.parallel
+    for key, size, of_model in (("tensor", own[0], parallel.tensor), ("pipeline", own[1], parallel.pipeline)):
+        if size not in (1, of_model):
+            yield f"teacher.{key}: {size}: choose 1 or parallel.{key}: {of_model}"
+    if own[0] < parallel.tensor and own[1] > 1:
+        yield f"teacher.tensor: {own[0]} needs teacher.pipeline: 1, so that the ranks of the last stage run the teacher"
+    if own != (parallel.tensor, parallel.pipeline) and parallel.context > 1:
+        yield f"teacher: a layout of its own is not possible with parallel.context: {parallel.context}; remove it"
 
 
 def _source_hint(name: str, config: RunConfig) -> str:
@@ -335,5 +347,5 @@ CHECKS = (
     ConfigCheck(("resilience.spike.warmup", "resilience.spike.window"), _check_spike_warmup),
     ConfigCheck(("profile.steps",), _check_profile),
     ConfigCheck(("evaluation", "tokenizer", "parallel.context"), _check_evaluation),
-    ConfigCheck(("teacher", "sources", "init.from"), _check_teacher),
+    ConfigCheck(("teacher", "sources", "init.from", "parallel"), _check_teacher),
 )

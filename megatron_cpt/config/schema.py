@@ -292,8 +292,16 @@ class TeacherConfig(Section):
     """Divisor of both models' logits in the divergence, which is multiplied by its square (Hinton et al. 2015)."""
     sources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Factor on `weight` per source; 0 does not distill the source, a source not named has 1."""
+    tensor: int | None = Field(None, gt=0)
+    """Tensor-parallel ranks of the teacher: as many as the model has, or 1; null takes as many."""
+    pipeline: int | None = Field(None, gt=0)
+    """Pipeline stages of the teacher: as many as the model has, or 1, then the ranks of the last stage run it."""
     model: ModelConfig | None = None
     """Shape of the teacher, to plan without its checkpoint; null reads it from the checkpoint."""
+
+    def layout(self, parallel: ParallelConfig) -> tuple[int, int]:
+        """Return the tensor-parallel ranks and the pipeline stages of a teacher beside a model with this layout."""
+        return self.tensor or parallel.tensor, self.pipeline or parallel.pipeline
 
     def factor_of(self, source: str) -> float:
         """Return the factor on `weight` of a source."""

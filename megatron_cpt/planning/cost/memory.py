@@ -118,7 +118,12 @@ def stage_memory(
 
 def _teacher(config: RunConfig, layout: Layout, stage: int, *, is_last: bool) -> float:
     run = teacher_run(config)
-    weights = (2 if config.precision.compute == "bf16" else 4) * stage_parameters(run, stage) if run is not None else 0
+    weights = 0.0
+    if run is not None and run.parallel.pipeline == config.parallel.pipeline:
+        weights = stage_parameters(run, stage)
+    elif run is not None and is_last:  # its ranks run the whole teacher
+        weights = stage_parameters(run, 0)
+    weights *= 2 if config.precision.compute == "bf16" else 4
     return weights + (loss_piece_bytes(config) + hidden_state_bytes(config, layout) if is_last else 0.0)
 
 

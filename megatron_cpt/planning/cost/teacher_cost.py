@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_cpt.config import ModelConfig, PrecisionConfig, RecomputeConfig, RunConfig
+from megatron_cpt.config import ModelConfig, ParallelConfig, PrecisionConfig, RecomputeConfig, RunConfig
 from megatron_cpt.planning.cost.activations import tokens_of_micro_batch
 from megatron_cpt.planning.cost.parameters import FlopsPerToken, count_parameters, flops_per_token
 from megatron_cpt.planning.cost.rank_layout import Layout
@@ -78,7 +78,7 @@ def teacher_cost(config: RunConfig) -> TeacherCost | None:
 
 
 def teacher_run(config: RunConfig, model: ModelConfig | None = None) -> RunConfig | None:
-    """Return the run that builds the teacher at the student's layout, or None if no teacher runs beside the student.
+    """Return the run that builds the teacher, or None if no teacher runs beside the student.
 
     It computes in the student's format without FP8, and recomputes nothing.
 
@@ -91,11 +91,19 @@ def teacher_run(config: RunConfig, model: ModelConfig | None = None) -> RunConfi
     model = model or config.teacher.model or config.model
     # the same padding, so that both models have the same columns on a rank
     model = model.model_copy(update={"vocab_multiple": config.model.vocab_multiple, "padding_in_softmax": False})
+    tensor, pipeline = config.teacher.layout(config.parallel)
+    parallel = config.parallel.model_copy(
+        update={
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "virtual_pipeline": config.parallel.virtual_pipeline if pipeline > 1 else 1,
+        }
+    )
     off = ("overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap", "fused_grad_accumulation")
     return config.model_copy(
         update={
             "model": model,
-            "parallel": config.parallel.model_copy(update={"pipeline_layout": _pipeline_layout(config, model)}),
+            "parallel": parallel.model_copy(update={"pipeline_layout": _pipeline_layout(config, parallel, model)}),
             "precision": PrecisionConfig(compute=config.precision.compute),
             "recompute": RecomputeConfig(),
             "speed": config.speed.model_copy(update=dict.fromkeys(off, False)),
@@ -104,10 +112,9 @@ def teacher_run(config: RunConfig, model: ModelConfig | None = None) -> RunConfi
     )
 
 
-def _pipeline_layout(config: RunConfig, model: ModelConfig) -> list[int] | None:
+def _pipeline_layout(config: RunConfig, parallel: ParallelConfig, model: ModelConfig) -> list[int] | None:
     """Return the layers per model chunk of the teacher; None: equally many."""
-    parallel = config.parallel
-    if model.layers == config.model.layers:
+    if model.layers == config.model.layers and parallel.pipeline == config.parallel.pipeline:
         return parallel.pipeline_layout
     chunks = parallel.pipeline * parallel.virtual_pipeline
     even, rest = divmod(model.layers, chunks)
@@ -136,7 +143,6 @@ def hidden_state_bytes(config: RunConfig, layout: Layout) -> float:
     run = teacher_run(config)
     if run is None:
         return 0.0
-    parallel = config.parallel
     whole = (2 if config.precision.compute == "bf16" else 4) * run.model.hidden * tokens_of_micro_batch(config)
-    kept = whole / (parallel.tensor if parallel.sequence else 1)
-    return whole + kept * (layout.num_micro_batches if parallel.pipeline > 1 else 1)
+    kept = whole / (run.parallel.tensor if run.parallel.sequence else 1)
+    return whole + kept * (layout.num_micro_batches if run.parallel.pipeline > 1 else 1)

@@ -1,14 +1,17 @@
-"""Teacher that runs beside the student: a second model at the student's layout, forward only.
+"""Teacher that runs beside the student: a second model, forward only.
 
 Its last model chunk returns hidden states (after the final norm) in place of logits. A hidden state is far smaller than
 the logits of a vocabulary, so the hidden states of all micro-batches of a step are kept, and the loss computes the
 teacher's logits for the tokens of one piece at a time. With one pipeline stage even the hidden states exist for one
 micro-batch only; with several, a forward-only pass of all micro-batches precedes the student's passes.
+
+A teacher with one stage beside a student with several is on the ranks of the student's last stage only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -22,7 +25,7 @@ from torch import nn
 from megatron_cpt.checkpoint.state.state_dicts import unwrap
 from megatron_cpt.model.build_model import Model
 from megatron_cpt.train.device_batch import DeviceBatch, model_inputs
-from megatron_cpt.train.distillation.distilled_loss import Targets, VocabularyShard, all_reduced, row_maximum
+from megatron_cpt.train.distillation.distilled_loss import Targets, all_reduced, row_maximum
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,32 @@ class OnlineTeacher:
     """Model that gives targets; see the module.
 
     Args:
-        model: the teacher's chunks on this rank, loaded; its output layer is replaced.
-        shard: columns of the vocabulary on this rank.
+        model: the teacher's chunks on this rank, loaded; its output layer is replaced. Without chunks the rank runs no
+            part of the teacher.
+        columns: columns of the student's logits on this rank, as rows of the teacher's output layer on this rank.
+        layout: returns a context in which megatron-core sees the layout of the teacher.
         temperature: divisor of the logits.
         distilled: indices of the sources that are distilled.
         digest: hash of the checkpoint.
     """
 
     def __init__(
-        self, model: Model, shard: VocabularyShard, *, temperature: float, distilled: frozenset[int], digest: str
+        self,
+        model: Model,
+        columns: slice,
+        *,
+        layout: Callable[[], AbstractContextManager[None]],
+        temperature: float,
+        distilled: frozenset[int],
+        digest: str,
     ) -> None:
-        self.digest = digest
+        self.digest, self._layout = digest, layout
         self._model, self._temperature, self._distilled = model, temperature, distilled
         self._weight: torch.Tensor | None = None
         for chunk in model.chunks:
             chunk.eval()
             if unwrap(chunk).post_process:
-                self._weight = _replace_output_layer(unwrap(chunk))[: shard.columns]
+                self._weight = _replace_output_layer(unwrap(chunk))[columns]
 
     def targets(self, micro_batches: Sequence[DeviceBatch]) -> Iterator[Targets | None]:
         """Yield the targets of each micro-batch; see `Teacher.targets`."""
@@ -89,13 +101,15 @@ class OnlineTeacher:
         assert self._weight is not None, "only the last stage reads targets"
         by_position = states.transpose(0, 1).contiguous()
         if self._model.config.sequence_parallel:
-            by_position = gather_from_sequence_parallel_region(by_position)
+            with self._layout():
+                by_position = gather_from_sequence_parallel_region(by_position)
         return OnlineTargets(by_position.view(-1, by_position.shape[-1]), self._weight, self._temperature)
 
     @torch.no_grad()
     def _forward(self, batch: DeviceBatch) -> torch.Tensor:
         (chunk,) = self._model.chunks
-        return self._run_chunk(batch, chunk)
+        with self._layout():
+            return self._run_chunk(batch, chunk)
 
     def _run_chunk(self, batch: DeviceBatch, chunk: nn.Module) -> torch.Tensor:
         inputs = model_inputs(batch, self._model.config.context_parallel_size)

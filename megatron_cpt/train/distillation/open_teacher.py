@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 
-from megatron_cpt.backend import Ranks, rng_state, set_rng_state
+from megatron_cpt.backend import Ranks, rng_state, second_layout, set_rng_state
 from megatron_cpt.checkpoint.loading.find_valid import find_valid
 from megatron_cpt.checkpoint.loading.load import load_weights
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
@@ -36,7 +37,7 @@ class FoundTeacher:
 
     Attributes:
         saved: its checkpoint.
-        run: the run that builds its model at the student's layout.
+        run: the run that builds its model.
         digest: hash of the checkpoint.
     """
 
@@ -135,21 +136,30 @@ def _load(
     found: FoundTeacher,
     distilled: frozenset[int],
 ) -> Teacher:
+    is_own_layout = section.layout(config.parallel) != (config.parallel.tensor, config.parallel.pipeline)
+    layout = second_layout(found.run.parallel) if is_own_layout else contextlib.nullcontext
     states = rng_state()
-    model = build_model(found.run, draw_weights=False, is_trainable=False)
+    with layout():
+        model = build_model(found.run, draw_weights=False, is_trainable=False)
+        load_weights(found.saved, model.chunks, config.checkpoint.verify)
+        zero_padding(model.chunks, found.run.model)
+        first_row = VocabularyShard.of(found.run.model).first
     set_rng_state(states)
     if config.documents.reset_attention and model.packs_documents != student.packs_documents:
         raise UserError(
             "documents.reset_attention: the layers of the teacher take documents in another form than the layers of "
             "the model; set precision.fp8=null, or reset_attention=false"
         )
-    load_weights(found.saved, model.chunks, config.checkpoint.verify)
-    zero_padding(model.chunks, found.run.model)
+    if is_own_layout and not ranks.is_last_stage:
+        model = replace(model, chunks=())  # its memory is free again
     if ranks.is_main:
         logger.info("teacher: %s, forward only, weight %g of the loss", found.saved.path, section.weight)
+    shard = VocabularyShard.of(config.model)
+    first = shard.first - first_row
     return OnlineTeacher(
         model,
-        VocabularyShard.of(config.model),
+        slice(first, first + shard.columns),
+        layout=layout,
         temperature=section.temperature,
         distilled=distilled,
         digest=found.digest,
