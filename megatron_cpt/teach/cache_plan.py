@@ -104,6 +104,11 @@ def plan_cache(
         UserError: an option is wrong, or no file is left.
         RefusedError: a file is damaged.
     """
+    if teacher.model.vocab > run.model.vocab:
+        raise UserError(
+            f"{saved.path}: the teacher has {teacher.model.vocab:,} ids, the model of the run {run.model.vocab:,}; "
+            "choose a teacher with the vocabulary of the model"
+        )
     window = _window(options, run, teacher)
     stride = options.stride if options.stride is not None else max(1, window // 2)
     if not 1 <= options.top_k <= teacher.model.vocab:

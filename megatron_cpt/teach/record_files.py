@@ -28,10 +28,8 @@ def missing_groups(folder: Path, rows: WindowRows, file: int) -> npt.NDArray[np.
     """Return the numbers of the groups of a file that have a record which is missing or damaged."""
     header = rows.header
     grid, records, path = header.grid(file), header.records, folder / file_name(file)
-    num_windows = np.arange(rows.num_groups(file))
     intact = np.ones(rows.num_groups(file), np.bool_)
-    # position at which the records of each group start
-    starts = np.array([grid.gives(*_windows(rows, file, number))[0] for number in num_windows.tolist()])
+    starts = grid.first_given(np.arange(rows.num_groups(file)) * rows.group_size)
     for first in range(0, grid.num_positions, _POSITIONS_AT_ONCE):
         count = min(_POSITIONS_AT_ONCE, grid.num_positions - first)
         found = read_array(path, records.dtype, count, first * records.num_bytes)
@@ -54,8 +52,3 @@ def sync_files(folder: Path, header: CacheHeader) -> None:
     for index in range(len(header.files)):
         with DiskFile(folder / file_name(index), "r+b") as file:
             file.sync()
-
-
-def _windows(rows: WindowRows, file: int, number: int) -> tuple[int, int]:
-    group = rows.group(file, number)
-    return group.first, group.stop

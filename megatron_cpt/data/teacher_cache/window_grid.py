@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class WindowGrid:
@@ -51,5 +54,9 @@ class WindowGrid:
 
     def gives(self, first: int, stop: int) -> tuple[int, int]:
         """Return the first position whose record windows [first, stop) give, and the position after their last one."""
-        start = 0 if first == 0 else self.reads(first - 1)[1]
-        return start, self.reads(stop - 1)[1]
+        return int(self.first_given(np.array(first))), self.reads(stop - 1)[1]
+
+    def first_given(self, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the first position whose record each window gives."""
+        found: npt.NDArray[np.int64] = np.where(windows == 0, 0, (windows - 1) * self.stride + self.window)
+        return found

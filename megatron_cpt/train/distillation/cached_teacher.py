@@ -93,10 +93,11 @@ class CacheTeacher:
             yield self._targets(batch) if batch.source_set & self.distilled else None
 
     def _targets(self, batch: DeviceBatch) -> Targets | None:
-        fields = {"ids": batch.teacher_ids, "log_probs": batch.teacher_log_probs, "log_tail": batch.teacher_log_tail}
-        tensors = {name: tensor for name, tensor in fields.items() if tensor is not None}
-        if not tensors:
+        ids, log_probs, log_tail = batch.teacher_ids, batch.teacher_log_probs, batch.teacher_log_tail
+        if ids is None or log_probs is None or log_tail is None:
             return None
+        # torch has few operations for unsigned types
+        tensors = {"ids": ids.to(torch.int32), "log_probs": log_probs, "log_tail": log_tail}
         if self.context_parallel_size > 1:
             from megatron.core.utils import get_batch_on_this_cp_rank
 

@@ -30,7 +30,7 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def load(path: Path, **changes: Any) -> RunConfig:
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes, sort_keys=False))
     return load_run(path)
 
 
