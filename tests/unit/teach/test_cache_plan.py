@@ -81,7 +81,7 @@ def test_options_outside_their_range_are_refused(run_file: Path, options: dict[s
 def test_fill_in_middle_is_refused(run_file: Path) -> None:
     run = yaml.safe_load(run_file.read_text())
     run["sources"]["code"]["fim"] = {"rate": 0.5, "prefix_id": 1, "middle_id": 2, "suffix_id": 3}
-    moved = load(run_file, sources=run["sources"])
+    moved = load(run_file, sources=run["sources"], documents={"eod_id": 256})
     with pytest.raises(UserError, match=r"sources.code.fim: fill-in-the-middle moves tokens"):
         plan(moved)
     assert [file.source for file in plan(moved, sources=["qa"]).header.files] == ["qa"]
