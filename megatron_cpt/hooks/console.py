@@ -59,7 +59,8 @@ class ConsoleHook(Hook):
         steps = session.plan.steps
         mfu = f"  MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
         waited = line["data_wait_seconds"] / line["step_seconds"] if line["step_seconds"] else 0.0
-        divergence = f"  KL {line['kl']:.4f}" if line.get("kl") is not None else ""
+        # adding 0.0 turns -0.0 to 0.0: rounding errors may make the divergence of equal models negative
+        divergence = f"  KL {round(line['kl'], 4) + 0.0:.4f}" if line.get("kl") is not None else ""
         data = f"  data wait {waited:.0%}" if waited >= _NOTABLE_WAIT else ""
         self._print(
             f"step {line['step']:>{len(str(steps))}}/{steps}  {line['phase']}"

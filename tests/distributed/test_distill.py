@@ -33,7 +33,12 @@ LONG_LAYOUTS = {
         "vpp": ["parallel={pipeline: 2, virtual_pipeline: 2}", "batch.micro=1"],
         "dp2": [],
     },
-    4: {"tp2-dp2": ["parallel={tensor: 2, sequence: true}"], "pp2-dp2": ["parallel.pipeline=2"]},
+    4: {
+        "tp2-dp2": ["parallel={tensor: 2, sequence: true}"],
+        "pp2-dp2": ["parallel.pipeline=2"],
+        "whole": [*LAYOUTS[4]["tp2-pp2"], "teacher.tensor=1", "teacher.pipeline=1"],
+        "last-stage": [*LAYOUTS[4]["tp2-pp2"], "teacher.pipeline=1"],
+    },
 }
 SETTINGS = Settings(
     steps=STEPS,

@@ -57,6 +57,15 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
             ["teacher={from: a, weight: 0.6, sources: {web: 2}}"],
             "teacher.sources.web: 2 x teacher.weight: 0.6 is above 1",
         ),
+        (["teacher={from: a, tensor: 3}"], "teacher.tensor: 3: choose 1 or parallel.tensor: 1"),
+        (
+            ["teacher={from: a, tensor: 1}", "parallel={tensor: 2, pipeline: 2}"],
+            "teacher.tensor: 1 needs teacher.pipeline: 1",
+        ),
+        (
+            ["teacher={from: a, pipeline: 1}", "parallel={pipeline: 2, context: 2}"],
+            "teacher: a layout of its own is not possible with parallel.context: 2",
+        ),
         (["parallel.pipeline=3"], "or set the layers of each chunk: parallel.pipeline_layout=[2,1,1]"),
         (
             ["parallel={pipeline: 2, pipeline_layout: [2, 1, 1]}"],

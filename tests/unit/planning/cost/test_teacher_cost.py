@@ -69,6 +69,15 @@ def test_memory_has_the_weights_everywhere_and_states_and_loss_on_the_last_stage
     assert stage_memory(plain, layout, 1).teacher == 0
 
 
+def test_a_teacher_of_one_stage_is_on_the_last_stage(run_data: dict[str, Any]) -> None:
+    changes = ("parallel={tensor: 2, pipeline: 2, sequence: true}", "precision.compute=fp32")
+    config = _config(run_data, *FROM_INIT, *changes, "teacher.tensor=1", "teacher.pipeline=1")
+    layout, plain = Layout.build(config), _config(run_data, "precision.compute=fp32")
+    states = (1 + 1) * 4 * config.batch.micro * config.seq_length * config.model.hidden
+    assert stage_memory(config, layout, 0).teacher == 0
+    assert stage_memory(config, layout, 1).teacher == 4 * stage_parameters(plain, 0) + states + loss_piece_bytes(config)
+
+
 def test_a_step_takes_the_time_of_the_forward_passes_more(run_data: dict[str, Any]) -> None:
     large = ("model={preset: llama3_8b}", "precision.compute=bf16", "seq_length=4096", "parallel={tensor: 8}")
     config, plain = _config(run_data, *FROM_INIT, *large), _config(run_data, *large)
