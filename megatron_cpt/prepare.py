@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from megatron_cpt.checkpoint.record import read_run
 from megatron_cpt.config import Draft, ModelConfig, RunConfig, SourceConfig, draft_config, format_count, read_mapping
 from megatron_cpt.config.load_run import apply_overrides
 from megatron_cpt.config.quantities import expand_paths
+from megatron_cpt.data.teacher_cache.cache_header import read_header
+from megatron_cpt.data.teacher_cache.top_k_records import DEFAULT_TOP_K, RecordFormat
 from megatron_cpt.data.tokenfile.listed_documents import open_source
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.data.tokenfile.sidecar import Sidecar, name_tokenizer, read_sidecar, sidecar_path
@@ -22,6 +25,7 @@ from megatron_cpt.errors import ConfigError, RefusedError, UserError
 from megatron_cpt.files.output_path import output_problem
 from megatron_cpt.files.whole_io import exists, is_folder
 from megatron_cpt.planning import RunPlan, build_plan
+from megatron_cpt.planning.cost.teacher_cost import CacheCost, distilled_samples
 from megatron_cpt.planning.timeline.epochs import listed, samples_in_epoch
 
 _SIZE_TOLERANCE = 0.01  # relative difference between declared and actual tokens that needs no warning
@@ -199,7 +203,8 @@ def _prepare(name: str, draft: Draft, need_files: bool, num_gpus: int | None) ->
     tokenizer = _compare_tokenizers(files, config.tokenizer)
     if files.damaged:
         raise RefusedError("\n".join(files.damaged))
-    plan = replace(plan, warnings=(*files.notes, *files.too_short, *plan.warnings))
+    warnings = (*files.notes, *files.too_short, *plan.warnings)
+    plan = replace(plan, warnings=warnings, teacher_cache=_cache_cost(config, plan, files.tokens))
     origins = [sidecar.origin for sidecar in files.sidecars.values() if sidecar is not None]
     eod_ids = frozenset(origin.eod_id for origin in origins if origin.eod_id is not None)
     return PreparedRun(config, plan, files.tokens, files.prefixes, tokenizer, eod_ids, files.start_notes())
@@ -328,6 +333,26 @@ def _with_shape_of_teacher(config: RunConfig) -> RunConfig:
         model = ModelConfig.model_validate(read_run(resolve_checkpoint(path)).get("model"))
         return config.model_copy(update={"teacher": teacher.model_copy(update={"model": model})})
     return config
+
+
+def _cache_cost(config: RunConfig, plan: RunPlan, tokens: Mapping[str, int]) -> CacheCost | None:
+    """Return the size of a cached teacher and what a step reads of it; `train` reports a wrong cache.
+
+    Args:
+        tokens: of each source.
+    """
+    teacher = config.teacher
+    if teacher is None or teacher.cache is None:
+        return None
+    largest_step = max(segment.tokens_per_step for segment in plan.segments)
+    read = math.ceil(distilled_samples(config) * largest_step)
+    try:
+        header = read_header(Path(teacher.cache))
+    except RefusedError:
+        record = RecordFormat(DEFAULT_TOP_K, config.model.vocab).num_bytes
+        distilled = sum(count for name, count in tokens.items() if teacher.factor_of(name) > 0)
+        return CacheCost(record, distilled * record, read * record, exists=False)
+    return CacheCost(header.records.num_bytes, header.num_bytes, read * header.records.num_bytes, exists=True)
 
 
 def _missing_teacher(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from megatron_cpt.cli.commands.checkpoints.convert_command import app as convert
 from megatron_cpt.cli.commands.checkpoints.evaluate_command import evaluate
 from megatron_cpt.cli.commands.checkpoints.generate_command import generate
 from megatron_cpt.cli.commands.checkpoints.grow_command import grow
+from megatron_cpt.cli.commands.checkpoints.teach_command import teach
 from megatron_cpt.cli.commands.data.check_command import check
 from megatron_cpt.cli.commands.data.inspect_command import inspect
 from megatron_cpt.cli.commands.data.merge_command import merge
@@ -62,6 +63,7 @@ app.command(rich_help_panel=TRAIN)(experiment)
 app.add_typer(convert_app, rich_help_panel=CHECKPOINTS)
 app.command(rich_help_panel=CHECKPOINTS)(average)
 app.command(rich_help_panel=CHECKPOINTS)(grow)
+app.command(rich_help_panel=CHECKPOINTS)(teach)
 app.command(rich_help_panel=EVALUATE)(evaluate)
 app.command(rich_help_panel=EVALUATE)(generate)
 app.command(rich_help_panel=OPERATIONS)(doctor)

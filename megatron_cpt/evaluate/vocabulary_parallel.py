@@ -61,6 +61,43 @@ def largest_ids(logits: torch.Tensor) -> torch.Tensor:
     return _reduced(torch.where(is_largest, ids, torch.iinfo(torch.int64).max), dist.ReduceOp.MIN)
 
 
+def most_likely(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each row's most likely ids, their log-probabilities, and the log of the probability of all other ids.
+
+    Args:
+        logits: result of `own_logits`.
+        top_k: number of ids, at most the vocabulary.
+
+    Returns:
+        ids (n, top_k), log-probabilities (n, top_k) in descending order, and (n,) -inf where nothing is left.
+    """
+    parts = [_most_likely(part, top_k) for part in torch.split(logits, _ROWS_AT_ONCE)]
+    ids, log_probs, log_tail = (torch.cat(list(tensors)) for tensors in zip(*parts, strict=True))
+    return ids, log_probs, log_tail
+
+
+def _most_likely(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    first, columns = _first_column(logits), logits.shape[1]
+    total = _log_sum_exp(logits)
+    values, places = logits.topk(min(top_k, columns), dim=-1)
+    values, ids = _gathered(values), _gathered(places + first)
+    values, chosen = values.sort(dim=-1, descending=True, stable=True)
+    values, ids = values[:, :top_k], ids.gather(1, chosen)[:, :top_k]
+    # the tail from its own terms: 1 minus the sum of the top_k would lose all digits of a small one
+    is_mine = (ids >= first) & (ids < first + columns)
+    kept = torch.nn.functional.pad(logits, (0, 1)).scatter_(1, torch.where(is_mine, ids - first, columns), -math.inf)
+    return ids, values - total[:, None], _log_sum_exp(kept[:, :-1]) - total
+
+
+def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the summed exponentials of each row over all ranks; -inf where every logit is."""
+    local = torch.logsumexp(logits, dim=-1)
+    largest = _reduced(local, dist.ReduceOp.MAX)
+    # exp(0) and log(1) are exact, so one rank gives `local` unchanged
+    base = largest.clamp_min(torch.finfo(local.dtype).min)
+    return base + _reduced(torch.exp(local - base), dist.ReduceOp.SUM).log()
+
+
 def sampled_ids(logits: torch.Tensor, draws: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
     """Return for each row an id sampled with temperature, top_k and top_p.
 

@@ -12,7 +12,7 @@ from megatron_cpt.config.knobs import GPU_CLUSTER, resolve_speed
 from megatron_cpt.planning.cost.memory import GIB, Memory, stage_memories
 from megatron_cpt.planning.cost.parameters import FlopsPerToken, Parameters, count_parameters, flops_per_token
 from megatron_cpt.planning.cost.rank_layout import Layout, layout_problems
-from megatron_cpt.planning.cost.teacher_cost import TeacherCost, distilled_share, teacher_cost
+from megatron_cpt.planning.cost.teacher_cost import CacheCost, TeacherCost, distilled_share, teacher_cost
 from megatron_cpt.planning.hardware import Gpu
 from megatron_cpt.planning.problem import Problem
 from megatron_cpt.planning.timeline.epochs import (
@@ -45,6 +45,7 @@ class RunPlan:
         flops: of training on one token; the mean over all tokens if sequence lengths differ.
         memory_stages: memory of every pipeline stage, in the phase that needs most.
         teacher: parameters and FLOPs of the teacher; None if no teacher runs beside the model.
+        teacher_cache: size and reads of a cached teacher; None without one. `prepare` knows it.
         evaluation_steps: steps after which the tasks of section `evaluation` are measured; 0 is before the first step.
         warnings: messages about settings that are allowed but may be mistakes.
         problems: reasons why the run cannot start; the caller raises them.
@@ -65,6 +66,7 @@ class RunPlan:
     evaluation_steps: Sequence[int]
     warnings: Sequence[str]
     problems: Sequence[Problem]
+    teacher_cache: CacheCost | None = None
 
     @property
     def tokens_trained(self) -> int:
@@ -137,6 +139,7 @@ class RunPlan:
             "memory_by_part_gib": self.memory.to_dict(),
             "memory_by_stage_gib": [{**stage.to_dict(), "total": stage.total / GIB} for stage in self.memory_stages],
             "teacher": self.teacher and asdict(self.teacher),
+            "teacher_cache": self.teacher_cache and asdict(self.teacher_cache),
             "layout": asdict(self.layout),
             "schedule": asdict(self.schedule),
             "phases": [_with_file_keys(asdict(phase)) for phase in self.phases],

@@ -30,6 +30,9 @@ class DeviceBatch:
             by packing.
         longest_sequence: tokens of the longest packed document.
         source_set: the different values of `sources`, on the host.
+        teacher_ids: uint16 or uint32 (micro, S, k), as in `TeacherTargets`; None without a cached teacher.
+        teacher_log_probs: float16 (micro, S, k).
+        teacher_log_tail: float16 (micro, S).
     """
 
     tokens: torch.Tensor
@@ -41,6 +44,9 @@ class DeviceBatch:
     sequence_bounds: torch.Tensor | None = None
     longest_sequence: int = 0
     source_set: frozenset[int] = frozenset()
+    teacher_ids: torch.Tensor | None = None
+    teacher_log_probs: torch.Tensor | None = None
+    teacher_log_tail: torch.Tensor | None = None
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -244,7 +250,9 @@ def _arrays(batch: Batch, packs_documents: bool) -> tuple[dict[str, npt.NDArray[
     """Return the arrays that a model reads, by the names of `DeviceBatch`, and its fields that stay on the host."""
     arrays = {field.name: getattr(batch, field.name) for field in fields(batch)}
     on_host: dict[str, Any] = {"source_set": frozenset(batch.sources.tolist())}
-    documents = arrays.pop("attention_documents")
+    documents, targets = arrays.pop("attention_documents"), arrays.pop("teacher")
+    if targets is not None:
+        arrays |= {f"teacher_{field.name}": getattr(targets, field.name) for field in fields(targets)}
     if documents is not None and packs_documents:
         bounds = sequence_bounds(documents)
         arrays["sequence_bounds"], on_host["longest_sequence"] = bounds, int(np.diff(bounds).max())

@@ -22,6 +22,7 @@ from megatron_cpt.data import (
 )
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.loading.fim import fill_in_middle
+from megatron_cpt.data.loading.teacher_targets import CachedTeacher
 from megatron_cpt.data.tokenfile.disk_cache import keep_on_disk
 from megatron_cpt.data.tokenfile.fingerprint import is_touched
 from megatron_cpt.data.tokenfile.header import read_header
@@ -49,6 +50,12 @@ def open_streams(config: RunConfig, eod_id: int | None) -> dict[str, TokenStream
         fim = fill_in_middle(name, source.fim, eod_id)
         streams[name] = TokenStream(name, datasets, seq_length=config.span_length(name), seed=config.seed, fim=fim)
     return streams
+
+
+def document_options(config: RunConfig, eod_id: int | None) -> DocumentOptions:
+    """Return the treatment of document boundaries in a run."""
+    documents = config.documents
+    return DocumentOptions(eod_id, documents.reset_attention, documents.reset_positions, documents.eod_loss)
 
 
 def verify_data(prefixes: Mapping[str, Sequence[str]], note: Callable[[str], None]) -> None:
@@ -125,8 +132,12 @@ def build_loader(
     state: TrainState,
     own: Path | None,
     upload: Upload,
+    teacher: CachedTeacher | None = None,
 ) -> Loader:
     """Build the loader of this rank's batches from the next step on.
+
+    Args:
+        teacher: cache whose targets are read; None: no targets are read.
 
     Raises:
         RefusedError: the blend's state in the checkpoint `own` is damaged.
@@ -149,6 +160,7 @@ def build_loader(
         data_parallel_size=ranks.data_parallel_size,
         vocab_size=config.model.vocab,
         documents=documents,
+        teacher=teacher,
         upload=upload,
     )
 

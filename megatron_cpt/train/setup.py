@@ -22,6 +22,7 @@ from megatron_cpt.checkpoint.saving.saver import Saver
 from megatron_cpt.config import RunConfig
 from megatron_cpt.data import Loader, TokenStream
 from megatron_cpt.data.loading.batch import DocumentOptions
+from megatron_cpt.data.loading.teacher_targets import CachedTeacher
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.model.build_model import Model, build_model
 from megatron_cpt.model.capabilities import check_machine, read_machine
@@ -32,11 +33,17 @@ from megatron_cpt.planning import RunPlan, flops_per_token
 from megatron_cpt.planning.hardware import emulates_bf16
 from megatron_cpt.provenance.plans_file import read_started_run
 from megatron_cpt.train.device_batch import make_upload
-from megatron_cpt.train.distillation.open_teacher import find_teacher, open_distillation
+from megatron_cpt.train.distillation.open_teacher import FoundTeacher, find_teacher, open_distillation
 from megatron_cpt.train.first_start import choose_run_id, refuse_lost_run
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
-from megatron_cpt.train.open_data import build_loader, build_validator, open_streams, verify_touched_data
+from megatron_cpt.train.open_data import (
+    build_loader,
+    build_validator,
+    document_options,
+    open_streams,
+    verify_touched_data,
+)
 from megatron_cpt.train.resume import compare_tokenizer, init_checkpoint, load_state, preflight
 from megatron_cpt.train.state import TrainState, check_progress
 from megatron_cpt.train.validation import Validator
@@ -142,8 +149,9 @@ def setup(
     fingerprints = {name: fingerprint(stream.datasets, with_times=True) for name, stream in streams.items()}
 
     started = on_main(lambda: read_started_run(Path(config.output)))
-    teacher = find_teacher(config)
-    if teacher is not None and "tokenizer" not in allow:
+    documents = document_options(config, eod_id)
+    teacher = find_teacher(config, streams, documents, data_tokenizer)
+    if isinstance(teacher, FoundTeacher) and "tokenizer" not in allow:
         compare_tokenizer(teacher.saved, data_tokenizer, "teacher.from")
     teacher_digest = teacher.digest if teacher is not None else None
 
@@ -168,7 +176,16 @@ def setup(
     distillation = open_distillation(config, ranks, model, teacher) if teacher is not None else None
     names, contributes_loss = list(streams), ranks.is_last_stage and ranks.tensor_rank == 0
     loader, validator = _open_loaders(
-        config, plan, ranks, streams, eod_id=eod_id, model=model, state=state, saved=own, measures_loss=contributes_loss
+        config,
+        plan,
+        ranks,
+        streams,
+        documents=documents,
+        teacher=teacher if isinstance(teacher, CachedTeacher) and ranks.is_last_stage else None,
+        model=model,
+        state=state,
+        saved=own,
+        measures_loss=contributes_loss,
     )
     return Session(
         config=config,
@@ -199,20 +216,19 @@ def _open_loaders(
     ranks: Ranks,
     streams: dict[str, TokenStream],
     *,
-    eod_id: int | None,
+    documents: DocumentOptions,
+    teacher: CachedTeacher | None,
     model: Model,
     state: TrainState,
     saved: SavedRun | None,
     measures_loss: bool,
 ) -> tuple[Loader, Validator | None]:
     """Open the loader from the next step on, and the validator; each uploads in a thread of its own."""
-    documents = config.documents
-    options = DocumentOptions(eod_id, documents.reset_attention, documents.reset_positions, documents.eod_loss)
     uploads = [make_upload(ranks.device, packs_documents=model.packs_documents) for _ in range(2)]
     path = saved.path if saved is not None else None
     return (
-        build_loader(config, plan, ranks, streams, options, state, path, uploads[0]),
-        build_validator(config, ranks, options, uploads[1], measures_loss),
+        build_loader(config, plan, ranks, streams, documents, state, path, uploads[0], teacher),
+        build_validator(config, ranks, documents, uploads[1], measures_loss),
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_cpt.config import format_count, format_number_of
+from megatron_cpt.config import format_bytes, format_count, format_number_of
 from megatron_cpt.planning.cost.memory import GIB
 from megatron_cpt.planning.run_plan import RunPlan
 from megatron_cpt.planning.timeline.epochs import REPEAT_LIMIT
@@ -71,6 +71,14 @@ def _summary_lines(plan: RunPlan) -> Iterable[tuple[str, str]]:
             "teacher",
             f"{format_count(teacher.parameters)} parameters, forward only on {teacher.share:.0%} of the micro-batches: "
             f"{_flops(teacher.flops.full)} per token more, {_flops(teacher.flops.causal)} causal",
+        )
+    if plan.teacher_cache is not None:
+        cache = plan.teacher_cache
+        size = f"{format_bytes(cache.num_bytes)}, {cache.bytes_per_token} bytes per token"
+        yield (
+            "teacher",
+            f"cache of {size}{'' if cache.exists else ', not made yet (`megatron-cpt teach`)'}; a step reads "
+            f"{format_bytes(cache.bytes_per_step)}",
         )
     yield "schedule", describe_schedule(plan.schedule)
     yield (

@@ -85,6 +85,7 @@ def test_commands_that_are_not_run_say_why() -> None:
         *[("mine", "needs the model of the first command")] * 5,
         ("convert", "needs a downloaded model"),
         ("launch", "needs 8 GPUs"),
+        *[(command, "the teacher reads all of a source") for command in ("teach", "train")],
         ("launch", "needs 4 processes"),
         ("launch", "needs a checkpoint of a size that is worth splitting"),
         ("-m", "downloads 70 MB"),

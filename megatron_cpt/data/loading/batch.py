@@ -35,6 +35,31 @@ class DocumentOptions:
         """True if an option depends on the ends of documents."""
         return self.reset_attention or self.reset_positions or not self.eod_loss
 
+    @property
+    def attention_key(self) -> dict[str, Any]:
+        """The options that change what a model sees at a position; `eod_loss` decides only which positions count."""
+        resets = {"reset_attention": self.reset_attention, "reset_positions": self.reset_positions}
+        return {**resets, "eod_id": self.eod_id if any(resets.values()) else None}
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """The teacher's k most likely next tokens at each position of some samples; zeros for a source without a teacher.
+
+    Attributes:
+        ids: uint16 or uint32 (samples, S, k).
+        log_probs: float16 (samples, S, k).
+        log_tail: float16 (samples, S), log of the probability that all other tokens have together.
+    """
+
+    ids: npt.NDArray[Any]
+    log_probs: npt.NDArray[np.float16]
+    log_tail: npt.NDArray[np.float16]
+
+    def rows(self, part: slice) -> TeacherTargets:
+        """Return the targets of some samples."""
+        return TeacherTargets(self.ids[part], self.log_probs[part], self.log_tail[part])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -48,6 +73,7 @@ class Batch:
         sources: int64 (micro,), index of each sample's source in the run's list of sources.
         attention_documents: int32 (micro, S), number of each token's document inside the sample; a token attends only
             to tokens with its own number. None unless attention is reset.
+        teacher: targets of a cached teacher; None without one.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -56,6 +82,7 @@ class Batch:
     position_ids: npt.NDArray[np.int64]
     sources: npt.NDArray[np.int64]
     attention_documents: npt.NDArray[np.int32] | None = None
+    teacher: TeacherTargets | None = None
 
 
 def make_batch(
@@ -63,6 +90,7 @@ def make_batch(
     sources: npt.ArrayLike,
     options: DocumentOptions = DocumentOptions(),
     ends: npt.NDArray[np.bool_] | None = None,
+    teacher: TeacherTargets | None = None,
 ) -> Batch:
     """Build a micro-batch.
 
@@ -82,6 +110,7 @@ def make_batch(
         sources: (micro,), source index per sample.
         options: treatment of document boundaries.
         ends: (micro, S), True at the last token of each document by the `.idx`, besides the end-of-document ids.
+        teacher: targets of a cached teacher for the samples.
 
     Raises:
         UserError: an option depends on the ends of documents, and neither these nor an end-of-document id is given.
@@ -104,7 +133,7 @@ def make_batch(
             position_ids -= _document_starts(ends)
         if options.reset_attention:
             attention_documents = (np.cumsum(ends, axis=1) - ends).astype(np.int32)
-    return Batch(tokens, labels, loss_mask, position_ids, np.asarray(sources, np.int64), attention_documents)
+    return Batch(tokens, labels, loss_mask, position_ids, np.asarray(sources, np.int64), attention_documents, teacher)
 
 
 def _document_starts(ends: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

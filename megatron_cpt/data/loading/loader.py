@@ -14,6 +14,7 @@ import numpy as np
 from megatron_cpt.data.loading.batch import Batch, DocumentOptions, make_batch
 from megatron_cpt.data.loading.samples import read_document_ends, read_samples
 from megatron_cpt.data.loading.stream import TokenStream
+from megatron_cpt.data.loading.teacher_targets import CachedTeacher
 from megatron_cpt.sampling.blend import BlendCursor
 
 _POLL_SECONDS = 0.1  # a worker that waits for a full queue checks this often whether it should stop
@@ -56,6 +57,7 @@ class Loader:
         micro_batch: samples per forward pass on one rank; may be a function as well.
         prefetch: steps to read ahead, at least 1.
         vocab_size: ids must be below it; None: ids are not checked.
+        teacher: cached teacher whose targets every micro-batch gets; None: no targets are read.
         upload: called in the loader's thread with the micro-batches of each step, for example to copy them to a GPU.
     """
 
@@ -71,6 +73,7 @@ class Loader:
         prefetch: int = 2,
         vocab_size: int | None = None,
         documents: DocumentOptions = DocumentOptions(),  # noqa: B008 - frozen
+        teacher: CachedTeacher | None = None,
         upload: Callable[[list[Batch]], Any] = lambda batches: None,
     ) -> None:
         assert tuple(stream.name for stream in streams) == cursor.source_names, "streams in the cursor's order"
@@ -82,6 +85,7 @@ class Loader:
         self._micro_batch = micro_batch if callable(micro_batch) else lambda _: micro_batch
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._vocab_size, self._documents, self._upload = vocab_size, documents, upload
+        self._teacher = teacher
         self._ready: queue.Queue[StepData | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
@@ -162,8 +166,15 @@ class Loader:
         wanted = (self._streams, own_sources.ravel(), own_indices.ravel())
         samples = read_samples(*wanted, self._vocab_size, length)
         ends = read_document_ends(*wanted, length) if self._documents.need_ends else None
+        targets = self._teacher.read(*wanted, length) if self._teacher is not None else None
         micro_batches = [
-            make_batch(samples[rows], micro_sources, self._documents, None if ends is None else ends[rows])
+            make_batch(
+                samples[rows],
+                micro_sources,
+                self._documents,
+                None if ends is None else ends[rows],
+                None if targets is None else targets.rows(rows),
+            )
             for micro_sources, rows in zip(own_sources, _slices(len(samples), micro_batch), strict=True)
         ]
         num_tokens = global_batch * micro_batches[0].tokens.shape[1]

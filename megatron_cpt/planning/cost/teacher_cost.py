@@ -36,6 +36,37 @@ class TeacherCost:
     flops: FlopsPerToken
 
 
+@dataclass(frozen=True)
+class CacheCost:
+    """Cost of a cached teacher on the disk.
+
+    Attributes:
+        bytes_per_token: of a distilled source.
+        num_bytes: size of the cache.
+        bytes_per_step: that all ranks of one pipeline stage and tensor rank read together, in the largest step of the
+            phase with the largest share of distilled samples.
+        exists: False if the cache is not made yet, and the size is computed for all distilled sources with the default
+            number of tokens per record.
+    """
+
+    bytes_per_token: int
+    num_bytes: int
+    bytes_per_step: int
+    exists: bool
+
+
+def distilled_samples(config: RunConfig) -> float:
+    """Return the share of the samples that are distilled, in the phase with the largest share."""
+    teacher = config.teacher
+    if teacher is None:
+        return 0.0
+    shares = [
+        sum(weight for name, weight in phase.blend.items() if teacher.factor_of(name) > 0) / sum(phase.blend.values())
+        for phase in config.phases
+    ]
+    return min(1.0, max(shares))
+
+
 def teacher_cost(config: RunConfig) -> TeacherCost | None:
     """Return the cost of the teacher, or None if no teacher runs beside the model."""
     run = teacher_run(config)
@@ -96,14 +127,7 @@ def distilled_share(config: RunConfig) -> float:
     Example: a source with 0.2 of the blend is distilled, the others are not; of micro-batches of 2 samples,
     1 - 0.8^2 = 0.36 have one of its samples.
     """
-    teacher = config.teacher
-    if teacher is None:
-        return 0.0
-    shares = [
-        sum(weight for name, weight in phase.blend.items() if teacher.factor_of(name) > 0) / sum(phase.blend.values())
-        for phase in config.phases
-    ]
-    return 1.0 - (1.0 - min(1.0, max(shares))) ** config.batch.micro
+    return 1.0 - (1.0 - distilled_samples(config)) ** config.batch.micro
 
 
 def loss_piece_bytes(config: RunConfig) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import orjson
@@ -14,11 +15,15 @@ from megatron_cpt.checkpoint.loading.load import load_weights
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.config import ModelConfig, RunConfig, TeacherConfig
 from megatron_cpt.config.checks import CHECKS
+from megatron_cpt.data import TokenStream
+from megatron_cpt.data.loading.batch import DocumentOptions
+from megatron_cpt.data.loading.teacher_targets import CachedTeacher
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.model.build_model import Model, build_model
 from megatron_cpt.model.padded_vocabulary import zero_padding
 from megatron_cpt.planning.cost.teacher_cost import teacher_run
+from megatron_cpt.train.distillation.cached_teacher import CacheTeacher
 from megatron_cpt.train.distillation.distillation import Distillation
 from megatron_cpt.train.distillation.distilled_loss import Teacher, VocabularyShard
 from megatron_cpt.train.distillation.online_teacher import OnlineTeacher
@@ -41,18 +46,37 @@ class FoundTeacher:
     digest: str
 
 
-def find_teacher(config: RunConfig) -> FoundTeacher | None:
+def find_teacher(
+    config: RunConfig,
+    streams: Mapping[str, TokenStream],
+    documents: DocumentOptions,
+    data_tokenizer: tuple[str, str] | None,
+) -> FoundTeacher | CachedTeacher | None:
     """Return the teacher of a run, or None if it has no section `teacher`; a collective call.
+
+    Args:
+        config: the run.
+        streams: its sources.
+        documents: its treatment of document boundaries.
+        data_tokenizer: name and fingerprint of the tokenizer of its ids; None: unknown.
 
     Raises:
         UserError: there is no such checkpoint, or its model cannot be divided as `parallel` says.
-        RefusedError: it is corrupt, or has another vocabulary.
+        RefusedError: it is corrupt, or has another vocabulary; or a cache does not fit the run.
     """
     section = config.teacher
     if section is None:
         return None
-    if config.teacher_checkpoint is None:
-        raise UserError("teacher.cache: only a teacher that runs beside the model can be used yet; use teacher.from")
+    if section.cache is not None:
+        return CachedTeacher.open(
+            section.cache,
+            streams.values(),
+            [name for name in config.sources if section.factor_of(name) > 0],
+            documents=documents,
+            vocab_size=config.model.vocab,
+            tokenizer=data_tokenizer,
+        )
+    assert config.teacher_checkpoint is not None, "checked by config/checks.py"
     saved = find_valid(config.teacher_checkpoint, config.checkpoint.verify)
     with corrupt_as_refused(saved.path):
         model = ModelConfig.model_validate(dict(saved.run["model"]))
@@ -75,8 +99,10 @@ def _digest(saved: SavedRun) -> str:
     return str(Checksum(orjson.dumps(checksums, option=orjson.OPT_SORT_KEYS)).hexdigest())
 
 
-def open_distillation(config: RunConfig, ranks: Ranks, student: Model, found: FoundTeacher) -> Distillation:
-    """Build and load the teacher, and let the student's loss compare with it; a collective call.
+def open_distillation(
+    config: RunConfig, ranks: Ranks, student: Model, found: FoundTeacher | CachedTeacher
+) -> Distillation:
+    """Build and load the teacher, unless it is a cache, and let the student's loss compare with it; a collective call.
 
     The random states stay unchanged, so that dropout does not depend on the teacher.
 
@@ -86,10 +112,30 @@ def open_distillation(config: RunConfig, ranks: Ranks, student: Model, found: Fo
     """
     section = config.teacher
     assert section is not None
-    return Distillation(_load(config, section, ranks, student, found), student.chunks, config, ranks.device)
+    distilled = frozenset(number for number, name in enumerate(config.sources) if section.factor_of(name) > 0)
+    teacher: Teacher
+    if isinstance(found, CachedTeacher):
+        if ranks.is_main:
+            logger.info(
+                "teacher: the %d most likely tokens in %s, weight %g of the loss",
+                found.cache.header.top_k,
+                found.cache.path,
+                section.weight,
+            )
+        teacher = CacheTeacher(found.digest, VocabularyShard.of(config.model), distilled, config.parallel.context)
+    else:
+        teacher = _load(config, section, ranks, student, found, distilled)
+    return Distillation(teacher, student.chunks, config, ranks.device)
 
 
-def _load(config: RunConfig, section: TeacherConfig, ranks: Ranks, student: Model, found: FoundTeacher) -> Teacher:
+def _load(
+    config: RunConfig,
+    section: TeacherConfig,
+    ranks: Ranks,
+    student: Model,
+    found: FoundTeacher,
+    distilled: frozenset[int],
+) -> Teacher:
     is_own_layout = section.layout(config.parallel) != (config.parallel.tensor, config.parallel.pipeline)
     layout = second_layout(found.run.parallel) if is_own_layout else contextlib.nullcontext
     states = rng_state()
@@ -115,6 +161,6 @@ def _load(config: RunConfig, section: TeacherConfig, ranks: Ranks, student: Mode
         slice(first, first + shard.columns),
         layout=layout,
         temperature=section.temperature,
-        distilled=frozenset(number for number, name in enumerate(config.sources) if section.factor_of(name) > 0),
+        distilled=distilled,
         digest=found.digest,
     )

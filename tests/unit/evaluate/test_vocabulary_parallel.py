@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -78,3 +79,21 @@ def test_logits_of_a_diverged_model_give_ids_of_the_vocabulary() -> None:
     draws = torch.tensor([0.0, 0.9], dtype=torch.float64)
     assert ((ids := sampled_ids(broken, draws, GenerationOptions(temperature=1.0))) >= 0).all()
     assert (ids < VOCAB).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 4, VOCAB])
+def test_most_likely_ids_have_their_log_probabilities_and_the_rest_of_the_mass(top_k: int) -> None:
+    from megatron_cpt.evaluate.vocabulary_parallel import most_likely
+
+    ids, log_probs, log_tail = most_likely(logits(5), top_k)
+    expected = torch.log_softmax(logits(5)[:, :VOCAB].double(), -1).sort(dim=-1, descending=True)
+    assert ids.tolist() == expected.indices[:, :top_k].tolist()
+    torch.testing.assert_close(log_probs.double(), expected.values[:, :top_k], rtol=0, atol=1e-6)
+    torch.testing.assert_close(log_tail.double(), expected.values[:, top_k:].logsumexp(-1), rtol=0, atol=1e-6)
+
+
+def test_a_tail_below_the_rounding_of_1_keeps_its_digits() -> None:
+    from megatron_cpt.evaluate.vocabulary_parallel import most_likely
+
+    _, _, log_tail = most_likely(torch.tensor([[0.0, -40.0, -41.0]]), 1)
+    assert log_tail.item() == pytest.approx(-40 + math.log(1 + math.exp(-1)), rel=1e-6)
