@@ -30,7 +30,7 @@ from torch import nn
 
 from megatron_cpt.backend import rng_state, set_rng_state
 from megatron_cpt.checkpoint.state.state_dicts import unwrap
-from megatron_cpt.evaluate.token_tree import Ids, Segment, TokenRow, segments_of
+from megatron_cpt.evaluate.token_tree import Ids, RowSegment, TokenRow, segments_of
 from megatron_cpt.model.local_modules import LocalAttention
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class KvCache:
 
 @dataclass(frozen=True)
 class MaskedSegment:
-    """Segment of a packed row.
+    """RowSegment of a packed row.
 
     Attributes:
         keys: ranges of the row that the tokens see at least in part, the last one is the segment itself.
@@ -104,7 +104,7 @@ class MaskedSegment:
     mask: torch.Tensor | None
 
     @classmethod
-    def of(cls, segment: Segment, ends: torch.Tensor) -> MaskedSegment:
+    def of(cls, segment: RowSegment, ends: torch.Tensor) -> MaskedSegment:
         """Return a segment of a row; `ends` is on the device."""
         prefix, start, stop = segment
         own = range(start, stop)
@@ -119,6 +119,12 @@ class MaskedSegment:
         """Return the rows (keys, ...) of a tensor (s, ...)."""
         parts = [tensor[keys.start : keys.stop] for keys in self.keys]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def masked_segments(ends: Ids, device: torch.device) -> list[MaskedSegment]:
+    """Return the segments of a row; `ends` as in `TokenRow`."""
+    on_device = torch.from_numpy(ends).to(device)
+    return [MaskedSegment.of(segment, on_device) for segment in segments_of(ends)]
 
 
 @dataclass
@@ -147,9 +153,8 @@ class Row(Generic[T]):
         cls, row: TokenRow, selected: torch.Tensor, collect: Callable[[torch.Tensor], T], device: torch.device
     ) -> Row[T]:
         """Return the forward pass of a packed row, without a cache."""
-        tokens, positions, ends = (torch.from_numpy(x).to(device) for x in (row.tokens, row.positions, row.ends))
-        segments = [MaskedSegment.of(segment, ends) for segment in segments_of(row.ends)]
-        return cls(tokens, positions, selected.to(device), collect, segments)
+        tokens, positions = (torch.from_numpy(x).to(device) for x in (row.tokens, row.positions))
+        return cls(tokens, positions, selected.to(device), collect, masked_segments(row.ends, device))
 
     def fill(self, cache: KvCache, paths: Mapping[int, Ids]) -> None:
         """Let the row store keys and values of its sequences in slots of a cache."""

@@ -31,7 +31,7 @@ _NEEDED = 512  # tokens of a row whose logits are needed
 _SEGMENT = 256  # tokens; smaller segments hide fewer pairs, but their kernels are less efficient
 
 
-class Segment(NamedTuple):
+class RowSegment(NamedTuple):
     """Consecutive tokens of a row that see a shared prefix and, by the rule above, themselves.
 
     Attributes:
@@ -66,7 +66,7 @@ class TokenRow:
         return len(self.tokens)
 
 
-def segments_of(ends: Ids) -> list[Segment]:
+def segments_of(ends: Ids) -> list[RowSegment]:
     """Cut a row into segments: trees of more than 256 tokens into their shared prefix and what follows it.
 
     Args:
@@ -83,15 +83,15 @@ def segments_of(ends: Ids) -> list[Segment]:
         while start < stop:
             end = int(ends[start])
             if end - start > _SEGMENT or end - first > _SEGMENT:
-                found += [Segment(prefix, first, start)] if first < start else []
+                found += [RowSegment(prefix, first, start)] if first < start else []
                 first = start
             if end - start > _SEGMENT:
                 trunk = start + 1 + int(np.argmin(np.append(ends[start + 1 : end] == end, False)))
-                found.append(Segment(prefix, start, trunk))
+                found.append(RowSegment(prefix, start, trunk))
                 forests.append((trunk, end, _joined(prefix, range(start, trunk))))
                 first = end
             start = end
-        found += [Segment(prefix, first, stop)] if first < stop else []
+        found += [RowSegment(prefix, first, stop)] if first < stop else []
     return sorted(found, key=lambda segment: segment.start)
 
 

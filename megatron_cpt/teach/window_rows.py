@@ -15,7 +15,7 @@ from megatron_cpt.data.teacher_cache.top_k_records import Records, record_seeds
 from megatron_cpt.data.tokenfile.documents import document_ends
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.evaluate.row_forward import Row
+from megatron_cpt.evaluate.row_forward import Row, masked_segments
 from megatron_cpt.evaluate.vocabulary_parallel import most_likely, own_logits
 
 Ids = npt.NDArray[np.int64]
@@ -109,10 +109,8 @@ class WindowRows:
 
         chosen = np.concatenate(selected)
         assert len(chosen) == stop - start
-        inputs, places, given_places, reach = (
-            torch.from_numpy(array).to(device) for array in (tokens, positions, chosen, ends)
-        )
-        return Row(inputs, places, given_places, collect, reach)
+        inputs, places, given_places = (torch.from_numpy(array).to(device) for array in (tokens, positions, chosen))
+        return Row(inputs, places, given_places, collect, masked_segments(ends, device))
 
     def _window(self, file: int, first: int, after: int) -> tuple[Ids, Ids, Ids]:
         """Return ids, positions, and for each token the index after the last one that may attend to it."""

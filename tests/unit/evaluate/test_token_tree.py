@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.evaluate import token_tree
-from megatron_cpt.evaluate.token_tree import Segment, TokenRow, pack_rows, segments_of
+from megatron_cpt.evaluate.token_tree import RowSegment, TokenRow, pack_rows, segments_of
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), min_size=1, max_size=12)
 
@@ -81,10 +81,10 @@ def test_a_long_prefix_is_a_segment_of_its_own() -> None:
     (row,) = pack_rows([*texts, (1000,) * 20], budget=4096, multiple=1)
     prefix = (range(300),)
     assert segments_of(row.ends) == [
-        Segment((), 0, 300),
-        Segment(prefix, 300, 500),
-        Segment(prefix, 500, 700),
-        Segment((), 700, 720),
+        RowSegment((), 0, 300),
+        RowSegment(prefix, 300, 500),
+        RowSegment(prefix, 500, 700),
+        RowSegment((), 700, 720),
     ]
 
 
