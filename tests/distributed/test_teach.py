@@ -28,6 +28,7 @@ def write_run(folder: Path, base: Path) -> Path:
             for tokens in (100, SPANS * LENGTH + 1 - 100):
                 writer.add_document((np.cumsum(rng.integers(0, 3, tokens)) % 256).astype(np.uint16))
     run = yaml.safe_load((base / "run.yaml").read_text())
+    del run["stop_at_step"]  # of the base run
     run |= {
         "output": str(folder / "out"),
         "init": {"from": str(base)},
