@@ -84,7 +84,7 @@ def plan_teacher(checkpoint: str | Path, prepared: PreparedRun, options: TeachOp
 
 def _plan(saved: SavedRun, prepared: PreparedRun, options: TeachOptions) -> CachePlan:
     run = prepared.config
-    compare_tokenizer(saved, prepared.tokenizer, "teacher")
+    compare_tokenizer(saved, prepared.tokenizer, "teacher", "or choose a teacher that was trained with the data's")
     window = options.window or run.longest_sequence
     teacher = inference_run(saved, [f"seq_length={window}", *options.overrides])
     if teacher.parallel.context > 1:

@@ -104,13 +104,19 @@ def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) ->
     return saved
 
 
-def compare_tokenizer(origin: SavedRun, tokenizer: tuple[str, str] | None, key: str = "init.from") -> None:
+def compare_tokenizer(
+    origin: SavedRun,
+    tokenizer: tuple[str, str] | None,
+    key: str = "init.from",
+    otherwise: str = "or start anyway: --allow tokenizer",
+) -> None:
     """Compare the run's tokenizer with the tokenizer of a checkpoint that the run uses, where both are known.
 
     Args:
         origin: the checkpoint.
         tokenizer: name and fingerprint of the run's tokenizer.
         key: key of run.yaml that names the checkpoint.
+        otherwise: what a user can do besides encoding the data again.
 
     Raises:
         RefusedError: they differ.
@@ -123,7 +129,7 @@ def compare_tokenizer(origin: SavedRun, tokenizer: tuple[str, str] | None, key: 
         raise RefusedError(
             f"{key}: {origin.path}: its model was trained with tokenizer {names}, this run has "
             f"{name_tokenizer(*tokenizer)}: equal ids mean other text; encode the data with the checkpoint's "
-            "tokenizer, or start anyway: --allow tokenizer"
+            f"tokenizer, {otherwise}"
         )
 
 
