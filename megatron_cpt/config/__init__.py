@@ -1,6 +1,7 @@
 """Reading of run.yaml into frozen, strict models. Imports neither torch nor megatron-core."""
 
 from megatron_cpt.config.compute import Fp8Config, PrecisionConfig, RecomputeConfig
+from megatron_cpt.config.data_sections import FimConfig, PhaseConfig, SourceConfig, Until
 from megatron_cpt.config.fields import run_schema
 from megatron_cpt.config.load_run import Draft, draft_config, load_config
 from megatron_cpt.config.model import Activation, ModelConfig, Norm
@@ -8,16 +9,12 @@ from megatron_cpt.config.presets import preset_names
 from megatron_cpt.config.quantities import format_bytes, format_count, format_duration, format_number_of, parse_count
 from megatron_cpt.config.schema import (
     BatchConfig,
-    FimConfig,
     OptimizerConfig,
     ParallelConfig,
-    PhaseConfig,
     RunConfig,
     ScheduleConfig,
-    SourceConfig,
     Span,
     TeacherConfig,
-    Until,
 )
 from megatron_cpt.config.yamlfile import dump_yaml, read_mapping
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_cpt.config import read_mapping
+from megatron_cpt.config.data_sections import ExpandPaths
 from megatron_cpt.config.quantities import Section
-from megatron_cpt.config.schema import ExpandPaths
 from megatron_cpt.config.validate import validate_file
 
 MEAN = "mean"
