@@ -82,7 +82,7 @@ def compare(law: RunLaw, run: FinishedRun) -> list[Comparison]:
             continue
         knot = run.path.knots_at([int(run.steps[-1])])[0]
         forecast = forecasts[one.name]
-        name = Path(run.folder).name
+        name = "/".join(Path(run.folder).parts[-2:])  # ARM/seed-S in an experiment
         start = run.start[one.name]  # of the trunk, so it can be measured before the run
         change, width = float(forecast.change[knot]), float(forecast.width[knot])
         found.append(Comparison(name, one.name, start, float(measured[-1]), start * math.exp(change), width))
