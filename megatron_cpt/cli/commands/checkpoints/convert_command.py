@@ -52,6 +52,8 @@ class Verify(enum.StrEnum):
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT_DIR", help=CKPT_HELP, show_default=False)]
 Workers = Annotated[int, typer.Option("--workers", metavar="N", min=0, help="Number of threads; 0: one per core.")]
 DTypeOption = Annotated[DType | None, typer.Option("--dtype", help="Dtype of the weights. [default: unchanged]")]
+TensorSize = Annotated[int, typer.Option("--tensor", min=1, help="Tensor-parallel size that loads fastest.")]
+PipelineSize = Annotated[int, typer.Option("--pipeline", min=1, help="Pipeline-parallel size that loads fastest.")]
 ShardSize = Annotated[str, typer.Option("--shard-size", metavar="BYTES", help="Size of a file: 5GB, 500MB.")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="NAME|FILE", help=MODEL_HELP)]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled .bin weights, tensors only.")]
@@ -63,8 +65,8 @@ def import_(
     source: Annotated[Path, typer.Argument(metavar="HF_OR_MEGATRON_DIR", help=SOURCE_HELP, show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="CKPT_DIR", help="The checkpoint to create.", show_default=False)],
     dtype: DTypeOption = None,
-    tensor: Annotated[int, typer.Option("--tensor", min=1, help="Tensor-parallel size that loads fastest.")] = 1,
-    pipeline: Annotated[int, typer.Option("--pipeline", min=1, help="Pipeline-parallel size that loads fastest.")] = 1,
+    tensor: TensorSize = 1,
+    pipeline: PipelineSize = 1,
     shard_size: ShardSize = "256MB",
     workers: Workers = 0,
     model: ModelOption = None,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_cpt.cli.commands.checkpoints.convert_command import DType, Json, PipelineSize, TensorSize
 from megatron_cpt.cli.progress import progress_bar
 from megatron_cpt.errors import UserError
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 _MODEL_HELP = "Shape to grow to: a YAML file with keys of run.yaml's `model` section. Omitted keys stay unchanged."
 _NOISE_HELP = "Noise that parts the copies, relative to the weights, without changing the function; 0: none."
 _TOLERANCE_HELP = "Largest relative difference of the logits. [default: 1e-5 in fp32, 0.02 in fp16, 0.1 in bf16]"
-
-GrownDType = enum.StrEnum("GrownDType", ["FP32", "BF16", "FP16"])
 
 
 def grow(
@@ -33,10 +31,10 @@ def grow(
     noise: Annotated[float, typer.Option("--noise", metavar="RATIO", min=0, help=_NOISE_HELP)] = 0.316,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise and of fresh weights.")] = 1234,
     dtype: Annotated[
-        GrownDType | None, typer.Option("--dtype", help="Dtype of the weights; fp32 is exact. [default: unchanged]")
+        DType | None, typer.Option("--dtype", help="Dtype of the weights; fp32 is exact. [default: unchanged]")
     ] = None,
-    tensor: Annotated[int, typer.Option("--tensor", min=1, help="Tensor-parallel size that loads fastest.")] = 1,
-    pipeline: Annotated[int, typer.Option("--pipeline", min=1, help="Pipeline-parallel size that loads fastest.")] = 1,
+    tensor: TensorSize = 1,
+    pipeline: PipelineSize = 1,
     workers: Annotated[
         int, typer.Option("--workers", metavar="N", min=0, help="Number of threads; 0: one per core, at most 4.")
     ] = 0,
@@ -46,7 +44,7 @@ def grow(
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", metavar="X", min=0, help=_TOLERANCE_HELP, show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Grow a checkpoint in width and depth to a larger model that computes the same function.
 
