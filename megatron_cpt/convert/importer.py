@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from megatron_cpt.files.identity import must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 _EXTRA_STATE_FILE = "__extra_0.distcp"
-SPARE_BYTES = 64 << 20  # for the files besides the tensors
+_SPARE_BYTES = 64 << 20  # for the files besides the tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +127,7 @@ def import_checkpoint(
     if options.loss_on and not options.new_tokens:
         raise UserError("--loss-on: compares the loss before and after new tokens; give them with --add-tokens")
     refuse_existing(target)
-    work_path = target.with_name(f".{target.name}.tmp")
-    with os_errors_as_cpt_errors(work_path), tempfile.TemporaryDirectory() as scratch:
+    with os_errors_as_cpt_errors(work_folder(target)), tempfile.TemporaryDirectory() as scratch:
         opened = open_source_checkpoint(
             source,
             named_model=options.model,
@@ -147,15 +146,11 @@ def import_checkpoint(
             name: spec if is_optimizer_tensor(name) else TensorSpec(spec.shape, dtype or spec.dtype)
             for name, spec in opened.specs.items()
         }
-        num_bytes = sum(spec.num_bytes for spec in specs.values())
-        plans = plan_files(specs, opened.model.layers, options.target)
-        with JobFolder(work_path, target, _job(opened, options), needed_bytes=num_bytes + SPARE_BYTES) as work:
-            written = files_written_before(work)
-            num_kept = len(written)
-            with must_not_change(opened.identities):
-                write_tensors(opened, specs, plans, options, work, written, advance)
-                write_checkpoint_files(work.path, target.name, source, opened, specs, written, vocabulary)
-            work.publish()
+
+        def write_files(folder: Path, written: Mapping[str, WrittenFile]) -> None:
+            write_checkpoint_files(folder, target.name, source, opened, specs, written, vocabulary)
+
+        sizes = write_checkpoint(opened, specs, target, _job(opened, options), options, write_files, advance)
         ids_without_row = count_ids_without_row(opened)
         seconds = time.perf_counter() - started
         loss = measure_loss(target, text, extended) if extended and text else None
@@ -166,9 +161,9 @@ def import_checkpoint(
         num_parameters=sum(
             spec.num_bytes // spec.dtype.itemsize for name, spec in specs.items() if not is_optimizer_tensor(name)
         ),
-        num_bytes=num_bytes,
-        num_files=len(plans),
-        num_kept=num_kept,
+        num_bytes=sizes.num_bytes,
+        num_files=sizes.num_files,
+        num_kept=sizes.num_kept,
         seconds=seconds,
         vocabulary=vocabulary,
         ids_without_row=ids_without_row,
@@ -190,7 +185,59 @@ def _job(source: SourceCheckpoint, options: ImportOptions) -> dict[str, Any]:
     }
 
 
-def files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
+@dataclass(frozen=True)
+class CheckpointSizes:
+    """Sizes of a written checkpoint.
+
+    Attributes:
+        num_bytes: of its tensors.
+        num_kept: number of files that an interrupted earlier call had written.
+    """
+
+    num_bytes: int
+    num_files: int
+    num_kept: int
+
+
+def work_folder(target: Path) -> Path:
+    """Return the folder in which a checkpoint is written before it gets its name."""
+    return target.with_name(f".{target.name}.tmp")
+
+
+def write_checkpoint(
+    source: SourceCheckpoint,
+    specs: Mapping[str, TensorSpec],
+    target: Path,
+    job: Mapping[str, Any],
+    options: ImportOptions,
+    write_files: Callable[[Path, Mapping[str, WrittenFile]], None],
+    advance: Advance,
+) -> CheckpointSizes:
+    """Write the tensors of a source as a checkpoint and publish it; resume an interrupted call of the same job.
+
+    Args:
+        specs: shapes and dtypes to write; `source.read` may return another dtype.
+        job: what decides the bytes of the result.
+        options: its `target`, `workers` and `allow_nan` matter.
+        write_files: writes the other files into the work folder, the manifest last.
+
+    Raises:
+        UserError: the disk is too small.
+        RefusedError: the source changes while it is read, or has NaN.
+    """
+    num_bytes = sum(spec.num_bytes for spec in specs.values())
+    plans = plan_files(specs, source.model.layers, options.target)
+    with JobFolder(work_folder(target), target, job, needed_bytes=num_bytes + _SPARE_BYTES) as work:
+        written = _files_written_before(work)
+        num_kept = len(written)
+        with must_not_change(source.identities):
+            _write_tensors(source, specs, plans, options, work, written, advance)
+            write_files(work.path, written)
+        work.publish()
+    return CheckpointSizes(num_bytes, len(plans), num_kept)
+
+
+def _files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
     """Return the files that an interrupted call has finished and that are as it wrote them."""
     return {
         name: WrittenFile(line["size"], line["checksum"], [FileEntry(**entry) for entry in line["entries"]])
@@ -198,7 +245,7 @@ def files_written_before(work: JobFolder) -> dict[str, WrittenFile]:
     }
 
 
-def write_tensors(
+def _write_tensors(
     source: SourceCheckpoint,
     specs: Mapping[str, TensorSpec],
     plans: list[FilePlan],

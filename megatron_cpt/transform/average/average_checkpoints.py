@@ -22,12 +22,12 @@ from megatron_cpt import __version__
 from megatron_cpt.checkpoint.manifest import Verify
 from megatron_cpt.convert.checkpoint_files import write_records
 from megatron_cpt.convert.dtypes import cast, find_dtype, is_finite
-from megatron_cpt.convert.importer import SPARE_BYTES, ImportOptions, files_written_before, write_tensors
-from megatron_cpt.convert.job import Advance, JobFolder, no_progress, refuse_existing
-from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec, plan_files
+from megatron_cpt.convert.importer import ImportOptions, work_folder, write_checkpoint
+from megatron_cpt.convert.job import Advance, no_progress, refuse_existing
+from megatron_cpt.convert.megatron.torch_dist_plan import Target, TensorSpec
+from megatron_cpt.convert.megatron.torch_dist_writer import WrittenFile
 from megatron_cpt.convert.source import SourceCheckpoint
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.identity import must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.transform.average.average_inputs import AverageInput, describe_differences, open_inputs
 from megatron_cpt.transform.average.average_weights import decay_weights, given_weights, uniform_weights
@@ -117,44 +117,39 @@ def average_checkpoints(
     """
     output, options = Path(output), options or AverageOptions()
     refuse_existing(output)
-    work_path = output.with_name(f".{output.name}.tmp")
-    with os_errors_as_cpt_errors(work_path):
+    with os_errors_as_cpt_errors(work_folder(output)):
         inputs = open_inputs([Path(path) for path in paths], output, named_model=options.model, verify=options.verify)
         started = time.perf_counter()
         weights = _choose_weights(inputs, options)
         source = averaged_source(inputs, weights, find_dtype(options.dtype))
         provenance = _provenance(inputs, weights, options)
-        num_bytes = sum(spec.num_bytes for spec in source.specs.values())
-        plans = plan_files(source.specs, source.model.layers, options.target)
-        with JobFolder(work_path, output, _job(source, weights, options), needed_bytes=num_bytes + SPARE_BYTES) as work:
-            written = files_written_before(work)
-            num_kept = len(written)
-            workers = options.workers or min(os.cpu_count() or 1, _MAX_WORKERS)
-            with must_not_change(source.identities):
-                writing = ImportOptions(target=options.target, workers=workers, allow_nan=True)
-                write_tensors(source, source.specs, plans, writing, work, written, advance)
-                state = {key: inputs[0].state.get(key) for key in ("tokenizer_fingerprint", "eod_id")}
-                write_records(
-                    work.path,
-                    output.name,
-                    source,
-                    source.specs,
-                    written,
-                    state=state,
-                    run=inputs[0].kept_settings(),
-                    provenance=provenance,
-                )
-            work.publish()
+
+        def write_files(folder: Path, written: Mapping[str, WrittenFile]) -> None:
+            write_records(
+                folder,
+                output.name,
+                source,
+                source.specs,
+                written,
+                state={key: inputs[0].state.get(key) for key in ("tokenizer_fingerprint", "eod_id")},
+                run=inputs[0].kept_settings(),
+                provenance=provenance,
+            )
+
+        workers = options.workers or min(os.cpu_count() or 1, _MAX_WORKERS)
+        writing = ImportOptions(target=options.target, workers=workers, allow_nan=True)
+        job = _job(source, weights, options)
+        sizes = write_checkpoint(source, source.specs, output, job, writing, write_files, advance)
     return AverageReport(
         inputs=provenance["inputs"],
         weights=provenance["weights"],
         notes=[*describe_differences(inputs), *_describe_rates(inputs, options)],
         num_tensors=len(source.specs),
         num_parameters=sum(math.prod(spec.shape) for spec in source.specs.values()),
-        num_bytes=num_bytes,
+        num_bytes=sizes.num_bytes,
         input_bytes=sum(spec.num_bytes for each in inputs for spec in each.opened.specs.values()),
-        num_files=len(plans),
-        num_kept=num_kept,
+        num_files=sizes.num_files,
+        num_kept=sizes.num_kept,
         seconds=time.perf_counter() - started,
     )
 

@@ -18,13 +18,13 @@ from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.config import ModelConfig
 from megatron_cpt.convert.checkpoint_files import write_records
 from megatron_cpt.convert.dtypes import find_dtype
-from megatron_cpt.convert.importer import SPARE_BYTES, ImportOptions, files_written_before, write_tensors
-from megatron_cpt.convert.job import Advance, JobFolder, no_progress, refuse_existing
-from megatron_cpt.convert.megatron.torch_dist_plan import Target, plan_files
+from megatron_cpt.convert.importer import ImportOptions, work_folder, write_checkpoint
+from megatron_cpt.convert.job import Advance, no_progress, refuse_existing
+from megatron_cpt.convert.megatron.torch_dist_plan import Target
+from megatron_cpt.convert.megatron.torch_dist_writer import WrittenFile
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import write_atomically
-from megatron_cpt.files.identity import must_not_change
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.transform.grow.grown_source import grown_source
 from megatron_cpt.transform.grow.growth_axes import layer_origins
@@ -118,8 +118,8 @@ def grow_checkpoint(
     if launched_world_size() > 1:
         raise UserError("grow is one process; start it without a launcher")
     refuse_existing(output)
-    work_path = output.with_name(f".{output.name}.tmp")
-    with os_errors_as_cpt_errors(work_path):
+    proof: GrowthProof | None = None
+    with os_errors_as_cpt_errors(work_folder(output)):
         started = time.perf_counter()
         saved = open_checkpoint(source)
         small = open_source_checkpoint(saved.path)
@@ -127,38 +127,34 @@ def grow_checkpoint(
         grown = grown_source(small, target, noise=options.noise, seed=options.seed, dtype=find_dtype(options.dtype))
         if options.should_prove:
             refuse_small_memory(target)
-        num_bytes = sum(spec.num_bytes for spec in grown.specs.values())
-        plans = plan_files(grown.specs, target.layers, options.target)
         job, provenance = _job(small, target, options), _provenance(saved, small.model, target, options)
-        with JobFolder(work_path, output, job, needed_bytes=num_bytes + SPARE_BYTES) as work:
-            written = files_written_before(work)
-            num_kept = len(written)
-            with must_not_change(small.identities):
-                write_tensors(grown, grown.specs, plans, _writing_options(options), work, written, advance)
-                write_records(
-                    work.path,
-                    output.name,
-                    grown,
-                    grown.specs,
-                    written,
-                    state={key: saved.state.get(key) for key in _KEPT_STATE_KEYS},
-                    run={key: saved.run[key] for key in _KEPT_RUN_KEYS if saved.run.get(key) is not None},
-                    provenance=provenance,
-                )
-                proof = None
-                if options.should_prove:
-                    proof = _prove(saved.path, work.path, grown, options)
-                    content = manifest_text(read_manifest(work.path), {**provenance, "proof": proof.to_dict()})
-                    write_atomically(work.path / MANIFEST_FILE, content)
-            work.publish()
+
+        def write_files(folder: Path, written: Mapping[str, WrittenFile]) -> None:
+            nonlocal proof
+            write_records(
+                folder,
+                output.name,
+                grown,
+                grown.specs,
+                written,
+                state={key: saved.state.get(key) for key in _KEPT_STATE_KEYS},
+                run={key: saved.run[key] for key in _KEPT_RUN_KEYS if saved.run.get(key) is not None},
+                provenance=provenance,
+            )
+            if options.should_prove:
+                proof = _prove(saved.path, folder, grown, options)
+                content = manifest_text(read_manifest(folder), {**provenance, "proof": proof.to_dict()})
+                write_atomically(folder / MANIFEST_FILE, content)
+
+        sizes = write_checkpoint(grown, grown.specs, output, job, _writing_options(options), write_files, advance)
     return GrowReport(
         sizes={key: (size_of(small.model, key), size_of(target, key)) for key in SIZES},
         identity_layers=_identity_layers(small.model, target),
         num_tensors=len(grown.specs),
         num_parameters=sum(spec.num_bytes // spec.dtype.itemsize for spec in grown.specs.values()),
-        num_bytes=num_bytes,
-        num_files=len(plans),
-        num_kept=num_kept,
+        num_bytes=sizes.num_bytes,
+        num_files=sizes.num_files,
+        num_kept=sizes.num_kept,
         seconds=time.perf_counter() - started,
         proof=proof,
     )

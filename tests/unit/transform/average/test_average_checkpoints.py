@@ -296,7 +296,7 @@ def _average_until_killed(paths: Sequence[Path], output: Path, moment: str) -> N
     if moment == "before the records":
         module.write_records = die  # type: ignore[assignment]
     if moment == "before the rename":
-        module.JobFolder.publish = die  # type: ignore[method-assign]
+        importer.JobFolder.publish = die  # type: ignore[method-assign]
     average_checkpoints(paths, output, replace(OPTIONS, workers=1))
 
 
