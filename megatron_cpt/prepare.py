@@ -350,7 +350,7 @@ def _cache_cost(config: RunConfig, plan: RunPlan, tokens: Mapping[str, int]) -> 
         header = read_header(Path(teacher.cache))
     except RefusedError:
         record = RecordFormat(DEFAULT_TOP_K, config.model.vocab).num_bytes
-        distilled = sum(count for name, count in tokens.items() if teacher.factor_of(name) > 0)
+        distilled = sum(count for name, count in tokens.items() if teacher.distills(name))
         return CacheCost(record, distilled * record, read * record, exists=False)
     return CacheCost(header.records.num_bytes, header.num_bytes, read * header.records.num_bytes, exists=True)
 

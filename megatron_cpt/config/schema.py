@@ -216,13 +216,13 @@ class TeacherConfig(Section):
         """Return the tensor-parallel ranks and the pipeline stages of a teacher beside a model with this layout."""
         return self.tensor or parallel.tensor, self.pipeline or parallel.pipeline
 
-    def factor_of(self, source: str) -> float:
-        """Return the factor on `weight` of a source."""
-        return self.sources.get(source, 1.0)
+    def distills(self, source: str) -> bool:
+        """Return whether a source is compared with the teacher."""
+        return self.sources.get(source, 1.0) > 0
 
     def weight_of(self, source: str) -> float:
         """Return the share of the divergence in the loss of a source."""
-        return self.weight * self.factor_of(source)
+        return self.weight * self.sources.get(source, 1.0)
 
 
 class WandbConfig(Section):

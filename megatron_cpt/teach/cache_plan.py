@@ -167,7 +167,7 @@ def _sources(options: TeachOptions, run: RunConfig) -> list[str]:
     wanted = set(options.sources)
     if not wanted:
         section = run.teacher
-        wanted = {name for name in run.sources if section is None or section.factor_of(name) > 0}
+        wanted = {name for name in run.sources if section is None or section.distills(name)}
     if moved := [name for name in run.sources if name in wanted and run.sources[name].fim is not None]:
         raise UserError(
             f"sources.{moved[0]}.fim: fill-in-the-middle moves tokens, so records by position do not fit its samples; "

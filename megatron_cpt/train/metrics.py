@@ -44,7 +44,7 @@ def mean_divergences(
         names: the sources.
         teacher: section of run.yaml.
     """
-    counted = [number for number, name in enumerate(names) if teacher.factor_of(name) > 0]
+    counted = [number for number, name in enumerate(names) if teacher.distills(name)]
     mean, by_source = mean_losses(total[counted][:, [2, 1]], [names[number] for number in counted])
     return mean if by_source else None, by_source
 

@@ -61,7 +61,7 @@ def distilled_samples(config: RunConfig) -> float:
     if teacher is None:
         return 0.0
     shares = [
-        sum(weight for name, weight in phase.blend.items() if teacher.factor_of(name) > 0) / sum(phase.blend.values())
+        sum(weight for name, weight in phase.blend.items() if teacher.distills(name)) / sum(phase.blend.values())
         for phase in config.phases
     ]
     return min(1.0, max(shares))

@@ -46,7 +46,7 @@ class Distillation:
         section = config.teacher
         assert section is not None
         self.teacher = teacher
-        self.is_distilled = torch.tensor([section.factor_of(name) > 0 for name in config.sources], device=device)
+        self.is_distilled = torch.tensor([section.distills(name) for name in config.sources], device=device)
         weights = [section.weight_of(name) for name in config.sources]
         self._only_measures = not any(weights)
         self._weights = torch.tensor(weights, dtype=torch.float32, device=device)

@@ -71,7 +71,7 @@ def find_teacher(
         return CachedTeacher.open(
             section.cache,
             streams.values(),
-            [name for name in config.sources if section.factor_of(name) > 0],
+            [name for name in config.sources if section.distills(name)],
             documents=documents,
             vocab_size=config.model.vocab,
             tokenizer=data_tokenizer,
@@ -112,7 +112,7 @@ def open_distillation(
     """
     section = config.teacher
     assert section is not None
-    distilled = frozenset(number for number, name in enumerate(config.sources) if section.factor_of(name) > 0)
+    distilled = frozenset(number for number, name in enumerate(config.sources) if section.distills(name))
     teacher: Teacher
     if isinstance(found, CachedTeacher):
         if ranks.is_main:
