@@ -95,7 +95,8 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, list[f
         }
         seconds: dict[str, dict[str, list[float]]] = {clock: {kind: [] for kind in kinds} for clock in CLOCKS}
         for block in range(options.blocks + 1):
-            for kind, step in kinds.items():
+            order = list(kinds.items())
+            for kind, step in order if block % 2 else reversed(order):  # a trend of the machine cancels out
                 starts = {clock: read() for clock, read in CLOCKS.items()}
                 for _ in range(options.steps):
                     step()

@@ -44,10 +44,12 @@ class DocumentOptions:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher's k most likely next tokens at each position of some samples; zeros for a source without a teacher.
+    """The teacher's k most likely next tokens at each position of some samples.
+
+    A source without a teacher has zeros, and the ids 0 to k - 1.
 
     Attributes:
-        ids: uint16 or uint32 (samples, S, k).
+        ids: uint16 or uint32 (samples, S, k); all k are different.
         log_probs: float16 (samples, S, k).
         log_tail: float16 (samples, S), log of the probability that all other tokens have together.
     """

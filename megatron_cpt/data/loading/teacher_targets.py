@@ -108,6 +108,7 @@ class CachedTeacher:
                 file = self.cache.require(stream.name, stream.datasets[location.file])
                 wanted[file].append((location.token_offset, row))
         records = np.zeros((len(sources), length), self.cache.header.records.dtype)
+        records["ids"] = np.arange(self.cache.header.top_k)  # different ones, as the loss expects of every record
         for file, reads in wanted.items():
             found = self.cache.read(file, [start for start, _ in reads], length)
             for (_, row), own in zip(reads, found, strict=True):

@@ -16,8 +16,9 @@ from megatron_cpt.planning.cost.rank_layout import Layout
 
 PIECE_ELEMENTS = 2**25
 """Largest number of logits that the loss of distillation computes at a time: 128 MiB in fp32."""
+CPU_PIECE_ELEMENTS = 2**22  # larger pieces get fresh memory from the system, at a page fault per 4 KiB
 PIECE_TENSORS = 5  # alive at the same time, fp32: both distributions, their logarithms, and the gradient
-LOSS_BYTES = 160
+LOSS_BYTES = 144
 """Bytes per logit that the kernels of this loss move beyond the kernels of the cross entropy; counted by hand."""
 
 

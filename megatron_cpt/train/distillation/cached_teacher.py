@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from megatron_cpt.train.device_batch import DeviceBatch
 from megatron_cpt.train.distillation.distilled_loss import Targets, VocabularyShard, all_reduced
@@ -34,7 +33,7 @@ class TopKTargets:
     """Distributions of a cached teacher for the tokens of one micro-batch; see the formulas of the module.
 
     Attributes:
-        ids: (tokens, k), in the order of the flattened logits.
+        ids: (tokens, k), in the order of the flattened logits; all k are different.
         log_probs: (tokens, k).
         log_tail: (tokens,).
         shard: columns of the vocabulary on this rank.
@@ -45,30 +44,33 @@ class TopKTargets:
     log_tail: torch.Tensor
     shard: VocabularyShard
 
-    def divergence(self, rows: slice, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the divergence of each token and its gradient in the logits; a collective of the tensor group.
+    def divergence(
+        self, rows: slice, scaled: torch.Tensor, log_sum: torch.Tensor, q: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Compare some tokens with the teacher; see `Targets.divergence`.
 
-        Args:
-            rows: the tokens.
-            log_q: (n, columns) fp32, the student's log-probabilities in this rank's columns; overwritten.
+        The target has the teacher's k probabilities, and the student's tail scaled to p_rest.
         """
+        if not self.shard.columns:  # this rank has only padding
+            scaled = q = q.new_zeros(len(q), 1)
         merged = torch.cat([self.log_probs[rows], self.log_tail[rows, None]], dim=1).float()
         log_p = torch.log_softmax(merged, dim=1)  # exactly a distribution, in spite of the rounding of fp16
         p = log_p.exp()
-        # A token in the columns of another rank reads and writes a column past the last one.
         columns = self.ids[rows].long() - self.shard.first
-        columns = torch.where((columns >= 0) & (columns < self.shard.columns), columns, self.shard.columns)
-        log_q = nn.functional.pad(log_q, (0, 1))
-        own_log_q = log_q.gather(1, columns)
-        q = log_q.exp_().scatter_(1, columns, 0.0)[:, :-1]
+        is_here = (columns >= 0) & (columns < self.shard.columns)
+        columns = torch.where(is_here, columns, 0)
+        own_log_q = torch.where(is_here, scaled.gather(1, columns) - log_sum[:, None], 0.0)
+        own_q = torch.where(is_here, q.gather(1, columns), 0.0)
+        q.scatter_add_(1, columns, -own_q)  # exactly 0 for tokens of the record
         summed = all_reduced(torch.cat([own_log_q, q.sum(dim=1, keepdim=True)], dim=1))
         log_q_top, q_rest = summed[:, :-1], summed[:, -1].clamp_min(_SMALLEST)
         log_ratio = log_p - torch.cat([log_q_top, q_rest.log()[:, None]], dim=1)
         # Both distributions sum to 1, so q - p adds 0; it cancels rounding errors, see `OnlineTargets`.
         difference = torch.cat([log_q_top.exp(), q_rest[:, None]], dim=1) - p
         divergence = (p * log_ratio + difference).sum(dim=1)
-        gradient = log_q.mul_((1.0 - p[:, -1] / q_rest)[:, None]).scatter_(1, columns, difference[:, :-1])
-        return divergence, gradient[:, :-1]
+        q.mul_((1.0 - weights * p[:, -1] / q_rest)[:, None])
+        q.scatter_add_(1, columns, torch.where(is_here, own_q - weights[:, None] * p[:, :-1], 0.0))
+        return divergence
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 
 from megatron_cpt.checkpoint.state.state_dicts import unwrap
 from megatron_cpt.config import RunConfig
+from megatron_cpt.planning.cost.teacher_cost import CPU_PIECE_ELEMENTS, PIECE_ELEMENTS
 from megatron_cpt.train.device_batch import DeviceBatch
 from megatron_cpt.train.distillation.distilled_loss import (
     LossOptions,
@@ -51,7 +52,10 @@ class Distillation:
         self._only_measures = not any(weights)
         self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
         self._options = LossOptions(
-            VocabularyShard.of(config.model), section.temperature, config.model.padding_in_softmax
+            VocabularyShard.of(config.model),
+            section.temperature,
+            config.model.padding_in_softmax,
+            CPU_PIECE_ELEMENTS if device.type == "cpu" else PIECE_ELEMENTS,
         )
         self._step: Iterator[Targets | None] | None = None
         self._targets: Targets | None = None

@@ -24,7 +24,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_cpt.config import ModelConfig
-from megatron_cpt.planning.cost.teacher_cost import PIECE_ELEMENTS
 from megatron_cpt.train.device_batch import DeviceBatch
 
 
@@ -53,17 +52,22 @@ class VocabularyShard:
 class Targets(Protocol):
     """Distributions of the teacher over the next token, for all tokens of one micro-batch."""
 
-    def divergence(self, rows: slice, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def divergence(
+        self, rows: slice, scaled: torch.Tensor, log_sum: torch.Tensor, q: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """Compare some tokens with the teacher; a collective call of the tensor-parallel group.
 
         Args:
-            rows: tokens in the order of the logits [s, b]: token = position x b + sample.
-            log_q: (n, columns) fp32, log-probabilities of the student at the temperature in the columns of this rank;
-                may be overwritten.
+            rows: n tokens in the order of the logits [s, b]: token = position x b + sample.
+            scaled: (n, columns) fp32, logits of the student over the temperature in the columns of this rank, each row
+                up to a constant; may be overwritten.
+            log_sum: (n,) logarithm of the sum of their exponentials over the whole vocabulary.
+            q: (n, columns) fp32, the student's probabilities exp(scaled - log_sum); they become q - weights * target.
+                The target is the teacher's distribution, so q - target is the gradient of the divergence in `scaled`.
+            weights: (n,) fp32.
 
         Returns:
-            (n,) fp32 KL(teacher || student) over the whole vocabulary, and (n, columns) fp32, its gradient in the
-            logits divided by the temperature.
+            (n,) fp32 KL(teacher || student) over the whole vocabulary.
         """
 
 
@@ -95,9 +99,9 @@ class LossOptions:
     """
 
     shard: VocabularyShard
-    temperature: float = 1.0
-    padding_in_softmax: bool = False
-    piece_elements: int = PIECE_ELEMENTS
+    temperature: float
+    padding_in_softmax: bool
+    piece_elements: int
 
 
 @dataclass(frozen=True)
@@ -181,9 +185,9 @@ def _losses(
     size = max(1, options.piece_elements // logits.shape[1])
     for first in range(0, len(logits), size):
         rows = slice(first, min(first + size, len(logits)))
-        piece = logits[rows].to(torch.float32, copy=True)
+        piece = logits[rows].to(torch.float32, copy=not overwrite)
         cross_entropy[rows], divergence[rows] = _piece(piece, labels[rows], weights[rows], rows, targets, options)
-        if overwrite:
+        if overwrite and piece.dtype != logits.dtype:
             logits[rows] = piece
     return cross_entropy, divergence
 
@@ -198,23 +202,30 @@ def _piece(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cross entropy and divergence (n,) of some tokens; their logits, in fp32, become the gradient."""
     shard, temperature = options.shard, options.temperature
-    logits -= all_reduced(row_maximum(logits), dist.ReduceOp.MAX)[:, None]
+    shifted = logits - all_reduced(row_maximum(logits), dist.ReduceOp.MAX)[:, None]
     column = labels - shard.first
     is_here = (column >= 0) & (column < shard.columns)
     column = torch.where(is_here, column, 0)[:, None]
-    predicted = torch.where(is_here, logits.gather(1, column)[:, 0], 0.0)
-    scaled = logits[:, : shard.columns] / temperature
-    softmax = logits.exp_()
+    predicted = torch.where(is_here, shifted.gather(1, column)[:, 0], 0.0)
+    softmax = torch.exp(shifted, out=logits)
     predicted, exp_sum = all_reduced(torch.stack([predicted, softmax.sum(dim=-1)]))
     log_sum = exp_sum.log()
     cross_entropy = log_sum - predicted
-    if temperature != 1.0 or options.padding_in_softmax:
-        log_sum = all_reduced(scaled.exp().sum(dim=-1)).log()
-    divergence, by_scaled = targets.divergence(rows, scaled.sub_(log_sum[:, None]))
     softmax.div_(exp_sum[:, None])
+    label_weights = 1.0 - weights
+    scaled, q = shifted[:, : shard.columns], softmax[:, : shard.columns]
+    if temperature == 1.0 and not options.padding_in_softmax:  # one softmax serves both losses
+        divergence = targets.divergence(rows, scaled, log_sum, q, weights)
+        softmax.scatter_add_(1, column, -(label_weights * is_here)[:, None])
+        return cross_entropy, divergence
+    scaled = scaled / temperature
+    exps = scaled.exp()
+    exp_sum = all_reduced(exps.sum(dim=-1))
+    by_scaled = exps.div_(exp_sum[:, None])
+    divergence = targets.divergence(rows, scaled, exp_sum.log(), by_scaled, torch.ones_like(weights))
     softmax.scatter_add_(1, column, -is_here.float()[:, None])
-    softmax.mul_((1.0 - weights)[:, None])
-    softmax[:, : shard.columns].addcmul_(by_scaled, (weights * temperature)[:, None])
+    softmax.mul_(label_weights[:, None])
+    q.addcmul_(by_scaled, (weights * temperature)[:, None])
     return cross_entropy, divergence
 
 

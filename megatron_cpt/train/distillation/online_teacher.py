@@ -42,19 +42,22 @@ class OnlineTargets:
     weight: torch.Tensor
     temperature: float
 
-    def divergence(self, rows: slice, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def divergence(
+        self, rows: slice, scaled: torch.Tensor, log_sum: torch.Tensor, q: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """Compare some tokens with the teacher; see `Targets.divergence`."""
         log_p = nn.functional.linear(self.states[rows], self.weight).float()
         log_p -= all_reduced(row_maximum(log_p), dist.ReduceOp.MAX)[:, None]
         log_p /= self.temperature
         log_p -= all_reduced(log_p.exp().sum(dim=-1)).log_()[:, None]
         p = log_p.exp()
+        log_q = scaled.sub_(log_sum[:, None])
         log_ratio = log_p.sub_(log_q)
-        gradient = log_q.exp_().sub_(p)
-        # Both distributions sum to 1, so q - p adds 0. It cancels the rounding errors of the two normalizations, which
-        # are as large as a small divergence.
-        divergence = all_reduced((p.mul_(log_ratio)).add_(gradient).sum(dim=-1))
-        return divergence, gradient
+        # Both distributions sum to 1, so exp(log q) - p adds 0. It cancels the rounding errors of the two
+        # normalizations, which are as large as a small divergence; `q` has rounding errors of its own.
+        divergence = all_reduced(log_ratio.mul_(p).add_(log_q.exp_()).sub_(p).sum(dim=-1))
+        q.addcmul_(p, weights[:, None], value=-1.0)
+        return divergence
 
 
 class OnlineTeacher:
