@@ -7,15 +7,17 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_cpt.data.loading.batch import Batch, DocumentOptions, make_batch
 from megatron_cpt.data.loading.samples import read_document_ends, read_samples
 from megatron_cpt.data.loading.stream import TokenStream
-from megatron_cpt.data.loading.teacher_targets import CachedTeacher
 from megatron_cpt.sampling.blend import BlendCursor
+
+if TYPE_CHECKING:
+    from megatron_cpt.data.loading.teacher_targets import CachedTeacher  # its imports cost a start 10 ms
 
 _POLL_SECONDS = 0.1  # a worker that waits for a full queue checks this often whether it should stop
 
