@@ -47,7 +47,7 @@ def read_samples(
     width = (seq_length or streams[0].seq_length) + 1
     samples = np.empty((len(wanted), width), np.result_type(*(stream.dtype for stream in streams)))
     for dataset, reads in reads_by_file.items():
-        dataset.will_read([start for start, _ in reads], width)
+        dataset.will_read([start for start, _ in reads], [width] * len(reads))
     for dataset, reads in reads_by_file.items():
         starts, rows = [start for start, _ in reads], [row for _, row in reads]
         if dataset.dtype == samples.dtype:

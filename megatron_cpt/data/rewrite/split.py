@@ -24,6 +24,7 @@ from megatron_cpt.data.tokenfile.fingerprint import fingerprint
 from megatron_cpt.data.tokenfile.reader import join_tokenizers, open_with_one_dtype
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_free
 from megatron_cpt.errors import UserError
+from megatron_cpt.files.atomic import publish_or_remove
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def split_datasets(
                     progress(block.tokens.nbytes)
         for dataset in datasets:  # everything is read, and nothing is published
             dataset.check_unchanged()
+        # together: after a failure neither exists, and the next call is not refused because of the other one
+        publish_or_remove([rename for writer in writers for rename in writer.finish()])
     return SplitReport(*totals.ravel().tolist())
 
 

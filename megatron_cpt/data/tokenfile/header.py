@@ -153,7 +153,11 @@ def refuse(path: str, problem: str) -> RefusedError:
 
 
 def _read_preamble(prefix: str, idx: RangeFile, tokens: RangeFile) -> IndexHeader:
-    idx_path, idx_bytes, bin_bytes = f"{prefix}.idx", idx.size, tokens.size
+    idx_path, identities = f"{prefix}.idx", (tokens.identity(), idx.identity())
+    bin_bytes, idx_bytes = (
+        file.size if identity is None else identity.num_bytes
+        for file, identity in zip((tokens, idx), identities, strict=True)
+    )
     preamble = idx.read(0, PREAMBLE.size)
     if len(preamble) < PREAMBLE.size:
         raise refuse(idx_path, f"has {len(preamble)} bytes, fewer than the {PREAMBLE.size} of a header")
@@ -179,7 +183,7 @@ def _read_preamble(prefix: str, idx: RangeFile, tokens: RangeFile) -> IndexHeade
         num_tokens=bin_bytes // dtype.itemsize,
         # 4 bytes for the size of a sequence, 8 for its offset, 1 for its mode
         has_modes=num_sequences > 0 and idx_bytes == PREAMBLE.size + (4 + 8 + 1) * num_sequences + 8 * num_boundaries,
-        identities=(tokens.identity(), idx.identity()),
+        identities=identities,
     )
     with_modes = header.modes_offset + num_sequences
     if idx_bytes not in (header.modes_offset, with_modes):
@@ -193,23 +197,24 @@ def _read_preamble(prefix: str, idx: RangeFile, tokens: RangeFile) -> IndexHeade
 
 def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: str) -> None:
     """Check that the first and last table entries are consistent and end exactly at the end of the `.bin`."""
+    count, sizes_offset, pointers_offset = header.num_sequences, header.sizes_offset, header.pointers_offset
     (last_boundary,) = struct.unpack("<q", idx.read(header.modes_offset - 8, 8))
-    if last_boundary != header.num_sequences:
-        raise refuse(idx_path, f"ends its last document at sequence {last_boundary} of {header.num_sequences}")
-    last, end = header.num_sequences - 1, 0
-    # a wrong token type makes every pointer wrong, so the first and last few entries reveal it
-    for sequence in sorted({0, max(0, last - 1), last}) if header.num_sequences else []:
-        (size,) = struct.unpack("<i", idx.read(header.sizes_offset + 4 * sequence, 4))
-        num_pointers = 2 if sequence < last else 1
-        pointers = idx.read(header.pointers_offset + 8 * sequence, 8 * num_pointers)
-        start, *after = struct.unpack(f"<{num_pointers}q", pointers)
-        end = start + size * header.dtype.itemsize
-        if size < 0 or start < 0 or (sequence == 0 and start) or after not in ([], [end]):
-            raise refuse(
-                idx_path,
-                f"gives sequence {sequence} {size} {header.dtype.name} tokens from byte {start}"
-                + (f", and starts the next one at byte {after[0]}" if after else ""),
-            )
+    if last_boundary != count:
+        raise refuse(idx_path, f"ends its last document at sequence {last_boundary} of {count}")
+    end, number = 0, min(2, count)
+    # a wrong token type makes every pointer wrong, so the first and last two entries reveal it
+    for first in sorted({0, count - number}) if count else []:
+        sizes = struct.unpack(f"<{number}i", idx.read(sizes_offset + 4 * first, 4 * number))
+        starts = struct.unpack(f"<{number}q", idx.read(pointers_offset + 8 * first, 8 * number))
+        for place, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+            sequence, after = first + place, starts[place + 1 :]
+            end = start + size * header.dtype.itemsize
+            if size < 0 or start < 0 or (sequence == 0 and start) or after not in ((), (end,)):
+                raise refuse(
+                    idx_path,
+                    f"gives sequence {sequence} {size} {header.dtype.name} tokens from byte {start}"
+                    + (f", and starts the next one at byte {after[0]}" if after else ""),
+                )
     bin_bytes = header.num_tokens * header.dtype.itemsize
     if end != bin_bytes:
         raise refuse(

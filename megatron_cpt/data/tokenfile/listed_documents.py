@@ -172,10 +172,10 @@ class ListedDocuments(IndexedDataset):
         for part, (part_starts, part_rows) in reads.items():
             part.read_rows(part_starts, part_rows)
 
-    def will_read(self, starts: Sequence[int], counts: int | Sequence[int]) -> None:
+    def will_read(self, starts: Sequence[int], counts: Sequence[int]) -> None:
         """See `IndexedDataset.will_read`."""
         reads: dict[IndexedDataset, tuple[list[int], list[int]]] = {}
-        for start, count in zip(starts, np.broadcast_to(counts, len(starts)).tolist(), strict=True):
+        for start, count in zip(starts, counts, strict=True):
             for part, offset, size in self.file_ranges(start, count):
                 part_starts, part_counts = reads.setdefault(part, ([], []))
                 part_starts.append(offset)

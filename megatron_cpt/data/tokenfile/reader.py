@@ -139,15 +139,11 @@ class IndexedDataset:
         """Yield where tokens [start, start + count) are: one range of a pair, many of a document list."""
         yield FileRange(self, start, count)
 
-    def will_read(self, starts: Sequence[int], counts: int | Sequence[int]) -> None:
-        """Announce that tokens from each start will be read soon; the disk can then fetch them in parallel.
-
-        Args:
-            counts: tokens per start, or one number for all.
-        """
+    def will_read(self, starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Announce that `counts` tokens from each start will be read soon; the disk can fetch them in parallel."""
         itemsize = self.dtype.itemsize
         with self._open_tokens() as file:
-            for start, count in zip(starts, np.broadcast_to(counts, len(starts)).tolist(), strict=True):
+            for start, count in zip(starts, counts, strict=True):
                 file.will_read(start * itemsize, count * itemsize)
 
     def document(self, index: int) -> npt.NDArray[Any]:

@@ -69,6 +69,7 @@ class IndexedDatasetWriter:
         self._temporary = {end: f"{self.prefix}.{end}.tmp-{os.getpid()}" for end in ("bin", "json", "idx")}
         self._sizes = array("i")  # tokens per document; an array takes 4 bytes per entry
         self._bin: IO[bytes] | None = None
+        self._is_finished = False
         self.num_documents = 0
         self.num_tokens = 0
 
@@ -85,11 +86,8 @@ class IndexedDatasetWriter:
     def __exit__(self, *error: object) -> None:
         assert self._bin is not None
         try:
-            if error[0] is None:
-                close_durably(self._bin)
-                self._write_index()
-                self._write_sidecar()
-                renames = [(path, f"{self.prefix}.{end}") for end, path in self._temporary.items()]
+            if error[0] is None and not self._is_finished:
+                renames = self.finish()
                 self._before_publish(renames)
                 publish_or_remove(renames)
         finally:  # after a success the temporary files no longer exist
@@ -97,6 +95,18 @@ class IndexedDatasetWriter:
                 Path(path).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # on a full disk, closing writes the buffer and fails once more
                 self._bin.close()
+
+    def finish(self) -> list[Rename]:
+        """Complete the files, and return the renames that publish them; the caller makes them inside the block.
+
+        For several pairs that are published together. Without this call the end of the block publishes.
+        """
+        assert self._bin is not None, "the writer is used inside its `with` block"
+        close_durably(self._bin)
+        self._write_index()
+        self._write_sidecar()
+        self._is_finished = True
+        return [(path, f"{self.prefix}.{end}") for end, path in self._temporary.items()]
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Append a document; it may be empty."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
 from megatron_cpt.data.rewrite.split import split_datasets
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import UserError
+from tests.helpers.faults import FailingDisk
 
 RNG = np.random.default_rng(7)
 CORPUS = [tuple(RNG.integers(0, 1000, RNG.integers(1, 30)).tolist()) for _ in range(2000)]
@@ -108,3 +113,25 @@ def test_outputs_that_cannot_be(make_dataset, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         split_datasets([web.prefix], x, y, fraction=0.5)
     assert not list(tmp_path.glob("x*"))
+
+
+def test_a_failing_disk_leaves_neither_side_so_the_next_call_succeeds(make_dataset, tmp_path):
+    """Before, one side stayed, and the next call was refused because it existed."""
+    web, folder = make_dataset("web", CORPUS[:50]), tmp_path / "out"
+    expected = split([web.prefix], folder)
+    complete = {path.name for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    disk = FailingDisk(folder)
+    with disk.fails_at(None):
+        split([web.prefix], folder)
+    num_failed = 0
+    for at in range(disk.changes):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        with suppress(OSError), disk.fails_at(at, errno.ENOSPC):
+            split([web.prefix], folder)
+        if {path.name for path in folder.iterdir()} != complete:  # else the fault came after both had their names
+            assert list(folder.iterdir()) == []
+            assert split([web.prefix], folder) == expected
+            num_failed += 1
+    assert num_failed > 10

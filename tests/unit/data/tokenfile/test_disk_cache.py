@@ -76,7 +76,7 @@ def test_what_is_announced_is_fetched_ahead_with_one_request_a_sample(prefix, tm
     dataset = cached(prefix, tmp_path / "cache")
     places = [i * 3 * BLOCK_BYTES // 4 for i in range(8)]
     for start in places:
-        dataset.will_read([start, start], 4097)
+        dataset.will_read([start, start], [4097, 4097])
     for start in places:
         assert np.array_equal(dataset.read(start, 4097), IndexedDataset(prefix).read(start, 4097))
     assert sorted(origin.requests) == [(start * 4, 2 * BLOCK_BYTES) for start in places]
