@@ -201,7 +201,7 @@ class TeacherConfig(Section):
     """Folder written by `megatron-cpt teach`, instead of `from`: the teacher's most likely tokens."""
     weight: float = Field(0.5, ge=0, le=1)
     """Share of the divergence in the loss; the cross entropy has the rest. 0 only measures the divergence."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01, le=100)
     """Divisor of both models' logits in the divergence, which is multiplied by its square (Hinton et al. 2015)."""
     sources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Factor on `weight` per source; 0 does not distill the source, a source not named has 1."""

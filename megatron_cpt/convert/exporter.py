@@ -28,10 +28,11 @@ from megatron_cpt.convert.mapping.resolve import resolve
 from megatron_cpt.convert.mapping.rules import TensorRule
 from megatron_cpt.convert.model_card import write_model_card
 from megatron_cpt.convert.side_files import find_side_files
-from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
+from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint, resolve_source
 from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.identity import identify, must_not_change
+from megatron_cpt.files.output_path import refuse_output_inside
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import copy_file, write_content
 
@@ -120,7 +121,8 @@ def export_checkpoint(
         advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: the source does not exist or has no moving average, the target does, or the disk is too small.
+        UserError: the source does not exist or has no moving average, the target exists or is inside it, or the
+            disk is too small.
         RefusedError: the source is corrupt or changes while it is read, or no family can express its model.
         CptError: the operating system failed, for example with a full disk.
     """
@@ -128,6 +130,7 @@ def export_checkpoint(
     refuse_existing(target)
     with os_errors_as_cpt_errors(work_folder(target)):
         started = time.perf_counter()
+        refuse_output_inside(target, resolve_source(source))
         checkpoint = open_checkpoint(source, model=options.model, verify=options.verify, weights=options.weights)
         side = find_side_files(Path(options.files)) if options.files is not None else dict(checkpoint.side_files)
         identities = identify(side.values())

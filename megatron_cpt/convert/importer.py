@@ -24,11 +24,12 @@ from megatron_cpt.convert.megatron.torch_dist_writer import (
     write_extra_states,
     write_file,
 )
-from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
+from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint, resolve_source
 from megatron_cpt.convert.vocabulary import VocabularyReport, count_ids_without_row, extend_vocabulary
 from megatron_cpt.convert.vocabulary_loss import VocabularyLoss, encode_text, measure_loss
 from megatron_cpt.errors import UserError
 from megatron_cpt.files.identity import must_not_change
+from megatron_cpt.files.output_path import refuse_output_inside
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 
 _EXTRA_STATE_FILE = "__extra_0.distcp"
@@ -116,7 +117,7 @@ def import_checkpoint(
         advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: the source does not exist, the target does, or the disk is too small.
+        UserError: the source does not exist, the target exists or is inside it, or the disk is too small.
         RefusedError: the source is corrupt or unsafe, changes while it is read, or is a model that cannot be trained
             here.
         CptError: the operating system failed, for example with a full disk.
@@ -128,6 +129,7 @@ def import_checkpoint(
         raise UserError("--loss-on: compares the loss before and after new tokens; give them with --add-tokens")
     refuse_existing(target)
     with os_errors_as_cpt_errors(work_folder(target)), tempfile.TemporaryDirectory() as scratch:
+        refuse_output_inside(target, resolve_source(source))
         opened = open_source_checkpoint(
             source,
             named_model=options.model,

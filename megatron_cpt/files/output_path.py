@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_cpt.errors import UserError
 from megatron_cpt.files.whole_io import exists, is_folder
 
 _ROOM = 128  # bytes that names inside a folder may add to its path
@@ -34,6 +35,12 @@ def output_problem(path: str | Path, *, ending: str = "") -> str | None:
         reason = "is on a read-only file system" if is_read_only else "is not writable for this user"
         return f"{folder} {reason}; choose another place, or change it"
     return None
+
+
+def refuse_output_inside(output: Path, folder: Path) -> None:
+    """Raise `UserError` if an output is inside an input: deleting that checkpoint would delete the output with it."""
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{output}: is inside {folder}, which is an input; choose another output")
 
 
 def _limit(folder: Path, name: str, default: int) -> int:

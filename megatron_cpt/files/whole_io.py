@@ -102,6 +102,11 @@ class DiskFile(io.FileIO):
         """Write all bytes at `offset`."""
         self._write_all(lambda view, done: os.pwrite(self.fileno(), view, offset + done), data)
 
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size in bytes, by default to the current position, and return it."""
+        with name_file_in_errors(self._path):
+            return super().truncate(size)
+
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         with name_file_in_errors(self._path):

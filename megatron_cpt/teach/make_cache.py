@@ -16,16 +16,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cpt.backend import own_process
+from megatron_cpt.backend import launched_rank, own_process
 from megatron_cpt.backend.collectives import is_true_on_any, on_all, on_main
 from megatron_cpt.backend.distributed import job_group
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
 from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, CacheHeader, read_header
+from megatron_cpt.data.teacher_cache.read_cache import TeacherCache
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.evaluate.evaluate_checkpoint import weights_digest
 from megatron_cpt.files.atomic import write_atomically
-from megatron_cpt.files.output_path import output_problem
+from megatron_cpt.files.output_path import output_problem, refuse_output_inside
 from megatron_cpt.files.resumable import ResumableFolder
 from megatron_cpt.prepare import PreparedRun
 from megatron_cpt.teach.cache_plan import CachePlan, TeachOptions, check_space, plan_cache
@@ -130,6 +131,7 @@ def make_cache(
     with own_process() as stop, job_group(timeout=_COLLECTIVE_TIMEOUT):
         saved = open_checkpoint(checkpoint)
         plan = _plan(saved, prepared, options)
+        refuse_output_inside(output, saved.path)
         if on_main(lambda: _is_finished(output, plan.header)):
             return TeachReport(plan.header, 0, time.perf_counter() - started, is_finished=True)
         with contextlib.ExitStack() as stack:
@@ -140,9 +142,15 @@ def make_cache(
                 should_restart=options.restart,
             )
             is_new = on_main(lambda: _open_folder(stack, folder, plan, output, notify))
-            with load_inference_model(saved, plan.teacher) as loaded:
-                job = _Job(plan, loaded, folder.path, advance)
-                written = job.run(stop, is_new=is_new)
+            job = None
+            try:
+                with load_inference_model(saved, plan.teacher) as loaded:
+                    job = _Job(plan, loaded, folder.path, advance)
+                    written = job.run(stop, is_new=is_new)
+            except (UserError, RefusedError):
+                if is_new and (job is None or job.new_records == 0) and launched_rank() == 0:
+                    folder.remove()  # it would stand in the way of another teacher
+                raise
             if written is not None:
                 on_main(lambda: _publish(folder, plan.header, output))
         return TeachReport(plan.header, job.new_records, time.perf_counter() - started, written is not None)
@@ -153,9 +161,12 @@ def _is_finished(output: Path, header: CacheHeader) -> bool:
 
     Raises:
         UserError: it is something else, or nothing can be written there.
+        RefusedError: it is this cache, and damaged.
     """
     if problem := output_problem(output, ending=".partial"):
         raise UserError(f"--output {output}: {problem}")
+    if output.is_symlink() and not (output / HEADER_FILE).is_file():
+        raise UserError(f"--output {output}: is a link, which the finished cache cannot replace; name another output")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     try:
@@ -165,6 +176,7 @@ def _is_finished(output: Path, header: CacheHeader) -> bool:
     if found.settings() == header.settings() and [file.fingerprint for file in found.files] == [
         file.fingerprint for file in header.files
     ]:
+        TeacherCache(output)  # refuses a cache whose files are missing or were cut
         return True
     raise UserError(
         f"--output {output}: is a cache of another teacher, other files or other options; choose another output, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,4 +148,28 @@ def test_plan_writes_nothing(
     words = ["teach", str(teacher), "--run", str(taught_run), "--output", str(tmp_path / "cache"), "--plan"]
     assert main(words) == 0
     assert "1.28K tokens of 2 files x 262 bytes (top 64 of 257) = 335 KB" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_cannot_become_the_cache(
+    taught_run: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    run_ranks(1, teach, str(taught_run), str(teacher), str(whole), [])
+    os.truncate(whole / file_name(1), 1000)
+    with pytest.raises(AssertionError, match="it was cut or replaced"):
+        run_ranks(1, teach, str(taught_run), str(teacher), str(whole), [])
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    with pytest.raises(AssertionError, match="is a link, which the finished cache cannot replace"):
+        run_ranks(1, teach, str(taught_run), str(teacher), str(link), [])
+    (checkpoint,) = (teacher / "checkpoints").glob("step-*")
+    with pytest.raises(AssertionError, match="is an input; choose another output"):
+        run_ranks(1, teach, str(taught_run), str(teacher), str(checkpoint / "cache"), [])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_refused_teacher_leaves_nothing(taught_run: Path, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="does not fit this model"):
+        run_ranks(1, teach, str(taught_run), str(teacher), str(tmp_path / "cache"), ["model.layers=8"])
     assert not list(tmp_path.iterdir())

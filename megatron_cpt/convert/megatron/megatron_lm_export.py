@@ -35,6 +35,7 @@ from megatron_cpt.convert.megatron.torch_dist_reader import TorchDistWeights
 from megatron_cpt.convert.megatron.torch_dist_writer import extra_state_keys, write_common, write_extra_states
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.identity import check_unchanged, identify
+from megatron_cpt.files.output_path import refuse_output_inside
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.files.whole_io import copy_file, write_content
 
@@ -82,7 +83,7 @@ def export_megatron_lm(
         advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: the source does not exist, the target does, or the disk is too small.
+        UserError: the source does not exist, the target exists or is inside it, or the disk is too small.
         RefusedError: the source is corrupt or no checkpoint of ours, or Megatron-LM's arguments cannot describe its
             model.
     """
@@ -91,6 +92,7 @@ def export_megatron_lm(
         raise UserError(f"{source}: no such checkpoint or run directory")
     refuse_existing(target)
     path, started = resolve_checkpoint(source), time.perf_counter()
+    refuse_output_inside(target, path)
     saved = read_saved_run(path)
     if faults := find_faults(path, verify, with_shards=False, manifest=saved.manifest):
         raise CorruptCheckpointError(path, faults)

@@ -18,6 +18,7 @@ from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.data.tokenizers.tokenizer import read_fingerprint
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.checksum import ALGORITHM, Checksum, file_checksum
+from megatron_cpt.files.output_path import refuse_output_inside
 
 # Fields of the model section that training uses and the weights' meaning does not depend on.
 _TRAINING_FIELDS = ("attention_dropout", "hidden_dropout")
@@ -112,8 +113,7 @@ def open_inputs(
     for number, folder in enumerate(real):
         if folder in real[:number]:
             raise UserError(f"{folders[number]}: named twice; name it once and give it a larger weight: --weights")
-        if output.resolve().is_relative_to(folder):
-            raise UserError(f"{output}: is inside {folders[number]}, which is an input; choose another output")
+        refuse_output_inside(output, folders[number])
     inputs = [_open(folder, named_model, verify) for folder in folders]
     for other in inputs[1:]:
         _refuse_other_model(inputs[0], other)

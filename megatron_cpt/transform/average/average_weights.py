@@ -31,6 +31,7 @@ DECAYS: Mapping[str, Callable[[float], float]] = {
 }
 """Factor of the learning rate at position t of a decay, from 1 at t = 0 to 0 at t = 1."""
 
+_SMALLEST = float(np.finfo(np.float32).tiny)
 _SUM_TOLERANCE = 1e-5  # weights may be typed with six digits
 
 
@@ -47,9 +48,10 @@ def given_weights(weights: Sequence[float], count: int) -> list[float]:
     """
     if len(weights) != count:
         raise UserError(f"--weights: {len(weights)} for {count} checkpoints; give one per checkpoint, in their order")
-    if wrong := [f"{weight:g}" for weight in weights if not 0 < weight < math.inf]:
+    if wrong := [f"{weight:g}" for weight in weights if not _SMALLEST <= weight < math.inf]:
         raise UserError(
-            f"--weights: {', '.join(wrong)}: not above 0; omit checkpoints that should have no part in the average"
+            f"--weights: {', '.join(wrong)}: not above 0 in fp32; omit checkpoints that should have no part in the "
+            "average"
         )
     total = math.fsum(weights)
     if abs(total - 1) > _SUM_TOLERANCE:

@@ -25,6 +25,7 @@ from megatron_cpt.convert.megatron.torch_dist_writer import WrittenFile
 from megatron_cpt.convert.source import SourceCheckpoint, open_source_checkpoint
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.output_path import refuse_output_inside
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from megatron_cpt.transform.grow.grown_source import grown_source
 from megatron_cpt.transform.grow.growth_axes import layer_origins
@@ -109,8 +110,8 @@ def grow_checkpoint(
         advance: progress callback, see `Advance`.
 
     Raises:
-        UserError: a file or a value is wrong, the output exists, the disk or the memory is too small, or the shape
-            cannot be reached without changing the function.
+        UserError: a file or a value is wrong, the output exists or is inside the source, the disk or the memory is
+            too small, or the shape cannot be reached without changing the function.
         RefusedError: the source is corrupt or changes while it is read, or the proof fails.
         CptError: the operating system failed, for example with a full disk.
     """
@@ -122,6 +123,7 @@ def grow_checkpoint(
     with os_errors_as_cpt_errors(work_folder(output)):
         started = time.perf_counter()
         saved = open_checkpoint(source)
+        refuse_output_inside(output, saved.path)
         small = open_source_checkpoint(saved.path)
         target = read_target(Path(model_file), small.model)
         grown = grown_source(small, target, noise=options.noise, seed=options.seed, dtype=find_dtype(options.dtype))

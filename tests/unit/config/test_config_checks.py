@@ -46,7 +46,8 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
         (["teacher={from: init}"], "teacher.from: init: init.from names no checkpoint"),
         (["teacher={from: a, weight: 1.5}"], "teacher.weight: 1.5: should be less than or equal to 1"),
         (["teacher={from: a, weight: -1}"], "teacher.weight: -1: should be greater than or equal to 0"),
-        (["teacher={from: a, temperature: 0}"], "teacher.temperature: 0: should be greater than 0"),
+        (["teacher={from: a, temperature: 0}"], "teacher.temperature: 0: should be greater than or equal to 0.01"),
+        (["teacher={from: a, temperature: 1e300}"], "teacher.temperature: 1e+300: should be less than or equal to 100"),
         (
             ["teacher={cache: a, temperature: 2}"],
             "teacher.temperature: 2: a cache holds probabilities at temperature 1",

@@ -220,6 +220,9 @@ def test_existing_targets_and_full_disks_are_refused(
         import_checkpoint(folders["llama"], tmp_path / "c")
     with pytest.raises(UserError, match="no such folder"):
         import_checkpoint(tmp_path / "nothing", tmp_path / "d")
+    for convert in (import_checkpoint, export_checkpoint):
+        with pytest.raises(UserError, match=r"out: is inside .*llama, which is an input"):
+            convert(folders["llama"], folders["llama"] / "out")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"GB are needed, 0\.0 GB are free"):

@@ -224,3 +224,8 @@ def test_no_other_module_reads_or_writes_by_itself():
 )
 def test_the_search_finds_direct_uses(code):
     assert direct_uses(ast.parse(code))
+
+
+def test_a_size_that_the_system_refuses_is_an_error_with_the_name_of_the_file(path):
+    with DiskFile(path, "wb") as file, pytest.raises(OSError, match=str(path)):
+        file.truncate(1 << 62)

@@ -29,7 +29,10 @@ def grow(
         Path, typer.Option("--output", metavar="CKPT", help="The checkpoint to create.", show_default=False)
     ],
     noise: Annotated[float, typer.Option("--noise", metavar="RATIO", min=0, help=_NOISE_HELP)] = 0.316,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the noise and of fresh weights.")] = 1234,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", metavar="N", min=0, max=2**62 - 1, help="Seed of the noise and of fresh weights."),
+    ] = 1234,
     dtype: Annotated[
         DType | None, typer.Option("--dtype", help="Dtype of the weights; fp32 is exact. [default: unchanged]")
     ] = None,

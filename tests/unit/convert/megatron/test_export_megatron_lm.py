@@ -81,6 +81,8 @@ def test_weights_alone_become_a_release(imported: Path, tmp_path: Path) -> None:
     assert (arguments["no_save_optim"], arguments["no_save_rng"], arguments["num_layers"]) == (True, True, 2)
     with pytest.raises(UserError, match="exists already"):
         export_megatron_lm(imported, tmp_path / "out")
+    with pytest.raises(UserError, match=r"out: is inside .*, which is an input"):
+        export_megatron_lm(imported, imported / "out")
 
 
 def test_a_damaged_checkpoint_is_not_exported(imported: Path, tmp_path: Path) -> None:

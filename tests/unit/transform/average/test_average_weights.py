@@ -65,6 +65,7 @@ def test_an_unknown_decay_is_an_error() -> None:
         ([0.5, 0.5], "2 for 3 checkpoints"),
         ([1.5, -0.25, -0.25], "-0.25, -0.25: not above 0"),
         ([0.5, 0.5, 0.0], "0: not above 0"),
+        ([0.5, 0.5, 1e-50], "1e-50: not above 0 in fp32"),
         ([0.5, 0.5, math.nan], "nan: not above 0"),
         ([0.5, 0.5, math.inf], "inf: not above 0"),
         ([2.0, 1.0, 1.0], r"sum to 4, not 1.* they are 0\.5 0\.25 0\.25"),

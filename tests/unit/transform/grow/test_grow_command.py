@@ -159,7 +159,9 @@ def test_a_killed_growth_is_resumed_with_the_same_bytes(base: Path, tmp_path: Pa
         (["hf", "--to", "model.yaml"], 3, "holds no checkpoint"),
         (["nothing", "--to", "model.yaml"], 2, "no such checkpoint"),
         (["small", "--to", "model.yaml", "--noise", "nan"], 2, "--noise"),
+        (["small", "--to", "model.yaml", "--seed", str(10**30)], 2, "--seed"),
         (["small", "--to", "model.yaml", "--output", "small"], 2, "exists already"),
+        (["small", "--to", "model.yaml", "--output", "small/out"], 2, "small/out: is inside small, which is an input"),
     ],
 )
 def test_mistakes_end_with_one_message(
