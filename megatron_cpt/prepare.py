@@ -157,24 +157,24 @@ def _read_draft(path: str | Path, overrides: Sequence[str]) -> Draft:
 
 
 def _draft_mapping(data: dict[str, Any], overrides: Sequence[str]) -> Draft:
-    if "model" in data:
+    overridden = copy.deepcopy(data)
+    apply_overrides(overridden, overrides)
+    if data.get("model") is not None and overridden.get("model") is not None:
         return draft_config(data, overrides)
-    model, problem = _saved_model(data, overrides)
-    draft = draft_config(data if model is None else {**data, "model": model}, overrides)
+    model, problem = _saved_model(overridden)
+    draft = draft_config(data, overrides, saved_model=model)
     if problem is not None:
         missing = f"model: missing, and the checkpoint in init.from does not give it: {problem}"
         draft.problems[:] = [missing if text.startswith("model: missing;") else text for text in draft.problems]
     return draft
 
 
-def _saved_model(data: dict[str, Any], overrides: Sequence[str]) -> tuple[Any, str | None]:
-    """Return the model section of the checkpoint that the run resumes or starts from.
+def _saved_model(overridden: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """Return the model section of the checkpoint that a run with these keys resumes or starts from.
 
     Without a valid one it is None, and the second value says why `init.from`, if it is given, has none.
     """
     problem = None
-    overridden = copy.deepcopy(data)
-    apply_overrides(overridden, overrides)
     init = overridden.get("init")
     start = init.get("from") if isinstance(init, dict) else None
     for folder in (overridden.get("output"), start):

@@ -140,13 +140,18 @@ def test_the_model_is_that_of_the_checkpoint(with_files, write_run, tmp_path):
     for folder in ("imported", "runs/base", "runs/base/checkpoints/step-00000005"):
         assert load_run(path, [f"init.from={folder}"]).model == model
         assert prepare_run(path, [f"init.from={folder}"], need_files=True).config.model == model
+    null = write_run({**with_files, "model": None})
+    assert load_run(null, ["init.from=imported"]).model == model
+    other = write_run({**with_files, "model": {"preset": "tiny_llama", "vocab": 400}})
+    assert load_run(other, ["init.from=imported", "model=null"]).model == model
+    write_run(with_files)
     assert load_run(path, ["output=runs/base", "init.from=gone"]).model == model  # a resume needs no init.from
     assert load_run(path, ["init.from=imported", "model.vocab=500"]).model.vocab == 500
     (tmp_path / "imported" / "run.yaml").write_text("][")
     for overrides, problem in (
         (["init.from=gone"], r", and the checkpoint in init\.from does not give it: gone: no such checkpoint"),
         (["init.from=imported"], r", and the checkpoint in init\.from does not give it: damaged: imported/run\.yaml"),
-        ([], r".*may be omitted if `init\.from` is a checkpoint"),
+        ([], r".*may be omitted, or null, if `init\.from` is a checkpoint"),
     ):
         with pytest.raises(ConfigError, match=f"model: missing{problem}"):
             load_run(path, overrides)
