@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_cpt.config import Draft, ModelConfig, RunConfig, SourceConfig, dra
 from megatron_cpt.config.load_run import apply_overrides
 from megatron_cpt.config.quantities import expand_paths
 from megatron_cpt.data.teacher_cache.cache_header import read_header
+from megatron_cpt.data.teacher_cache.read_cache import TeacherCache
 from megatron_cpt.data.teacher_cache.top_k_records import DEFAULT_TOP_K, RecordFormat
 from megatron_cpt.data.tokenfile.listed_documents import open_source
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
@@ -157,24 +158,24 @@ def _read_draft(path: str | Path, overrides: Sequence[str]) -> Draft:
 
 
 def _draft_mapping(data: dict[str, Any], overrides: Sequence[str]) -> Draft:
-    if "model" in data:
+    overridden = copy.deepcopy(data)
+    apply_overrides(overridden, overrides)
+    if data.get("model") is not None and overridden.get("model") is not None:
         return draft_config(data, overrides)
-    model, problem = _saved_model(data, overrides)
-    draft = draft_config(data if model is None else {**data, "model": model}, overrides)
+    model, problem = _saved_model(overridden)
+    draft = draft_config(data, overrides, saved_model=model)
     if problem is not None:
         missing = f"model: missing, and the checkpoint in init.from does not give it: {problem}"
         draft.problems[:] = [missing if text.startswith("model: missing;") else text for text in draft.problems]
     return draft
 
 
-def _saved_model(data: dict[str, Any], overrides: Sequence[str]) -> tuple[Any, str | None]:
-    """Return the model section of the checkpoint that the run resumes or starts from.
+def _saved_model(overridden: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """Return the model section of the checkpoint that a run with these keys resumes or starts from.
 
     Without a valid one it is None, and the second value says why `init.from`, if it is given, has none.
     """
     problem = None
-    overridden = copy.deepcopy(data)
-    apply_overrides(overridden, overrides)
     init = overridden.get("init")
     start = init.get("from") if isinstance(init, dict) else None
     for folder in (overridden.get("output"), start):
@@ -222,6 +223,7 @@ def _find_files(draft: Draft, config: RunConfig, need_files: bool) -> _Files:
         files.missing += [f"{problem}; {fix}" for problem, fix in _missing_start(draft, config)]
     else:
         files.notes += [f"{problem}; `train` needs it" for problem, _ in _missing_start(draft, config)]
+        files.notes += _faults_of_cache(draft, config, files.prefixes)
     if files.declared:
         files.notes.insert(0, f"planned with declared sizes, because the files are missing: {listed(files.declared)}")
     return files
@@ -362,6 +364,25 @@ def _missing_teacher(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str
         yield f"teacher.from: {path}: no such checkpoint", "give a checkpoint or a run directory"
     if (path := config.teacher.cache) is not None and not exists(path):
         yield f"teacher.cache: {path}: no such folder", "make it with `megatron-cpt teach`"
+
+
+def _faults_of_cache(draft: Draft, config: RunConfig, sources: Iterable[str]) -> list[str]:
+    """Return why `train` would refuse the folder in `teacher.cache`, one text per source without records."""
+    teacher, faults = config.teacher, []
+    if teacher is None or teacher.cache is None or not draft.is_untouched("teacher") or not exists(teacher.cache):
+        return []
+    try:
+        cache = TeacherCache(teacher.cache)
+    except RefusedError as error:
+        return [f"teacher.cache: {error}"]
+    for name in filter(teacher.distills, sources):
+        try:
+            for dataset in open_source(config.sources[name].paths):
+                if dataset.num_tokens > config.span_length(name):  # a shorter file has no sample
+                    cache.require(name, dataset)
+        except RefusedError as error:
+            faults.append(f"teacher.cache: {error}")
+    return faults
 
 
 def _line(key: str, error: Exception) -> str:

@@ -26,6 +26,9 @@ RUN_FILE = "run.yaml"
 PLAN_FILE = "plan.json"
 LATEST_FILE = "latest"
 
+# a Hugging Face folder; the folder of Megatron's --save; one of its checkpoints
+_FILES_OF_OTHER_PROJECTS = ("config.json", "latest_checkpointed_iteration.txt", ".metadata")
+
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # [0-9]: \d also matches digits of other scripts
 _LEFTOVER = re.compile(rf"\.{_NAME.pattern}\.(tmp|deleted)")
 
@@ -137,6 +140,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         for found in reversed(list_checkpoints(folder)):
             if has_own_name(found):
                 return found
-    raise RefusedError(
-        f"{path}: holds no checkpoint (no {STATE_FILE}, no checkpoints/step-*); give a checkpoint or a run"
-    )
+    advice = "give a checkpoint or a run"
+    if any((path / name).exists() for name in _FILES_OF_OTHER_PROJECTS):
+        advice = f"import the weights first: megatron-cpt convert import {path} CKPT"
+    raise RefusedError(f"{path}: holds no checkpoint of ours (no {STATE_FILE}, no checkpoints/step-*); {advice}")

@@ -69,10 +69,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return draft_config(read_mapping(path), overrides).finish(str(path))
 
 
-def draft_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Draft:
-    """Validate plain data; problems are collected in the result, not raised."""
+def draft_config(
+    data: dict[str, Any], overrides: Sequence[str] = (), *, saved_model: dict[str, Any] | None = None
+) -> Draft:
+    """Validate plain data; problems are collected in the result, not raised.
+
+    Args:
+        saved_model: model section of a run that omits its own, or where it or an override says `model: null`.
+    """
     data = copy.deepcopy(data)
+    _replace_null_model(data, saved_model)
     problems = apply_overrides(data, overrides)
+    _replace_null_model(data, saved_model)
     unknown_preset = _apply_preset(data)
     config, found, tainted = validate(data)
     if unknown_preset:
@@ -166,6 +174,13 @@ def _index(entries: list[Any], key: str) -> int | None:
 def _entries(entries: list[Any]) -> str:
     names = [str(entry.get("name", n)) if isinstance(entry, dict) else str(n) for n, entry in enumerate(entries)]
     return ", ".join(names) or "none"
+
+
+def _replace_null_model(data: dict[str, Any], saved_model: dict[str, Any] | None) -> None:
+    if data.get("model") is None:
+        data.pop("model", None)
+        if saved_model is not None:
+            data["model"] = copy.deepcopy(saved_model)
 
 
 def _apply_preset(data: dict[str, Any]) -> str | None:

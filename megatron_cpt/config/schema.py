@@ -288,8 +288,8 @@ class RunConfig(Section):
     deterministic: bool = False
     """Use only kernels that give identical results in every execution, on a GPU too; slower."""
     model: Annotated[ModelConfig, BeforeValidator(_model_preset)]
-    """Shape of the model: a preset, or fields, or a preset and fields that override it; may be omitted if `init.from`
-    is a checkpoint on this machine, whose model it then is."""
+    """Shape of the model: a preset, or fields, or a preset and fields that override it; may be omitted, or null, if
+    `init.from` is a checkpoint on this machine, whose model it then is."""
     tokenizer: Annotated[str | None, ExpandPaths] = None
     """KIND:PATH of the tokenizer of the data; gives the end-of-document id and is compared on resume."""
     init: InitConfig = Field(default_factory=InitConfig)

@@ -245,7 +245,8 @@ def _losses(saved: SavedRun, weights: WeightSet) -> list[str]:
     lines = []
     if training is not None:
         by_source = ", ".join(f"{name} {loss:.4f}" for name, loss in training["loss_by_source"].items() if loss)
-        lines += [f"Training loss at step {training['step']:,}: {training['loss']:.4f} ({by_source}).", ""]
+        of_raw = " of the weights that were averaged" if weights == "ema" else ""
+        lines += [f"Training loss{of_raw} at step {training['step']:,}: {training['loss']:.4f} ({by_source}).", ""]
     if held_out:
         first, last = held_out[0], held_out[-1]
         head = ("held-out source", f"step {first['step']:,}", f"step {last['step']:,}")

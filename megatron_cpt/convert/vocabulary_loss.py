@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,8 @@ class VocabularyLoss:
         missing = "not defined, since the model had no row for some ids,"
         before = missing if self.before is None else f"{self.before:.4f}"
         return (
-            f"{self.num_bytes:,} bytes, {self.tokens_before:,} -> {self.tokens_after:,} tokens: "
-            f"{before} -> {self.after:.4f} bits per byte"
+            f"{before} -> {self.after:.4f} bits per byte, on {self.num_bytes:,} bytes of text = "
+            f"{self.tokens_before:,} -> {self.tokens_after:,} tokens"
         )
 
 
@@ -107,8 +108,10 @@ def measure_loss(checkpoint: Path, text: EncodedText, extended: ExtendedVocabula
     saved = open_checkpoint(checkpoint)
     new_rows = torch.zeros(extended.source.model.vocab, dtype=torch.bool)
     new_rows[extended.report.before :] = new_rows[list(extended.new_ids)] = True
-    before = _bits_per_byte(saved, text.before, ~new_rows, text.num_bytes)
-    after = _bits_per_byte(saved, text.after, torch.ones_like(new_rows), text.num_bytes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core's, of what is not installed
+        before = _bits_per_byte(saved, text.before, ~new_rows, text.num_bytes)
+        after = _bits_per_byte(saved, text.after, torch.ones_like(new_rows), text.num_bytes)
     assert after is not None, "the import gives every id of the new tokenizer a row"
     tokens_before, tokens_after = (sum(len(ids) - 1 for ids in parts) for parts in (text.before, text.after))
     return VocabularyLoss(text.num_bytes, tokens_before, tokens_after, before, after)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.checkpoint.record import SavedRun
-from megatron_cpt.config import RunConfig, format_bytes, format_count
+from megatron_cpt.config import RunConfig, format_bytes, format_count, format_duration
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.teacher_cache.cache_header import CacheHeader, TaughtFile
 from megatron_cpt.data.teacher_cache.top_k_records import DEFAULT_TOP_K
@@ -70,13 +70,14 @@ class CachePlan:
         """Return the size and the work in one line."""
         header, model = self.header, self.teacher.model
         flops = self.forward_tokens * flops_per_token(model, header.window).causal * _FORWARD_SHARE
-        hours = flops / (_SPEED_SHARE * GPUS[_REFERENCE_GPU].bf16) / 3600
+        seconds = flops / (_SPEED_SHARE * GPUS[_REFERENCE_GPU].bf16)
+        time = format_duration(round(seconds)) if seconds >= 1 else "under 1s"
         files = f"{len(header.files)} file{'' if len(header.files) == 1 else 's'}"
         return (
             f"{format_count(header.num_positions)} tokens of {files} x {header.records.num_bytes} bytes (top "
             f"{header.top_k} of {model.vocab:,}) = {format_bytes(header.num_bytes)}; "
             f"{format_count(self.forward_tokens)} tokens through the teacher in windows of {header.window}, stride "
-            f"{header.stride}: {flops:.3g} FLOP, {hours:.2g} hours on one H100 at {_SPEED_SHARE:.0%} of its bf16 peak"
+            f"{header.stride}: {flops:.3g} FLOP, {time} on one H100 at {_SPEED_SHARE:.0%} of its bf16 peak"
         )
 
 

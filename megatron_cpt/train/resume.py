@@ -94,7 +94,7 @@ def init_checkpoint(config: RunConfig, corrupt: Mapping[Path, Sequence[str]]) ->
     wrong = [f"{key}: {before.get(key)} there, {now[key]} here" for key in differing]
     if wrong:
         raise RefusedError(
-            f"init.from: {path}: a checkpoint of another model: {'; '.join(wrong)}; make the model section agree"
+            f"init.from: {path}: a checkpoint of another model: {'; '.join(wrong)}; omit `model`, or make it agree"
         )
     if config.init.load == "weights+optimizer" and saved.state.get("content") == "weights":
         raise RefusedError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from megatron_cpt.data.tokenfile.reader import IndexedDataset, IndexedDatasetWri
 from megatron_cpt.errors import EXIT_REFUSED, EXIT_USER, ConfigError, RefusedError, UserError
 from megatron_cpt.prepare import load_run, plan_run, prepare_run
 from tests.helpers.document_lists import write_list
+from tests.helpers.teacher_caches import write_cache
 
 SIZES = {"web": 10_000, "code": 8_000, "qa": 2_000}
 
@@ -53,6 +55,22 @@ def test_a_missing_teacher_is_a_problem_of_train_and_a_warning_of_plan(with_file
     path = write_run(with_files | {"teacher": {"cache": "nowhere/cache"}})
     with pytest.raises(ConfigError, match=r"teacher\.cache: nowhere/cache: no such folder; make it with"):
         prepare_run(path, need_files=True)
+
+
+def test_a_plan_names_the_sources_that_a_cache_lacks(with_files, write_run):
+    write_cache(Path("cache"), {"web": Path("data/web")})
+    path = write_run(with_files | {"teacher": {"cache": "cache"}})
+    lacking = [name for name in with_files["sources"] if name != "web"]
+    warnings = prepare_run(path, need_files=False).plan.warnings
+    assert len(warnings) == len(lacking)
+    for name, warning in zip(lacking, warnings, strict=True):
+        assert warning.startswith(f"teacher.cache: cache: has no records of source {name}, file data/{name}")
+        assert f"set teacher.sources.{name} to 0, or make a cache of this run's files: megatron-cpt teach" in warning
+    zero = [f"teacher.sources.{name}=0" for name in lacking]
+    assert prepare_run(path, zero, need_files=False).plan.warnings == ()
+    Path("cache/teacher.json").write_text("{")
+    (warning,) = prepare_run(path, need_files=False).plan.warnings
+    assert warning.startswith("teacher.cache: ")
 
 
 def test_a_plan_names_a_checkpoint_and_a_tokenizer_that_are_not_here(with_files, write_run):
@@ -140,13 +158,18 @@ def test_the_model_is_that_of_the_checkpoint(with_files, write_run, tmp_path):
     for folder in ("imported", "runs/base", "runs/base/checkpoints/step-00000005"):
         assert load_run(path, [f"init.from={folder}"]).model == model
         assert prepare_run(path, [f"init.from={folder}"], need_files=True).config.model == model
+    null = write_run({**with_files, "model": None})
+    assert load_run(null, ["init.from=imported"]).model == model
+    other = write_run({**with_files, "model": {"preset": "tiny_llama", "vocab": 400}})
+    assert load_run(other, ["init.from=imported", "model=null"]).model == model
+    write_run(with_files)
     assert load_run(path, ["output=runs/base", "init.from=gone"]).model == model  # a resume needs no init.from
     assert load_run(path, ["init.from=imported", "model.vocab=500"]).model.vocab == 500
     (tmp_path / "imported" / "run.yaml").write_text("][")
     for overrides, problem in (
         (["init.from=gone"], r", and the checkpoint in init\.from does not give it: gone: no such checkpoint"),
         (["init.from=imported"], r", and the checkpoint in init\.from does not give it: damaged: imported/run\.yaml"),
-        ([], r".*may be omitted if `init\.from` is a checkpoint"),
+        ([], r".*may be omitted, or null, if `init\.from` is a checkpoint"),
     ):
         with pytest.raises(ConfigError, match=f"model: missing{problem}"):
             load_run(path, overrides)

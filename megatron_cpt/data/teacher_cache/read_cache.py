@@ -63,7 +63,7 @@ class TeacherCache:
         reason = ": a file of this name had other content when the cache was made" if is_known else ""
         raise RefusedError(
             f"{self.path}: has no records of source {source}, file {dataset.prefix}, from token 0 on{reason}; "
-            f"{self.advice()}"
+            f"set teacher.sources.{source} to 0, or {self.advice()}"
         )
 
     def advice(self) -> str:

@@ -18,7 +18,7 @@ from megatron_cpt.checkpoint.record import read_saved_run
 from megatron_cpt.config import dump_yaml, read_mapping
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.importer import import_checkpoint
-from megatron_cpt.convert.model_card import describe_training, write_model_card
+from megatron_cpt.convert.model_card import _losses, describe_training, write_model_card
 from tests.helpers.faults import seal_again
 from tests.helpers.hf_models import save_hf_model
 from tests.helpers.runs import small_run
@@ -80,6 +80,12 @@ def _write_manifest(checkpoint: Path, names: list[str]) -> None:
 def read_card(folder: Path) -> tuple[dict[str, Any], str]:
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
+
+
+def test_the_training_loss_is_not_said_to_be_that_of_an_average(tmp_path: Path, base: Path) -> None:
+    saved = read_saved_run(next((trained(tmp_path / "run", base, step=18, start=base) / "checkpoints").glob("step-*")))
+    assert _losses(saved, "raw")[0] == "Training loss at step 18: 3.2500 (web 3.0000)."
+    assert _losses(saved, "ema")[0].startswith("Training loss of the weights that were averaged at step 18: 3.2500")
 
 
 def test_a_card_says_what_was_done_and_keeps_the_card_of_the_base(tmp_path: Path, hf: Path, base: Path) -> None:

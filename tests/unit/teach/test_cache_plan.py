@@ -58,6 +58,9 @@ def test_size_and_work(run_file: Path) -> None:
     assert made.header.num_bytes == (file.tokens - 1) * made.header.records.num_bytes
     assert made.forward_tokens == made.header.grid(0).num_windows * 32
     assert "1 file x" in made.describe()
+    assert "FLOP, under 1s on one H100" in made.describe()
+    larger = load(run_file, model={"preset": "nemotron4_15b", "vocab": 257}, precision={"compute": "bf16"})
+    assert "FLOP, 2s on one H100" in plan(larger, sources=["web"]).describe()
     with pytest.raises(UserError, match="the disk has 10 bytes free"):
         check_space(made, Path("cache"), 10)
 

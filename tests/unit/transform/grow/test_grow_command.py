@@ -156,7 +156,7 @@ def test_a_killed_growth_is_resumed_with_the_same_bytes(base: Path, tmp_path: Pa
     [
         (["small", "--to", "none.yaml"], 2, "none.yaml: cannot be read"),
         (["small", "--to", "same.yaml"], 2, "nothing grows"),
-        (["hf", "--to", "model.yaml"], 3, "holds no checkpoint"),
+        (["hf", "--to", "model.yaml"], 3, "import the weights first: megatron-cpt convert import hf CKPT"),
         (["nothing", "--to", "model.yaml"], 2, "no such checkpoint"),
         (["small", "--to", "model.yaml", "--noise", "nan"], 2, "--noise"),
         (["small", "--to", "model.yaml", "--seed", str(10**30)], 2, "--seed"),
