@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from megatron_cpt.convert.exporter import ExportOptions, export_checkpoint
 from megatron_cpt.convert.importer import ImportOptions, import_checkpoint
@@ -207,6 +208,11 @@ def test_a_teacher_that_does_not_fit_is_refused(prepared: Path) -> None:
     shutil.copytree(other, damaged)
     shard = next(damaged.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    hf = shutil.copytree(prepared / "other-hf", prepared / "nan-hf")
+    weights = load_file(hf / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, hf / "model.safetensors", {"format": "pt"})
+    import_checkpoint(hf, prepared / "nan", ImportOptions(allow_nan=True))
     moved = prepared / "moved"
     shutil.copytree(other, moved)
     resumed = [f"output={prepared}/resumed", f"teacher.from={other}"]
@@ -215,17 +221,19 @@ def test_a_teacher_that_does_not_fit_is_refused(prepared: Path) -> None:
         [f"output={prepared}/missing", "teacher.from=nowhere"],
         [f"output={prepared}/vocabulary", small, "init.from=null"],
         [f"output={prepared}/corrupt", f"teacher.from={damaged}"],
+        [f"output={prepared}/nan-teacher", f"teacher.from={prepared / 'nan'}"],
         [*resumed, "stop_at_step=1"],
         [*resumed, "stop_at_step=2", f"teacher.from={moved}"],
         [*resumed, "stop_at_step=3", f"teacher.from={prepared / 'base'}"],
     ]
     (found,) = run_ranks(1, _refusals, run_file, runs)
-    assert [status for status, _ in found] == [2, 3, 3, 0, 0, 3]
+    assert [status for status, _ in found] == [2, 3, 3, 3, 0, 0, 3]
     assert "teacher.from: nowhere: no such checkpoint" in found[0][1]
     assert "its vocabulary has 301 ids, model.vocab is 257" in found[1][1]
     assert "damaged" in found[2][1]
     assert "corrupt" in found[2][1]
-    assert "teacher: content" in found[5][1]
-    assert "to resume anyway: --allow teacher" in found[5][1]
-    for name in ("missing", "vocabulary", "corrupt"):
+    assert "final_layernorm.weight: holds weights that are not finite" in found[3][1]
+    assert "teacher: content" in found[6][1]
+    assert "to resume anyway: --allow teacher" in found[6][1]
+    for name in ("missing", "vocabulary", "corrupt", "nan-teacher"):
         assert not (prepared / name / "run.yaml").exists(), "nothing is written"

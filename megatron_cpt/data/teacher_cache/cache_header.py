@@ -15,7 +15,7 @@ from megatron_cpt.data.teacher_cache.window_grid import WindowGrid
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.resumable import seal, unseal
 from megatron_cpt.files.retry import is_path_error
-from megatron_cpt.files.whole_io import read_file
+from megatron_cpt.files.whole_io import is_regular_file, read_file
 
 HEADER_FILE = "teacher.json"
 _FORMAT = "megatron-cpt teacher cache"
@@ -124,6 +124,8 @@ def read_header(folder: Path) -> CacheHeader:
     """
     path = folder / HEADER_FILE
     try:
+        if not is_regular_file(path):  # opening a FIFO would wait for ever
+            raise FileNotFoundError("no such file")
         plain = unseal(read_file(path).rstrip(b"\n"))
         if plain.pop("format") != _FORMAT:
             raise ValueError("another format")

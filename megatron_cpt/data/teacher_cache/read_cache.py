@@ -13,7 +13,7 @@ from megatron_cpt.data.teacher_cache.top_k_records import Records, record_seeds
 from megatron_cpt.data.tokenfile.fingerprint import fingerprint, is_same_data
 from megatron_cpt.data.tokenfile.reader import IndexedDataset
 from megatron_cpt.errors import RefusedError
-from megatron_cpt.files.remote import RangeFile, open_ranges
+from megatron_cpt.files.remote import RangeFile, is_file, open_ranges
 
 
 class TeacherCache:
@@ -103,6 +103,8 @@ class TeacherCache:
             )
 
     def _check_size(self, index: int) -> None:
+        if not is_file(self._name(index)):  # opening a FIFO would wait for ever
+            raise self._missing(index)
         expected = self.header.grid(index).num_positions * self._format.num_bytes
         with self._open(index) as file:
             found = file.size
@@ -117,7 +119,10 @@ class TeacherCache:
         try:
             return open_ranges(self._name(index))
         except FileNotFoundError as error:
-            raise RefusedError(f"{self._name(index)}: missing; copy the cache again, or {self.advice()}") from error
+            raise self._missing(index) from error
+
+    def _missing(self, index: int) -> RefusedError:
+        return RefusedError(f"{self._name(index)}: missing; copy the cache again, or {self.advice()}")
 
     def _name(self, index: int) -> str:
         return str(self.path / file_name(index))

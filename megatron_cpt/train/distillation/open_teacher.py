@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import orjson
 
 from megatron_cpt.backend import Ranks, rng_state, second_layout, set_rng_state
+from megatron_cpt.backend.collectives import on_all
 from megatron_cpt.checkpoint.loading.find_valid import find_valid
 from megatron_cpt.checkpoint.loading.load import load_weights
 from megatron_cpt.checkpoint.record import SavedRun, corrupt_as_refused
 from megatron_cpt.config import ModelConfig, RunConfig, TeacherConfig
 from megatron_cpt.config.checks import CHECKS
+from megatron_cpt.convert.dtypes import is_finite
 from megatron_cpt.data import TokenStream
 from megatron_cpt.data.loading.batch import DocumentOptions
 from megatron_cpt.data.loading.teacher_targets import CachedTeacher
@@ -145,6 +147,7 @@ def _load(
         zero_padding(model.chunks, found.run.model)
         first_row = VocabularyShard.of(found.run.model).first
     set_rng_state(states)
+    on_all(lambda: _refuse_not_finite(model, found.saved))
     if config.documents.reset_attention and model.packs_documents != student.packs_documents:
         raise UserError(
             "documents.reset_attention: the layers of the teacher take documents in another form than the layers of "
@@ -164,3 +167,14 @@ def _load(
         distilled=distilled,
         digest=found.digest,
     )
+
+
+def _refuse_not_finite(model: Model, saved: SavedRun) -> None:
+    """Raise if a weight is NaN or infinite: each loss would be, and the run would skip each update."""
+    for chunk in model.chunks:
+        for name, weight in chunk.named_parameters():
+            if not is_finite(weight):
+                raise RefusedError(
+                    f"teacher.from: {saved.path}: {name}: holds weights that are not finite, so the loss would be NaN; "
+                    "choose another checkpoint"
+                )

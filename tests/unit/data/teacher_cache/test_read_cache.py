@@ -57,6 +57,14 @@ def test_a_flipped_bit_is_refused_at_its_token(cache: Path) -> None:
         opened.read(1, [10], 14)
 
 
+@pytest.mark.parametrize("name", [HEADER_FILE, file_name(1)])
+def test_a_fifo_is_refused_instead_of_waited_for(cache: Path, name: str) -> None:
+    (cache / name).unlink()
+    os.mkfifo(cache / name)
+    with pytest.raises(RefusedError, match=f"{name}: missing"):
+        TeacherCache(cache)
+
+
 def test_exchanged_files_are_refused(cache: Path) -> None:
     opened = TeacherCache(cache)
     (cache / file_name(0)).write_bytes((cache / file_name(1)).read_bytes())
