@@ -42,7 +42,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     if not is_finite(tensor):
         raise RefusedError(
             f"{name}: holds weights that are not finite, so the model's loss would be NaN; copy the file again "
-            "(`convert import` takes it as it is with --allow-nan)"
+            "(or import it unchanged: `convert import --allow-nan`)"
         )
 
 

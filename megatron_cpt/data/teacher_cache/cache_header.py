@@ -124,7 +124,7 @@ def read_header(folder: Path) -> CacheHeader:
     """
     path = folder / HEADER_FILE
     try:
-        if not is_regular_file(path):  # opening a FIFO would wait for ever
+        if not is_regular_file(path):  # opening a FIFO waits for a writer
             raise FileNotFoundError("no such file")
         plain = unseal(read_file(path).rstrip(b"\n"))
         if plain.pop("format") != _FORMAT:

@@ -103,7 +103,7 @@ class TeacherCache:
             )
 
     def _check_size(self, index: int) -> None:
-        if not is_file(self._name(index)):  # opening a FIFO would wait for ever
+        if not is_file(self._name(index)):  # opening a FIFO waits for a writer
             raise self._missing(index)
         expected = self.header.grid(index).num_positions * self._format.num_bytes
         with self._open(index) as file:
