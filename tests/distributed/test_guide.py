@@ -83,7 +83,7 @@ def test_commands_that_are_not_run_say_why() -> None:
     assert skipped == [
         ("tools/static_embedder.py", "downloads 83 MB, and distills for minutes"),
         *[("mine", "needs the model of the first command")] * 5,
-        ("convert", "needs a downloaded model"),
+        *[(command, "needs a downloaded model") for command in ("convert", "convert", "preprocess")],
         ("launch", "needs 8 GPUs"),
         *[(command, "the teacher reads all of a source") for command in ("teach", "train")],
         ("launch", "needs 4 processes"),

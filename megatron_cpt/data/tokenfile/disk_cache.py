@@ -11,6 +11,7 @@ needed next, and a full cache can do no better than to keep its blocks.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 import zlib
@@ -26,6 +27,8 @@ from megatron_cpt.errors import UserError
 from megatron_cpt.files.identity import FileIdentity
 from megatron_cpt.files.remote import open_ranges
 from megatron_cpt.files.whole_io import DiskFile
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 14  # a sample of 4,096 int32 tokens spans two blocks
 FETCHES = 16  # concurrent requests
@@ -172,10 +175,20 @@ class CachedFile:
         disk = os.statvfs(self._folder)
         if disk.f_bavail < _LEAST_FREE * disk.f_blocks:
             self._has_space = False
+            _warn_of_full_disk(self._folder)
             return
         with DiskFile(f"{self._stem}.blocks", "r+b", flags=os.O_CREAT) as cache:
             cache.write_at(block, number * BLOCK_BYTES)
         self._sums[number] = _checksum(block)  # last, because other processes read the block once its checksum is there
+
+
+@functools.cache
+def _warn_of_full_disk(folder: str) -> None:
+    logger.warning(
+        "%s: less than %d %% of the disk is free: the cache takes no more data, which is read where it lies",
+        folder,
+        round(100 * _LEAST_FREE),
+    )
 
 
 def _blocks(offset: int, count: int) -> range:

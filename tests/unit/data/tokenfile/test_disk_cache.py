@@ -37,6 +37,12 @@ class Counted:
         return file
 
 
+@pytest.fixture(autouse=True)
+def _space(monkeypatch) -> None:
+    """Test on any disk, however full."""
+    monkeypatch.setattr(module, "_LEAST_FREE", 0.0)
+
+
 @pytest.fixture
 def origin(monkeypatch) -> Counted:
     counted = Counted()
@@ -102,13 +108,14 @@ def test_another_content_under_the_same_name_is_not_mixed_up(prefix, tmp_path):
     assert cached(prefix, tmp_path / "cache").read(1, 3).tolist() == [11, 22, 33]
 
 
-def test_a_full_disk_is_left_alone(prefix, tmp_path, origin, monkeypatch):
+def test_a_full_disk_is_left_alone_with_a_warning(prefix, tmp_path, origin, monkeypatch, caplog):
     monkeypatch.setattr(module, "_LEAST_FREE", 1.1)
     dataset = cached(prefix, tmp_path / "cache")
     for _ in range(2):
         assert np.array_equal(dataset.read(10, 5000), IndexedDataset(prefix).read(10, 5000))
     assert len(origin.requests) == 2
     assert not list((tmp_path / "cache").glob("*.blocks"))
+    assert [record.message.split(":")[0] for record in caplog.records] == [str(tmp_path / "cache")]
 
 
 def test_a_file_that_was_cut_is_refused(prefix, tmp_path):
