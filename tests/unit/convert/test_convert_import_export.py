@@ -312,10 +312,11 @@ def with_tokenizer(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("rows", ["pieces", "mean"])
-def test_new_tokens(tmp_path: Path, with_tokenizer: Path, rows: str) -> None:
-    (tmp_path / "tokens.txt").write_text("abc\nA\n<tool>\n")
+def test_new_tokens(tmp_path: Path, with_tokenizer: Path, rows: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tokens.txt").write_bytes("abc\r\nA\n<to\u2028ol>\nabc\n".encode())
     arguments = ["--add-tokens", str(tmp_path / "tokens.txt"), "--init-rows", rows]
     assert main(["convert", "import", str(with_tokenizer), str(tmp_path / "c"), *arguments]) == 0
+    assert "tokens.txt: 1 lines repeat earlier ones" in caplog.text
     state = orjson.loads((tmp_path / "c" / "state.json").read_bytes())
     assert state["imported"]["vocabulary"]["num_new"] == 2
     assert state["imported"]["vocabulary"]["known"] == ["A"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from megatron_cpt.convert.importer import ImportReport
     from megatron_cpt.convert.logits import LogitsReport
     from megatron_cpt.convert.verify import TensorReport
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="convert",
@@ -115,7 +118,7 @@ def import_(
         allow_pickle=allow_pickle,
         allow_nan=allow_nan,
         optimizer=optimizer,
-        new_tokens=tuple(dict.fromkeys(_read_lines("--add-tokens", add_tokens, "token"))) if add_tokens else (),
+        new_tokens=_read_tokens(add_tokens) if add_tokens else (),
         init_rows=init_rows,
         loss_on=loss_on,
     )
@@ -305,9 +308,18 @@ def _print_verification(checkpoint: Path, tensors: TensorReport, logits: LogitsR
         )
 
 
+def _read_tokens(file: Path) -> tuple[str, ...]:
+    lines = _read_lines("--add-tokens", file, "token")
+    tokens = tuple(dict.fromkeys(lines))
+    if len(tokens) < len(lines):
+        logger.warning("--add-tokens %s: %d lines repeat earlier ones, and are skipped", file, len(lines) - len(tokens))
+    return tokens
+
+
 def _read_lines(option: str, file: Path, unit: str, keep: Callable[[str], str] = str) -> list[str]:
     try:
-        lines = [line for line in read_text(file, "utf-8-sig").splitlines() if keep(line)]
+        # not `splitlines`, which also cuts at characters such as U+2028 inside a line
+        lines = [line for line in read_text(file, "utf-8-sig").replace("\r\n", "\n").split("\n") if keep(line)]
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and not is_path_error(error):
             raise
