@@ -377,9 +377,7 @@ def _faults_of_cache(draft: Draft, config: RunConfig, sources: Iterable[str]) ->
         return [f"teacher.cache: {error}"]
     for name in filter(teacher.distills, sources):
         try:
-            for dataset in open_source(config.sources[name].paths):
-                if dataset.num_tokens > config.span_length(name):  # a shorter file has no sample
-                    cache.require(name, dataset)
+            cache.require_source(name, open_source(config.sources[name].paths), config.span_length(name))
         except RefusedError as error:
             faults.append(f"teacher.cache: {error}")
     return faults

@@ -82,9 +82,7 @@ class CachedTeacher:
                         f"teacher.cache: source {stream.name} has `fim`, which moves tokens, so a cache has no records "
                         f"of its samples; set teacher.sources.{stream.name} to 0, or use teacher.from"
                     )
-                for dataset in stream.datasets:
-                    if dataset.num_tokens > stream.seq_length:  # a shorter file has no sample
-                        cache.require(stream.name, dataset)
+                cache.require_source(stream.name, stream.datasets, stream.seq_length)
         return cls(cache, frozenset(sources))
 
     def read(

@@ -41,7 +41,7 @@ from megatron_cpt.data.tokenfile.document_list import (
 from megatron_cpt.data.tokenfile.reader import join_tokenizers
 from megatron_cpt.data.tokenfile.writer import IndexedDatasetWriter, require_file_name
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.files.atomic import close_durably
+from megatron_cpt.files.atomic import close_durably, publish_or_remove
 from megatron_cpt.files.checksum import Checksum
 from megatron_cpt.files.resumable import DurableJournal, ResumableFolder, differing_names, read_settings
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
@@ -246,9 +246,12 @@ def _publish(job: MiningJob, chosen: Mined, folder: Path) -> None:
     made_by = {"k": job.plan.k, "embedder": job.embedder.digest, "queries": len(job.query_texts)}
     origin = join_tokenizers(job.datasets, "mine", made_by, allow_mixed=False)
     dtype = job.datasets[0].dtype
-    with IndexedDatasetWriter(job.output, dtype, origin=origin, before_publish=before_publish) as writer:
+    with IndexedDatasetWriter(job.output, dtype, origin=origin) as writer:
         for index, number in zip(dataset_of.tolist(), number_of.tolist(), strict=True):
             writer.add_document(job.datasets[index].document(number))
+        renames = writer.finish()
+        before_publish(renames)
+        publish_or_remove(renames)
 
 
 def _check_unchanged(job: MiningJob) -> None:

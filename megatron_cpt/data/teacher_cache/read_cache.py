@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,12 @@ class TeacherCache:
             f"{self.path}: has no records of source {source}, file {dataset.prefix}, from token 0 on{reason}; "
             f"set teacher.sources.{source} to 0, or {self.advice()}"
         )
+
+    def require_source(self, name: str, datasets: Iterable[IndexedDataset], seq_length: int) -> None:
+        """Check that the cache has all files of a source with a sample of `seq_length` tokens; see `require`."""
+        for dataset in datasets:
+            if dataset.num_tokens > seq_length:  # a shorter file has no sample
+                self.require(name, dataset)
 
     def advice(self) -> str:
         """Return the end of a message: the command that makes a cache again."""

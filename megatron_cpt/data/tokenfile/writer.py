@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -46,7 +46,6 @@ class IndexedDatasetWriter:
         prefix: path without `.bin` or `.idx`; a missing folder is created.
         dtype: token type, for example `best_dtype(vocab_size)`.
         origin: facts for the sidecar PREFIX.json; None: no sidecar.
-        before_publish: called with the finished files, just before they get their final names.
 
     Raises:
         UserError: the format cannot store the token type or a token, or the folder is not writable.
@@ -58,10 +57,8 @@ class IndexedDatasetWriter:
         dtype: npt.DTypeLike,
         *,
         origin: Origin | None = None,
-        before_publish: Callable[[Sequence[Rename]], None] = lambda renames: None,
     ) -> None:
         self.prefix = os.fspath(prefix)
-        self._before_publish = before_publish
         self.dtype = np.dtype(dtype)
         self._code = dtype_code(self.dtype)
         self._origin = origin if is_free(self.prefix) else None
@@ -69,7 +66,6 @@ class IndexedDatasetWriter:
         self._temporary = {end: f"{self.prefix}.{end}.tmp-{os.getpid()}" for end in ("bin", "json", "idx")}
         self._sizes = array("i")  # tokens per document; an array takes 4 bytes per entry
         self._bin: IO[bytes] | None = None
-        self._is_finished = False
         self.num_documents = 0
         self.num_tokens = 0
 
@@ -86,10 +82,8 @@ class IndexedDatasetWriter:
     def __exit__(self, *error: object) -> None:
         assert self._bin is not None
         try:
-            if error[0] is None and not self._is_finished:
-                renames = self.finish()
-                self._before_publish(renames)
-                publish_or_remove(renames)
+            if error[0] is None and not self._bin.closed:  # `finish` closes it
+                publish_or_remove(self.finish())
         finally:  # after a success the temporary files no longer exist
             for path in self._temporary.values():
                 Path(path).unlink(missing_ok=True)
@@ -99,13 +93,12 @@ class IndexedDatasetWriter:
     def finish(self) -> list[Rename]:
         """Complete the files, and return the renames that publish them; the caller makes them inside the block.
 
-        For several pairs that are published together. Without this call the end of the block publishes.
+        For pairs that are published together, or recorded before. Without this call the end of the block publishes.
         """
         assert self._bin is not None, "the writer is used inside its `with` block"
         close_durably(self._bin)
         self._write_index()
         self._write_sidecar()
-        self._is_finished = True
         return [(path, f"{self.prefix}.{end}") for end, path in self._temporary.items()]
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
