@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from megatron_cpt.errors import CptError, RefusedError
 from megatron_cpt.files.retry import retry_disk
@@ -29,8 +29,7 @@ class ChangedFileError(RefusedError):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
+class FileIdentity(NamedTuple):
     """Identity of a local file. It does not include the device number, which differs between mounts of one server.
 
     Attributes:

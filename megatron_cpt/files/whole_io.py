@@ -29,6 +29,7 @@ _Identity = tuple[int, int, int, int]
 
 BUFFER_BYTES = 1 << 16
 _COPY_BYTES = 1 << 20
+_RANGES_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # without O_NONBLOCK the open of a pipe would wait
 _MOST_BYTES = 1 << 30  # per system call; Linux transfers at most 2 GiB
 
 
@@ -168,12 +169,21 @@ class DiskRanges:
     """Ranges of a file that is read often: like `DiskFile`, with less work per opening and per read.
 
     A loader opens a file per micro-batch, so that ten thousand files need no descriptors; each microsecond counts.
+
+    Raises:
+        OSError: the file is missing, not readable, or not a regular file, such as a folder or a pipe.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._fd = retry_disk(path, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            self._fd = retry_disk(path, lambda: os.open(path, _RANGES_FLAGS))
+        except ValueError as error:  # a NUL, or a character that no name of a file has
+            raise FileNotFoundError(errno.ENOENT, str(error), path) from None
         self._stat = os.fstat(self._fd)
+        if not stat.S_ISREG(self._stat.st_mode):
+            os.close(self._fd)
+            raise FileNotFoundError(errno.ENOENT, "not a regular file", path)
 
     @property
     def size(self) -> int:
@@ -186,7 +196,7 @@ class DiskRanges:
             data = os.pread(self._fd, count, offset)
         except OSError as error:
             return self._read_slowly(lambda file: file.read_at(offset, count), error)
-        if len(data) == count or not data:
+        if len(data) == count or not data or offset + len(data) == self._stat.st_size:
             return data
         return data + self._read_slowly(lambda file: file.read_at(offset + len(data), count - len(data)))
 

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +38,7 @@ _MAX_LINE_BYTES = 1 << 24
 _MOST, _MOST_DATASETS, _FARTHEST = int(np.iinfo(np.int64).max), int(np.iinfo(np.int32).max), float(np.finfo("f4").max)
 
 
-@dataclass(frozen=True)
-class ListedDataset:
+class ListedDataset(NamedTuple):
     """Dataset that a document list chooses from.
 
     Attributes:
@@ -54,8 +52,7 @@ class ListedDataset:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class DocumentList:
+class DocumentList(NamedTuple):
     """Chosen documents, in ascending order of (dataset, document).
 
     Attributes:
@@ -108,7 +105,7 @@ def write_document_list(
     header = {
         "format": _FORMAT,
         "version": _VERSION,
-        "datasets": [asdict(dataset) for dataset in documents.datasets],
+        "datasets": [dataset._asdict() for dataset in documents.datasets],
         "chosen": documents.num_chosen,  # shows that a copy of the file lacks its end
     }
     columns = (documents.dataset, documents.document, documents.distance, documents.query)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ from megatron_cpt.files.retry import is_path_error
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 PREAMBLE = struct.Struct("<9sQBQQ")
+_START_BYTES = 4096  # read at once: a page, which is the whole `.idx` of a dataset of few documents
 
 # megatron-core's `DType` enumeration. Always little-endian, so that every machine reads the same tokens.
 DTYPE_CODES: dict[int, np.dtype[Any]] = {
@@ -132,17 +134,24 @@ def read_header(prefix: str | os.PathLike[str]) -> IndexHeader:
     if prefix.endswith(LIST_ENDING):
         raise UserError(f"{prefix}: a document list cannot be used here; give prefixes of .bin/.idx")
     idx_path, bin_path = f"{prefix}.idx", f"{prefix}.bin"
-    missing = [path for path in (idx_path, bin_path) if not is_file(path)]
-    if missing:
-        raise UserError(f"no such file: {' and '.join(missing)}; a dataset is a pair PREFIX.bin and PREFIX.idx")
     try:
         with open_ranges(idx_path) as idx, open_ranges(bin_path) as tokens:
-            header = _read_preamble(prefix, idx, tokens)
-            _check_ends(idx, header, idx_path, bin_path)
+            start = idx.read(0, _START_BYTES)
+
+            def read(offset: int, count: int) -> bytes:
+                end = offset + count
+                return start[offset:end] if end <= len(start) else idx.read(offset, count)
+
+            header = _read_preamble(prefix, start, idx, tokens)
+            _check_ends(read, header, idx_path, bin_path)
             return header
     except OSError as error:
         if not is_path_error(error):
             raise
+        missing = [path for path in (idx_path, bin_path) if not is_file(path)]
+        if missing:
+            found = f"no such file: {' and '.join(missing)}"
+            raise UserError(f"{found}; a dataset is a pair PREFIX.bin and PREFIX.idx") from None
         path = error.filename or idx_path
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -152,16 +161,15 @@ def refuse(path: str, problem: str) -> RefusedError:
     return RefusedError(f"{path}: {problem}; {_FIX}")
 
 
-def _read_preamble(prefix: str, idx: RangeFile, tokens: RangeFile) -> IndexHeader:
+def _read_preamble(prefix: str, start: bytes, idx: RangeFile, tokens: RangeFile) -> IndexHeader:
     idx_path, identities = f"{prefix}.idx", (tokens.identity(), idx.identity())
     bin_bytes, idx_bytes = (
         file.size if identity is None else identity.num_bytes
         for file, identity in zip((tokens, idx), identities, strict=True)
     )
-    preamble = idx.read(0, PREAMBLE.size)
-    if len(preamble) < PREAMBLE.size:
-        raise refuse(idx_path, f"has {len(preamble)} bytes, fewer than the {PREAMBLE.size} of a header")
-    magic, version, code, num_sequences, num_boundaries = PREAMBLE.unpack(preamble)
+    if len(start) < PREAMBLE.size:
+        raise refuse(idx_path, f"has {len(start)} bytes, fewer than the {PREAMBLE.size} of a header")
+    magic, version, code, num_sequences, num_boundaries = PREAMBLE.unpack_from(start)
     if magic != MAGIC:
         raise refuse(idx_path, f"is not a megatron index: it begins with {magic!r} instead of {MAGIC!r}")
     if version != VERSION:
@@ -195,17 +203,17 @@ def _read_preamble(prefix: str, idx: RangeFile, tokens: RangeFile) -> IndexHeade
     return header
 
 
-def _check_ends(idx: RangeFile, header: IndexHeader, idx_path: str, bin_path: str) -> None:
+def _check_ends(read: Callable[[int, int], bytes], header: IndexHeader, idx_path: str, bin_path: str) -> None:
     """Check that the first and last table entries are consistent and end exactly at the end of the `.bin`."""
     count, sizes_offset, pointers_offset = header.num_sequences, header.sizes_offset, header.pointers_offset
-    (last_boundary,) = struct.unpack("<q", idx.read(header.modes_offset - 8, 8))
+    (last_boundary,) = struct.unpack("<q", read(header.modes_offset - 8, 8))
     if last_boundary != count:
         raise refuse(idx_path, f"ends its last document at sequence {last_boundary} of {count}")
     end, number = 0, min(2, count)
     # a wrong token type makes every pointer wrong, so the first and last two entries reveal it
     for first in sorted({0, count - number}) if count else []:
-        sizes = struct.unpack(f"<{number}i", idx.read(sizes_offset + 4 * first, 4 * number))
-        starts = struct.unpack(f"<{number}q", idx.read(pointers_offset + 8 * first, 8 * number))
+        sizes = struct.unpack(f"<{number}i", read(sizes_offset + 4 * first, 4 * number))
+        starts = struct.unpack(f"<{number}q", read(pointers_offset + 8 * first, 8 * number))
         for place, (size, start) in enumerate(zip(sizes, starts, strict=True)):
             sequence, after = first + place, starts[place + 1 :]
             end = start + size * header.dtype.itemsize

@@ -337,3 +337,19 @@ class TestExpandPrefixes:
             expand_prefixes([f"{tmp_path}/link/a", f"{tmp_path}/b", f"{tmp_path}/a"])
         with pytest.raises(UserError, match=r"a\.docs is named more than once"):
             expand_prefixes([f"{tmp_path}/a.docs", f"{tmp_path}/./a.docs"])
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_a_pipe_or_folder_is_no_dataset(tmp_path, make_dataset, make, ending):
+    make_dataset("p", DOCUMENTS)
+    path = tmp_path / f"p.{ending}"
+    path.unlink()
+    make(path)
+    with pytest.raises(UserError, match=rf"no such file: {path};"):
+        read_header(tmp_path / "p")
+
+
+def test_a_prefix_with_a_nul_is_no_file():
+    with pytest.raises(UserError, match="no such file"):
+        read_header("a\0b")
