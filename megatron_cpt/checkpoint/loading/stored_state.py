@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_cpt.checkpoint.record import read_json
 from megatron_cpt.checkpoint.torchfile.torch_file import load_torch_file
 from megatron_cpt.checkpoint.torchfile.unpickle import read_metadata
 from megatron_cpt.errors import RefusedError
 from megatron_cpt.files.retry import is_path_error
 from megatron_cpt.files.whole_io import exists
 
+_BACKEND_FILE = "metadata.json"
 _COMMON_FILE = "common.pt"  # written by megatron-core up to 0.18
 _COMMON_ENTRY = "common_state/shard_0_1"  # the same values in a shard, written by megatron-core 0.19
 
@@ -89,9 +90,9 @@ def read_stored_state(checkpoint: Path) -> StoredState:
         OSError: the disk failed.
     """
     with read_errors_as_refused(checkpoint):
-        config = maybe_load_config(str(checkpoint))
-        if config is None or config.sharded_backend != "torch_dist":
-            raise RefusedError(f"{checkpoint / 'metadata.json'}: missing, or not of megatron-core's torch_dist format")
+        file = checkpoint / _BACKEND_FILE
+        if read_json(file).get("sharded_backend") != "torch_dist":
+            raise RefusedError(f"{file}: not of megatron-core's torch_dist format")
         metadata = read_metadata(checkpoint)
         entries = metadata.state_dict_metadata.items()
         tensors = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}

@@ -24,6 +24,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,11 @@ class Control:
         counters = struct.unpack(f"={len(content) // 8}Q", content)
         return list(counters[1::2])[: len(self.path.read_text().splitlines())]
 
-    def logged(self) -> set[tuple[str, str]]:
-        """Return the distinct (call, path) that `log` rules have recorded."""
+    def logged(self) -> Counter[tuple[str, str]]:
+        """Return how often `log` rules have recorded each (call, path)."""
         log = self._beside("log")
         lines = log.read_text(errors="surrogateescape").splitlines() if log.exists() else []
-        return {(call, path) for call, _, path in (line.partition(" ") for line in lines)}
+        return Counter((call, path) for call, _, path in (line.partition(" ") for line in lines))
 
     def _beside(self, ending: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{ending}")
