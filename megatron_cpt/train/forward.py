@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_cpt.backend.cpu import unchanged_calls
 from megatron_cpt.model import fp8_emulated
 from megatron_cpt.model.build_model import Model
 from megatron_cpt.train.device_batch import DeviceBatch, model_inputs
@@ -78,7 +79,8 @@ class ForwardPass:
         inputs = model_inputs(batch, self.context_parallel_size)
         if distillation is not None:
             distillation.expect(chunk, batch.sources)
-        output = chunk(*inputs.positional, labels=inputs.labels, **inputs.packing)
+        with unchanged_calls():
+            output = chunk(*inputs.positional, labels=inputs.labels, **inputs.packing)
 
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             """Return the summed loss, the token count and the report.

@@ -17,6 +17,8 @@ from megatron_cpt.config import RunConfig, draft_config
 from megatron_cpt.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from megatron_cpt.model.build_model import Model
 
 _DEFAULT_LENGTH = 2048
@@ -104,6 +106,7 @@ def load_inference_model(saved: SavedRun, run: RunConfig, weights: WeightSet = "
     with process_groups(run.parallel) as ranks:
         # imported here: megatron-core reads torch.cuda on import, and process_groups replaces it on a CPU
         from megatron_cpt.checkpoint.loading.load import load_weights
+        from megatron_cpt.checkpoint.state.state_dicts import unwrap
         from megatron_cpt.model.build_model import build_model
 
         with warnings.catch_warnings():
@@ -112,4 +115,17 @@ def load_inference_model(saved: SavedRun, run: RunConfig, weights: WeightSet = "
         load_weights(saved, model.chunks, weights=weights)
         for chunk in model.chunks:
             chunk.eval()
+            if ranks.device.type == "cpu":
+                _store_by_columns(unwrap(chunk).decoder)
         yield InferenceModel(model, run, ranks)
+
+
+def _store_by_columns(layers: nn.Module) -> None:
+    """Change the order of the fp32 matrices of linear layers in memory: their rows are no longer contiguous.
+
+    A CPU then takes 1.1 to 1.8 times less time for products with 4 to 64 rows, as in generation, and as long for others
+    (torch 2.13 with MKL).
+    """
+    for parameter in layers.parameters():
+        if parameter.ndim == 2 and parameter.dtype.itemsize == 4:
+            parameter.data = parameter.data.t().contiguous().t()
