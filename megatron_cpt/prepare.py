@@ -367,7 +367,7 @@ def _missing_teacher(draft: Draft, config: RunConfig) -> Iterator[tuple[str, str
 
 
 def _faults_of_cache(draft: Draft, config: RunConfig, sources: Iterable[str]) -> list[str]:
-    """Return why `train` would refuse the folder in `teacher.cache`, one text per source without records."""
+    """Return why `train` would refuse the folder in `teacher.cache`, and which samples are longer than its windows."""
     teacher, faults = config.teacher, []
     if teacher is None or teacher.cache is None or not draft.is_untouched("teacher") or not exists(teacher.cache):
         return []
@@ -380,6 +380,12 @@ def _faults_of_cache(draft: Draft, config: RunConfig, sources: Iterable[str]) ->
             cache.require_source(name, open_source(config.sources[name].paths), config.span_length(name))
         except RefusedError as error:
             faults.append(f"teacher.cache: {error}")
+    if config.longest_sequence > (window := cache.header.window):
+        faults.append(
+            f"teacher.cache: the teacher has read {window:,} tokens at once, samples have up to "
+            f"{config.longest_sequence:,}: it knows less of their beginning than the model; `megatron-cpt teach "
+            f"--window {config.longest_sequence}` makes a cache without this limit"
+        )
     return faults
 
 

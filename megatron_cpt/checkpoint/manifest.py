@@ -114,7 +114,8 @@ def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and not is_path_error(error):
             raise
-        raise RefusedError(f"{path}: missing or damaged ({error}); this checkpoint cannot be verified") from error
+        advice = "choose another checkpoint, or copy this one again"
+        raise RefusedError(f"{path}: missing or damaged ({error}); {advice}") from error
     return files
 
 

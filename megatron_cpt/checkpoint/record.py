@@ -20,6 +20,8 @@ from megatron_cpt.files.whole_io import DiskFile, is_regular_file, read_file
 WeightSet = Literal["raw", "ema"]
 """Weights of a checkpoint: the weights of its step, or their moving average."""
 
+_ADVICE = "choose another checkpoint, or copy this one again"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -81,7 +83,7 @@ def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None =
         for name in (layout.STATE_FILE, layout.RUN_FILE):
             path = checkpoint / name
             if not is_regular_file(path) or digest(path, manifest[name].algorithm) != manifest[name]:
-                raise RefusedError(f"{path}: missing, or different from what {layout.MANIFEST_FILE} lists")
+                raise RefusedError(f"{path}: missing, or different from what {layout.MANIFEST_FILE} lists; {_ADVICE}")
     with corrupt_as_refused(checkpoint):
         return SavedRun(checkpoint, manifest, read_state(checkpoint), read_run(checkpoint))
 
@@ -108,7 +110,7 @@ def corrupt_as_refused(checkpoint: object) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError(
             f"{checkpoint}: {layout.STATE_FILE} or {layout.RUN_FILE} is damaged ({type(error).__name__}: {error}); "
-            "use another checkpoint"
+            f"{_ADVICE}"
         ) from error
 
 
@@ -123,7 +125,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         version = int(state["format_version"])
     except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f"{path}: damaged: no format_version") from error
+        raise RefusedError(f"{path}: damaged: no format_version; {_ADVICE}") from error
     layout.refuse_newer_format(path, version)
     return state
 
@@ -137,7 +139,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         return read_mapping(folder / layout.RUN_FILE)
     except UserError as error:  # an error in a user's file means damage in a file that we wrote
-        raise RefusedError(f"damaged: {error}") from error
+        raise RefusedError(f"damaged: {error}; {_ADVICE}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and not is_path_error(error):
             raise
-        raise RefusedError(f"{path}: missing or damaged ({error})") from error
+        raise RefusedError(f"{path}: missing or damaged ({error}); copy the file again, or make it again") from error
     if not isinstance(plain, dict):
-        raise RefusedError(f"{path}: damaged: not an object")
+        raise RefusedError(f"{path}: damaged: not an object; copy the file again, or make it again")
     return plain

@@ -292,6 +292,8 @@ def _check_teacher(config: RunConfig) -> Iterator[str]:
             f"teacher.temperature: {teacher.temperature:g}: a cache holds probabilities at temperature 1; remove it, "
             "or use teacher.from"
         )
+    if not any(map(teacher.distills, config.sources)):
+        yield "teacher.sources: 0 for every source, so there is no distillation; remove teacher, or one of the zeros"
     yield from _check_teacher_layout(config, teacher)
     for name, factor in teacher.sources.items():
         key = f"teacher.sources.{name}"

@@ -33,7 +33,7 @@ from megatron_cpt.planning import RunPlan, flops_per_token
 from megatron_cpt.planning.hardware import emulates_bf16
 from megatron_cpt.provenance.plans_file import read_started_run
 from megatron_cpt.train.device_batch import make_upload
-from megatron_cpt.train.distillation.open_teacher import FoundTeacher, find_teacher, open_distillation
+from megatron_cpt.train.distillation.open_teacher import find_teacher, open_distillation
 from megatron_cpt.train.first_start import choose_run_id, refuse_lost_run
 from megatron_cpt.train.forward import ForwardPass
 from megatron_cpt.train.metrics import LossMeter
@@ -150,9 +150,7 @@ def setup(
 
     started = on_main(lambda: read_started_run(Path(config.output)))
     documents = document_options(config, eod_id)
-    teacher = find_teacher(config, streams, documents, data_tokenizer)
-    if isinstance(teacher, FoundTeacher) and "tokenizer" not in allow:
-        compare_tokenizer(teacher.saved, data_tokenizer, "teacher.from")
+    teacher = find_teacher(config, streams, documents, data_tokenizer, allow)
     teacher_digest = teacher.digest if teacher is not None else None
 
     def check_resume(own: SavedRun | None) -> None:

@@ -58,7 +58,7 @@ def test_a_missing_teacher_is_a_problem_of_train_and_a_warning_of_plan(with_file
 
 
 def test_a_plan_names_the_sources_that_a_cache_lacks(with_files, write_run):
-    write_cache(Path("cache"), {"web": Path("data/web")})
+    write_cache(Path("cache"), {"web": Path("data/web")}, window=64)
     path = write_run(with_files | {"teacher": {"cache": "cache"}})
     lacking = [name for name in with_files["sources"] if name != "web"]
     warnings = prepare_run(path, need_files=False).plan.warnings
@@ -68,6 +68,8 @@ def test_a_plan_names_the_sources_that_a_cache_lacks(with_files, write_run):
         assert f"set teacher.sources.{name} to 0, or make a cache of this run's files: megatron-cpt teach" in warning
     zero = [f"teacher.sources.{name}=0" for name in lacking]
     assert prepare_run(path, zero, need_files=False).plan.warnings == ()
+    warnings = prepare_run(path, [*zero, "seq_length=128"], need_files=False).plan.warnings
+    assert warnings[0].startswith("teacher.cache: the teacher has read 64 tokens at once, samples have up to 128")
     Path("cache/teacher.json").write_text("{")
     (warning,) = prepare_run(path, need_files=False).plan.warnings
     assert warning.startswith("teacher.cache: ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import orjson
@@ -29,6 +29,7 @@ from megatron_cpt.train.distillation.cached_teacher import CacheTeacher
 from megatron_cpt.train.distillation.distillation import Distillation
 from megatron_cpt.train.distillation.distilled_loss import Teacher, VocabularyShard
 from megatron_cpt.train.distillation.online_teacher import OnlineTeacher
+from megatron_cpt.train.resume import compare_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def find_teacher(
     streams: Mapping[str, TokenStream],
     documents: DocumentOptions,
     data_tokenizer: tuple[str, str] | None,
+    allow: Collection[str],
 ) -> FoundTeacher | CachedTeacher | None:
     """Return the teacher of a run, or None if it has no section `teacher`; a collective call.
 
@@ -61,10 +63,11 @@ def find_teacher(
         streams: its sources.
         documents: its treatment of document boundaries.
         data_tokenizer: name and fingerprint of the tokenizer of its ids; None: unknown.
+        allow: accepted differences; `tokenizer` accepts a checkpoint that was trained with another tokenizer.
 
     Raises:
         UserError: there is no such checkpoint, or its model cannot be divided as `parallel` says.
-        RefusedError: it is corrupt, or has another vocabulary; or a cache does not fit the run.
+        RefusedError: it is corrupt, has another vocabulary or another tokenizer; or a cache does not fit the run.
     """
     section = config.teacher
     if section is None:
@@ -93,6 +96,8 @@ def find_teacher(
     assert run is not None
     if problems := [text for check in CHECKS for text in check.find(run)]:
         raise UserError(f"teacher: its model does not fit the layout of this run: {'; '.join(problems)}")
+    if "tokenizer" not in allow:
+        compare_tokenizer(saved, data_tokenizer, "teacher.from")
     return FoundTeacher(saved, run, _digest(saved))
 
 

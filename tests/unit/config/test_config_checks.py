@@ -58,6 +58,10 @@ FIM = "{prefix_id: 250, middle_id: 251, suffix_id: 252}"
             ["teacher={from: a, weight: 0.6, sources: {web: 2}}"],
             "teacher.sources.web: 2 x teacher.weight: 0.6 is above 1",
         ),
+        (
+            ["teacher={from: a, sources: {web: 0, code: 0, qa: 0}}"],
+            "teacher.sources: 0 for every source, so there is no distillation",
+        ),
         (["teacher={from: a, tensor: 3}"], "teacher.tensor: 3: choose 1 or parallel.tensor: 1"),
         (
             ["teacher={from: a, tensor: 1}", "parallel={tensor: 2, pipeline: 2}"],
