@@ -36,7 +36,7 @@ _VALUES = {"short": 777, "delay": 20}
 _MOST_READS = 12  # of a file that fail one after another
 _QUICK = Rule("skip", "sleep", "*", value=1)  # retries wait 1 ms
 _TEMPORARY = re.compile(r"(?<=\.tmp-)\d+|(?<=\.)[0-9a-f]{32}(?=\.)")
-_CHANGING = re.compile(r".*(seconds|per second|/s\b|_per_second).*")
+_CHANGING = re.compile(r".*(seconds|per second|/s\b|_per_second|, [\d.]+ s$).*")
 _NO_RESULT = re.compile(r".*(\.lock|/tensorboard/.*|/logs/.*|/report\.html)$")  # the report shows times
 _LOGS = ("metrics.jsonl", "events.jsonl")
 
@@ -94,6 +94,10 @@ DATA_COMMANDS = (
     Command("overlap", ("overlap", "--train", "in/a", "--held-out", "in/b", "--json")),
     Command("plan", ("plan", "in/run.yaml", "--json")),
 )
+_RECIPE = (
+    *("--general", "a=in/a", "--qa", "b=in/b", "--split", "10%", "--split-dir", "out/split"),
+    *("--tokens", "8192", "--max-lr", "0.001", "--tokenizer", "byte", "--seq-length", "32", "--global-batch", "4"),
+)
 TORCH_COMMANDS = (
     Command("convert import", ("convert", "import", "in/hf", "out/base", "--workers", "1")),
     Command("convert export", ("convert", "export", "in/base", "out/hf", "--workers", "1")),
@@ -101,6 +105,12 @@ TORCH_COMMANDS = (
     Command("train", ("train", "in/run.yaml", "output=out/run")),
     Command("resume", ("train", "in/run.yaml", "output=out/run", "tokens=512"), {"out/run": "in/stopped"}),
     Command("trace", ("trace", "in/stopped", "--step", "1", "--json")),
+    Command("report", ("report", "in/stopped", "--output", "out/page.html")),
+    Command("recipe", ("recipe", "in/stopped", *_RECIPE, "--output", "out/run.yaml")),
+    Command("average", ("average", "--run", "in/stopped", "--last", "2", "--output", "out/average", "--workers", "1")),
+    Command("grow", ("grow", "in/base", "--to", "in/grown.yaml", "--output", "out/grown", "--workers", "1")),
+    Command("teach", ("teach", "in/stopped", "--run", "in/run.yaml", "--output", "out/cache")),
+    Command("generate", ("generate", "in/stopped", "--prompt", "a", "--max-new-tokens", "2", "--tokenizer", "byte")),
 )
 
 
@@ -285,6 +295,7 @@ def write_torch_inputs(folder: Path, commands: FaultyCommands) -> None:
     from tests.helpers.hf_models import save_hf_model
 
     save_hf_model(folder / "in/hf", "llama")
+    (folder / "in/grown.yaml").write_text("layers: 4\n")
     for arguments in (
         ("convert", "import", "in/hf", "in/base"),
         ("train", "in/run.yaml", "output=in/stopped", "tokens=512", "stop_at_step=2"),
