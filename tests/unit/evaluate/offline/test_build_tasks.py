@@ -102,6 +102,7 @@ def test_without_a_network_the_message_says_what_to_do(tmp_path):
 
 
 def test_a_changed_file_is_not_evaluated(tasks, tmp_path):
+    pytest.importorskip("datasets", reason="of extra [evaluate]")
     folder = tmp_path / "copy"
     shutil.copytree(tasks, folder)
     source = {"config_source": str(folder / "piqa_mc.yaml"), "dataset": "piqa", "version": 1}
