@@ -67,7 +67,7 @@ def test_damage_that_no_checksum_was_asked_for_is_refused_where_it_shows(
     metadata = copy / "metadata.json"
     metadata.write_text("[" + metadata.read_text()[1:])
     start = [f"init.from={copy}", "stop_at_step=1", f"output={tmp_path}/out", "checkpoint.verify=none"]
-    with pytest.raises(RankError, match=r"RefusedError: .*cannot be read: JSONDecodeError"):
+    with pytest.raises(RankError, match=r"RefusedError: .*metadata.json: missing or damaged"):
         run_ranks(1, train_here, str(run_file), start)
     (copy / "run.yaml").write_bytes(b"\t" + (copy / "run.yaml").read_bytes()[1:])
     with pytest.raises(RankError, match=r"RefusedError: damaged: .*run\.yaml"):
