@@ -323,6 +323,10 @@ def _mode(path: FilePath) -> int:
         first = error
     except ValueError:  # a NUL in the path
         return 0
-    if is_path_error(first):
-        return 0
-    return retry_disk(path, lambda: os.stat(path), first).st_mode
+    try:
+        if not is_path_error(first):
+            return retry_disk(path, lambda: os.stat(path), first).st_mode
+    except OSError as error:
+        if not is_path_error(error):
+            raise
+    return 0

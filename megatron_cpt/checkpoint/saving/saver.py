@@ -125,7 +125,10 @@ class Saver:
         aside, final = self._folder / f".{name}.tmp", self._folder / name
         self._on_main(step, partial(self._create_folder, aside))
         state = self._state()
-        plan = plan_shards(state, aside, validate=not self._is_validated)
+        try:
+            plan = plan_shards(state, aside, validate=not self._is_validated)
+        except OSError as error:
+            raise CptError(_message(step, [f"rank {dist.get_rank()}: {error}"])) from error
         self._is_validated = True  # the division into shards does not change during a run
         # Only now: megatron-core takes a folder with files for the remains of an older save, and warns.
         self._on_main(step, partial(record.write, aside))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+_TORCH_WRITE_ERRORS = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
 NUM_FILES = 2  # per rank, written at the same time by one thread each
 
 
@@ -53,9 +55,17 @@ def plan_shards(state: dict[str, Any], folder: Path, *, validate: bool) -> Shard
     groups and other values that are not sharded) into `folder`.
 
     `validate` checks that the ranks' shards cover every tensor exactly once.
+
+    Raises:
+        OSError: one of the two files could not be written.
     """
     planner = _PlanOnly("torch_dist", 1)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=planner, validate_access_integrity=validate)
+    try:
+        dist_checkpointing.save(state, str(folder), sharded_strategy=planner, validate_access_integrity=validate)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _TORCH_WRITE_ERRORS):
+            raise
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(folder / "common.pt")) from error
     assert planner.plan is not None
     return planner.plan
 

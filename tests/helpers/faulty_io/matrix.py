@@ -35,10 +35,10 @@ FAULTS: dict[str, tuple[tuple[str, int], ...]] = {
 _VALUES = {"short": 777, "delay": 20}
 _MOST_READS = 12  # of a file that fail one after another
 _QUICK = Rule("skip", "sleep", "*", value=1)  # retries wait 1 ms
+_LESSER = {"latest", "plans.jsonl"}  # a run whose checkpoint is saved continues without them, with a warning
 _TEMPORARY = re.compile(r"(?<=\.tmp-)\d+|(?<=\.)[0-9a-f]{32}(?=\.)")
 _CHANGING = re.compile(r".*(seconds|per second|/s\b|_per_second|, [\d.]+ s$).*")
-_NO_RESULT = re.compile(r".*(\.lock|/tensorboard/.*|/logs/.*|/report\.html)$")  # the report shows times
-_LOGS = ("metrics.jsonl", "events.jsonl")
+_NO_RESULT = re.compile(r".*(\.lock|/tensorboard/.*|/logs/.*|/report\.html|/events\.jsonl)$")  # history of the starts
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Command:
     arguments: tuple[str, ...]
     start: Mapping[str, str] = field(default_factory=dict)
     """Folders that are copied before it runs: to -> from."""
+    names_faults: bool = False
+    """True if the command does not end for a file that cannot be read, and names it in its result."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ TORCH_COMMANDS = (
     Command("train", ("train", "in/run.yaml", "output=out/run")),
     Command("resume", ("train", "in/run.yaml", "output=out/run", "tokens=512"), {"out/run": "in/stopped"}),
     Command("trace", ("trace", "in/stopped", "--step", "1", "--json")),
-    Command("report", ("report", "in/stopped", "--output", "out/page.html")),
+    Command("report", ("report", "in/stopped", "--output", "out/page.html"), names_faults=True),
     Command("recipe", ("recipe", "in/stopped", *_RECIPE, "--output", "out/run.yaml")),
     Command("average", ("average", "--run", "in/stopped", "--last", "2", "--output", "out/average", "--workers", "1")),
     Command("grow", ("grow", "in/base", "--to", "in/grown.yaml", "--output", "out/grown", "--workers", "1")),
@@ -210,13 +212,17 @@ class Matrix:
         if again.status != 0:
             return f"the next call ended with {again.status}: {again.stderr[-1500:]}"
         differing = self.differing(command, again)
+        if differing == ["stdout"] and len(self.quiet[command.name]) > 1:
+            return None  # it says how much of the work the failed call has left
         return f"after the next call other results: {differing}" if differing else None
 
     def _judge(self, case: Case, outcome: Outcome) -> str | None:
         text = f"status {outcome.status}: {outcome.stderr[-2500:]}"
         if outcome.status == 0:
             differing = self.differing(case.command, outcome)
-            return f"status 0 with other results: {differing}\n{text}" if differing else None
+            if not differing or self._is_named(case, outcome, differing):
+                return None
+            return f"status 0 with other results: {differing}\n{text}"
         if case.call == "read" and case.count == 1:
             return f"a read that fails once was not repeated; {text}"
         errors = [line for line in outcome.stderr.splitlines() if line.startswith("megatron-cpt: error:")]
@@ -225,6 +231,13 @@ class Matrix:
         if case.call in ("open", "read", "stat") and not _names(errors[0], case.glob):
             return f"the message does not name the file; {text}"
         return None
+
+    def _is_named(self, case: Case, outcome: Outcome, differing: Sequence[str]) -> bool:
+        """Return whether the results that differ, or the warnings, name the file of the fault."""
+        if case.command.names_faults and "stdout" not in differing:
+            return all(_names((self.folder / name).read_text(errors="replace"), case.glob) for name in differing)
+        warnings = "\n".join(line for line in outcome.stderr.splitlines() if " is saved, but " in line)
+        return {Path(name).name for name in differing} <= _LESSER and _names(warnings, case.glob)
 
     def _reset(self, command: Command) -> None:
         shutil.rmtree(self.folder / "out", ignore_errors=True)
@@ -239,10 +252,10 @@ class Matrix:
         for path in sorted((self.folder / "out").rglob("*")):
             if path.is_file() and not _NO_RESULT.match(str(path)):
                 content = path.read_bytes()
-                if path.name in _LOGS:
+                if path.name == "metrics.jsonl":
                     lines = map(orjson.loads, content.splitlines())
                     content = orjson.dumps(
-                        [{key: line[key] for key in line if key not in (*MACHINE_KEYS, "time")} for line in lines]
+                        [{key: line[key] for key in line if key not in MACHINE_KEYS} for line in lines]
                     )
                 if "/step-" in str(path) or path.name == "plans.jsonl":
                     content = _without_ids(path.name, content)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -28,13 +27,14 @@ def data_matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
         yield Matrix(folder, commands)
 
 
-@pytest.fixture
-def torch_matrix(tmp_path: Path) -> Iterator[Matrix]:
-    matrix.write_text_inputs(tmp_path)
-    matrix.write_run(tmp_path)
-    with FaultyCommands(tmp_path, with_torch=True) as commands:
-        matrix.write_torch_inputs(tmp_path, commands)
-        yield Matrix(tmp_path, commands)
+@pytest.fixture(scope="module")
+def torch_matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    folder = tmp_path_factory.mktemp("torch")
+    matrix.write_text_inputs(folder)
+    matrix.write_run(folder)
+    with FaultyCommands(folder, with_torch=True) as commands:
+        matrix.write_torch_inputs(folder, commands)
+        yield Matrix(folder, commands)
 
 
 def named(name: str) -> Command:
@@ -84,6 +84,22 @@ def test_each_read_of_a_checkpoints_metadata_may_fail_once(torch_matrix: Matrix)
         assert outcome.status == 0, outcome.stderr
         assert torch_matrix.differing(command, outcome) == []
     assert number > 3, "verified and read"
+
+
+@pytest.mark.parametrize("name", ["common.pt", "metadata.json"])
+def test_what_megatron_core_writes_may_fail(torch_matrix: Matrix, name: str) -> None:
+    """Before, a failed write of common.pt was a traceback: torch raises a RuntimeError."""
+    rule = Rule("EIO", "write", f"{torch_matrix.folder}/*/.step-00000001.tmp/{name}", count=1)
+    command = named("train")
+    torch_matrix.cases(command)
+    outcome = torch_matrix.outcome(command, [rule])
+    if not outcome.hits[1]:
+        pytest.skip(f"this version of megatron-core writes no {name}")
+    assert outcome.status == 1
+    assert "error: the checkpoint of step 1 was not written: rank 0: " in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    again = torch_matrix.outcome(command, is_repeated=True)
+    assert (again.status, torch_matrix.differing(command, again)) == (0, [])
 
 
 @pytest.mark.long

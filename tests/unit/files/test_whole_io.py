@@ -166,6 +166,8 @@ class TestFailingDisk:
             True,
         ]
         assert [exists(path / "below a file"), exists(path.parent / "missing")] == [False, False]
+        fail(monkeypatch, "stat", errno.EIO)
+        assert not exists(path.parent / "missing"), "before, the second attempt raised ENOENT"
         fail(monkeypatch, "stat", *[errno.EIO] * 5)
         with pytest.raises(OSError, match=str(path)):
             exists(path)
