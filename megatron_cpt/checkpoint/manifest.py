@@ -37,6 +37,7 @@ from megatron_cpt.files.whole_io import is_regular_file, read_file
 
 Verify = Literal["full", "sampled", "none"]
 SAMPLED_SHARE = 16  # a sampled verification takes one shard in 16
+DAMAGE_ADVICE = "choose another checkpoint, or copy this one again"
 _REQUIRED = (STATE_FILE, RUN_FILE, ".metadata", "metadata.json")
 _READ = (*_REQUIRED, PLAN_FILE, "common.pt")  # small files that are read, so none may exist without a checksum
 _CHECKSUM_KEYS = {ALGORITHM: "checksum", "sha256": "sha256"}  # per algorithm, the key in an entry
@@ -114,8 +115,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileDigest]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and not is_path_error(error):
             raise
-        advice = "choose another checkpoint, or copy this one again"
-        raise RefusedError(f"{path}: missing or damaged ({error}); {advice}") from error
+        raise RefusedError(f"{path}: missing or damaged ({error}); {DAMAGE_ADVICE}") from error
     return files
 
 

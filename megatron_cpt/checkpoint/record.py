@@ -11,7 +11,7 @@ from typing import Any, Literal
 import orjson
 
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.manifest import FileDigest, digest, read_manifest
+from megatron_cpt.checkpoint.manifest import DAMAGE_ADVICE, FileDigest, digest, read_manifest
 from megatron_cpt.config import read_mapping
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.retry import is_path_error
@@ -19,8 +19,6 @@ from megatron_cpt.files.whole_io import DiskFile, is_regular_file, read_file
 
 WeightSet = Literal["raw", "ema"]
 """Weights of a checkpoint: the weights of its step, or their moving average."""
-
-_ADVICE = "choose another checkpoint, or copy this one again"
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,8 @@ def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None =
         for name in (layout.STATE_FILE, layout.RUN_FILE):
             path = checkpoint / name
             if not is_regular_file(path) or digest(path, manifest[name].algorithm) != manifest[name]:
-                raise RefusedError(f"{path}: missing, or different from what {layout.MANIFEST_FILE} lists; {_ADVICE}")
+                problem = f"missing, or different from what {layout.MANIFEST_FILE} lists"
+                raise RefusedError(f"{path}: {problem}; {DAMAGE_ADVICE}")
     with corrupt_as_refused(checkpoint):
         return SavedRun(checkpoint, manifest, read_state(checkpoint), read_run(checkpoint))
 
@@ -110,7 +109,7 @@ def corrupt_as_refused(checkpoint: object) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError(
             f"{checkpoint}: {layout.STATE_FILE} or {layout.RUN_FILE} is damaged ({type(error).__name__}: {error}); "
-            f"{_ADVICE}"
+            f"{DAMAGE_ADVICE}"
         ) from error
 
 
@@ -125,7 +124,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         version = int(state["format_version"])
     except (KeyError, TypeError, ValueError) as error:
-        raise RefusedError(f"{path}: damaged: no format_version; {_ADVICE}") from error
+        raise RefusedError(f"{path}: damaged: no format_version; {DAMAGE_ADVICE}") from error
     layout.refuse_newer_format(path, version)
     return state
 
@@ -139,7 +138,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         return read_mapping(folder / layout.RUN_FILE)
     except UserError as error:  # an error in a user's file means damage in a file that we wrote
-        raise RefusedError(f"damaged: {error}; {_ADVICE}") from error
+        raise RefusedError(f"damaged: {error}; {DAMAGE_ADVICE}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
