@@ -40,6 +40,7 @@ from megatron_cpt.errors import CptError, RefusedError, UserError
 from megatron_cpt.files.identity import FileIdentity, check_unchanged
 
 _COMPARED_ROWS = 8192  # rows of tied embeddings that are in memory at the same time
+_EMA_PREFIX = optimizer_prefix("ema")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class SourceCheckpoint:
         groups: the optimizer's parameter groups, if `specs` includes its tensors; None: weights only.
         common: what a Megatron checkpoint stores besides the tensors, such as Megatron-LM's `args`; the values are
             not checked.
+        has_ema: True if the checkpoint also holds a moving average of its weights.
     """
 
     kind: str
@@ -71,6 +73,7 @@ class SourceCheckpoint:
     origins: Mapping[str, str] = field(default_factory=dict)
     groups: list[dict[str, Any]] | None = None
     common: Mapping[str, Any] = field(default_factory=dict)
+    has_ema: bool = False
 
     def identity(self) -> list[Any]:
         """Return names, sizes and modification times of the files, which tell work of another source apart."""
@@ -139,6 +142,8 @@ def _open(
         files = sorted(weights.folder.iterdir())
         common = weights.common()
         source = _from_megatron("torch_dist", weights, path, common, named_model, files)
+        names = weights.keys()
+        source = replace(source, has_ema=any(name.startswith(_EMA_PREFIX) for name in names))
         if kind == "ema":
             source = _take_ema(source, weights, path)
         return _add_optimizer(source, weights, common) if with_optimizer else source
@@ -261,11 +266,9 @@ def _add_optimizer(source: SourceCheckpoint, weights: TorchDistWeights, common: 
 
 def _take_ema(source: SourceCheckpoint, weights: TorchDistWeights, path: Path) -> SourceCheckpoint:
     """Return the source with the moving average of its weights in place of them."""
-    prefix = optimizer_prefix("ema")
-    names = weights.keys()
-    if not any(name.startswith(prefix) for name in names):
+    if not source.has_ema:
         raise no_ema_error(path)
-    averages = {name.removeprefix(prefix): mosaic for name, mosaic in weights.collect(prefix).items()}
+    averages = {name.removeprefix(_EMA_PREFIX): mosaic for name, mosaic in weights.collect(_EMA_PREFIX).items()}
     shapes = {name: spec.shape for name, spec in source.specs.items()}
     refuse_wrong_tensors(path, averages, shapes, padded=(EMBEDDING, OUTPUT_LAYER))
     return replace(source, read=partial(_read_with_padding, MosaicWeights(averages), source.specs))

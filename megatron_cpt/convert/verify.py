@@ -35,6 +35,8 @@ _IGNORED_FIELDS = {
     "padding_in_softmax",
 }
 
+_EMA_NOTE = "the checkpoint also has a moving average of its weights, which --weights ema compares"
+
 
 @dataclass(frozen=True)
 class TensorReport:
@@ -46,6 +48,7 @@ class TensorReport:
         num_cast: number of tensors with another dtype in the checkpoint; compared in the narrower of both dtypes.
         differing: tensor -> number of elements that differ in at least one bit.
         padding: tensor -> number of rows of padding in the checkpoint that are not zero; they do no harm.
+        note: what else the folder may be compared with; empty: nothing, or there is no difference.
     """
 
     family: str
@@ -54,6 +57,7 @@ class TensorReport:
     num_cast: int
     differing: Mapping[str, int]
     padding: Mapping[str, int]
+    note: str = ""
 
     @property
     def is_equal(self) -> bool:
@@ -118,6 +122,7 @@ def verify_tensors(
         files = {(hf / CONFIG_FILE).resolve(), *(info.file for info in folder.tensors.values())}
         with must_not_change([*opened.identities, *(before[file] for file in files & before.keys())]):
             run_parallel(compare, list(blocks(rules)), workers)
+        may_be_average = differing and weights == "raw" and opened.has_ema
         dtypes = [(folder.tensors[name].dtype, opened.specs[rule.megatron].dtype) for rule in rules for name in rule.hf]
         return TensorReport(
             family=family.name,
@@ -126,6 +131,7 @@ def verify_tensors(
             num_cast=sum(hf_dtype != our_dtype for hf_dtype, our_dtype in dtypes),
             differing=dict(sorted(differing.items())),
             padding=_count_nonzero_padding(opened),
+            note=_EMA_NOTE if may_be_average else "",
         )
 
 

@@ -211,7 +211,9 @@ def test_it_is_exported_verified_and_loaded_in_place_of_the_weights(run_file: Pa
         folder = exported / checkpoint.parents[1].name
         export_checkpoint(checkpoint, folder, ExportOptions(weights="ema"))
         assert verify_tensors(folder, checkpoint, weights="ema").is_equal
-        assert verify_tensors(folder, checkpoint).differing
+        of_weights = verify_tensors(folder, checkpoint)
+        assert of_weights.differing
+        assert "--weights ema" in of_weights.note
         (report,) = run_ranks(1, compare, folder, checkpoint)
         assert report.max_difference < 1e-4
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]

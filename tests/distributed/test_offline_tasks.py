@@ -32,8 +32,14 @@ DATA = ROOT / "build" / "evaluate"
 REQUESTS = int(os.environ.get("OFFLINE_REQUESTS", "4"))
 QUESTIONS = [f"{name}_{kind}" for name in (*MULTIPLE_CHOICE, *EXAMS) for kind in ("cloze", "mc")]
 SINGLE = [*(f"{name}_cloze" for name in (*ANSWERS, "humaneval")), *HELDOUT, "asdiv_gen"]
-# A question with choices is about four requests; a program has up to 1,024 tokens.
-DOCUMENTS = ((QUESTIONS, max(1, REQUESTS // 4)), (SINGLE, REQUESTS), (["humaneval_gen"], max(1, REQUESTS // 16)))
+FEW_CHOICES = [name for name in QUESTIONS if name.startswith(("piqa", "boolq", "siqa"))]
+# A question is one request per choice, two or three here, four or five elsewhere; a program has up to 1,024 tokens.
+DOCUMENTS = (
+    (FEW_CHOICES, max(1, REQUESTS // 2)),
+    ([name for name in QUESTIONS if name not in FEW_CHOICES], max(1, REQUESTS // 4)),
+    (SINGLE, REQUESTS),
+    (["humaneval_gen"], max(1, REQUESTS // 16)),
+)
 CHOSEN = os.environ.get("OFFLINE_TASKS", "").split(",")
 RUNS = [
     (chosen, documents)

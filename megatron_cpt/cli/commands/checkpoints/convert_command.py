@@ -299,6 +299,8 @@ def _print_verification(checkpoint: Path, tensors: TensorReport, logits: LogitsR
         print(f"  {name}: {count:,} elements differ")
     for name, rows in tensors.padding.items():
         print(f"  note: {name}: {rows} rows of padding are not zero")
+    if tensors.note:
+        print(f"  note: {tensors.note}")
     if logits is not None:
         print(
             f"logits at {logits.layout}, {logits.num_prompts} prompts, {logits.num_tokens} tokens "
