@@ -23,6 +23,8 @@ from megatron_cpt.errors import CptError, UserError, install_command
 from megatron_cpt.evaluate.offline import BUILD_COMMAND, task_folder
 from megatron_cpt.evaluate.offline.scores import token_counter
 from megatron_cpt.evaluate.programs.code_execution import allow_code_execution, available_isolation
+from megatron_cpt.files.retry import is_path_error
+from megatron_cpt.files.system_errors import describe_os_error
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -91,6 +93,7 @@ class LoadedTasks:
 
     Raises:
         UserError: the harness is missing, a task is unknown, cannot be loaded, or needs what was not allowed.
+        CptError: the disk failed.
     """
 
     def __init__(self, choice: TaskChoice) -> None:
@@ -328,12 +331,20 @@ def _task_digest(task: Task) -> str:
 
 @contextlib.contextmanager
 def _harness_errors(what: str) -> Iterator[None]:
-    """Turn any error of the harness, of `datasets` or of a task's file into one message."""
+    """Turn any error of the harness, of `datasets` or of a task's file into one message.
+
+    Raises:
+        UserError: the task, its file or its data is at fault.
+        CptError: the disk failed.
+    """
     try:
         yield
-    except CptError:
+    except (CptError, MemoryError):
         raise
     except Exception as error:
+        for cause in _chain(error):
+            if isinstance(cause, OSError) and not is_path_error(cause):
+                raise CptError(f"{what}: {describe_os_error(cause)}") from error
         kind, lines = type(error).__name__, str(error).strip().splitlines()
         reason = lines[0] if lines else kind
         if kind in _NOT_ON_DISK and os.environ.get(_OFFLINE[0]) == "1":
@@ -343,6 +354,13 @@ def _harness_errors(what: str) -> Iterator[None]:
         else:
             advice = "correct the task's file or its data, or remove the task"
         raise UserError(f"{what} ({kind}: {reason}); {advice}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from; `datasets` wraps errors of the disk."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

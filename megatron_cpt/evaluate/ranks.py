@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,10 @@ T = TypeVar("T")
 
 class StoppedEvaluation(BaseException):
     """Raised on every rank by `LeadingEngine.after_batch` to stop an evaluation; the harness must not catch it."""
+
+
+class _EngineError(BaseException):
+    """Unexpected error of the engine on rank 0, its argument; no fault of a task, so the harness must not catch it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ class _End:
 def decode_text(tokenizer: Tokenizer, token_ids: Iterable[int]) -> str:
     """Return the text of ids, without special tokens such as the end of a document."""
     return tokenizer.decode([number for number in token_ids if number not in tokenizer.special_ids])
+
+
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+    try:
+        yield
+    except CptError:
+        raise
+    except Exception as error:
+        raise _EngineError(error) from error
 
 
 class StopTexts:
@@ -97,7 +111,8 @@ class LeadingEngine:
         """Return the scores of all requests; only rank 0 calls it."""
         call = _ScoreCall(requests, finished)
         self._broadcast(call)
-        return self._score(call, on_batch)
+        with _engine_errors():
+            return self._score(call, on_batch)
 
     def generate(
         self,
@@ -110,7 +125,8 @@ class LeadingEngine:
         """Return the generated tokens of all prompts; only rank 0 calls it."""
         call = _GenerateCall(prompts, options, stop_texts, finished)
         self._broadcast(call)
-        return self._generate(call, on_batch)
+        with _engine_errors():
+            return self._generate(call, on_batch)
 
     def lead(self, work: Callable[[], T]) -> T | None:
         """Run a function on rank 0, which may call the engine, and follow its calls elsewhere; a collective call.
@@ -119,21 +135,29 @@ class LeadingEngine:
             The function's result on rank 0, None on the other ranks.
 
         Raises:
-            CptError: on all ranks, if the function raised it; on the other ranks for any exception.
+            CptError: on all ranks, if the function raised it; on the other ranks for any exception except one of the
+                engine, which leaves them to the launcher.
             StoppedEvaluation: on all ranks, if `after_batch` raised it.
         """
         if self._num_ranks > 1 and dist.get_rank() != 0:
             self._follow()
             return None
         failure: CptError | StoppedEvaluation | None = CptError("evaluation: rank 0 failed; its message says why")
+        engine_error = None
         try:
             result = work()
             failure = None
+        except _EngineError as error:
+            (engine_error,) = error.args
         except (CptError, StoppedEvaluation) as error:
             failure = error
             raise
         finally:
-            self._broadcast(_End(failure))
+            # after an error of the engine the others may wait in a collective of the model; they end with this process
+            if engine_error is None:
+                self._broadcast(_End(failure))
+        if engine_error is not None:
+            raise engine_error  # out of the handler, so that its traceback is the only one
         return result
 
     def _follow(self) -> None:

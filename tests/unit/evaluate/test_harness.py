@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
-from megatron_cpt.errors import UserError
+from megatron_cpt.errors import EXIT_FAILURE, CptError, UserError
 from megatron_cpt.evaluate.finished_requests import FinishedRequests
 from megatron_cpt.evaluate.harness import HarnessResults, LoadedTasks, TaskChoice, metric_values
 from megatron_cpt.evaluate.lm_eval_model import HarnessModel
@@ -142,6 +143,35 @@ def test_a_task_that_cannot_run_is_one_message(tmp_path: Path, changes: Any, nam
     write_tasks(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         LoadedTasks(choose(tmp_path, names))
+
+
+class BrokenEngine(ArithmeticEngine):
+    def score(self, requests: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+
+def test_an_error_of_the_engine_is_no_fault_of_the_task(plain_model: Path, tasks: Path) -> None:
+    """Before: status 2 and "correct the task's file or its data"."""
+    model, loaded = adapter(plain_model, BrokenEngine()), LoadedTasks(choose(tasks))
+    with pytest.raises(RuntimeError, match="CUDA out of memory") as caught:
+        model._engine.lead(lambda: loaded.run(model, bootstrap=100))
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_failing_disk_is_no_fault_of_the_task(tasks: Path, monkeypatch: Any, is_wrapped: bool) -> None:
+    import datasets
+
+    def load_dataset(**_: Any) -> None:
+        error = OSError(errno.EIO, "Input/output error", "colors.jsonl")
+        if not is_wrapped:
+            raise error
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(CptError, match=r"task colors: cannot be loaded: colors.jsonl: Input/output error") as caught:
+        LoadedTasks(choose(tasks, ["colors"]))
+    assert caught.value.exit_status == EXIT_FAILURE
 
 
 @pytest.mark.long
