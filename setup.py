@@ -24,7 +24,7 @@ TRAIN = [
     *DATA,
 ]
 HF = ["transformers>=4.57", "accelerate", "gguf"]  # accelerate and gguf read GGUF files, for examples/smollm2
-EVAL = ["lm-eval>=0.4.13"]
+EVAL = ["lm-eval>=0.4.13", "datasets>=4"]  # before 4, datasets could run code of a dataset's author
 MINE = ["faiss-cpu>=1.8", "model2vec>=0.6"]
 FAST = ["gigatoken>=0.10,<0.11"]
 

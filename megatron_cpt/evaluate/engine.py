@@ -7,7 +7,8 @@ forward pass of its own (`token_tree.py`). The batch size is the number of rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -17,9 +18,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_cpt.backend import Ranks
-from megatron_cpt.config import RunConfig
+from megatron_cpt.config import RunConfig, format_number_of
 from megatron_cpt.errors import UserError
-from megatron_cpt.evaluate.requests import EngineCounts, Generation, GenerationOptions, Score, ScoreRequest
+from megatron_cpt.evaluate.requests import (
+    EngineCounts,
+    Generation,
+    GenerationOptions,
+    NotFiniteError,
+    Score,
+    ScoreRequest,
+)
 from megatron_cpt.evaluate.row_forward import Row, RowRunner
 from megatron_cpt.evaluate.text_group import Stop, Text, TextGroup, draw_keys
 from megatron_cpt.evaluate.token_tree import TokenRow, pack_rows
@@ -105,6 +113,7 @@ class Engine:
 
         Raises:
             UserError: a request has no context or no continuation, or its continuation is longer than `max_length`.
+            NotFiniteError: a log-likelihood is NaN or infinite.
         """
         self._check_ids([ids for request in requests for ids in (request.context, request.continuation)])
         inputs = [self._input_of(request) for request in requests]
@@ -120,6 +129,7 @@ class Engine:
                 for row in own:
                     self._count_own(len(row), row.num_tokens)
                 new = self._shared({number: score for one in results for number, score in one.items()}, scores)
+                _check_finite(math.isfinite(score.logprob) for score in new.values())
                 scores |= new
                 if on_batch is not None and new:
                     on_batch(new)
@@ -186,6 +196,7 @@ class Engine:
 
         Raises:
             UserError: a prompt is empty or too long.
+            NotFiniteError: the logits of a new token are NaN.
         """
         self._check_prompts(prompts)
         answers = dict(finished or {})
@@ -199,6 +210,7 @@ class Engine:
                 texts = [[Text(n, prompts[n], keys[n], self.max_length, options, stop) for n in group] for group in own]
                 self._generate_groups(texts, options)
                 new = self._shared({text.number: text.answer() for group in texts for text in group}, answers)
+                _check_finite(answer.reason != "not_finite" for answer in new.values())
                 self.counts.request_tokens += sum(len(prompts[n]) + len(answer.token_ids) for n, answer in new.items())
                 answers |= new
                 if on_batch is not None and new:
@@ -290,3 +302,12 @@ class Engine:
         self._own = EngineCounts()
         merged = {number: answer for _, _, answers in parts for number, answer in answers.items()}
         return {number: merged[number] for number in sorted(merged) if number not in known}
+
+
+def _check_finite(are_finite: Iterable[bool]) -> None:
+    """Raise on every rank if an answer of a batch is not a number; a comparison with NaN would call it right."""
+    if wrong := list(are_finite).count(False):
+        raise NotFiniteError(
+            f"the model computes NaN or infinity for {format_number_of(wrong, 'request')} of a batch: its weights are "
+            "damaged, or precision.compute is too small for them; take an earlier checkpoint, or precision.compute=fp32"
+        )

@@ -29,7 +29,8 @@ from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.evaluate.checkpoint_tokenizer import load_checkpoint_tokenizer
 from megatron_cpt.evaluate.finished_requests import FinishedRequests
-from megatron_cpt.evaluate.harness import BOOTSTRAP_ITERATIONS, SEED, HarnessResults, LoadedTasks, TaskChoice
+from megatron_cpt.evaluate.harness import BOOTSTRAP_ITERATIONS, HarnessResults, LoadedTasks, TaskChoice
+from megatron_cpt.evaluate.harness_context import SEED
 from megatron_cpt.evaluate.ranks import LeadingEngine
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors

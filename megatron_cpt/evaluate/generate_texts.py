@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,7 +63,7 @@ def generate_texts(
 
     Raises:
         UserError: an option is wrong, no tokenizer was found, or the number of processes does not fit the layout.
-        RefusedError: the checkpoint is corrupt.
+        RefusedError: the checkpoint is corrupt, or its model computes NaN.
     """
     options = options or GenerationOptions()
     check_options(options)
@@ -94,14 +93,9 @@ def generate_texts(
 
 def check_options(options: GenerationOptions) -> None:
     """Raise `UserError` for options outside their range."""
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: {options.max_new_tokens}; give 1 or more")
-    if not 0 <= options.temperature < math.inf:
-        raise UserError(f"--temperature: {options.temperature}; give 0 for the most likely token, or a finite number")
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top-p: {options.top_p}; give a probability above 0, at most 1")
-    if options.top_k < 0:
-        raise UserError(f"--top-k: {options.top_k}; give a number of tokens, or 0 for no limit")
+    if (problem := options.problem()) is not None:
+        name, advice = problem
+        raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)}; {advice}")
     if not options.temperature and (options.top_k or options.top_p < 1):
         raise UserError("--top-p and --top-k choose among samples; give a --temperature above 0, too")
 

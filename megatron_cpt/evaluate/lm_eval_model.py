@@ -253,6 +253,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             stop_ids=frozenset([self._eos_id]),
             **(sampling if temperature else {}),
         )
+        if (problem := found.problem()) is not None:
+            name, advice = problem
+            key = "max_gen_toks" if name == "max_new_tokens" else name
+            raise UserError(f"task {task}: generation_kwargs: {key}: {getattr(found, name)}; {advice}")
         return found, tuple(stops)
 
     def _truncated(self, prompt: Tokens, max_new_tokens: int, task: str | None) -> Tokens:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import CptError, UserError
-from megatron_cpt.evaluate.requests import Generation, GenerationOptions, Score, ScoreRequest
+from megatron_cpt.evaluate.requests import Generation, GenerationOptions, NotFiniteError, Score, ScoreRequest
 
 if TYPE_CHECKING:
     from megatron_cpt.evaluate.engine import Engine
@@ -168,7 +168,7 @@ class LeadingEngine:
                     raise call.failure
                 return
             # Every rank raises these, after the same batch or for the same request; the end of rank 0's work is next.
-            with contextlib.suppress(StoppedEvaluation, UserError):
+            with contextlib.suppress(StoppedEvaluation, UserError, NotFiniteError):
                 if isinstance(call, _ScoreCall):
                     self._score(call, lambda batch: None)
                 else:

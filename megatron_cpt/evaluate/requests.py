@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from megatron_cpt.errors import RefusedError
+
+
+class NotFiniteError(RefusedError):
+    """The model computes NaN or infinite logits."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,20 @@ class GenerationOptions:
     seed: int = 1234
     stop_ids: frozenset[int] = frozenset()
 
+    def problem(self) -> tuple[str, str] | None:
+        """Return the name of a field outside its range, and what to do; None if all are inside."""
+        if self.max_new_tokens < 1:
+            return "max_new_tokens", "give 1 or more"
+        if not 0 <= self.temperature < math.inf:
+            return "temperature", "give 0 for the most likely token, or a finite number"
+        if not 0 < self.top_p <= 1:
+            return "top_p", "give a probability above 0, at most 1"
+        if self.top_k < 0:
+            return "top_k", "give a number of tokens, or 0 for no limit"
+        return None
 
-StopReason = Literal["stop_id", "stop_text", "max_new_tokens", "max_length"]
+
+StopReason = Literal["stop_id", "stop_text", "max_new_tokens", "max_length", "not_finite"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +85,8 @@ class Generation:
 
     Attributes:
         token_ids: new tokens, without a stop id.
-        reason: cause of the end: a stop id, the caller's `stop` function (`stop_text`), the limit of new tokens, or the
-            model's length.
+        reason: cause of the end: a stop id, the caller's `stop` function (`stop_text`), the limit of new tokens, the
+            model's length, or logits that are not finite, which an engine never returns.
     """
 
     token_ids: tuple[int, ...]

@@ -50,7 +50,10 @@ class Text:
         return len(self.prompt) + len(self.new) - 1
 
     def add(self, token: int) -> None:
-        """Add a token, or end the text."""
+        """Add a token, or end the text; -1: no token, because the logits are NaN."""
+        if token < 0:
+            self.reason = "not_finite"
+            return
         if token in self._options.stop_ids:
             self.reason = "stop_id"
             return

@@ -47,16 +47,14 @@ def log_probabilities(logits: torch.Tensor, rows: torch.Tensor, targets: torch.T
 
 
 def largest_ids(logits: torch.Tensor) -> torch.Tensor:
-    """Return for each row the id with the largest logit; of equal ones, the first.
+    """Return for each row the id with the largest logit; of equal ones, the first; -1 where a logit is NaN.
 
     Args:
         logits: result of `own_logits`.
     """
     values, columns = logits.max(dim=-1)  # the first of equal ones
-    values = values.nan_to_num(
-        nan=math.inf, posinf=math.inf, neginf=-math.inf
-    )  # NaN is the largest, as in torch.argmax
-    ids = columns + _first_column(logits)
+    ids = torch.where(values.isnan(), -1, columns + _first_column(logits))
+    values = values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # so that -1 wins over all ranks
     is_largest = values == _reduced(values, dist.ReduceOp.MAX)
     return _reduced(torch.where(is_largest, ids, torch.iinfo(torch.int64).max), dist.ReduceOp.MIN)
 
@@ -99,13 +97,16 @@ def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_ids(logits: torch.Tensor, draws: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
-    """Return for each row an id sampled with temperature, top_k and top_p.
+    """Return for each row an id sampled with temperature, top_k and top_p; -1 where a logit is NaN.
 
     Args:
         logits: result of `own_logits`.
         draws: (n,) fp64, uniform in [0, 1).
     """
-    full = _gathered(logits).double() / options.temperature
+    full = _gathered(logits).double()
+    is_nan = full.isnan().any(dim=-1)
+    # minus the largest, so that a very small temperature makes no infinity of it
+    full = (full - full.amax(dim=-1, keepdim=True)) / options.temperature
     probabilities, ids = torch.softmax(full, dim=-1).sort(dim=-1, descending=True, stable=True)
     if options.top_k:
         probabilities[:, options.top_k :] = 0.0
@@ -117,7 +118,7 @@ def sampled_ids(logits: torch.Tensor, draws: torch.Tensor, options: GenerationOp
     # the first token whose cumulative probability is above the draw; rounding must not lead past the last kept one
     chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
     last = ((kept > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # NaN is not above 0
-    return ids.gather(1, torch.minimum(chosen, last))[:, 0]
+    return torch.where(is_nan, -1, ids.gather(1, torch.minimum(chosen, last))[:, 0])
 
 
 def draw(seed: int, prompt: bytes, position: int) -> float:

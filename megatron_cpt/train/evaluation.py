@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,14 @@ from megatron_cpt.config import RunConfig
 from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.evaluate.harness import LoadedTasks, TaskChoice
 from megatron_cpt.evaluate.ranks import LeadingEngine, StoppedEvaluation
+from megatron_cpt.evaluate.requests import NotFiniteError
 from megatron_cpt.files.whole_io import is_regular_file, open_reader
 from megatron_cpt.provenance.run_history import METRICS_FILE
 
 if TYPE_CHECKING:
     from megatron_cpt.model.build_model import Model
+
+logger = logging.getLogger(__name__)
 
 _BOOTSTRAP_ITERATIONS = 1000  # for metrics that are no means; 100,000 as in the harness take seconds per task
 
@@ -65,7 +69,7 @@ class Evaluator:
         # imported here: megatron-core reads torch.cuda on import, and backend/cpu.py replaces it before
         from megatron_cpt.evaluate.engine import Engine
 
-        self._tasks = tasks
+        self._tasks, self._is_main = tasks, ranks.is_main
         self._engine = LeadingEngine(Engine(model, config, ranks), tasks.tokenizer, ranks.world_size)
 
     def run(self, note: Callable[[], None], is_stop_requested: Callable[[], bool]) -> Fields | None:
@@ -76,8 +80,8 @@ class Evaluator:
             is_stop_requested: whether this rank was asked to stop; all ranks then stop after the same batch.
 
         Returns:
-            Fields of a line of metrics.jsonl: `evaluation` by task and `higher_is_better` by task and metric;
-            None if a stop was requested.
+            Fields of a line of metrics.jsonl: `evaluation` by task and `higher_is_better` by task and metric, both
+            empty if the model computes NaN; None if a stop was requested.
         """
 
         def after_batch() -> None:
@@ -86,11 +90,15 @@ class Evaluator:
                 raise StoppedEvaluation
 
         self._engine.after_batch = after_batch
-        fields: Fields | None = None
-        with contextlib.suppress(StoppedEvaluation):
+        try:
             fields = self._engine.lead(self._run_tasks)
-            return on_main(lambda: fields)
-        return None
+        except StoppedEvaluation:
+            return None
+        except NotFiniteError as error:  # the judge of the steps decides whether training goes on
+            if self._is_main:
+                logger.warning("evaluation: %s; it has no results", error)
+            return {"evaluation": {}, "higher_is_better": {}}
+        return on_main(lambda: fields)
 
     def _run_tasks(self) -> Fields:
         from megatron_cpt.evaluate.lm_eval_model import HarnessModel

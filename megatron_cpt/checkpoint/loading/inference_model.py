@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_cpt.model.build_model import Model
 
 _DEFAULT_LENGTH = 2048
-_SECTIONS = ("parallel", "precision", "speed", "model", "seq_length", "deterministic")
+_SECTIONS = ("parallel", "precision", "speed", "seq_length", "deterministic")
 _MICRO_BATCHES = 720720  # never run; the interleaved schedule's check wants a multiple of the pipeline size, up to 16
 
 
@@ -66,7 +66,7 @@ def inference_run(saved: SavedRun, overrides: Sequence[str] = ()) -> RunConfig:
     """
     for override in overrides:
         if override.partition("=")[0].partition(".")[0] not in _SECTIONS:
-            raise UserError(f"{override}: has no effect here; only keys of {', '.join(_SECTIONS)} can be overridden")
+            raise UserError(f"{override}: not possible here; only keys of {', '.join(_SECTIONS)} can be overridden")
     with corrupt_as_refused(saved.path):
         model = dict(saved.run["model"])
         length = int(saved.run.get("seq_length") or model.get("max_positions") or _DEFAULT_LENGTH)

@@ -69,7 +69,7 @@ def test_samples_follow_the_seed_and_stop_texts_end_them(checkpoint: Path, capsy
         ((*PROMPTS, "--max-new-tokens", "0"), "--max-new-tokens: 0; give 1 or more"),
         ((*PROMPTS, "--top-k", "3"), "give a --temperature above 0"),
         ((*PROMPTS, "parallel.tensro=2"), "tensro"),
-        ((*PROMPTS, "tokens=5"), "tokens=5: has no effect here"),
+        ((*PROMPTS, "tokens=5"), "tokens=5: not possible here"),
         ((*PROMPTS, "parallel.tensor=2"), "one replica takes tensor 2"),
         ((*PROMPTS, "parallel.context=2"), "context 2"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from megatron_cpt.checkpoint.loading.inference_model import (
 )
 from megatron_cpt.convert.importer import import_checkpoint
 from megatron_cpt.errors import UserError
-from megatron_cpt.evaluate.requests import Generation, GenerationOptions, Score, ScoreRequest
+from megatron_cpt.evaluate.requests import Generation, GenerationOptions, NotFiniteError, Score, ScoreRequest
 from tests.helpers.hf_models import save_hf_model
 
 MAX_LENGTH = 64  # of the tiny models
@@ -71,6 +72,28 @@ def test_texts_are_equal_for_any_order(loaded: InferenceModel, options: Generati
     different = sorted(set(prompts()))
     expected = engine(loaded).generate(different, options)
     assert engine(loaded).generate(different[::-1], options) == expected[::-1]
+
+
+@pytest.mark.parametrize("options", [None, GREEDY, SAMPLED])
+def test_nan_is_no_answer(loaded: InferenceModel, options: GenerationOptions | None) -> None:
+    """Before: an accuracy of 1, because no comparison with NaN is true."""
+    weight = next(loaded.model.chunks[0].parameters())
+    kept = weight.detach().clone()
+    weight.data[:] = float("nan")
+    try:
+        with pytest.raises(NotFiniteError, match=r"computes NaN or infinity for .* of a batch"):
+            engine(loaded).score(requests()) if options is None else engine(loaded).generate(prompts(), options)
+    finally:
+        weight.data[:] = kept
+    assert len(engine(loaded).score(requests())) == len(requests())
+
+
+def test_overrides_that_change_the_model_are_refused(tmp_path: Path) -> None:
+    """Before, answers of the changed model were kept as those of the checkpoint."""
+    save_hf_model(tmp_path / "hf", "llama")
+    import_checkpoint(tmp_path / "hf", tmp_path / "checkpoint")
+    with pytest.raises(UserError, match=r"model\.rotary_base=50: not possible here"):
+        inference_run(open_checkpoint(tmp_path / "checkpoint"), ["model.rotary_base=50"])
 
 
 def test_a_killed_evaluation_computes_at_most_one_batch_again(loaded: InferenceModel) -> None:

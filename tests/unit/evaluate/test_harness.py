@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,9 @@ def test_a_missing_folder_of_tasks_is_named() -> None:
     [
         ({"max_gen_toks": 64}, "leaves no room for a prompt in the model's 64 tokens"),
         ({"num_beams": 4}, "generation_kwargs: num_beams not supported"),
+        ({"max_gen_toks": 0}, "generation_kwargs: max_gen_toks: 0; give 1 or more"),
+        ({"do_sample": True, "temperature": -1.0}, "generation_kwargs: temperature: -1.0; give 0"),
+        ({"do_sample": True, "temperature": 1.0, "top_p": math.nan}, "generation_kwargs: top_p: nan; give a prob"),
     ],
 )
 def test_generation_that_is_not_possible_is_named(

@@ -70,15 +70,21 @@ def test_a_draw_is_never_padding() -> None:
     assert (sampled_ids(logits(3), largest_draw, GenerationOptions(temperature=1.0)) < VOCAB).all()
 
 
-def test_logits_of_a_diverged_model_give_ids_of_the_vocabulary() -> None:
+def test_logits_of_a_diverged_model_give_no_id() -> None:
     from megatron_cpt.evaluate.vocabulary_parallel import largest_ids, sampled_ids
 
     broken = torch.full((2, VOCAB), float("nan"))
     broken[1, :3] = torch.tensor([1.0, float("inf"), 2.0])
-    assert largest_ids(broken).tolist() == broken.argmax(-1).tolist() == [0, 3]
+    assert largest_ids(broken).tolist() == [-1, -1]
     draws = torch.tensor([0.0, 0.9], dtype=torch.float64)
-    assert ((ids := sampled_ids(broken, draws, GenerationOptions(temperature=1.0))) >= 0).all()
-    assert (ids < VOCAB).all()
+    assert sampled_ids(broken, draws, GenerationOptions(temperature=1.0)).tolist() == [-1, -1]
+
+
+def test_the_smallest_temperature_is_greedy() -> None:
+    from megatron_cpt.evaluate.vocabulary_parallel import largest_ids, sampled_ids
+
+    draws = torch.tensor([0.99] * 3, dtype=torch.float64)
+    assert sampled_ids(logits(3), draws, GenerationOptions(temperature=1e-310)).equal(largest_ids(logits(3)))
 
 
 @pytest.mark.parametrize("top_k", [1, 4, VOCAB])

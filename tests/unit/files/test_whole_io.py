@@ -185,7 +185,7 @@ ALLOWED = {
     "data/inspect/scan_ids.py": {"mmap.mmap"},  # MADV_POPULATE_READ gives an error instead of a signal
     "data/preprocess/workers.py": {"mmap.mmap"},  # memory shared by processes, without a file
     "data/tokenfile/disk_cache.py": {"np.memmap"},  # written by all processes of a node, on its own disk
-    "evaluate/harness.py": {"open"},  # /dev/null
+    "evaluate/harness_context.py": {"open"},  # /dev/null
     "evaluate/programs/code_execution.py": {"os.read"},  # a pipe
     "evaluate/programs/sandbox_child.py": {
         "os.path.isdir",  # system folders; a missing one is not mounted

@@ -61,7 +61,7 @@ def evaluate(
 
     Prints a table with standard errors. A second evaluation of the same weights computes only new requests.
     """
-    from megatron_cpt.evaluate.harness import set_environment
+    from megatron_cpt.evaluate.harness_context import set_environment
     from megatron_cpt.launch.environment import set_cuda_variables
 
     set_cuda_variables()  # before torch is imported, which reads them
