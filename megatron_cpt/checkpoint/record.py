@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import orjson
 
 from megatron_cpt.checkpoint import layout
-from megatron_cpt.checkpoint.manifest import DAMAGE_ADVICE, FileDigest, digest, read_manifest
+from megatron_cpt.checkpoint.manifest import DAMAGE_ADVICE, FileDigest, digest, is_shard, read_manifest
 from megatron_cpt.config import read_mapping
 from megatron_cpt.errors import RefusedError, UserError
 from megatron_cpt.files.retry import is_path_error
@@ -64,6 +65,12 @@ class SavedRun:
     def has_ema(self) -> bool:
         """True if it holds a moving average of the weights."""
         return self.run.get("ema") is not None
+
+    def weights_digest(self, weights: WeightSet = "raw") -> str:
+        """Return a digest of its tensors and its model section; a renamed or copied checkpoint has the same one."""
+        shards = {name: entry.checksum for name, entry in sorted(self.manifest.items()) if is_shard(name)}
+        parts = [shards, self.run.get("model"), *(["ema"] if weights == "ema" else [])]
+        return f"sha256:{hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()}"
 
 
 def read_saved_run(checkpoint: Path, manifest: Mapping[str, FileDigest] | None = None) -> SavedRun:

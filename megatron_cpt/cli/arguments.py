@@ -21,6 +21,7 @@ MANY_VALUES = {
 }
 """Options with several values, per command."""
 
+_RUN_ENDINGS = (".yaml", ".yml")
 _NUMBER = re.compile(r"-\d*\.?\d+(e-?\d+)?")  # a value that is not an option, such as -0.5
 
 
@@ -42,8 +43,8 @@ def repeat_options(argv: Sequence[str]) -> list[str]:
             following = argv[number + 1 : number + 2]
             if current and (not following or following[0].startswith("--")):
                 raise UserError(f"{current}: give at least one value after it")
-        elif command in ("train", "evaluate") and ("=" in word or word.endswith((".yaml", ".yml"))):
-            current = ""  # the run or an override
+        elif (command in ("train", "evaluate") and "=" in word) or (command == "train" and word.endswith(_RUN_ENDINGS)):
+            current = ""  # an override, or the run; a task of `evaluate` may be a file
         elif current:
             words += [current] if has_value else []
             has_value = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from megatron_cpt.backend.collectives import on_main
 from megatron_cpt.backend.distributed import job_group, launched_rank
 from megatron_cpt.checkpoint.layout import checkpoints_folder, is_checkpoint, list_checkpoints
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
-from megatron_cpt.checkpoint.manifest import is_shard
 from megatron_cpt.checkpoint.record import SavedRun, WeightSet
 from megatron_cpt.convert.importer import import_checkpoint
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
@@ -32,8 +32,10 @@ from megatron_cpt.evaluate.finished_requests import FinishedRequests
 from megatron_cpt.evaluate.harness import BOOTSTRAP_ITERATIONS, HarnessResults, LoadedTasks, TaskChoice
 from megatron_cpt.evaluate.harness_context import SEED
 from megatron_cpt.evaluate.ranks import LeadingEngine
-from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.atomic import write_output
+from megatron_cpt.files.output_path import file_problem
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
+from megatron_cpt.provenance.run_files import refuse_run_file
 
 if TYPE_CHECKING:
     from megatron_cpt.checkpoint.loading.inference_model import InferenceModel
@@ -131,7 +133,7 @@ def evaluate(
     started = time.perf_counter()
     with job_group(timeout=_COLLECTIVE_TIMEOUT):
         loaded_tasks: list[LoadedTasks] = []
-        on_main(lambda: _prepare(choice, output, options.cache, loaded_tasks))
+        on_main(lambda: _prepare(choice, output, options, loaded_tasks))
         with _as_checkpoint(Path(model), output) as path:
             saved = open_checkpoint(path)
             run = inference_run(saved, options.overrides)
@@ -142,15 +144,28 @@ def evaluate(
                 )
 
 
-def _prepare(choice: TaskChoice, output: Path | None, cache: Path | None, tasks: list[LoadedTasks]) -> None:
+def _prepare(choice: TaskChoice, output: Path | None, options: EvaluateOptions, tasks: list[LoadedTasks]) -> None:
     if output is not None:
-        if output.is_dir():
-            raise UserError(f"--output {output}: a folder; give the name of a file")
-        if output.absolute() == (cache or output.with_name(CACHE_FILE)).absolute():
-            raise UserError(f"--output {output}: the file of finished requests; choose another name")
-        with os_errors_as_cpt_errors():
-            output.parent.mkdir(parents=True, exist_ok=True)
+        _check_output(output, options)
     tasks.append(LoadedTasks(choice))
+
+
+def _check_output(output: Path, options: EvaluateOptions) -> None:
+    """Refuse a place where no results can be; nothing is created before the evaluation begins."""
+    if problem := file_problem(output):
+        raise UserError(f"--output {output}: {problem}")
+    refuse_run_file("--output", output)
+    cache = options.cache or output.with_name(CACHE_FILE)
+    if output.absolute() == cache.absolute():
+        raise UserError(f"--output {output}: the file of finished requests; choose another name")
+    if options.log_samples and _samples_file(output).absolute() == cache.absolute():
+        raise UserError(f"--cache {cache}: --log-samples writes there; choose another name")
+    if problem := file_problem(cache):
+        raise UserError(f"--cache {cache}: {problem}")
+
+
+def _samples_file(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.samples.jsonl")
 
 
 def _evaluate(
@@ -171,7 +186,7 @@ def _evaluate(
     batch = {} if options.batch_size is None else {"batch_size": options.batch_size}
     engine = Engine(loaded.model, loaded.run, loaded.ranks, max_length=options.max_length, **batch)
     leading = LeadingEngine(engine, tokenizer, loaded.ranks.world_size)
-    digest = weights_digest(saved, options.weights)
+    digest = saved.weights_digest(options.weights)
 
     def work() -> dict[str, Any]:
         from megatron_cpt.evaluate.lm_eval_model import HarnessModel
@@ -184,12 +199,12 @@ def _evaluate(
             found = tasks[0].run(harness_model, with_samples=options.log_samples)
         samples = None
         if output is not None and options.log_samples:
-            samples = output.with_name(f"{output.stem}.samples.jsonl")
+            samples = _samples_file(output)
             _write_samples(samples, found)
         results = {
             **_results(found),
             "model": {
-                "path": str(model),
+                "path": _text(model),
                 "checkpoint": saved.path.name,
                 "step": _step(saved),
                 "weights": options.weights,
@@ -207,11 +222,8 @@ def _evaluate(
         }
         if output is not None:
             with os_errors_as_cpt_errors():
-                write_atomically(
-                    output,
-                    orjson.dumps(results, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE),
-                    has_several_writers=True,
-                )
+                text = orjson.dumps(results, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+                write_output(output, text, has_several_writers=True)
         return results
 
     return leading.lead(work)
@@ -223,16 +235,32 @@ def _as_checkpoint(model: Path, output: Path | None) -> Iterator[Path]:
     if is_checkpoint(model) or list_checkpoints(checkpoints_folder(model)) or not (model / "config.json").is_file():
         yield model
         return
-    folder = Path(on_main(lambda: _import_aside(model, output)))
+    with _terminated_as_interrupted():
+        folder = Path(on_main(lambda: _import_aside(model, output)))
+        try:
+            yield folder / "step-00000000"
+        finally:
+            if launched_rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that nothing of the size of a model stays behind."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield folder / "step-00000000"
+        yield
     finally:
-        if launched_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _import_aside(model: Path, output: Path | None) -> str:
     with os_errors_as_cpt_errors():
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=f".{model.name}-", dir=output.parent if output is not None else None)
         try:
             logger.info("importing %s to a temporary checkpoint in %s", model, folder)
@@ -243,20 +271,14 @@ def _import_aside(model: Path, output: Path | None) -> str:
     return folder
 
 
-def weights_digest(saved: SavedRun, weights: WeightSet = "raw") -> str:
-    """Return a digest of a checkpoint's tensors and model section; a renamed or copied checkpoint has the same one."""
-    shards = {name: entry.checksum for name, entry in sorted(saved.manifest.items()) if is_shard(name)}
-    parts = [shards, saved.run.get("model"), *(["ema"] if weights == "ema" else [])]
-    plain = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
-    return f"sha256:{hashlib.sha256(plain).hexdigest()}"
-
-
 @contextlib.contextmanager
 def _finished_requests(cache: Path | None, output: Path | None) -> Iterator[FinishedRequests | None]:
     path = cache or (output.with_name(CACHE_FILE) if output is not None else None)
     if path is None:
         yield None
         return
+    with os_errors_as_cpt_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(FinishedRequests(path)) as finished:
         yield finished
 
@@ -279,10 +301,10 @@ def _step(saved: SavedRun) -> int | None:
 
 def _config(options: EvaluateOptions, run: RunConfig, tasks: LoadedTasks, engine: Engine) -> dict[str, Any]:
     return {
-        "tasks": list(tasks.choice.names),
+        "tasks": [_text(name) for name in tasks.choice.names],
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
-        "include_path": options.include_path,
+        "include_path": options.include_path and _text(options.include_path),
         "fewshot_seed": SEED,
         "bootstrap_iterations": BOOTSTRAP_ITERATIONS,
         "max_length": engine.max_length,
@@ -292,6 +314,11 @@ def _config(options: EvaluateOptions, run: RunConfig, tasks: LoadedTasks, engine
         "parallel": run.parallel.model_dump(mode="json"),
         "precision": run.precision.model_dump(mode="json"),
     }
+
+
+def _text(path: str | Path) -> str:
+    """Return a path as text that JSON takes, with the bytes of a name that is not UTF-8 as escapes."""
+    return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _versions() -> dict[str, str]:
@@ -320,4 +347,4 @@ def _write_samples(path: Path, found: HarnessResults) -> None:
         for sample in samples
     )
     with os_errors_as_cpt_errors():
-        write_atomically(path, "".join(f"{line}\n" for line in lines), has_several_writers=True)
+        write_output(path, "".join(f"{line}\n" for line in lines), has_several_writers=True)

@@ -31,7 +31,7 @@ from megatron_cpt.report.page import (
 )
 from megatron_cpt.report.run_digests import configuration_section, identity_section
 from megatron_cpt.report.run_record import RunReader, RunRecord
-from megatron_cpt.report.write_report import write_output
+from megatron_cpt.report.write_report import write_report_file
 
 _MAX_COMPARED = 24  # arms with columns of their own in the table of settings
 
@@ -49,7 +49,7 @@ def write_results(experiment: Experiment, comparison: Comparison) -> list[Path]:
         "summary.md": markdown_page(replace(page, sections=page.sections[:2])),
     }
     for name, content in contents.items():
-        write_output(experiment.output / name, content)
+        write_report_file(experiment.output / name, content)
     return [experiment.output / name for name in contents]
 
 

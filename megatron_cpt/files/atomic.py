@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_cpt.files.retry import name_file_in_errors, retry_disk
-from megatron_cpt.files.whole_io import DiskFile, exists
+from megatron_cpt.files.whole_io import DiskFile, exists, is_regular_file
 
 Rename = tuple[str, str]
 
@@ -39,6 +39,19 @@ def write_atomically(path: Path, content: str | bytes, *, has_several_writers: b
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_output(path: Path, content: str | bytes, *, has_several_writers: bool = False) -> None:
+    """Write a small file that the user named: behind a link, and also a device or a pipe such as /dev/stdout.
+
+    Args:
+        content, has_several_writers: as in `write_atomically`.
+    """
+    if exists(path) and not is_regular_file(path):
+        with open(path, "wb") as file:  # nothing to replace, and no disk
+            file.write(content.encode() if isinstance(content, str) else content)
+        return
+    write_atomically(Path(os.path.realpath(path)), content, has_several_writers=has_several_writers)
 
 
 def close_durably(file: IO[bytes]) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_cpt.errors import UserError
-from megatron_cpt.files.whole_io import exists, is_folder
+from megatron_cpt.files.whole_io import exists, is_folder, is_regular_file
 
 _ROOM = 128  # bytes that names inside a folder may add to its path
 
@@ -35,6 +35,15 @@ def output_problem(path: str | Path, *, ending: str = "") -> str | None:
         reason = "is on a read-only file system" if is_read_only else "is not writable for this user"
         return f"{folder} {reason}; choose another place, or change it"
     return None
+
+
+def file_problem(path: Path) -> str | None:
+    """Return why `write_output` cannot write a file, as `output_problem` does."""
+    if is_folder(path):
+        return "is a folder; give the name of a file"
+    if exists(path):
+        return output_problem(path.resolve().parent) if is_regular_file(path) else None  # a device or a pipe
+    return output_problem(path, ending=f".{'0' * 32}.tmp")
 
 
 def refuse_output_inside(output: Path, folder: Path) -> None:

@@ -16,8 +16,15 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def escape(text: str) -> str:
-    """Return a text with every character that a terminal would execute as Python writes it, such as `\\x1b`."""
-    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+    """Return a text with every character that a terminal would execute as Python writes it, such as `\\x1b`.
+
+    Those that JSON allows unescaped are written as `\\u007f`, which JSON allows too.
+    """
+    return _UNSAFE.sub(_escape_one, text)
+
+
+def _escape_one(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}" if match[0] >= "\x7f" else ascii(match[0])[1:-1]
 
 
 class EscapedStream:

@@ -143,11 +143,12 @@ def _comparison_sentences(run: RunRecord, others: Sequence[RunRecord]) -> Iterat
 
 def _switch_sentences(run: RunRecord) -> Iterator[str]:
     losses = [value for value in run.metrics.scalars["loss"] if math.isfinite(value)]
-    rates = run.metrics.scalars["lr"]
+    rates = [value for value in run.metrics.scalars["lr"] if math.isfinite(value)]
     text = ""
     if losses:
-        text = f"Course: training loss {decimal(losses[0], 3)} to {decimal(losses[-1], 3)}, "
-        text += f"learning rate {rates[0]:.3g} to {rates[-1]:.3g}"
+        text = f"Course: training loss {decimal(losses[0], 3)} to {decimal(losses[-1], 3)}"
+    if losses and rates:
+        text += f", learning rate {rates[0]:.3g} to {rates[-1]:.3g}"
         if run.schedule is not None:
             text += f" ({rate_verdict(run)})"
     for last_step, name in run.switches if run.phases else ():

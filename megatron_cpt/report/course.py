@@ -51,7 +51,8 @@ def _plan_rows(run: RunRecord) -> Iterator[list[str]]:
     if run.schedule is not None and metrics.steps:
         last = metrics.steps[-1]
         rate = metrics.scalars["lr"][-1]
-        yield [f"learning rate of step {last:,}", f"{run.schedule.rate(last):.4g}", f"{rate:.4g}", rate_verdict(run)]
+        actual = MISSING if math.isnan(rate) else f"{rate:.4g}"
+        yield [f"learning rate of step {last:,}", f"{run.schedule.rate(last):.4g}", actual, rate_verdict(run)]
     memory = number(plan.get("memory_per_gpu_gib"))
     peak = max((value for value in metrics.scalars["peak_memory_gib"] if not math.isnan(value)), default=math.nan)
     yield ["peak memory of rank 0, GiB", decimal(memory, 2), decimal(peak, 2), signed(peak - memory, 2)]
@@ -75,7 +76,10 @@ def rate_verdict(run: RunRecord) -> str:
     pairs = [(s, rate) for s, rate in zip(run.metrics.steps, run.metrics.scalars["lr"], strict=True) if s >= first]
     pairs = pairs[:: max(1, len(pairs) // _RATES_COMPARED)]
     scale = max(run.schedule.max_lr, 1e-300)
-    worst = max((abs(run.schedule.rate(step) - rate) / scale for step, rate in pairs), default=0.0)
+    pairs = [(step, rate) for step, rate in pairs if not math.isnan(rate)]
+    if not pairs:
+        return "unknown: no line names it"
+    worst = max(abs(run.schedule.rate(step) - rate) / scale for step, rate in pairs)
     lines = f"at {len(pairs):,} lines"
     return f"as planned {lines}" if worst <= _RATE_TOLERANCE else f"up to {percent(worst)} of the maximum {lines}"
 

@@ -175,7 +175,7 @@ class MetricsColumns:
 
     def _note_phases(self, steps: Sequence[int], phases: Sequence[Any]) -> None:
         current = self.phases[-1][1] if self.phases else None
-        if len(set(phases)) <= 1 and phases and phases[0] == current:
+        if phases and all(phase == current for phase in phases):
             return
         for step, phase in zip(steps, phases, strict=True):
             if isinstance(phase, str) and phase != current:

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_cpt.config import format_count
 from megatron_cpt.report.course import speed_charts
-from megatron_cpt.report.metrics_columns import as_mapping, number
+from megatron_cpt.report.metrics_columns import as_mapping, is_step, number
 from megatron_cpt.report.page import MISSING, DataTable, PageSection, decimal, percent, signed, whole
 from megatron_cpt.report.run_record import RunRecord
 
@@ -43,10 +43,11 @@ def time_spent(run: RunRecord) -> TimeSpent:
     """
     scalars = run.metrics.scalars
     covered = np.diff(np.array(run.metrics.steps, dtype=np.float64), prepend=0.0)
-    sums = {
-        name: float(np.nansum(np.array(scalars[f"{name}_seconds"]) * covered))
-        for name in ("step", "data_wait", "sync_wait")
-    }
+    with np.errstate(over="ignore"):  # a damaged line may hold any number
+        sums = {
+            name: float(np.nansum(np.array(scalars[f"{name}_seconds"]) * covered))
+            for name in ("step", "data_wait", "sync_wait")
+        }
     last_pauses = [number(line.get("pause_seconds")) for line in run.events if line.get("event") == "stop"]
     pauses = np.array([*scalars["pause_seconds"], *last_pauses])
     known_pauses = float(np.nansum(pauses)) if np.isfinite(pauses).any() else math.nan
@@ -73,8 +74,8 @@ def median_mfu(run: RunRecord) -> float:
 
 def skipped_updates(run: RunRecord) -> int:
     """Return how many updates were skipped since the start of the run."""
-    count = number(run.metrics.last.get("skipped_updates"))
-    return 0 if math.isnan(count) else int(count)
+    count = run.metrics.last.get("skipped_updates")
+    return count if is_step(count) else 0
 
 
 def starts(run: RunRecord) -> list[Mapping[str, Any]]:
@@ -148,7 +149,7 @@ def _time_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
 
 def duration(seconds: float) -> str:
     """Return seconds as people say them: 45.2 s, 12 min 5 s, 3 h 50 min, 2 d 4 h."""
-    if math.isnan(seconds):
+    if not math.isfinite(seconds):
         return MISSING
     seconds = max(seconds, 0.0)
     if seconds < 60:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +18,16 @@ from megatron_cpt.planning import Schedule
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
 from megatron_cpt.provenance.run_history import ANOMALIES_FILE, EVENTS_FILE, METRICS_FILE
 from megatron_cpt.report.metrics_columns import (
-    Directions,
     MetricsColumns,
     MetricsReader,
     Results,
     as_mapping,
-    clean_directions,
-    clean_results,
     is_step,
     number,
 )
+from megatron_cpt.report.result_files import ResultFiles, find_results
 
-RESULTS_FOLDER = "evaluations"
-_KNOWN_JSON = (layout.PLAN_FILE, "lock.json")
 _MAX_EVENTS = 10_000
-_CHECKPOINT_STEP = re.compile(r"step-(\d{8,18})(?!\d)")
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,7 @@ class RunReader:
         """Return a text that changes when the files of the run change."""
         files = [METRICS_FILE, ANOMALIES_FILE, EVENTS_FILE, layout.RUN_FILE, layout.PLAN_FILE, PLANS_FILE]
         paths = [self.folder / name for name in files]
-        paths += [layout.checkpoints_folder(self.folder) / layout.LATEST_FILE, *_results_files(self.folder)]
+        paths += [layout.checkpoints_folder(self.folder) / layout.LATEST_FILE, *find_results(self.folder)]
         stats = [path.stat() for path in paths if path.exists()]
         text = ",".join(f"{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -153,9 +147,8 @@ class RunReader:
             for by_step in (metrics.evaluations, metrics.evaluations_ema)
         )
         steps = metrics.steps[-1] if metrics.steps else max(metrics.validations, default=0)
-        directions = dict(metrics.higher_is_better)
-        for path in _results_files(self.folder):
-            directions |= _add_results(path, evaluations, evaluations_ema, steps, notes)
+        files = ResultFiles(self.folder, config, steps, notes)
+        directions = metrics.higher_is_better | files.add_to({"raw": evaluations, "ema": evaluations_ema})
         anomalies = _read_lines(self.folder / ANOMALIES_FILE, notes)
         by_step = {line["step"]: line for line in anomalies if is_step(line.get("step"))}
         checkpoints = [path.name for path in layout.list_checkpoints(layout.checkpoints_folder(self.folder))]
@@ -203,51 +196,6 @@ class RunReader:
         if not metrics.validations:
             notes.append("no held-out losses: the run has no `validation` section, or has not reached a validation")
         return metrics
-
-
-def _results_files(folder: Path) -> list[Path]:
-    own = [path for path in sorted(folder.glob("*.json")) if path.name not in _KNOWN_JSON]
-    return [*own, *sorted((folder / RESULTS_FOLDER).glob("**/*.json"))]
-
-
-def _add_results(
-    path: Path, raw: dict[int, Results], ema: dict[int, Results], last_step: int, notes: list[str]
-) -> Directions:
-    """Add the results of a file of `evaluate`, and return which metrics are better when higher.
-
-    Another program's JSON file is no concern of the report.
-    """
-    name = path.name
-    try:
-        content = orjson.loads(read_file(path))
-    except (OSError, ValueError) as error:
-        notes.append(f"{name}: missing or damaged, skipped ({error})")
-        return {}
-    if not isinstance(content, dict) or "results" not in content:
-        return {}
-    results = clean_results(content["results"])
-    if not results:
-        notes.append(f"{name}: no results in it, skipped")
-        return {}
-    step = _results_step(content)
-    if step is None:
-        notes.append(f"{name}: does not name its checkpoint, so it counts for the last step, {last_step:,}")
-        step = last_step
-    evaluations = ema if as_mapping(content.get("model")).get("weights") == "ema" else raw
-    for task, metrics in results.items():
-        evaluations.setdefault(step, {})[task] = evaluations.get(step, {}).get(task, {}) | metrics
-    facts = as_mapping(content.get("tasks"))
-    return clean_directions({task: as_mapping(fact).get("higher_is_better") for task, fact in facts.items()})
-
-
-def _results_step(content: Mapping[str, Any]) -> int | None:
-    """Return the step of the evaluated checkpoint; an imported one is step 0, before the run."""
-    model = as_mapping(content.get("model"))
-    step = model.get("step")
-    if is_step(step):
-        return step
-    found = _CHECKPOINT_STEP.search(str(model.get("checkpoint")))
-    return int(found[1]) if found else None
 
 
 def _read_yaml(path: Path, notes: list[str]) -> Mapping[str, Any]:

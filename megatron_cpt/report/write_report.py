@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cpt.errors import CptError, UserError
-from megatron_cpt.files.atomic import write_atomically
+from megatron_cpt.files.atomic import write_output
+from megatron_cpt.files.output_path import file_problem
+from megatron_cpt.provenance.run_files import refuse_run_file
 from megatron_cpt.report.build_page import build_page
 from megatron_cpt.report.html_page import html_page
 from megatron_cpt.report.run_record import RunReader
@@ -44,24 +46,25 @@ def write_report(
 def write_page(readers: Sequence[RunReader], path: Path) -> None:
     """Write the page of runs that are read with readers of their own; see `write_report`."""
     check_output(path)
-    write_output(path, html_page(build_page([reader.read() for reader in readers])))
+    write_report_file(path, html_page(build_page([reader.read() for reader in readers])))
 
 
 def check_output(path: Path) -> None:
     """Raise UserError if a file cannot be at a path."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file, such as {path / REPORT_FILE}")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder; create it, or choose another output")
+    if problem := file_problem(path):
+        raise UserError(f"{path}: {problem}")
+    refuse_run_file("--output", path)
 
 
-def write_output(path: Path, text: str) -> None:
+def write_report_file(path: Path, text: str) -> None:
     """Write a report.
 
     Raises:
         CptError: it cannot be written.
     """
     try:
-        write_atomically(path, text)
+        write_output(path, text)
     except OSError as error:
         raise CptError(f"{path}: cannot be written: {error.strerror}; choose another output") from error

@@ -24,7 +24,6 @@ from megatron_cpt.checkpoint.record import SavedRun
 from megatron_cpt.data.teacher_cache.cache_header import HEADER_FILE, CacheHeader, read_header
 from megatron_cpt.data.teacher_cache.read_cache import TeacherCache
 from megatron_cpt.errors import RefusedError, UserError
-from megatron_cpt.evaluate.evaluate_checkpoint import weights_digest
 from megatron_cpt.files.atomic import write_atomically
 from megatron_cpt.files.output_path import output_problem, refuse_output_inside
 from megatron_cpt.files.resumable import ResumableFolder
@@ -99,7 +98,7 @@ def _plan(saved: SavedRun, prepared: PreparedRun, options: TeachOptions) -> Cach
         teacher,
         run,
         options,
-        digest=weights_digest(saved),
+        digest=saved.weights_digest(),
         documents=document_options(run, eod_id),
         tokenizer_fingerprint=prepared.tokenizer[1] if prepared.tokenizer is not None else None,
     )

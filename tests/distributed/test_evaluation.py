@@ -109,6 +109,29 @@ def test_an_interrupted_evaluation_resumes_and_a_second_one_reads(tasks: Path, t
     assert again["digests"] == expected["digests"]
 
 
+def terminate(*_: int) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_leaves_no_temporary_import(tasks: Path, tmp_path: Path) -> None:
+    """Before, a folder of the model's size was left beside the output after each try."""
+    hf = save_model_with_tokenizer(tmp_path / "hf")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(hf, TASKS, tmp_path / "out" / "r.json", options(tasks), advance=terminate)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["finished_requests.sqlite"]
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_path_that_is_not_utf_8_is_shown_with_escapes(base: Path, tasks: Path, tmp_path: Path) -> None:
+    """Before: a traceback after the last request."""
+    checkpoint = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(newest(base), checkpoint)
+    found = evaluate(checkpoint, ["colors"], tmp_path / "r.json", options(tasks, tokenizer="byte"))
+    assert found is not None
+    assert found["model"]["path"].endswith(r"/caf\xe9")
+
+
 def ask_for_too_long_an_answer() -> None:
     """Let the engine of every rank refuse a request; the job must stay usable."""
     with job_group(timeout=600.0):

@@ -22,7 +22,7 @@ from megatron_cpt.files.terminal import escape, escaped_output
 from megatron_cpt.views.terminal_console import TerminalConsole
 
 EVIL = "a\x1b]0;t\x07\x1b[2J\x9b1mb\u202ec\rd\ue000"
-SHOWN = r"a\x1b]0;t\x07\x1b[2J\x9b1mb\u202ec\rd" + "\ue000"
+SHOWN = r"a\x1b]0;t\x07\x1b[2J\u009b1mb\u202ec\rd" + "\ue000"
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -46,6 +46,12 @@ def evil_run(tmp_path: Path) -> Path:
     }
     (folder / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
     return folder
+
+
+def test_escaped_json_is_json() -> None:
+    """Before, `generate --json` printed `\\x7f` inside a string."""
+    text = "".join(map(chr, range(0x300))) + "\u2028\u202e"
+    assert json.loads(escape(json.dumps(text, ensure_ascii=False))) == text
 
 
 def test_no_command_prints_a_control_character(evil_run: Path, tmp_path: Path, capfd) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_cpt.cli import main
 from megatron_cpt.cli.arguments import repeat_options
 from megatron_cpt.errors import EXIT_USER
 from megatron_cpt.views.evaluation_table import render_evaluation
+from tests.helpers.evaluation import write_tasks
 
 EVALUATION: dict[str, Any] = {
     "results": {
@@ -47,6 +49,8 @@ def test_tasks_end_at_the_next_option_or_override() -> None:
     words = ["evaluate", "runs/a", "--tasks", "one", "two", "parallel.tensor=2", "--limit", "3"]
     expected = ["evaluate", "runs/a", "--tasks", "one", "--tasks", "two", "parallel.tensor=2", "--limit", "3"]
     assert repeat_options(words) == expected
+    files = ["evaluate", "runs/a", "--tasks", "one", "two.yaml"]
+    assert repeat_options(files) == ["evaluate", "runs/a", "--tasks", "one", "--tasks", "two.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +58,14 @@ def test_tasks_end_at_the_next_option_or_override() -> None:
     [
         ([], "--tasks: give at least one task"),
         (["--tasks", "a", "--log-samples"], "--log-samples: writes beside the output; give --output FILE"),
-        (["--tasks", "a", "--output", "."], "--output .: a folder; give the name of a file"),
+        (["--tasks", "a", "--output", "."], "--output .: is a folder; give the name of a file"),
         (["--tasks", "a", "--output", "a", "--cache", "./a"], "--output a: the file of finished requests"),
+        (
+            ["--tasks", "a", "--output", "a", "--cache", "a.samples.jsonl", "--log-samples"],
+            "--cache a.samples.jsonl: -",
+        ),
+        (["--tasks", "a", "--output", "a", "--cache", "."], "--cache .: is a folder; give the name of a file"),
+        (["--tasks", "a", "--output", f"{__file__}/a"], f"--output {__file__}/a: {__file__} is not a folder"),
         (["--tasks", "a", "--include-path", "none"], "include_path: none: no such folder"),
     ],
 )
@@ -65,6 +75,28 @@ def test_a_mistake_is_one_message(words: list[str], message: str, capfd: pytest.
     captured = capfd.readouterr()
     assert captured.err.startswith(f"megatron-cpt: error: {message}")
     assert captured.out == ""
+
+
+def test_a_refused_evaluation_creates_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    write_tasks(tmp_path / "tasks")
+    words = ["--tasks", "colors", "--include-path", str(tmp_path / "tasks"), "--output", str(tmp_path / "new/a.json")]
+    assert main(["evaluate", "nowhere", *words]) == EXIT_USER
+    assert "nowhere" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "plan.json", "metrics.jsonl", "plans.jsonl"])
+def test_no_output_replaces_a_file_of_a_run(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before, `report --output RUN/metrics.jsonl` replaced all metrics by a page."""
+    pytest.importorskip("lm_eval")
+    (tmp_path / name).write_text("{}\n")
+    output = ["--output", str(tmp_path / name)]
+    assert main(["evaluate", "nowhere", "--tasks", "a", *output]) == EXIT_USER
+    assert main(["report", str(tmp_path), *output]) == EXIT_USER
+    assert main(["report", str(tmp_path), "--markdown", *output]) == EXIT_USER
+    assert capfd.readouterr().err.count("would replace a file of a run or a checkpoint") == 3 - (name == "plans.jsonl")
+    assert (tmp_path / name).read_text() == "{}\n"
 
 
 def test_a_missing_harness_names_the_extra(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ import yaml
 from megatron_cpt.cli import main
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.files import output_path
+from megatron_cpt.files.atomic import write_output
 from megatron_cpt.files.output_path import output_problem
 from megatron_cpt.prepare import prepare_run
 
@@ -85,3 +87,21 @@ def test_a_run_is_refused_before_its_model_is_built(place, run_data, write_run, 
     with pytest.raises(ConfigError, match=r"output: "):
         prepare_run(path, need_files=True)
     prepare_run(path, need_files=False)  # a plan needs no output
+
+
+def test_an_output_behind_a_link_is_written_and_the_link_stays(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    write_output(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """Before, `report --output /dev/stdout` replaced the device by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    write_output(pipe, "text")
+    assert reader.communicate(timeout=60)[0] == b"text"
+    assert pipe.is_fifo()

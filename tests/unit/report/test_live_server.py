@@ -63,6 +63,9 @@ def test_other_paths_and_other_hosts_get_nothing(served):
         get(f"{served}/../../etc/passwd")
     with pytest.raises(urllib.error.HTTPError, match="403"):
         get(f"{served}/", Host="evil.example:80")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        get(f"{served}/", Host="evil.example")
+    assert get(f"{served}/", Host="127.0.0.1"), "as browsers ask on port 80"
 
 
 def test_a_port_that_is_taken_is_the_users_mistake(served, folder, capsys):

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+
 import orjson
 import pytest
+import yaml
 
+from megatron_cpt.checkpoint.layout import checkpoints_folder
+from megatron_cpt.checkpoint.record import read_saved_run
+from megatron_cpt.convert.importer import import_checkpoint
 from megatron_cpt.report.build_page import build_page
 from megatron_cpt.report.learning import held_out, stages, task_scores
+from megatron_cpt.report.markdown_page import markdown_page
 from megatron_cpt.report.operation import duration, time_spent
 from megatron_cpt.report.page import CurveChart, DataTable
 from megatron_cpt.report.run_record import RunReader
+from tests.helpers.hf_models import save_hf_model
 from tests.helpers.report_runs import anomaly, config, training_line, validation_line, write_lines, write_run
 
 
@@ -245,6 +255,52 @@ def test_results_of_evaluate_belong_to_the_step_of_their_checkpoint(recipe):
     exam = next(score for score in task_scores(run)[1] if score.task == "exam")
     assert (exam.values, exam.errors) == ((0.7, 0.7, 0.7), (0.01, 0.01, 0.01))
     assert "results.json: does not name its checkpoint, so it counts for the last step, 200" in run.notes
+
+
+def test_results_of_another_model_are_no_results_of_the_run(recipe, tmp_path):
+    """Before, the results of a base model counted for the step of the run that has the same number."""
+    digests = {}
+    for name, family in {"own": "llama", "base": "qwen3", "other": "mistral"}.items():
+        save_hf_model(tmp_path / family, family)
+        import_checkpoint(tmp_path / family, tmp_path / name)
+        digests[name] = read_saved_run(tmp_path / name).weights_digest()
+    shutil.rmtree(checkpoints_folder(recipe))
+    checkpoints_folder(recipe).mkdir()
+    (tmp_path / "own").rename(checkpoints_folder(recipe) / "step-00000200")
+    config = yaml.safe_load((recipe / "run.yaml").read_text()) | {"init": {"from": str(tmp_path / "base")}}
+    (recipe / "run.yaml").write_text(yaml.safe_dump(config))
+    (recipe / "evaluations").mkdir()
+    for value, (name, digest) in enumerate(digests.items(), 1):
+        content = {"results": {"exam": {"acc": value}}, "model": {"step": 200}, "digests": {"checkpoint": digest}}
+        (recipe / "evaluations" / f"{name}.json").write_bytes(orjson.dumps(content))
+    run = RunReader(recipe).read()
+    assert (run.evaluations[200]["exam"], run.evaluations[0]["exam"]) == ({"acc": 1.0}, {"acc": 2.0})
+    assert "other.json: evaluates another model than step-00000200 of this run, skipped" in run.notes
+
+
+def test_a_second_file_for_the_same_step_is_named(recipe):
+    for name in ("a", "b"):
+        content = {"results": {"exam": {"acc": 0.5}}, "model": {"step": 200}}
+        (recipe / f"{name}.json").write_bytes(orjson.dumps(content))
+    assert "b.json: exam of step 200 is also in a.json; b.json counts" in RunReader(recipe).read().notes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"lr": value} for value in (None, "high", math.nan)),
+        *({"phase": value} for value in (["qa"], {"a": 1}, 7)),
+        *({"skipped_updates": value} for value in (1e30, -1, "x")),
+        *({"step_seconds": value} for value in (1e308, -1e308)),
+    ],
+)
+def test_one_bad_value_in_every_line_still_gives_a_page(recipe, changes):
+    lines = [orjson.loads(line) | changes for line in (recipe / "metrics.jsonl").read_bytes().splitlines()]
+    (recipe / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = markdown_page(page_of(recipe))
+    assert "nan" not in text.lower().replace("nano", "")
+    if "lr" in changes:
+        assert "learning rate" not in text.partition("Course:")[2].partition("\n")[0]
 
 
 def test_the_moving_average_is_shown_beside_the_weights_and_is_no_source_of_its_own(recipe):

@@ -46,7 +46,7 @@ def _print_markdown(folders: list[Path], output: Path | None) -> None:
     from megatron_cpt.report.build_page import build_page
     from megatron_cpt.report.markdown_page import markdown_page
     from megatron_cpt.report.run_record import RunReader
-    from megatron_cpt.report.write_report import check_output, write_output
+    from megatron_cpt.report.write_report import check_output, write_report_file
 
     if output is not None:
         check_output(output)
@@ -54,7 +54,7 @@ def _print_markdown(folders: list[Path], output: Path | None) -> None:
     if output is None:
         print(text, end="")
     else:
-        write_output(output, text)
+        write_report_file(output, text)
         print(output)
 
 

@@ -1,0 +1,119 @@
+"""Files of `evaluate` in a run directory: results of checkpoints of the run, or of the one that it started from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_cpt.checkpoint import layout
+from megatron_cpt.checkpoint.record import WeightSet, read_saved_run
+from megatron_cpt.errors import CptError
+from megatron_cpt.files.whole_io import read_file
+from megatron_cpt.report.metrics_columns import (
+    Directions,
+    Results,
+    as_mapping,
+    clean_directions,
+    clean_results,
+    is_step,
+)
+
+RESULTS_FOLDER = "evaluations"
+_KNOWN_JSON = (layout.PLAN_FILE, "lock.json")
+_CHECKPOINT_STEP = re.compile(r"step-(\d{8,18})(?!\d)")
+
+
+def find_results(run_directory: Path) -> list[Path]:
+    """Return the JSON files that may hold results."""
+    own = [path for path in sorted(run_directory.glob("*.json")) if path.name not in _KNOWN_JSON]
+    return [*own, *sorted((run_directory / RESULTS_FOLDER).glob("**/*.json"))]
+
+
+class ResultFiles:
+    """Results of `evaluate` that belong to a run.
+
+    Args:
+        run_directory: with the files, and the checkpoints that they are compared with.
+        config: the resolved run.yaml.
+        last_step: step of results that name none.
+        notes: list to which is added what a reader of the results must know.
+    """
+
+    def __init__(self, run_directory: Path, config: Mapping[str, Any], last_step: int, notes: list[str]) -> None:
+        self._folder, self._config, self._last_step, self._notes = run_directory, config, last_step, notes
+        self._origins: dict[tuple[WeightSet, int, str], str] = {}
+
+    def add_to(self, evaluations: Mapping[WeightSet, dict[int, Results]]) -> Directions:
+        """Add all results by their weights and step, and return which metrics are better when higher."""
+        directions: Directions = {}
+        for path in find_results(self._folder):
+            directions |= self._add(path, evaluations)
+        return directions
+
+    def _add(self, path: Path, evaluations: Mapping[WeightSet, dict[int, Results]]) -> Directions:
+        """Add a file. Another program's JSON file is no concern of the report."""
+        name = path.name
+        try:
+            content = orjson.loads(read_file(path))
+        except (OSError, ValueError) as error:
+            self._notes.append(f"{name}: missing or damaged, skipped ({error})")
+            return {}
+        if not isinstance(content, dict) or "results" not in content:
+            return {}
+        results = clean_results(content["results"])
+        if not results:
+            self._notes.append(f"{name}: no results in it, skipped")
+            return {}
+        weights: WeightSet = "ema" if as_mapping(content.get("model")).get("weights") == "ema" else "raw"
+        step = self._step_of(name, content, weights)
+        if step is None:
+            return {}
+        for task, metrics in results.items():
+            first = self._origins.setdefault((weights, step, task), name)
+            if first != name:
+                self._notes.append(f"{name}: {task} of step {step:,} is also in {first}; {name} counts")
+            by_task = evaluations[weights].setdefault(step, {})
+            by_task[task] = by_task.get(task, {}) | metrics
+        facts = as_mapping(content.get("tasks"))
+        return clean_directions({task: as_mapping(fact).get("higher_is_better") for task, fact in facts.items()})
+
+    def _step_of(self, name: str, content: Mapping[str, Any], weights: WeightSet) -> int | None:
+        """Return the step that results belong to; None, with a note: they are of another model."""
+        step = _checkpoint_step(as_mapping(content.get("model")))
+        if step is None:
+            self._notes.append(
+                f"{name}: does not name its checkpoint, so it counts for the last step, {self._last_step:,}"
+            )
+            return self._last_step
+        digest = as_mapping(content.get("digests")).get("checkpoint")
+        if digest is None:
+            return step
+        origin = as_mapping(self._config.get("init")).get("from")
+        if isinstance(origin, str) and _digest(Path(origin), weights) == digest:
+            return 0
+        own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step)
+        if _digest(own, weights) in (None, digest):  # None: deleted since then
+            return step
+        self._notes.append(f"{name}: evaluates another model than {own.name} of this run, skipped")
+        return None
+
+
+def _checkpoint_step(model: Mapping[str, Any]) -> int | None:
+    """Return the step of the evaluated checkpoint; an imported one is step 0, before the run."""
+    step = model.get("step")
+    if is_step(step):
+        return step
+    found = _CHECKPOINT_STEP.search(str(model.get("checkpoint")))
+    return int(found[1]) if found else None
+
+
+def _digest(checkpoint: Path, weights: WeightSet) -> str | None:
+    """Return the digest of a checkpoint's weights, or of a run's newest one; None if it cannot be read."""
+    try:
+        return read_saved_run(layout.resolve_checkpoint(checkpoint)).weights_digest(weights)
+    except (CptError, OSError):
+        return None
