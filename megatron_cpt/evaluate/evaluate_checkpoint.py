@@ -35,7 +35,7 @@ from megatron_cpt.evaluate.ranks import LeadingEngine
 from megatron_cpt.files.atomic import write_output
 from megatron_cpt.files.output_path import file_problem
 from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
-from megatron_cpt.provenance.run_files import refuse_run_file
+from megatron_cpt.provenance.protected_files import refuse_run_file
 
 if TYPE_CHECKING:
     from megatron_cpt.checkpoint.loading.inference_model import InferenceModel
@@ -205,7 +205,7 @@ def _evaluate(
             **_results(found),
             "model": {
                 "path": _text(model),
-                "checkpoint": saved.path.name,
+                "checkpoint": _text(saved.path.name),
                 "step": _step(saved),
                 "weights": options.weights,
             },

@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request from this machine."""
-        if (self.headers.get("Host") or "").partition(":")[0] not in _LOCAL_NAMES:  # the port 80 is left out
+        if (self.headers.get("Host") or "").partition(":")[0] not in _LOCAL_NAMES:  # browsers omit port 80
             self.send_error(HTTPStatus.FORBIDDEN)  # a page of the internet whose name points to this machine
         elif self.path == "/":
             self._send(self.live.page(), "text/html; charset=utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.files.atomic import write_output
 from megatron_cpt.files.output_path import file_problem
-from megatron_cpt.provenance.run_files import refuse_run_file
+from megatron_cpt.provenance.protected_files import refuse_run_file
 from megatron_cpt.report.build_page import build_page
 from megatron_cpt.report.html_page import html_page
 from megatron_cpt.report.run_record import RunReader

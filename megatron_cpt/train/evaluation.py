@@ -94,7 +94,7 @@ class Evaluator:
             fields = self._engine.lead(self._run_tasks)
         except StoppedEvaluation:
             return None
-        except NotFiniteError as error:  # the judge of the steps decides whether training goes on
+        except NotFiniteError as error:  # the judge of the steps decides whether training continues
             if self._is_main:
                 logger.warning("evaluation: %s; it has no results", error)
             return {"evaluation": {}, "higher_is_better": {}}

@@ -89,7 +89,7 @@ def test_nan_is_no_answer(loaded: InferenceModel, options: GenerationOptions | N
 
 
 def test_overrides_that_change_the_model_are_refused(tmp_path: Path) -> None:
-    """Before, answers of the changed model were kept as those of the checkpoint."""
+    """Before, answers of the changed model were kept as the checkpoint's."""
     save_hf_model(tmp_path / "hf", "llama")
     import_checkpoint(tmp_path / "hf", tmp_path / "checkpoint")
     with pytest.raises(UserError, match=r"model\.rotary_base=50: not possible here"):

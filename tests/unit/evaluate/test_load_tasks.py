@@ -30,7 +30,7 @@ def test_a_task_may_be_asked_for_twice_with_the_same_settings(tmp_path: Path) ->
 
 @pytest.mark.parametrize("names", [["few", "colors"], ["colors", "few"]])
 def test_one_task_with_two_settings_is_refused(tmp_path: Path, names: list[str]) -> None:
-    """Before, the value of the group was that of the task that came last."""
+    """Before, the group had the value of the task that came last."""
     write_group(write_tasks(tmp_path), "few", {"task": "colors", "num_fewshot": 2})
     with pytest.raises(UserError, match="task colors: asked for twice with different settings"):
         load(tmp_path, *names)
