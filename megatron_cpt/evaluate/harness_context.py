@@ -50,18 +50,28 @@ def harness_errors(what: str) -> Iterator[None]:
     except SystemExit as error:  # of a function in a task's file
         raise UserError(f"{what} (a function of the task called sys.exit); correct it, or remove the task") from error
     except Exception as error:
-        for cause in _chain(error):
+        chain = list(_chain(error))
+        for cause in chain:
             if isinstance(cause, OSError) and not is_path_error(cause):
                 raise CptError(f"{what}: {describe_os_error(cause)}") from error
-        kind, lines = type(error).__name__, str(error).strip().splitlines()
+        is_missing = any(type(cause).__name__ in _NOT_ON_DISK for cause in chain)
+        first = error if is_missing else _first_cause(error)
+        kind, lines = type(first).__name__, str(first).strip().splitlines()
         reason = lines[0] if lines else kind
-        if kind in _NOT_ON_DISK and os.environ.get(_OFFLINE[0]) == "1":
+        if is_missing and os.environ.get(_OFFLINE[0]) == "1":
             advice = "its data is not on this machine, and the network is not used; use local files, or allow --online"
-        elif isinstance(error, ModuleNotFoundError):
-            advice = f"install {error.name}"
+        elif isinstance(first, ModuleNotFoundError):
+            advice = f"install {first.name}"
         else:
             advice = "correct the task's file or its data, or remove the task"
         raise UserError(f"{what} ({kind}: {reason}); {advice}") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Return the error that says most: `datasets` says "An error occurred while generating the dataset"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -107,7 +117,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub")]
     levels = [one.level for one in loggers]
     for one in loggers:
-        one.setLevel(logging.ERROR)
+        one.setLevel(logging.CRITICAL)  # what fails is said once, by `harness_errors`
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ class ResultFiles:
     def __init__(self, run_directory: Path, config: Mapping[str, Any], last_step: int, notes: list[str]) -> None:
         self._folder, self._config, self._last_step, self._notes = run_directory, config, last_step, notes
         self._origins: dict[tuple[WeightSet, int, str], str] = {}
+        self._digest = functools.cache(_digest)  # of each checkpoint once
 
     def add_to(self, evaluations: Mapping[WeightSet, dict[int, Results]]) -> Directions:
         """Add all results by their weights and step, and return which metrics are better when higher."""
@@ -93,10 +95,10 @@ class ResultFiles:
         if digest is None:
             return step
         origin = as_mapping(self._config.get("init")).get("from")
-        if isinstance(origin, str) and _digest(Path(origin), weights) == digest:
+        if isinstance(origin, str) and self._digest(Path(origin), weights) == digest:
             return 0
         own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step)
-        if _digest(own, weights) in (None, digest):  # None: deleted since then
+        if self._digest(own, weights) in (None, digest):  # None: deleted since then
             return step
         self._notes.append(f"{name}: evaluates another model than {own.name} of this run, skipped")
         return None

@@ -52,6 +52,8 @@ class Command:
     """Folders that are copied before it runs: to -> from."""
     names_faults: bool = False
     """True if the command does not end for a file that cannot be read, and names it in its result."""
+    read_by_others: str = ""
+    """Folder whose files another library reads: it does not repeat a read, and may say "not found" after a fault."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ TORCH_COMMANDS = (
             *("evaluate", "in/stopped", "--tasks", "next", "--include-path", "in/tasks", "--tokenizer", "byte"),
             *("--output", "out/results.json"),
         ),
+        read_by_others="in/tasks",
     ),
     Command("generate", ("generate", "in/stopped", "--prompt", "a", "--max-new-tokens", "2", "--tokenizer", "byte")),
 )
@@ -231,10 +234,16 @@ class Matrix:
             if not differing or self._is_named(case, outcome, differing):
                 return None
             return f"status 0 with other results: {differing}\n{text}"
-        if case.call == "read" and case.count == 1:
+        folder = case.command.read_by_others
+        is_read_by_others = folder != "" and f"/{folder}/" in case.glob
+        if case.call == "read" and case.count == 1 and not is_read_by_others:
             return f"a read that fails once was not repeated; {text}"
         errors = [line for line in outcome.stderr.splitlines() if line.startswith("megatron-cpt: error:")]
-        if outcome.status != 1 or "Traceback" in outcome.stderr or len(errors) != 1:
+        if (
+            outcome.status not in ((1, 2) if is_read_by_others else (1,))
+            or "Traceback" in outcome.stderr
+            or len(errors) != 1
+        ):
             return f"not one message with status 1; {text}"
         if case.call in ("open", "read", "stat") and not _names(errors[0], case.glob):
             return f"the message does not name the file; {text}"

@@ -83,6 +83,14 @@ def test_a_group_that_makes_no_sense_is_one_message(tmp_path: Path, groups: Any,
         load(tmp_path, "a")
 
 
+def test_documents_that_are_no_json_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Before: "An error occurred while generating the dataset", and a second message of `datasets`."""
+    (write_tasks(tmp_path) / "documents.jsonl").write_text('{"object": "gra')
+    with pytest.raises(UserError, match=r"task colors: cannot be loaded \((JSONDecodeError|ValueError|ArrowInvalid)"):
+        load(tmp_path, "colors")
+    assert "Failed to" not in caplog.text
+
+
 def test_files_that_the_harness_skips_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tasks(tmp_path)
     (tmp_path / "broken.yaml").write_text("task: [broken\n")
