@@ -55,11 +55,11 @@ def check_law_output(path: Path, run_directories: Sequence[Path], *, overwrite: 
     Raises:
         UserError: the path is in one of the runs, is no file, or is a file of another kind that would be lost.
     """
-    check_output(path)
     for place in (path.resolve(), path.parent.resolve() / path.name):
         for folder in run_directories:
             if place.is_relative_to(folder.resolve()):
                 raise UserError(f"--output {path}: is inside the run {folder}; choose a path outside the runs to fit")
+    check_output(path)
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_file():
