@@ -218,3 +218,34 @@ def test_an_evaluation_that_cannot_run_is_found_before_training(run_file: Path, 
     with pytest.raises(UserError, match="task colors: its prompts cannot be built"):
         train_here(str(run_file), ["tokenizer=byte", evaluation, f"output={tmp_path}/out"])
     assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+class NanUntilEvaluation(Hook):
+    """Makes every weight NaN before the first evaluation, and restores it after."""
+
+    def on_start(self, session: Any) -> None:
+        self._weights = [parameter for chunk in session.model.chunks for parameter in chunk.parameters()]
+        self._kept = [weight.detach().clone() for weight in self._weights]
+        for weight in self._weights:
+            weight.data.fill_(float("nan"))
+
+    def on_evaluation(self, session: Any, line: dict[str, Any]) -> None:
+        for weight, kept in zip(self._weights, self._kept, strict=True):
+            weight.data.copy_(kept)
+
+
+def train_with_nan_at_first(run_file: str, overrides: list[str]) -> int:
+    return train_with_hooks(run_file, overrides, hooks=[NanUntilEvaluation()])
+
+
+def test_an_evaluation_that_computes_nan_has_no_results_and_training_continues(
+    run_file: Path, tasks: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        *("tokenizer=byte", "parallel.tensor=2", "stop_at_step=1", f"output={tmp_path}"),
+        f"evaluation={{tasks: [colors, continue], at: [start], every: 1, limit: 2, include_path: {tasks}}}",
+    ]
+    assert run_ranks(2, train_with_nan_at_first, str(run_file), overrides) == [EXIT_OK] * 2
+    first, last = (line["evaluation"] for line in read_metrics(tmp_path, "evaluation"))
+    assert first == {}
+    assert set(last) == {"colors", "continue"}
