@@ -50,7 +50,6 @@ class FaultyCommands:
 
     def __enter__(self) -> Self:
         environment = {**os.environ, "LD_PRELOAD": str(build()), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        environment["HF_DATASETS_CACHE"] = str(self.control.path.with_name("control.datasets"))
         self._process = subprocess.Popen(
             self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
