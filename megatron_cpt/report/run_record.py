@@ -16,6 +16,7 @@ from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.files.whole_io import read_file
 from megatron_cpt.planning import Schedule
 from megatron_cpt.provenance.plans_file import FILE_NAME as PLANS_FILE
+from megatron_cpt.provenance.protected_files import RUN_RECORDS
 from megatron_cpt.provenance.run_history import ANOMALIES_FILE, EVENTS_FILE, METRICS_FILE
 from megatron_cpt.report.metrics_columns import (
     MetricsColumns,
@@ -129,8 +130,7 @@ class RunReader:
 
     def state(self) -> str:
         """Return a text that changes when the files of the run change."""
-        files = [METRICS_FILE, ANOMALIES_FILE, EVENTS_FILE, layout.RUN_FILE, layout.PLAN_FILE, PLANS_FILE]
-        paths = [self.folder / name for name in files]
+        paths = [self.folder / name for name in RUN_RECORDS]
         paths += [layout.checkpoints_folder(self.folder) / layout.LATEST_FILE, *find_results(self.folder)]
         stats = [path.stat() for path in paths if path.exists()]
         text = ",".join(f"{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
