@@ -10,17 +10,21 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.files.whole_io import DiskFile
+
+T = TypeVar("T")
 
 _APPLICATION_ID = 0x6D637074  # "mcpt", in the header of the file
 _FORMAT_VERSION = 1
+_CHUNK_BYTES = 4 << 20
 _LOCK_SECONDS = 120.0  # another process holds the lock for one batch at most
 _CREATE = "CREATE TABLE IF NOT EXISTS answers (request BLOB PRIMARY KEY, answer BLOB, checksum INTEGER) WITHOUT ROWID"
 
@@ -41,47 +45,77 @@ class FinishedRequests:
 
     Raises:
         UserError: the file is damaged or belongs to another program.
-        CptError: the file cannot be written.
+        CptError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._errors_as_cpt_errors():
-            self._database = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
+        self._database: sqlite3.Connection | None = None
         try:
-            with self._transaction():
-                self._open()
-        except CptError:
-            self._database.close()
+            self._request(lambda database: None)
+        except BaseException:
+            self.close()
             raise
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Any]:
         """Return the answers that the file has, by key; an answer whose checksum differs counts as missing."""
-        found = {}
-        with self._errors_as_cpt_errors():
+
+        def answers(database: sqlite3.Connection) -> dict[bytes, Any]:
+            found = {}
             for key in keys:
-                row = self._database.execute(
-                    "SELECT answer, checksum FROM answers WHERE request = ?", (key,)
-                ).fetchone()
+                row = database.execute("SELECT answer, checksum FROM answers WHERE request = ?", (key,)).fetchone()
                 if row is not None and isinstance(row[0], bytes) and _checksum(key, row[0]) == row[1]:
                     found[key] = orjson.loads(row[0])
-        return found
+            return found
+
+        return self._request(answers)
 
     def add(self, answers: Mapping[bytes, Any]) -> None:
         """Write answers; they survive a kill of the process as soon as this call returns."""
-        rows = [(key, orjson.dumps(answer)) for key, answer in answers.items()]
-        with self._transaction():
-            self._database.executemany(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", [(*row, _checksum(*row)) for row in rows]
-            )
+        contents = [(key, orjson.dumps(answer)) for key, answer in answers.items()]
+        rows = [(key, content, _checksum(key, content)) for key, content in contents]
+
+        def insert(database: sqlite3.Connection) -> None:
+            with _transaction(database):
+                database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
+
+        self._request(insert)
 
     def close(self) -> None:
         """Close the file."""
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
+            self._database = None
 
-    def _open(self) -> None:
+    def _request(self, request: Callable[[sqlite3.Connection], T]) -> T:
+        """Return the result of a request; repeat it once if it may have failed because the disk could not be read.
+
+        SQLite reports such a failure as an error of the disk or as damage, depending on the page. Reading the whole
+        file waits for a disk that fails for a moment, and raises if it never answers. So only what SQLite refuses
+        while every byte can be read counts as damage.
+        """
+        with self._errors_as_cpt_errors():
+            try:
+                return request(self._opened())
+            except sqlite3.DatabaseError as error:
+                if not _may_be_unreadable(error):
+                    raise
+            self.close()  # first: closing another descriptor of the file would drop SQLite's locks
+            with DiskFile(self._path) as file:
+                while file.read(_CHUNK_BYTES):
+                    pass
+            return request(self._opened())
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._database is None:
+            self._database = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)
+            with _transaction(self._database):
+                self._check_or_create(self._database)
+        return self._database
+
+    def _check_or_create(self, database: sqlite3.Connection) -> None:
         owner, version, tables = (
-            self._database.execute(query).fetchone()[0]
+            database.execute(query).fetchone()[0]
             for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_schema")
         )
         if tables and owner != _APPLICATION_ID:
@@ -91,24 +125,12 @@ class FinishedRequests:
                 f"{self._path}: finished requests of format {version}, this software reads {_FORMAT_VERSION}; choose "
                 "another file with --cache"
             )
-        self._database.execute(_CREATE)
-        self._database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        self._database.execute(f"PRAGMA user_version = {_FORMAT_VERSION}")
-        fault = self._database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        database.execute(_CREATE)
+        database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        database.execute(f"PRAGMA user_version = {_FORMAT_VERSION}")
+        fault = database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if fault != "ok":
-            raise sqlite3.DatabaseError(fault)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._errors_as_cpt_errors():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+            raise sqlite3.DatabaseError(" ".join(fault.split()))
 
     @contextmanager
     def _errors_as_cpt_errors(self) -> Iterator[None]:
@@ -124,6 +146,30 @@ class FinishedRequests:
                 f"{self._path}: not a file of finished requests, or damaged ({error}); delete it, or choose another "
                 "file with --cache"
             ) from error
+        except OSError as error:
+            raise CptError(
+                f"{self._path}: finished requests cannot be read ({error.strerror}); check the disk, or choose another "
+                "file with --cache"
+            ) from error
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+def _may_be_unreadable(error: sqlite3.DatabaseError) -> bool:
+    if not isinstance(error, sqlite3.OperationalError):
+        return True  # "malformed" is also the message when the page with the tables cannot be read
+    primary = error.sqlite_errorcode & 0xFF  # https://sqlite.org/rescode.html
+    return primary == sqlite3.SQLITE_IOERR
 
 
 def _checksum(key: bytes, answer: bytes) -> int:

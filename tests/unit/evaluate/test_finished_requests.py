@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.evaluate.finished_requests import FinishedRequests, request_key
+from tests.helpers.faulty_io import Control, Rule, build
 
 KEYS = [request_key("digest", "loglikelihood", [[1, 2], [number]]) for number in range(400)]
 
@@ -106,3 +108,45 @@ def test_two_processes_write_at_the_same_time(tmp_path: Path) -> None:
     assert [process.wait() for process in processes] == [0, 0]
     keys = [request_key("digest", "loglikelihood", [word, n]) for word in ("one", "two") for n in range(30)]
     assert len(FinishedRequests(path).find(keys)) == 60
+
+
+FIND_ALL = (
+    "import sys; from pathlib import Path\n"
+    "from megatron_cpt.evaluate.finished_requests import FinishedRequests, request_key\n"
+    "keys = [request_key('digest', 'loglikelihood', [[1, 2], [number]]) for number in range(400)]\n"
+    "finished = FinishedRequests(Path(sys.argv[1]))\n"
+    "finished.add({keys[-1]: -2.5})\n"
+    "print(len(finished.find(keys)))\n"
+)
+
+
+def find_all_on_a_failing_disk(path: Path, call: str, first: int, count: int) -> subprocess.CompletedProcess[str]:
+    library = build()
+    if library is None:
+        pytest.skip("needs a C compiler")
+    control = Control(path.with_name("control"))
+    control.write([Rule("EIO", call, f"{path}*", first=first, count=count), Rule("skip", "sleep", "*", value=1)])
+    environment = {**os.environ, "LD_PRELOAD": str(library), "FAULTY_IO": str(control.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", FIND_ALL, str(path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert control.hits()[0] > 0
+    return done
+
+
+@pytest.mark.parametrize(("call", "first"), [*(("read", n) for n in range(1, 6)), ("write", 1), ("fsync", 1)])
+def test_a_fault_of_the_disk_that_passes_changes_nothing(tmp_path: Path, call: str, first: int) -> None:
+    path = tmp_path / "finished.sqlite"
+    FinishedRequests(path).add(dict.fromkeys(KEYS[:-1], -1.5))
+    done = find_all_on_a_failing_disk(path, call, first, 1)
+    assert (done.stdout, done.returncode) == ("400\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_disk_that_fails_is_never_called_damage(tmp_path: Path, first: int) -> None:
+    path = tmp_path / "finished.sqlite"
+    FinishedRequests(path).add(dict.fromkeys(KEYS, -1.5))
+    content = path.read_bytes()
+    done = find_all_on_a_failing_disk(path, "read", first, 0)
+    assert "finished.sqlite: finished requests cannot be read (Input/output error); check the disk" in done.stderr
+    assert path.read_bytes() == content
