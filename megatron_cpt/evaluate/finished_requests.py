@@ -64,7 +64,9 @@ class FinishedRequests:
             found = {}
             for key in keys:
                 row = database.execute("SELECT answer, checksum FROM answers WHERE request = ?", (key,)).fetchone()
-                if row is not None and isinstance(row[0], bytes) and _checksum(key, row[0]) == row[1]:
+                if row is None or not isinstance(row[0], bytes) or _checksum(key, row[0]) != row[1]:
+                    continue
+                if not row[0].startswith((b"null", b"[null")):  # earlier versions kept NaN, which JSON lacks
                     found[key] = orjson.loads(row[0])
             return found
 

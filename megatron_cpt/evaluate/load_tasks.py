@@ -103,9 +103,16 @@ def _manager(wanted: Sequence[str], include_path: str | None) -> TaskManager:
         folders.append(include_path)
     if folders:
         own = TaskManager(include_path=folders, include_defaults=False)
+        _require_names(own)
         if all(own.match_tasks([name]) for name in wanted) and _are_complete(wanted, own):
             return own
     return TaskManager(include_path=folders)
+
+
+def _require_names(manager: TaskManager) -> None:
+    for name, entry in manager.task_index.items():
+        if not isinstance(name, str):
+            raise UserError(f"{entry.yaml_path}: the name of a task is text, not {name!r}; put it in quotes")
 
 
 def _are_complete(names: Sequence[str], manager: TaskManager) -> bool:

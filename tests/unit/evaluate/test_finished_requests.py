@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_a_damaged_answer_is_computed_again(tmp_path: Path) -> None:
     assert finished.find(KEYS) == {KEYS[1]: -2.5}
     finished.add({KEYS[0]: -1.25})
     assert finished.find(KEYS[:1]) == {KEYS[0]: -1.25}
+
+
+@pytest.mark.parametrize("answer", [[float("nan"), False], float("nan")])
+def test_a_nan_of_an_earlier_version_counts_as_missing(tmp_path: Path, answer: Any) -> None:
+    finished = FinishedRequests(tmp_path / "finished.sqlite")
+    finished.add({KEYS[0]: answer, KEYS[1]: "null"})
+    assert finished.find(KEYS) == {KEYS[1]: "null"}
 
 
 @pytest.mark.parametrize("content", [b"a text file, long enough for a header " * 4, b"SQLite format 3\0" + b"\0" * 84])

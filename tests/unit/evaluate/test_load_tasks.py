@@ -98,3 +98,11 @@ def test_files_that_the_harness_skips_are_named(tmp_path: Path, caplog: pytest.L
     load(tmp_path, "colors")
     assert f"task files: Skip {tmp_path / 'broken.yaml'}" in caplog.text
     assert "task files: Duplicate task name 'colors' found" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", ["colors", "2024"])
+def test_a_name_that_is_a_number_is_refused_with_its_file(tmp_path: Path, wanted: str) -> None:
+    write_tasks(tmp_path)
+    (tmp_path / "year.yaml").write_text("task: 2024\ndataset_path: json\n")
+    with pytest.raises(UserError, match=r"year\.yaml: the name of a task is text, not 2024; put it in quotes"):
+        load(tmp_path, wanted)
