@@ -102,15 +102,18 @@ def _manager(wanted: Sequence[str], include_path: str | None) -> TaskManager:
     if include_path is not None:  # the last one wins
         folders.append(include_path)
     if folders:
+        _require_names(folders)
         own = TaskManager(include_path=folders, include_defaults=False)
-        _require_names(own)
         if all(own.match_tasks([name]) for name in wanted) and _are_complete(wanted, own):
             return own
     return TaskManager(include_path=folders)
 
 
-def _require_names(manager: TaskManager) -> None:
-    for name, entry in manager.task_index.items():
+def _require_names(folders: Sequence[str]) -> None:
+    """Refuse a file with `task: 2024`: the harness sorts all names, and its error names no file."""
+    from lm_eval.tasks._index import TaskIndex
+
+    for name, entry in TaskIndex.build(map(Path, folders)).items():
         if not isinstance(name, str):
             raise UserError(f"{entry.yaml_path}: the name of a task is text, not {name!r}; put it in quotes")
 
