@@ -5,11 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import logging
-import shutil
-import signal
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +15,10 @@ import orjson
 
 from megatron_cpt import __version__
 from megatron_cpt.backend.collectives import on_main
-from megatron_cpt.backend.distributed import job_group, launched_rank
-from megatron_cpt.checkpoint.layout import checkpoints_folder, is_checkpoint, list_checkpoints
+from megatron_cpt.backend.distributed import job_group
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
 from megatron_cpt.checkpoint.record import SavedRun, WeightSet
-from megatron_cpt.convert.importer import import_checkpoint
+from megatron_cpt.convert.temporary_checkpoint import Note, as_checkpoint
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.evaluate.checkpoint_tokenizer import load_checkpoint_tokenizer
@@ -42,8 +36,6 @@ if TYPE_CHECKING:
     from megatron_cpt.config import RunConfig
     from megatron_cpt.evaluate.engine import Engine
     from megatron_cpt.evaluate.lm_eval_model import HarnessModel
-
-logger = logging.getLogger(__name__)
 
 CACHE_FILE = "finished_requests.sqlite"
 """Name of the file of finished requests, beside the output."""
@@ -96,6 +88,7 @@ def evaluate(
     options: EvaluateOptions | None = None,
     *,
     advance: Advance = lambda amount, total: None,
+    note: Note = lambda activity: None,
 ) -> dict[str, Any] | None:
     """Evaluate a model on tasks of lm-evaluation-harness; every rank of the job calls this function.
 
@@ -109,6 +102,7 @@ def evaluate(
         tasks: names of tasks, groups or tags.
         output: JSON file to write; None writes nothing, and an interrupted evaluation starts over.
         advance: progress callback, see `Advance`.
+        note: called on rank 0 before long work without progress.
 
     Returns:
         The content of the output on rank 0, None on the other ranks.
@@ -134,7 +128,7 @@ def evaluate(
     with job_group(timeout=_COLLECTIVE_TIMEOUT):
         loaded_tasks: list[LoadedTasks] = []
         on_main(lambda: _prepare(choice, output, options, loaded_tasks))
-        with _as_checkpoint(Path(model), output) as path:
+        with as_checkpoint(Path(model), output, note) as path:
             saved = open_checkpoint(path)
             run = inference_run(saved, options.overrides)
             tokenizer = load_checkpoint_tokenizer(saved, options.tokenizer)
@@ -227,48 +221,6 @@ def _evaluate(
         return results
 
     return leading.lead(work)
-
-
-@contextlib.contextmanager
-def _as_checkpoint(model: Path, output: Path | None) -> Iterator[Path]:
-    """Yield the path of a checkpoint: `model` itself, or a temporary import of a Hugging Face folder."""
-    if is_checkpoint(model) or list_checkpoints(checkpoints_folder(model)) or not (model / "config.json").is_file():
-        yield model
-        return
-    with _terminated_as_interrupted():
-        folder = Path(on_main(lambda: _import_aside(model, output)))
-        try:
-            yield folder / "step-00000000"
-        finally:
-            if launched_rank() == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that nothing of the size of a model stays behind."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may have handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _import_aside(model: Path, output: Path | None) -> str:
-    with os_errors_as_cpt_errors():
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{model.name}-", dir=output.parent if output is not None else None)
-        try:
-            logger.info("importing %s to a temporary checkpoint in %s", model, folder)
-            import_checkpoint(model, Path(folder) / "step-00000000")
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    return folder
 
 
 @contextlib.contextmanager

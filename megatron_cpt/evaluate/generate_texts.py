@@ -7,12 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.backend.distributed import job_group
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
 from megatron_cpt.checkpoint.record import WeightSet
+from megatron_cpt.convert.temporary_checkpoint import Note, as_checkpoint
 from megatron_cpt.data.tokenizers.tokenizer import Tokenizer
 from megatron_cpt.errors import UserError
 from megatron_cpt.evaluate.checkpoint_tokenizer import load_checkpoint_tokenizer
 from megatron_cpt.evaluate.requests import GenerationOptions, StopReason
+
+_COLLECTIVE_TIMEOUT = 3600.0  # seconds; the other ranks wait while rank 0 imports a model
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class GeneratedText:
 
 
 def generate_texts(
-    checkpoint: str | Path,
+    model: str | Path,
     prompts: Sequence[str],
     options: GenerationOptions | None = None,
     *,
@@ -46,6 +50,7 @@ def generate_texts(
     tokenizer: str | None = None,
     overrides: Sequence[str] = (),
     weights: WeightSet = "raw",
+    note: Note = lambda activity: None,
 ) -> list[GeneratedText]:
     """Return the text that a model writes after each prompt, on every rank. Example:
 
@@ -55,11 +60,12 @@ def generate_texts(
     end-of-document token ends the text.
 
     Args:
-        checkpoint: a checkpoint, or a run directory for its newest one.
+        model: a checkpoint, a run directory for its newest checkpoint, or a Hugging Face folder.
         stop: texts that end a new text, which does not contain them.
         tokenizer: KIND:PATH; None: the checkpoint's own.
         overrides: `key=value`, such as `parallel.tensor=2` or `precision.compute=bf16`.
         weights: `ema`: the moving average of the checkpoint's weights.
+        note: called on rank 0 before long work without progress.
 
     Raises:
         UserError: an option is wrong, no tokenizer was found, or the number of processes does not fit the layout.
@@ -70,21 +76,22 @@ def generate_texts(
     for number, prompt in enumerate(prompts, start=1):
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of an argument that are no text
             raise UserError(f"prompt {number}: not valid UTF-8; save it as UTF-8")
-    saved = open_checkpoint(checkpoint)
-    codec = load_checkpoint_tokenizer(saved, tokenizer)
-    run = inference_run(saved, overrides)
-    stop_ids = options.stop_ids if codec.eod_id is None else options.stop_ids | {codec.eod_id}
-    ids = [_encode(codec, prompt) for prompt in prompts]
-    with load_inference_model(saved, run, weights) as loaded:
-        # imported here: megatron-core reads torch.cuda on import, and process_groups replaces it on a CPU
-        from megatron_cpt.evaluate.engine import Engine
+    with job_group(timeout=_COLLECTIVE_TIMEOUT), as_checkpoint(Path(model), note=note) as path:
+        saved = open_checkpoint(path)
+        codec = load_checkpoint_tokenizer(saved, tokenizer)
+        run = inference_run(saved, overrides)
+        stop_ids = options.stop_ids if codec.eod_id is None else options.stop_ids | {codec.eod_id}
+        ids = [_encode(codec, prompt) for prompt in prompts]
+        with load_inference_model(saved, run, weights) as loaded:
+            # imported here: megatron-core reads torch.cuda on import, and job_group replaces it on a CPU
+            from megatron_cpt.evaluate.engine import Engine
 
-        engine = Engine(loaded.model, loaded.run, loaded.ranks)
-        found = engine.generate(
-            ids,
-            replace(options, stop_ids=stop_ids),
-            stop=lambda _, new: any(text in codec.decode(new) for text in stop),
-        )
+            engine = Engine(loaded.model, loaded.run, loaded.ranks)
+            found = engine.generate(
+                ids,
+                replace(options, stop_ids=stop_ids),
+                stop=lambda _, new: any(text in codec.decode(new) for text in stop),
+            )
     return [
         GeneratedText(prompt, _before(codec.decode(one.token_ids), stop), one.token_ids, len(prompt_ids), one.reason)
         for prompt, prompt_ids, one in zip(prompts, ids, found, strict=True)

@@ -158,9 +158,11 @@ class LoadedTasks:
         )
 
     def _set_fewshot(self, task: Task) -> None:
-        """Set the number of few-shot examples with the harness's rule: a task's own 0 stays."""
+        """Set the number of few-shot examples with the harness's rule: a task's own 0 stays, and whole texts have 0."""
         own, asked = task.get_config("num_fewshot"), self.choice.num_fewshot
-        if own is None or (asked is not None and own != 0):
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            task.set_config(key="num_fewshot", value=0)
+        elif own is None or (asked is not None and own != 0):
             task.set_config(key="num_fewshot", value=asked or 0)
 
     def _seed(self, task: Task) -> None:

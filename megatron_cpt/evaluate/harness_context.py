@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,8 +86,40 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 @contextlib.contextmanager
 def harness_context() -> Iterator[None]:
     """Let the harness work: quietly, with templates in a sandbox, and without a change of random states."""
-    with _quiet(), _sandboxed_templates(), _preserved_random_states():
+    with _quiet(), _sandboxed_templates(), _errors_of_ratios(), _preserved_random_states():
         yield
+
+
+def ratio_error(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the standard error of the ratio sum(x) / sum(y) over at least two documents, by linearization.
+
+    Example: log-likelihoods and bytes of texts. Source: W. G. Cochran, Sampling Techniques, section 2.11.
+    """
+    x, y = np.array(pairs, dtype=np.float64).T
+    rest = x - x.sum() / y.sum() * y
+    return float(np.sqrt(len(x) / (len(x) - 1) * np.sum(rest**2)) / y.sum())
+
+
+@contextlib.contextmanager
+def _errors_of_ratios() -> Iterator[None]:
+    """Give a standard error to bits per byte and perplexities of whole texts, for which the harness has none."""
+    from lm_eval import evaluator_utils
+    from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+
+    own = evaluator_utils.stderr_for_metric
+
+    def stderr_for_metric(metric: Callable[..., float], bootstrap_iters: int) -> Any:
+        if metric is bits_per_byte:
+            return lambda items: ratio_error(items) / math.log(2)
+        if metric is weighted_perplexity:
+            return lambda items: ratio_error(items) * weighted_perplexity(items)
+        return own(metric, bootstrap_iters)
+
+    evaluator_utils.stderr_for_metric = stderr_for_metric
+    try:
+        yield
+    finally:
+        evaluator_utils.stderr_for_metric = own
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOADED_CODE = "trust_remote_code"
+_NO_TASK = "Unknown config shape"  # says the harness of a YAML file that is neither a task nor a group
+_MAX_NOTES = 5
 
 
 def load_tasks(wanted: Sequence[str], include_path: str | None = None) -> dict[str, Any]:
@@ -41,7 +43,8 @@ def load_tasks(wanted: Sequence[str], include_path: str | None = None) -> dict[s
         manager = _manager(wanted, include_path)
         names = _matching(wanted, manager, notes)
     for note in notes:
-        logger.warning("task files: %s", note)
+        if _NO_TASK not in note:  # such as a run.yaml in the same folder
+            logger.warning("task files: %s", note)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         with harness_errors(f"task {name}: cannot be loaded"):
@@ -134,7 +137,8 @@ def _matching(names: Sequence[str], manager: TaskManager, notes: Sequence[str]) 
             raise UserError(
                 f"task {name}: not a known task, group or tag; {hint} Task files of your own need --include-path"
                 f"{'' if task_folder().is_dir() else f', and `{BUILD_COMMAND}` builds the offline tasks'}"
-                + "".join(f"\n  {note}" for note in notes)
+                + "".join(f"\n  {note}" for note in notes[:_MAX_NOTES])
+                + (f"\n  and {len(notes) - _MAX_NOTES} more files" if len(notes) > _MAX_NOTES else "")
             )
         matching.update(dict.fromkeys(found or [name]))
     return list(matching)

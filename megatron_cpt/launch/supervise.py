@@ -63,7 +63,7 @@ def supervise(
             return EXIT_USER  # torchrun rejected its options
         status = combine(reports, is_failure=is_failure, is_stop_requested=(folder / STOP_FILE).exists())
         if status == EXIT_STOPPED and any(report.is_early for report in reports):
-            print_now("launch: stopped before training started, so nothing was saved; run the same command again")
+            print_now("launch: stopped before a checkpoint could be saved; run the same command again")
         return status
 
 

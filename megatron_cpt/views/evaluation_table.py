@@ -56,7 +56,7 @@ def _table(evaluation: Mapping[str, Any]) -> Table:
     for header in ("task", "metric", "value", "standard error", "better", "documents", "few-shot"):
         table.add_column(header, justify="left" if header in ("task", "metric") else "right", overflow="fold")
     for task, metrics in evaluation["results"].items():
-        facts = evaluation["tasks"].get(task, {})
+        facts = evaluation["tasks"].get(task) or _group_facts(evaluation, task)
         title = task
         for name, value, error in rows_of_metrics(metrics):
             direction = facts.get("higher_is_better", {}).get(name.partition(",")[0])
@@ -66,11 +66,27 @@ def _table(evaluation: Mapping[str, Any]) -> Table:
                 _number(value),
                 "" if error is None else f"± {error:.4f}",
                 "" if direction is None else ("higher" if direction else "lower"),
-                "" if not facts else f"{facts['documents']:,} of {facts['of_documents']:,}",
-                "" if not facts else str(facts["num_fewshot"]),
+                *_counts(facts),
             )
             title = ""
     return table
+
+
+def _counts(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return documents and few-shot examples; of a group, what its value is."""
+    if "documents" in facts:
+        return f"{facts['documents']:,} of {facts['of_documents']:,}", str(facts["num_fewshot"])
+    return f"mean of {format_number_of(len(facts['tasks']), 'task')}" if facts["tasks"] else "", ""
+
+
+def _group_facts(evaluation: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Return the tasks of a group, and which of their metrics are better when higher."""
+    names = evaluation["groups"].get(group, [])
+    known = [evaluation["tasks"].get(name) or _group_facts(evaluation, name) for name in names]
+    directions: dict[str, bool] = {}
+    for facts in known:
+        directions |= facts["higher_is_better"]
+    return {"tasks": names, "higher_is_better": directions}
 
 
 def _number(value: float | None) -> str:

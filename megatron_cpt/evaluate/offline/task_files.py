@@ -193,6 +193,5 @@ def heldout(dataset: str) -> Config:
         "doc_to_target": "text",
         "metric_list": [
             metric("bits_per_byte", higher_is_better=False, aggregation="bits_per_byte"),
-            metric("byte_perplexity", higher_is_better=False, aggregation="weighted_perplexity"),
         ],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,19 @@ def test_prompt_and_continuation_are_told_apart(checkpoint: Path, capsys: pytest
     assert generate(checkpoint, *PROMPTS, "--json") == 0
     for text in as_json(capsys):
         assert len(text["token_ids"]) == 6 or text["reason"] == "stop_id"
+
+
+def test_a_hugging_face_folder_is_imported_for_a_moment(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert generate(checkpoint, *PROMPTS, "--json") == 0
+    expected = as_json(capsys)
+    assert generate(checkpoint.with_name("hf"), *PROMPTS, "--json") == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out) == expected
+    assert "note: importing" in output.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_samples_follow_the_seed_and_stop_texts_end_them(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

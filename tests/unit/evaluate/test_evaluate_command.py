@@ -10,6 +10,7 @@ import pytest
 
 from megatron_cpt.cli import main
 from megatron_cpt.cli.arguments import repeat_options
+from megatron_cpt.cli.commands.checkpoints.evaluate_command import evaluation_progress
 from megatron_cpt.errors import EXIT_USER
 from megatron_cpt.views.evaluation_table import render_evaluation
 from tests.helpers.evaluation import write_tasks
@@ -24,6 +25,7 @@ EVALUATION: dict[str, Any] = {
         "piqa": {"documents": 200, "of_documents": 1838, "num_fewshot": 5, "higher_is_better": {"acc": True}},
         "wiki": {"documents": 8, "of_documents": 8, "num_fewshot": 0, "higher_is_better": {"word_perplexity": False}},
     },
+    "groups": {"all": ["piqa", "inner"], "inner": ["wiki"]},
     "model": {"path": "runs/a", "step": 2000},
     "requests": {"total": 408, "answered_from_cache": 200, "truncated": 1},
     "config": {"max_length": 2048},
@@ -40,9 +42,27 @@ def test_the_table_shows_bits_per_byte_first_and_every_standard_error() -> None:
     assert ["acc", "0.5000", "±", "0.0354", "higher", "200", "of", "1,838", "5"] in rows
     assert ["exact_match,strict", "NaN", "200", "of", "1,838", "5"] in rows
     assert ["wiki", "word_perplexity", "1.235e+05", "lower", "8", "of", "8", "0"] in rows
-    assert ["all", "acc", "0.5000"] in rows
+    assert ["all", "acc", "0.5000", "higher", "mean", "of", "2", "tasks"] in rows
     assert "note: 1 prompt longer than the model's 2,048 tokens lost their beginning" in text
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("is_kept", "message"),
+    [(True, "3 finished requests are kept; run the same command again"), (False, "are lost; --output FILE.json")],
+)
+def test_an_interrupted_evaluation_says_what_is_kept(
+    is_kept: bool, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        with evaluation_progress(is_main=True, is_kept=is_kept) as advance:
+            advance(0, 8)
+            advance(3, 8)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert message in capfd.readouterr().err
 
 
 def test_tasks_end_at_the_next_option_or_override() -> None:

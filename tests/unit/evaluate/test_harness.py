@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -16,6 +17,7 @@ from megatron_cpt.data.tokenizers.tokenizer import load_tokenizer
 from megatron_cpt.errors import EXIT_FAILURE, CptError, UserError
 from megatron_cpt.evaluate.finished_requests import FinishedRequests
 from megatron_cpt.evaluate.harness import HarnessResults, LoadedTasks, TaskChoice, metric_values
+from megatron_cpt.evaluate.harness_context import ratio_error
 from megatron_cpt.evaluate.lm_eval_model import HarnessModel
 from megatron_cpt.evaluate.ranks import LeadingEngine, StopTexts
 from tests.helpers.evaluation import TASKS, ArithmeticEngine, TransformersEngine, save_model_with_tokenizer, write_tasks
@@ -80,6 +82,24 @@ def test_names_of_metrics_are_the_harness_s(plain_model: Path, tasks: Path) -> N
     assert "bits_per_byte" in found.metrics["letters"]
     assert found.tasks["colors"]["documents"] == 8
     assert metric_values({"alias": "x", "sample_len": 8, "acc,none": 0.5, "acc_stderr,none": "N/A"}) == {"acc": 0.5}
+
+
+def test_whole_texts_have_a_standard_error_and_no_examples(plain_model: Path, tasks: Path) -> None:
+    """The harness has no standard error for them, and names the few-shot examples that were asked for."""
+    model = adapter(plain_model, ArithmeticEngine())
+    found = LoadedTasks(choose(tasks, ["letters"], num_fewshot=2)).run(model, with_samples=True, bootstrap=100)
+    pairs = [sample["bits_per_byte"] for sample in found.samples["letters"]]
+    assert found.metrics["letters"]["bits_per_byte_stderr"] == pytest.approx(ratio_error(pairs) / math.log(2))
+    assert found.metrics["letters"]["word_perplexity_stderr"] > 0
+    assert found.tasks["letters"]["num_fewshot"] == 0
+
+
+def test_the_error_of_a_ratio_equals_the_bootstrap() -> None:
+    generator = np.random.default_rng(1)
+    lengths = generator.lognormal(7, 0.8, 200)
+    pairs = np.stack([-lengths * generator.normal(0.7, 0.1, 200), lengths], axis=1)
+    draws = pairs[generator.integers(200, size=(4000, 200))].sum(axis=1)
+    assert ratio_error(pairs.tolist()) == pytest.approx(np.std(draws[:, 0] / draws[:, 1]), rel=0.05)
 
 
 def test_an_interrupted_evaluation_computes_at_most_one_batch_twice(

@@ -95,8 +95,11 @@ def test_files_that_the_harness_skips_are_named(tmp_path: Path, caplog: pytest.L
     write_tasks(tmp_path)
     (tmp_path / "broken.yaml").write_text("task: [broken\n")
     (tmp_path / "second.yaml").write_text((tmp_path / "colors.yaml").read_text())
+    (tmp_path / "run.yaml").write_text("name: run\noutput: runs/run\n")
     load(tmp_path, "colors")
     assert f"task files: Skip {tmp_path / 'broken.yaml'}" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert not any("run.yaml" in text for text in warnings), "before, a line for each run.yaml in the folder"
     assert "task files: Duplicate task name 'colors' found" in caplog.text
 
 
@@ -106,3 +109,11 @@ def test_a_name_that_is_a_number_is_refused_with_its_file(tmp_path: Path, wanted
     (tmp_path / "year.yaml").write_text("task: 2024\ndataset_path: json\n")
     with pytest.raises(UserError, match=r"year\.yaml: the name of a task is text, not 2024; put it in quotes"):
         load(tmp_path, wanted)
+
+
+def test_an_unknown_task_names_some_of_the_skipped_files(tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    for number in range(8):
+        (tmp_path / f"other{number}.yaml").write_text("tsk: mine\n")
+    with pytest.raises(UserError, match=r"other4\.yaml \(Unknown config shape: .*\n  and 3 more files"):
+        load(tmp_path, "mine")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_cpt.cli.commands.checkpoints.generate_command import LAYOUT_HELP, Weights, WeightsOption
-from megatron_cpt.cli.progress import progress_bar
+from megatron_cpt.cli.commands.checkpoints.generate_command import LAYOUT_HELP, MODEL_HELP, Weights, WeightsOption
+from megatron_cpt.cli.progress import print_note, progress_bar
 from megatron_cpt.errors import UserError
 
-MODEL_HELP = "A checkpoint, a run directory (its newest checkpoint), or a Hugging Face folder."
 TASKS_HELP = "Tasks, groups or tags of lm-evaluation-harness, patterns such as 'mmlu_*', or task files."
 OUTPUT_HELP = "JSON file to write; answers are kept beside it, so the same command resumes. Without: nothing is kept."
 CACHE_HELP = "SQLite file of finished requests. [default: finished_requests.sqlite beside the output]"
@@ -61,6 +61,9 @@ def evaluate(
 
     Prints a table with standard errors. A second evaluation of the same weights computes only new requests.
     """
+    names = [name for entry in tasks or [] for name in entry.split(",") if name]
+    if not names:
+        raise UserError("--tasks: give at least one task, for example --tasks hellaswag mmlu")
     from megatron_cpt.evaluate.harness_context import set_environment
     from megatron_cpt.launch.environment import set_cuda_variables
 
@@ -71,9 +74,6 @@ def evaluate(
     from megatron_cpt.evaluate.evaluate_checkpoint import EvaluateOptions
     from megatron_cpt.evaluate.evaluate_checkpoint import evaluate as run
 
-    names = [name for entry in tasks or [] for name in entry.split(",") if name]
-    if not names:
-        raise UserError("--tasks: give at least one task, for example --tasks hellaswag mmlu")
     options = EvaluateOptions(
         overrides=overrides or [],
         limit=limit,
@@ -89,12 +89,38 @@ def evaluate(
         online=online,
         weights=weights.value,
     )
-    has_bar = read_launcher().rank == 0
-    with progress_bar("evaluating") if has_bar else contextlib.nullcontext(lambda *amounts: None) as advance:
-        results = run(model, names, output, options, advance=advance)
+    with evaluation_progress(
+        is_main=read_launcher().rank == 0, is_kept=output is not None or cache is not None
+    ) as advance:
+        results = run(model, names, output, options, advance=advance, note=print_note)
     if results is not None:
         from megatron_cpt.views.evaluation_table import render_evaluation
 
         render_evaluation(results, sys.stdout)
         if output is not None:
             print(f"written to {output}")
+
+
+@contextlib.contextmanager
+def evaluation_progress(*, is_main: bool, is_kept: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show the progress on rank 0, and how much was finished if the command is interrupted."""
+    if not is_main:
+        yield lambda amount, total: None
+        return
+    from megatron_cpt.config import format_number_of
+
+    finished = 0
+
+    def count(amount: int, total: int) -> None:
+        nonlocal finished
+        finished += amount
+        advance(amount, total)
+
+    try:
+        with progress_bar("evaluating") as advance:
+            yield count
+    except KeyboardInterrupt:
+        kept = "kept; run the same command again for the rest" if is_kept else "lost; --output FILE.json keeps them"
+        done = format_number_of(finished, "finished request")
+        print(f"megatron-cpt: interrupted: {done} {'is' if finished == 1 else 'are'} {kept}", file=sys.stderr)
+        raise

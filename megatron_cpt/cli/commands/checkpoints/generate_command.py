@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_cpt.cli.progress import print_note
 from megatron_cpt.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_cpt.evaluate.generate_texts import GeneratedText
 
 CHECKPOINT_HELP = "A checkpoint, or a run directory for its newest checkpoint."
+MODEL_HELP = "A checkpoint, a run directory (its newest checkpoint), or a Hugging Face folder."
 TOKENIZER_HELP = "Tokenizer as KIND:PATH. [default: the checkpoint's own]"
 LAYOUT_HELP = "Layout and precision, such as parallel.tensor=2 or precision.compute=bf16."
 WEIGHTS_HELP = "Weights of its step, or their moving average (section ema of run.yaml)."
@@ -38,7 +40,7 @@ _REASONS = {
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT_OR_RUN", help=CHECKPOINT_HELP, show_default=False)],
+    model: Annotated[Path, typer.Argument(metavar="CKPT_OR_RUN_OR_HF_DIR", help=MODEL_HELP, show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help=LAYOUT_HELP)] = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Text to continue; repeatable.")
@@ -66,6 +68,8 @@ def generate(
     Without a launcher it is one process; under torchrun, one rank of many. A sample depends on the seed, the prompt and
     its place among equal prompts, not on other prompts; the layout changes only the last bits of the logits.
     """
+    if not prompt:
+        raise UserError("--prompt: give at least one text to continue")
     from megatron_cpt.launch.environment import set_cuda_variables
 
     warnings.simplefilter("ignore")  # torch's and megatron-core's do not concern a reader of the text
@@ -74,20 +78,19 @@ def generate(
     from megatron_cpt.evaluate.generate_texts import generate_texts
     from megatron_cpt.evaluate.requests import GenerationOptions
 
-    if not prompt:
-        raise UserError("--prompt: give at least one text to continue")
     options = GenerationOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     rank = launched_rank()
     texts = generate_texts(
-        checkpoint,
+        model,
         prompt,
         options,
         stop=[text for text in stop or [] if text],
         tokenizer=tokenizer,
         overrides=overrides or [],
         weights=weights.value,
+        note=print_note,
     )
     if rank != 0:
         return

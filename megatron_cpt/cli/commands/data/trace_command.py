@@ -74,13 +74,14 @@ def _load_tokenizer(found: Trace, spec: str | None) -> Tokenizer | None:
 
 
 def _print_head(found: Trace) -> None:
-    print(f"step {found.step}, phase {found.phase}: {len(found.samples)} samples")
+    from megatron_cpt.config import format_number_of
+
+    print(f"step {found.step}, phase {found.phase}: {format_number_of(len(found.samples), 'sample')}")
     for source, count in Counter(one.source for one in found.samples).most_common():
         epochs = sorted({one.epoch for one in found.samples if one.source == source})
-        print(f"  {source}: {count} samples, epoch {' and '.join(map(str, epochs))}")
-    print(
-        f"  replayed from step {found.replayed_from} under {found.plan}, confirmed by {found.confirmed_by or 'nothing'}"
-    )
+        print(f"  {source}: {format_number_of(count, 'sample')}, epoch {' and '.join(map(str, epochs))}")
+    agreement = f"{found.confirmed_by} agrees" if found.confirmed_by else "no later record to compare with"
+    print(f"  replayed from step {found.replayed_from} with the plan in {found.plan}; {agreement}")
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
 
