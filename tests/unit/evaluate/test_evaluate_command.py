@@ -48,16 +48,20 @@ def test_the_table_shows_bits_per_byte_first_and_every_standard_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_kept", "message"),
-    [(True, "3 finished requests are kept; run the same command again"), (False, "are lost; --output FILE.json")],
+    ("finished", "is_kept", "message"),
+    [
+        (3, True, "interrupted: 3 finished requests are kept; run the same command again"),
+        (1, False, "interrupted: 1 finished request is lost; --output FILE.json keeps them"),
+        (0, True, "interrupted: no request was finished"),
+    ],
 )
 def test_an_interrupted_evaluation_says_what_is_kept(
-    is_kept: bool, message: str, capfd: pytest.CaptureFixture[str]
+    finished: int, is_kept: bool, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt() -> None:
         with evaluation_progress(is_main=True, is_kept=is_kept) as advance:
             advance(0, 8)
-            advance(3, 8)
+            advance(finished, 8)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -107,8 +107,6 @@ def evaluation_progress(*, is_main: bool, is_kept: bool) -> Iterator[Callable[[i
     if not is_main:
         yield lambda amount, total: None
         return
-    from megatron_cpt.config import format_number_of
-
     finished = 0
 
     def count(amount: int, total: int) -> None:
@@ -120,7 +118,15 @@ def evaluation_progress(*, is_main: bool, is_kept: bool) -> Iterator[Callable[[i
         with progress_bar("evaluating") as advance:
             yield count
     except KeyboardInterrupt:
-        kept = "kept; run the same command again for the rest" if is_kept else "lost; --output FILE.json keeps them"
-        done = format_number_of(finished, "finished request")
-        print(f"megatron-cpt: interrupted: {done} {'is' if finished == 1 else 'are'} {kept}", file=sys.stderr)
+        print(f"megatron-cpt: interrupted: {_what_is_kept(finished, is_kept)}", file=sys.stderr)
         raise
+
+
+def _what_is_kept(finished: int, is_kept: bool) -> str:
+    from megatron_cpt.config import format_number_of
+
+    if not finished:
+        return "no request was finished"
+    verb = "is" if finished == 1 else "are"
+    kept = "kept; run the same command again for the rest" if is_kept else "lost; --output FILE.json keeps them"
+    return f"{format_number_of(finished, 'finished request')} {verb} {kept}"
