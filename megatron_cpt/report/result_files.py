@@ -86,22 +86,46 @@ class ResultFiles:
     def _step_of(self, name: str, content: Mapping[str, Any], weights: WeightSet) -> int | None:
         """Return the step that results belong to; None, with a note: they are of another model."""
         step = _checkpoint_step(as_mapping(content.get("model")))
-        if step is None:
-            self._notes.append(
-                f"{name}: does not name its checkpoint, so it counts for the last step, {self._last_step:,}"
-            )
-            return self._last_step
         digest = as_mapping(content.get("digests")).get("checkpoint")
         if digest is None:
-            return step
+            if step is None:
+                self._notes.append(
+                    f"{name}: does not name its checkpoint, so it counts for the last step, {self._last_step:,}"
+                )
+            return self._last_step if step is None else step
         origin = as_mapping(self._config.get("init")).get("from")
-        if isinstance(origin, str) and self._digest(Path(origin), weights) == digest:
+        if isinstance(origin, str) and self._digest(Path(origin), weights)[0] == digest:
             return 0
-        own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step)
-        if self._digest(own, weights) in (None, digest):  # None: deleted since then
+        own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step or 0)
+        own_digest = self._digest(own, weights)[0]
+        if own_digest == digest:
+            return step or 0
+        if not step:
+            return self._step_of_import(name, origin, weights)
+        if own_digest is None:  # deleted since then
             return step
         self._notes.append(f"{name}: evaluates another model than {own.name} of this run, skipped")
         return None
+
+    def _step_of_import(self, name: str, origin: Any, weights: WeightSet) -> int | None:
+        """Return 0 for results of an import if nothing shows that the run started from another model."""
+        if not isinstance(origin, str):
+            if self._config:
+                self._notes.append(f"{name}: evaluates an imported model, but this run has no init.from, skipped")
+                return None
+            problem = f"{layout.RUN_FILE} cannot be read"
+        else:
+            origin_digest, problem = self._digest(Path(origin), weights)
+            if origin_digest is not None:
+                self._notes.append(
+                    f"{name}: evaluates another model than {origin}, from which this run started, skipped; if it is "
+                    f"the same model, imported with other options, evaluate {origin}"
+                )
+                return None
+        self._notes.append(
+            f"{name}: counts as step 0, but was not compared with the checkpoint from which this run started: {problem}"
+        )
+        return 0
 
 
 def _checkpoint_step(model: Mapping[str, Any]) -> int | None:
@@ -113,9 +137,9 @@ def _checkpoint_step(model: Mapping[str, Any]) -> int | None:
     return int(found[1]) if found else None
 
 
-def _digest(checkpoint: Path, weights: WeightSet) -> str | None:
-    """Return the digest of a checkpoint's weights, or of a run's newest one; None if it cannot be read."""
+def _digest(checkpoint: Path, weights: WeightSet) -> tuple[str | None, str]:
+    """Return the digest of a checkpoint's weights, or of a run's newest one; None with a reason if it is unreadable."""
     try:
-        return read_saved_run(layout.resolve_checkpoint(checkpoint)).weights_digest(weights)
-    except (CptError, OSError):
-        return None
+        return read_saved_run(layout.resolve_checkpoint(checkpoint)).weights_digest(weights), ""
+    except (CptError, OSError) as error:
+        return None, str(error)

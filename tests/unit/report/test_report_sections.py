@@ -278,6 +278,59 @@ def test_results_of_another_model_are_no_results_of_the_run(recipe, tmp_path):
     assert "other.json: evaluates another model than step-00000200 of this run, skipped" in run.notes
 
 
+def write_import_results(run, **digests):
+    """Write results of `evaluate` for Hugging Face folders: their temporary imports are step 0."""
+    (run / "evaluations").mkdir()
+    for value, (name, digest) in enumerate(digests.items(), 1):
+        model = {"step": None, "checkpoint": "step-00000000"}
+        content = {"results": {"exam": {"acc": value}}, "model": model, "digests": {"checkpoint": digest}}
+        (run / "evaluations" / f"{name}.json").write_bytes(orjson.dumps(content))
+
+
+def set_origin(run, origin):
+    settings = yaml.safe_load((run / "run.yaml").read_text()) | {"init": {"from": str(origin)}}
+    (run / "run.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_results_of_an_import_are_before_the_run_only_if_the_run_started_from_it(recipe, tmp_path):
+    """Before, results of any Hugging Face folder counted as step 0."""
+    save_hf_model(tmp_path / "hf", "llama")
+    import_checkpoint(tmp_path / "hf", tmp_path / "base")
+    import_checkpoint(tmp_path / "hf", tmp_path / "aside" / "step-00000000")  # as `evaluate` does it
+    own = read_saved_run(tmp_path / "aside" / "step-00000000").weights_digest()
+    set_origin(recipe, tmp_path / "base")
+    write_import_results(recipe, own=own, other="sha256:other")
+    content = orjson.loads((recipe / "evaluations" / "other.json").read_bytes())
+    content["model"]["checkpoint"] = "my-import"
+    (recipe / "evaluations" / "renamed.json").write_bytes(orjson.dumps(content))
+    run = RunReader(recipe).read()
+    assert {step: found["exam"] for step, found in run.evaluations.items() if "exam" in found} == {0: {"acc": 1.0}}
+    assert [note.partition(",")[0] for note in run.notes] == [
+        f"{name}: evaluates another model than {tmp_path}/base" for name in ("other.json", "renamed.json")
+    ]
+    assert "from which this run started, skipped; if it is the same model, imported with other" in run.notes[0]
+
+
+def test_results_of_an_import_are_no_results_of_a_run_from_random_weights(recipe):
+    write_import_results(recipe, other="sha256:other")
+    run = RunReader(recipe).read()
+    assert "exam" not in run.evaluations[0]
+    assert run.notes == ("other.json: evaluates an imported model, but this run has no init.from, skipped",)
+
+
+def test_results_of_an_import_count_when_the_origin_is_gone(recipe, tmp_path):
+    set_origin(recipe, tmp_path / "gone")
+    write_import_results(recipe, base="sha256:base")
+    run = RunReader(recipe).read()
+    assert run.evaluations[0]["exam"] == {"acc": 1.0}
+    assert run.notes == (
+        "base.json: counts as step 0, but was not compared with the checkpoint from which this run started: "
+        f"{tmp_path}/gone: no such checkpoint or run directory; give the path of one",
+    )
+    (recipe / "run.yaml").unlink()
+    assert RunReader(recipe).read().notes[1].endswith("this run started: run.yaml cannot be read")
+
+
 def test_a_second_file_for_the_same_step_is_named(recipe):
     for name in ("a", "b"):
         content = {"results": {"exam": {"acc": 0.5}}, "model": {"step": 200}}
