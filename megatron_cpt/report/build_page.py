@@ -23,6 +23,7 @@ from megatron_cpt.report.operation import (
     time_spent,
 )
 from megatron_cpt.report.page import PageSection, RunPage, decimal, finite, percent, signed, whole
+from megatron_cpt.report.result_files import unequal_measurements
 from megatron_cpt.report.run_digests import configuration_section, differences, digests, identity_section
 from megatron_cpt.report.run_record import RunRecord
 
@@ -34,6 +35,7 @@ def build_page(runs: Sequence[RunRecord]) -> RunPage:
     run, *others = runs = distinct_titles(runs)
     compared = f", compared with {', '.join(other.title for other in others)}" if others else ""
     notes = [f"{one.title}: {note}" if others else note for one in runs for note in one.notes]
+    notes += unequal_measurements(runs)
     sections = [
         learning_section(run, others),
         curves_section(runs),
@@ -45,7 +47,7 @@ def build_page(runs: Sequence[RunRecord]) -> RunPage:
         identity_section(runs),
     ]
     if notes:
-        sections.append(PageSection("notes", "Skipped files and lines", notes))
+        sections.append(PageSection("notes", "Notes on files and tasks", notes))
     return RunPage(
         title=f"{run.title}",
         subtitle=f"Report of the run in {run.folder}{compared}",

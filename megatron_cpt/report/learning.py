@@ -18,6 +18,7 @@ from megatron_cpt.report.page import (
     finite,
     signed,
 )
+from megatron_cpt.report.result_files import unequal_measurements
 from megatron_cpt.report.run_record import RunRecord
 
 MAX_CURVES = 12
@@ -278,6 +279,9 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
             line.append(with_error(other.values[-1], other.errors[-1]) if other else MISSING)
         rows.append(line)
     note = f"A change below {_CERTAIN:g} standard errors is within the error."
+    if unequal := len([*unequal_measurements([run, *others])]):
+        subject = "1 task was" if unequal == 1 else f"{unequal:,} tasks were"
+        note += f" {subject} not measured on the same documents and prompts: see the notes at the end."
     if len(scores) > MAX_ROWS:
         note += f" Only the first {MAX_ROWS} of {len(scores):,} metrics are shown."
     yield DataTable("Tasks", headers, rows, frozenset({1, len(at) + 3}), note)

@@ -338,6 +338,67 @@ def test_a_second_file_for_the_same_step_is_named(recipe):
     assert "b.json: exam of step 200 is also in a.json; b.json counts" in RunReader(recipe).read().notes
 
 
+def write_measurement(run, name, step, *, digest=None, documents=8, num_fewshot=0):
+    content = {
+        "results": {"exam": {"acc": 0.5}, "group": {"acc": 0.5}},
+        "model": {"step": step, "checkpoint": f"step-{step:08d}"},
+        "tasks": {"exam": {"documents": documents, "num_fewshot": num_fewshot}},
+        "digests": {"tasks": {"exam": digest} if digest else {}},
+    }
+    (run / f"{name}.json").write_bytes(orjson.dumps(content))
+
+
+def notes_of(page):
+    return [note for note in page.notes if "documents" in note]
+
+
+def test_scores_on_different_documents_are_named_once_per_task(recipe):
+    for step, name in ((100, "middle"), (150, "switch"), (200, "end")):
+        write_measurement(recipe, name, step, digest="sha256:1234567890", documents=4)
+    write_measurement(recipe, "base", 0, digest="sha256:abcdef1234", documents=2, num_fewshot=2)
+    page = page_of(recipe)
+    assert notes_of(page) == [
+        "exam: not measured on the same documents and prompts: base.json (2 documents, 2 few-shot examples); "
+        "end.json and 2 more (4 documents, 0 few-shot examples)"
+    ]
+    assert page.sections[-1].sentences == page.notes
+    note = "1 task was not measured on the same documents and prompts: see the notes at the end."
+    assert note in tables(page)["Tasks"].note
+    write_measurement(recipe, "base", 0, digest="sha256:abcdef1234", documents=4)
+    assert notes_of(page_of(recipe))[0].endswith(
+        ": base.json (4 documents, 0 few-shot examples, digest abcdef12); "
+        "end.json and 2 more (4 documents, 0 few-shot examples, digest 12345678)"
+    )
+    write_measurement(recipe, "base", 0, digest="sha256:1234567890", documents=4)
+    page = page_of(recipe)
+    assert notes_of(page) == []
+    assert "not measured" not in tables(page)["Tasks"].note
+
+
+def test_without_digests_the_numbers_of_documents_are_compared(recipe):
+    write_measurement(recipe, "base", 0, documents=8)
+    write_measurement(recipe, "end", 200, documents=8, digest="sha256:12")
+    assert notes_of(page_of(recipe)) == []
+    write_measurement(recipe, "end", 200, documents=9, digest="sha256:12")
+    assert len(notes_of(page_of(recipe))) == 1
+    write_measurement(recipe, "end", 200, documents=8, num_fewshot=1)
+    assert len(notes_of(page_of(recipe))) == 1
+    write_measurement(recipe, "end", 200, documents="x", num_fewshot=None)
+    assert notes_of(page_of(recipe)) == []
+
+
+def test_scores_of_compared_runs_are_of_the_same_documents(recipe, baseline):
+    write_measurement(recipe, "end", 200, digest="sha256:12")
+    write_measurement(baseline, "first", 0, digest="sha256:34")
+    write_measurement(baseline, "last", 200, digest="sha256:12")
+    assert notes_of(page_of(recipe, baseline)) == [], "the table shows only the end of the other run"
+    write_measurement(baseline, "last", 200, digest="sha256:34", documents=2)
+    (note,) = notes_of(page_of(recipe, baseline))
+    assert note.endswith(
+        "end.json (8 documents, 0 few-shot examples); baseline: last.json (2 documents, 0 few-shot examples)"
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [
