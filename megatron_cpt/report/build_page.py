@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,12 +117,16 @@ def _task_sentences(run: RunRecord) -> Iterator[str]:
     changed = [score for score in scores if score.change is not None]
     if not changed:
         return
-    counts = {
-        verdict: sum(score.verdict == verdict for score in changed)
-        for verdict in ("better", "worse", "within error", "same")
-    }
-    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    counts = Counter(score.verdict for score in changed)
+    verdicts = ("better", "worse", "better, error unknown", "worse, error unknown", "within error", "same")
+    parts = [f"{counts[verdict]} {_in_brackets(verdict)}" for verdict in verdicts if counts[verdict]]
     yield f"Tasks: {', '.join(parts)} of {len(changed)} metrics, step {at[0].step:,} to {at[-1].step:,}."
+
+
+def _in_brackets(verdict: str) -> str:
+    """Return a verdict for a list with commas: "better, error unknown" becomes "better (error unknown)"."""
+    word, comma, rest = verdict.partition(", ")
+    return f"{word} ({rest})" if comma else word
 
 
 def _comparison_sentences(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ from megatron_cpt.checkpoint.layout import checkpoints_folder
 from megatron_cpt.checkpoint.record import read_saved_run
 from megatron_cpt.convert.importer import import_checkpoint
 from megatron_cpt.report.build_page import build_page
-from megatron_cpt.report.learning import held_out, stages, task_scores
+from megatron_cpt.report.learning import TaskScore, held_out, stages, task_scores
 from megatron_cpt.report.markdown_page import markdown_page
 from megatron_cpt.report.operation import duration, time_spent
 from megatron_cpt.report.page import CurveChart, DataTable
@@ -53,7 +54,7 @@ def test_the_summary_says_what_a_team_lead_must_know(recipe, baseline):
         "Learned: held-out loss fell on 2 of 3 sources, most on qa (−0.300); the mean changed by −0.117 nats per token "
         "since step 0.",
         "Forgot: held-out loss rose on 1 of 3 sources, most on code (+0.050).",
-        "Tasks: 2 better, 1 within error of 3 metrics, step 0 to 200.",
+        "Tasks: 1 better, 1 better (error unknown), 1 within error of 3 metrics, step 0 to 200.",
         "Against baseline: lower held-out loss at the end on 2 of 3 sources, mean −0.089; 0 settings differ.",
         "Course: training loss 4.900 to 3.000, learning rate 0.000995 to 1.01e-05 (as planned at 20 lines); switch to "
         "phase qa after step 150, as planned.",
@@ -77,11 +78,47 @@ def test_learning_against_forgetting_comes_first_with_before_switch_and_end(reci
         ["mean", "4.0000", "3.9125", "3.8833", "−0.1167", "−2.9 %", "learned", "3.9722", "−0.0889"],
     ]
     assert tables(page)["Tasks"].rows[0][:2] == ["quiz", "bits_per_byte"], "bits per byte first"
+    assert tables(page)["Tasks"].rows[0][6] == "better, error unknown"
+    assert "treats both evaluations as independent" in tables(page)["Tasks"].note
     assert tables(page)["Tasks"].rows[1] == [
         *("quiz", "acc", "0.300 ± 0.020", "0.525 ± 0.020", "0.600 ± 0.020", "+0.300 ± 0.028", "better", "0.400 ± 0.020")
     ]
     assert tables(page)["Tasks"].rows[2][5:7] == ["−0.010 ± 0.042", "within error"]
     assert charts(page)["tasks-acc,none"].curves[0].errors == [0.02, 0.02, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "verdict"),
+    [
+        *((0.0, None, "same"), (0.001, None, "better, error unknown"), (-0.001, None, "worse, error unknown")),
+        *((0.0, 0.1, "same"), (0.1, 0.1, "within error"), (0.3, 0.1, "better"), (-0.3, 0.1, "worse")),
+        (0.001, 0.0, "better"),
+    ],
+)
+def test_a_change_without_a_known_error_is_not_certain(change, error, verdict):
+    score = TaskScore("quiz", "acc", (0.5, 0.5 + change), (error, error), is_lower_better=False)
+    assert score.verdict == verdict
+    assert dataclasses.replace(score, values=(0.5, 0.5 - change), is_lower_better=True).verdict == verdict
+
+
+def test_tasks_that_only_another_run_has_are_listed(recipe, baseline, tmp_path):
+    line = {"step": 200, "evaluation": {"exam": {"acc,none": 0.75}, "quiz": {"f1,none": 0.5}}}
+    with open(baseline / "metrics.jsonl", "ab") as file:
+        file.write(orjson.dumps(line) + b"\n")
+    page = page_of(recipe, baseline)
+    rows = tables(page)["Tasks"].rows
+    assert [row[:2] for row in rows[3:]] == [["exam", "acc"], ["quiz", "f1"]]
+    assert rows[3][2:] == ["–", "–", "–", "–", "", "0.7500"]
+    assert [curve.label for curve in charts(page)["tasks-acc,none"].curves] == ["quiz", "trivia"]
+    bare = write_run(tmp_path / "bare", name="bare", with_tasks=False)
+    assert ["exam", "acc", "–", "", "0.7500"] in tables(page_of(bare, baseline))["Tasks"].rows
+
+
+def test_standard_errors_are_explained_only_beside_tasks(tmp_path, baseline):
+    bare = write_run(tmp_path / "bare", name="bare", with_tasks=False)
+    assert page_of(bare).sections[0].sentences == ["Held-out loss in nats per token: lower is better."]
+    for runs in ((baseline,), (bare, baseline)):
+        assert page_of(*runs).sections[0].sentences[0].endswith(" ± is one standard error.")
 
 
 def test_a_task_says_which_direction_is_better(recipe):
