@@ -149,15 +149,20 @@ def _comparison_sentences(run: RunRecord, others: Sequence[RunRecord]) -> Iterat
 
 
 def _switch_sentences(run: RunRecord) -> Iterator[str]:
-    losses = [value for value in run.metrics.scalars["loss"] if math.isfinite(value)]
-    rates = [value for value in run.metrics.scalars["lr"] if math.isfinite(value)]
+    columns = run.metrics.scalars
+    logged = [place for place, loss in enumerate(columns["loss"]) if math.isfinite(loss)]
     text = ""
-    if losses:
-        text = f"Course: training loss {decimal(losses[0], 3)} to {decimal(losses[-1], 3)}"
-    if losses and rates:
-        text += f", learning rate {rates[0]:.3g} to {rates[-1]:.3g}"
-        if run.schedule is not None:
-            text += f" ({rate_verdict(run)})"
+    if logged:
+        first, last = logged[0], logged[-1]
+        losses, rates = ((columns[name][first], columns[name][last]) for name in ("loss", "lr"))
+        text = f"Course: training loss {decimal(losses[0], 3)} to {decimal(losses[1], 3)}"
+        has_rates = all(map(math.isfinite, rates))
+        if has_rates:
+            text += f", learning rate {rates[0]:.3g} to {rates[1]:.3g}"
+        steps = run.metrics.steps
+        text += f" over steps {steps[first]:,} to {steps[last]:,}" if first < last else f" at step {steps[first]:,}"
+        if has_rates and run.schedule is not None:
+            text += f" (learning rate {rate_verdict(run)})"
     for last_step, name in run.switches if run.phases else ():
         verdict = seen_switch(run, last_step, name)[1]
         text += f"{'; ' if text else 'Course: '}switch to phase {name} after step {last_step:,}, {verdict}"

@@ -103,6 +103,11 @@ class RunRecord:
         return steps if isinstance(steps, int) and steps > 0 else None
 
     @property
+    def is_on_cpu(self) -> bool:
+        """True if a start names a CPU, whose memory no plan predicts."""
+        return any(line.get("device") == "cpu" for line in self.events)
+
+    @property
     def switches(self) -> tuple[tuple[int, str], ...]:
         """Last step of each phase but the last, and the name of the phase that follows."""
         if self.phases:
