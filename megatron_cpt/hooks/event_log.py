@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from megatron_cpt import __version__
+from megatron_cpt.backend.process_age import seconds_since_process_start
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.errors import CptError
 from megatron_cpt.files.jsonl_log import JsonlLog
@@ -28,7 +29,7 @@ class EventsFile(Hook):
     """
 
     def on_start(self, session: Session) -> None:
-        """Append the start: its checkpoint, its ranks and the versions of the code."""
+        """Append the start: its checkpoint, its ranks, the age of the process and the versions of the code."""
         origin = str(session.origin) if session.origin is not None else None
         versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
         _append(
@@ -39,6 +40,7 @@ class EventsFile(Hook):
             resumed=session.is_resumed,
             ranks=session.ranks.world_size,
             device=session.ranks.device.type,
+            startup_seconds=_startup_seconds(),
             skipped_checkpoints=_skipped_checkpoints(session),
             versions={"megatron_cpt": __version__, **versions},
         )
@@ -56,6 +58,14 @@ def _append(session: Session, *, event: str, **values: Any) -> None:
             file.append({"event": event, "time": round(time.time(), 3), **values})
     except CptError as error:  # training does not depend on it, and a finished run is finished
         logger.warning("%s", error)
+
+
+def _startup_seconds() -> float | None:
+    """Return the seconds since this process started; None where the system does not tell."""
+    try:
+        return round(seconds_since_process_start(), 3)
+    except (OSError, AttributeError, LookupError, ValueError):  # no /proc, or a clock that is not Linux's
+        return None
 
 
 def _skipped_checkpoints(session: Session) -> list[str]:

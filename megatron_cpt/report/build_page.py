@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_cpt.report.operation import (
     time_spent,
 )
 from megatron_cpt.report.page import PageSection, RunPage, decimal, finite, percent, signed, whole
+from megatron_cpt.report.result_files import unequal_measurements
 from megatron_cpt.report.run_digests import configuration_section, differences, digests, identity_section
 from megatron_cpt.report.run_record import RunRecord
 
@@ -34,6 +36,7 @@ def build_page(runs: Sequence[RunRecord]) -> RunPage:
     run, *others = runs = distinct_titles(runs)
     compared = f", compared with {', '.join(other.title for other in others)}" if others else ""
     notes = [f"{one.title}: {note}" if others else note for one in runs for note in one.notes]
+    notes += unequal_measurements(runs)
     sections = [
         learning_section(run, others),
         curves_section(runs),
@@ -45,7 +48,7 @@ def build_page(runs: Sequence[RunRecord]) -> RunPage:
         identity_section(runs),
     ]
     if notes:
-        sections.append(PageSection("notes", "Skipped files and lines", notes))
+        sections.append(PageSection("notes", "Notes on files and tasks", notes))
     return RunPage(
         title=f"{run.title}",
         subtitle=f"Report of the run in {run.folder}{compared}",
@@ -114,12 +117,16 @@ def _task_sentences(run: RunRecord) -> Iterator[str]:
     changed = [score for score in scores if score.change is not None]
     if not changed:
         return
-    counts = {
-        verdict: sum(score.verdict == verdict for score in changed)
-        for verdict in ("better", "worse", "within error", "same")
-    }
-    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    counts = Counter(score.verdict for score in changed)
+    verdicts = ("better", "worse", "better, error unknown", "worse, error unknown", "within error", "same")
+    parts = [f"{counts[verdict]} {_in_brackets(verdict)}" for verdict in verdicts if counts[verdict]]
     yield f"Tasks: {', '.join(parts)} of {len(changed)} metrics, step {at[0].step:,} to {at[-1].step:,}."
+
+
+def _in_brackets(verdict: str) -> str:
+    """Return a verdict for a list with commas: "better, error unknown" becomes "better (error unknown)"."""
+    word, comma, rest = verdict.partition(", ")
+    return f"{word} ({rest})" if comma else word
 
 
 def _comparison_sentences(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[str]:
@@ -142,15 +149,20 @@ def _comparison_sentences(run: RunRecord, others: Sequence[RunRecord]) -> Iterat
 
 
 def _switch_sentences(run: RunRecord) -> Iterator[str]:
-    losses = [value for value in run.metrics.scalars["loss"] if math.isfinite(value)]
-    rates = [value for value in run.metrics.scalars["lr"] if math.isfinite(value)]
+    columns = run.metrics.scalars
+    logged = [place for place, loss in enumerate(columns["loss"]) if math.isfinite(loss)]
     text = ""
-    if losses:
-        text = f"Course: training loss {decimal(losses[0], 3)} to {decimal(losses[-1], 3)}"
-    if losses and rates:
-        text += f", learning rate {rates[0]:.3g} to {rates[-1]:.3g}"
-        if run.schedule is not None:
-            text += f" ({rate_verdict(run)})"
+    if logged:
+        first, last = logged[0], logged[-1]
+        losses, rates = ((columns[name][first], columns[name][last]) for name in ("loss", "lr"))
+        text = f"Course: training loss {decimal(losses[0], 3)} to {decimal(losses[1], 3)}"
+        has_rates = all(map(math.isfinite, rates))
+        if has_rates:
+            text += f", learning rate {rates[0]:.3g} to {rates[1]:.3g}"
+        steps = run.metrics.steps
+        text += f" over steps {steps[first]:,} to {steps[last]:,}" if first < last else f" at step {steps[first]:,}"
+        if has_rates and run.schedule is not None:
+            text += f" (learning rate {rate_verdict(run)})"
     for last_step, name in run.switches if run.phases else ():
         verdict = seen_switch(run, last_step, name)[1]
         text += f"{'; ' if text else 'Course: '}switch to phase {name} after step {last_step:,}, {verdict}"

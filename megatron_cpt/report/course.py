@@ -53,6 +53,8 @@ def _plan_rows(run: RunRecord) -> Iterator[list[str]]:
         rate = metrics.scalars["lr"][-1]
         actual = MISSING if math.isnan(rate) else f"{rate:.4g}"
         yield [f"learning rate of step {last:,}", f"{run.schedule.rate(last):.4g}", actual, rate_verdict(run)]
+    if run.is_on_cpu:
+        return
     memory = number(plan.get("memory_per_gpu_gib"))
     peak = max((value for value in metrics.scalars["peak_memory_gib"] if not math.isnan(value)), default=math.nan)
     yield ["peak memory of rank 0, GiB", decimal(memory, 2), decimal(peak, 2), signed(peak - memory, 2)]

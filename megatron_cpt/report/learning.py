@@ -18,6 +18,7 @@ from megatron_cpt.report.page import (
     finite,
     signed,
 )
+from megatron_cpt.report.result_files import unequal_measurements
 from megatron_cpt.report.run_record import RunRecord
 
 MAX_CURVES = 12
@@ -27,6 +28,7 @@ MAX_ROWS = 200
 _SAME = 0.0005  # nats per token below which a held-out loss has not changed
 _LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "loss", "bpb", "nll", "error", "brier")  # where no file says it
 _CERTAIN = 2.0  # standard errors from which a change of a task counts
+_ERROR_UNKNOWN = ", error unknown"
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,12 @@ class TaskScore:
         """Word for the change: within the error, better or worse."""
         if self.change is None:
             return ""
-        if self.change == 0 or (self.change_error and abs(self.change) < _CERTAIN * self.change_error):
-            return "within error" if self.change else "same"
-        return "better" if (self.change < 0) == self.is_lower_better else "worse"
+        if self.change == 0:
+            return "same"
+        word = "better" if (self.change < 0) == self.is_lower_better else "worse"
+        if self.change_error is None:
+            return word + _ERROR_UNKNOWN
+        return "within error" if abs(self.change) < _CERTAIN * self.change_error else word
 
 
 def task_scores(run: RunRecord, *, of_average: bool = False) -> tuple[list[Stage], list[TaskScore]]:
@@ -176,7 +181,9 @@ def _is_error(metric: str) -> bool:
 def learning_section(run: RunRecord, others: Sequence[RunRecord]) -> PageSection:
     """Return the section with the held-out losses and the tasks."""
     parts = [*_held_out_parts(run, others), *_task_parts(run, others), *_average_parts(run)]
-    sentences = ["Held-out loss in nats per token: lower is better. ± is one standard error."]
+    sentences = ["Held-out loss in nats per token: lower is better."]
+    if any(one.evaluations for one in (run, *others)) or run.evaluations_ema:
+        sentences[0] += " ± is one standard error."
     if not parts:
         sentences = [
             "Nothing was measured on held-out data. Add a `validation` section to run.yaml, or run "
@@ -256,10 +263,11 @@ def _held_out_line(row: HeldOut, theirs: Mapping[str, Mapping[str, HeldOut]]) ->
 
 
 def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTable | CurveChart]:
-    at, scores = task_scores(run)
+    at, own = task_scores(run)
+    theirs = {other.title: {(s.task, s.metric): s for s in task_scores(other)[1]} for other in others}
+    scores = [*own, *_scores_of_others(own, theirs, len(at))]
     if not scores:
         return
-    theirs = {other.title: {(s.task, s.metric): s for s in task_scores(other)[1]} for other in others}
     headers = [
         "task",
         "metric",
@@ -278,14 +286,18 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
             line.append(with_error(other.values[-1], other.errors[-1]) if other else MISSING)
         rows.append(line)
     note = f"A change below {_CERTAIN:g} standard errors is within the error."
+    note += " The ± of a change treats both evaluations as independent, which is cautious: they share their documents."
+    if unequal := len([*unequal_measurements([run, *others])]):
+        subject = "1 task was" if unequal == 1 else f"{unequal:,} tasks were"
+        note += f" {subject} not measured on the same documents and prompts: see the notes at the end."
     if len(scores) > MAX_ROWS:
         note += f" Only the first {MAX_ROWS} of {len(scores):,} metrics are shown."
     yield DataTable("Tasks", headers, rows, frozenset({1, len(at) + 3}), note)
     steps = sorted(run.evaluations)
     if len(steps) < 2:
         return
-    for metric, is_lower in _common_metrics(scores):
-        tasks = [score.task for score in scores if (score.metric, score.is_lower_better) == (metric, is_lower)]
+    for metric, is_lower in _common_metrics(own):
+        tasks = [score.task for score in own if (score.metric, score.is_lower_better) == (metric, is_lower)]
         tasks = tasks[:MAX_CURVES]
         results = [run.evaluations[step] for step in steps]
         yield CurveChart(
@@ -305,6 +317,17 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
             run.switches,
             has_points=True,
         )
+
+
+def _scores_of_others(
+    own: Sequence[TaskScore], theirs: Mapping[str, Mapping[tuple[str, str], TaskScore]], num_stages: int
+) -> Iterator[TaskScore]:
+    """Yield the metrics that only other runs have, as not measured in this run."""
+    known = {(score.task, score.metric) for score in own}
+    unknown = (None,) * num_stages
+    keys = {key: score.is_lower_better for found in theirs.values() for key, score in found.items()}
+    for key in sorted(keys.keys() - known):
+        yield TaskScore(*key, unknown, unknown, keys[key])
 
 
 def _average_parts(run: RunRecord) -> Iterator[DataTable]:

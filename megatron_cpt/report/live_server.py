@@ -43,6 +43,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     live: LivePage
 
+    def do_HEAD(self) -> None:
+        """Answer as GET does, without the content."""
+        self.do_GET()
+
     def do_GET(self) -> None:
         """Answer a request from this machine."""
         if (self.headers.get("Host") or "").partition(":")[0] not in _LOCAL_NAMES:  # browsers omit port 80
@@ -61,6 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
+        if self.command == "HEAD":
+            return
         with contextlib.suppress(ConnectionError):  # the reader has left
             self.wfile.write(content)
 

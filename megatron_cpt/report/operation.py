@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.config import format_count
+from megatron_cpt.config import format_count, format_number_of
 from megatron_cpt.report.course import speed_charts
 from megatron_cpt.report.metrics_columns import as_mapping, is_step, number
 from megatron_cpt.report.page import MISSING, DataTable, PageSection, decimal, percent, signed, whole
@@ -55,9 +55,16 @@ def time_spent(run: RunRecord) -> TimeSpent:
 
 
 def _wall_seconds(run: RunRecord) -> float:
-    """Return the seconds from the first start to the last event; NaN without both."""
+    """Return the seconds from the start of the first process to the last event; NaN without both.
+
+    The first event is written after imports and set-up, which its `startup_seconds` add; earlier versions had no such
+    field.
+    """
     times = [number(line.get("time")) for line in run.events]
-    return times[-1] - times[0] if len(times) > 1 else math.nan
+    if len(times) < 2:
+        return math.nan
+    startup = number(run.events[0].get("startup_seconds"))
+    return times[-1] - times[0] + (startup if startup > 0 else 0.0)
 
 
 def median_speed(run: RunRecord) -> float:
@@ -210,7 +217,9 @@ def _event_table(run: RunRecord) -> Iterator[DataTable]:
             origin = f"from {line.get('from')}" if line.get("from") else "random weights"
             skipped = line.get("skipped_checkpoints")
             fell_back = f"; skipped {', '.join(map(str, skipped))}" if isinstance(skipped, list) and skipped else ""
-            detail = f"{origin}; {line.get('ranks')} ranks on {line.get('device')}{fell_back}"
+            ranks = line.get("ranks")
+            number_of_ranks = format_number_of(ranks, "rank") if is_step(ranks) else f"{ranks} ranks"
+            detail = f"{origin}; {number_of_ranks} on {line.get('device')}{fell_back}"
             rows.append(
                 [_clock(line), "resumed" if line.get("resumed") else "started", whole(line.get("step")), detail]
             )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from megatron_cpt.checkpoint import layout
 from megatron_cpt.checkpoint.record import WeightSet, read_saved_run
+from megatron_cpt.config import format_number_of
 from megatron_cpt.errors import CptError
 from megatron_cpt.files.whole_io import read_file
 from megatron_cpt.report.metrics_columns import (
@@ -23,15 +26,56 @@ from megatron_cpt.report.metrics_columns import (
     is_step,
 )
 
+if TYPE_CHECKING:
+    from megatron_cpt.report.run_record import RunRecord
+
 RESULTS_FOLDER = "evaluations"
 _KNOWN_JSON = (layout.PLAN_FILE, "lock.json")
 _CHECKPOINT_STEP = re.compile(r"step-(\d{8,18})(?!\d)")
+_MAX_KINDS = 4  # different measurements of a task that a note lists
 
 
 def find_results(run_directory: Path) -> list[Path]:
     """Return the JSON files that may hold results."""
     own = [path for path in sorted(run_directory.glob("*.json")) if path.name not in _KNOWN_JSON]
     return [*own, *sorted((run_directory / RESULTS_FOLDER).glob("**/*.json"))]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Documents and prompts of a task in one result file; None: the file does not say it.
+
+    Attributes:
+        digest: of documents and prompts.
+        num_fewshot: examples in each prompt.
+    """
+
+    file: str
+    digest: str | None
+    documents: int | None
+    num_fewshot: int | None
+
+    def differs_from(self, other: Measurement) -> bool:
+        """Return whether both are known to be of different documents or prompts."""
+        if self.digest is not None and other.digest is not None:
+            return self.digest != other.digest
+        pairs = ((self.documents, other.documents), (self.num_fewshot, other.num_fewshot))
+        return any(one is not None and two is not None and one != two for one, two in pairs)
+
+    def describe(self, *, with_digest: bool) -> str:
+        """Return the numbers as text: "4 documents, 2 few-shot examples"."""
+        parts = []
+        if self.documents is not None:
+            parts.append(format_number_of(self.documents, "document"))
+        if self.num_fewshot is not None:
+            parts.append(format_number_of(self.num_fewshot, "few-shot example"))
+        if with_digest and self.digest is not None:
+            parts.append(f"digest {self.digest.removeprefix('sha256:')[:8]}")
+        return ", ".join(parts)
+
+
+MeasuredTasks = Mapping[str, Mapping[tuple[WeightSet, int], Measurement]]
+"""Measurements by task, and by weights and step."""
 
 
 class ResultFiles:
@@ -42,10 +86,14 @@ class ResultFiles:
         config: the resolved run.yaml.
         last_step: step of results that name none.
         notes: list to which is added what a reader of the results must know.
+
+    Attributes:
+        measured_tasks: documents and prompts of the results, after `add_to`.
     """
 
     def __init__(self, run_directory: Path, config: Mapping[str, Any], last_step: int, notes: list[str]) -> None:
         self._folder, self._config, self._last_step, self._notes = run_directory, config, last_step, notes
+        self.measured_tasks: dict[str, dict[tuple[WeightSet, int], Measurement]] = {}
         self._origins: dict[tuple[WeightSet, int, str], str] = {}
         self._digest = functools.cache(_digest)  # of each checkpoint once
 
@@ -80,28 +128,55 @@ class ResultFiles:
                 self._notes.append(f"{name}: {task} of step {step:,} is also in {first}; {name} counts")
             by_task = evaluations[weights].setdefault(step, {})
             by_task[task] = by_task.get(task, {}) | metrics
+        for task, measurement in _measurements(name, content).items():
+            if task in results:
+                self.measured_tasks.setdefault(task, {})[weights, step] = measurement
         facts = as_mapping(content.get("tasks"))
         return clean_directions({task: as_mapping(fact).get("higher_is_better") for task, fact in facts.items()})
 
     def _step_of(self, name: str, content: Mapping[str, Any], weights: WeightSet) -> int | None:
         """Return the step that results belong to; None, with a note: they are of another model."""
         step = _checkpoint_step(as_mapping(content.get("model")))
-        if step is None:
-            self._notes.append(
-                f"{name}: does not name its checkpoint, so it counts for the last step, {self._last_step:,}"
-            )
-            return self._last_step
         digest = as_mapping(content.get("digests")).get("checkpoint")
         if digest is None:
-            return step
+            if step is None:
+                self._notes.append(
+                    f"{name}: does not name its checkpoint, so it counts for the last step, {self._last_step:,}"
+                )
+            return self._last_step if step is None else step
         origin = as_mapping(self._config.get("init")).get("from")
-        if isinstance(origin, str) and self._digest(Path(origin), weights) == digest:
+        if isinstance(origin, str) and self._digest(Path(origin), weights)[0] == digest:
             return 0
-        own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step)
-        if self._digest(own, weights) in (None, digest):  # None: deleted since then
+        own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step or 0)
+        own_digest = self._digest(own, weights)[0]
+        if own_digest == digest:
+            return step or 0
+        if not step:
+            return self._step_of_import(name, origin, weights)
+        if own_digest is None:  # deleted since then
             return step
         self._notes.append(f"{name}: evaluates another model than {own.name} of this run, skipped")
         return None
+
+    def _step_of_import(self, name: str, origin: Any, weights: WeightSet) -> int | None:
+        """Return 0 for results of an import if nothing shows that the run started from another model."""
+        if not isinstance(origin, str):
+            if self._config:
+                self._notes.append(f"{name}: evaluates an imported model, but this run has no init.from, skipped")
+                return None
+            problem = f"{layout.RUN_FILE} cannot be read"
+        else:
+            origin_digest, problem = self._digest(Path(origin), weights)
+            if origin_digest is not None:
+                self._notes.append(
+                    f"{name}: evaluates another model than {origin}, from which this run started, skipped; if it is "
+                    f"the same model, imported with other options, evaluate {origin}"
+                )
+                return None
+        self._notes.append(
+            f"{name}: counts as step 0, but was not compared with the checkpoint from which this run started: {problem}"
+        )
+        return 0
 
 
 def _checkpoint_step(model: Mapping[str, Any]) -> int | None:
@@ -113,9 +188,61 @@ def _checkpoint_step(model: Mapping[str, Any]) -> int | None:
     return int(found[1]) if found else None
 
 
-def _digest(checkpoint: Path, weights: WeightSet) -> str | None:
-    """Return the digest of a checkpoint's weights, or of a run's newest one; None if it cannot be read."""
+def _digest(checkpoint: Path, weights: WeightSet) -> tuple[str | None, str]:
+    """Return the digest of a checkpoint's weights, or of a run's newest one; None with a reason if it is unreadable."""
     try:
-        return read_saved_run(layout.resolve_checkpoint(checkpoint)).weights_digest(weights)
-    except (CptError, OSError):
-        return None
+        return read_saved_run(layout.resolve_checkpoint(checkpoint)).weights_digest(weights), ""
+    except (CptError, OSError) as error:
+        return None, str(error)
+
+
+def _measurements(file: str, content: Mapping[str, Any]) -> dict[str, Measurement]:
+    """Return the measurement of each task in a result file."""
+    digests = as_mapping(as_mapping(content.get("digests")).get("tasks"))
+    found = {}
+    for task, value in as_mapping(content.get("tasks")).items():
+        facts = as_mapping(value)
+        digest, documents, shots = digests.get(task), facts.get("documents"), facts.get("num_fewshot")
+        found[task] = Measurement(
+            file,
+            digest if isinstance(digest, str) else None,
+            documents if is_step(documents) else None,
+            shots if is_step(shots) else None,
+        )
+    return found
+
+
+def unequal_measurements(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """Yield a sentence per task of which a report compares scores on different documents or prompts.
+
+    All files of the first run count, and of the other runs the newest ones, whose scores stand beside it.
+
+    Args:
+        runs: the run of the report, and those that it is compared with.
+    """
+    run, *others = runs
+    compared = {task: list(by_step.values()) for task, by_step in run.measured_tasks.items()}
+    for other in others:
+        last_step = max(other.evaluations, default=0)
+        for task, by_step in other.measured_tasks.items():
+            if (newest := by_step.get(("raw", last_step))) is not None:
+                compared.setdefault(task, []).append(replace(newest, file=f"{other.title}: {newest.file}"))
+    for task, found in compared.items():
+        by_kind: dict[tuple[Any, ...], list[Measurement]] = {}
+        for one in found:
+            by_kind.setdefault((one.digest, one.documents, one.num_fewshot), []).append(one)
+        kinds = [*by_kind.values()]
+        if any(first[0].differs_from(second[0]) for first, second in combinations(kinds, 2)):
+            yield f"{task}: not measured on the same documents and prompts: {_list(kinds)}"
+
+
+def _list(kinds: Sequence[Sequence[Measurement]]) -> str:
+    """Return the kinds of measurements with their files, and with digests if numbers do not tell them apart."""
+    numbers = [same[0].describe(with_digest=False) for same in kinds]
+    with_digest = len(set(numbers)) < len(numbers)
+    texts = []
+    for same in kinds[:_MAX_KINDS]:
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        texts.append(f"{same[0].file}{more} ({same[0].describe(with_digest=with_digest) or 'unknown'})")
+    rest = len(kinds) - _MAX_KINDS
+    return "; ".join(texts) + (f"; and {rest} more" if rest > 0 else "")

@@ -94,7 +94,7 @@ def digests(run: RunRecord) -> list[tuple[str, str]]:
     newest_plan = run.plans[-1] if run.plans else {}
     found = [(f"manifest of checkpoint {run.newest.name} (SHA-256)", run.newest.digest)] if run.newest else []
     if state.get("tokenizer_fingerprint"):
-        found.append(("tokenizer (SHA-256)", str(state["tokenizer_fingerprint"])))
+        found.append(("tokenizer", str(state["tokenizer_fingerprint"])))
     versions = as_mapping(state.get("versions"))
     for line in starts(run):
         versions = as_mapping(line.get("versions")) or versions

@@ -26,7 +26,7 @@ from megatron_cpt.report.metrics_columns import (
     is_step,
     number,
 )
-from megatron_cpt.report.result_files import ResultFiles, find_results
+from megatron_cpt.report.result_files import MeasuredTasks, ResultFiles, find_results
 
 _MAX_EVENTS = 10_000
 
@@ -64,6 +64,7 @@ class RunRecord:
         evaluations: metrics by task, by step: evaluation lines and the results.json files of `evaluate`.
         evaluations_ema: the same of the moving average of the weights.
         higher_is_better: by task and metric, as far as a file says it.
+        measured_tasks: documents and prompts of the results.json files.
         anomalies: lines of anomalies.jsonl, in order of their steps.
         events: lines of events.jsonl: starts and stops, oldest first.
         plans: lines of plans.jsonl.
@@ -82,6 +83,7 @@ class RunRecord:
     evaluations: Mapping[int, Results]
     evaluations_ema: Mapping[int, Results]
     higher_is_better: Mapping[tuple[str, str], bool]
+    measured_tasks: MeasuredTasks
     anomalies: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     plans: Sequence[Mapping[str, Any]]
@@ -99,6 +101,11 @@ class RunRecord:
         """Steps of the plan; None: unknown."""
         steps = self.plan.get("steps")
         return steps if isinstance(steps, int) and steps > 0 else None
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """True if a start names a CPU, whose memory no plan predicts."""
+        return any(line.get("device") == "cpu" for line in self.events)
 
     @property
     def switches(self) -> tuple[tuple[int, str], ...]:
@@ -163,6 +170,7 @@ class RunReader:
             evaluations=dict(sorted(evaluations.items())),
             evaluations_ema=dict(sorted(evaluations_ema.items())),
             higher_is_better=directions,
+            measured_tasks=files.measured_tasks,
             anomalies=[by_step[step] for step in sorted(by_step)],
             events=_read_lines(self.folder / EVENTS_FILE, notes)[-_MAX_EVENTS:],
             plans=_read_lines(self.folder / PLANS_FILE, notes),

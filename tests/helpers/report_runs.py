@@ -162,10 +162,11 @@ def write_run(
         write_lines(folder / "anomalies.jsonl", [anomaly(90), anomaly(91, kind="loss", value=None, action="skip")])
         write_lines(folder / "events.jsonl", [
             {"event": "start", "time": 1_700_000_000.0, "step": 0, "from": "base", "resumed": False, "ranks": 4,
-             "device": "cuda", "skipped_checkpoints": [], "versions": {"megatron_cpt": "0.1.0", "torch": "2.13.0"}},
-            {"event": "start", "time": 1_700_000_300.0, "step": 100, "from": "out/checkpoints/step-00000100",
-             "resumed": True, "ranks": 4, "device": "cuda", "skipped_checkpoints": ["step-00000120"],
+             "device": "cuda", "startup_seconds": 20.0, "skipped_checkpoints": [],
              "versions": {"megatron_cpt": "0.1.0", "torch": "2.13.0"}},
+            {"event": "start", "time": 1_700_000_300.0, "step": 100, "from": "out/checkpoints/step-00000100",
+             "resumed": True, "ranks": 4, "device": "cuda", "startup_seconds": 15.0,
+             "skipped_checkpoints": ["step-00000120"], "versions": {"megatron_cpt": "0.1.0", "torch": "2.13.0"}},
             {"event": "stop", "time": 1_700_000_600.0, "step": 200, "reason": "", "pause_seconds": 5.0},
         ])  # fmt: skip
     return folder

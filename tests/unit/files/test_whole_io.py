@@ -179,6 +179,7 @@ _PATH_QUESTIONS = {f"os.path.{name}" for name in ("exists", "lexists", "isfile",
 _UNSAFE = {"np.fromfile", "np.memmap", "mmap.mmap", "pa.memory_map"}  # short, or killed by SIGBUS
 _METHODS = {"read_bytes", "read_text", "write_bytes", "write_text", "tofile"}
 ALLOWED = {
+    "backend/process_age.py": {"Path('/proc/self/stat').read_text"},  # no disk
     "checkpoint/saving/staging.py": {"mmap.mmap"},  # memory without a file
     "config/presets.py": {"(resources.files('megatron_cpt.config') / 'presets' / f'{name}.yaml').read_text"},
     "data/inspect/check_documents.py": {"np.memmap"},  # single tokens all over a file that `scan_ids` has read before
@@ -195,7 +196,6 @@ ALLOWED = {
     "files/atomic.py": {"open"},  # a device or a pipe
     "files/system_errors.py": {"os.write"},  # to the terminal, in a signal handler
     "report/html_page.py": {"(_ASSETS / name).read_text"},  # files of this package
-    "train/resilience/wall_time.py": {"Path('/proc/self/stat').read_text"},  # no disk
 }
 """Modules with direct calls that are right there, and why."""
 

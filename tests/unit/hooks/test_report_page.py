@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import orjson
 import pytest
 
-from megatron_cpt.hooks import report_page
+from megatron_cpt.backend.process_age import seconds_since_process_start
+from megatron_cpt.hooks import event_log, report_page
 from megatron_cpt.hooks.event_log import EventsFile
 from megatron_cpt.hooks.report_page import ReportPage
 from tests.helpers.report_runs import training_line, write_run
@@ -93,8 +94,19 @@ def test_a_start_names_the_checkpoints_that_it_has_skipped(tmp_path):
     start, stop = [orjson.loads(line) for line in (tmp_path / "events.jsonl").read_bytes().splitlines()]
     assert (start["event"], start["step"], start["resumed"], start["ranks"]) == ("start", 100, True, 4)
     assert start["skipped_checkpoints"] == ["step-00000120", "step-00000140"]
+    assert 0 < start["startup_seconds"] == pytest.approx(seconds_since_process_start(), abs=60)
     assert set(start["versions"]) == {"megatron_cpt", "torch", "megatron-core"}
     assert (stop["event"], stop["reason"], stop["pause_seconds"]) == ("stop", "stopped by SIGTERM", 1.5)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("/proc"), AttributeError("CLOCK_BOOTTIME"), IndexError(19)])
+def test_an_unknown_age_of_the_process_is_null(tmp_path, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(event_log, "seconds_since_process_start", fail)
+    EventsFile().on_start(session(tmp_path))
+    assert orjson.loads((tmp_path / "events.jsonl").read_bytes())["startup_seconds"] is None
 
 
 def test_events_that_cannot_be_written_are_a_warning(tmp_path, caplog):

@@ -68,6 +68,16 @@ def test_other_paths_and_other_hosts_get_nothing(served):
     assert get(f"{served}/", Host="127.0.0.1"), "as browsers ask on port 80"
 
 
+@pytest.mark.parametrize(("path", "kind"), [("/", "text/html"), ("/version", "text/plain")])
+def test_head_has_the_headers_of_get_and_no_content(served, path, kind):
+    request = urllib.request.Request(f"{served}{path}", method="HEAD")
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert (answer.status, answer.headers.get_content_type(), answer.read()) == (200, kind, b"")
+        assert int(answer.headers["Content-Length"]) == len(get(f"{served}{path}").encode())
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(urllib.request.Request(f"{served}/none", method="HEAD"), timeout=60)
+
+
 def test_a_port_that_is_taken_is_the_users_mistake(served, folder, capsys):
     port = served.rpartition(":")[2]
     assert main(["report", str(folder), "--serve", "--port", port]) == 2

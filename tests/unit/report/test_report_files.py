@@ -177,7 +177,7 @@ def broken(folder, change):
 def test_a_broken_file_is_named_and_the_rest_is_reported(tmp_path, change, note):
     page, notes = broken(tmp_path / "run", change)
     assert [found for found in notes if found.startswith(note)], notes
-    assert "Skipped files and lines" in page
+    assert "Notes on files and tasks" in page
 
 
 def _cut(path):

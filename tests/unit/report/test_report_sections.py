@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ from megatron_cpt.checkpoint.layout import checkpoints_folder
 from megatron_cpt.checkpoint.record import read_saved_run
 from megatron_cpt.convert.importer import import_checkpoint
 from megatron_cpt.report.build_page import build_page
-from megatron_cpt.report.learning import held_out, stages, task_scores
+from megatron_cpt.report.learning import TaskScore, held_out, stages, task_scores
 from megatron_cpt.report.markdown_page import markdown_page
 from megatron_cpt.report.operation import duration, time_spent
 from megatron_cpt.report.page import CurveChart, DataTable
@@ -53,11 +54,11 @@ def test_the_summary_says_what_a_team_lead_must_know(recipe, baseline):
         "Learned: held-out loss fell on 2 of 3 sources, most on qa (−0.300); the mean changed by −0.117 nats per token "
         "since step 0.",
         "Forgot: held-out loss rose on 1 of 3 sources, most on code (+0.050).",
-        "Tasks: 2 better, 1 within error of 3 metrics, step 0 to 200.",
+        "Tasks: 1 better, 1 better (error unknown), 1 within error of 3 metrics, step 0 to 200.",
         "Against baseline: lower held-out loss at the end on 2 of 3 sources, mean −0.089; 0 settings differ.",
-        "Course: training loss 4.900 to 3.000, learning rate 0.000995 to 1.01e-05 (as planned at 20 lines); switch to "
-        "phase qa after step 150, as planned.",
-        "Speed: 500 tokens per second, MFU 40.0 %; 6 min 40 s in training steps of 10 min 0 s since the first start.",
+        "Course: training loss 4.900 to 3.000, learning rate 0.000995 to 1.01e-05 over steps 10 to 200 (learning rate "
+        "as planned at 20 lines); switch to phase qa after step 150, as planned.",
+        "Speed: 500 tokens per second, MFU 40.0 %; 6 min 40 s in training steps of 10 min 20 s since the first start.",
         "Health: 1 restart, 2 bad steps, 0 skipped updates, 1 corrupt checkpoint.",
     ]
 
@@ -77,11 +78,47 @@ def test_learning_against_forgetting_comes_first_with_before_switch_and_end(reci
         ["mean", "4.0000", "3.9125", "3.8833", "−0.1167", "−2.9 %", "learned", "3.9722", "−0.0889"],
     ]
     assert tables(page)["Tasks"].rows[0][:2] == ["quiz", "bits_per_byte"], "bits per byte first"
+    assert tables(page)["Tasks"].rows[0][6] == "better, error unknown"
+    assert "treats both evaluations as independent" in tables(page)["Tasks"].note
     assert tables(page)["Tasks"].rows[1] == [
         *("quiz", "acc", "0.300 ± 0.020", "0.525 ± 0.020", "0.600 ± 0.020", "+0.300 ± 0.028", "better", "0.400 ± 0.020")
     ]
     assert tables(page)["Tasks"].rows[2][5:7] == ["−0.010 ± 0.042", "within error"]
     assert charts(page)["tasks-acc,none"].curves[0].errors == [0.02, 0.02, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "verdict"),
+    [
+        *((0.0, None, "same"), (0.001, None, "better, error unknown"), (-0.001, None, "worse, error unknown")),
+        *((0.0, 0.1, "same"), (0.1, 0.1, "within error"), (0.3, 0.1, "better"), (-0.3, 0.1, "worse")),
+        (0.001, 0.0, "better"),
+    ],
+)
+def test_a_change_without_a_known_error_is_not_certain(change, error, verdict):
+    score = TaskScore("quiz", "acc", (0.5, 0.5 + change), (error, error), is_lower_better=False)
+    assert score.verdict == verdict
+    assert dataclasses.replace(score, values=(0.5, 0.5 - change), is_lower_better=True).verdict == verdict
+
+
+def test_tasks_that_only_another_run_has_are_listed(recipe, baseline, tmp_path):
+    line = {"step": 200, "evaluation": {"exam": {"acc,none": 0.75}, "quiz": {"f1,none": 0.5}}}
+    with open(baseline / "metrics.jsonl", "ab") as file:
+        file.write(orjson.dumps(line) + b"\n")
+    page = page_of(recipe, baseline)
+    rows = tables(page)["Tasks"].rows
+    assert [row[:2] for row in rows[3:]] == [["exam", "acc"], ["quiz", "f1"]]
+    assert rows[3][2:] == ["–", "–", "–", "–", "", "0.7500"]
+    assert [curve.label for curve in charts(page)["tasks-acc,none"].curves] == ["quiz", "trivia"]
+    bare = write_run(tmp_path / "bare", name="bare", with_tasks=False)
+    assert ["exam", "acc", "–", "", "0.7500"] in tables(page_of(bare, baseline))["Tasks"].rows
+
+
+def test_standard_errors_are_explained_only_beside_tasks(tmp_path, baseline):
+    bare = write_run(tmp_path / "bare", name="bare", with_tasks=False)
+    assert page_of(bare).sections[0].sentences == ["Held-out loss in nats per token: lower is better."]
+    for runs in ((baseline,), (bare, baseline)):
+        assert page_of(*runs).sections[0].sentences[0].endswith(" ± is one standard error.")
 
 
 def test_a_task_says_which_direction_is_better(recipe):
@@ -144,16 +181,42 @@ def test_tokens_and_epochs_are_counted_by_source(recipe):
 def test_the_time_adds_up(recipe):
     spent = time_spent(RunReader(recipe).read())
     assert (spent.steps, spent.data_wait, spent.sync_wait) == pytest.approx((400, 20, 50))
-    assert (spent.pauses, spent.wall) == (25.0, 600.0)  # 20 lines of one second, and 5 after the last line
+    assert (spent.pauses, spent.wall) == (25.0, 620.0)  # 20 lines of one second, and 5 after the last line
     rows = tables(page_of(recipe))["Time by activity"].rows
     assert [row[:3] for row in rows] == [
-        ["training steps", "6 min 40 s", "66.7 %"],
-        ["  of it: waiting for data", "20.0 s", "3.3 %"],
-        ["  of it: waiting for device and other ranks", "50.0 s", "8.3 %"],
-        ["validation, evaluation and saves", "25.0 s", "4.2 %"],
-        ["start-up and time between processes", "2 min 55 s", "29.2 %"],
-        ["from the first start to the last event", "10 min 0 s", "100.0 %"],
+        ["training steps", "6 min 40 s", "64.5 %"],
+        ["  of it: waiting for data", "20.0 s", "3.2 %"],
+        ["  of it: waiting for device and other ranks", "50.0 s", "8.1 %"],
+        ["validation, evaluation and saves", "25.0 s", "4.0 %"],
+        ["start-up and time between processes", "3 min 15 s", "31.5 %"],
+        ["from the first start to the last event", "10 min 20 s", "100.0 %"],
     ]
+
+
+@pytest.mark.parametrize("startup", [{}, {"startup_seconds": None}])
+def test_a_start_of_unknown_age_begins_with_its_event(recipe, startup):
+    lines = [orjson.loads(line) for line in (recipe / "events.jsonl").read_bytes().splitlines()]
+    for line in lines:
+        line.pop("startup_seconds", None)
+        line |= startup
+    write_lines(recipe / "events.jsonl", lines)
+    assert time_spent(RunReader(recipe).read()).wall == 600.0
+
+
+def test_a_run_on_a_cpu_is_not_compared_with_the_memory_of_a_gpu(recipe):
+    start = {"event": "start", "time": 1.0, "step": 0, "ranks": 1, "device": "cpu"}
+    write_lines(recipe / "events.jsonl", [start, start | {"ranks": 2}])
+    found = tables(page_of(recipe))
+    assert not any("memory" in row[0] for row in found["Plan and reality"].rows)
+    details = [row[3] for row in found["Starts and stops"].rows if row[1] == "started"]
+    assert details == ["random weights; 1 rank on cpu", "random weights; 2 ranks on cpu"]
+
+
+def test_the_course_is_over_the_lines_with_a_loss(recipe):
+    lines = [training_line(step, loss=None if step == 10 else 3.0) for step in (10, 20, 30)]
+    for logged, steps in ((lines, " over steps 20 to 30 ("), (lines[:2], " at step 20 (")):
+        write_lines(recipe / "metrics.jsonl", logged)
+        assert steps in next(sentence for sentence in page_of(recipe).summary if sentence.startswith("Course"))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +276,7 @@ def test_digests_of_equal_runs_are_shown_once(recipe, baseline):
     rows = tables(page_of(recipe, baseline))["Digests"].rows
     assert [row[:2] for row in rows] == [
         ["manifest of checkpoint step-00000200 (SHA-256)", "all"],
-        *(["tokenizer (SHA-256)", "all"], ["code", "all"], ["data of web", "all"]),
+        *(["tokenizer", "all"], ["code", "all"], ["data of web", "all"]),
     ]
     assert rows[1][2] == "tokenizer-digest"
 
@@ -278,11 +341,125 @@ def test_results_of_another_model_are_no_results_of_the_run(recipe, tmp_path):
     assert "other.json: evaluates another model than step-00000200 of this run, skipped" in run.notes
 
 
+def write_import_results(run, **digests):
+    """Write results of `evaluate` for Hugging Face folders: their temporary imports are step 0."""
+    (run / "evaluations").mkdir()
+    for value, (name, digest) in enumerate(digests.items(), 1):
+        model = {"step": None, "checkpoint": "step-00000000"}
+        content = {"results": {"exam": {"acc": value}}, "model": model, "digests": {"checkpoint": digest}}
+        (run / "evaluations" / f"{name}.json").write_bytes(orjson.dumps(content))
+
+
+def set_origin(run, origin):
+    settings = yaml.safe_load((run / "run.yaml").read_text()) | {"init": {"from": str(origin)}}
+    (run / "run.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_results_of_an_import_are_before_the_run_only_if_the_run_started_from_it(recipe, tmp_path):
+    """Before, results of any Hugging Face folder counted as step 0."""
+    save_hf_model(tmp_path / "hf", "llama")
+    import_checkpoint(tmp_path / "hf", tmp_path / "base")
+    import_checkpoint(tmp_path / "hf", tmp_path / "aside" / "step-00000000")  # as `evaluate` does it
+    own = read_saved_run(tmp_path / "aside" / "step-00000000").weights_digest()
+    set_origin(recipe, tmp_path / "base")
+    write_import_results(recipe, own=own, other="sha256:other")
+    content = orjson.loads((recipe / "evaluations" / "other.json").read_bytes())
+    content["model"]["checkpoint"] = "my-import"
+    (recipe / "evaluations" / "renamed.json").write_bytes(orjson.dumps(content))
+    run = RunReader(recipe).read()
+    assert {step: found["exam"] for step, found in run.evaluations.items() if "exam" in found} == {0: {"acc": 1.0}}
+    assert [note.partition(",")[0] for note in run.notes] == [
+        f"{name}: evaluates another model than {tmp_path}/base" for name in ("other.json", "renamed.json")
+    ]
+    assert "from which this run started, skipped; if it is the same model, imported with other" in run.notes[0]
+
+
+def test_results_of_an_import_are_no_results_of_a_run_from_random_weights(recipe):
+    write_import_results(recipe, other="sha256:other")
+    run = RunReader(recipe).read()
+    assert "exam" not in run.evaluations[0]
+    assert run.notes == ("other.json: evaluates an imported model, but this run has no init.from, skipped",)
+
+
+def test_results_of_an_import_count_when_the_origin_is_gone(recipe, tmp_path):
+    set_origin(recipe, tmp_path / "gone")
+    write_import_results(recipe, base="sha256:base")
+    run = RunReader(recipe).read()
+    assert run.evaluations[0]["exam"] == {"acc": 1.0}
+    assert run.notes == (
+        "base.json: counts as step 0, but was not compared with the checkpoint from which this run started: "
+        f"{tmp_path}/gone: no such checkpoint or run directory; give the path of one",
+    )
+    (recipe / "run.yaml").unlink()
+    assert RunReader(recipe).read().notes[1].endswith("this run started: run.yaml cannot be read")
+
+
 def test_a_second_file_for_the_same_step_is_named(recipe):
     for name in ("a", "b"):
         content = {"results": {"exam": {"acc": 0.5}}, "model": {"step": 200}}
         (recipe / f"{name}.json").write_bytes(orjson.dumps(content))
     assert "b.json: exam of step 200 is also in a.json; b.json counts" in RunReader(recipe).read().notes
+
+
+def write_measurement(run, name, step, *, digest=None, documents=8, num_fewshot=0):
+    content = {
+        "results": {"exam": {"acc": 0.5}, "group": {"acc": 0.5}},
+        "model": {"step": step, "checkpoint": f"step-{step:08d}"},
+        "tasks": {"exam": {"documents": documents, "num_fewshot": num_fewshot}},
+        "digests": {"tasks": {"exam": digest} if digest else {}},
+    }
+    (run / f"{name}.json").write_bytes(orjson.dumps(content))
+
+
+def notes_of(page):
+    return [note for note in page.notes if "documents" in note]
+
+
+def test_scores_on_different_documents_are_named_once_per_task(recipe):
+    for step, name in ((100, "middle"), (150, "switch"), (200, "end")):
+        write_measurement(recipe, name, step, digest="sha256:1234567890", documents=4)
+    write_measurement(recipe, "base", 0, digest="sha256:abcdef1234", documents=2, num_fewshot=2)
+    page = page_of(recipe)
+    assert notes_of(page) == [
+        "exam: not measured on the same documents and prompts: base.json (2 documents, 2 few-shot examples); "
+        "end.json and 2 more (4 documents, 0 few-shot examples)"
+    ]
+    assert page.sections[-1].sentences == page.notes
+    note = "1 task was not measured on the same documents and prompts: see the notes at the end."
+    assert note in tables(page)["Tasks"].note
+    write_measurement(recipe, "base", 0, digest="sha256:abcdef1234", documents=4)
+    assert notes_of(page_of(recipe))[0].endswith(
+        ": base.json (4 documents, 0 few-shot examples, digest abcdef12); "
+        "end.json and 2 more (4 documents, 0 few-shot examples, digest 12345678)"
+    )
+    write_measurement(recipe, "base", 0, digest="sha256:1234567890", documents=4)
+    page = page_of(recipe)
+    assert notes_of(page) == []
+    assert "not measured" not in tables(page)["Tasks"].note
+
+
+def test_without_digests_the_numbers_of_documents_are_compared(recipe):
+    write_measurement(recipe, "base", 0, documents=8)
+    write_measurement(recipe, "end", 200, documents=8, digest="sha256:12")
+    assert notes_of(page_of(recipe)) == []
+    write_measurement(recipe, "end", 200, documents=9, digest="sha256:12")
+    assert len(notes_of(page_of(recipe))) == 1
+    write_measurement(recipe, "end", 200, documents=8, num_fewshot=1)
+    assert len(notes_of(page_of(recipe))) == 1
+    write_measurement(recipe, "end", 200, documents="x", num_fewshot=None)
+    assert notes_of(page_of(recipe)) == []
+
+
+def test_scores_of_compared_runs_are_of_the_same_documents(recipe, baseline):
+    write_measurement(recipe, "end", 200, digest="sha256:12")
+    write_measurement(baseline, "first", 0, digest="sha256:34")
+    write_measurement(baseline, "last", 200, digest="sha256:12")
+    assert notes_of(page_of(recipe, baseline)) == [], "the table shows only the end of the other run"
+    write_measurement(baseline, "last", 200, digest="sha256:34", documents=2)
+    (note,) = notes_of(page_of(recipe, baseline))
+    assert note.endswith(
+        "end.json (8 documents, 0 few-shot examples); baseline: last.json (2 documents, 0 few-shot examples)"
+    )
 
 
 @pytest.mark.parametrize(

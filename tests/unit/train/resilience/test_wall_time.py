@@ -6,7 +6,8 @@ import time
 
 import psutil
 
-from megatron_cpt.train.resilience.wall_time import WallTime, seconds_since_process_start
+from megatron_cpt.backend.process_age import seconds_since_process_start
+from megatron_cpt.train.resilience.wall_time import WallTime
 
 
 class Clock:
