@@ -59,6 +59,7 @@ class MetricsColumns:
         evaluations: metrics by task, by step.
         evaluations_ema: metrics of the moving average by task, by step.
         higher_is_better: by task and metric, as far as the lines of evaluations say it.
+        evaluated_tasks: number of documents and other facts of each task, by step.
         resumed_after: for each repeat, the last step that was kept.
         num_foreign: lines that are no metrics.
         first_foreign: number of the first one.
@@ -75,6 +76,7 @@ class MetricsColumns:
     evaluations: dict[int, Results] = field(default_factory=dict)
     evaluations_ema: dict[int, Results] = field(default_factory=dict)
     higher_is_better: Directions = field(default_factory=dict)
+    evaluated_tasks: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     resumed_after: list[int] = field(default_factory=list)
     num_lines: int = 0
     num_foreign: int = 0
@@ -191,6 +193,8 @@ class MetricsColumns:
             if evaluation := clean_results(line.get(key)):
                 results[step] = results.get(step, {}) | evaluation
         self.higher_is_better |= clean_directions(line.get("higher_is_better"))
+        if tasks := as_mapping(line.get("tasks")):
+            self.evaluated_tasks[step] = tasks
 
     def _drop_from(self, step: int) -> None:
         """Drop the lines from a step on, which a later life of the run has repeated."""
@@ -199,7 +203,8 @@ class MetricsColumns:
         for column in (*self.scalars.values(), *self.loss_by_source.values()):
             del column[kept:]
         self.phases = [(first, name) for first, name in self.phases if first < step]
-        for by_step in (self.validations, self.validations_ema, self.evaluations, self.evaluations_ema):
+        held_out = (self.validations, self.validations_ema, self.evaluations, self.evaluations_ema)
+        for by_step in (*held_out, self.evaluated_tasks):
             for at in [at for at in by_step if at >= step]:
                 del by_step[at]
         self.resumed_after.append(step - 1)

@@ -43,7 +43,7 @@ def find_results(run_directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Documents and prompts of a task in one result file; None: the file does not say it.
+    """Documents and prompts of a task in one result file, or line of metrics.jsonl; None: it does not say it.
 
     Attributes:
         digest: of documents and prompts.
@@ -104,6 +104,15 @@ class ResultFiles:
             directions |= self._add(path, evaluations)
         return directions
 
+    def note_measurements(self, file: str, weights: WeightSet, step: int, tasks: Mapping[str, Any]) -> None:
+        """Remember with which documents and prompts tasks were measured; of one step, the last file counts.
+
+        Args:
+            tasks: by task, its facts as `evaluate` writes them.
+        """
+        for task, facts in tasks.items():
+            self.measured_tasks.setdefault(task, {})[weights, step] = _measurement(file, as_mapping(facts))
+
     def _add(self, path: Path, evaluations: Mapping[WeightSet, dict[int, Results]]) -> Directions:
         """Add a file. Another program's JSON file is no concern of the report."""
         name = path.name
@@ -128,10 +137,8 @@ class ResultFiles:
                 self._notes.append(f"{name}: {task} of step {step:,} is also in {first}; {name} counts")
             by_task = evaluations[weights].setdefault(step, {})
             by_task[task] = by_task.get(task, {}) | metrics
-        for task, measurement in _measurements(name, content).items():
-            if task in results:
-                self.measured_tasks.setdefault(task, {})[weights, step] = measurement
         facts = as_mapping(content.get("tasks"))
+        self.note_measurements(name, weights, step, {task: facts[task] for task in results if task in facts})
         return clean_directions({task: as_mapping(fact).get("higher_is_better") for task, fact in facts.items()})
 
     def _step_of(self, name: str, content: Mapping[str, Any], weights: WeightSet) -> int | None:
@@ -196,26 +203,20 @@ def _digest(checkpoint: Path, weights: WeightSet) -> tuple[str | None, str]:
         return None, str(error)
 
 
-def _measurements(file: str, content: Mapping[str, Any]) -> dict[str, Measurement]:
-    """Return the measurement of each task in a result file."""
-    digests = as_mapping(as_mapping(content.get("digests")).get("tasks"))
-    found = {}
-    for task, value in as_mapping(content.get("tasks")).items():
-        facts = as_mapping(value)
-        digest, documents, shots = digests.get(task), facts.get("documents"), facts.get("num_fewshot")
-        found[task] = Measurement(
-            file,
-            digest if isinstance(digest, str) else None,
-            documents if is_step(documents) else None,
-            shots if is_step(shots) else None,
-        )
-    return found
+def _measurement(file: str, facts: Mapping[str, Any]) -> Measurement:
+    digest, documents, shots = facts.get("digest"), facts.get("documents"), facts.get("num_fewshot")
+    return Measurement(
+        file,
+        digest if isinstance(digest, str) else None,
+        documents if is_step(documents) else None,
+        shots if is_step(shots) else None,
+    )
 
 
 def unequal_measurements(runs: Sequence[RunRecord]) -> Iterator[str]:
     """Yield a sentence per task of which a report compares scores on different documents or prompts.
 
-    All files of the first run count, and of the other runs the newest ones, whose scores stand beside it.
+    All files and lines of the first run count, and of the other runs the newest, whose scores stand beside it.
 
     Args:
         runs: the run of the report, and those that it is compared with.

@@ -64,7 +64,7 @@ class RunRecord:
         evaluations: metrics by task, by step: evaluation lines and the results.json files of `evaluate`.
         evaluations_ema: the same of the moving average of the weights.
         higher_is_better: by task and metric, as far as a file says it.
-        measured_tasks: documents and prompts of the results.json files.
+        measured_tasks: documents and prompts of the evaluations, where they are recorded.
         anomalies: lines of anomalies.jsonl, in order of their steps.
         events: lines of events.jsonl: starts and stops, oldest first.
         plans: lines of plans.jsonl.
@@ -155,6 +155,11 @@ class RunReader:
         )
         steps = metrics.steps[-1] if metrics.steps else max(metrics.validations, default=0)
         files = ResultFiles(self.folder, config, steps, notes)
+        for step, tasks in metrics.evaluated_tasks.items():
+            line = f"{METRICS_FILE}, step {step:,}"
+            files.note_measurements(line, "raw", step, tasks)
+            if step in metrics.evaluations_ema:
+                files.note_measurements(line, "ema", step, tasks)
         directions = metrics.higher_is_better | files.add_to({"raw": evaluations, "ema": evaluations_ema})
         anomalies = _read_lines(self.folder / ANOMALIES_FILE, notes)
         by_step = {line["step"]: line for line in anomalies if is_step(line.get("step"))}

@@ -80,8 +80,8 @@ class Evaluator:
             is_stop_requested: whether this rank was asked to stop; all ranks then stop after the same batch.
 
         Returns:
-            Fields of a line of metrics.jsonl: `evaluation` by task and `higher_is_better` by task and metric, both
-            empty if the model computes NaN; None if a stop was requested.
+            Fields of a line of metrics.jsonl: `evaluation` by task, `higher_is_better` by task and metric, and `tasks`
+            as in results.json, all empty if the model computes NaN; None if a stop was requested.
         """
 
         def after_batch() -> None:
@@ -97,7 +97,7 @@ class Evaluator:
         except NotFiniteError as error:  # the judge of the steps decides whether training continues
             if self._is_main:
                 logger.warning("evaluation: %s; it has no results", error)
-            return {"evaluation": {}, "higher_is_better": {}}
+            return {"evaluation": {}, "higher_is_better": {}, "tasks": {}}
         return on_main(lambda: fields)
 
     def _run_tasks(self) -> Fields:
@@ -106,7 +106,7 @@ class Evaluator:
         assert self._tasks.loaded is not None, "rank 0 has loaded the tasks"
         model = HarnessModel(self._engine, self._tasks.tokenizer)
         found = self._tasks.loaded.run(model, bootstrap=_BOOTSTRAP_ITERATIONS)
-        return {"evaluation": found.metrics, "higher_is_better": found.higher_is_better}
+        return {"evaluation": found.metrics, "higher_is_better": found.higher_is_better, "tasks": found.tasks}
 
 
 def has_evaluation(run_directory: Path, step: int) -> bool:

@@ -198,6 +198,8 @@ def test_training_with_evaluations_is_bit_equal_and_resumes(run_file: Path, task
     assert [line["step"] for line in lines] == [0, 3, 4, 6]
     assert set(lines[0]["evaluation"]) == {"colors", "letters"}
     assert "bits_per_byte" in lines[0]["evaluation"]["letters"]
+    assert lines[0]["tasks"] == lines[-1]["tasks"]
+    assert set(lines[0]["tasks"]["colors"]) >= {"documents", "num_fewshot", "digest"}
     assert lines[0]["evaluation"]["letters"] != lines[-1]["evaluation"]["letters"]
     assert all(line["evaluation_seconds"] > 0 for line in lines)
     assert lines[0]["evaluation_ema"] == lines[0]["evaluation"], "the average starts as the weights"

@@ -405,8 +405,9 @@ def write_measurement(run, name, step, *, digest=None, documents=8, num_fewshot=
     content = {
         "results": {"exam": {"acc": 0.5}, "group": {"acc": 0.5}},
         "model": {"step": step, "checkpoint": f"step-{step:08d}"},
-        "tasks": {"exam": {"documents": documents, "num_fewshot": num_fewshot}},
-        "digests": {"tasks": {"exam": digest} if digest else {}},
+        "tasks": {
+            "exam": {"documents": documents, "num_fewshot": num_fewshot} | ({"digest": digest} if digest else {})
+        },
     }
     (run / f"{name}.json").write_bytes(orjson.dumps(content))
 
@@ -448,6 +449,21 @@ def test_without_digests_the_numbers_of_documents_are_compared(recipe):
     assert len(notes_of(page_of(recipe))) == 1
     write_measurement(recipe, "end", 200, documents="x", num_fewshot=None)
     assert notes_of(page_of(recipe)) == []
+
+
+def test_evaluations_during_training_are_compared_with_files(recipe):
+    """A run with `evaluation: {limit: 200}`, and `evaluate` without --limit at its end."""
+    facts = {"exam": {"documents": 200, "num_fewshot": 5, "digest": "sha256:12"}}
+    with (recipe / "metrics.jsonl").open("ab") as file:
+        for step in (0, 200):
+            line = {"step": step, "evaluation": {"exam": {"acc": 0.5}}, "tasks": facts, "evaluation_seconds": 1.0}
+            file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+    assert notes_of(page_of(recipe)) == []
+    write_measurement(recipe, "end", 200, documents=1838, num_fewshot=5, digest="sha256:34")
+    assert notes_of(page_of(recipe)) == [
+        "exam: not measured on the same documents and prompts: metrics.jsonl, step 0 (200 documents, 5 few-shot "
+        "examples); end.json (1,838 documents, 5 few-shot examples)"
+    ]
 
 
 def test_scores_of_compared_runs_are_of_the_same_documents(recipe, baseline):
