@@ -26,6 +26,20 @@ _QUIET = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 _NO_FORKS = ("DISABLE_MULTIPROC",)
 _NOT_ON_DISK = ("ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
 
+MISSING_ADVICE = "the data is not on this machine, and the network is not used; use local files, or allow --online"
+
+
+class MissingDataError(UserError):
+    """Documents of a task that are not on this machine.
+
+    Attributes:
+        reason: message of `datasets`.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
 
 def set_environment(*, online: bool = False) -> None:
     """Set the variables that the harness and its libraries read when they are imported; the user's own values win.
@@ -42,6 +56,7 @@ def harness_errors(what: str) -> Iterator[None]:
     """Turn any error of the harness, of `datasets` or of a task's file into one message.
 
     Raises:
+        MissingDataError: the task's data is not on this machine, and may not be downloaded.
         UserError: the task, its file or its data is at fault.
         CptError: the disk failed.
     """
@@ -61,8 +76,8 @@ def harness_errors(what: str) -> Iterator[None]:
         kind, lines = type(first).__name__, str(first).strip().splitlines()
         reason = lines[0] if lines else kind
         if is_missing and os.environ.get(_OFFLINE[0]) == "1":
-            advice = "its data is not on this machine, and the network is not used; use local files, or allow --online"
-        elif isinstance(first, ModuleNotFoundError):
+            raise MissingDataError(f"{what} ({kind}: {reason}); {MISSING_ADVICE}", reason) from error
+        if isinstance(first, ModuleNotFoundError):
             advice = f"install {first.name}"
         else:
             advice = "correct the task's file or its data, or remove the task"

@@ -7,12 +7,12 @@ import difflib
 import fnmatch
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_cpt.errors import UserError
-from megatron_cpt.evaluate.harness_context import harness_errors
+from megatron_cpt.evaluate.harness_context import MISSING_ADVICE, MissingDataError, harness_errors
 from megatron_cpt.evaluate.offline import BUILD_COMMAND, task_folder
 
 if TYPE_CHECKING:
@@ -46,17 +46,50 @@ def load_tasks(wanted: Sequence[str], include_path: str | None = None) -> dict[s
         if _NO_TASK not in note:  # such as a run.yaml in the same folder
             logger.warning("task files: %s", note)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    missing: dict[str, list[str]] = {}
     for name in names:
-        with harness_errors(f"task {name}: cannot be loaded"):
-            _refuse_code_of_others(name, manager)
-            found = manager.load([name])
-            for task_name, task in found["tasks"].items():
-                _refuse_other_settings(task_name, task, loaded["tasks"].get(task_name, task))
+        try:
+            found = _load(name, manager)
+        except MissingDataError as error:
+            for task_name, reason in _tasks_without_data(name, manager, error.reason).items():
+                missing.setdefault(reason, []).append(task_name)
+            continue
+        for task_name, task in found["tasks"].items():
+            _refuse_other_settings(task_name, task, loaded["tasks"].get(task_name, task))
         if not found["tasks"]:
             raise UserError(f"task {name}: a group without tasks; name some in its file")
         for kind, entries in loaded.items():
             entries.update(found.get(kind, {}))
+    if missing:
+        raise UserError(_describe_missing(missing))
     return loaded
+
+
+def _load(name: str, manager: TaskManager) -> dict[str, Any]:
+    with harness_errors(f"task {name}: cannot be loaded"):
+        _refuse_code_of_others(name, manager)
+        return manager.load([name])  # type: ignore[no-any-return]
+
+
+def _tasks_without_data(name: str, manager: TaskManager, reason: str) -> dict[str, str]:
+    """Return the tasks of a task or group whose data is missing, with what `datasets` says."""
+    from lm_eval.tasks._index import Kind
+
+    missing = {}
+    for entry in _entries(name, manager) if name in manager.all_tasks else ():
+        if entry is not None and entry.kind is not Kind.GROUP:
+            try:
+                _load(entry.name, manager)
+            except MissingDataError as error:
+                missing[entry.name] = error.reason
+    return missing or {name: reason}
+
+
+def _describe_missing(missing: Mapping[str, Sequence[str]]) -> str:
+    lines = [
+        f"  {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {why}" for why, names in missing.items()
+    ]
+    return "\n".join([f"tasks: {MISSING_ADVICE}:", *lines])
 
 
 @contextlib.contextmanager

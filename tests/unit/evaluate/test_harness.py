@@ -155,7 +155,7 @@ def test_an_evaluation_leaves_random_states_unchanged(plain_model: Path, tasks: 
     [
         ({"colors": {"dataset_kwargs": {"trust_remote_code": True}}}, ["colors"], "code that comes with its dataset"),
         ({"colors": {"unsafe_code": True}}, ["colors"], r"task colors: runs programs .* --allow-code-execution"),
-        ({"colors": {"dataset_path": "someone/colors"}}, ["colors"], "task colors: cannot be loaded"),
+        ({"colors": {"dataset_path": "someone/colors"}}, ["colors"], "--online:\n  colors: Couldn.t reach"),
         ({"colors": {"dataset_kwargs": {"data_files": {"test": "no.jsonl"}}}}, ["colors"], "colors: cannot be loaded"),
         ({"colors": {"metric_list": [{"metric": "accuracy_of_nobody"}]}}, ["colors"], "task colors: cannot be loaded"),
     ],

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 import pytest
 
@@ -190,9 +191,11 @@ def test_programs_are_refused_before_anything_is_computed(built):
 def test_the_paper_s_group_says_what_is_missing(built, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"task paper: cannot be loaded .*its data is not on this machine") as caught:
-        LoadedTasks(TaskChoice(names=["paper"], allow_code_execution=True))
+    with pytest.raises(UserError, match=r"tasks: the data is not on this machine") as caught:
+        LoadedTasks(TaskChoice(names=["paper", "arc_easy"], allow_code_execution=True))
     assert caught.value.exit_status == EXIT_USER
+    for line in (r"mmlu_.* and 56 more: .*cais/mmlu", r"hellaswag: .*hellaswag", r"mgsm_.* and 2 more: ", "arc_easy: "):
+        assert re.search(f"\n  {line}", str(caught.value))
 
 
 @pytest.mark.long  # the harness reads 14,000 files
