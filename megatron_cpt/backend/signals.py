@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from types import FrameType
@@ -58,6 +59,38 @@ def own_process() -> Iterator[StopRequest]:
     earlier = {number: signal.signal(number, request.handle_signal) for number in handled}
     try:
         yield request
+    finally:
+        for number, previous in earlier.items():
+            signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def stops_as_interrupts() -> Iterator[None]:
+    """Let the first stop signal end the block with KeyboardInterrupt, for commands that have no step to finish.
+
+    Further signals are ignored, so that nothing interrupts the block's own clean-up. An error after the signal is most
+    likely of a rank that has ended before this one; it becomes the same KeyboardInterrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one may have handlers
+        yield
+        return
+    is_received = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal is_received
+        if not is_received:
+            is_received = True
+            raise KeyboardInterrupt
+
+    # SIGHUP: the terminal is gone; nohup ignores it
+    handled = [number for number in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, interrupt) for number in handled}
+    try:
+        yield
+    except BaseException:
+        if is_received:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         for number, previous in earlier.items():
             signal.signal(number, previous)

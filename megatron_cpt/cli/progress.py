@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from megatron_cpt.files.system_errors import print_now
+
 _LINE_SECONDS = 60.0
 
 
@@ -39,8 +41,11 @@ def progress_bar(what: str, total: int | None = None, *, is_bytes: bool = False)
 
 
 def print_note(text: str) -> None:
-    """Tell the user on stderr what a command is doing."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    """Tell the user on stderr what a command is doing, above its bar on a terminal."""
+    if sys.stderr.isatty():
+        print(f"note: {text}", file=sys.stderr, flush=True)
+    else:
+        print_now(f"note: {text}")
 
 
 class ProgressLines:
@@ -61,7 +66,7 @@ class ProgressLines:
         self._total = total or self._total
         seconds = time.monotonic() - self._time_of_line
         if seconds >= _LINE_SECONDS and self._total:
-            print(f"{self._what}: {self._text(seconds, self._total)}", file=sys.stderr, flush=True)
+            print_now(f"{self._what}: {self._text(seconds, self._total)}")
             self._done_at_line = self._done
             self._time_of_line += seconds
 

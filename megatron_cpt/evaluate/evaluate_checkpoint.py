@@ -16,6 +16,7 @@ import orjson
 from megatron_cpt import __version__
 from megatron_cpt.backend.collectives import on_main
 from megatron_cpt.backend.distributed import job_group
+from megatron_cpt.backend.signals import stops_as_interrupts
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
 from megatron_cpt.checkpoint.record import SavedRun, WeightSet
 from megatron_cpt.convert.temporary_checkpoint import Note, as_checkpoint
@@ -108,6 +109,7 @@ def evaluate(
         The content of the output on rank 0, None on the other ranks.
 
     Raises:
+        KeyboardInterrupt: the process received a stop signal.
         UserError: a task is unknown or cannot be loaded, or an option is wrong; nothing was written.
         RefusedError: the checkpoint is corrupt.
     """
@@ -125,7 +127,7 @@ def evaluate(
         online=options.online,
     )
     started = time.perf_counter()
-    with job_group(timeout=_COLLECTIVE_TIMEOUT):
+    with stops_as_interrupts(), job_group(timeout=_COLLECTIVE_TIMEOUT):
         loaded_tasks: list[LoadedTasks] = []
         on_main(lambda: _prepare(choice, output, options, loaded_tasks))
         with as_checkpoint(Path(model), output, note) as path:
@@ -141,6 +143,8 @@ def evaluate(
 def _prepare(choice: TaskChoice, output: Path | None, options: EvaluateOptions, tasks: list[LoadedTasks]) -> None:
     if output is not None:
         _check_output(output, options)
+    elif options.cache is not None and (problem := file_problem(options.cache)):
+        raise UserError(f"--cache {options.cache}: {problem}")
     tasks.append(LoadedTasks(choice))
 
 

@@ -110,7 +110,8 @@ class FinishedRequests:
 
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
-            self._database = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)
+            path = self._path.absolute()  # `:memory:` alone would be no file
+            self._database = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
             with _transaction(self._database):
                 self._check_or_create(self._database)
         return self._database
@@ -138,12 +139,19 @@ class FinishedRequests:
     def _errors_as_cpt_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
-            raise CptError(
-                f"{self._path}: finished requests cannot be kept ({error}); free some space, end other evaluations "
-                "that use the file, or choose another file with --cache"
-            ) from error
         except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", None)  # missing where Python itself raises it
+            if code == sqlite3.SQLITE_READONLY_DBMOVED:
+                raise CptError(
+                    f"{self._path}: finished requests cannot be kept: the file was moved or deleted meanwhile; run the "
+                    "same command again"
+                ) from error
+            if isinstance(error, sqlite3.OperationalError) and code not in (None, sqlite3.SQLITE_ERROR):
+                raise CptError(
+                    f"{self._path}: finished requests cannot be kept ({error}); free some space, end other "
+                    "evaluations that use the file, or choose another file with --cache"
+                ) from error
+            # SQLITE_ERROR: no such table, or no such column
             raise UserError(
                 f"{self._path}: not a file of finished requests, or damaged ({error}); delete it, or choose another "
                 "file with --cache"
@@ -170,8 +178,8 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
 def _may_be_unreadable(error: sqlite3.DatabaseError) -> bool:
     if not isinstance(error, sqlite3.OperationalError):
         return True  # "malformed" is also the message when the page with the tables cannot be read
-    primary = error.sqlite_errorcode & 0xFF  # https://sqlite.org/rescode.html
-    return primary == sqlite3.SQLITE_IOERR
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF == sqlite3.SQLITE_IOERR  # https://sqlite.org/rescode.html
 
 
 def _checksum(key: bytes, answer: bytes) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.backend.distributed import job_group
+from megatron_cpt.backend.signals import stops_as_interrupts
 from megatron_cpt.checkpoint.loading.inference_model import inference_run, load_inference_model, open_checkpoint
 from megatron_cpt.checkpoint.record import WeightSet
 from megatron_cpt.convert.temporary_checkpoint import Note, as_checkpoint
@@ -68,6 +69,7 @@ def generate_texts(
         note: called on rank 0 before long work without progress.
 
     Raises:
+        KeyboardInterrupt: the process received a stop signal.
         UserError: an option is wrong, no tokenizer was found, or the number of processes does not fit the layout.
         RefusedError: the checkpoint is corrupt, or its model computes NaN.
     """
@@ -76,7 +78,11 @@ def generate_texts(
     for number, prompt in enumerate(prompts, start=1):
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of an argument that are no text
             raise UserError(f"prompt {number}: not valid UTF-8; save it as UTF-8")
-    with job_group(timeout=_COLLECTIVE_TIMEOUT), as_checkpoint(Path(model), note=note) as path:
+    with (
+        stops_as_interrupts(),
+        job_group(timeout=_COLLECTIVE_TIMEOUT),
+        as_checkpoint(Path(model), note=note) as path,
+    ):
         saved = open_checkpoint(path)
         codec = load_checkpoint_tokenizer(saved, tokenizer)
         run = inference_run(saved, overrides)

@@ -46,13 +46,13 @@ def load_tasks(wanted: Sequence[str], include_path: str | None = None) -> dict[s
         if _NO_TASK not in note:  # such as a run.yaml in the same folder
             logger.warning("task files: %s", note)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    missing: dict[str, list[str]] = {}
+    missing: dict[str, dict[str, None]] = {}
     for name in names:
         try:
             found = _load(name, manager)
         except MissingDataError as error:
             for task_name, reason in _tasks_without_data(name, manager, error.reason).items():
-                missing.setdefault(reason, []).append(task_name)
+                missing.setdefault(reason, {})[task_name] = None
             continue
         for task_name, task in found["tasks"].items():
             _refuse_other_settings(task_name, task, loaded["tasks"].get(task_name, task))
@@ -68,16 +68,27 @@ def load_tasks(wanted: Sequence[str], include_path: str | None = None) -> dict[s
 def _load(name: str, manager: TaskManager) -> dict[str, Any]:
     with harness_errors(f"task {name}: cannot be loaded"):
         _refuse_code_of_others(name, manager)
+        _require_tasks_of_groups(name, manager)
         return manager.load([name])  # type: ignore[no-any-return]
+
+
+def _require_tasks_of_groups(name: str, manager: TaskManager) -> None:
+    for entry in _entries(name, manager) if name in manager.all_tasks else ():
+        children = (entry.cfg or {}).get("task") if entry is not None else None
+        for child in children if isinstance(children, list) else ():
+            if isinstance(child, str) and child not in manager.task_index:
+                near = difflib.get_close_matches(child, manager.all_tasks, n=1, cutoff=0.7)
+                hint = f"; did you mean {near[0]}?" if near else "; correct the name, or remove it"
+                raise UserError(f"{entry.yaml_path}: lists {child}, which is not a known task, group or tag{hint}")
 
 
 def _tasks_without_data(name: str, manager: TaskManager, reason: str) -> dict[str, str]:
     """Return the tasks of a task or group whose data is missing, with what `datasets` says."""
     from lm_eval.tasks._index import Kind
 
-    missing = {}
+    missing: dict[str, str] = {}
     for entry in _entries(name, manager) if name in manager.all_tasks else ():
-        if entry is not None and entry.kind is not Kind.GROUP:
+        if entry is not None and entry.kind is not Kind.GROUP and entry.name not in missing:
             try:
                 _load(entry.name, manager)
             except MissingDataError as error:
@@ -85,10 +96,10 @@ def _tasks_without_data(name: str, manager: TaskManager, reason: str) -> dict[st
     return missing or {name: reason}
 
 
-def _describe_missing(missing: Mapping[str, Sequence[str]]) -> str:
-    lines = [
-        f"  {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {why}" for why, names in missing.items()
-    ]
+def _describe_missing(missing: Mapping[str, Mapping[str, None]]) -> str:
+    lines = []
+    for reason, (first, *others) in missing.items():
+        lines.append(f"  {first}{f' and {len(others)} more' if others else ''}: {reason}")
     return "\n".join([f"tasks: {MISSING_ADVICE}:", *lines])
 
 
@@ -151,7 +162,10 @@ def _require_names(folders: Sequence[str]) -> None:
 
     for name, entry in TaskIndex.build(map(Path, folders)).items():
         if not isinstance(name, str):
-            raise UserError(f"{entry.yaml_path}: the name of a task is text, not {name!r}; put it in quotes")
+            where, what = entry.yaml_path, "the name of a task"
+            if where is None:
+                where, what = f"task {min(entry.tags)}", "a tag"
+            raise UserError(f"{where}: {what} is text, not {name!r}; put it in quotes")
 
 
 def _are_complete(names: Sequence[str], manager: TaskManager) -> bool:
@@ -161,7 +175,7 @@ def _are_complete(names: Sequence[str], manager: TaskManager) -> bool:
 def _matching(names: Sequence[str], manager: TaskManager, notes: Sequence[str]) -> list[str]:
     matching: dict[str, None] = {}
     for name in names:
-        found = [known for known in manager.all_tasks if fnmatch.fnmatchcase(known, name)]
+        found = [name] if name in manager.all_tasks else fnmatch.filter(manager.all_tasks, name)
         if not found and name.endswith(".yaml") and not Path(name).is_file():
             raise UserError(f"task {name}: no such file")
         if not found and not name.endswith(".yaml"):
@@ -177,25 +191,29 @@ def _matching(names: Sequence[str], manager: TaskManager, notes: Sequence[str]) 
     return list(matching)
 
 
-def _entries(name: str, manager: TaskManager) -> Iterator[Any]:
+def _entries(name: str, manager: TaskManager, parents: tuple[str, ...] = ()) -> Iterator[Any]:
     """Yield the index entry of each task and group that a name stands for; None for a name that the index lacks."""
     from lm_eval.tasks._index import Kind
 
     for known in manager.match_tasks([name]):
         entry = manager.task_index[known]
+        if known in parents:
+            raise UserError(f"{entry.yaml_path}: the group {known} contains itself, by {' > '.join(parents)}")
         if entry.kind is Kind.TAG:
             children: Sequence[Any] = sorted(entry.tags)
         elif entry.kind is Kind.GROUP:
             yield entry
             children = (entry.cfg or {}).get("task") or []
-            children = [children] if isinstance(children, str | dict) else children
+            children = children if isinstance(children, list) else [children]
         else:
             yield entry
             continue
         for child in children:
+            if not isinstance(child, str | dict):
+                raise UserError(f"{entry.yaml_path}: a group lists names of tasks, not {child!r}; put it in quotes")
             child_name = child if isinstance(child, str) else child.get("task", child.get("group"))
             if isinstance(child_name, str) and child_name in manager.task_index and child_name != known:
-                yield from _entries(child_name, manager)
+                yield from _entries(child_name, manager, (*parents, known))
             elif isinstance(child_name, str) and child_name != known:
                 yield None
 

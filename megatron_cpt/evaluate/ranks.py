@@ -136,25 +136,29 @@ class LeadingEngine:
 
         Raises:
             CptError: on all ranks, if the function raised it; on the other ranks for any exception except one of the
-                engine, which leaves them to the launcher.
+                engine and KeyboardInterrupt, which leave them to the launcher.
             StoppedEvaluation: on all ranks, if `after_batch` raised it.
         """
         if self._num_ranks > 1 and dist.get_rank() != 0:
             self._follow()
             return None
         failure: CptError | StoppedEvaluation | None = CptError("evaluation: rank 0 failed; its message says why")
-        engine_error = None
+        engine_error, others_follow = None, True
         try:
             result = work()
             failure = None
         except _EngineError as error:
             (engine_error,) = error.args
+            others_follow = False
+        except KeyboardInterrupt:
+            others_follow = False
+            raise
         except (CptError, StoppedEvaluation) as error:
             failure = error
             raise
         finally:
-            # after an error of the engine the others may wait in a collective of the model; they end with this process
-            if engine_error is None:
+            # otherwise they may wait in a collective of the model, and end with this process or by their own signal
+            if others_follow:
                 self._broadcast(_End(failure))
         if engine_error is not None:
             raise engine_error  # out of the handler, so that its traceback is the only one

@@ -50,10 +50,18 @@ def os_errors_as_cpt_errors(work_folder: Path | None = None) -> Iterator[None]:
         raise CptError(message + _kept_parts(work_folder)) from error
 
 
+_KEPT_PARTS = ". Finished parts are kept in"
+
+
 def _kept_parts(work_folder: Path | None) -> str:
     if work_folder is None or not (work_folder / SETTINGS_FILE).is_file():
         return ""
-    return f". Finished parts are kept in {work_folder}; run the same command again to resume"
+    return f"{_KEPT_PARTS} {work_folder}; run the same command again to resume"
+
+
+def without_resume_advice(message: str) -> str:
+    """Return the message of a failure whose finished parts are not kept after all."""
+    return message.partition(_KEPT_PARTS)[0]
 
 
 def describe_os_error(error: OSError) -> str:

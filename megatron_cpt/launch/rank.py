@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from megatron_cpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
+from megatron_cpt.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED, EXIT_USER
 from megatron_cpt.launch.rank_report import FOLDER_VARIABLE, STOP_FILE, STOP_SIGNALS, Report
 
 
@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> int:
         status = EXIT_OK
     except SystemExit as stop:
         status = _exit_status(stop.code)
+        if status == EXIT_INTERRUPTED:  # of a command that stops at once, such as `evaluate`
+            status = EXIT_STOPPED
     finally:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

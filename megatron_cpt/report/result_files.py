@@ -155,12 +155,17 @@ class ResultFiles:
         if isinstance(origin, str) and self._digest(Path(origin), weights)[0] == digest:
             return 0
         own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step or 0)
-        own_digest = self._digest(own, weights)[0]
+        own_digest, problem = self._digest(own, weights)
         if own_digest == digest:
             return step or 0
         if not step:
             return self._step_of_import(name, origin, weights)
-        if own_digest is None:  # deleted since then
+        if own_digest is None and step > self._last_step:
+            self._notes.append(f"{name}: is of step {step:,}, which this run has not reached, skipped")
+            return None
+        if own_digest is None:
+            if own.exists():  # otherwise deleted since then
+                self._notes.append(f"{name}: counts, but was not compared with {own.name} of this run: {problem}")
             return step
         self._notes.append(f"{name}: evaluates another model than {own.name} of this run, skipped")
         return None

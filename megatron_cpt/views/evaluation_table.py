@@ -64,19 +64,19 @@ def _table(evaluation: Mapping[str, Any]) -> Table:
                 title,
                 name,
                 _number(value),
-                "" if error is None else f"± {error:.4f}",
+                "" if error is None else f"± {_number(error)}",
                 "" if direction is None else ("higher" if direction else "lower"),
-                *_counts(facts),
+                *_counts(facts, sum(name in evaluation["results"].get(child, {}) for child in facts.get("tasks", ()))),
             )
             title = ""
     return table
 
 
-def _counts(facts: Mapping[str, Any]) -> tuple[str, str]:
-    """Return documents and few-shot examples; of a group, what its value is."""
+def _counts(facts: Mapping[str, Any], num_tasks: int) -> tuple[str, str]:
+    """Return documents and few-shot examples; of a group, of how many tasks its value is the mean."""
     if "documents" in facts:
         return f"{facts['documents']:,} of {facts['of_documents']:,}", str(facts["num_fewshot"])
-    return f"mean of {format_number_of(len(facts['tasks']), 'task')}" if facts["tasks"] else "", ""
+    return f"mean of {format_number_of(num_tasks, 'task')}" if num_tasks else "", ""
 
 
 def _group_facts(evaluation: Mapping[str, Any], group: str) -> dict[str, Any]:

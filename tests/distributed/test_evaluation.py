@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +79,27 @@ def test_every_layout_gives_what_the_hf_backend_gives(tasks: Path, tmp_path: Pat
             own = {metric: found["results"][task][metric] for metric in metrics}
             assert own == pytest.approx(metrics, rel=1e-4), (name, task)
     assert not list(tmp_path.glob(".hf-*")), "temporary imports are deleted"
+
+
+def test_a_signal_to_the_launcher_ends_an_evaluation_with_75(tmp_path: Path) -> None:
+    """Before: an error that blamed the task, tracebacks of gloo and torchrun, and status 1."""
+    model, folder = save_model_with_tokenizer(tmp_path / "hf"), write_tasks(tmp_path / "tasks")
+    documents = folder / "documents.jsonl"
+    rows = [orjson.loads(line) for line in documents.read_bytes().splitlines()]
+    many = [{**row, "object": f"{row['object']} {number}"} for number in range(400) for row in rows]
+    documents.write_bytes(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in many))
+    command = [sys.executable, "-m", "megatron_cpt", "launch", "--nproc-per-node", "2", "--", "evaluate", str(model)]
+    command += ["--tasks", "colors", "--include-path", str(folder), "--output", str(tmp_path / "out" / "results.json")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        cache = tmp_path / "out" / "finished_requests.sqlite"
+        while process.poll() is None and not (cache.exists() and cache.stat().st_size > 16_000):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate()
+    assert process.returncode == EXIT_STOPPED, error
+    assert re.search(r"interrupted: [\d,]+ finished requests are kept; run the same command again", error)
+    assert "Traceback" not in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [cache.name]
 
 
 def test_an_interrupted_evaluation_resumes_and_a_second_one_reads(tasks: Path, tmp_path: Path) -> None:

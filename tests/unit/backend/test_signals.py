@@ -7,7 +7,9 @@ import signal
 import subprocess
 from typing import Any
 
-from megatron_cpt.backend.signals import own_process
+import pytest
+
+from megatron_cpt.backend.signals import own_process, stops_as_interrupts
 from tests.helpers.command import run_forked
 
 
@@ -56,3 +58,31 @@ def test_a_background_job_still_ignores_ctrl_c() -> None:
 def test_ctrl_c_is_recorded_if_nobody_reads_stderr() -> None:
     done = run_forked(_case_without_a_reader, ["SIGINT"])
     assert (done.returncode, done.stdout) == (0, "SIGINT SIGINT\nTrue\n")
+
+
+def _case_of_an_interrupt(name: str, raises: bool) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with stops_as_interrupts():
+            try:
+                signal.raise_signal(getattr(signal, name))
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+                print("cleaned up", flush=True)
+                if raises:
+                    raise RuntimeError("connection closed by peer")
+    except KeyboardInterrupt as error:
+        print("interrupted", error.__suppress_context__)
+    print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_stop_signal_interrupts_and_the_next_ones_wait_for_the_clean_up(name: str, raises: bool) -> None:
+    done = run_forked(_case_of_an_interrupt, name, raises)
+    assert done.stdout == "cleaned up\ninterrupted True\nTrue\n", done.stderr
+
+
+def test_an_error_without_a_signal_stays_itself() -> None:
+    with pytest.raises(RuntimeError, match="fault"), stops_as_interrupts():
+        raise RuntimeError("fault")

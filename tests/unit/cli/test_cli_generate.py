@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_cpt.cli import main
+from megatron_cpt.convert import temporary_checkpoint
 from megatron_cpt.convert.importer import import_checkpoint
+from megatron_cpt.files.resumable import SETTINGS_FILE
+from megatron_cpt.files.system_errors import os_errors_as_cpt_errors
 from tests.helpers.hf_models import save_hf_model
 
 PROMPTS = ("--prompt", "Paris is", "--prompt", "def")
@@ -45,16 +49,43 @@ def test_prompt_and_continuation_are_told_apart(checkpoint: Path, capsys: pytest
 
 
 def test_a_hugging_face_folder_is_imported_for_a_moment(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert generate(checkpoint, *PROMPTS, "--json") == 0
-    expected = as_json(capsys)
+    expected = as_json(capfd)
     assert generate(checkpoint.with_name("hf"), *PROMPTS, "--json") == 0
-    output = capsys.readouterr()
+    output = capfd.readouterr()
     assert json.loads(output.out) == expected
     assert "note: importing" in output.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_temporary_import_promises_nothing(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_source: Path, target: Path) -> None:
+        with os_errors_as_cpt_errors(target):
+            (target / SETTINGS_FILE).parent.mkdir()
+            (target / SETTINGS_FILE).touch()
+            raise OSError(errno.ENOSPC, "No space left on device", str(target / "0.distcp"))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(temporary_checkpoint, "import_checkpoint", fail)
+    assert generate(checkpoint.with_name("hf"), *PROMPTS) == 1
+    error = capfd.readouterr().err
+    assert "No space left on device" in error
+    assert "run the same command again to resume" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_checkpoint_is_no_hugging_face_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("name: a\n")
+    (tmp_path / "config.json").write_text("{}")
+    assert generate(tmp_path, *PROMPTS) != 0
+    assert "importing" not in capfd.readouterr().err
 
 
 def test_samples_follow_the_seed_and_stop_texts_end_them(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,12 +16,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_log_has_a_line_per_minute_with_the_time_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_has_a_line_per_minute_with_the_time_left(clock: list[float], capfd: pytest.CaptureFixture[str]) -> None:
     with progress_bar("evaluating") as advance:
         for seconds, amount in ((1, 0), (30, 50), (30, 50), (59, 300), (1, 0), (60, 0)):
             clock[0] += seconds
             advance(amount, 1000)
-    assert capsys.readouterr().err.splitlines() == [
+    assert capfd.readouterr().err.splitlines() == [
         "evaluating: 100 of 1,000 (10%), 9m9s left",
         "evaluating: 400 of 1,000 (40%), 2m left",
         "evaluating: 400 of 1,000 (40%)",
@@ -29,10 +29,10 @@ def test_a_log_has_a_line_per_minute_with_the_time_left(clock: list[float], caps
 
 
 def test_bytes_are_shown_as_such_and_an_unknown_total_is_silent(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
+    clock: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with progress_bar("copying", is_bytes=True) as advance:
         clock[0] += 60
         advance(3_000_000)
         advance(0, 12_000_000)
-    assert capsys.readouterr().err.splitlines() == ["copying: 3 of 12 MB (25%), 3m left"]
+    assert capfd.readouterr().err.splitlines() == ["copying: 3 of 12 MB (25%), 3m left"]

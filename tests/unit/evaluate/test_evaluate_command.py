@@ -18,7 +18,7 @@ from tests.helpers.evaluation import write_tasks
 EVALUATION: dict[str, Any] = {
     "results": {
         "piqa": {"acc": 0.5, "acc_stderr": 0.0354, "bits_per_byte": 1.25, "exact_match,strict": None},
-        "wiki": {"word_perplexity": 123456.0},
+        "wiki": {"word_perplexity": 123456.0, "word_perplexity_stderr": 1e30},
         "all": {"acc": 0.5},
     },
     "tasks": {
@@ -41,8 +41,8 @@ def test_the_table_shows_bits_per_byte_first_and_every_standard_error() -> None:
     assert ["piqa", "bits_per_byte", "1.2500", "200", "of", "1,838", "5"] in rows
     assert ["acc", "0.5000", "±", "0.0354", "higher", "200", "of", "1,838", "5"] in rows
     assert ["exact_match,strict", "NaN", "200", "of", "1,838", "5"] in rows
-    assert ["wiki", "word_perplexity", "1.235e+05", "lower", "8", "of", "8", "0"] in rows
-    assert ["all", "acc", "0.5000", "higher", "mean", "of", "2", "tasks"] in rows
+    assert ["wiki", "word_perplexity", "1.235e+05", "±", "1e+30", "lower", "8", "of", "8", "0"] in rows
+    assert ["all", "acc", "0.5000", "higher", "mean", "of", "1", "task"] in rows
     assert "note: 1 prompt longer than the model's 2,048 tokens lost their beginning" in text
     assert all(len(line) <= 120 for line in text.splitlines())
 

@@ -80,6 +80,37 @@ def test_a_file_cut_in_half_is_named(tmp_path: Path) -> None:
         FinishedRequests(path).find(KEYS)
 
 
+def test_a_file_that_lost_its_table_is_called_damaged(tmp_path: Path) -> None:
+    finished = FinishedRequests(tmp_path / "finished.sqlite")
+    finished.add(dict.fromkeys(KEYS, -1.5))
+    with (tmp_path / "finished.sqlite").open("r+b") as file:
+        file.truncate(0)
+    with pytest.raises(UserError, match=r"damaged \(no such table: answers\); delete it"):
+        finished.find(KEYS)
+
+
+def test_a_file_that_was_moved_is_said_to_be(tmp_path: Path) -> None:
+    finished = FinishedRequests(tmp_path / "finished.sqlite")
+    (tmp_path / "finished.sqlite").rename(tmp_path / "other.sqlite")
+    with pytest.raises(CptError, match=r"finished\.sqlite: .* the file was moved or deleted meanwhile; run"):
+        finished.add({KEYS[0]: -1.5})
+
+
+def test_an_answer_that_is_no_text_is_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "finished.sqlite"
+    FinishedRequests(path).add({KEYS[0]: -1.5})
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE answers SET answer = CAST(x'fffe' AS TEXT)")
+    with pytest.raises(UserError, match="damaged"):
+        FinishedRequests(path).find(KEYS)
+
+
+def test_the_name_of_a_database_in_memory_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    FinishedRequests(Path(":memory:")).add({KEYS[0]: -1.5})
+    assert FinishedRequests(Path(":memory:")).find(KEYS) == {KEYS[0]: -1.5}
+
+
 def test_the_file_of_another_program_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "other.sqlite"
     with sqlite3.connect(path) as database:

@@ -71,12 +71,14 @@ def test_a_function_that_ends_the_process_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"a": ["b"], "b": ["a"]}, "task files: cannot be read"),
+        ({"a": ["b"], "b": ["a"]}, r"a\.yaml: the group a contains itself, by a > b"),
         ({"a": []}, "task a: a group without tasks"),
-        ({"a": [7]}, "cannot be"),
+        ({"a": [7]}, r"a\.yaml: a group lists names of tasks, not 7; put it in quotes"),
+        ({"a": ["colrs"]}, r"a\.yaml: lists colrs, which is not a known task, group or tag; did you mean colors\?"),
     ],
 )
 def test_a_group_that_makes_no_sense_is_one_message(tmp_path: Path, groups: Any, message: str) -> None:
+    write_tasks(tmp_path)
     for name, tasks in groups.items():
         write_group(tmp_path, name, *tasks)
     with pytest.raises(UserError, match=message):
@@ -117,3 +119,14 @@ def test_an_unknown_task_names_some_of_the_skipped_files(tmp_path: Path) -> None
         (tmp_path / f"other{number}.yaml").write_text("tsk: mine\n")
     with pytest.raises(UserError, match=r"other4\.yaml \(Unknown config shape: .*\n  and 3 more files"):
         load(tmp_path, "mine")
+
+
+def test_a_tag_that_is_a_number_names_a_task_that_has_it(tmp_path: Path) -> None:
+    write_tasks(tmp_path, colors={"tag": ["fine", 3]})
+    with pytest.raises(UserError, match=r"task colors: a tag is text, not 3; put it in quotes"):
+        load(tmp_path, "letters")
+
+
+def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+    write_tasks(tmp_path, colors={"task": "colors[1]"})
+    assert load(tmp_path, "colors[1]").names == ["colors[1]"]

@@ -341,6 +341,24 @@ def test_results_of_another_model_are_no_results_of_the_run(recipe, tmp_path):
     assert "other.json: evaluates another model than step-00000200 of this run, skipped" in run.notes
 
 
+def test_results_of_a_step_that_the_run_has_not_reached_are_skipped(recipe):
+    """Before, they became the end of the run."""
+    content = {"results": {"exam": {"acc": 1}}, "model": {"step": 5000}, "digests": {"checkpoint": "sha256:other"}}
+    (recipe / "other.json").write_bytes(orjson.dumps(content))
+    run = RunReader(recipe).read()
+    assert 5000 not in run.evaluations
+    assert run.notes == ("other.json: is of step 5,000, which this run has not reached, skipped",)
+
+
+def test_results_of_an_unreadable_checkpoint_count_with_a_note(recipe):
+    (recipe / "checkpoints" / "step-00000150").mkdir(parents=True)
+    content = {"results": {"exam": {"acc": 1}}, "model": {"step": 150}, "digests": {"checkpoint": "sha256:other"}}
+    (recipe / "other.json").write_bytes(orjson.dumps(content))
+    run = RunReader(recipe).read()
+    assert run.evaluations[150]["exam"] == {"acc": 1.0}
+    assert "other.json: counts, but was not compared with step-00000150 of this run: " in run.notes[0]
+
+
 def write_import_results(run, **digests):
     """Write results of `evaluate` for Hugging Face folders: their temporary imports are step 0."""
     (run / "evaluations").mkdir()
