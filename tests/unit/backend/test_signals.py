@@ -61,7 +61,8 @@ def test_ctrl_c_is_recorded_if_nobody_reads_stderr() -> None:
 
 
 def _case_of_an_interrupt(name: str, raises: bool) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the tests themselves may run under nohup
+        signal.signal(number, signal.SIG_DFL)
     try:
         with stops_as_interrupts():
             try:

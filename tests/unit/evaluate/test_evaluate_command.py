@@ -97,7 +97,8 @@ def test_a_mistake_is_one_message(words: list[str], message: str, capfd: pytest.
     pytest.importorskip("lm_eval")
     assert main(["evaluate", "nowhere", *words]) == EXIT_USER
     captured = capfd.readouterr()
-    assert captured.err.startswith(f"megatron-cpt: error: {message}")
+    (error,) = [line for line in captured.err.splitlines() if "torch/utils" not in line]  # torch for CUDA on a CPU
+    assert error.startswith(f"megatron-cpt: error: {message}")
     assert captured.out == ""
 
 
