@@ -24,9 +24,8 @@ from megatron_cpt.report.operation import (
     time_spent,
 )
 from megatron_cpt.report.page import PageSection, RunPage, decimal, finite, percent, signed, whole
-from megatron_cpt.report.result_files import unequal_measurements
 from megatron_cpt.report.run_digests import configuration_section, differences, digests, identity_section
-from megatron_cpt.report.run_record import RunRecord
+from megatron_cpt.report.run_record import RunRecord, unequal_measurements
 
 _SAME_START = 1e-4  # nats per token by which two runs from the same weights may differ at step 0
 

@@ -18,8 +18,7 @@ from megatron_cpt.report.page import (
     finite,
     signed,
 )
-from megatron_cpt.report.result_files import unequal_measurements
-from megatron_cpt.report.run_record import RunRecord
+from megatron_cpt.report.run_record import RunRecord, unequal_measurements
 
 MAX_CURVES = 12
 """Curves of a chart: as many as six colors and four kinds of dashes tell apart."""

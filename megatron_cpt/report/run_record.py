@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from megatron_cpt.report.metrics_columns import (
     is_step,
     number,
 )
-from megatron_cpt.report.result_files import MeasuredTasks, ResultFiles, find_results
+from megatron_cpt.report.result_files import MeasuredTasks, Measurement, ResultFiles, find_results
 
 _MAX_EVENTS = 10_000
+_MAX_KINDS = 4  # different measurements of a task that a note lists
 
 
 @dataclass(frozen=True)
@@ -294,3 +296,39 @@ def _read_checkpoint(path: Path, notes: list[str]) -> CheckpointRecord | None:
         notes.append(f"checkpoint {path.name}: its text files are missing or damaged ({error})")
         return None
     return CheckpointRecord(path.name, digest, as_mapping(content))
+
+
+def unequal_measurements(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """Yield a sentence per task of which a report compares scores on different documents or prompts.
+
+    All files and lines of the first run count, and of the other runs the newest, whose scores stand beside it.
+
+    Args:
+        runs: the run of the report, and those that it is compared with.
+    """
+    run, *others = runs
+    compared = {task: list(by_step.values()) for task, by_step in run.measured_tasks.items()}
+    for other in others:
+        last_step = max(other.evaluations, default=0)
+        for task, by_step in other.measured_tasks.items():
+            if (newest := by_step.get(("raw", last_step))) is not None:
+                compared.setdefault(task, []).append(replace(newest, file=f"{other.title}: {newest.file}"))
+    for task, found in compared.items():
+        by_kind: dict[tuple[Any, ...], list[Measurement]] = {}
+        for one in found:
+            by_kind.setdefault((one.digest, one.documents, one.num_fewshot), []).append(one)
+        kinds = [*by_kind.values()]
+        if any(first[0].differs_from(second[0]) for first, second in combinations(kinds, 2)):
+            yield f"{task}: not measured on the same documents and prompts: {_list(kinds)}"
+
+
+def _list(kinds: Sequence[Sequence[Measurement]]) -> str:
+    """Return the kinds of measurements with their files, and with digests if numbers do not tell them apart."""
+    numbers = [same[0].describe(with_digest=False) for same in kinds]
+    with_digest = len(set(numbers)) < len(numbers)
+    texts = []
+    for same in kinds[:_MAX_KINDS]:
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        texts.append(f"{same[0].file}{more} ({same[0].describe(with_digest=with_digest) or 'unknown'})")
+    rest = len(kinds) - _MAX_KINDS
+    return "; ".join(texts) + (f"; and {rest} more" if rest > 0 else "")
