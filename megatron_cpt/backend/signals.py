@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 from megatron_cpt.backend.distributed import launched_rank
@@ -54,11 +54,21 @@ def own_process() -> Iterator[StopRequest]:
     for name in ("megatron", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
     request = StopRequest()
-    # A shell starts background jobs with SIGINT ignored, so that Ctrl-C for another job does not reach them.
-    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    earlier = {number: signal.signal(number, request.handle_signal) for number in handled}
-    try:
+    with _handlers(STOP_SIGNALS, request.handle_signal):
         yield request
+
+
+@contextlib.contextmanager
+def _handlers(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle signals inside the block, except ignored ones.
+
+    A shell starts background jobs with SIGINT ignored, so that Ctrl-C for another job does not reach them; nohup starts
+    its command with SIGHUP ignored.
+    """
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, handler) for number in handled}
+    try:
+        yield
     finally:
         for number, previous in earlier.items():
             signal.signal(number, previous)
@@ -82,15 +92,10 @@ def stops_as_interrupts() -> Iterator[None]:
             is_received = True
             raise KeyboardInterrupt
 
-    # SIGHUP: the terminal is gone; nohup ignores it
-    handled = [number for number in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    earlier = {number: signal.signal(number, interrupt) for number in handled}
-    try:
-        yield
-    except BaseException:
-        if is_received:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        for number, previous in earlier.items():
-            signal.signal(number, previous)
+    with _handlers((*STOP_SIGNALS, signal.SIGHUP), interrupt):  # SIGHUP: the terminal is gone
+        try:
+            yield
+        except BaseException:
+            if is_received:
+                raise KeyboardInterrupt from None
+            raise

@@ -59,11 +59,9 @@ def _import_aside(model: Path, beside: Path | None, note: Note) -> str:
         try:
             note(f"importing {model} to a temporary checkpoint in {folder}")
             import_checkpoint(model, Path(folder) / checkpoint_name(0))
-        except CptError as error:
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            error.args = (without_resume_advice(str(error)),)
-            raise
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, CptError):
+                error.args = (without_resume_advice(str(error)),)
             raise
     return folder

@@ -141,22 +141,26 @@ def evaluate(
 
 
 def _prepare(choice: TaskChoice, output: Path | None, options: EvaluateOptions, tasks: list[LoadedTasks]) -> None:
-    if output is not None:
-        _check_output(output, options)
-    elif options.cache is not None and (problem := file_problem(options.cache)):
-        raise UserError(f"--cache {options.cache}: {problem}")
+    _check_files(output, options)
     tasks.append(LoadedTasks(choice))
 
 
-def _check_output(output: Path, options: EvaluateOptions) -> None:
+def _cache_file(options: EvaluateOptions, output: Path | None) -> Path | None:
+    return options.cache or (output.with_name(CACHE_FILE) if output is not None else None)
+
+
+def _check_files(output: Path | None, options: EvaluateOptions) -> None:
     """Refuse a place where no results can be; nothing is created before the evaluation begins."""
-    if problem := file_problem(output):
-        raise UserError(f"--output {output}: {problem}")
-    refuse_run_file("--output", output)
-    cache = options.cache or output.with_name(CACHE_FILE)
-    if output.absolute() == cache.absolute():
+    if output is not None:
+        if problem := file_problem(output):
+            raise UserError(f"--output {output}: {problem}")
+        refuse_run_file("--output", output)
+    cache = _cache_file(options, output)
+    if cache is None:
+        return
+    if output is not None and output.absolute() == cache.absolute():
         raise UserError(f"--output {output}: the file of finished requests; choose another name")
-    if options.log_samples and _samples_file(output).absolute() == cache.absolute():
+    if output is not None and options.log_samples and _samples_file(output).absolute() == cache.absolute():
         raise UserError(f"--cache {cache}: --log-samples writes there; choose another name")
     if problem := file_problem(cache):
         raise UserError(f"--cache {cache}: {problem}")
@@ -190,7 +194,7 @@ def _evaluate(
         from megatron_cpt.evaluate.lm_eval_model import HarnessModel
 
         scope = json.dumps([digest, tokenizer.fingerprint, loaded.run.precision.model_dump(mode="json")])
-        with _finished_requests(options.cache, output) as finished:
+        with _finished_requests(_cache_file(options, output)) as finished:
             harness_model = HarnessModel(
                 leading, tokenizer, add_bos=options.add_bos, finished=finished, scope=scope, advance=advance
             )
@@ -228,8 +232,7 @@ def _evaluate(
 
 
 @contextlib.contextmanager
-def _finished_requests(cache: Path | None, output: Path | None) -> Iterator[FinishedRequests | None]:
-    path = cache or (output.with_name(CACHE_FILE) if output is not None else None)
+def _finished_requests(path: Path | None) -> Iterator[FinishedRequests | None]:
     if path is None:
         yield None
         return

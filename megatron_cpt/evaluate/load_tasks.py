@@ -67,19 +67,24 @@ def load_tasks(wanted: Sequence[str], include_path: str | None = None) -> dict[s
 
 def _load(name: str, manager: TaskManager) -> dict[str, Any]:
     with harness_errors(f"task {name}: cannot be loaded"):
-        _refuse_code_of_others(name, manager)
-        _require_tasks_of_groups(name, manager)
+        entries = _known_entries(name, manager)
+        _refuse_code_of_others(name, entries)
+        _require_tasks_of_groups(entries, manager)
         return manager.load([name])  # type: ignore[no-any-return]
 
 
-def _require_tasks_of_groups(name: str, manager: TaskManager) -> None:
-    for entry in _entries(name, manager) if name in manager.all_tasks else ():
-        children = (entry.cfg or {}).get("task") if entry is not None else None
+def _require_tasks_of_groups(entries: Sequence[Any], manager: TaskManager) -> None:
+    for entry in entries:
+        children = (entry.cfg or {}).get("task")
         for child in children if isinstance(children, list) else ():
             if isinstance(child, str) and child not in manager.task_index:
-                near = difflib.get_close_matches(child, manager.all_tasks, n=1, cutoff=0.7)
-                hint = f"; did you mean {near[0]}?" if near else "; correct the name, or remove it"
-                raise UserError(f"{entry.yaml_path}: lists {child}, which is not a known task, group or tag{hint}")
+                hint = _near_name(child, manager, "correct the name, or remove it")
+                raise UserError(f"{entry.yaml_path}: lists {child}, which is not a known task, group or tag; {hint}")
+
+
+def _near_name(name: str, manager: TaskManager, otherwise: str) -> str:
+    near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.7)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def _tasks_without_data(name: str, manager: TaskManager, reason: str) -> dict[str, str]:
@@ -87,8 +92,8 @@ def _tasks_without_data(name: str, manager: TaskManager, reason: str) -> dict[st
     from lm_eval.tasks._index import Kind
 
     missing: dict[str, str] = {}
-    for entry in _entries(name, manager) if name in manager.all_tasks else ():
-        if entry is not None and entry.kind is not Kind.GROUP and entry.name not in missing:
+    for entry in _known_entries(name, manager):
+        if entry.kind is not Kind.GROUP and entry.name not in missing:
             try:
                 _load(entry.name, manager)
             except MissingDataError as error:
@@ -149,9 +154,13 @@ def _manager(wanted: Sequence[str], include_path: str | None) -> TaskManager:
     if include_path is not None:  # the last one wins
         folders.append(include_path)
     if folders:
-        _require_names(folders)
-        own = TaskManager(include_path=folders, include_defaults=False)
-        if all(own.match_tasks([name]) for name in wanted) and _are_complete(wanted, own):
+        try:
+            own = TaskManager(include_path=folders, include_defaults=False)
+            is_enough = all(own.match_tasks([name]) for name in wanted) and _are_complete(wanted, own)
+        except TypeError:
+            _require_names(folders)
+            raise
+        if is_enough:
             return own
     return TaskManager(include_path=folders)
 
@@ -179,8 +188,7 @@ def _matching(names: Sequence[str], manager: TaskManager, notes: Sequence[str]) 
         if not found and name.endswith(".yaml") and not Path(name).is_file():
             raise UserError(f"task {name}: no such file")
         if not found and not name.endswith(".yaml"):
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.7)
-            hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them."
+            hint = _near_name(name, manager, "`lm-eval ls tasks` lists them.")
             raise UserError(
                 f"task {name}: not a known task, group or tag; {hint} Task files of your own need --include-path"
                 f"{'' if task_folder().is_dir() else f', and `{BUILD_COMMAND}` builds the offline tasks'}"
@@ -195,7 +203,7 @@ def _entries(name: str, manager: TaskManager, parents: tuple[str, ...] = ()) -> 
     """Yield the index entry of each task and group that a name stands for; None for a name that the index lacks."""
     from lm_eval.tasks._index import Kind
 
-    for known in manager.match_tasks([name]):
+    for known in [name] if name in manager.task_index else manager.match_tasks([name]):
         entry = manager.task_index[known]
         if known in parents:
             raise UserError(f"{entry.yaml_path}: the group {known} contains itself, by {' > '.join(parents)}")
@@ -218,17 +226,20 @@ def _entries(name: str, manager: TaskManager, parents: tuple[str, ...] = ()) -> 
                 yield None
 
 
-def _refuse_code_of_others(name: str, manager: TaskManager) -> None:
+def _known_entries(name: str, manager: TaskManager) -> list[Any]:
+    """Return the index entries of a name, without what the index lacks; none for the path of a file."""
+    return [entry for entry in _entries(name, manager) if entry is not None] if name in manager.all_tasks else []
+
+
+def _refuse_code_of_others(name: str, entries: Sequence[Any]) -> None:
     """Refuse a task file that asks to run a program that comes with its dataset.
 
     A few of the harness's own files still have the key, which has no effect since datasets 4.
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    if name in manager.all_tasks:
-        files = [(entry.yaml_path, entry.cfg) for entry in _entries(name, manager) if entry is not None]
-    else:
-        files = [(Path(name), load_yaml(Path(name), resolve_func=False, recursive=True))]
+    files = [(entry.yaml_path, entry.cfg) for entry in entries]
+    files = files or [(Path(name), load_yaml(Path(name), resolve_func=False, recursive=True))]
     for path, content in files:
         is_own = path is not None and path.is_relative_to(_own_folder())
         if not is_own and _has_key(content, _LOADED_CODE):

@@ -143,25 +143,23 @@ class LeadingEngine:
             self._follow()
             return None
         failure: CptError | StoppedEvaluation | None = CptError("evaluation: rank 0 failed; its message says why")
-        engine_error, others_follow = None, True
+        abrupt_end: BaseException | None = None
         try:
             result = work()
             failure = None
         except _EngineError as error:
-            (engine_error,) = error.args
-            others_follow = False
-        except KeyboardInterrupt:
-            others_follow = False
-            raise
+            (abrupt_end,) = error.args
+        except KeyboardInterrupt as error:
+            abrupt_end = error
         except (CptError, StoppedEvaluation) as error:
             failure = error
             raise
         finally:
             # otherwise they may wait in a collective of the model, and end with this process or by their own signal
-            if others_follow:
+            if abrupt_end is None:
                 self._broadcast(_End(failure))
-        if engine_error is not None:
-            raise engine_error  # out of the handler, so that its traceback is the only one
+        if abrupt_end is not None:
+            raise abrupt_end  # out of the handler, so that its traceback is the only one
         return result
 
     def _follow(self) -> None:

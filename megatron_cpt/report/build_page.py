@@ -35,9 +35,10 @@ def build_page(runs: Sequence[RunRecord]) -> RunPage:
     run, *others = runs = distinct_titles(runs)
     compared = f", compared with {', '.join(other.title for other in others)}" if others else ""
     notes = [f"{one.title}: {note}" if others else note for one in runs for note in one.notes]
-    notes += unequal_measurements(runs)
+    unequal = list(unequal_measurements(runs))
+    notes += unequal
     sections = [
-        learning_section(run, others),
+        learning_section(run, others, num_unequal=len(unequal)),
         curves_section(runs),
         plan_section(run),
         sources_section(run),

@@ -18,7 +18,7 @@ from megatron_cpt.report.page import (
     finite,
     signed,
 )
-from megatron_cpt.report.run_record import RunRecord, unequal_measurements
+from megatron_cpt.report.run_record import RunRecord
 
 MAX_CURVES = 12
 """Curves of a chart: as many as six colors and four kinds of dashes tell apart."""
@@ -177,9 +177,13 @@ def _is_error(metric: str) -> bool:
     return metric.partition(",")[0].endswith("_stderr")
 
 
-def learning_section(run: RunRecord, others: Sequence[RunRecord]) -> PageSection:
-    """Return the section with the held-out losses and the tasks."""
-    parts = [*_held_out_parts(run, others), *_task_parts(run, others), *_average_parts(run)]
+def learning_section(run: RunRecord, others: Sequence[RunRecord], *, num_unequal: int) -> PageSection:
+    """Return the section with the held-out losses and the tasks.
+
+    Args:
+        num_unequal: tasks that were not measured on the same documents and prompts.
+    """
+    parts = [*_held_out_parts(run, others), *_task_parts(run, others, num_unequal), *_average_parts(run)]
     sentences = ["Held-out loss in nats per token: lower is better."]
     if any(one.evaluations for one in (run, *others)) or run.evaluations_ema:
         sentences[0] += " ± is one standard error."
@@ -261,10 +265,12 @@ def _held_out_line(row: HeldOut, theirs: Mapping[str, Mapping[str, HeldOut]]) ->
     return line
 
 
-def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTable | CurveChart]:
-    at, own = task_scores(run)
-    theirs = {other.title: {(s.task, s.metric): s for s in task_scores(other)[1]} for other in others}
-    scores = [*own, *_scores_of_others(own, theirs, len(at))]
+def _task_parts(run: RunRecord, others: Sequence[RunRecord], num_unequal: int) -> Iterator[DataTable | CurveChart]:
+    at, own_scores = task_scores(run)
+    other_scores = {
+        other.title: {(score.task, score.metric): score for score in task_scores(other)[1]} for other in others
+    }
+    scores = [*own_scores, *_scores_of_others(own_scores, other_scores, len(at))]
     if not scores:
         return
     headers = [
@@ -273,21 +279,21 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
         *(stage.header for stage in at),
         "change",
         "result",
-        *(f"{name}: end" for name in theirs),
+        *(f"{name}: end" for name in other_scores),
     ]
     rows = []
     for score in scores[:MAX_ROWS]:
         line = [score.task, score.metric.removesuffix(",none")]
         line += [with_error(value, error) for value, error in zip(score.values, score.errors, strict=True)]
         line += [with_error(score.change, score.change_error, signed), score.verdict]
-        for found in theirs.values():
+        for found in other_scores.values():
             other = found.get((score.task, score.metric))
             line.append(with_error(other.values[-1], other.errors[-1]) if other else MISSING)
         rows.append(line)
     note = f"A change below {_CERTAIN:g} standard errors is within the error."
     note += " The ± of a change treats both evaluations as independent, which is cautious: they share their documents."
-    if unequal := len([*unequal_measurements([run, *others])]):
-        subject = "1 task was" if unequal == 1 else f"{unequal:,} tasks were"
+    if num_unequal:
+        subject = "1 task was" if num_unequal == 1 else f"{num_unequal:,} tasks were"
         note += f" {subject} not measured on the same documents and prompts: see the notes at the end."
     if len(scores) > MAX_ROWS:
         note += f" Only the first {MAX_ROWS} of {len(scores):,} metrics are shown."
@@ -295,8 +301,8 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
     steps = sorted(run.evaluations)
     if len(steps) < 2:
         return
-    for metric, is_lower in _common_metrics(own):
-        tasks = [score.task for score in own if (score.metric, score.is_lower_better) == (metric, is_lower)]
+    for metric, is_lower in _common_metrics(own_scores):
+        tasks = [score.task for score in own_scores if (score.metric, score.is_lower_better) == (metric, is_lower)]
         tasks = tasks[:MAX_CURVES]
         results = [run.evaluations[step] for step in steps]
         yield CurveChart(
@@ -319,12 +325,12 @@ def _task_parts(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[DataTab
 
 
 def _scores_of_others(
-    own: Sequence[TaskScore], theirs: Mapping[str, Mapping[tuple[str, str], TaskScore]], num_stages: int
+    own_scores: Sequence[TaskScore], other_scores: Mapping[str, Mapping[tuple[str, str], TaskScore]], num_stages: int
 ) -> Iterator[TaskScore]:
     """Yield the metrics that only other runs have, as not measured in this run."""
-    known = {(score.task, score.metric) for score in own}
+    known = {(score.task, score.metric) for score in own_scores}
     unknown = (None,) * num_stages
-    keys = {key: score.is_lower_better for found in theirs.values() for key, score in found.items()}
+    keys = {key: score.is_lower_better for found in other_scores.values() for key, score in found.items()}
     for key in sorted(keys.keys() - known):
         yield TaskScore(*key, unknown, unknown, keys[key])
 

@@ -140,20 +140,22 @@ class ResultFiles:
         """Return the step that results belong to; None, with a note: they are of another model."""
         step = _checkpoint_step(as_mapping(content.get("model")))
         digest = as_mapping(content.get("digests")).get("checkpoint")
+        if digest is None and step is None:
+            self._notes.append(
+                f"{name}: does not name its checkpoint, so it counts for the last step, {self._last_step:,}"
+            )
+            return self._last_step
         if digest is None:
-            if step is None:
-                self._notes.append(
-                    f"{name}: does not name its checkpoint, so it counts for the last step, {self._last_step:,}"
-                )
-            return self._last_step if step is None else step
+            return step
+        step = step or 0  # an import may have any name
         origin = as_mapping(self._config.get("init")).get("from")
         if isinstance(origin, str) and self._digest(Path(origin), weights)[0] == digest:
             return 0
-        own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step or 0)
+        own = layout.checkpoints_folder(self._folder) / layout.checkpoint_name(step)
         own_digest, problem = self._digest(own, weights)
         if own_digest == digest:
-            return step or 0
-        if not step:
+            return step
+        if step == 0:
             return self._step_of_import(name, origin, weights)
         if own_digest is None and step > self._last_step:
             self._notes.append(f"{name}: is of step {step:,}, which this run has not reached, skipped")

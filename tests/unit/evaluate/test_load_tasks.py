@@ -130,3 +130,12 @@ def test_a_tag_that_is_a_number_names_a_task_that_has_it(tmp_path: Path) -> None
 def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
     write_tasks(tmp_path, colors={"task": "colors[1]"})
     assert load(tmp_path, "colors[1]").names == ["colors[1]"]
+
+
+def test_a_name_with_brackets_asks_for_code_in_vain(tmp_path: Path) -> None:
+    """Before, its file was not looked at."""
+    path = str(write_tasks(tmp_path) / "documents.jsonl")
+    keys = {"trust_remote_code": True, "data_files": {"test": path}}
+    write_tasks(tmp_path, colors={"task": "colors[1]", "dataset_kwargs": keys})
+    with pytest.raises(UserError, match="asks to run code that comes with its dataset"):
+        load(tmp_path, "colors[1]")
